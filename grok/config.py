@@ -1,0 +1,333 @@
+"""What a run is: frozen dataclasses, checked before anything slow starts.
+
+The sections below are the whole list of keys; `grok.config_files` reads them from YAML. Nothing
+here imports JAX. A refusal is a `ConfigError`: one sentence with the key, the numbers, and a value
+that would work.
+"""
+
+import dataclasses
+import math
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from grok.errors import ConfigError
+
+Count = Annotated[int, Field(gt=0)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+MESH_AXES = ("slice", "data", "expert", "tensor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GrokConfig:
+    """Shape and arithmetic of a Grok-1 model. Defaults are the release's where it has one value."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    vocab_size: Annotated[Count, Field(description="entries of the token table (V)")]
+    num_layers: Annotated[Count, Field(description="blocks (L)")]
+    embed_dim: Annotated[Count, Field(description="width of the residual stream (D)")]
+    mlp_dim: Annotated[Count, Field(description="hidden width of one expert (F)")]
+    num_heads: Annotated[Count, Field(description="query heads (N)")]
+    num_kv_heads: Annotated[Count, Field(description="key/value heads (K); N/K queries share one")]
+    head_dim: Annotated[Count, Field(description="width of one head (H); even, for rotary pairs")]
+    num_experts: Annotated[Count, Field(description="experts of a block (E)")] = 8
+    num_selected_experts: Annotated[
+        Count, Field(description="experts that each token goes to (C)")
+    ] = 2
+    context_length: Annotated[Count, Field(description="longest sequence, in tokens")] = 8192
+    embedding_multiplier: Annotated[
+        Positive, Field(description="factor on the embedding; default sqrt(embed_dim)")
+    ] = None  # type: ignore[assignment]  # filled in __post_init__
+    output_multiplier: Annotated[Positive, Field(description="factor on the final logits")] = (
+        0.5773502691896257
+    )
+    attn_output_multiplier: Annotated[
+        Positive, Field(description="factor on attention logits; default 1/sqrt(head_dim)")
+    ] = None  # type: ignore[assignment]  # filled in __post_init__
+    attn_logit_softcap: Annotated[
+        Positive, Field(description="c of c*tanh(x/c), applied to attention logits")
+    ] = 30.0
+    rope_theta: Annotated[Positive, Field(description="base of the rotary wavelengths")] = 10000.0
+    param_dtype: Annotated[
+        Literal["float32", "bfloat16"], Field(description="type that parameters are kept in")
+    ] = "float32"
+    compute_dtype: Annotated[
+        Literal["float32", "bfloat16"], Field(description="type of activations and products")
+    ] = "bfloat16"
+    remat: Annotated[
+        Literal["none", "dots", "full"],
+        Field(description="recompute in backward: nothing, all but matrix products, whole blocks"),
+    ] = "full"
+
+    def __post_init__(self) -> None:
+        if self.embedding_multiplier is None:
+            object.__setattr__(self, "embedding_multiplier", math.sqrt(self.embed_dim))
+        if self.attn_output_multiplier is None:
+            object.__setattr__(self, "attn_output_multiplier", 1 / math.sqrt(self.head_dim))
+        if self.num_heads % self.num_kv_heads:
+            near = largest_divisor(self.num_heads, self.num_kv_heads)
+            raise ConfigError(
+                f"model.num_kv_heads={self.num_kv_heads} does not divide "
+                f"model.num_heads={self.num_heads}; model.num_kv_heads={near} would work."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"model.head_dim={self.head_dim} is odd, and rotary embedding turns pairs; "
+                f"model.head_dim={self.head_dim + 1} would work."
+            )
+        if self.num_selected_experts > self.num_experts:
+            raise ConfigError(
+                f"model.num_selected_experts={self.num_selected_experts} is more than "
+                f"model.num_experts={self.num_experts}; "
+                f"model.num_selected_experts={self.num_experts} would work."
+            )
+
+    def num_parameters(self) -> int:
+        """All parameters of the model: table, blocks, final norm."""
+        return self._count(self.num_experts)
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token uses: all but the experts it was not sent to."""
+        return self._count(self.num_selected_experts)
+
+    def _count(self, experts: int) -> int:
+        attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
+        router = self.embed_dim * self.num_experts
+        moe = 3 * experts * self.embed_dim * self.mlp_dim
+        block = attention + router + moe + 4 * self.embed_dim
+        return self.vocab_size * self.embed_dim + self.num_layers * block + self.embed_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices each mesh axis has; one may be -1: all that remain."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    slice: Annotated[int, Field(description="replicas joined by the data-centre network")] = 1
+    data: Annotated[int, Field(description="batch, and parameters sharded over it; -1: rest")] = -1
+    expert: Annotated[int, Field(description="experts are split over it, and the batch")] = 1
+    tensor: Annotated[int, Field(description="heads, expert width and vocabulary")] = 1
+    simulated_devices: Annotated[
+        CountOrZero, Field(description="CPU devices to simulate on this machine; 0: real ones")
+    ] = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and the shape of a batch."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    train: Annotated[tuple[str, ...], Field(description="text files to train on (UTF-8)")] = ()
+    validation: Annotated[
+        tuple[str, ...], Field(description="text files held out for the validation pass")
+    ] = ()
+    tokenizer: Annotated[str, Field(description="SentencePiece model file")] = ""
+    sequence_length: Annotated[Count, Field(description="tokens a row (T)")] = 1024
+    batch_size: Annotated[Count, Field(description="rows of a batch over all devices (B)")] = 8
+    seed: Annotated[CountOrZero, Field(description="seed of the order of rows")] = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW under linear warm-up and cosine decay, after clipping by global norm."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    peak_lr: Annotated[Positive, Field(description="learning rate after warm-up")] = 3e-4
+    final_lr_share: Annotated[Share, Field(description="last learning rate over peak_lr")] = 0.1
+    warmup_steps: Annotated[CountOrZero, Field(description="steps of linear warm-up")] = 100
+    beta1: Annotated[Share, Field(description="decay of Adam's first moment")] = 0.9
+    beta2: Annotated[Share, Field(description="decay of Adam's second moment")] = 0.95
+    epsilon: Annotated[Positive, Field(description="Adam's epsilon")] = 1e-8
+    weight_decay: Annotated[
+        PositiveOrZero, Field(description="decoupled decay of matrices (norm scales have none)")
+    ] = 0.1
+    clip_norm: Annotated[Positive, Field(description="largest global norm of a gradient")] = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length of the run, its losses, and how often it reports."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    steps: Annotated[Count, Field(description="optimizer steps of the whole run")] = 1000
+    seed: Annotated[CountOrZero, Field(description="seed of the initial parameters")] = 0
+    z_loss: Annotated[
+        PositiveOrZero, Field(description="weight of log(Z)^2 of the output softmax")
+    ] = 0.0
+    router_balance_loss: Annotated[
+        PositiveOrZero, Field(description="weight of the expert load-balancing loss")
+    ] = 0.0
+    log_every: Annotated[Count, Field(description="steps between lines of metrics.jsonl")] = 10
+    eval_every: Annotated[
+        CountOrZero, Field(description="steps between validation passes; 0: only at the end")
+    ] = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are saved and how many stay."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    every: Annotated[Count, Field(description="steps between saves (the last is saved too)")] = 500
+    keep: Annotated[Count, Field(description="newest checkpoints that stay on disk")] = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run; what `grok train`, `grok config` and `grok.load_config` work with."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    model: Annotated[GrokConfig, Field(description="shape and arithmetic of the model")]
+    folder: Annotated[str, Field(description="the run's folder: checkpoints, metrics, config")] = (
+        "runs/default"
+    )
+    mesh: Annotated[MeshConfig, Field(description="devices along each axis")] = MeshConfig()
+    data: Annotated[DataConfig, Field(description="text and batches")] = DataConfig()
+    optimizer: Annotated[OptimizerConfig, Field(description="AdamW and its schedule")] = (
+        OptimizerConfig()
+    )
+    train: Annotated[TrainConfig, Field(description="length, losses, reports")] = TrainConfig()
+    checkpoint: Annotated[CheckpointConfig, Field(description="saves")] = CheckpointConfig()
+
+    def __post_init__(self) -> None:
+        if self.data.sequence_length > self.model.context_length:
+            raise ConfigError(
+                f"data.sequence_length={self.data.sequence_length} is longer than "
+                f"model.context_length={self.model.context_length}; "
+                f"data.sequence_length={self.model.context_length} would work."
+            )
+        if self.optimizer.warmup_steps >= self.train.steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
+                f"train.steps={self.train.steps}; "
+                f"optimizer.warmup_steps={self.train.steps // 10} would work."
+            )
+        if self.mesh.simulated_devices:
+            check_fits(self, self.mesh.simulated_devices)
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` that is no more than `at_most`."""
+    return max(d for d in range(1, at_most + 1) if number % d == 0)
+
+
+def resolve_mesh(
+    mesh: MeshConfig, num_devices: int, model: GrokConfig | None = None
+) -> dict[str, int]:
+    """Sizes of the four mesh axes on `num_devices` devices, with -1 filled in.
+
+    Raises ConfigError when a size is not positive, more than one is -1, or they do not multiply
+    to the number of devices. The mesh that it then proposes suits `model`, where one is given.
+    """
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ConfigError(
+                f"mesh.{axis}={size} is no number of devices; mesh.{axis}=1 would work."
+            )
+    if len(open_axes) > 1:
+        raise ConfigError(
+            f"mesh.{open_axes[0]} and mesh.{open_axes[1]} are both -1, and only one axis can take "
+            f"the devices that remain; mesh.{open_axes[1]}=1 would work."
+        )
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes and num_devices % given == 0:
+        sizes[open_axes[0]] = num_devices // given
+    elif open_axes or given != num_devices:
+        raise ConfigError(
+            f"mesh {_x(sizes)} needs {'a multiple of ' if open_axes else ''}{given} devices, and "
+            f"there are {num_devices}; mesh {_x(_nearest_mesh(sizes, num_devices, model))} "
+            "would work."
+        )
+    return sizes
+
+
+def check_fits(config: RunConfig, num_devices: int) -> dict[str, int]:
+    """Sizes of the mesh axes, after checking that model and batch can be split over them.
+
+    Raises ConfigError with the numbers and a value that would work.
+    """
+    sizes = resolve_mesh(config.mesh, num_devices, config.model)
+    check_model_fits(config.model, sizes)
+    rows = sizes["slice"] * sizes["data"] * sizes["expert"]
+    if config.data.batch_size % rows:
+        up = -(-config.data.batch_size // rows) * rows
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size} cannot be split over slice*data*expert="
+            f"{rows}; data.batch_size={up} would work."
+        )
+    return sizes
+
+
+def check_model_fits(model: GrokConfig, sizes: dict[str, int]) -> None:
+    """Refuse, as ConfigError, a mesh over which an axis of the model cannot be split evenly."""
+    problem = _misfit(model, sizes)
+    if problem:
+        near = _nearest_mesh(sizes, math.prod(sizes.values()), model)
+        raise ConfigError(f"{problem}; mesh {_x(near)} would work.")
+
+
+def _misfit(model: GrokConfig, sizes: dict[str, int]) -> str:
+    """Which axis of the model cannot be split over the mesh; empty when all can."""
+    tensor, expert, shards = sizes["tensor"], sizes["expert"], sizes["data"] * sizes["expert"]
+    rules = (
+        ("num_experts", model.num_experts, "mesh.expert", expert),
+        ("num_heads", model.num_heads, "mesh.tensor", tensor),
+        ("mlp_dim", model.mlp_dim, "mesh.tensor", tensor),
+        ("vocab_size", model.vocab_size, "mesh.tensor", tensor),
+        ("embed_dim", model.embed_dim, "mesh.data*mesh.expert", shards),
+    )
+    for key, number, axes, size in rules:
+        if number % size:
+            return f"model.{key}={number} cannot be split over {axes}={size}"
+    kv_heads = model.num_kv_heads
+    if kv_heads % tensor and tensor % kv_heads:
+        return (
+            f"model.num_kv_heads={kv_heads} can be neither split nor repeated over "
+            f"mesh.tensor={tensor}"
+        )
+    return ""
+
+
+def _nearest_mesh(
+    wanted: dict[str, int], num_devices: int, model: GrokConfig | None
+) -> dict[str, int]:
+    """The mesh of exactly `num_devices` that suits `model` and is nearest to `wanted`.
+
+    Replicas change last; of the others, data takes what the rest leaves. One always exists:
+    whole replicas on single devices.
+    """
+    meshes = (
+        {"slice": slices, "data": num_devices // (slices * expert * tensor)}
+        | {"expert": expert, "tensor": tensor}
+        for slices in _divisors(num_devices)
+        for expert in _divisors(num_devices // slices)
+        for tensor in _divisors(num_devices // (slices * expert))
+    )
+
+    def distance(sizes: dict[str, int]) -> tuple[float, float]:
+        apart = {axis: abs(math.log(sizes[axis] / max(1, wanted[axis]))) for axis in sizes}
+        return apart["slice"], apart["expert"] + apart["tensor"]
+
+    return min((m for m in meshes if model is None or not _misfit(model, m)), key=distance)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _x(sizes: dict[str, int]) -> str:
+    """`slice=1 x data=2 x ...` for messages."""
+    return " x ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)

@@ -1,0 +1,116 @@
+"""The attention of a block: projections, rotary embedding, cache, and the operation itself.
+
+Letters: L layers, B batch, T query length, S key length, D embed, N heads, K kv heads,
+H head_dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from grok import sharding
+from grok.config import GrokConfig
+from grok.model.cache import KVCache
+from grok.model.layers import normal, rotate
+from grok.ops.attention import attention
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary embedding and soft-capped logits."""
+
+    def __init__(self, key: jax.Array, config: GrokConfig):
+        c = config
+        L, D, N, K, H = c.num_layers, c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        kv, dtype = sharding.kv_axis(K), c.param_dtype
+        q_axes, kv_axes = ("layers", "embed", "heads", None), ("layers", "embed", kv, None)
+        keys = jax.random.split(key, 4)
+        self.config = c
+        self.w_query_DNH = normal(keys[0], (L, D, N, H), q_axes, dtype, fan_in=D)
+        self.w_key_DKH = normal(keys[1], (L, D, K, H), kv_axes, dtype, fan_in=D)
+        self.w_value_DKH = normal(keys[2], (L, D, K, H), kv_axes, dtype, fan_in=D)
+        o_axes = ("layers", "heads", None, "embed")
+        self.w_out_NHD = normal(keys[3], (L, N, H, D), o_axes, dtype, fan_in=N * H)
+
+    def __call__(self, x_BTD: jax.Array, segment_BT: jax.Array, positions_BT: jax.Array):
+        """Attention of the rows over themselves, y_BTD."""
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions_BT)
+        kv = sharding.kv_axis(self.config.num_kv_heads)
+
+        def local(q, k, v, segment):
+            index = jnp.broadcast_to(jnp.arange(q.shape[1])[None, :], segment.shape)
+            return self._attend(q, k, v, index, segment, segment)
+
+        q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", None, kv, None)
+        form = sharding.shard_map(local, (q_axes, kv_axes, kv_axes, ("batch", None)), q_axes)
+        return self._output(form(q_BTNH, k_BTKH, v_BTKH, segment_BT))
+
+    def step(self, x_BTD: jax.Array, cache: KVCache, layer: jax.Array):
+        """Attention over the cache and the new tokens, whose keys and values are put in it.
+
+        Token t of row b takes place length_B[b] + t; `cache.length_B` is left to the caller, who
+        knows how many of the T are padding. Returns y_BTD and the cache.
+        """
+        T = x_BTD.shape[1]
+        index_BT = cache.length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, index_BT)
+        kv = sharding.kv_axis(self.config.num_kv_heads)
+
+        def local(q, k, v, k_LBSKH, v_LBSKH, index, layer):
+            row = jnp.arange(q.shape[0])[:, None]
+            k_LBSKH = k_LBSKH.at[layer, row, index].set(k, mode="drop")
+            v_LBSKH = v_LBSKH.at[layer, row, index].set(v, mode="drop")
+            k_BSKH, v_BSKH = k_LBSKH[layer], v_LBSKH[layer]
+            one_BT, one_BS = jnp.zeros_like(index), jnp.zeros(k_BSKH.shape[:2], index.dtype)
+            return self._attend(q, k_BSKH, v_BSKH, index, one_BT, one_BS), k_LBSKH, v_LBSKH
+
+        q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", None, kv, None)
+        cache_axes = ("layers", *kv_axes)
+        form = sharding.shard_map(
+            local,
+            (q_axes, kv_axes, kv_axes, cache_axes, cache_axes, ("batch", None), ()),
+            (q_axes, cache_axes, cache_axes),
+        )
+        o_BTNH, k_LBSKH, v_LBSKH = form(
+            q_BTNH, k_BTKH, v_BTKH, cache.k_LBSKH, cache.v_LBSKH, index_BT, layer
+        )
+        return self._output(o_BTNH), KVCache(k_LBSKH, v_LBSKH, cache.length_B)
+
+    def _project(self, x_BTD, positions_BT):
+        kv = sharding.kv_axis(self.config.num_kv_heads)
+
+        def project(subscripts, param, head_axis):
+            w = param[...].astype(x_BTD.dtype)
+            w = sharding.gather(w, "embed", head_axis, None)
+            axes = ("batch", "length", head_axis, None)
+            return sharding.einsum(subscripts, x_BTD, w, axes=axes)
+
+        q_BTNH = project("btd,dnh->btnh", self.w_query_DNH, "heads")
+        k_BTKH = project("btd,dkh->btkh", self.w_key_DKH, kv)
+        v_BTKH = project("btd,dkh->btkh", self.w_value_DKH, kv)
+        theta = self.config.rope_theta
+        return rotate(q_BTNH, positions_BT, theta), rotate(k_BTKH, positions_BT, theta), v_BTKH
+
+    def _attend(self, q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS):
+        """The operation on one device's heads."""
+        c = self.config
+        group, heads = c.num_heads // c.num_kv_heads, q_BTNH.shape[2]
+        if heads < k_BSKH.shape[2] * group:
+            # This device has all kv heads and fewer query heads than share one of them.
+            first = sharding.index("heads") * heads // group
+            k_BSKH = jax.lax.dynamic_slice_in_dim(k_BSKH, first, 1, axis=2)
+            v_BSKH = jax.lax.dynamic_slice_in_dim(v_BSKH, first, 1, axis=2)
+        return attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            index_BT,
+            segment_BT,
+            segment_BS,
+            multiplier=c.attn_output_multiplier,
+            cap=c.attn_logit_softcap,
+        )
+
+    def _output(self, o_BTNH):
+        w_NHD = sharding.gather(self.w_out_NHD[...].astype(o_BTNH.dtype), "heads", None, "embed")
+        axes = ("batch", "length", "act_embed")
+        return sharding.einsum("btnh,nhd->btd", o_BTNH, w_NHD, axes=axes)

@@ -1,0 +1,160 @@
+"""Grok: token table -> scan over blocks -> final norm -> the same table.
+
+Letters: B batch, T length, D embed, V vocab, E experts, L layers. Parameters of a block have a
+leading L axis; `jax.lax.scan` hands each layer its own slice.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from grok import sharding
+from grok.config import GrokConfig, check_model_fits
+from grok.errors import ConfigError
+from grok.model.attention import Attention
+from grok.model.cache import KVCache
+from grok.model.layers import RMSNorm, TokenTable
+from grok.model.moe import MoE, RouterStats
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nnx.Module):
+    """x += norm(attention(norm(x))); x += norm(moe(norm(x)))."""
+
+    def __init__(self, key: jax.Array, config: GrokConfig):
+        keys = jax.random.split(key, 2)
+        shape = (config.num_layers, config.embed_dim)
+        self.pre_attn_norm = RMSNorm(shape, config.param_dtype)
+        self.attention = Attention(keys[0], config)
+        self.post_attn_norm = RMSNorm(shape, config.param_dtype)
+        self.pre_moe_norm = RMSNorm(shape, config.param_dtype)
+        self.moe = MoE(keys[1], config)
+        self.post_moe_norm = RMSNorm(shape, config.param_dtype)
+
+    def __call__(self, x_BTD, segment_BT, positions_BT) -> tuple[jax.Array, RouterStats]:
+        """The residual stream after this block, and the router's statistics."""
+        a_BTD = self.attention(self.pre_attn_norm(x_BTD), segment_BT, positions_BT)
+        x_BTD = x_BTD + self.post_attn_norm(a_BTD)
+        m_BTD, stats = self.moe(self.pre_moe_norm(x_BTD), segment_BT > 0)
+        return x_BTD + self.post_moe_norm(m_BTD), stats
+
+    def step(self, x_BTD, cache: KVCache, layer) -> tuple[jax.Array, KVCache]:
+        """The same for new tokens that see what is in the cache."""
+        a_BTD, cache = self.attention.step(self.pre_attn_norm(x_BTD), cache, layer)
+        x_BTD = x_BTD + self.post_attn_norm(a_BTD)
+        real_BT = sharding.shard(jnp.ones(x_BTD.shape[:2], bool), "batch", "length")
+        m_BTD, _ = self.moe(self.pre_moe_norm(x_BTD), real_BT)
+        return x_BTD + self.post_moe_norm(m_BTD), cache
+
+
+class Grok(nnx.Module):
+    """The model. Build it with `grok.init`; call it with tokens to get logits."""
+
+    def __init__(self, config: GrokConfig, key: jax.Array):
+        keys = jax.random.split(key, 2)
+        self.config = config
+        self.embed = TokenTable(keys[0], config.vocab_size, config.embed_dim, config.param_dtype)
+        self.layers = Block(keys[1], config)
+        self.final_norm = RMSNorm((config.embed_dim,), config.param_dtype)
+
+    def __call__(self, tokens_BT, segment_ids=None, positions=None) -> jax.Array:
+        """Logits of the next token at every place, logits_BTV, float32.
+
+        `segment_ids` (B, T): tokens see earlier tokens of their own segment only; 0 marks
+        padding. Default: each row is one segment. `positions` (B, T): rotary positions, default
+        0..T-1. B must be a multiple of the devices that the batch is split over.
+        """
+        return _logits(self, tokens_BT, segment_ids, positions)
+
+    def hidden(self, tokens_BT, segment_ids=None, positions=None) -> tuple[jax.Array, RouterStats]:
+        """x_BTD after the final norm, in the compute type, and router statistics by layer (L, E)."""
+        with sharding.mesh_of(self.embed.table_VD[...]):
+            tokens_BT, segment_BT, positions_BT = _inputs(tokens_BT, segment_ids, positions)
+
+            def block(x_BTD, layer: Block):
+                return layer(x_BTD, segment_BT, positions_BT)
+
+            if self.config.remat != "none":
+                policy = REMAT_POLICIES[self.config.remat]
+                # Inside scan nothing can be merged with the forward pass: the guard is not needed.
+                block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+            x_BTD, stats = jax.lax.scan(block, self._embed(tokens_BT), self.layers)
+            return self.final_norm(x_BTD), stats
+
+    def unembed(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits of all tokens from x after the final norm, logits_BTV, float32."""
+        with sharding.mesh_of(self.embed.table_VD[...]):
+            logits_BTV = self.embed.unembed(x_BTD, self.config.compute_dtype)
+            return logits_BTV * self.config.output_multiplier
+
+    def step(self, tokens_BT, cache: KVCache, count_B) -> tuple[jax.Array, KVCache]:
+        """Runs T new tokens a row, of which the first `count_B` are real, against the cache.
+
+        Returns logits_BV after each row's last real token (float32), and the cache with the new
+        tokens in it. Prefill is this with a prompt, decode with T = 1.
+        """
+        with sharding.mesh_of(self.embed.table_VD[...]):
+            tokens_BT = sharding.shard(tokens_BT, "batch", "length")
+
+            def block(carry, xs):
+                layer, number = xs
+                return layer.step(*carry, number), None
+
+            numbers = jnp.arange(self.config.num_layers)
+            carry = (self._embed(tokens_BT), cache)
+            (x_BTD, cache), _ = jax.lax.scan(block, carry, (self.layers, numbers))
+            last_BT = jnp.arange(tokens_BT.shape[1])[None, :] == count_B[:, None] - 1
+            x_BTD = jnp.where(last_BT[:, :, None], x_BTD, 0).sum(1, keepdims=True)
+            logits_BTV = self.unembed(self.final_norm(x_BTD))
+            cache = KVCache(cache.k_LBSKH, cache.v_LBSKH, cache.length_B + count_B)
+            return logits_BTV[:, 0], cache
+
+    def _embed(self, tokens_BT):
+        x_BTD = self.embed.embed(tokens_BT, self.config.compute_dtype).astype(jnp.float32)
+        return (x_BTD * self.config.embedding_multiplier).astype(self.config.compute_dtype)
+
+
+@jax.jit
+def _logits(model: Grok, tokens_BT, segment_ids, positions):
+    return model.unembed(model.hidden(tokens_BT, segment_ids, positions)[0])
+
+
+def _inputs(tokens_BT, segment_ids, positions):
+    """Tokens, segments and positions as int32 (B, T), split over the batch."""
+    tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+    if segment_ids is None:
+        segment_ids = jnp.ones_like(tokens_BT)
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+    arrays = (tokens_BT, jnp.asarray(segment_ids, jnp.int32), jnp.asarray(positions, jnp.int32))
+    return tuple(sharding.shard(a, "batch", "length") for a in arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(config: GrokConfig, key: jax.Array) -> Grok:
+    return Grok(config, key)
+
+
+def init(config: GrokConfig, key: jax.Array, mesh: Mesh | None = None) -> Grok:
+    """A model with fresh parameters, each made on the devices of `mesh` that will hold it.
+
+    The values depend on `key` alone, not on the mesh. Raises ConfigError when the model cannot be
+    split over the mesh.
+    """
+    if mesh is None:
+        return _init(config, key)
+    if mesh.axis_names != sharding.MESH_AXES:
+        raise ConfigError(
+            f"the mesh has axes {mesh.axis_names} and the model needs {sharding.MESH_AXES}; "
+            "grok.make_mesh makes one."
+        )
+    check_model_fits(config, dict(mesh.shape))
+    with jax.set_mesh(mesh):
+        return _init(config, key)

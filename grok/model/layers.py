@@ -1,0 +1,85 @@
+"""Parameters, RMSNorm, rotary embedding and the token table.
+
+Letters: B batch, T length, D embed, N heads, H head_dim, V vocab, L layers.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from grok import sharding
+from grok.sharding import Axes
+
+RMS_EPSILON = 1e-5
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], axes: Axes, dtype: str, fan_in: int):
+    """A parameter drawn from a normal cut at two sigma, standard deviation 1/sqrt(fan_in)."""
+    # 0.8796 is the standard deviation of a unit normal cut at two sigma.
+    values = jax.random.truncated_normal(key, -2, 2, shape) / (0.87962566 * math.sqrt(fan_in))
+    return nnx.Param(sharding.shard(values.astype(dtype), *axes))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019), in float32; the scale is used as it is."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str):
+        self.scale_D = nnx.Param(sharding.shard(jnp.ones(shape, dtype), *(None,) * len(shape)))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """x / sqrt(mean(x^2) + 1e-5) * scale, in the type of `x_BTD`."""
+        x = x_BTD.astype(jnp.float32)
+        x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + RMS_EPSILON)
+        scale_D = self.scale_D[...].astype(jnp.float32)
+        return (x * scale_D[None, None, :]).astype(x_BTD.dtype)
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021) over the whole head, half-split form.
+
+    Element i of the first half and of the second turn together by position / theta^(2i/H);
+    phases are float32.
+    """
+    H = x_BTNH.shape[-1]
+    frequency = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    phase = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+    cos, sin = jnp.cos(phase), jnp.sin(phase)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+class TokenTable(nnx.Module):
+    """The one table that embeds tokens and, transposed, scores them."""
+
+    def __init__(self, key: jax.Array, vocab_size: int, embed_dim: int, dtype: str):
+        shape, axes = (vocab_size, embed_dim), ("vocab", "embed")
+        self.table_VD = normal(key, shape, axes, dtype, fan_in=embed_dim)
+
+    def embed(self, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+        """Rows of the table, x_BTD. Each device looks up the part of the vocabulary it has."""
+
+        def local(tokens_BT, table_VD):
+            table_VD = sharding.vary(sharding.all_gather(table_VD, "embed", dim=1))
+            here_BT = tokens_BT - sharding.index("vocab") * table_VD.shape[0]
+            # Out of range on either side reads zeros; negative indices would count from the end.
+            here_BT = jnp.where(here_BT < 0, table_VD.shape[0], here_BT)
+            x_BTD = table_VD.at[here_BT].get(mode="fill", fill_value=0)
+            return sharding.psum(x_BTD, "vocab")
+
+        axes = ("batch", "length"), ("vocab", "embed")
+        form = sharding.shard_map(local, axes, ("batch", "length", "act_embed"))
+        return form(tokens_BT, self.table_VD[...].astype(dtype))
+
+    def unembed(self, x_BTD: jax.Array, dtype: str) -> jax.Array:
+        """Scores of all tokens, logits_BTV in float32."""
+        table_VD = sharding.gather(self.table_VD[...].astype(dtype), "vocab", "embed")
+        return sharding.einsum(
+            "btd,vd->btv",
+            x_BTD,
+            table_VD,
+            axes=("batch", "length", "vocab"),
+            preferred_element_type=jnp.float32,
+        )

@@ -1,0 +1,98 @@
+"""The mixture of experts of a block: router, experts, and how both are spread over a mesh.
+
+Letters: L layers, B batch, T length, R = B*T rows, D embed, F mlp, E experts, C chosen experts.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from grok import sharding
+from grok.config import GrokConfig
+from grok.model.layers import normal
+from grok.ops.experts import experts_tiled
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class RouterStats:
+    """Means over the real tokens of a batch, float32; both sum to one over the experts."""
+
+    load_E: jax.Array  # share of assignments that went to each expert
+    probability_E: jax.Array  # router probability of each expert
+
+    def balance_loss(self) -> jax.Array:
+        """E * sum(load * probability): 1 when balanced (Fedus et al. 2021, equation 4)."""
+        return self.load_E.shape[-1] * jnp.sum(self.load_E * self.probability_E, axis=-1)
+
+
+class MoE(nnx.Module):
+    """Experts with a GELU gate; each token goes to the C of highest router probability.
+
+    The gates are the softmax over all E, not renormalised over the chosen ones.
+    """
+
+    def __init__(self, key: jax.Array, config: GrokConfig):
+        c = config
+        L, D, F, E, dtype = c.num_layers, c.embed_dim, c.mlp_dim, c.num_experts, c.param_dtype
+        in_axes = ("layers", "experts", "expert_embed", "mlp")
+        out_axes = ("layers", "experts", "mlp", "expert_embed")
+        keys = jax.random.split(key, 4)
+        self.config = c
+        self.router_DE = normal(keys[0], (L, D, E), (None, None, None), dtype, fan_in=D)
+        self.w_gate_EDF = normal(keys[1], (L, E, D, F), in_axes, dtype, fan_in=D)
+        self.w_up_EDF = normal(keys[2], (L, E, D, F), in_axes, dtype, fan_in=D)
+        self.w_down_EFD = normal(keys[3], (L, E, F, D), out_axes, dtype, fan_in=F)
+
+    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
+        """y_BTD, and statistics over the tokens where `real_BT` holds."""
+        probs_BTE = self.route(x_BTD)
+        gate_BTC, chosen_BTC = jax.lax.top_k(probs_BTE, self.config.num_selected_experts)
+        return self._experts(x_BTD, gate_BTC, chosen_BTC), _stats(probs_BTE, chosen_BTC, real_BT)
+
+    def route(self, x_BTD: jax.Array) -> jax.Array:
+        """Router probabilities of all experts, probs_BTE, in float32 whatever the type of x."""
+        logits_BTE = sharding.einsum(
+            "btd,de->bte",
+            x_BTD.astype(jnp.float32),
+            self.router_DE[...].astype(jnp.float32),
+            axes=("batch", "length", None),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return jax.nn.softmax(logits_BTE, axis=-1)
+
+    def _experts(self, x_BTD, gate_BTC, chosen_BTC):
+        """Tokens travel to the experts: each device collects those of its expert group, runs the
+        experts it has on the rows that chose them, and hands the partial sums back."""
+        C = self.config.num_selected_experts
+
+        def local(x, gate, chosen, w_gate_EDF, w_up_EDF, w_down_EFD):
+            first = sharding.index("experts") * w_gate_EDF.shape[0]
+            x, gate, chosen = (sharding.all_gather(a, "experts", dim=0) for a in (x, gate, chosen))
+            weights = (
+                sharding.all_gather(w_gate_EDF, "expert_embed", dim=1),
+                sharding.all_gather(w_up_EDF, "expert_embed", dim=1),
+                sharding.all_gather(w_down_EFD, "expert_embed", dim=2),
+            )
+            rows = (x.reshape(-1, x.shape[-1]), gate.reshape(-1, C), chosen.reshape(-1, C) - first)
+            y_RD = experts_tiled(*(sharding.vary(a) for a in (*rows, *weights)))
+            y = sharding.psum(y_RD.astype(x.dtype).reshape(x.shape), "mlp")
+            return sharding.psum_scatter(y, "experts", dim=0)
+
+        tokens = ("batch", "length", None)
+        w_in, w_out = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
+        form = sharding.shard_map(local, (tokens, tokens, tokens, w_in, w_in, w_out), tokens)
+        weights = (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)
+        return form(x_BTD, gate_BTC, chosen_BTC, *(w[...].astype(x_BTD.dtype) for w in weights))
+
+
+def _stats(probs_BTE, chosen_BTC, real_BT) -> RouterStats:
+    real_BT = real_BT.astype(jnp.float32)
+    total = jnp.sum(real_BT)
+    experts = jnp.arange(probs_BTE.shape[-1])[None, None, None, :]
+    picks_BTE = jnp.sum(chosen_BTC[..., None] == experts, axis=2, dtype=jnp.float32)
+    load_E = jnp.sum(picks_BTE * real_BT[:, :, None], axis=(0, 1)) / chosen_BTC.shape[-1]
+    probability_E = jnp.sum(probs_BTE * real_BT[:, :, None], axis=(0, 1))
+    return RouterStats(load_E / total, probability_E / total)

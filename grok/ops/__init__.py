@@ -1,0 +1,1 @@
+"""Mathematics only: arrays in, arrays out, each fast form beside a plain reference."""

@@ -1,0 +1,189 @@
+"""Where arrays live: the mesh, the rules from logical to mesh axes, and the moves between them.
+
+The rest of the code names logical axes ("embed", "heads", ...); only this file knows that a mesh
+has the axes slice, data, expert and tensor. Meshes are of JAX's explicit kind: an array's type
+says how it is split, and an operation that would have to guess is an error while tracing.
+
+Without a mesh every function here leaves arrays as they are, so the same model code runs on one
+device. The ambient mesh is the one of `jax.set_mesh`, or the one the parameters live on.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from grok.config import MeshConfig, resolve_mesh
+
+MESH_AXES = ("slice", "data", "expert", "tensor")
+BATCH_AXES = ("slice", "data", "expert")
+
+Axes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """Mesh axes that each logical axis is split over.
+
+    `embed` of most weights is split ZeRO-3 fashion over every chip that sees other tokens;
+    expert weights have `experts` over the expert axis already and split `expert_embed` over data.
+    """
+
+    batch: tuple[str, ...] = BATCH_AXES
+    length: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ("tensor",)
+    embed: tuple[str, ...] = ("data", "expert")
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    head_dim: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ("expert",)
+    expert_embed: tuple[str, ...] = ("data",)
+    mlp: tuple[str, ...] = ("tensor",)
+    act_embed: tuple[str, ...] = ()
+
+
+RULES = AxisRules()
+
+
+def make_mesh(
+    data: int = -1,
+    expert: int = 1,
+    tensor: int = 1,
+    slice: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh over `devices` (default: all of them); one size may be -1, the rest of the devices.
+
+    Raises ConfigError when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices()) if devices is None else list(devices)
+    sizes = resolve_mesh(
+        MeshConfig(slice=slice, data=data, expert=expert, tensor=tensor), len(devices)
+    )
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    kinds = (AxisType.Explicit,) * len(MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes (None: not split).
+
+    Raises ValueError when two of them are split over the same mesh axis.
+    """
+    parts = [() if axis is None else getattr(RULES, axis) for axis in axes]
+    used = [mesh_axis for part in parts for mesh_axis in part]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {axes} are split twice over one of the mesh axes {used}")
+    return PartitionSpec(*(part or None for part in parts))
+
+
+def ambient_mesh():
+    """The abstract mesh in force, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+@contextlib.contextmanager
+def mesh_of(array: jax.Array):
+    """Makes the mesh that `array` lives on the ambient one, if there is none yet."""
+    mesh = jax.typeof(array).sharding.mesh
+    if ambient_mesh() is not None or mesh.empty:
+        yield
+    else:
+        with jax.sharding.use_abstract_mesh(mesh):
+            yield
+
+
+def size(axis: str) -> int:
+    """Number of parts that a logical axis is split into on the ambient mesh."""
+    mesh = ambient_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in getattr(RULES, axis))
+
+
+def kv_axis(num_kv_heads: int) -> str | None:
+    """Logical axis of kv heads: none (every device has them all) when they are too few to split."""
+    return None if num_kv_heads % size("kv_heads") else "kv_heads"
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` split as its logical axes say."""
+    return x if ambient_mesh() is None else jax.sharding.reshard(x, spec(*axes))
+
+
+def gather(w: jax.Array, *axes: str | None) -> jax.Array:
+    """A weight with its ZeRO-3 axis collected, as its users need it: `embed` is whole.
+
+    Its gradient comes back as a sum still to be made over the chips that see other tokens, so
+    the transposed move is one reduce-scatter.
+    """
+    mesh = ambient_mesh()
+    if mesh is None:
+        return w
+    whole = tuple(None if axis in ("embed", "expert_embed") else axis for axis in axes)
+    return jax.sharding.reshard(w, spec(*whole).update(reduced=frozenset(BATCH_AXES)))
+
+
+def einsum(subscripts: str, *operands: jax.Array, axes: Axes, **options) -> jax.Array:
+    """`jnp.einsum` whose result is split as `axes` says; sums over split axes are made whole."""
+    if ambient_mesh() is not None:
+        options["out_sharding"] = spec(*axes)
+    return jnp.einsum(subscripts, *operands, **options)
+
+
+def shard_map(
+    f: Callable, in_axes: Sequence[Axes], out_axes: Axes | Sequence[Axes], check_vma: bool = True
+) -> Callable:
+    """`f` run by each device on its own part; plain `f` when there is no mesh."""
+    if ambient_mesh() is None:
+        return f
+    nested = bool(out_axes) and isinstance(out_axes[0], tuple)
+    return jax.shard_map(
+        f,
+        in_specs=tuple(spec(*axes) for axes in in_axes),
+        out_specs=tuple(spec(*axes) for axes in out_axes) if nested else spec(*out_axes),
+        check_vma=check_vma,
+    )
+
+
+# Collectives, for use inside `shard_map`: over the mesh axes of one logical axis.
+
+
+def _mesh_axes(axis: str) -> tuple[str, ...]:
+    return () if ambient_mesh() is None else getattr(RULES, axis)
+
+
+def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """The parts of `x` along `axis` of all devices, joined on dimension `dim`."""
+    names = _mesh_axes(axis)
+    return jax.lax.all_gather(x, names, axis=dim, tiled=True) if names else x
+
+
+def psum(x: jax.Array, axis: str) -> jax.Array:
+    """The sum of `x` over the devices along `axis`."""
+    names = _mesh_axes(axis)
+    return jax.lax.psum(x, names) if names else x
+
+
+def psum_scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """The sum of `x` over the devices along `axis`, each keeping its part of dimension `dim`."""
+    names = _mesh_axes(axis)
+    return jax.lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True) if names else x
+
+
+def index(axis: str) -> jax.Array | int:
+    """Which part of `axis` this device has."""
+    names = _mesh_axes(axis)
+    return jax.lax.axis_index(names) if names else 0
+
+
+def vary(x: jax.Array) -> jax.Array:
+    """`x` typed as possibly different on every device, so that its gradient is summed over all."""
+    mesh = ambient_mesh()
+    manual = () if mesh is None else mesh.manual_axes
+    same = tuple(name for name in manual if name not in jax.typeof(x).mat.varying)
+    return jax.lax.pcast(x, same, to="varying") if same else x
