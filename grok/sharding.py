@@ -105,6 +105,18 @@ def size(axis: str) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in getattr(RULES, axis))
 
 
+def abstract(make: Callable, mesh: Mesh):
+    """Shapes, types and placements on `mesh` of what `make()` would return."""
+
+    def placed(leaf):
+        # An array that was never placed, such as a scalar, is whole on every device.
+        parts = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, parts))
+
+    with jax.set_mesh(mesh):
+        return jax.tree.map(placed, jax.eval_shape(make))
+
+
 def kv_axis(num_kv_heads: int) -> str | None:
     """Logical axis of kv heads: none (every device has them all) when they are too few to split."""
     return None if num_kv_heads % size("kv_heads") else "kv_heads"

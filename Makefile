@@ -1,0 +1,69 @@
+# Everything a contributor runs. Each target makes the environment first, where it is out of date.
+
+UV_VERSION := 0.13.9
+
+# A uv that runs (a pyenv shim may not), else one of our own in .uv/.
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
+OWN_UV := $(filter .uv/bin/uv,$(UV))
+STAMP := .venv/.stamp
+
+export UV_PYTHON_DOWNLOADS := never
+export UV_SYSTEM_CERTS := 1
+
+# Prints the path of a Python that is new enough, or one sentence and failure.
+FIND_PYTHON = \
+	for python in python3.12 python3.13 python3.14 python3 \
+	    "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3; do \
+	  "$$python" -c 'import sys, ensurepip; sys.version_info < (3, 12) and sys.exit(1); print(sys.executable)' \
+	    2>/dev/null && exit 0; \
+	done; \
+	echo 'make: no Python 3.12 or newer with the venv module was found; install one, for example' \
+	  'with "pyenv install 3.12" or your system packages python3.12 and python3.12-venv.' >&2; \
+	exit 1
+
+.DEFAULT_GOAL := help
+.PHONY: env lock quickstart test lint format prove clean help
+
+env: $(STAMP)  ## make or update .venv from requirements.lock
+
+$(STAMP): requirements.lock pyproject.toml .python-version | $(OWN_UV)
+	@test -x .venv/bin/python || \
+	  { python=$$($(FIND_PYTHON)) && $(UV) venv --quiet --clear --python "$$python" .venv; }
+	$(UV) pip sync --quiet --python .venv/bin/python --require-hashes requirements.lock
+	$(UV) pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.uv/bin/uv:
+	@python=$$($(FIND_PYTHON)) && "$$python" -m venv .uv
+	.uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+lock: | $(OWN_UV)  ## resolve pyproject.toml again into requirements.lock (all platforms, with hashes)
+	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-emit-index-url \
+	  --python-version 3.12 --custom-compile-command "make lock" \
+	  pyproject.toml --group dev --output-file requirements.lock
+
+quickstart: env  ## train and sample a tiny model on this machine's CPU
+	.venv/bin/grok quickstart
+
+lint: env  ## check format, style and types
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+
+test: lint  ## lint, then run the tests on eight simulated devices
+	.venv/bin/pytest
+
+prove: env  ## run the full-size proofs: compile the real model for TPUs, without a TPU
+	.venv/bin/pytest -m prove -n 0 -s
+
+format: env  ## format the code and apply safe fixes
+	.venv/bin/ruff format
+	.venv/bin/ruff check --fix
+
+clean:  ## remove the environment, caches and builds
+	rm -rf .venv .uv .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | \
+	  while IFS='|' read -r target text; do printf '%-18s%s\n' "$$target" "$$text"; done

@@ -1,0 +1,214 @@
+"""The objects that a `ckpt-0` file may hold, as symbols: what may be named, built and completed.
+
+`release_pickle` reads the opcodes; this file says which objects they may make. Nothing here
+imports or calls what a file names. The states of arrays and dtypes are those of NumPy's
+`ndarray.__reduce__` and `dtype.__reduce__`; the quantised class is the release's own.
+"""
+
+import dataclasses
+import enum
+import math
+
+import ml_dtypes
+import numpy as np
+
+MAX_DIMENSIONS = 3
+
+
+class MalformedError(Exception):
+    """What is wrong with a file; becomes a CheckpointError that also names the file and place."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecord:
+    """An array in a file: `nbytes` bytes from `offset` on, little-endian, in C order."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedRecord:
+    """int8 `weight` (..., rows, columns) with bfloat16 `scales` (..., groups, columns).
+
+    `groups` divides `rows`, and each group of scales serves rows/groups consecutive rows.
+    """
+
+    weight: ArrayRecord
+    scales: ArrayRecord
+
+
+Record = ArrayRecord | QuantizedRecord
+
+
+class Global(enum.Enum):
+    """The globals that a file may name."""
+
+    RECONSTRUCT = enum.auto()
+    NDARRAY = enum.auto()
+    DTYPE = enum.auto()
+    BFLOAT16 = enum.auto()
+    QUANTIZED = enum.auto()
+
+
+GLOBALS = {
+    ("numpy.core.multiarray", "_reconstruct"): Global.RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): Global.RECONSTRUCT,  # its name since NumPy 2
+    ("numpy", "ndarray"): Global.NDARRAY,
+    ("numpy", "dtype"): Global.DTYPE,
+    ("ml_dtypes", "bfloat16"): Global.BFLOAT16,
+    ("__main__", "QuantizedWeight8bit"): Global.QUANTIZED,
+}
+FLOAT32, INT8, BFLOAT16 = np.dtype("<f4"), np.dtype("i1"), np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class FileBytes:
+    """A bytes object left in the file; `tag` has its content if that is a single byte."""
+
+    offset: int
+    nbytes: int
+    tag: bytes
+
+
+@dataclasses.dataclass(eq=False)
+class Dtype:
+    """A dtype that REDUCE made; one BUILD makes it ready."""
+
+    dtype: np.dtype
+    ready: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class Array:
+    """An array that REDUCE made; one BUILD gives its record."""
+
+    record: ArrayRecord | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Quantized:
+    """A QuantizedWeight8bit that NEWOBJ made; one BUILD gives its record."""
+
+    record: QuantizedRecord | None = None
+
+
+def find_global(module: object, name: object) -> Global:
+    """The symbol of STACK_GLOBAL."""
+    if not (isinstance(module, str) and isinstance(name, str)):
+        raise MalformedError("names a global by something other than text")
+    found = GLOBALS.get((module, name))
+    if found is None:
+        raise MalformedError(
+            f"names the global {f'{module}.{name}'!r}; only NumPy arrays of float32, int8 and "
+            "bfloat16, and QuantizedWeight8bit, belong in a release"
+        )
+    return found
+
+
+def construct(opcode: str, function: object, arguments: object) -> Dtype | Array | Quantized:
+    """The incomplete object of REDUCE or NEWOBJ."""
+    match opcode, function, arguments:
+        case "REDUCE", Global.RECONSTRUCT, (Global.NDARRAY, (0,), FileBytes(tag=b"b")):
+            return Array()
+        case "REDUCE", Global.DTYPE, ("f4", False, True):
+            return Dtype(FLOAT32)
+        case "REDUCE", Global.DTYPE, ("i1", False, True):
+            return Dtype(INT8)
+        case "REDUCE", Global.DTYPE, (Global.BFLOAT16, False, True):
+            return Dtype(BFLOAT16)
+        case "REDUCE", Global.DTYPE, (str() as code, *_):
+            raise MalformedError(
+                f"has an array of dtype {code!r}; float32, int8 or bfloat16 is right"
+            )
+        case "NEWOBJ", Global.QUANTIZED, ():
+            return Quantized()
+    raise MalformedError(f"calls by {opcode} what no array and no QuantizedWeight8bit needs")
+
+
+def set_items(target: object, items: list[object]) -> None:
+    """SETITEMS: put the arrays `weight` and `scales` into a dict."""
+    if not isinstance(target, dict) or len(items) % 2:
+        raise MalformedError("sets items of something other than a dict")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if key not in ("weight", "scales") or key in target:
+            raise MalformedError(
+                "the state of QuantizedWeight8bit has other keys than weight, scales"
+            )
+        if not (isinstance(value, Array) and value.record):
+            raise MalformedError(f"{key} of QuantizedWeight8bit is not an array")
+        target[key] = value.record
+
+
+def build(target: object, state: object) -> None:
+    """BUILD: complete `target` with `state`."""
+    match target, state:
+        case Dtype(ready=False), tuple():
+            _check_dtype_state(target.dtype, state)
+            target.ready = True
+        case (
+            Array(record=None),
+            (1, tuple() as shape, Dtype(ready=True) as kind, bool() as fortran, FileBytes() as at),
+        ):
+            if fortran:
+                raise MalformedError("has an array in Fortran order; the release's are in C order")
+            target.record = _array_record(shape, kind.dtype, at)
+        case Quantized(record=None), {"weight": weight, "scales": scales}:
+            target.record = _quantized_record(weight, scales)
+        case _:
+            raise MalformedError(
+                "completes an object by a state that is not NumPy's or the release's"
+            )
+
+
+def _check_dtype_state(dtype: np.dtype, state: tuple[object, ...]) -> None:
+    match state:
+        case (3, ">", *_):
+            raise MalformedError(
+                f"has a big-endian array of {dtype}; the release's are little-endian"
+            )
+        case (3, "<", None, None, None, -1, -1, 0) if dtype == FLOAT32:
+            return
+        case (3, "|", None, None, None, -1, -1, 0) if dtype == INT8:
+            return
+        # The last number is flags of NumPy's C code for the type, which differ by version.
+        case (3, "<", None, None, None, 2, 2, int()) if dtype == BFLOAT16:
+            return
+    raise MalformedError(
+        f"has a dtype {dtype} with fields or a layout of its own; it should be plain"
+    )
+
+
+def _array_record(shape: tuple[object, ...], dtype: np.dtype, at: FileBytes) -> ArrayRecord:
+    dims = tuple(dim for dim in shape if type(dim) is int and dim > 0)
+    if len(dims) != len(shape) or not 1 <= len(dims) <= MAX_DIMENSIONS:
+        raise MalformedError(
+            f"has an array whose shape is not 1 to {MAX_DIMENSIONS} positive dimensions"
+        )
+    needed = math.prod(dims) * dtype.itemsize
+    if needed != at.nbytes:
+        raise MalformedError(
+            f"shape {dims} of {dtype} takes {needed} bytes, and {at.nbytes} are there"
+        )
+    return ArrayRecord(dims, dtype, at.offset, at.nbytes)
+
+
+def _quantized_record(weight: ArrayRecord, scales: ArrayRecord) -> QuantizedRecord:
+    if weight.dtype != INT8 or scales.dtype != BFLOAT16:
+        raise MalformedError(
+            f"has {weight.dtype} weight and {scales.dtype} scales; int8 and bfloat16 are right"
+        )
+    fits = (
+        len(weight.shape) == len(scales.shape) >= 2
+        and weight.shape[:-2] == scales.shape[:-2]
+        and weight.shape[-2] % scales.shape[-2] == 0
+        and weight.shape[-1] == scales.shape[-1]
+    )
+    if not fits:
+        raise MalformedError(
+            f"has scales {scales.shape} for a weight {weight.shape}; only the last dimension but "
+            "one may differ, and has to divide the weight's"
+        )
+    return QuantizedRecord(weight, scales)

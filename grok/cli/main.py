@@ -1,0 +1,36 @@
+"""`grok`: the group of commands, and how errors leave it.
+
+Command modules import what is heavy inside their function bodies, so that help is instant.
+"""
+
+from typing import Any
+
+import click
+
+from grok import __version__
+from grok.cli.config import config
+from grok.errors import GrokError
+
+
+class _Group(click.Group):
+    """A group that ends with a sentence, not a stack trace, where the user can mend the error."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GrokError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)  # 128 + SIGINT, as shells count it
+
+
+@click.group(cls=_Group, name="grok", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="grok")
+def main() -> None:
+    """Grok-1 on TPUs: training and inference."""
+
+
+for command in (config,):
+    main.add_command(command)

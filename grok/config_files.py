@@ -1,0 +1,271 @@
+"""YAML files and dotted overrides -> a checked `RunConfig`, and a `RunConfig` -> plain data.
+
+The files that a file `extends` go underneath, overrides on top, and pydantic checks the result.
+Every refusal is a `ConfigError`, one sentence: where, which key, what is wrong, what would work.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from grok.config import RunConfig
+from grok.errors import ConfigError
+from grok.yaml_data import Places, parse
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked config of a YAML file or bare preset name, under overrides like `train.steps=50`.
+
+    Raises ConfigError, one sentence for a person, when anything in it cannot work.
+    """
+    file = _find(str(path), Path())
+    data, places = _read_file(file, ())
+    for override in overrides:
+        data = _merge(data, _read_override(override, places))
+    return _check(data, places, str(file))
+
+
+def from_dict(data: Mapping[str, Any], source: str = "stored config") -> RunConfig:
+    """The checked config in plain data, inverse of `to_dict`; `source` names it in errors."""
+    return _check(data, {}, source)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The whole config as plain data that JSON can hold."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+class Setting(typing.NamedTuple):
+    """What is known of a key: its type, its one-line meaning, and its default, None without one."""
+
+    kind: Any
+    meaning: str
+    default: Any
+
+
+@functools.cache
+def schema() -> dict[str, Setting]:
+    """Every dotted key that a config may have, sections included, in order."""
+
+    def settings(section: type, prefix: str) -> Iterator[tuple[str, Setting]]:
+        hints = typing.get_type_hints(section, include_extras=True)
+        for field in dataclasses.fields(section):
+            kind, *notes = typing.get_args(hints[field.name])
+            texts = [note.description for note in notes if isinstance(note, FieldInfo)]
+            default = None if field.default is dataclasses.MISSING else field.default
+            yield prefix + field.name, Setting(kind, next(filter(None, texts)), default)
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                yield from settings(kind, f"{prefix}{field.name}.")
+
+    return dict(settings(RunConfig, ""))
+
+
+def describe(config: RunConfig) -> list[tuple[str, Any, str]]:
+    """Every setting of the config, in order: its dotted key, its value, its one-line meaning."""
+    return [
+        (key, functools.reduce(getattr, key.split("."), config), setting.meaning)
+        for key, setting in schema().items()
+        if not dataclasses.is_dataclass(setting.kind)
+    ]
+
+
+def configs_folder() -> Path:
+    """The folder of the presets: inside the installed package, or beside it in the repository."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def _find(name: str, beside: Path) -> Path:
+    """The file `name`, relative to `beside`, or else the preset called `name`."""
+    file = beside / name
+    if file.is_file():
+        return file
+    presets = {preset.stem: preset for preset in sorted(configs_folder().glob("*.yaml"))}
+    if name in presets:
+        return presets[name]
+    raise ConfigError(f"there is no config file {file}; the presets are {', '.join(presets)}.")
+
+
+def _read_file(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], Places]:
+    """A file's data on top of what it extends; `above` are the files that extend this one."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read as UTF-8 text: {error}.") from None
+    places: Places = {}
+    data = parse(text, lambda line: f"{file}:{line}", places)
+    if not isinstance(data, dict | None):
+        raise ConfigError(f"{file}:1: a config must be a mapping, such as `train: {{steps: 50}}`.")
+    # A section is empty, not null, when all its lines are commented out.
+    data = {
+        name: {} if value is None and _keys_of(name) else value
+        for name, value in (data or {}).items()
+    }
+    if "extends" not in data:
+        return data, places
+    place, base = places[("extends",)], data.pop("extends")
+    if not isinstance(base, str):
+        raise ConfigError(f"{place}: extends must name one file or preset, such as grok-1.")
+    try:
+        base_file = _find(base, file.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+    above = (*above, file.resolve())
+    if base_file.resolve() in above:
+        raise ConfigError(f"{place}: extends {base} leads back to itself; drop one `extends`.")
+    base_data, base_places = _read_file(base_file, above)
+    return _merge(base_data, data), base_places | places
+
+
+def _read_override(override: str, places: Places) -> dict[str, Any]:
+    """`train.steps=50` as nested data."""
+    dotted, equals, text = override.partition("=")
+    key = tuple(dotted.strip().split("."))
+    if not equals or not all(key):
+        raise ConfigError(
+            f"override `{override}` is not of the form section.key=value, such as train.steps=50."
+        )
+    place = f"override `{override}`"
+    places.update({key[:depth]: place for depth in range(1, len(key))})
+    data = parse(text, lambda _: place, places, key)
+    for name in reversed(key):
+        data = {name: data}
+    return data
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `top` set; mappings are merged, anything else is replaced."""
+    merged = dict(base)
+    for name, value in top.items():
+        under = merged.get(name)
+        if isinstance(value, dict) and isinstance(under, dict):
+            value = _merge(under, value)
+        merged[name] = value
+    return merged
+
+
+def _check(data: Mapping[str, Any], places: Places, source: str) -> RunConfig:
+    """Plain data as a RunConfig; of several errors, the one to mend first is raised."""
+    try:
+        return TypeAdapter(RunConfig).validate_json(json.dumps(data), strict=True)
+    except TypeError as error:
+        raise ConfigError(f"{source} is not plain data: {error}.") from None
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+    # A misspelt key is both unknown and missing; a rule is broken only by what is well formed.
+    order = ("unexpected_keyword_argument", "", "missing", "value_error")
+    first = min(errors, key=lambda e: order.index(e["type"] if e["type"] in order else ""))
+    loc = tuple(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        absent = [".".join(map(str, e["loc"])) for e in errors if e["type"] == "missing"]
+        raise ConfigError(
+            f"{source}: {', '.join(absent)} must be set, or taken from a preset as in "
+            "`extends: grok-1`."
+        )
+    if first["type"] == "value_error":
+        sentence = str(first["ctx"]["error"])
+        raise ConfigError(f"{_blame(sentence, places, source)}: {sentence}")
+    problem = _unknown(".".join(loc)) if first["type"] == order[0] else _wrong(first)
+    raise ConfigError(f"{places.get(loc, source)}: {problem}")
+
+
+def _blame(sentence: str, places: Places, source: str) -> str:
+    """Where the keys that a sentence names were set: an override first, then the file itself."""
+    named = (tuple(word.split(".")) for word in re.findall(r"[a-z_0-9.]+", sentence))
+    found = [places[key] for key in named if key in places]
+    order = ("override", f"{source}:", "")
+    return min(found, key=lambda p: [p.startswith(o) for o in order].index(True), default=source)
+
+
+def _unknown(key: str) -> str:
+    """A sentence on a key that does not exist: the nearest that does, or the section's keys."""
+    if key == "extends":
+        return "extends is a key of config files alone."
+    section, _, name = key.rpartition(".")
+    siblings = _keys_of(section) + ([] if section else ["extends"])
+    near = difflib.get_close_matches(name, siblings, 1)
+    if near:
+        found = [f"{section}.{near[0]}" if section else near[0]]
+    else:
+        last = {known: known.rpartition(".")[2] for known in schema()}
+        near = difflib.get_close_matches(name, last.values(), 1, cutoff=0.8)
+        found = [known for known in schema() if last[known] in near]
+    if key in found:
+        section, _, name = found[0].rpartition(".")
+        return f"in a file, {key} is written as {name} inside {section}."
+    if found:
+        return f"there is no key {key}; did you mean {' or '.join(found)}?"
+    return f"there is no key {key}; {section or 'the top level'} has {', '.join(siblings)}."
+
+
+_WANTED = {  # pydantic's kind of error -> what it wanted, in words
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "tuple_type": "a list, such as [a.txt, b.txt]",
+    "dataclass_type": "a mapping of keys",
+    "literal_error": "{expected}",
+    "finite_number": "a finite number",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than_equal": "at most {le:g}",
+}
+
+
+def _wrong(error: Mapping[str, Any]) -> str:
+    """A sentence on a value of the wrong type or size: what was wanted, given, and could be."""
+    loc, kind, value = error["loc"], error["type"], error["input"]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)[1:]
+    if kind not in _WANTED:
+        return f"{key or 'a config'} cannot be read: {error['msg']}."
+    wanted = _WANTED[kind].format(**error.get("ctx", {}))
+    given = json.dumps(value, ensure_ascii=False)
+    given = given if len(given) <= 60 else f"{given[:60]}..."
+    sentence = f"{key or 'a config'} must be {wanted}, not {given}"
+    if kind == "dataclass_type":
+        return f"{sentence}; its keys are {', '.join(_keys_of(key))}."
+    meant = _meant(kind, value, wanted)
+    if meant is not None:
+        return f"{sentence}; did you mean {json.dumps(meant, ensure_ascii=False)}?"
+    default = schema()[key].default if key in schema() else None
+    return sentence + ("." if default is None else f"; the default is {json.dumps(default)}.")
+
+
+def _meant(kind: str, value: Any, wanted: str) -> Any:
+    """The value of the right type that the given one looks like; None if like none."""
+    if kind == "tuple_type" and isinstance(value, str):
+        return [value]
+    if kind == "string_type" and isinstance(value, int | float):
+        return json.dumps(value)
+    if kind == "literal_error" and isinstance(value, str):
+        return next(iter(difflib.get_close_matches(value, re.findall(r"'(.+?)'", wanted), 1)), None)
+    if kind in ("int_type", "float_type") and isinstance(value, str | float):
+        try:
+            number = float(value)
+        except ValueError:
+            return None
+        if number.is_integer():
+            return int(number)
+        return number if kind == "float_type" and math.isfinite(number) else None
+    return None
+
+
+def _keys_of(section: str) -> list[str]:
+    """Names of the keys directly in a section; of the top level, for an empty name."""
+    prefix = f"{section}." if section else ""
+    return [
+        key.removeprefix(prefix)
+        for key in schema()
+        if key.startswith(prefix) and "." not in key.removeprefix(prefix)
+    ]

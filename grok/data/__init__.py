@@ -1,0 +1,1 @@
+"""From text files to batches: tokenizer, token streams, rows, global arrays."""

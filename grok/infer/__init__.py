@@ -1,0 +1,1 @@
+"""Inference: sampling, and the engine that turns prompts into tokens."""

@@ -1,0 +1,96 @@
+"""What simple models make of the same held-out text, in bits per UTF-8 byte.
+
+A language model that has learned anything beyond word frequencies and word pairs must be below
+these. They are given their best: tuned smoothing, and the same tokens and the same text as the
+model. Every token is predicted, the eos of each document included, and nothing is tuned on the
+held-out text.
+
+V vocabulary, S tokens of a stream.
+"""
+
+import gzip
+
+import numpy as np
+
+from grok.data.text import TokenStream, bits_per_byte
+
+# Share of the training tokens, at their end, on which smoothing constants are chosen.
+TUNING_SHARE = 0.1
+ADDED_COUNTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+DISCOUNTS = tuple(np.arange(0.05, 1.0, 0.05))
+
+
+def unigram_bits_per_byte(train: TokenStream, heldout: TokenStream, vocab_size: int) -> float:
+    """Bits per byte of `heldout` under token frequencies of `train`, smoothed by added counts."""
+    fit_S, tune_S = _split(train.tokens_S)
+    losses = [_unigram_nats(fit_S, tune_S, vocab_size, added) for added in ADDED_COUNTS]
+    added = ADDED_COUNTS[int(np.argmin(losses))]
+    nats = _unigram_nats(train.tokens_S, heldout.tokens_S, vocab_size, added)
+    return bits_per_byte(nats, heldout.num_bytes)
+
+
+def bigram_bits_per_byte(train: TokenStream, heldout: TokenStream, vocab_size: int) -> float:
+    """Bits per byte of `heldout` under pairs of tokens in `train`: interpolated Kneser-Ney.
+
+    Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1998),
+    section 2.7, with one discount; the lower order is interpolated with the uniform distribution.
+    """
+    fit_S, tune_S = _split(train.tokens_S)
+    eos_id = train.eos_id
+    losses = [_bigram_nats(fit_S, tune_S, vocab_size, eos_id, d) for d in DISCOUNTS]
+    discount = DISCOUNTS[int(np.argmin(losses))]
+    nats = _bigram_nats(train.tokens_S, heldout.tokens_S, vocab_size, eos_id, discount)
+    return bits_per_byte(nats, heldout.num_bytes)
+
+
+def gzip_bits_per_byte(text: bytes) -> float:
+    """Bits per byte of `text` alone under `gzip -9`, header included."""
+    return 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text)
+
+
+def _split(tokens_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens to count, and the last tenth, to choose a constant on."""
+    cut = len(tokens_S) - max(1, int(TUNING_SHARE * len(tokens_S)))
+    return tokens_S[:cut], tokens_S[cut:]
+
+
+def _unigram_nats(
+    train_S: np.ndarray, heldout_S: np.ndarray, vocab_size: int, added: float
+) -> float:
+    """Summed loss where every token counts `added` more often than it was seen."""
+    counts_V = np.bincount(train_S, minlength=vocab_size) + added
+    return float(-np.log(counts_V[heldout_S] / counts_V.sum()).sum())
+
+
+def _bigram_nats(
+    train_S: np.ndarray, heldout_S: np.ndarray, vocab_size: int, eos_id: int, discount: float
+) -> float:
+    """Summed loss under interpolated Kneser-Ney; both streams are led by an eos.
+
+    P(w|v) = max(c(vw) - d, 0) / c(v) + d * N(v.) / c(v) * P(w), where N(v.) is the number of
+    different tokens after v, and P(w) comes from N(.w), discounted alike over 1/V.
+    """
+    pairs, pair_counts = np.unique(_pairs(train_S, vocab_size, eos_id), return_counts=True)
+    before, after = np.divmod(pairs, vocab_size)
+    count_V = np.bincount(before, weights=pair_counts, minlength=vocab_size)
+    kinds_after_V = np.bincount(before, minlength=vocab_size)
+    kinds_before_V = np.bincount(after, minlength=vocab_size)
+
+    uniform = discount * np.count_nonzero(kinds_before_V) / len(pairs) / vocab_size
+    lower_V = np.maximum(kinds_before_V - discount, 0) / len(pairs) + uniform
+
+    wanted = _pairs(heldout_S, vocab_size, eos_id)
+    place = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
+    seen_S = np.where(pairs[place] == wanted, pair_counts[place], 0)
+    v_S, w_S = np.divmod(wanted, vocab_size)
+    context_S = np.maximum(count_V[v_S], 1)
+    # After a token that training never had, the lower order is all there is.
+    back_off_S = np.where(count_V[v_S] > 0, discount * kinds_after_V[v_S] / context_S, 1)
+    p_S = np.maximum(seen_S - discount, 0) / context_S + back_off_S * lower_V[w_S]
+    return float(-np.log(p_S).sum())
+
+
+def _pairs(tokens_S: np.ndarray, vocab_size: int, eos_id: int) -> np.ndarray:
+    """Each token with the one before it, as one number: v * V + w."""
+    before_S = np.concatenate([[eos_id], tokens_S[:-1]]).astype(np.int64)
+    return before_S * vocab_size + tokens_S

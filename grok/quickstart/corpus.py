@@ -1,0 +1,74 @@
+"""A corpus that every Python has: the language reference, as `help()` shows it.
+
+The text comes from the standard library's `pydoc_data.topics`, so it needs no network; its size,
+and with it every number measured on it, depends on the Python version.
+"""
+
+import hashlib
+import pydoc_data.topics
+from collections.abc import Mapping
+from pathlib import Path
+
+HELDOUT_SHARE = 0.1
+# Shorter paragraphs ("Changed in version 3.8: ...") are shared by chance, not because one topic
+# includes another.
+MIN_SHARED_CHARACTERS = 60
+
+
+def write_corpus(folder: str | Path) -> tuple[Path, Path]:
+    """Write `train.txt` and `heldout.txt` (UTF-8) into `folder`; their paths, in that order."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    heldout = heldout_topics(pydoc_data.topics.topics)
+    paths = folder / "train.txt", folder / "heldout.txt"
+    for path, wanted in zip(paths, (False, True), strict=True):
+        texts = [
+            text.strip("\n")
+            for topic, text in sorted(pydoc_data.topics.topics.items())
+            if (topic in heldout) == wanted
+        ]
+        path.write_bytes(("\n\n".join(texts) + "\n").encode())
+    return paths
+
+
+def heldout_topics(topics: Mapping[str, str]) -> set[str]:
+    """The topics to hold out: at most a tenth of the bytes, chosen by hash of their names.
+
+    Many topics repeat parts of others word for word. Topics that share a paragraph stay on one
+    side, so that nothing of the held-out text can be learned by heart.
+    """
+    sizes = {topic: len(text.encode()) for topic, text in topics.items()}
+    room = HELDOUT_SHARE * sum(sizes.values())
+    heldout: set[str] = set()
+    for group in sorted(_groups(topics), key=_hash):
+        size = sum(sizes[topic] for topic in group)
+        if size <= room:
+            heldout.update(group)
+            room -= size
+    return heldout
+
+
+def _groups(topics: Mapping[str, str]) -> list[list[str]]:
+    """Topics, put together where they share a paragraph, directly or through others."""
+    groups: list[tuple[set[str], set[str]]] = []
+    for topic in sorted(topics):
+        members, paragraphs = {topic}, _paragraphs(topics[topic])
+        apart = []
+        for other_members, other_paragraphs in groups:
+            if paragraphs & other_paragraphs:
+                members |= other_members
+                paragraphs |= other_paragraphs
+            else:
+                apart.append((other_members, other_paragraphs))
+        groups = [*apart, (members, paragraphs)]
+    return [sorted(members) for members, _ in groups]
+
+
+def _paragraphs(text: str) -> set[str]:
+    """Longer paragraphs, with white space evened out (included text may be indented)."""
+    paragraphs = {" ".join(paragraph.split()) for paragraph in text.split("\n\n")}
+    return {p for p in paragraphs if len(p) >= MIN_SHARED_CHARACTERS}
+
+
+def _hash(group: list[str]) -> bytes:
+    return hashlib.sha256(group[0].encode()).digest()

@@ -1,0 +1,63 @@
+"""`grok config`: what it prints is the whole config, and a config file itself."""
+
+import pytest
+from click.testing import CliRunner
+
+from grok.cli.main import main
+from grok.config_files import describe, load_config
+
+
+def grok_config(*args, **kwargs):
+    return CliRunner().invoke(main, ["config", *args], **kwargs)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.steps=500", "optimizer.peak_lr=1e-4"],
+        ["folder=runs/é # x", 'data.train=["a b.txt", "c: d", "#e"]', "data.tokenizer=''"],
+        ["folder='no'", "data.train=['true', 'null', '1e5', '~', '-', \"tab\\t\"]"],
+        ["folder='null'", "data.tokenizer='1.5'"],
+        ["folder='True'", f"data.tokenizer={'x' * 100}"],
+    ],
+)
+def test_the_output_is_a_config_that_says_the_same(overrides, tmp_path):
+    result = grok_config("grok-10m", *overrides)
+    assert result.exit_code == 0
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(result.stdout, encoding="utf-8")
+    assert load_config(saved) == load_config("grok-10m", overrides)
+
+
+def test_every_setting_is_printed_with_its_meaning():
+    lines = grok_config("grok-10m").stdout.splitlines()
+    for key, _, meaning in describe(load_config("grok-10m")):
+        name = key.rpartition(".")[2]
+        assert any(line.lstrip().startswith(f"{name}: ") and meaning in line for line in lines)
+
+
+def test_comments_are_aligned():
+    lines = grok_config("grok-10m").stdout.splitlines()[:-1]
+    assert len({line.index("#") for line in lines}) == 1
+
+
+def test_the_last_line_counts_parameters():
+    last = grok_config("grok-1").stdout.splitlines()[-1]
+    assert last == "# 315,684,820,992 parameters, 83,756,587,008 active per token"
+
+
+def test_colour_on_a_terminal_only(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b" not in grok_config("grok-10m").stdout
+    assert "\x1b[" in grok_config("grok-10m", color=True).stdout
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in grok_config("grok-10m", color=True).stdout
+
+
+def test_a_wrong_config_exits_with_2_and_one_sentence():
+    result = grok_config("grok-10m", "train.stpes=50")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        "error: override `train.stpes=50`: there is no key train.stpes; did you mean train.steps?\n"
+    )

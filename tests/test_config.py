@@ -1,0 +1,450 @@
+"""Configs: what loads, what is refused and in which words, presets, and meshes that fit."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from grok.config import (
+    MESH_AXES,
+    DataConfig,
+    GrokConfig,
+    MeshConfig,
+    RunConfig,
+    check_fits,
+    check_model_fits,
+    resolve_mesh,
+)
+from grok.config_files import (
+    configs_folder,
+    describe,
+    from_dict,
+    load_config,
+    schema,
+    to_dict,
+)
+from grok.errors import ConfigError
+
+# Removing or renaming a key breaks the files that users have: change this list on purpose only.
+KEYS = """
+model model.vocab_size model.num_layers model.embed_dim model.mlp_dim model.num_heads
+model.num_kv_heads model.head_dim model.num_experts model.num_selected_experts
+model.context_length model.embedding_multiplier model.output_multiplier
+model.attn_output_multiplier model.attn_logit_softcap model.rope_theta model.param_dtype
+model.compute_dtype model.remat
+folder
+mesh mesh.slice mesh.data mesh.expert mesh.tensor mesh.simulated_devices
+data data.train data.validation data.tokenizer data.sequence_length data.batch_size data.seed
+optimizer optimizer.peak_lr optimizer.final_lr_share optimizer.warmup_steps optimizer.beta1
+optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm
+train train.steps train.seed train.z_loss train.router_balance_loss train.log_every
+train.eval_every
+checkpoint checkpoint.every checkpoint.keep
+""".split()
+
+LADDER = ["grok-10m", "grok-100m", "grok-1b", "grok-8b", "grok-33b"]
+MODEL = {"vocab_size": 96, "num_layers": 2, "embed_dim": 64, "mlp_dim": 176}
+MODEL |= {"num_heads": 8, "num_kv_heads": 4, "head_dim": 8, "context_length": 1024}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a file into the current folder, which is empty at first."""
+    monkeypatch.chdir(tmp_path)
+    return lambda name, text: Path(name).write_text(text, encoding="utf-8")
+
+
+def refusal(path, *overrides):
+    """The sentence that loading is refused with."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert sentence[-1] in ".?"
+    assert caught.value.exit_code == 2
+    return sentence
+
+
+# ---- what loads
+
+
+def test_the_keys_are_these():
+    assert list(schema()) == KEYS
+
+
+def test_every_key_has_a_meaning_of_one_line():
+    for key, setting in schema().items():
+        assert setting.meaning, key
+        assert "\n" not in setting.meaning, key
+
+
+def test_describe_gives_every_setting_with_value_and_meaning():
+    rows = describe(load_config("grok-10m", ["train.steps=500"]))
+    sections = {"model", "mesh", "data", "optimizer", "train", "checkpoint"}
+    assert [key for key, _, _ in rows] == [key for key in KEYS if key not in sections]
+    assert ("train.steps", 500, "optimizer steps of the whole run") in rows
+
+
+def test_overrides_beat_the_file_and_the_file_beats_what_it_extends(write):
+    write("base.yaml", "extends: grok-10m\ntrain: {steps: 300, log_every: 3}\nfolder: runs/base")
+    write("run.yaml", "extends: base.yaml\ntrain:\n  steps: 400\n  seed: 4\n")
+    run = load_config("run.yaml", ["train.seed=5", "train.seed=6", "optimizer={peak_lr: 1e-4}"])
+    assert (run.train.steps, run.train.log_every, run.train.seed) == (400, 3, 6)
+    assert (run.folder, run.optimizer.peak_lr, run.optimizer.beta1) == ("runs/base", 1e-4, 0.9)
+    assert run.model == load_config("grok-10m").model
+
+
+def test_extends_is_relative_to_the_file_that_says_it(write):
+    Path("deep").mkdir()
+    write("base.yaml", "extends: grok-10m\nfolder: here")
+    write("deep/run.yaml", "extends: ../base.yaml")
+    assert load_config("deep/run.yaml").folder == "here"
+
+
+def test_a_replaced_list_is_not_merged(write):
+    write("run.yaml", "extends: grok-10m\ndata: {train: [a.txt, b.txt]}")
+    assert load_config("run.yaml").data.train == ("a.txt", "b.txt")
+    assert load_config("run.yaml", ["data.train=[c.txt]"]).data.train == ("c.txt",)
+
+
+def test_yaml_1_2(write):
+    write("run.yaml", "extends: grok-10m\noptimizer: {peak_lr: 1e-4, clip_norm: 2}\nfolder: no\n")
+    run = load_config("run.yaml")
+    assert (run.optimizer.peak_lr, run.optimizer.clip_norm, run.folder) == (1e-4, 2.0, "no")
+    assert load_config("run.yaml", ["folder=2024-01-31"]).folder == "2024-01-31"
+    assert load_config("run.yaml", ["train.steps=0200"]).train.steps == 200
+
+
+def test_a_section_may_have_all_its_lines_commented_out(write):
+    write("run.yaml", "extends: grok-10m\ntrain:\n#  steps: 5\n")
+    assert load_config("run.yaml").train == load_config("grok-10m").train
+
+
+def test_a_file_called_like_a_preset_is_taken_first(write):
+    write("grok-1", "extends: grok-10m")
+    assert load_config("grok-1").model.num_layers == 4
+
+
+def test_plain_data_round_trip():
+    run = load_config("grok-10m", ["data.train=[a.txt]", "mesh.tensor=2"])
+    data = to_dict(run)
+    assert data["data"]["train"] == ["a.txt"]
+    assert from_dict(data) == run
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "train:\n  stpes: 5",
+            "run.yaml:3: there is no key train.stpes; did you mean train.steps?",
+        ),
+        ("steps: 5", "run.yaml:2: there is no key steps; did you mean train.steps?"),
+        ("seed: 5", "there is no key seed; did you mean data.seed or train.seed?"),
+        ("model: {peak_lr: 5}", "no key model.peak_lr; did you mean optimizer.peak_lr?"),
+        ("train.steps: 5", "run.yaml:2: in a file, train.steps is written as steps inside train."),
+        ("checkpoint: {path: 5}", "no key checkpoint.path; checkpoint has every, keep."),
+        ("model: {peaklr: 5}", "no key model.peaklr; did you mean optimizer.peak_lr?"),
+        ("colour: red", "no key colour; the top level has model, folder, mesh,"),
+        ("train:\n  steps: ten", 'run.yaml:3: train.steps must be a whole number, not "ten"'),
+        ("train:\n  steps: ten", "the default is 1000."),
+        ('train: {steps: "50"}', 'a whole number, not "50"; did you mean 50?'),
+        ("train: {steps: 5e2}", "a whole number, not 500.0; did you mean 500?"),
+        ("train: {steps: true}", "train.steps must be a whole number, not true"),
+        ("train: {steps: 0}", "run.yaml:2: train.steps must be more than 0, not 0"),
+        ("train: {steps: {a: 1}}", 'train.steps must be a whole number, not {"a": 1}'),
+        ("train: 5", "train must be a mapping of keys, not 5; its keys are steps, seed,"),
+        (
+            "optimizer: {peak_lr: fast}",
+            'peak_lr must be a number, not "fast"; the default is 0.0003.',
+        ),
+        ('optimizer: {peak_lr: "1e-4"}', 'must be a number, not "1e-4"; did you mean 0.0001?'),
+        ("optimizer: {peak_lr: .inf}", "optimizer.peak_lr must be a finite number, not Infinity"),
+        ("optimizer: {beta1: 1.5}", "optimizer.beta1 must be at most 1, not 1.5"),
+        ("optimizer: {beta1: .nan}", "optimizer.beta1 must be at most 1, not NaN"),
+        ("optimizer: {beta1: -1}", "optimizer.beta1 must be at least 0, not -1"),
+        ("folder: 12", 'run.yaml:2: folder must be text, not 12; did you mean "12"?'),
+        ("data: {train: a.txt}", 'data.train must be a list, such as [a.txt, b.txt], not "a.txt"'),
+        ("data:\n  train:\n  - a\n  - 3", "run.yaml:5: data.train[1] must be text, not 3"),
+        (
+            "model: {remat: ful}",
+            "must be 'none', 'dots' or 'full', not \"ful\"; did you mean \"full\"?",
+        ),
+        ("model:\n  num_kv_heads: 5", "run.yaml:3: model.num_kv_heads=5 does not divide"),
+        ("model:\n  num_kv_heads: 5", "model.num_kv_heads=4 would work."),
+        ("model: {head_dim: 7}", "model.head_dim=7 is odd"),
+        ("model: {num_experts: 1}", "model.num_selected_experts=1 would work."),
+        ("data: {sequence_length: 4096}", "data.sequence_length=1024 would work."),
+        ("train: {steps: 50}", "run.yaml:2: optimizer.warmup_steps=100 leaves nothing of"),
+        ("train: {seed: 1}\ntrain: {seed: 2}", "run.yaml:3: train is set a second time"),
+        ("train:\n  seed: 1\n  seed: 2", "run.yaml:4: train.seed is set a second time, after"),
+        ("folder: &a x", "run.yaml:2: the anchor &a is not allowed"),
+        ("folder: !!python/name:os.system x", "the tag python/name:os.system is not allowed"),
+        ("folder: !mine x", "the tag !mine is not allowed"),
+        ("? [a, b]\n: 3", "run.yaml:2: a key must be a name"),
+        ("folder: [a\ntrain: 5", "run.yaml:3: not valid YAML"),
+        ("folder: *x", "run.yaml:2: not valid YAML: found undefined alias 'x'."),
+        ("folder: \x07", "run.yaml:1: not valid YAML"),
+        ("folder: " + "[" * 1000, "nested too deeply"),
+        ("folder: " + "[" * 210 + "]" * 210, "a config cannot be read: "),
+        ("folder: " + "9" * 5000, "cannot be read"),
+    ],
+)
+def test_refused_with_place_key_and_remedy(write, text, sentence):
+    write("run.yaml", "extends: grok-10m\n" + text)
+    assert sentence in refusal("run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.steps", "override `train.steps` is not of the form section.key=value"),
+        ("=5", "override `=5` is not of the form section.key=value, such as train.steps=50."),
+        (".steps=5", "is not of the form"),
+        ("train.steps=[", "override `train.steps=[`: not valid YAML"),
+        ("train.stpes=5", "override `train.stpes=5`: there is no key train.stpes; did you mean"),
+        ("train.steps=", "train.steps must be a whole number, not null; the default is 1000."),
+        ("train.steps.more=5", "override `train.steps.more=5`: train.steps must be a whole number"),
+        ("train=5", "override `train=5`: train must be a mapping of keys"),
+        ("extends=grok-1", "extends is a key of config files alone."),
+        ("model.num_kv_heads=5", "override `model.num_kv_heads=5`: model.num_kv_heads=5 does not"),
+    ],
+)
+def test_refused_override(override, sentence):
+    assert sentence in refusal("grok-10m", override)
+
+
+def test_what_is_missing_and_from_which_file(write):
+    write("run.yaml", "model: {vocab_size: 8, num_layers: 2, num_heads: 4}")
+    assert refusal("run.yaml") == (
+        "run.yaml: model.embed_dim, model.mlp_dim, model.num_kv_heads, model.head_dim must be set, "
+        "or taken from a preset as in `extends: grok-1`."
+    )
+    write("empty.yaml", "")
+    assert "empty.yaml: model must be set" in refusal("empty.yaml")
+    write("list.yaml", "[1]")
+    assert "list.yaml:1: a config must be a mapping" in refusal("list.yaml")
+
+
+def test_a_misspelt_required_key_is_called_misspelt_not_missing(write):
+    write("run.yaml", "model: {vocab_sise: 8}")
+    assert "did you mean model.vocab_size?" in refusal("run.yaml")
+
+
+def test_a_missing_file_names_the_presets(write):
+    sentence = refusal("nope.yaml")
+    assert "there is no config file nope.yaml" in sentence
+    assert "grok-1, grok-100m" in sentence
+    write("run.yaml", "folder: x\nextends: nope")
+    assert "run.yaml:2: there is no config file nope; the presets are" in refusal("run.yaml")
+    write("run.yaml", "extends: [a, b]")
+    assert "run.yaml:1: extends must name one file or preset" in refusal("run.yaml")
+
+
+def test_a_folder_or_a_binary_file_is_no_config(write, tmp_path):
+    assert "there is no config file" in refusal(tmp_path)
+    Path("run.yaml").write_bytes(b"a: \xff")
+    assert "run.yaml cannot be read as UTF-8 text" in refusal("run.yaml")
+
+
+def test_a_cycle_of_extends(write):
+    write("a.yaml", "extends: b.yaml")
+    write("b.yaml", "folder: x\nextends: a.yaml")
+    assert "b.yaml:2: extends a.yaml leads back to itself" in refusal("a.yaml")
+
+
+def test_an_error_in_an_extended_file_names_that_file(write):
+    write("base.yaml", "extends: grok-10m\ntrain:\n  steps: ten")
+    write("run.yaml", "extends: base.yaml")
+    assert refusal("run.yaml").startswith("base.yaml:3: train.steps")
+    assert load_config("run.yaml", ["train.steps=500"]).train.steps == 500
+
+
+def test_a_broken_rule_points_at_the_users_own_setting_not_at_the_preset():
+    assert refusal("grok-1", "mesh.tensor=7", "mesh.simulated_devices=7").startswith(
+        "override `mesh.tensor=7`: model.num_heads=48 cannot be split over mesh.tensor=7; mesh "
+    )
+
+
+def test_stored_data_is_checked_likewise():
+    data = to_dict(load_config("grok-10m"))
+    data["train"]["stpes"] = 5
+    with pytest.raises(ConfigError, match=r"^ckpt/7: there is no key train.stpes; did you mean"):
+        from_dict(data, source="ckpt/7")
+    with pytest.raises(ConfigError, match="stored config is not plain data"):
+        from_dict({"model": object()})
+
+
+# ---- presets
+
+
+@pytest.mark.parametrize("name", [*LADDER, "grok-1"])
+def test_a_preset_loads_and_its_head_comment_counts_right(name):
+    model = load_config(name).model
+    head = (configs_folder() / f"{name}.yaml").read_text().split("\nmodel:")[0]
+    counts = re.search(r"^# ([\d,]+) parameters, ([\d,]+) active per token\.$", head, re.M)
+    assert [int(count.replace(",", "")) for count in counts.groups()] == [
+        model.num_parameters(),
+        model.num_active_parameters(),
+    ]
+    assert all(line.startswith("#") for line in head.strip().splitlines())
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_the_ladder_is_named_by_its_parameters_and_splits_eight_ways(name):
+    model = load_config(name).model
+    size = int(name[5:-1]) * {"m": 10**6, "b": 10**9}[name[-1]]
+    assert abs(model.num_parameters() / size - 1) < 0.1
+    assert (model.num_experts, model.num_selected_experts) == (8, 2)
+    assert model.mlp_dim == -(-(8 * model.embed_dim * 2 // 3) // 8) * 8  # the release's rule
+    for tensor in (1, 2, 4, 8):
+        for expert in (1, 2, 4, 8):
+            check_model_fits(model, {"slice": 1, "data": 1, "expert": expert, "tensor": tensor})
+
+
+def test_grok_1_is_the_release():
+    model = load_config("grok-1").model
+    assert model.num_parameters() == 315_684_820_992
+    assert model.num_active_parameters() == 83_756_587_008
+    assert model == GrokConfig(
+        vocab_size=131072,
+        num_layers=64,
+        embed_dim=6144,
+        mlp_dim=32768,
+        num_heads=48,
+        num_kv_heads=8,
+        head_dim=128,
+        num_experts=8,
+        num_selected_experts=2,
+        context_length=8192,
+        embedding_multiplier=78.38367176906169,
+        output_multiplier=0.5773502691896257,
+        attn_output_multiplier=0.08838834764831845,
+        attn_logit_softcap=30.0,
+        rope_theta=10000.0,
+    )
+
+
+def test_multipliers_follow_from_the_widths():
+    model = GrokConfig(**MODEL)
+    assert model.embedding_multiplier == 8.0
+    assert model.attn_output_multiplier == pytest.approx(8**-0.5)
+
+
+# ---- meshes
+
+
+def proposed(sentence):
+    """Sizes of the mesh that a refusal says would work."""
+    found = re.search(
+        r"mesh slice=(\d+) x data=(\d+) x expert=(\d+) x tensor=(\d+) would work\.$", sentence
+    )
+    return dict(zip(MESH_AXES, map(int, found.groups()), strict=True))
+
+
+def test_a_mesh_takes_the_devices_that_remain():
+    assert resolve_mesh(MeshConfig(tensor=4), 8) == {
+        "slice": 1,
+        "data": 2,
+        "expert": 1,
+        "tensor": 4,
+    }
+
+
+def test_a_mesh_that_does_not_multiply_to_the_devices():
+    with pytest.raises(ConfigError) as caught:
+        resolve_mesh(MeshConfig(data=1, expert=8, tensor=2), 8)
+    assert str(caught.value).startswith(
+        "mesh slice=1 x data=1 x expert=8 x tensor=2 needs 16 devices, and there are 8; "
+    )
+    with pytest.raises(ConfigError, match="needs a multiple of 3 devices, and there are 8"):
+        resolve_mesh(MeshConfig(tensor=3), 8)
+
+
+def test_sizes_that_are_none():
+    with pytest.raises(ConfigError, match=r"mesh.tensor=0 is no number .* mesh.tensor=1 would"):
+        resolve_mesh(MeshConfig(tensor=0), 8)
+    with pytest.raises(ConfigError, match=r"mesh.data and mesh.tensor are both -1"):
+        resolve_mesh(MeshConfig(tensor=-1), 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "sentence"),
+    [
+        ({}, (1, 1, 3, 1), "model.num_experts=8 cannot be split over mesh.expert=3"),
+        ({}, (1, 1, 1, 16), "model.num_heads=8 cannot be split over mesh.tensor=16"),
+        ({"mlp_dim": 100}, (1, 1, 1, 8), "model.mlp_dim=100 cannot be split over mesh.tensor=8"),
+        (
+            {"vocab_size": 97},
+            (1, 1, 1, 2),
+            "model.vocab_size=97 cannot be split over mesh.tensor=2",
+        ),
+        ({}, (1, 3, 2, 1), "model.embed_dim=64 cannot be split over mesh.data*mesh.expert=6"),
+        (
+            {"num_heads": 12, "mlp_dim": 96},
+            (1, 1, 1, 6),
+            "model.num_kv_heads=4 can be neither split nor repeated over mesh.tensor=6",
+        ),
+    ],
+)
+def test_a_mesh_that_the_model_does_not_fit(changes, sizes, sentence):
+    model = GrokConfig(**MODEL | changes)
+    with pytest.raises(ConfigError) as caught:
+        check_model_fits(model, dict(zip(MESH_AXES, sizes, strict=True)))
+    assert str(caught.value).startswith(sentence + "; mesh slice=")
+
+
+def test_a_batch_that_cannot_be_split():
+    run = RunConfig(model=GrokConfig(**MODEL), data=DataConfig(batch_size=12))
+    with pytest.raises(ConfigError, match=r"data.batch_size=12 .* data.batch_size=16 would work"):
+        check_fits(run, 8)
+
+
+def test_simulated_devices_are_checked_when_the_config_is_loaded():
+    sentence = refusal("grok-10m", "mesh.simulated_devices=8", "mesh.expert=3")
+    assert "override `mesh" in sentence
+    assert "there are 8" in sentence
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_heads": 48, "num_kv_heads": 8}, {"vocab_size": 97, "mlp_dim": 100}]
+)
+def test_what_a_refusal_proposes_really_fits(changes):
+    model = GrokConfig(**MODEL | changes)
+    refused = 0
+    for devices in (1, 2, 3, 4, 6, 7, 8, 12, 16, 24, 30, 64, 256):
+        for slices, data, expert, tensor in (
+            *((1, -1, e, t) for e in (1, 2, 3, 8, 16) for t in (1, 2, 5, 6, 7, 8, 16, 48)),
+            *((2, d, 1, t) for d in (1, 4, 64) for t in (1, 4, 12, -1)),
+            *((-1, 3, e, 1) for e in (1, 2, 7)),
+        ):
+            mesh = MeshConfig(slice=slices, data=data, expert=expert, tensor=tensor)
+            run = RunConfig(model=model, mesh=mesh, data=DataConfig(batch_size=11))
+            sentence = ""
+            try:
+                check_fits(run, devices)
+            except ConfigError as error:
+                sentence = str(error)
+            if "; mesh " in sentence:
+                sizes = proposed(sentence)
+                refused += 1
+            else:
+                sizes = resolve_mesh(mesh, devices)
+            assert math.prod(sizes.values()) == devices
+            check_model_fits(model, sizes)
+            rows = sizes["slice"] * sizes["data"] * sizes["expert"]
+            batch = re.search(r"data.batch_size=(\d+) would work", sentence)
+            if batch:
+                assert int(batch[1]) % rows == 0
+                assert int(batch[1]) >= 11
+    assert refused > 100
+
+
+def test_a_proposal_keeps_what_it_can_of_the_wish():
+    with pytest.raises(ConfigError) as caught:
+        resolve_mesh(MeshConfig(slice=2, data=1, expert=2, tensor=4), 32)
+    assert proposed(str(caught.value)) == {"slice": 2, "data": 2, "expert": 2, "tensor": 4}
