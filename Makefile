@@ -2,8 +2,8 @@
 
 UV_VERSION := 0.13.9
 
-# A uv that runs (a pyenv shim may not), else one of our own in .uv/.
-UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
+# A uv that runs (a pyenv shim may not) and is recent enough, else one of our own in .uv/.
+UV := $(shell uv pip compile --help 2>/dev/null | grep -q -e --group && echo uv || echo .uv/bin/uv)
 OWN_UV := $(filter .uv/bin/uv,$(UV))
 STAMP := .venv/.stamp
 
@@ -28,7 +28,7 @@ env: $(STAMP)  ## make or update .venv from requirements.lock
 
 $(STAMP): requirements.lock pyproject.toml .python-version | $(OWN_UV)
 	@test -x .venv/bin/python || \
-	  { python=$$($(FIND_PYTHON)) && $(UV) venv --quiet --clear --python "$$python" .venv; }
+	  { python=$$($(FIND_PYTHON)) && rm -rf .venv && $(UV) venv --quiet --python "$$python" .venv; }
 	$(UV) pip sync --quiet --python .venv/bin/python --require-hashes requirements.lock
 	$(UV) pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -4,6 +4,10 @@ The command line prints the sentence alone and leaves with the class's exit code
 that escapes is a bug and keeps its stack trace.
 """
 
+# Exit codes of a run that ended as it should.
+DONE = 0
+SAVED = 75  # asked to stop, everything saved, the same command goes on (EX_TEMPFAIL)
+
 
 class GrokError(Exception):
     """An error whose message is complete for a user; `exit_code` is what the command returns."""

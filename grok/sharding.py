@@ -12,14 +12,14 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from grok.config import MeshConfig, resolve_mesh
+from grok.config import MESH_AXES, MeshConfig, resolve_mesh
 
-MESH_AXES = ("slice", "data", "expert", "tensor")
 BATCH_AXES = ("slice", "data", "expert")
 
 Axes = tuple[str | None, ...]
@@ -147,19 +147,19 @@ def einsum(subscripts: str, *operands: jax.Array, axes: Axes, **options) -> jax.
     return jnp.einsum(subscripts, *operands, **options)
 
 
-def shard_map(
-    f: Callable, in_axes: Sequence[Axes], out_axes: Axes | Sequence[Axes], check_vma: bool = True
-) -> Callable:
-    """`f` run by each device on its own part; plain `f` when there is no mesh."""
+def shard_map(f: Callable, in_axes: Sequence[Axes], out_axes: Axes | tuple[Axes, ...]) -> Callable:
+    """`f` run by each device on its own part; plain `f` when there is no mesh.
+
+    `in_axes` holds the logical axes of each argument, `out_axes` those of the result or results.
+    """
     if ambient_mesh() is None:
         return f
-    nested = bool(out_axes) and isinstance(out_axes[0], tuple)
-    return jax.shard_map(
-        f,
-        in_specs=tuple(spec(*axes) for axes in in_axes),
-        out_specs=tuple(spec(*axes) for axes in out_axes) if nested else spec(*out_axes),
-        check_vma=check_vma,
-    )
+
+    def specs(axes: Any) -> Any:
+        several = bool(axes) and isinstance(axes[0], tuple)
+        return tuple(spec(*each) for each in axes) if several else spec(*axes)
+
+    return jax.shard_map(f, in_specs=specs(tuple(in_axes)), out_specs=specs(out_axes))
 
 
 # Collectives, for use inside `shard_map`: over the mesh axes of one logical axis.

@@ -8,3 +8,56 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from pathlib import Path
+
+import pytest
+
+from grok.config import (
+    CheckpointConfig,
+    DataConfig,
+    GrokConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from grok.data.tokenizer import train_tokenizer
+
+TEXT = "".join(
+    f"The number {i} comes after {i - 1}, and {i * i} is its square.\n" for i in range(400)
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run that takes seconds, on a 2x2x2 mesh; tests give it a folder of its own."""
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    (folder / "train.txt").write_text(TEXT[:-2000])
+    (folder / "held_out.txt").write_text(TEXT[-2000:])
+    train_tokenizer([folder / "train.txt"], folder / "tokenizer.model", 320)
+    return RunConfig(
+        model=GrokConfig(
+            vocab_size=320,
+            num_layers=2,
+            embed_dim=32,
+            mlp_dim=64,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            context_length=128,
+            compute_dtype="float32",
+        ),
+        folder=str(folder / "run"),
+        mesh=MeshConfig(data=2, expert=2, tensor=2, simulated_devices=8),
+        data=DataConfig(
+            train=(str(folder / "train.txt"),),
+            validation=(str(folder / "held_out.txt"),),
+            tokenizer=str(folder / "tokenizer.model"),
+            sequence_length=32,
+            batch_size=8,
+        ),
+        optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=2),
+        train=TrainConfig(steps=20, router_balance_loss=0.01, log_every=1),
+        checkpoint=CheckpointConfig(every=10, keep=3),
+    )

@@ -15,16 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What each layer may import of grok, itself always included. The longest name that fits a module
 # is its layer, so `plan.chips` (plain facts) lies lower than the rest of `plan`.
-BASE = ("errors", "config", "config_files")
+BASE = ("errors", "config", "config_files", "config_text")
 MODEL = (*BASE, "sharding", "ops", "model")
 RUNS = (*MODEL, "plan.chips", "data", "checkpoint")
-ALL = (*RUNS, "train", "infer", "plan", "quickstart")
+RUNNERS = (*RUNS, "devices", "train", "infer", "plan")
 ALLOWED = {
     "__init__": (),
     "errors": (),
     "config": ("errors",),
     "yaml_data": ("errors",),
     "config_files": ("errors", "config", "yaml_data"),
+    "config_text": ("config", "config_files"),
+    "devices": (),
     "sharding": BASE,
     "ops": (*BASE, "sharding"),
     "model": (*BASE, "sharding", "ops"),
@@ -34,8 +36,8 @@ ALLOWED = {
     "train": RUNS,
     "infer": RUNS,
     "plan": (*RUNS, "train", "infer"),
-    "quickstart": (*RUNS, "train", "infer", "plan"),
-    "cli": ALL,
+    "quickstart": RUNNERS,
+    "cli": (*RUNNERS, "quickstart"),
     "__main__": ("cli",),
 }
 

@@ -116,7 +116,9 @@ def _from_names(tree, nested: dict):
 
 
 def _names(path) -> list[str]:
-    names = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path]
+    names = [
+        str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path
+    ]
     # Flax keeps a parameter's array under `value`; the parameter's own name is enough.
     return names[:-1] if names[-1:] == ["value"] else names
 
@@ -125,7 +127,7 @@ def _flat(nested, prefix="") -> dict:
     """Leaves of nested dictionaries by their path, `a/b/c`."""
     if not isinstance(nested, dict):
         return {prefix: nested}
-    leaves = {}
+    leaves: dict = {}
     for name, part in nested.items():
         leaves |= _flat(part, f"{prefix}/{name}" if prefix else name)
     return leaves

@@ -9,6 +9,9 @@ import click
 
 from grok import __version__
 from grok.cli.config import config
+from grok.cli.quickstart import quickstart
+from grok.cli.sample import sample
+from grok.cli.train import train
 from grok.errors import GrokError
 
 
@@ -21,6 +24,9 @@ class _Group(click.Group):
         except GrokError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(130)  # 128 + SIGINT, as shells count it
@@ -32,5 +38,5 @@ def main() -> None:
     """Grok-1 on TPUs: training and inference."""
 
 
-for command in (config,):
+for command in (quickstart, config, train, sample):
     main.add_command(command)

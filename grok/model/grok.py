@@ -74,7 +74,7 @@ class Grok(nnx.Module):
         return _logits(self, tokens_BT, segment_ids, positions)
 
     def hidden(self, tokens_BT, segment_ids=None, positions=None) -> tuple[jax.Array, RouterStats]:
-        """x_BTD after the final norm, in the compute type, and router statistics by layer (L, E)."""
+        """x_BTD after the final norm, in the compute type, and router statistics of L layers."""
         with sharding.mesh_of(self.embed.table_VD[...]):
             tokens_BT, segment_BT, positions_BT = _inputs(tokens_BT, segment_ids, positions)
 

@@ -141,9 +141,7 @@ def _backward(saved, dy_RD):
             )
 
         carry = (*carry, [_zeros(w.shape) for w in local])
-        dx_RD, dgate, dlocal = _for_each_tile(
-            one_tile, carry, order, start_E[e], count_E[e], tile
-        )
+        dx_RD, dgate, dlocal = _for_each_tile(one_tile, carry, order, start_E[e], count_E[e], tile)
         return (dx_RD, dgate), [d.astype(w.dtype) for d, w in zip(dlocal, local, strict=True)]
 
     carry = (_zeros(x_RD.shape), _zeros((R * C,)))

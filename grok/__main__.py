@@ -1,0 +1,5 @@
+"""`python -m grok` is `grok`."""
+
+from grok.cli.main import main
+
+main()

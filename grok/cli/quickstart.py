@@ -1,0 +1,21 @@
+"""`grok quickstart`."""
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("runs/quickstart"),
+    show_default=True,
+    help="Where everything goes.",
+)
+def quickstart(folder: Path) -> None:
+    """Train, stop, resume and sample a small Grok on this machine's CPU, in minutes."""
+    from grok.quickstart.run import run
+
+    sys.exit(run(folder))

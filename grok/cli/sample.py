@@ -1,0 +1,62 @@
+"""`grok sample`."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    required=True,
+    help="Text to continue; may be given several times.",
+)
+@click.option(
+    "--max-tokens",
+    default=128,
+    show_default=True,
+    type=click.IntRange(1),
+    help="New tokens at most.",
+)
+@click.option(
+    "--temperature",
+    default=0.7,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="0 takes the likeliest token.",
+)
+@click.option(
+    "--top-p",
+    default=0.95,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Share of probability that the nucleus keeps.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the draws.")
+def sample(checkpoint, overrides, prompts, max_tokens, temperature, top_p, seed) -> None:
+    """Continue text with the newest checkpoint in CHECKPOINT, the folder of a run.
+
+    One device is used unless KEY=VALUE says otherwise, as in mesh.tensor=4.
+    """
+    from grok.config_files import load_config
+    from grok.infer.load import ONE_DEVICE, config_file
+
+    alone = (*ONE_DEVICE, "mesh.simulated_devices=0")
+    config = load_config(config_file(checkpoint), (*alone, *overrides))
+
+    from grok.devices import prepare
+
+    prepare(config.mesh.simulated_devices)
+
+    from grok.infer.engine import Engine, SamplingOptions
+    from grok.infer.load import load_run, make_run_mesh
+    from grok.infer.stream import stream
+
+    mesh = make_run_mesh(config)
+    model, tokenizer = load_run(checkpoint, config, mesh)
+    options = SamplingOptions(max_tokens, temperature, top_p, seed)
+    stream(Engine(model, mesh), tokenizer, prompts, options, click.echo)

@@ -1,0 +1,111 @@
+"""The golden sets: what xAI's code and a float64 oracle compute from the same small weights.
+
+`tests/golden/NAME` holds a release (`ckpt-0`) and arrays: `exact.npz` from the oracle, in which
+nothing is rounded, and two runs of the released code, `golden.npz` compiled and
+`golden_eager.npz` op by op. `golden.json` says what each array is.
+
+Letters: L layers, B rows, T tokens, D embed, E experts, V vocab.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grok import sharding
+from grok.checkpoint.release import read_release
+from grok.config import GrokConfig
+from grok.model.grok import Grok
+from grok.model.weights import from_arrays
+
+FOLDER = Path(__file__).parents[1] / "golden"
+NAMES = ("pub_a", "pub_b")
+CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_layers",
+    "embed_dim": "emb_size",
+    "mlp_dim": "ffn_size",
+    "num_heads": "num_q_heads",
+    "num_kv_heads": "num_kv_heads",
+    "head_dim": "key_size",
+    "num_experts": "num_experts",
+    "num_selected_experts": "num_selected_experts",
+    "context_length": "sequence_len",
+    "embedding_multiplier": "embedding_multiplier_scale",
+    "output_multiplier": "output_multiplier_scale",
+    "attn_output_multiplier": "attn_output_multiplier",
+    "attn_logit_softcap": "max_attn_value",
+    "rope_theta": "rope_base",
+}
+
+# Largest error over largest value, for float32 against exact. A sum of n products rounds by about
+# sqrt(n) * 2^-24, and n is at most 512 here: 1.4e-6. Each next layer adds its own and passes the
+# earlier ones through a norm, which leaves their relative size as it is.
+TOLERANCE = {
+    "attention_exact": 1e-5,
+    "moe_exact": 1e-5,
+    "hidden_exact": 1e-5,
+    "router_probs_exact": 1e-5,
+    "logits_exact": 1e-5,
+    "quirk_logits_exact": 1e-5,
+}
+
+
+@functools.cache
+def arrays(name: str, file: str = "golden") -> dict[str, np.ndarray]:
+    with np.load(FOLDER / name / f"{file}.npz") as stored:
+        return dict(stored)
+
+
+def config(name: str, compute_dtype: str) -> GrokConfig:
+    theirs = json.loads((FOLDER / name / "golden.json").read_text())["config"]
+    keys = {ours: theirs[key] for ours, key in CONFIG_KEYS.items()}
+    return GrokConfig(**keys, compute_dtype=compute_dtype)
+
+
+@functools.cache
+def model(name: str, compute_dtype: str, on_mesh: bool) -> Grok:
+    """The set's model, on one device or on data=2 x expert=2 x tensor=2."""
+    c = config(name, compute_dtype)
+    mesh = sharding.make_mesh(data=2, expert=2, tensor=2) if on_mesh else None
+    return from_arrays(c, read_release(FOLDER / name / "ckpt-0", c), mesh)
+
+
+def trace(model: Grok, tokens_BT, segment_BT) -> dict[str, jax.Array]:
+    """What each layer computes, stacked, under the names of `exact.npz`; jit it afresh to use it.
+
+    `hidden_exact` comes out of the block itself; the others are its parts, called on its input.
+    """
+    with sharding.mesh_of(model.embed.table_VD[...]):
+        tokens_BT = sharding.shard(jnp.asarray(tokens_BT), "batch", "length")
+        segment_BT = sharding.shard(jnp.asarray(segment_BT), "batch", "length")
+        positions_BT = jnp.zeros_like(tokens_BT) + jnp.arange(tokens_BT.shape[1])[None, :]
+
+        def block(x_BTD, layer):
+            a_BTD = layer.attention(layer.pre_attn_norm(x_BTD), segment_BT, positions_BT)
+            h_BTD = layer.pre_moe_norm(x_BTD + layer.post_attn_norm(a_BTD))
+            x_BTD, _ = layer(x_BTD, segment_BT, positions_BT)
+            return x_BTD, {
+                "attention_exact": a_BTD,
+                "moe_exact": layer.moe(h_BTD, segment_BT > 0)[0],
+                "router_probs_exact": layer.moe.route(h_BTD),
+                "hidden_exact": x_BTD,
+            }
+
+        x_BTD, parts = jax.lax.scan(block, model._embed(tokens_BT), model.layers)
+        return parts | {"logits_exact": model.unembed(model.final_norm(x_BTD))}
+
+
+def relative_error(ours, exact, valid) -> float:
+    """Largest difference over largest value, where `valid` (the axes before the last)."""
+    ours, exact = np.asarray(ours, np.float64)[valid], exact.astype(np.float64)[valid]
+    return float(np.abs(ours - exact).max() / np.abs(exact).max())
+
+
+def rms(ours, theirs) -> float:
+    """Root mean square of the difference."""
+    difference = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
+    return float(np.sqrt(np.mean(difference**2)))

@@ -1,0 +1,165 @@
+"""A run as its user sees it: files, resuming, stopping, refusals."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from grok import sharding
+from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
+from grok.config import MeshConfig, RunConfig, TrainConfig
+from grok.config_text import to_yaml
+from grok.errors import DONE, SAVED, CheckpointError, ConfigError, DataError
+from grok.train.loop import run
+from grok.train.metrics import MetricsFile, read_metrics
+from grok.train.optimizer import make_optimizer
+from grok.train.state import abstract_state
+
+
+def in_folder(config: RunConfig, folder: Path) -> RunConfig:
+    return dataclasses.replace(config, folder=str(folder))
+
+
+def saved_state(config: RunConfig, step: int) -> dict:
+    """Everything saved at `step`, by name, as NumPy arrays."""
+    mesh = sharding.make_mesh(data=2, expert=2, tensor=2)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    wanted = abstract_state(config, optimizer, mesh)
+    checkpoints = Checkpoints(Path(config.folder) / "checkpoints")
+    trees = {MODEL: wanted.model, OPTIMIZER: (wanted.step, wanted.opt_state)}
+    read = checkpoints.restore(step, trees)
+    checkpoints.close()
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(read)[0]
+    }
+
+
+def steps_of(config: RunConfig) -> dict[int, dict]:
+    """Lines of training steps, without what depends on the clock."""
+    lines = read_metrics(Path(config.folder) / "metrics.jsonl")
+    return {
+        line["step"]: {key: line[key] for key in line if key != "tokens_per_second"}
+        for line in lines
+        if "loss" in line
+    }
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
+    """Twenty steps without a stop, checkpoints at 10 and 20."""
+    config = in_folder(tiny_run, tmp_path_factory.mktemp("straight") / "run")
+    assert run(config) == DONE
+    return config
+
+
+def test_a_run_learns_and_leaves_what_it_promises(straight: RunConfig):
+    folder = Path(straight.folder)
+    lines = read_metrics(folder / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - 1
+    (validation,) = [line for line in lines if "validation_loss" in line]
+    assert validation["step"] == 20
+    assert 0 < validation["validation_bits_per_byte"] < 8
+    assert {"grad_norm", "learning_rate", "expert_load"} <= lines[0].keys()
+    assert sum(lines[0]["expert_load"]) == pytest.approx(1, abs=1e-5)
+    assert (folder / "config.yaml").read_text() == to_yaml(straight)
+    assert (folder / "tokenizer.model").read_bytes() == Path(straight.data.tokenizer).read_bytes()
+
+
+def test_resumed_from_the_middle_every_bit_is_the_same(straight: RunConfig, tmp_path):
+    resumed = in_folder(straight, tmp_path / "run")
+    shutil.copytree(straight.folder, resumed.folder)
+    # As after a crash in step 13: no later checkpoint, but lines that are about to be done again.
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines[:13]) + '{"step": 14, "lo')
+    assert run(resumed) == DONE
+    assert steps_of(resumed) == steps_of(straight)
+    once, again = saved_state(straight, 20), saved_state(resumed, 20)
+    assert once.keys() == again.keys()
+    for name in once:
+        np.testing.assert_array_equal(once[name], again[name], err_msg=name)
+
+
+def test_a_finished_run_started_again_trains_no_further(straight: RunConfig, tmp_path):
+    again = in_folder(straight, tmp_path / "run")
+    shutil.copytree(straight.folder, again.folder)
+    assert run(again) == DONE
+    assert steps_of(again) == steps_of(straight)
+
+
+def test_a_checkpoint_goes_on_another_mesh(straight: RunConfig, tmp_path):
+    other = dataclasses.replace(
+        in_folder(straight, tmp_path / "run"),
+        mesh=MeshConfig(data=8, simulated_devices=8),
+    )
+    shutil.copytree(straight.folder, other.folder)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
+    assert run(other) == DONE
+    ours, theirs = steps_of(other), steps_of(straight)
+    for step in range(11, 21):
+        # Sums over devices are made in another order; ten steps of AdamW spread the difference.
+        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-4)
+
+
+def test_another_model_is_refused_by_name(straight: RunConfig, tmp_path):
+    other = dataclasses.replace(
+        straight, model=dataclasses.replace(straight.model, rope_theta=500.0)
+    )
+    with pytest.raises(CheckpointError, match=r"model\.rope_theta=10000\.0 .* says 500\.0"):
+        run(other)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_a_run_saves_and_goes_on_later(tiny_run, straight, tmp_path, number):
+    config = dataclasses.replace(
+        in_folder(tiny_run, tmp_path / "run"),
+        checkpoint=dataclasses.replace(tiny_run.checkpoint, every=1000),
+    )
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "grok", "train", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 3 "):
+                process.send_signal(number)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == SAVED
+    assert "all saved" in rest
+    assert run(config) == DONE
+    assert steps_of(config) == steps_of(straight)
+
+
+def test_metrics_survive_a_line_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    file = MetricsFile(path, first_step=1)
+    file.write(2, loss=1.25)
+    file.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 1.25},
+    ]
+
+
+def test_what_is_missing_is_named(tiny_run: RunConfig, tmp_path):
+    config = in_folder(tiny_run, tmp_path / "run")
+    without = dataclasses.replace(config, data=dataclasses.replace(config.data, train=()))
+    with pytest.raises(DataError, match=r"data\.train names no files"):
+        run(without)
+    without = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=""))
+    with pytest.raises(DataError, match=r"data\.tokenizer names no"):
+        run(without)
+    mesh = MeshConfig(data=3, expert=1, tensor=1)
+    with pytest.raises(ConfigError, match=r"needs 3 devices, and there are 8"):
+        run(dataclasses.replace(config, mesh=mesh, train=TrainConfig(steps=20)))
