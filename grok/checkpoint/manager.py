@@ -59,7 +59,7 @@ class Checkpoints:
         items = {name: ocp.args.StandardRestore(tree) for name, tree in names.items()}
         stored = self._manager.item_metadata(step)
         for name, tree in names.items():
-            self._check(step, name, tree, stored[name])
+            self._check(step, name, tree, stored.get(name))
         read = self._read(step, ocp.args.Composite(**items))
         return {name: _from_names(tree, read[name]) for name, tree in trees.items()}
 

@@ -12,7 +12,7 @@ from flax import nnx
 from grok import sharding
 from grok.config import GrokConfig
 from grok.model.layers import normal
-from grok.ops.experts import experts_tiled
+from grok.ops.experts import experts_tiled, tile_rows
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +77,8 @@ class MoE(nnx.Module):
                 sharding.all_gather(w_down_EFD, "expert_embed", dim=2),
             )
             rows = (x.reshape(-1, x.shape[-1]), gate.reshape(-1, C), chosen.reshape(-1, C) - first)
-            y_RD = experts_tiled(*(sharding.vary(a) for a in (*rows, *weights)))
+            tile = tile_rows(rows[1].size, self.config.num_experts)
+            y_RD = experts_tiled(*(sharding.vary(a) for a in (*rows, *weights)), tile)
             y = sharding.psum(y_RD.astype(x.dtype).reshape(x.shape), "mlp")
             return sharding.psum_scatter(y, "experts", dim=0)
 

@@ -7,6 +7,8 @@ nothing dropped, its cost that of the chosen experts, and no buffer grows with t
 Letters: R rows (tokens), C chosen experts of a row, D embed, F mlp, E experts, M rows of a tile.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -22,10 +24,33 @@ def expert_mlp(
     x_RD: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array
 ) -> jax.Array:
     """One expert on rows: (gelu(x w_gate) * (x w_up)) w_down, summed in float32, y_RD float32."""
-    gate_RF = jnp.dot(x_RD, w_gate_DF, preferred_element_type=jnp.float32)
-    up_RF = jnp.dot(x_RD, w_up_DF, preferred_element_type=jnp.float32)
-    hidden_RF = (gelu(gate_RF) * up_RF).astype(x_RD.dtype)
-    return jnp.dot(hidden_RF, w_down_FD, preferred_element_type=jnp.float32)
+    hidden_RF = gelu(_dot(x_RD, w_gate_DF)) * _dot(x_RD, w_up_DF)
+    return _dot(hidden_RF.astype(x_RD.dtype), w_down_FD)
+
+
+def expert_mlp_gradients(x_RD, gate_R, dy_RD, w_gate_DF, w_up_DF, w_down_FD):
+    """Gradients of `gate * expert_mlp(x)` in float32: dx_RD, dgate_R, and those of the weights.
+
+    The hidden layer is computed again; the output is not, since <dy, h w_down> = <dy w_down^T, h>.
+    """
+    branch_RF, pull_gelu = jax.vjp(gelu, _dot(x_RD, w_gate_DF))
+    up_RF = _dot(x_RD, w_up_DF)
+    hidden_RF = branch_RF * up_RF
+    dhidden_RF = _dot(dy_RD.astype(x_RD.dtype), w_down_FD.T)
+    dgate_R = jnp.sum(dhidden_RF * hidden_RF, axis=-1)
+    dhidden_RF *= gate_R[:, None]
+    (dbranch_RF,) = pull_gelu(dhidden_RF * up_RF)
+    dbranch_RF = dbranch_RF.astype(x_RD.dtype)
+    dup_RF = (dhidden_RF * branch_RF).astype(x_RD.dtype)
+    dx_RD = _dot(dbranch_RF, w_gate_DF.T) + _dot(dup_RF, w_up_DF.T)
+    scaled_RF = (hidden_RF * gate_R[:, None]).astype(x_RD.dtype)
+    dw_down_FD = _dot(scaled_RF.T, dy_RD.astype(x_RD.dtype))
+    return dx_RD, dgate_R, (_dot(x_RD.T, dbranch_RF), _dot(x_RD.T, dup_RF), dw_down_FD)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b, summed in float32."""
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
 def experts_reference(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD):
@@ -37,7 +62,7 @@ def experts_reference(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD
     return jnp.einsum("rce,erd->rd", share_RCE, every_ERD)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def experts_tiled(
     x_RD: jax.Array,
     gate_RC: jax.Array,
@@ -45,19 +70,24 @@ def experts_tiled(
     w_gate_EDF: jax.Array,
     w_up_EDF: jax.Array,
     w_down_EFD: jax.Array,
+    tile: int,
 ) -> jax.Array:
     """Sum over each row's chosen experts of gate * expert(row), y_RD in float32.
 
     `chosen_RC` int32 holds experts in [0, E); a value outside is an expert that is not here and
     adds nothing. `gate_RC` is float32. Gradients flow to the rows, the gates and the weights.
+    `tile` rows are multiplied at a time; see `tile_rows`.
     """
-    return _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD)[0]
+    return _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile)[0]
 
 
-def _tile_rows(assignments: int, experts: int) -> int:
-    """Rows of a tile: about one expert's fair share, within what fills a core and wastes little."""
-    fair = -(-assignments // experts)
-    return min(512, max(8, -(-fair // 8) * 8))
+def tile_rows(assignments: int, num_experts: int) -> int:
+    """Rows of a tile for this many row-expert pairs over all experts, here or elsewhere.
+
+    An expert's last tile is half empty on average, so a tile is half an expert's fair share.
+    """
+    half = assignments // (2 * num_experts)
+    return min(512, max(8, -(-half // 8) * 8))
 
 
 def _sorted_assignments(chosen_RC, num_experts, tile):
@@ -91,9 +121,8 @@ def _take(x, indices):
     return x.at[indices].get(mode="fill", fill_value=0)
 
 
-def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD):
-    E, (R, C) = w_gate_EDF.shape[0], chosen_RC.shape
-    tile = _tile_rows(R * C, E)
+def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile):
+    E, C = w_gate_EDF.shape[0], chosen_RC.shape[1]
     order, start_E, count_E = _sorted_assignments(chosen_RC, E, tile)
     gate = gate_RC.reshape(-1)
 
@@ -118,10 +147,9 @@ def _zeros(shape):
     return sharding.vary(jnp.zeros(shape, jnp.float32))
 
 
-def _backward(saved, dy_RD):
+def _backward(tile, saved, dy_RD):
     x_RD, gate_RC, chosen_RC, *weights = saved
     E, (R, C) = weights[0].shape[0], chosen_RC.shape
-    tile = _tile_rows(R * C, E)
     order, start_E, count_E = _sorted_assignments(chosen_RC, E, tile)
     gate = gate_RC.reshape(-1)
 
@@ -131,13 +159,13 @@ def _backward(saved, dy_RD):
         def one_tile(pairs, carry):
             dx_RD, dgate, dlocal = carry
             rows = pairs // C
-            dy_MD, gate_M = _take(dy_RD, rows), _take(gate, pairs)
-            y_MD, pull = jax.vjp(expert_mlp, _take(x_RD, rows), *local)
-            dx_MD, *dw = pull(dy_MD * gate_M[:, None])
+            dx_MD, dgate_M, dw = expert_mlp_gradients(
+                _take(x_RD, rows), _take(gate, pairs), _take(dy_RD, rows), *local
+            )
             return (
-                dx_RD.at[rows].add(dx_MD.astype(jnp.float32), mode="drop"),
-                dgate.at[pairs].add(jnp.sum(dy_MD * y_MD, axis=-1), mode="drop"),
-                [total + part.astype(jnp.float32) for total, part in zip(dlocal, dw, strict=True)],
+                dx_RD.at[rows].add(dx_MD, mode="drop"),
+                dgate.at[pairs].add(dgate_M, mode="drop"),
+                [total + part for total, part in zip(dlocal, dw, strict=True)],
             )
 
         carry = (*carry, [_zeros(w.shape) for w in local])

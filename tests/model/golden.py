@@ -75,7 +75,7 @@ def model(name: str, compute_dtype: str, on_mesh: bool) -> Grok:
 
 
 def trace(model: Grok, tokens_BT, segment_BT) -> dict[str, jax.Array]:
-    """What each layer computes, stacked, under the names of `exact.npz`; jit it afresh to use it.
+    """What each layer computes, stacked over layers, under the names of `exact.npz`.
 
     `hidden_exact` comes out of the block itself; the others are its parts, called on its input.
     """
@@ -99,10 +99,13 @@ def trace(model: Grok, tokens_BT, segment_BT) -> dict[str, jax.Array]:
         return parts | {"logits_exact": model.unembed(model.final_norm(x_BTD))}
 
 
-def relative_error(ours, exact, valid) -> float:
-    """Largest difference over largest value, where `valid` (the axes before the last)."""
-    ours, exact = np.asarray(ours, np.float64)[valid], exact.astype(np.float64)[valid]
-    return float(np.abs(ours - exact).max() / np.abs(exact).max())
+def relative_error(name: str, array: str, ours) -> float:
+    """Largest difference from an array of `exact.npz` over its largest value, at real tokens."""
+    exact = arrays(name, "exact")[array].astype(np.float64)
+    tokens = "quirk_tokens" if array.startswith("quirk") else "tokens"
+    real = np.broadcast_to(arrays(name)[tokens] > 0, exact.shape[:-1])
+    difference = np.asarray(ours, np.float64)[real] - exact[real]
+    return float(np.abs(difference).max() / np.abs(exact[real]).max())
 
 
 def rms(ours, theirs) -> float:

@@ -1,0 +1,164 @@
+"""The same model on every mesh of eight devices: values, losses, gradients, and where they lie.
+
+Letters: B rows, T tokens, V vocab.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import grok
+from grok import sharding
+from grok.config import GrokConfig, TrainConfig
+from grok.errors import ConfigError
+from grok.model.weights import to_arrays
+from grok.train.loss import batch_loss
+
+pytestmark = pytest.mark.xdist_group("meshes")
+
+# Two kv heads: split at tensor=2, and each on two devices at tensor=4.
+CONFIG = GrokConfig(
+    vocab_size=96,
+    num_layers=2,
+    embed_dim=32,
+    mlp_dim=24,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=8,
+    compute_dtype="float32",
+)
+LOSSES = TrainConfig(z_loss=1e-4, router_balance_loss=0.01)
+SIZES = [  # data, expert, tensor, slice
+    (8, 1, 1, 1),
+    (1, 8, 1, 1),
+    (2, 2, 2, 1),
+    (4, 1, 2, 1),
+    (1, 4, 2, 1),
+    (1, 2, 4, 1),
+    (2, 1, 4, 1),
+    (2, 1, 2, 2),
+]
+each_mesh = pytest.mark.parametrize(
+    "sizes", SIZES, ids=["x".join(str(size) for size in sizes) for sizes in SIZES]
+)
+
+# A gradient sums over the 128 tokens of the batch and over every path through two layers; each
+# mesh sums in an order of its own, and each order is off by some units of 2^-24 = 6e-8.
+TOLERANCE = 5e-6
+
+
+@functools.cache
+def model(sizes: tuple[int, ...] | None) -> grok.Grok:
+    return grok.init(CONFIG, jax.random.key(7), sizes and grok.make_mesh(*sizes))
+
+
+def batch(mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
+    """8 rows of 16 random tokens, the last of some rows not counted."""
+    keys = jax.random.split(jax.random.key(8), 2)
+    tokens_BT, targets_BT = (jax.random.randint(key, (8, 16), 0, CONFIG.vocab_size) for key in keys)
+    mask_BT = (jnp.arange(16)[None, :] < jnp.arange(9, 17)[:, None]).astype(jnp.float32)
+    arrays = {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "mask_BT": mask_BT}
+    rows = mesh and NamedSharding(mesh, sharding.spec("batch", "length"))
+    return jax.device_put(arrays, rows)
+
+
+@functools.cache
+def loss_and_gradients(sizes: tuple[int, ...] | None) -> tuple[dict, dict[str, np.ndarray]]:
+    run = jax.jit(jax.value_and_grad(batch_loss, has_aux=True), static_argnums=2)
+    mesh = sizes and grok.make_mesh(*sizes)
+    (loss, report), gradients = run(model(sizes), batch(mesh), LOSSES)
+    values = {"total": loss, **report}
+    return jax.tree.map(np.asarray, values), jax.tree.map(np.asarray, to_arrays(gradients))
+
+
+@each_mesh
+def test_fresh_parameters_are_the_same_on_every_mesh(sizes):
+    for name, ours in to_arrays(model(sizes)).items():
+        np.testing.assert_array_equal(ours, to_arrays(model(None))[name], err_msg=name)
+
+
+@each_mesh
+def test_losses_and_gradients_are_those_of_one_device(sizes):
+    (losses, ours), (right_losses, right) = loss_and_gradients(sizes), loss_and_gradients(None)
+    differences = {
+        name: np.abs(found - expected).max() / np.abs(expected).max()
+        for found_all, all_expected in ((losses, right_losses), (ours, right))
+        for name, found, expected in (
+            (name, found_all[name], all_expected[name]) for name in all_expected
+        )
+    }
+    worst = max(differences, key=differences.get)
+    print(f"\n{sizes}: loss {differences['total']:.1e}, worst {worst} {differences[worst]:.1e}")
+    assert differences[worst] < TOLERANCE
+
+
+# What the README promises of a mesh: who holds which part of every parameter.
+EMBED = ("data", "expert")
+PLACES = {
+    "embed/table_VD": P("tensor", EMBED),
+    "final_norm/scale_D": P(None),
+    "layers/attention/w_query_DNH": P(None, EMBED, "tensor", None),
+    "layers/attention/w_key_DKH": P(None, EMBED, "tensor", None),
+    "layers/attention/w_value_DKH": P(None, EMBED, "tensor", None),
+    "layers/attention/w_out_NHD": P(None, "tensor", None, EMBED),
+    "layers/moe/router_DE": P(None, None, None),
+    "layers/moe/w_gate_EDF": P(None, "expert", "data", "tensor"),
+    "layers/moe/w_up_EDF": P(None, "expert", "data", "tensor"),
+    "layers/moe/w_down_EFD": P(None, "expert", "tensor", "data"),
+    "layers/pre_attn_norm/scale_D": P(None, None),
+    "layers/post_attn_norm/scale_D": P(None, None),
+    "layers/pre_moe_norm/scale_D": P(None, None),
+    "layers/post_moe_norm/scale_D": P(None, None),
+}
+
+
+def test_parameters_lie_where_they_should():
+    arrays = to_arrays(model((2, 2, 2, 1)))
+    assert {name: array.sharding.spec for name, array in arrays.items()} == PLACES
+    for name, array in arrays.items():
+        parts = 8 if "w_" in name or "table" in name else 1
+        assert {part.data.size for part in array.addressable_shards} == {array.size // parts}
+
+
+def test_gradients_lie_where_their_parameters_do():
+    gradients = jax.eval_shape(
+        jax.grad(lambda m, b: batch_loss(m, b, LOSSES)[0]),
+        model((2, 2, 2, 1)),
+        batch(grok.make_mesh(2, 2, 2)),
+    )
+    assert {name: leaf.sharding.spec for name, leaf in to_arrays(gradients).items()} == PLACES
+
+
+def test_kv_heads_too_few_to_split_are_on_every_device():
+    key = to_arrays(model((2, 1, 4, 1)))["layers/attention/w_key_DKH"]
+    assert key.sharding.spec == P(None, EMBED, None, None)
+
+
+def test_logits_are_split_over_rows_and_vocabulary():
+    logits = jax.eval_shape(model((2, 2, 2, 1)), np.zeros((8, 16), np.int32))
+    assert logits.sharding.spec == P(("slice", "data", "expert"), None, "tensor")
+
+
+def test_a_mesh_that_the_model_does_not_fit_is_refused():
+    config = GrokConfig(
+        vocab_size=96,
+        num_layers=2,
+        embed_dim=32,
+        mlp_dim=24,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=8,
+    )
+    with pytest.raises(ConfigError, match=r"model.num_heads=6 .* mesh.tensor=4; mesh .* would"):
+        grok.init(config, jax.random.key(0), grok.make_mesh(2, 1, 4))
+
+
+def test_a_mesh_of_other_axes_is_refused():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with pytest.raises(ConfigError, match=r"grok.make_mesh makes one"):
+        grok.init(CONFIG, jax.random.key(0), mesh)
