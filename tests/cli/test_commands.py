@@ -1,0 +1,54 @@
+"""Mistakes a newcomer makes with `grok train` and `grok sample`: one sentence, exit code 2."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from grok.cli.main import main
+from grok.config_text import to_yaml
+
+
+def refusal(*arguments: str) -> str:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.fixture
+def config_file(tiny_run, tmp_path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(dataclasses.replace(tiny_run, folder=str(tmp_path / "run"))))
+    return file
+
+
+def test_training_on_a_file_that_is_not_there(config_file):
+    assert "nowhere.txt" in refusal("train", str(config_file), "data.train=[nowhere.txt]")
+
+
+def test_training_with_a_text_as_tokenizer(config_file, tmp_path):
+    (tmp_path / "notes.txt").write_text("not a tokenizer")
+    sentence = refusal("train", str(config_file), f"data.tokenizer={tmp_path}/notes.txt")
+    assert "notes.txt is not a SentencePiece model" in sentence
+
+
+def test_training_with_a_vocabulary_smaller_than_the_tokenizer(config_file):
+    assert "256" in refusal("train", str(config_file), "model.vocab_size=256")
+
+
+def test_a_batch_that_cannot_be_split(config_file):
+    sentence = refusal("train", str(config_file), "data.batch_size=6")
+    assert "data.batch_size=6" in sentence
+    assert "data.batch_size=8 would work" in sentence
+
+
+def test_sampling_from_what_is_no_run(tmp_path):
+    assert "no config.yaml" in refusal("sample", str(tmp_path), "--prompt", "x")
+
+
+def test_sampling_before_the_first_checkpoint(tiny_run, tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(tiny_run))
+    assert "no finished checkpoint yet" in refusal("sample", str(tmp_path), "--prompt", "x")
