@@ -129,6 +129,12 @@ def _logits(model: Grok, tokens_BT, segment_ids, positions):
 def _inputs(tokens_BT, segment_ids, positions):
     """Tokens, segments and positions as int32 (B, T), split over the batch."""
     tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+    rows = sharding.size("batch")
+    if tokens_BT.shape[0] % rows:
+        raise ValueError(
+            f"a batch of {tokens_BT.shape[0]} rows cannot be split over the {rows} groups of "
+            f"devices of this mesh; {-(-tokens_BT.shape[0] // rows) * rows} rows would work."
+        )
     if segment_ids is None:
         segment_ids = jnp.ones_like(tokens_BT)
     if positions is None:

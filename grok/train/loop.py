@@ -6,6 +6,7 @@ it had never stopped.
 """
 
 import functools
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -33,37 +34,41 @@ def run(config: RunConfig) -> int:
     sizes = check_fits(config, jax.device_count())
     mesh = sharding.make_mesh(sizes["data"], sizes["expert"], sizes["tensor"], sizes["slice"])
     train, validation = read_data(config)
-
-    # ---- state: the newest checkpoint, or fresh
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     folder = Path(config.folder)
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
     first = checkpoints.latest() or 0
-    changes: list[str] = []
-    if first:
-        state, changes = restore(checkpoints, first, config, optimizer, mesh)
-    else:
-        state = init_state(config, optimizer, mesh)
-        shutil.copyfile(config.data.tokenizer, folder / "tokenizer.model")
-    (folder / "config.yaml").write_text(to_yaml(config))
-    metrics_file = MetricsFile(folder / "metrics.jsonl", first)
 
-    # ---- the compiled steps
-    step_function = jax.jit(
-        functools.partial(train_step, config=config.train, optimizer=optimizer), donate_argnums=0
-    )
-    eval_function = jax.jit(eval_step)
-    learning_rate = make_schedule(config.optimizer, config.train.steps)
-    speed = Speed(config.data.batch_size * config.data.sequence_length)
-
-    # ---- the loop
     with jax.set_mesh(mesh), StopRequest() as stop, Display(config.train.steps, first) as display:
         display.say(describe(config, sizes))
+
+        # ---- state: the newest checkpoint, or fresh
         if first:
-            metrics_file.write(first, event="resumed")
-            display.say(f"resumed from the checkpoint of step {first}")
+            display.say(f"resuming from the checkpoint of step {first}")
+            state, changes = restore(checkpoints, first, config, optimizer, mesh)
             for change in changes:
                 display.say(f"changed since then: {change}")
+        else:
+            display.say("making the initial parameters")
+            state = init_state(config, optimizer, mesh)
+            shutil.copyfile(config.data.tokenizer, folder / "tokenizer.model")
+        (folder / "config.yaml").write_text(to_yaml(config))
+        metrics_file = MetricsFile(folder / "metrics.jsonl", first)
+        if first:
+            metrics_file.write(first, event="resumed")
+
+        # ---- the steps; each is compiled when it first runs
+        step_function = jax.jit(
+            functools.partial(train_step, config=config.train, optimizer=optimizer),
+            donate_argnums=0,
+        )
+        eval_function = jax.jit(eval_step)
+        learning_rate = make_schedule(config.optimizer, config.train.steps)
+        speed = Speed(config.data.batch_size * config.data.sequence_length)
+        if first < config.train.steps:
+            display.say("compiling the training step")
+
+        # ---- the loop
         step = saved = first
         while step < config.train.steps and not stop.requested():
             state, metrics = step_function(state, to_mesh(train.batch(step), mesh))
@@ -186,5 +191,7 @@ class StopRequest:
 
     def _notice(self, number: int, frame: object) -> None:
         self._requested = True
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+        # Straight to the descriptor: the signal may have come in the middle of a print.
+        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")

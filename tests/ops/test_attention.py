@@ -1,0 +1,132 @@
+"""Attention against float64 arithmetic written out head by head, and its forms against each other.
+
+Letters: B rows, T query length, S key length, N heads, K kv heads, H head_dim.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grok.ops.attention
+from grok.ops.attention import attention, attention_reference
+
+B, T, N, K, H = 2, 32, 6, 2, 8
+OPTIONS = {"multiplier": 0.7, "cap": 5.0}  # logits of several units: the cap matters
+
+# Sums of at most 32 products and a softmax, in float32: some units of 2^-24 = 6e-8.
+TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module")
+def inputs() -> tuple[jax.Array, ...]:
+    """q, k, v, index, segments of queries and of keys: three documents a row, then padding."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q_BTNH = jax.random.normal(keys[0], (B, T, N, H))
+    k_BSKH, v_BSKH = (jax.random.normal(key, (B, T, K, H)) for key in keys[1:])
+    index_BT = jnp.tile(jnp.arange(T)[None, :], (B, 1))
+    places = jnp.arange(T)
+    segment_T = jnp.select([places < 11, places < 20, places < 29], [1, 2, 3], 0)
+    segment_BT = jnp.stack([segment_T, jnp.ones_like(segment_T)])
+    return q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BT
+
+
+reference = jax.jit(functools.partial(attention_reference, **OPTIONS))
+
+
+@pytest.fixture
+def chunked(monkeypatch):
+    """The form for long rows, made to work on this short one."""
+    monkeypatch.setattr(grok.ops.attention, "CHUNK", 8)
+    return jax.jit(lambda *inputs: attention(*inputs, **OPTIONS))
+
+
+def by_hand(q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS) -> np.ndarray:
+    """One query of one head at a time, in float64; head n reads kv head n // (N / K)."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q_BTNH, k_BSKH, v_BSKH))
+    index, q_segment, k_segment = (np.asarray(x) for x in (index_BT, segment_BT, segment_BS))
+    o = np.zeros_like(q)
+    for b, t, n in np.ndindex(*q.shape[:3]):
+        seen = (np.arange(k.shape[1]) <= index[b, t]) & (k_segment[b] == q_segment[b, t])
+        head = n // (q.shape[2] // k.shape[2])
+        logits = k[b, seen, head] @ q[b, t, n] * OPTIONS["multiplier"]
+        weights = np.exp(OPTIONS["cap"] * np.tanh(logits / OPTIONS["cap"]))
+        o[b, t, n] = weights @ v[b, seen, head] / weights.sum()
+    return o
+
+
+def test_reference_computes_the_formula(inputs):
+    np.testing.assert_allclose(reference(*inputs), by_hand(*inputs), rtol=0, atol=TOLERANCE)
+
+
+def test_new_queries_see_a_cache_up_to_their_own_place(inputs):
+    """Queries 20 to 23 against all keys: what lies behind them in the cache is not seen."""
+    q, k, v, _, _, _ = inputs
+    index_BT = jnp.tile(jnp.arange(20, 24)[None, :], (B, 1))
+    one_BT, one_BS = jnp.ones((B, 4), jnp.int32), jnp.ones((B, T), jnp.int32)
+    args = (q[:, 20:24], k, v, index_BT, one_BT, one_BS)
+    found = reference(*args)
+    np.testing.assert_allclose(found, by_hand(*args), rtol=0, atol=TOLERANCE)
+    later = reference(q[:, 20:24], k.at[:, 24:].set(9), v.at[:, 24:].set(9), *args[3:])
+    np.testing.assert_array_equal(later, found)
+
+
+def test_chunks_equal_the_reference(inputs, chunked):
+    np.testing.assert_allclose(chunked(*inputs), reference(*inputs), rtol=0, atol=TOLERANCE)
+
+
+def test_gradients_through_chunks_equal_the_references(inputs, chunked):
+    *arrays, index, segment, _ = inputs
+    weight = jax.random.normal(jax.random.key(1), arrays[0].shape)
+
+    def gradients(form):
+        def loss(q, k, v):
+            return jnp.sum(form(q, k, v, index, segment, segment) * weight)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
+
+    for name, ours, expected in zip("qkv", gradients(chunked), gradients(reference), strict=True):
+        error = np.abs(ours - expected).max() / np.abs(expected).max()
+        assert error < TOLERANCE, name
+
+
+def test_a_length_that_chunks_do_not_divide_is_not_cut(inputs, chunked):
+    short = [x[:, :27] for x in inputs]
+    np.testing.assert_allclose(chunked(*short), by_hand(*short), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("form", ["reference", "chunked"])
+def test_a_document_changes_nothing_in_another(inputs, form, request):
+    run = reference if form == "reference" else request.getfixturevalue("chunked")
+    q, k, v, index, segment, _ = inputs
+    found = np.asarray(run(*inputs))
+    for document in (1, 2, 3):
+        inside = (segment == document)[:, :, None, None]
+        changed = [jnp.where(inside, -2 * x + 1, x) for x in (q, k, v)]
+        again = np.asarray(run(*changed, index, segment, segment))
+        other = np.asarray(segment != document)
+        np.testing.assert_array_equal(again[other], found[other])
+        assert (again[0] != found[0])[~other[0]].any()
+
+
+def test_heads_of_a_group_share_a_kv_head_and_other_groups_do_not(inputs):
+    q, k, v, *rest = inputs
+    found = np.asarray(reference(*inputs))
+    changed = np.asarray(reference(q, k.at[:, :, 1].add(1), v.at[:, :, 1].add(1), *rest))
+    group = N // K
+    np.testing.assert_array_equal(changed[:, :, :group], found[:, :, :group])
+    assert (changed[:, :, group:] != found[:, :, group:]).any(axis=(0, 1, 3)).all()
+
+
+def test_bfloat16_products_with_a_float32_softmax(inputs):
+    q, k, v, *rest = inputs
+    half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    found = reference(*half, *rest)
+    assert found.dtype == jnp.bfloat16
+    exact = by_hand(*(x.astype(jnp.float32) for x in half), *rest)
+    # Two roundings to 8 bits, of the weights and of the result: 2^-9 of the largest each.
+    np.testing.assert_allclose(
+        found.astype(jnp.float32), exact, rtol=0, atol=2**-8 * abs(exact).max()
+    )
