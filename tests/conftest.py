@@ -1,16 +1,17 @@
 """Every test sees eight simulated CPU devices, and an implicit broadcast is an error."""
 
 import os
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-
-import jax
-
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
 from pathlib import Path
 
+# Before JAX is imported, here and in the processes that tests start. What is compiled is kept from
+# test to test; each worker has a folder of its own, since they may write the same program at once.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache" / f"grok-{WORKER}"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["XDG_CACHE_HOME"] = str(CACHE)
+
+import jax
 import pytest
 
 from grok.config import (
@@ -23,6 +24,10 @@ from grok.config import (
     TrainConfig,
 )
 from grok.data.tokenizer import train_tokenizer
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CACHE / "compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 TEXT = "".join(
     f"The number {i} comes after {i - 1}, and {i * i} is its square.\n" for i in range(400)

@@ -32,7 +32,7 @@ def stored() -> dict[str, np.ndarray]:
 
 
 def logits_of(row: str) -> jax.Array:
-    return jnp.asarray(stored()[f"{row}.logits"], row.endswith("bf16") and "bfloat16" or "float32")
+    return jnp.asarray(stored()[f"{row}.logits"], "bfloat16" if row.endswith("bf16") else "float32")
 
 
 def kept(row: str) -> np.ndarray:
@@ -117,7 +117,7 @@ def test_draws_follow_the_releases_probabilities(draws):
         if len(expected) == 1:
             continue
         statistic = float(((seen - expected) ** 2 / expected).sum())
-        # Mean k and variance 2k for k degrees of freedom; the seed is fixed, so this never flickers.
+        # Mean k and variance 2k for k degrees of freedom; the seed is fixed, so it never flickers.
         freedom = len(expected) - 1
         assert statistic < freedom + 4 * np.sqrt(2 * freedom), f"row {row}: {statistic}, {freedom}"
 
