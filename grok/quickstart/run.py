@@ -5,6 +5,7 @@ this process never imports JAX.
 """
 
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -69,7 +70,8 @@ def run(folder: Path) -> int:
     console.print(f"Loss and expert load over time: {plot_path}")
     for prompt in PROMPTS:
         console.rule("a continuation")
-        sample(folder, prompt)
+        if code := sample(folder, prompt):
+            return code
     console.rule("next")
     console.print(next_steps(folder, config_path), soft_wrap=True)
     console.print(f"Took {time.monotonic() - started:.0f} s.")
@@ -166,16 +168,17 @@ def results_table(bits: dict[str, float]) -> Table:
     return table
 
 
-def sample(folder: Path, prompt: str) -> None:
-    """A continuation of `prompt`, printed as it comes."""
+def sample(folder: Path, prompt: str) -> int:
+    """Runs `grok sample`, which prints a continuation of `prompt`; its exit code."""
     options = ["--prompt", prompt, "--max-tokens", "60"]
-    subprocess.run([*GROK, "sample", str(folder), *options], check=True)
+    return subprocess.run([*GROK, "sample", str(folder), *options], check=False).returncode
 
 
 def next_steps(folder: Path, config_path: Path) -> str:
-    """Three commands to try."""
+    """Three commands to try, as they work in the shell that this was started from."""
+    grok = "grok" if shutil.which("grok") else os.path.relpath(Path(sys.executable).parent / "grok")
     return (
-        f'grok sample {folder} --prompt "Python is" --temperature 1\n'
-        f"grok train {config_path} train.steps=1200 folder={folder}-longer\n"
-        "grok config grok-1"
+        f'{grok} sample {folder} --prompt "Python is" --temperature 1\n'
+        f"{grok} train {config_path} train.steps=1200 folder={folder}-longer\n"
+        f"{grok} config grok-1"
     )

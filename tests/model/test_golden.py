@@ -14,9 +14,8 @@ from grok.model.cache import init_cache
 from grok.model.grok import Grok
 from tests.model import golden
 
-# One worker runs all tests of a set, so that nothing is compiled twice.
 CASES = [
-    pytest.param(name, on_mesh, id=f"{name}-{where}", marks=pytest.mark.xdist_group(name))
+    pytest.param(name, on_mesh, id=f"{name}-{where}")
     for name in golden.NAMES
     for on_mesh, where in ((False, "one device"), (True, "2x2x2"))
 ]

@@ -19,7 +19,6 @@ from grok.config_files import configs_folder
 from grok.model.grok import Grok
 from grok.model.weights import from_arrays, to_arrays
 
-pytestmark = pytest.mark.xdist_group("grok")
 
 CONFIG = GrokConfig(
     vocab_size=48,
@@ -67,13 +66,13 @@ def test_presets_are_found():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_parameters_are_as_many_as_the_config_says(preset):
-    config = grok.load_config(f"{preset}.yaml").model
+    config = grok.load_config(preset).model
     leaves = jax.tree.leaves(abstract(config))
     assert sum(leaf.size for leaf in leaves) == config.num_parameters()
 
 
 def test_grok_1_has_the_parameters_of_the_release():
-    config = grok.load_config("grok-1.yaml").model
+    config = grok.load_config("grok-1").model
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract(config))) == 315_684_820_992
     assert config.num_active_parameters() == 83_756_587_008
 

@@ -18,8 +18,6 @@ from grok.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# All tests here use one quickstart: they run on one worker.
-pytestmark = pytest.mark.xdist_group("quickstart")
 
 FEWER_STEPS = """
 train: {steps: 6, log_every: 1, eval_every: 3}
@@ -74,20 +72,21 @@ def readme_commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_the_commands_of_readme_work(home: Path, command: str):
-    arguments = shlex.split(command)
-    assert arguments[0] == "grok"
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=home,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert done.stdout
+def test_the_commands_of_readme_work_one_after_the_other(home: Path):
+    commands = readme_commands()
+    assert len(commands) >= 7
+    for command in commands:
+        arguments = shlex.split(command)
+        assert arguments[0] == "grok"
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=home,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, ""), command
+        assert done.stdout, command
 
 
 def test_the_python_of_readme_works():
