@@ -19,7 +19,6 @@ from grok.config_files import configs_folder
 from grok.model.grok import Grok
 from grok.model.weights import from_arrays, to_arrays
 
-
 CONFIG = GrokConfig(
     vocab_size=48,
     num_layers=2,

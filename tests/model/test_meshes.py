@@ -83,7 +83,6 @@ def loss_and_gradients(sizes: tuple[int, ...] | None) -> tuple[dict, dict[str, n
     return jax.tree.map(np.asarray, values), jax.tree.map(np.asarray, to_arrays(gradients))
 
 
-@pytest.mark.xdist_group("meshes")
 @each_mesh
 def test_losses_and_gradients_are_those_of_one_device(sizes):
     (losses, ours), (right_losses, right) = loss_and_gradients(sizes), loss_and_gradients(None)

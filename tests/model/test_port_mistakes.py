@@ -16,7 +16,6 @@ import grok.ops.experts
 from grok.model.moe import MoE
 from tests.model import golden
 
-
 NAME = "pub_a"  # grouped queries
 right_experts, right_attention = MoE._experts, grok.model.attention.attention
 

@@ -10,7 +10,6 @@ import pytest
 
 from grok.ops.experts import expert_mlp, experts_reference, experts_tiled, gelu, tile_rows
 
-
 R, C, D, F, E = 37, 2, 8, 12, 4  # an odd number of rows, of which tiles of 8 leave a rest
 TILE = 8
 
