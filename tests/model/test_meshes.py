@@ -96,7 +96,7 @@ def test_losses_and_gradients_are_those_of_one_device(sizes):
     assert differences[worst] < TOLERANCE
 
 
-# What the README promises of a mesh: who holds which part of every parameter.
+# Who holds which part of every parameter, written out again beside the rules.
 EMBED = ("data", "expert")
 PLACES = {
     "embed/table_VD": P("tensor", EMBED),
