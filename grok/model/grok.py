@@ -156,11 +156,16 @@ def init(config: GrokConfig, key: jax.Array, mesh: Mesh | None = None) -> Grok:
     """
     if mesh is None:
         return _init(config, key)
+    check_mesh(config, mesh)
+    with jax.set_mesh(mesh):
+        return _init(config, key)
+
+
+def check_mesh(config: GrokConfig, mesh: Mesh) -> None:
+    """Refuse, as ConfigError, a mesh of other axes or one that the model cannot be split over."""
     if mesh.axis_names != sharding.MESH_AXES:
         raise ConfigError(
             f"the mesh has axes {mesh.axis_names} and the model needs {sharding.MESH_AXES}; "
             "grok.make_mesh makes one."
         )
     check_model_fits(config, dict(mesh.shape))
-    with jax.set_mesh(mesh):
-        return _init(config, key)

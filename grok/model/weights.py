@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grok import sharding
-from grok.config import GrokConfig, check_model_fits
+from grok.config import GrokConfig
 from grok.errors import CheckpointError
-from grok.model.grok import Grok
+from grok.model.grok import Grok, check_mesh
 
 
 def from_arrays(
@@ -53,7 +53,7 @@ def _abstract(config: GrokConfig, mesh: Mesh | None) -> Grok:
 
     if mesh is None:
         return jax.eval_shape(make)
-    check_model_fits(config, dict(mesh.shape))
+    check_mesh(config, mesh)
     return sharding.abstract(make, mesh)
 
 

@@ -75,3 +75,9 @@ def test_another_shape_is_refused_with_both(arrays):
 def test_a_mesh_that_the_model_does_not_fit_is_refused(arrays):
     with pytest.raises(ConfigError, match=r"model.num_heads=4 .* mesh.tensor=8"):
         from_arrays(CONFIG, arrays, grok.make_mesh(1, 1, 8))
+
+
+def test_a_mesh_of_other_axes_is_refused():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with pytest.raises(ConfigError, match=r"grok.make_mesh makes one"):
+        from_arrays(CONFIG, {}, mesh)
