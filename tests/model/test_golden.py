@@ -124,7 +124,8 @@ def test_bfloat16_is_as_near_to_exact_as_the_release(name, on_mesh):
     error, bound, apart = (golden.rms(*x) for x in ((ours, exact), (theirs, exact), (ours, theirs)))
     print(f"\n{name}: error {error:.4f}, the release's {bound:.4f}, apart {apart:.4f}")
     assert error < bound * NOISE
-    # Independent errors of that size lie so far apart.
+    # Independent errors of that size lie so far apart. The release's two runs lie nearer to each
+    # other, being one program: 1.1 times their distance is a little less than what ours shows.
     assert apart < bound * np.sqrt(2)
 
 

@@ -72,11 +72,7 @@ def batch(mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
 
 @functools.cache
 def loss_and_gradients(sizes: tuple[int, ...] | None) -> tuple[dict, dict[str, np.ndarray]]:
-    # The time goes into compiling, not running: leave out what LLVM would optimise.
-    options = {"xla_backend_optimization_level": 0}
-    run = jax.jit(
-        jax.value_and_grad(batch_loss, has_aux=True), static_argnums=2, compiler_options=options
-    )
+    run = jax.jit(jax.value_and_grad(batch_loss, has_aux=True), static_argnums=2)
     mesh = sizes and grok.make_mesh(*sizes)
     (loss, report), gradients = run(model(sizes), batch(mesh), LOSSES)
     values = {"total": loss, **report}
