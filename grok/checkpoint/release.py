@@ -1,4 +1,4 @@
-"""xAI's release of Grok-1 (`ckpt-0`) -> our tree of parameters.
+"""xAI's release of Grok-1 (`ckpt-0`), seen as a source of our tree of parameters.
 
 The release is one folder of files `tensor00000_000`, `tensor00001_000`, ..., each with one whole
 tensor: the token table, the final norm, then twelve tensors a layer. Layers come in the order of
@@ -12,15 +12,20 @@ Shape letters: D embed, E experts, F mlp, H head_dim, K kv heads, L layers, N he
 """
 
 import dataclasses
+import math
 import os
-from pathlib import Path
+import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from grok.checkpoint.release_pickle import read_record
-from grok.checkpoint.release_records import ArrayRecord, QuantizedRecord, Record
+from grok.checkpoint import storage
+from grok.checkpoint.release_pickle import parse_record, read_record
+from grok.checkpoint.release_records import QuantizedRecord, Record
+from grok.checkpoint.source import Part, Source, TensorSpec
 from grok.config import GrokConfig
 from grok.errors import CheckpointError
+from grok.model import names
 
 # A layer's tensors in the order of their files: the released code's name, and ours.
 LAYER_TENSORS = (
@@ -71,120 +76,150 @@ def tensor_names(num_layers: int) -> list[ReleaseTensor]:
 
 
 def tensor_shapes(config: GrokConfig) -> dict[str, TensorShape]:
-    """Shapes by the names of our tree; those of `layers/` are one layer's, without the axis L."""
-    d, f, e = config.embed_dim, config.mlp_dim, config.num_experts
-    n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
-    norms = [name for _, name in LAYER_TENSORS if name.endswith("norm/scale_D")]
-    plain = {
-        "embed/table_VD": (config.vocab_size, d),
-        **dict.fromkeys(["final_norm/scale_D", *norms], (d,)),
-        "layers/moe/router_DE": (d, e),
+    """How each parameter lies in its files; `in_tree` is one layer's, without the axis L."""
+    ours = {
+        name: shape[1:] if name.startswith("layers/") else shape
+        for name, shape in names.shapes(config).items()
     }
-    quantized = {
-        "layers/moe/w_gate_EDF": ((e, d, f), (e, d, f)),
-        "layers/moe/w_up_EDF": ((e, d, f), (e, d, f)),
-        "layers/moe/w_down_EFD": ((e, f, d), (e, f, d)),
-        # Columns of queries, keys and values, and rows of the output, run over heads first.
-        "layers/attention/w_query_DNH": ((d, n * h), (d, n, h)),
-        "layers/attention/w_key_DKH": ((d, k * h), (d, k, h)),
-        "layers/attention/w_value_DKH": ((d, k * h), (d, k, h)),
-        "layers/attention/w_out_NHD": ((n * h, d), (n, h, d)),
-    }
-    return {name: TensorShape(shape, shape, False) for name, shape in plain.items()} | {
-        name: TensorShape(*shapes, True) for name, shapes in quantized.items()
+    return {
+        name: TensorShape(_in_file(name, shape), shape, name in names.MATRICES)
+        for name, shape in ours.items()
     }
 
 
-def scan_release(
-    folder: str | os.PathLike[str], config: GrokConfig
-) -> list[tuple[ReleaseTensor, Path, Record]]:
-    """Every tensor of the release with its file and where in it the arrays lie, in file order.
+def _in_file(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The release keeps heads and their width as one axis, heads first."""
+    if name not in names.MATRICES:
+        return shape
+    lead, rows, columns = names.rows_and_columns(name, shape)
+    return (*lead, math.prod(rows), math.prod(columns))
 
-    Reads headers, no array. Raises CheckpointError, with the file and what would be right, where
-    files are missing or too many, are damaged, or have shapes of another model.
+
+class ReleaseSource(Source):
+    """A `ckpt-0` folder, local or at gs://. Opening it reads every file's header, and no array.
+
+    Raises CheckpointError, with the file and what would be right, where files are missing or too
+    many, are damaged, or have shapes of another model.
     """
-    tensors = tensor_names(config.num_layers)
-    _check_files(Path(folder), [tensor.file for tensor in tensors], config.num_layers)
-    shapes = tensor_shapes(config)
-    found = []
-    for tensor in tensors:
-        path = Path(folder, tensor.file)
-        record = read_record(path)
-        _check_record(path, tensor, record, shapes[tensor.name])
-        found.append((tensor, path, record))
-    return found
+
+    format = "xai"
+
+    def __init__(self, folder: str | os.PathLike[str], config: GrokConfig):
+        self.path, self.config = os.fspath(folder), config
+        tensors = tensor_names(config.num_layers)
+        _check_files(self.path, [tensor.file for tensor in tensors], config.num_layers)
+        shapes = tensor_shapes(config)
+        paths = [storage.join(self.path, tensor.file) for tensor in tensors]
+        # Sixteen at a time: a remote file takes some round trips.
+        with ThreadPoolExecutor(16) as pool:
+            records = list(pool.map(_read_record, paths))
+        self._found: dict[tuple[str, int | None], tuple[str, Record]] = {}
+        groups: dict[str, int] = {}
+        for tensor, path, record in zip(tensors, paths, records, strict=True):
+            _check_record(path, tensor, record, shapes)
+            if isinstance(record, QuantizedRecord):
+                own = record.scales.shape[-2]
+                if groups.setdefault(tensor.name, own) != own:
+                    raise CheckpointError(
+                        f"{path}: {tensor.release_name} has {own} groups of scales, and the same "
+                        f"tensor of other layers has {groups[tensor.name]}."
+                    )
+            self._found[tensor.name, tensor.layer] = path, record
+        self.tensors = {
+            name: TensorSpec(
+                name, shape, np.dtype("int8" if name in groups else "float32"), groups.get(name)
+            )
+            for name, shape in names.shapes(config).items()
+        }
+
+    def file_of(self, name: str, layer: int | None) -> str:
+        """The file that holds this tensor, for messages."""
+        return self._found[name, layer][0]
+
+    def read(self, name: str, part: Part) -> np.ndarray:
+        """Values of a part: float32, or int8 as they are."""
+        return self._read(name, part, self.tensors[name].shape, scales=False)
+
+    def read_scales(self, name: str, part: Part) -> np.ndarray:
+        """Scales of a part, bfloat16, as they are."""
+        return self._read(name, part, self.tensors[name].scales_shape, scales=True)
+
+    def _read(self, name: str, part: Part, shape: tuple[int, ...], scales: bool) -> np.ndarray:
+        if not name.startswith("layers/"):
+            return self._read_file(name, None, part, shape, scales)
+        layers = range(part[0].start, part[0].stop)
+        one = [self._read_file(name, layer, part[1:], shape[1:], scales) for layer in layers]
+        return one[0][None] if len(one) == 1 else np.stack(one)
+
+    def _read_file(self, name, layer, part, shape, scales) -> np.ndarray:
+        path, record = self._found[name, layer]
+        if isinstance(record, QuantizedRecord):
+            record = record.scales if scales else record.weight
+        # The same bytes with heads as an axis of their own.
+        return storage.read_part(path, record.offset, shape, record.dtype, part)
 
 
-def read_release(folder: str | os.PathLike[str], config: GrokConfig) -> dict[str, np.ndarray]:
-    """The release's parameters as float32 arrays by name, layers stacked on a leading axis L.
+def implied_config(folder: str | os.PathLike[str]) -> GrokConfig:
+    """The config that a `ckpt-0` folder implies by its files' number and shapes.
 
-    Names and shapes are those of `tensor_shapes`, with L before the shapes of `layers/`. An int8
-    value times a bfloat16 scale is exact in float32. `folder` is the one with the tensor files.
-    Needs host memory for all parameters in float32, and little beside it. Raises CheckpointError
-    before any array is read, as `scan_release` does.
+    The files do not tell the width of a head, which is taken as the release's 128, nor how many
+    experts are chosen nor any multiplier, which are the release's. Raises CheckpointError where
+    the files cannot be of that kind.
     """
-    found = scan_release(folder, config)
-    shapes = tensor_shapes(config)
-    tree = {
-        name: np.empty(
-            ((config.num_layers,) if name.startswith("layers/") else ()) + shape.in_tree, np.float32
+    present = {name for name in storage.listing(folder) if re.fullmatch(r"tensor\d{5}_000", name)}
+    count = len(present)
+    if count < 14 or (count - 2) % 12:
+        raise CheckpointError(
+            f"{folder}: has {count} files named as tensor00000_000, and a release has 2 and 12 "
+            "for each layer."
         )
-        for name, shape in shapes.items()
-    }
-    for tensor, path, record in found:
-        whole = tree[tensor.name]
-        target = whole if tensor.layer is None else whole[tensor.layer]
-        if isinstance(record, ArrayRecord):
-            target[...] = _map(path, record)
-        else:
-            values, scales = _read_quantized(path, record)
-            _dequantize(values, scales, target.reshape(record.weight.shape))
-    return tree
+    by_name = {tensor.name: tensor.file for tensor in tensor_names(1)}
 
+    def shape(name: str, dims: int) -> tuple[int, ...]:
+        path = storage.join(folder, by_name[name])
+        record = _read_record(path)
+        found = (record.weight if isinstance(record, QuantizedRecord) else record).shape
+        if len(found) != dims:
+            raise CheckpointError(
+                f"{path}: should have {dims} dimensions, and its shape is {found}."
+            )
+        return found
 
-def read_quantized(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
-    """A quantised file as it is: int8 (..., rows, columns), bfloat16 (..., groups, columns).
-
-    The values are a read-only map of the file, read when touched. Raises CheckpointError where
-    the file is damaged or not quantised.
-    """
-    record = read_record(path)
-    if not isinstance(record, QuantizedRecord):
-        raise CheckpointError(f"{path}: holds {_describe(record)}, not a quantised tensor.")
-    return _read_quantized(Path(path), record)
-
-
-def _read_quantized(path: Path, record: QuantizedRecord) -> tuple[np.ndarray, np.ndarray]:
-    # Scales are copied: they lie at any offset, and a bfloat16 should lie at an even address.
-    return _map(path, record.weight), np.array(_map(path, record.scales))
-
-
-def _map(path: Path, record: ArrayRecord) -> np.ndarray:
-    """The array as a read-only map of its file."""
-    try:
-        return np.memmap(
-            path, dtype=record.dtype, mode="r", offset=record.offset, shape=record.shape
+    vocab, embed = shape("embed/table_VD", 2)
+    experts, _, mlp = shape("layers/moe/w_gate_EDF", 3)
+    queries = shape("layers/attention/w_query_DNH", 2)[1]
+    keys = shape("layers/attention/w_key_DKH", 2)[1]
+    if queries % 128 or keys % 128:
+        raise CheckpointError(
+            f"{folder}: queries are {queries} wide and keys {keys}, no multiples of the release's "
+            "head_dim of 128; a config must say what head_dim, num_heads and num_kv_heads are."
         )
-    except (OSError, ValueError) as error:  # ValueError: shorter than when its header was read
-        raise CheckpointError(f"{path}: cannot be read: {error}.") from error
-
-
-def _dequantize(values: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
-    """Write values * scales to float32 `out` (..., rows, columns) without another such array."""
-    *lead, rows, columns = values.shape
-    groups = scales.shape[-2]
-    split = (*lead, groups, rows // groups, columns)
-    np.multiply(
-        values.reshape(split), scales.astype(np.float32)[..., :, None, :], out=out.reshape(split)
+    return GrokConfig(
+        vocab_size=vocab,
+        num_layers=(count - 2) // 12,
+        embed_dim=embed,
+        mlp_dim=mlp,
+        num_heads=queries // 128,
+        num_kv_heads=keys // 128,
+        head_dim=128,
+        num_experts=experts,
+        num_selected_experts=min(2, experts),
     )
 
 
-def _check_files(folder: Path, expected: list[str], num_layers: int) -> None:
+def _read_record(path: str) -> Record:
+    if not storage.is_remote(path):
+        return read_record(path)
     try:
-        # Hidden files are the droppings of file managers and downloaders.
-        present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+        with storage.open_file(path) as file:
+            return parse_record(file, path)
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{path}: cannot be read: {error}.") from error
+
+
+def _check_files(folder: str, expected: list[str], num_layers: int) -> None:
+    # Hidden files are the droppings of file managers and downloaders.
+    present = {name for name in storage.listing(folder) if not name.startswith(".")}
     right = (
         f"a release of {num_layers} layers has {len(expected)} files, "
         f"{expected[0]} to {expected[-1]}, and no others"
@@ -194,22 +229,32 @@ def _check_files(folder: Path, expected: list[str], num_layers: int) -> None:
     if missing:
         others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         strangers = f"; {extra[0]} is here instead" if extra else ""
-        raise CheckpointError(f"{folder / missing[0]}: is missing{others}{strangers}; {right}.")
+        where = storage.join(folder, missing[0])
+        raise CheckpointError(f"{where}: is missing{others}{strangers}; {right}.")
     if extra:
-        raise CheckpointError(f"{folder / extra[0]}: does not belong here; {right}.")
+        raise CheckpointError(f"{storage.join(folder, extra[0])}: does not belong here; {right}.")
 
 
-def _check_record(path: Path, tensor: ReleaseTensor, record: Record, right: TensorShape) -> None:
+def _check_record(
+    path: str, tensor: ReleaseTensor, record: Record, shapes: dict[str, TensorShape]
+) -> None:
+    right = shapes[tensor.name]
+    if _fits(record, right):
+        return
+    form = "quantised int8" if right.quantized else "float32"
+    # Two files that changed places are the likeliest accident with names that differ by a digit.
+    other = [name for name, shape in shapes.items() if _fits(record, shape)]
+    guess = f" It would fit {other[0]}: were files swapped or renamed?" if other else ""
+    raise CheckpointError(
+        f"{path}: {tensor.release_name} is {_describe(record)}; for this model's config it "
+        f"should be {form} {right.in_file}.{guess}"
+    )
+
+
+def _fits(record: Record, right: TensorShape) -> bool:
     if isinstance(record, QuantizedRecord):
-        fits = right.quantized and record.weight.shape == right.in_file
-    else:
-        fits = (record.dtype, record.shape, False) == (np.float32, right.in_file, right.quantized)
-    if not fits:
-        form = "quantised int8" if right.quantized else "float32"
-        raise CheckpointError(
-            f"{path}: {tensor.release_name} is {_describe(record)}; for this model's config it "
-            f"should be {form} {right.in_file}."
-        )
+        return right.quantized and record.weight.shape == right.in_file
+    return (record.dtype, record.shape, False) == (np.float32, right.in_file, right.quantized)
 
 
 def _describe(record: Record) -> str:

@@ -1,0 +1,39 @@
+"""From a path to a source of weights, whatever format is there."""
+
+import os
+
+from grok.checkpoint import storage
+from grok.checkpoint.huggingface import HuggingFaceSource
+from grok.checkpoint.orbax_source import OrbaxSource
+from grok.checkpoint.release import ReleaseSource, implied_config
+from grok.checkpoint.source import Source
+from grok.config import GrokConfig
+from grok.errors import CheckpointError
+
+
+def open_source(path: str | os.PathLike[str], config: GrokConfig | None = None) -> Source:
+    """The weights at `path`, local or gs://: a `ckpt-0` folder, a Hugging Face folder, or a
+    checkpoint of ours (a run's folder, its `checkpoints`, or one step of it).
+
+    `config` is the model that should be there; without it the model is what the files say or
+    imply. Raises CheckpointError where `path` is none of these, or holds another model.
+    """
+    present = storage.listing(path)
+    if any(name.startswith("tensor0") for name in present):
+        return ReleaseSource(path, config or implied_config(path))
+    if "config.json" in present or any(name.endswith(".safetensors") for name in present):
+        return HuggingFaceSource(path, config)
+    if "checkpoints" in present or "_CHECKPOINT_METADATA" in present or _has_steps(present):
+        return OrbaxSource(path, config)
+    if "ckpt-0" in present:
+        raise CheckpointError(
+            f"{path}: has no weights itself; {storage.join(path, 'ckpt-0')} may be what you mean."
+        )
+    raise CheckpointError(
+        f"{path}: is neither a ckpt-0 folder (tensor00000_000, ...), nor a Hugging Face folder "
+        "(config.json, *.safetensors), nor a checkpoint of grok (checkpoints/)."
+    )
+
+
+def _has_steps(present: dict[str, int | None]) -> bool:
+    return any(name.isdecimal() and size is None for name, size in present.items())
