@@ -14,6 +14,7 @@ _PUBLIC = {
     "make_mesh": "grok.sharding",
     "Grok": "grok.model.grok",
     "init": "grok.model.grok",
+    "load": "grok.checkpoint.load",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -54,7 +54,8 @@ class GrokConfig:
     ] = 30.0
     rope_theta: Annotated[Positive, Field(description="base of the rotary wavelengths")] = 10000.0
     param_dtype: Annotated[
-        Literal["float32", "bfloat16"], Field(description="type that parameters are kept in")
+        Literal["float32", "bfloat16", "int8"],
+        Field(description="type that parameters are kept in; int8: matrices, to infer only"),
     ] = "float32"
     compute_dtype: Annotated[
         Literal["float32", "bfloat16"], Field(description="type of activations and products")
@@ -86,6 +87,11 @@ class GrokConfig:
                 f"model.num_experts={self.num_experts}; "
                 f"model.num_selected_experts={self.num_experts} would work."
             )
+
+    @property
+    def float_dtype(self) -> str:
+        """Type of the parameters that are not int8, and of those that int8 ones are made from."""
+        return "float32" if self.param_dtype == "int8" else self.param_dtype
 
     def num_parameters(self) -> int:
         """All parameters of the model: table, blocks, final norm."""

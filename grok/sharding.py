@@ -136,8 +136,13 @@ def gather(w: jax.Array, *axes: str | None) -> jax.Array:
     mesh = ambient_mesh()
     if mesh is None:
         return w
-    whole = tuple(None if axis in ("embed", "expert_embed") else axis for axis in axes)
-    return jax.sharding.reshard(w, spec(*whole).update(reduced=frozenset(BATCH_AXES)))
+    parts = spec(*whole(axes)).update(reduced=frozenset(BATCH_AXES))
+    return jax.sharding.reshard(w, parts)
+
+
+def whole(axes: Axes) -> Axes:
+    """The axes of a weight when its ZeRO-3 axis is collected."""
+    return tuple(None if axis in ("embed", "expert_embed") else axis for axis in axes)
 
 
 def einsum(subscripts: str, *operands: jax.Array, axes: Axes, **options) -> jax.Array:

@@ -11,7 +11,7 @@ from flax import nnx
 from grok import sharding
 from grok.config import GrokConfig
 from grok.model.cache import KVCache
-from grok.model.layers import normal, rotate
+from grok.model.layers import matrix, normal, rotate
 from grok.ops.attention import attention
 
 
@@ -21,7 +21,7 @@ class Attention(nnx.Module):
     def __init__(self, key: jax.Array, config: GrokConfig):
         c = config
         L, D, N, K, H = c.num_layers, c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-        kv, dtype = sharding.kv_axis(K), c.param_dtype
+        kv, dtype = sharding.kv_axis(K), c.float_dtype
         q_axes, kv_axes = ("layers", "embed", "heads", None), ("layers", "embed", kv, None)
         keys = jax.random.split(key, 4)
         self.config = c
@@ -79,8 +79,7 @@ class Attention(nnx.Module):
         kv = sharding.kv_axis(self.config.num_kv_heads)
 
         def project(subscripts, param, head_axis):
-            w = param[...].astype(x_BTD.dtype)
-            w = sharding.gather(w, "embed", head_axis, None)
+            w = matrix(param, ("embed", head_axis, None), x_BTD.dtype)
             axes = ("batch", "length", head_axis, None)
             return sharding.einsum(subscripts, x_BTD, w, axes=axes)
 
@@ -111,6 +110,6 @@ class Attention(nnx.Module):
         )
 
     def _output(self, o_BTNH):
-        w_NHD = sharding.gather(self.w_out_NHD[...].astype(o_BTNH.dtype), "heads", None, "embed")
+        w_NHD = matrix(self.w_out_NHD, ("heads", None, "embed"), o_BTNH.dtype)
         axes = ("batch", "length", "act_embed")
         return sharding.einsum("btnh,nhd->btd", o_BTNH, w_NHD, axes=axes)

@@ -31,12 +31,12 @@ class Block(nnx.Module):
     def __init__(self, key: jax.Array, config: GrokConfig):
         keys = jax.random.split(key, 2)
         shape = (config.num_layers, config.embed_dim)
-        self.pre_attn_norm = RMSNorm(shape, config.param_dtype)
+        self.pre_attn_norm = RMSNorm(shape, config.float_dtype)
         self.attention = Attention(keys[0], config)
-        self.post_attn_norm = RMSNorm(shape, config.param_dtype)
-        self.pre_moe_norm = RMSNorm(shape, config.param_dtype)
+        self.post_attn_norm = RMSNorm(shape, config.float_dtype)
+        self.pre_moe_norm = RMSNorm(shape, config.float_dtype)
         self.moe = MoE(keys[1], config)
-        self.post_moe_norm = RMSNorm(shape, config.param_dtype)
+        self.post_moe_norm = RMSNorm(shape, config.float_dtype)
 
     def __call__(self, x_BTD, segment_BT, positions_BT) -> tuple[jax.Array, RouterStats]:
         """The residual stream after this block, and the router's statistics."""
@@ -60,9 +60,9 @@ class Grok(nnx.Module):
     def __init__(self, config: GrokConfig, key: jax.Array):
         keys = jax.random.split(key, 2)
         self.config = config
-        self.embed = TokenTable(keys[0], config.vocab_size, config.embed_dim, config.param_dtype)
+        self.embed = TokenTable(keys[0], config.vocab_size, config.embed_dim, config.float_dtype)
         self.layers = Block(keys[1], config)
-        self.final_norm = RMSNorm((config.embed_dim,), config.param_dtype)
+        self.final_norm = RMSNorm((config.embed_dim,), config.float_dtype)
 
     def __call__(self, tokens_BT, segment_ids=None, positions=None) -> jax.Array:
         """Logits of the next token at every place, logits_BTV, float32.
@@ -152,8 +152,13 @@ def init(config: GrokConfig, key: jax.Array, mesh: Mesh | None = None) -> Grok:
     """A model with fresh parameters, each made on the devices of `mesh` that will hold it.
 
     The values depend on `key` alone, not on the mesh. Raises ConfigError when the model cannot be
-    split over the mesh.
+    split over the mesh, or should be int8, which is made from trained floats only.
     """
+    if config.param_dtype == "int8":
+        raise ConfigError(
+            "model.param_dtype=int8 is for weights that are loaded, and fresh ones are floats; "
+            "model.param_dtype=float32 would work."
+        )
     if mesh is None:
         return _init(config, key)
     check_mesh(config, mesh)

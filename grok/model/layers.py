@@ -3,6 +3,7 @@
 Letters: B batch, T length, D embed, N heads, H head_dim, V vocab, L layers.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from grok import sharding
+from grok.ops.quant import QuantizedArray
 from grok.sharding import Axes
 
 RMS_EPSILON = 1e-5
@@ -22,6 +24,36 @@ def normal(key: jax.Array, shape: tuple[int, ...], axes: Axes, dtype: str, fan_i
     values = jax.random.truncated_normal(key, -2, 2, shape, out_sharding=parts)
     # 0.8796 is the standard deviation of a unit normal cut at two sigma.
     return nnx.Param((values / (0.87962566 * math.sqrt(fan_in))).astype(dtype))
+
+
+def matrix(param: nnx.Param, axes: Axes, dtype) -> jax.Array:
+    """A matrix in the type of computation, with its ZeRO-3 axis collected.
+
+    `axes` are the logical axes it is kept in. An int8 matrix travels as int8 and is multiplied by
+    its scales where it arrives; only a float one has a gradient.
+    """
+    w = param.get_value()
+    if not isinstance(w, QuantizedArray):
+        return sharding.gather(w.astype(dtype), *axes)
+    scale_axes = quantized_axes(w, axes)
+    whole, whole_scales = sharding.whole(axes), sharding.whole(scale_axes)
+    values, scales = sharding.shard(w.values, *whole), sharding.shard(w.scales, *whole_scales)
+
+    def local(values, scales):
+        return dataclasses.replace(w, values=values, scales=scales).dequantize(dtype)
+
+    return sharding.shard_map(local, (whole, whole_scales), whole)(values, scales)
+
+
+def quantized_axes(w: QuantizedArray, axes: Axes) -> Axes:
+    """Logical axes of the scales of a matrix with these axes.
+
+    Several groups of rows are split like the rows; a single one is on every device.
+    """
+    columns = len(axes) - w.col_dims
+    rows = columns - w.row_dims
+    single = w.scales.shape[rows] == 1
+    return (*axes[:rows], None if single else axes[rows], *axes[columns:])
 
 
 class RMSNorm(nnx.Module):

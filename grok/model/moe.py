@@ -11,8 +11,9 @@ from flax import nnx
 
 from grok import sharding
 from grok.config import GrokConfig
-from grok.model.layers import normal
+from grok.model.layers import normal, quantized_axes
 from grok.ops.experts import experts_tiled, tile_rows
+from grok.ops.quant import QuantizedArray
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +37,7 @@ class MoE(nnx.Module):
 
     def __init__(self, key: jax.Array, config: GrokConfig):
         c = config
-        L, D, F, E, dtype = c.num_layers, c.embed_dim, c.mlp_dim, c.num_experts, c.param_dtype
+        L, D, F, E, dtype = c.num_layers, c.embed_dim, c.mlp_dim, c.num_experts, c.float_dtype
         in_axes = ("layers", "experts", "expert_embed", "mlp")
         out_axes = ("layers", "experts", "mlp", "expert_embed")
         keys = jax.random.split(key, 4)
@@ -68,25 +69,40 @@ class MoE(nnx.Module):
         experts it has on the rows that chose them, and hands the partial sums back."""
         C = self.config.num_selected_experts
 
-        def local(x, gate, chosen, w_gate_EDF, w_up_EDF, w_down_EFD):
+        weights = [w.get_value() for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)]
+        w_in, w_out = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
+        parts, axes = [], []
+        for w, w_axes in zip(weights, (w_in, w_in, w_out), strict=True):
+            if isinstance(w, QuantizedArray):
+                parts += [w.values, w.scales]
+                axes += [w_axes, quantized_axes(w, w_axes)]
+            else:
+                parts.append(w.astype(x_BTD.dtype))
+                axes.append(w_axes)
+        kinds = jax.tree.structure(weights)
+
+        def local(x, gate, chosen, *parts):
+            whole = [_collect(part, part_axes) for part, part_axes in zip(parts, axes, strict=True)]
+            w_gate_EDF, w_up_EDF, w_down_EFD = jax.tree.unflatten(kinds, whole)
             first = sharding.index("experts") * w_gate_EDF.shape[0]
             x, gate, chosen = (sharding.all_gather(a, "experts", dim=0) for a in (x, gate, chosen))
-            weights = (
-                sharding.all_gather(w_gate_EDF, "expert_embed", dim=1),
-                sharding.all_gather(w_up_EDF, "expert_embed", dim=1),
-                sharding.all_gather(w_down_EFD, "expert_embed", dim=2),
-            )
             rows = (x.reshape(-1, x.shape[-1]), gate.reshape(-1, C), chosen.reshape(-1, C) - first)
             tile = tile_rows(rows[1].size, self.config.num_experts)
-            y_RD = experts_tiled(*(sharding.vary(a) for a in (*rows, *weights)), tile)
+            arguments = (*rows, w_gate_EDF, w_up_EDF, w_down_EFD)
+            y_RD = experts_tiled(*jax.tree.map(sharding.vary, arguments), tile)
             y = sharding.psum(y_RD.astype(x.dtype).reshape(x.shape), "mlp")
             return sharding.psum_scatter(y, "experts", dim=0)
 
         tokens = ("batch", "length", None)
-        w_in, w_out = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
-        form = sharding.shard_map(local, (tokens, tokens, tokens, w_in, w_in, w_out), tokens)
-        weights = (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)
-        return form(x_BTD, gate_BTC, chosen_BTC, *(w[...].astype(x_BTD.dtype) for w in weights))
+        form = sharding.shard_map(local, (tokens, tokens, tokens, *axes), tokens)
+        return form(x_BTD, gate_BTC, chosen_BTC, *parts)
+
+
+def _collect(w: jax.Array, axes: sharding.Axes) -> jax.Array:
+    """A weight, or its scales, with the ZeRO-3 axis joined from all devices."""
+    if "expert_embed" not in axes:
+        return w
+    return sharding.all_gather(w, "expert_embed", dim=axes.index("expert_embed"))
 
 
 def _stats(probs_BTE, chosen_BTC, real_BT) -> RouterStats:

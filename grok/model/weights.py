@@ -1,20 +1,26 @@
 """A model from named arrays and back: what every importer and exporter of weights goes through.
 
 A parameter's name is its path in the tree, as in `layers/moe/w_gate_EDF`; arrays of `layers/` have
-the layers stacked on a leading axis.
+the layers stacked on a leading axis. An int8 matrix is two arrays, `NAME/values` and `NAME/scales`.
 """
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from grok import sharding
 from grok.config import GrokConfig
 from grok.errors import CheckpointError
+from grok.model import names
 from grok.model.grok import Grok, check_mesh
+from grok.ops.quant import QuantizedArray
 
 
 def from_arrays(
@@ -27,7 +33,7 @@ def from_arrays(
     CheckpointError where an array is missing, too many or of another shape, and ConfigError when
     the model cannot be split over the mesh.
     """
-    wanted = _abstract(config, mesh)
+    wanted = abstract(config, mesh)
     shapes = {name: leaf.shape for name, leaf in to_arrays(wanted).items()}
     _check_shapes(shapes, {name: tuple(array.shape) for name, array in arrays.items()})
 
@@ -42,24 +48,78 @@ def from_arrays(
     return jax.tree_util.tree_map_with_path(place, wanted)
 
 
-def to_arrays(model: Grok) -> dict[str, jax.Array]:
-    """The model's parameters by name, where and as they are."""
+def to_arrays(model: Grok) -> dict[str, Any]:
+    """The parameters by name, where and as they are; of int8 ones `values` and `scales`."""
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
 
 
-def _abstract(config: GrokConfig, mesh: Mesh | None) -> Grok:
+def abstract(
+    config: GrokConfig, mesh: Mesh | None = None, groups: Mapping[str, int] | None = None
+) -> Grok:
+    """The model of `config` as shapes, types and, on a mesh, placements.
+
+    Matrices named in `groups` are int8, with that many groups of rows; on a mesh that splits the
+    rows, groups are divided further until each device has whole ones (`finer_groups`). Raises
+    ConfigError when the model cannot be split over the mesh.
+    """
+
     def make() -> Grok:
         return Grok(config, jax.random.key(0))
 
     if mesh is None:
-        return jax.eval_shape(make)
-    check_mesh(config, mesh)
-    return sharding.abstract(make, mesh)
+        model = jax.eval_shape(make)
+    else:
+        check_mesh(config, mesh)
+        model = sharding.abstract(make, mesh)
+
+    if not groups:
+        return model
+
+    def quantized(path, param: nnx.Param) -> nnx.Variable:
+        name = _name(path)
+        if name not in groups:
+            return param
+        return param.replace(_abstract_int8(name, param.get_value(), groups[name]))
+
+    return jax.tree_util.tree_map_with_path(quantized, model, is_leaf=_is_param)
+
+
+def _abstract_int8(name: str, w, groups: int) -> QuantizedArray:
+    matrix = names.MATRICES[name]
+    shape = names.scales_shape(name, w.shape, groups)
+    if w.sharding is None:
+        values = jax.ShapeDtypeStruct(w.shape, jnp.int8)
+        scales = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    else:
+        mesh, parts = w.sharding.mesh, (*w.sharding.spec, *[None] * len(w.shape))[: len(w.shape)]
+        columns = len(w.shape) - matrix.col_dims
+        rows = columns - matrix.row_dims
+        over = () if parts[rows] is None else parts[rows]
+        split = math.prod(mesh.shape[axis] for axis in ((over,) if isinstance(over, str) else over))
+        finer = finer_groups(groups, split)
+        spec = P(*parts[:rows], None if groups == 1 else parts[rows], *parts[columns:])
+        shape = names.scales_shape(name, w.shape, finer)
+        values = jax.ShapeDtypeStruct(w.shape, jnp.int8, sharding=w.sharding)
+        scales = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    return QuantizedArray(values, scales, matrix.row_dims, matrix.col_dims)
+
+
+def finer_groups(groups: int, split: int) -> int:
+    """How many groups of rows a device grid that splits the rows `split` ways needs.
+
+    A group cut into equal parts with its scale repeated is the same matrix. One group stays one:
+    its scales go to every device.
+    """
+    return 1 if groups == 1 else math.lcm(groups, split)
+
+
+def _is_param(node) -> bool:
+    return isinstance(node, nnx.Param)
 
 
 def _name(path) -> str:
-    """The path in the tree without its last part, the field of the parameter that holds it."""
-    return "/".join(key.name for key in path[:-1])
+    """The path in the tree, without the field of the parameter that holds an array."""
+    return "/".join(key.name for key in path if key.name != "value")
 
 
 def _check_shapes(wanted: dict[str, tuple], given: dict[str, tuple]) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from grok import sharding
+from grok.ops.quant import QuantizedArray
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -67,15 +68,16 @@ def experts_tiled(
     x_RD: jax.Array,
     gate_RC: jax.Array,
     chosen_RC: jax.Array,
-    w_gate_EDF: jax.Array,
-    w_up_EDF: jax.Array,
-    w_down_EFD: jax.Array,
+    w_gate_EDF: jax.Array | QuantizedArray,
+    w_up_EDF: jax.Array | QuantizedArray,
+    w_down_EFD: jax.Array | QuantizedArray,
     tile: int,
 ) -> jax.Array:
     """Sum over each row's chosen experts of gate * expert(row), y_RD in float32.
 
     `chosen_RC` int32 holds experts in [0, E); a value outside is an expert that is not here and
-    adds nothing. `gate_RC` is float32. Gradients flow to the rows, the gates and the weights.
+    adds nothing. `gate_RC` is float32. Gradients flow to the rows, the gates and float weights;
+    int8 weights serve the forward pass only.
     `tile` rows are multiplied at a time; see `tile_rows`.
     """
     return _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile)[0]
@@ -121,13 +123,18 @@ def _take(x, indices):
     return x.at[indices].get(mode="fill", fill_value=0)
 
 
+def _dense(w, dtype) -> jax.Array:
+    """One expert's matrix as floats; an int8 one is multiplied by its scales."""
+    return w.dequantize(dtype) if isinstance(w, QuantizedArray) else w
+
+
 def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile):
     E, C = w_gate_EDF.shape[0], chosen_RC.shape[1]
     order, start_E, count_E = _sorted_assignments(chosen_RC, E, tile)
     gate = gate_RC.reshape(-1)
 
     def expert(y_RD, e):
-        weights = [w[e] for w in (w_gate_EDF, w_up_EDF, w_down_EFD)]
+        weights = [_dense(w[e], x_RD.dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)]
 
         def one_tile(pairs, y_RD):
             y_MD = expert_mlp(_take(x_RD, pairs // C), *weights)

@@ -10,6 +10,7 @@ columns may be several axes, as in (N, H, D).
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,8 @@ LARGEST = 127
 class QuantizedArray:
     """A matrix as int8 `values` (..., rows, columns) and `scales` (..., groups, columns)."""
 
-    values: jax.Array
-    scales: jax.Array
+    values: Any  # jax.Array, or its shape and type
+    scales: Any
     row_dims: int = 1
     col_dims: int = 1
 

@@ -21,7 +21,7 @@ from grok.config_text import to_yaml
 from grok.data.pipeline import Batches, ValidationBatches, to_mesh
 from grok.data.text import bits_per_byte, read_stream
 from grok.data.tokenizer import Tokenizer
-from grok.errors import DONE, SAVED, CheckpointError, DataError
+from grok.errors import DONE, SAVED, CheckpointError, ConfigError, DataError
 from grok.train.metrics import Display, MetricsFile, Speed
 from grok.train.optimizer import make_optimizer, make_schedule
 from grok.train.state import TrainState, abstract_state, init_state
@@ -31,6 +31,11 @@ from grok.train.step import eval_step, train_step
 def run(config: RunConfig) -> int:
     """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop."""
     # ---- devices and data: everything that can be wrong is found before anything compiles
+    if config.model.param_dtype == "int8":
+        raise ConfigError(
+            "model.param_dtype=int8 is for inference, and int8 matrices have no gradient; "
+            "model.param_dtype=float32 would work."
+        )
     sizes = check_fits(config, jax.device_count())
     mesh = sharding.make_mesh(sizes["data"], sizes["expert"], sizes["tensor"], sizes["slice"])
     train, validation = read_data(config)

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from grok import sharding
-from grok.checkpoint.release import read_release
+from grok.checkpoint.convert import converted
+from grok.checkpoint.load import place
+from grok.checkpoint.release import ReleaseSource
 from grok.config import GrokConfig
 from grok.model.grok import Grok
-from grok.model.weights import from_arrays
 
 FOLDER = Path(__file__).parents[1] / "golden"
 NAMES = ("pub_a", "pub_b")
@@ -71,7 +72,7 @@ def model(name: str, compute_dtype: str, on_mesh: bool) -> Grok:
     """The set's model, on one device or on data=2 x expert=2 x tensor=2."""
     c = config(name, compute_dtype)
     mesh = sharding.make_mesh(data=2, expert=2, tensor=2) if on_mesh else None
-    return from_arrays(c, read_release(FOLDER / name / "ckpt-0", c), mesh)
+    return place(converted(ReleaseSource(FOLDER / name / "ckpt-0", c), "float32"), mesh)
 
 
 def trace(model: Grok, tokens_BT, segment_BT) -> dict[str, jax.Array]:
