@@ -1,9 +1,10 @@
 """`grok.load`: weights in any format -> a model on its mesh.
 
-Every device's part of every tensor is read on its own, several at a time, and converted on the
-way, so a process reads no byte that its devices do not need and never holds a whole tensor.
+Each process reads the parts of tensors that its own devices hold, no more, in blocks: several at a
+time, converted on the way, each sent on to its devices before many others are read.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -27,8 +28,9 @@ from grok.model.grok import Grok
 from grok.model.weights import abstract, to_arrays
 
 DTYPES = ("int8", "bfloat16", "float32")
-READERS = 8
-# Largest piece of a part that is on the host at a time, for each reader.
+# Blocks that are read while earlier ones go to the devices, and about the size of one: together
+# they bound the memory of the host.
+READ_AHEAD = 8
 BLOCK_BYTES = 1 << 28
 
 
@@ -44,8 +46,8 @@ def load(
     `path`, local or gs://, is a ckpt-0 folder, a Hugging Face folder, or a checkpoint of ours (a
     run's folder, its `checkpoints`, or one step). `config` is the model that should be there, by
     default what the files say. `dtype` is what matrices become: "int8" (with scales, all else
-    float32), "bfloat16" or "float32"; by default what they are. `on_bytes` is told, from several
-    threads, how many bytes arrived on devices. With several processes, each calls this and reads
+    float32), "bfloat16" or "float32"; by default what they are. `on_bytes` is told how
+    many bytes went to devices. With several processes, each calls this and reads
     what its own devices need.
 
     Raises CheckpointError, with the file and what would be right, for what is damaged, incomplete
@@ -66,78 +68,80 @@ def place(
     config = dataclasses.replace(source.config, param_dtype=cast(Any, source.dtype))
     groups = {name: spec.groups for name, spec in source.tensors.items() if spec.groups}
     wanted = abstract(config, mesh, groups)
-    leaves = list(to_arrays(wanted).items())
-    with ThreadPoolExecutor(READERS, thread_name_prefix="grok-load") as pool:
-        # One tensor after the other, so that those on the way are few.
-        parts = [_start(pool, source, name, leaf, on_bytes) for name, leaf in leaves]
-        arrays = [
-            jax.make_array_from_single_device_arrays(
-                leaf.shape, placing, [shard for job in jobs for shard in job.result()]
-            )
-            for (_, leaf), (placing, jobs) in zip(leaves, parts, strict=True)
-        ]
-    return jax.tree.unflatten(jax.tree.structure(wanted), arrays)
+    leaves = [_Leaf(source, name, leaf) for name, leaf in to_arrays(wanted).items()]
+    with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="grok-load") as pool:
+        reads = ((leaf, block, pool.submit(leaf.read, block)) for leaf in leaves for block in leaf)
+        for leaf, block, values in _ahead(reads):
+            count = leaf.put(block, values.result())
+            if on_bytes is not None:
+                on_bytes(count)
+    return jax.tree.unflatten(jax.tree.structure(wanted), [leaf.array() for leaf in leaves])
 
 
-def _start(pool, source: Source, name: str, leaf, on_bytes):
-    """Begins to read a leaf: its placement, and one job for each distinct part of it here."""
-    placing = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
-    devices: dict[tuple, list[jax.Device]] = {}
-    for device, index in placing.addressable_devices_indices_map(leaf.shape).items():
-        assert index is not None  # addressable
-        bounds = (s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
-        devices.setdefault(tuple(bounds), []).append(device)
-    read = _reader(source, name, leaf.shape)
-    return placing, [
-        pool.submit(
-            _place_part, read, tuple(slice(*b) for b in bounds), leaf.dtype, where, on_bytes
+def _ahead(items: Iterator) -> Iterator:
+    """The same items, taken READ_AHEAD before they are given on."""
+    waiting = collections.deque(itertools.islice(items, READ_AHEAD))
+    while waiting:
+        yield waiting.popleft()
+        waiting.extend(itertools.islice(items, 1))
+
+
+class _Leaf:
+    """An array on its way to this process's devices, block by block."""
+
+    def __init__(self, source: Source, name: str, leaf):
+        self.read = _reader(source, name, leaf.shape)
+        self.shape, self.dtype = leaf.shape, np.dtype(leaf.dtype)
+        self.placing = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
+        self.parts = {
+            device: _slices(index, leaf.shape)
+            for device, index in self.placing.addressable_devices_indices_map(leaf.shape).items()
+        }
+        self.shards: dict[jax.Device, jax.Array] = {}
+
+    def __iter__(self) -> Iterator[Part]:
+        """Blocks that cover what the devices hold, and nothing else, each once.
+
+        Devices that hold neighbouring columns share a block, so that rows are read in one go.
+        """
+        distinct = list({_bounds(part): part for part in self.parts.values()}.values())
+        box = tuple(
+            slice(min(s.start for s in axis), max(s.stop for s in axis))
+            for axis in zip(*distinct, strict=True)
         )
-        for bounds, where in devices.items()
-    ]
+        filled = sum(math.prod(part_shape(part)) for part in distinct)
+        for part in [box] if filled == math.prod(part_shape(box)) else distinct:
+            yield from _cut(part, self.dtype.itemsize)
 
+    def put(self, block: Part, values: np.ndarray) -> int:
+        """Sends the block's values to all devices that hold some of them; how many bytes."""
+        count = 0
+        for device, part in self.parts.items():
+            common = [
+                slice(max(a.start, b.start), min(a.stop, b.stop))
+                for a, b in zip(part, block, strict=True)
+            ]
+            if any(s.start >= s.stop for s in common):
+                continue
+            own = np.ascontiguousarray(values[_within(common, block)])
+            piece = jax.device_put(own, device)
+            if tuple(common) == part:
+                self.shards[device] = piece
+            else:
+                if device not in self.shards:
+                    self.shards[device] = jnp.zeros(part_shape(part), self.dtype, device=device)
+                start = tuple(s.start for s in _within(common, part))
+                self.shards[device] = _write(self.shards[device], piece, start)
+            count += own.nbytes
+        # Reading may go on meanwhile, and no more than what it reads ahead is on the host.
+        jax.block_until_ready(list(self.shards.values()))
+        return count
 
-def _reader(source: Source, name: str, shape: tuple[int, ...]) -> Callable[[Part], np.ndarray]:
-    """Reads parts of a leaf: of a float tensor, or of the values or the scales of an int8 one."""
-    tensor, _, kind = name.rpartition("/")
-    if kind != "scales":
-        return functools.partial(source.read, tensor if kind == "values" else name)
-    spec = source.tensors[tensor]
-    axis = next((i for i, n in enumerate(spec.scales_shape) if n != shape[i]), None)
-    if axis is None:
-        return functools.partial(source.read_scales, tensor)
-    repeats = shape[axis] // spec.scales_shape[axis]
-
-    def read(part: Part) -> np.ndarray:
-        # The model on this mesh has each group in `repeats` parts of the same scale.
-        first, last = part[axis].start // repeats, (part[axis].stop - 1) // repeats
-        coarse = source.read_scales(
-            tensor, (*part[:axis], slice(first, last + 1), *part[axis + 1 :])
+    def array(self) -> jax.Array:
+        """The whole array, once all blocks were put."""
+        return jax.make_array_from_single_device_arrays(
+            self.shape, self.placing, list(self.shards.values())
         )
-        own = np.arange(part[axis].start, part[axis].stop) // repeats - first
-        return np.take(coarse, own, axis=axis)
-
-    return read
-
-
-def _place_part(read, part: Part, dtype, devices, on_bytes) -> list[jax.Array]:
-    """One part on each of `devices`, through blocks of at most BLOCK_BYTES on the host."""
-    shape = part_shape(part)
-    pieces = list(_cut(part, np.dtype(dtype).itemsize))
-    if len(pieces) == 1:
-        data = np.ascontiguousarray(read(part))
-        shards = [jax.device_put(data, device) for device in devices]
-        _tell(on_bytes, data.nbytes * len(devices), shards)
-        return shards
-    shards = [jnp.zeros(shape, dtype, device=device) for device in devices]
-    for piece in pieces:
-        data = np.ascontiguousarray(read(piece))
-        start = tuple(s.start - whole.start for s, whole in zip(piece, part, strict=True))
-        shards = [
-            _write(shard, jax.device_put(data, device), start)
-            for shard, device in zip(shards, devices, strict=True)
-        ]
-        _tell(on_bytes, data.nbytes * len(devices), shards)
-    return shards
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -145,15 +149,45 @@ def _write(shard: jax.Array, block: jax.Array, start: tuple[int, ...]) -> jax.Ar
     return jax.lax.dynamic_update_slice(shard, block, start)
 
 
-def _tell(on_bytes, count: int, shards: list[jax.Array]) -> None:
-    # Waiting keeps the host from reading ahead of what devices have taken.
-    jax.block_until_ready(shards)
-    if on_bytes is not None:
-        on_bytes(count)
+def _reader(source: Source, name: str, shape: tuple[int, ...]) -> Callable[[Part], np.ndarray]:
+    """Reads parts of a leaf: of a float tensor, or of the values or the scales of an int8 one."""
+    tensor, _, kind = name.rpartition("/")
+    if kind != "scales":
+        return functools.partial(source.read, tensor if kind == "values" else name)
+    stored = source.tensors[tensor].scales_shape
+    axis = next((i for i, n in enumerate(stored) if n != shape[i]), None)
+    if axis is None:
+        return functools.partial(source.read_scales, tensor)
+    repeats = shape[axis] // stored[axis]
+
+    def read(part: Part) -> np.ndarray:
+        # The model on this mesh has each group in `repeats` parts of the same scale.
+        numbers = np.arange(part[axis].start, part[axis].stop) // repeats
+        groups = slice(int(numbers[0]), int(numbers[-1]) + 1)
+        scales = source.read_scales(tensor, (*part[:axis], groups, *part[axis + 1 :]))
+        return np.take(scales, numbers - groups.start, axis=axis)
+
+    return read
+
+
+def _slices(index, shape: tuple[int, ...]) -> Part:
+    """JAX's index of a part, with start and stop filled in."""
+    return tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+
+
+def _bounds(part: Part) -> tuple:
+    return tuple((s.start, s.stop) for s in part)
+
+
+def _within(part, block: Part) -> Part:
+    """`part` counted from where `block` begins."""
+    return tuple(
+        slice(s.start - b.start, s.stop - b.start) for s, b in zip(part, block, strict=True)
+    )
 
 
 def _cut(part: Part, itemsize: int) -> Iterator[Part]:
-    """`part` in C order as blocks of at most BLOCK_BYTES, cut along the first axes."""
+    """`part` in C order as blocks of at most about BLOCK_BYTES, cut along the first axes."""
     axis, size = 0, itemsize * math.prod(part_shape(part))
     if size <= BLOCK_BYTES:
         yield part

@@ -4,6 +4,7 @@ Letters: B rows, T tokens, V vocab.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -150,7 +151,7 @@ def test_mesh_that_does_not_fit_is_refused():
 def test_fresh_int8_parameters_are_refused():
     config = golden.config("pub_a", "float32")
     with pytest.raises(ConfigError, match="int8 is for weights that are loaded"):
-        grok.init(GrokConfig(**{**vars(config), "param_dtype": "int8"}), jax.random.key(0))
+        grok.init(dataclasses.replace(config, param_dtype="int8"), jax.random.key(0))
 
 
 WIDE = GrokConfig(
@@ -162,6 +163,7 @@ WIDE = GrokConfig(
     num_kv_heads=8,
     head_dim=64,
 )
+SMALL = dataclasses.replace(WIDE, vocab_size=64, embed_dim=64, mlp_dim=64)
 LOAD = """
 import json, sys, jax
 sys.path.insert(0, {root!r})
@@ -169,7 +171,7 @@ import grok
 from grok.checkpoint.load import place
 from grok.checkpoint.random_source import RandomSource
 from grok.model.weights import to_arrays
-from tests.checkpoint.test_load import ODD, WIDE
+from tests.checkpoint.test_load import SMALL, WIDE
 
 def bytes_read():
     with open("/proc/self/io") as file:
@@ -178,7 +180,7 @@ def bytes_read():
 folder, address, process, sizes = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(process))
 mesh = grok.make_mesh(*json.loads(sizes))
-place(RandomSource(ODD), mesh)  # what is imported on first use
+place(RandomSource(SMALL), mesh)  # what is imported on first use
 before = bytes_read()
 model = grok.load(folder, WIDE, mesh)
 read = bytes_read() - before
@@ -197,7 +199,7 @@ def free_port() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="/proc/self/io is Linux's")
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 def test_two_processes_read_what_their_devices_need(tmp_path, sizes):
     """Of int8 matrices, each process reads its rows, columns and experts, and little else."""
     write_release(RandomSource(WIDE), tmp_path / "ckpt-0")
