@@ -53,7 +53,7 @@ lint: env  ## check format, style and types
 test: lint  ## lint, then run the tests on eight simulated devices
 	.venv/bin/pytest
 
-prove: env  ## run the full-size proofs: compile the real model for TPUs, without a TPU
+prove: env  ## run the full-size proofs: real sizes compiled for TPUs, and loaded, without a TPU
 	.venv/bin/pytest -m prove -n 0 -s
 
 format: env  ## format the code and apply safe fixes

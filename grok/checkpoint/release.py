@@ -20,13 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from grok.checkpoint import storage
-from grok.checkpoint.release_pickle import parse_record, read_record
-from grok.checkpoint.release_records import QuantizedRecord, Record
-from grok.checkpoint.source import Part, Source, TensorSpec
+from grok.checkpoint.release_pickle import read_record
+from grok.checkpoint.release_records import ArrayRecord, QuantizedRecord, Record
+from grok.checkpoint.source import Part, Source, TensorSpec, part_shape
 from grok.config import GrokConfig
-from grok.errors import CheckpointError
+from grok.errors import CheckpointError, ConfigError
 from grok.model import names
 
+# Endings of what aria2, browsers, curl and wget leave beside or instead of the file.
+UNFINISHED = (".aria2", ".crdownload", ".download", ".incomplete", ".part", ".partial", ".tmp")
 # A layer's tensors in the order of their files: the released code's name, and ours.
 LAYER_TENSORS = (
     ("moe/linear/w", "layers/moe/w_gate_EDF"),  # the branch that goes through GELU
@@ -99,7 +101,8 @@ class ReleaseSource(Source):
     """A `ckpt-0` folder, local or at gs://. Opening it reads every file's header, and no array.
 
     Raises CheckpointError, with the file and what would be right, where files are missing or too
-    many, are damaged, or have shapes of another model.
+    many, are damaged, or have shapes of another model. Nothing in a file says which tensor it is,
+    so files of one shape that changed places are not noticed.
     """
 
     format = "xai"
@@ -112,11 +115,11 @@ class ReleaseSource(Source):
         paths = [storage.join(self.path, tensor.file) for tensor in tensors]
         # Sixteen at a time: a remote file takes some round trips.
         with ThreadPoolExecutor(16) as pool:
-            records = list(pool.map(_read_record, paths))
+            records = list(pool.map(read_record, paths))
+        _check_shapes(self.path, tensors, records, shapes)
         self._found: dict[tuple[str, int | None], tuple[str, Record]] = {}
         groups: dict[str, int] = {}
         for tensor, path, record in zip(tensors, paths, records, strict=True):
-            _check_record(path, tensor, record, shapes)
             if isinstance(record, QuantizedRecord):
                 own = record.scales.shape[-2]
                 if groups.setdefault(tensor.name, own) != own:
@@ -146,17 +149,21 @@ class ReleaseSource(Source):
 
     def _read(self, name: str, part: Part, shape: tuple[int, ...], scales: bool) -> np.ndarray:
         if not name.startswith("layers/"):
-            return self._read_file(name, None, part, shape, scales)
-        layers = range(part[0].start, part[0].stop)
-        one = [self._read_file(name, layer, part[1:], shape[1:], scales) for layer in layers]
-        return one[0][None] if len(one) == 1 else np.stack(one)
+            path, array = self._array(name, None, scales)
+            return storage.read_part(path, array.offset, shape, array.dtype, part)
+        first, stop = part[0].start, part[0].stop
+        out = np.empty(part_shape(part), self._array(name, first, scales)[1].dtype)
+        for layer in range(first, stop):
+            path, array = self._array(name, layer, scales)
+            # Heads and their width are one axis in the file, and the same bytes as two.
+            storage.read_into(out[layer - first], path, array.offset, shape[1:], part[1:])
+        return out
 
-    def _read_file(self, name, layer, part, shape, scales) -> np.ndarray:
+    def _array(self, name: str, layer: int | None, scales: bool) -> tuple[str, ArrayRecord]:
         path, record = self._found[name, layer]
         if isinstance(record, QuantizedRecord):
             record = record.scales if scales else record.weight
-        # The same bytes with heads as an axis of their own.
-        return storage.read_part(path, record.offset, shape, record.dtype, part)
+        return path, record
 
 
 def implied_config(folder: str | os.PathLike[str]) -> GrokConfig:
@@ -166,18 +173,12 @@ def implied_config(folder: str | os.PathLike[str]) -> GrokConfig:
     experts are chosen nor any multiplier, which are the release's. Raises CheckpointError where
     the files cannot be of that kind.
     """
-    present = {name for name in storage.listing(folder) if re.fullmatch(r"tensor\d{5}_000", name)}
-    count = len(present)
-    if count < 14 or (count - 2) % 12:
-        raise CheckpointError(
-            f"{folder}: has {count} files named as tensor00000_000, and a release has 2 and 12 "
-            "for each layer."
-        )
+    num_layers = _count_layers(folder)
     by_name = {tensor.name: tensor.file for tensor in tensor_names(1)}
 
     def shape(name: str, dims: int) -> tuple[int, ...]:
         path = storage.join(folder, by_name[name])
-        record = _read_record(path)
+        record = read_record(path)
         found = (record.weight if isinstance(record, QuantizedRecord) else record).shape
         if len(found) != dims:
             raise CheckpointError(
@@ -194,27 +195,32 @@ def implied_config(folder: str | os.PathLike[str]) -> GrokConfig:
             f"{folder}: queries are {queries} wide and keys {keys}, no multiples of the release's "
             "head_dim of 128; a config must say what head_dim, num_heads and num_kv_heads are."
         )
-    return GrokConfig(
-        vocab_size=vocab,
-        num_layers=(count - 2) // 12,
-        embed_dim=embed,
-        mlp_dim=mlp,
-        num_heads=queries // 128,
-        num_kv_heads=keys // 128,
-        head_dim=128,
-        num_experts=experts,
-        num_selected_experts=min(2, experts),
-    )
-
-
-def _read_record(path: str) -> Record:
-    if not storage.is_remote(path):
-        return read_record(path)
     try:
-        with storage.open_file(path) as file:
-            return parse_record(file, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}.") from error
+        return GrokConfig(
+            vocab_size=vocab,
+            num_layers=num_layers,
+            embed_dim=embed,
+            mlp_dim=mlp,
+            num_heads=queries // 128,
+            num_kv_heads=keys // 128,
+            head_dim=128,
+            num_experts=experts,
+            num_selected_experts=min(2, experts),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: has the shapes of no model: {error}") from error
+
+
+def _count_layers(folder: str | os.PathLike[str]) -> int:
+    present = {name for name in storage.listing(folder) if re.fullmatch(r"tensor\d{5}_000", name)}
+    layers = max(1, math.ceil((len(present) - 2) / 12))
+    missing = [tensor.file for tensor in tensor_names(layers) if tensor.file not in present]
+    if missing:
+        raise CheckpointError(
+            f"{storage.join(folder, missing[0])}: is missing; a release has 2 files and 12 for "
+            f"each layer, so {2 + 12 * layers} and not {len(present)} here."
+        )
+    return layers
 
 
 def _check_files(folder: str, expected: list[str], num_layers: int) -> None:
@@ -226,6 +232,13 @@ def _check_files(folder: str, expected: list[str], num_layers: int) -> None:
     )
     missing = [name for name in expected if name not in present]
     extra = sorted(present.difference(expected))
+    for name in extra:
+        whole, suffix = os.path.splitext(name)
+        if suffix in UNFINISHED and whole in expected:
+            raise CheckpointError(
+                f"{storage.join(folder, name)}: is what a download leaves while it is unfinished; "
+                f"{whole} has to be downloaded to its end, and {name} to go."
+            )
     if missing:
         others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         strangers = f"; {extra[0]} is here instead" if extra else ""
@@ -235,19 +248,33 @@ def _check_files(folder: str, expected: list[str], num_layers: int) -> None:
         raise CheckpointError(f"{storage.join(folder, extra[0])}: does not belong here; {right}.")
 
 
-def _check_record(
-    path: str, tensor: ReleaseTensor, record: Record, shapes: dict[str, TensorShape]
+def _check_shapes(
+    folder: str,
+    tensors: list[ReleaseTensor],
+    records: list[Record],
+    shapes: dict[str, TensorShape],
 ) -> None:
-    right = shapes[tensor.name]
-    if _fits(record, right):
+    places = zip(tensors, records, strict=True)
+    wrong = [(t, record) for t, record in places if not _fits(record, shapes[t.name])]
+    if not wrong:
         return
+    tensor, record = wrong[0]
+    right = shapes[tensor.name]
     form = "quantised int8" if right.quantized else "float32"
-    # Two files that changed places are the likeliest accident with names that differ by a digit.
-    other = [name for name, shape in shapes.items() if _fits(record, shape)]
-    guess = f" It would fit {other[0]}: were files swapped or renamed?" if other else ""
+    swapped = [
+        other.file
+        for other, theirs in wrong[1:]
+        if _fits(record, shapes[other.name]) and _fits(theirs, right)
+    ]
+    fitting = [other.file for other in tensors if _fits(record, shapes[other.name])]
+    guess = ""
+    if swapped:
+        guess = f" It would fit {swapped[0]}, and that file here: were the two swapped?"
+    elif fitting:
+        guess = f" It would fit {fitting[0]}: was a file renamed or copied?"
     raise CheckpointError(
-        f"{path}: {tensor.release_name} is {_describe(record)}; for this model's config it "
-        f"should be {form} {right.in_file}.{guess}"
+        f"{storage.join(folder, tensor.file)}: {tensor.release_name} is {_describe(record)}; for "
+        f"this model's config it should be {form} {right.in_file}.{guess}"
     )
 
 
@@ -260,4 +287,4 @@ def _fits(record: Record, right: TensorShape) -> bool:
 def _describe(record: Record) -> str:
     if isinstance(record, QuantizedRecord):
         return f"quantised int8 {record.weight.shape}"
-    return f"{record.dtype} {record.shape}"
+    return f"{record.dtype} {record.shape}" + " without scales" * (record.dtype == np.int8)

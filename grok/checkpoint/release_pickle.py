@@ -12,10 +12,9 @@ The opcodes are documented in CPython's Lib/pickletools.py, the frames in PEP 31
 
 import os
 import pickletools
-import stat
-from pathlib import Path
 from typing import BinaryIO
 
+from grok.checkpoint import storage
 from grok.checkpoint.release_records import (
     Array,
     ArrayRecord,
@@ -24,6 +23,7 @@ from grok.checkpoint.release_records import (
     Quantized,
     QuantizedRecord,
     Record,
+    Truth,
     build,
     construct,
     find_global,
@@ -34,19 +34,29 @@ from grok.errors import CheckpointError
 # The release's streams have up to about 135 opcodes; the bound keeps hostile ones short, and with
 # them the stack and the memo.
 MAX_OPCODES = 512
+PROTOCOL_4 = b"\x80\x04"
 OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+# What lies in the place of tensors after downloads that went wrong, by how it begins.
+FOREIGN = {
+    b"version https://git-lfs": (
+        "is a git-lfs pointer, which stands for a file that was not downloaded; `git lfs pull` "
+        "downloads it"
+    ),
+    b"<": "is HTML or XML, as a server sends in place of a file that it does not give",
+    b"{": "is JSON, as a server sends in place of a file that it does not give",
+    b"d8:announce": "is a torrent, which says where to download files and holds none",
+    b"\x1f\x8b": "is compressed by gzip, and has to be unpacked first",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd, and has to be unpacked first",
+    b"PK\x03\x04": "is a zip archive (as PyTorch writes, too), and should be a pickled array",
+    b"\x93NUMPY": "is an .npy file, and should be a pickled array",
+    bytes(16): "begins with zeros, as a file does whose download has not come to its beginning",
+}
 
 
 def read_record(path: str | os.PathLike[str]) -> Record:
     """The arrays of the file at `path`. Raises CheckpointError with the file and what is wrong."""
-    try:
-        # Opening a pipe would wait for a writer, so look first.
-        if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise CheckpointError(f"{path}: is not a regular file.")
-        with open(path, "rb") as file:
-            return parse_record(file, os.fspath(path))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    with storage.open_file(path) as file:
+        return parse_record(file, os.fspath(path))
 
 
 def parse_record(file: BinaryIO, name: str) -> Record:
@@ -54,11 +64,26 @@ def parse_record(file: BinaryIO, name: str) -> Record:
 
     Whatever the bytes are, the only exception is CheckpointError (beside OSError from `file`).
     """
+    head = file.read(32)
+    if not head.startswith(PROTOCOL_4):
+        raise CheckpointError(f"{name}: {_what_else(head)}.")
     machine = _Machine(file)
     try:
         return machine.run()
     except MalformedError as error:
         raise CheckpointError(f"{name}: {error} (opcode at byte {machine.opcode_at}).") from None
+
+
+def _what_else(head: bytes) -> str:
+    """What a file seems to be whose first bytes are not a tensor's."""
+    if not head:
+        return "is empty"
+    for start, what in FOREIGN.items():
+        if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(start):
+            return what
+    if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\5"):
+        return f"is a pickle of protocol {head[1]}; the release's are of protocol 4"
+    return "does not begin as a pickle of protocol 4, which the release's files are"
 
 
 class _Machine:
@@ -68,17 +93,15 @@ class _Machine:
         self.file = file
         file.seek(0, os.SEEK_END)
         self.size = file.tell()
-        file.seek(0)
-        self.position = self.opcode_at = 0
+        self.position = self.opcode_at = len(PROTOCOL_4)
+        file.seek(self.position)
         self.frame_end: int | None = None
         self.stack: list[object] = []
         self.marks: list[int] = []
         self.memo: list[object] = []
 
     def run(self) -> Record:
-        """Read from PROTO to STOP, and give what the stream holds."""
-        if self.size < 2 or self.take(2) != b"\x80\x04":
-            raise MalformedError("does not begin as a pickle of protocol 4")
+        """Read to STOP, and give what the stream holds."""
         for _ in range(MAX_OPCODES):
             self.opcode_at = self.position
             if self.frame_end == self.position:
@@ -109,7 +132,7 @@ class _Machine:
             case "NONE":
                 self.push(None)
             case "NEWTRUE" | "NEWFALSE":
-                self.push(opcode == "NEWTRUE")
+                self.push(Truth.TRUE if opcode == "NEWTRUE" else Truth.FALSE)
             case "BININT1":
                 self.push(self.number(1))
             case "BININT2":
@@ -153,9 +176,8 @@ class _Machine:
     def finish(self) -> Record:
         """Check that the stream ends where it should; the one object that it leaves."""
         if self.position != self.size:
-            raise MalformedError(
-                f"has {self.size - self.position} bytes after the end of its pickle"
-            )
+            left = self.size - self.position
+            raise MalformedError(f"has {left:,} byte{'s'[: left - 1]} after the end of its pickle")
         if len(self.stack) != 1 or self.marks:
             raise MalformedError("does not end with exactly one object")
         match self.stack[0]:
@@ -173,7 +195,7 @@ class _Machine:
         """Refuse unless `count` more bytes lie in the file and in the current frame."""
         left = self.size - self.position
         if count > left:
-            raise MalformedError(f"is cut short: {count} bytes should follow, and {left} do")
+            raise MalformedError(f"is cut short: {count:,} bytes should follow, and {left:,} do")
         if self.frame_end is not None and count > self.frame_end - self.position:
             raise MalformedError("has an opcode that reaches over the end of its frame")
 
@@ -191,7 +213,7 @@ class _Machine:
     def text(self, length: int) -> str:
         data = self.take(length)
         if not data.isascii():
-            raise MalformedError(f"has the text {data!r}, which is not ASCII")
+            raise MalformedError(f"has a text of {length} bytes that is not ASCII")
         return data.decode("ascii")
 
     def step_over(self, length: int) -> FileBytes:

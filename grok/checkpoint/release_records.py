@@ -43,6 +43,13 @@ class QuantizedRecord:
 Record = ArrayRecord | QuantizedRecord
 
 
+class Truth(enum.Enum):
+    """NEWTRUE and NEWFALSE; Python's own True and False would pass for the numbers 1 and 0."""
+
+    TRUE = enum.auto()
+    FALSE = enum.auto()
+
+
 class Global(enum.Enum):
     """The globals that a file may name."""
 
@@ -61,6 +68,8 @@ GLOBALS = {
     ("ml_dtypes", "bfloat16"): Global.BFLOAT16,
     ("__main__", "QuantizedWeight8bit"): Global.QUANTIZED,
 }
+# NPY_NEEDS_PYAPI, NPY_USE_GETITEM and NPY_USE_SETITEM, of which versions of ml_dtypes set some.
+BFLOAT16_FLAGS = 0x70
 FLOAT32, INT8, BFLOAT16 = np.dtype("<f4"), np.dtype("i1"), np.dtype(ml_dtypes.bfloat16)
 
 
@@ -102,8 +111,8 @@ def find_global(module: object, name: object) -> Global:
     found = GLOBALS.get((module, name))
     if found is None:
         raise MalformedError(
-            f"names the global {f'{module}.{name}'!r}; only NumPy arrays of float32, int8 and "
-            "bfloat16, and QuantizedWeight8bit, belong in a release"
+            f"names the global {_shown(f'{module}.{name}')}; only NumPy arrays of float32, int8 "
+            "and bfloat16, and QuantizedWeight8bit, belong in a release"
         )
     return found
 
@@ -113,15 +122,15 @@ def construct(opcode: str, function: object, arguments: object) -> Dtype | Array
     match opcode, function, arguments:
         case "REDUCE", Global.RECONSTRUCT, (Global.NDARRAY, (0,), FileBytes(tag=b"b")):
             return Array()
-        case "REDUCE", Global.DTYPE, ("f4", False, True):
+        case "REDUCE", Global.DTYPE, ("f4", Truth.FALSE, Truth.TRUE):
             return Dtype(FLOAT32)
-        case "REDUCE", Global.DTYPE, ("i1", False, True):
+        case "REDUCE", Global.DTYPE, ("i1", Truth.FALSE, Truth.TRUE):
             return Dtype(INT8)
-        case "REDUCE", Global.DTYPE, (Global.BFLOAT16, False, True):
+        case "REDUCE", Global.DTYPE, (Global.BFLOAT16, Truth.FALSE, Truth.TRUE):
             return Dtype(BFLOAT16)
         case "REDUCE", Global.DTYPE, (str() as code, *_):
             raise MalformedError(
-                f"has an array of dtype {code!r}; float32, int8 or bfloat16 is right"
+                f"has an array of dtype {_shown(code)}; float32, int8 or bfloat16 is right"
             )
         case "NEWOBJ", Global.QUANTIZED, ():
             return Quantized()
@@ -135,10 +144,10 @@ def set_items(target: object, items: list[object]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
         if key not in ("weight", "scales") or key in target:
             raise MalformedError(
-                "the state of QuantizedWeight8bit has other keys than weight, scales"
+                "has a QuantizedWeight8bit with other keys than weight and scales, each once"
             )
         if not (isinstance(value, Array) and value.record):
-            raise MalformedError(f"{key} of QuantizedWeight8bit is not an array")
+            raise MalformedError(f"has a QuantizedWeight8bit in which {key} is not an array")
         target[key] = value.record
 
 
@@ -150,9 +159,9 @@ def build(target: object, state: object) -> None:
             target.ready = True
         case (
             Array(record=None),
-            (1, tuple() as shape, Dtype(ready=True) as kind, bool() as fortran, FileBytes() as at),
+            (1, tuple() as shape, Dtype(ready=True) as kind, Truth() as fortran, FileBytes() as at),
         ):
-            if fortran:
+            if fortran is Truth.TRUE:
                 raise MalformedError("has an array in Fortran order; the release's are in C order")
             target.record = _array_record(shape, kind.dtype, at)
         case Quantized(record=None), {"weight": weight, "scales": scales}:
@@ -173,16 +182,16 @@ def _check_dtype_state(dtype: np.dtype, state: tuple[object, ...]) -> None:
             return
         case (3, "|", None, None, None, -1, -1, 0) if dtype == INT8:
             return
-        # The last number is flags of NumPy's C code for the type, which differ by version.
-        case (3, "<", None, None, None, 2, 2, int()) if dtype == BFLOAT16:
-            return
+        case (3, "<", None, None, None, 2, 2, int() as flags) if dtype == BFLOAT16:
+            if not flags & ~BFLOAT16_FLAGS:
+                return
     raise MalformedError(
         f"has a dtype {dtype} with fields or a layout of its own; it should be plain"
     )
 
 
 def _array_record(shape: tuple[object, ...], dtype: np.dtype, at: FileBytes) -> ArrayRecord:
-    dims = tuple(dim for dim in shape if type(dim) is int and dim > 0)
+    dims = tuple(dim for dim in shape if isinstance(dim, int) and dim > 0)
     if len(dims) != len(shape) or not 1 <= len(dims) <= MAX_DIMENSIONS:
         raise MalformedError(
             f"has an array whose shape is not 1 to {MAX_DIMENSIONS} positive dimensions"
@@ -190,7 +199,8 @@ def _array_record(shape: tuple[object, ...], dtype: np.dtype, at: FileBytes) -> 
     needed = math.prod(dims) * dtype.itemsize
     if needed != at.nbytes:
         raise MalformedError(
-            f"shape {dims} of {dtype} takes {needed} bytes, and {at.nbytes} are there"
+            f"has an array of shape {dims} and dtype {dtype}, which takes {needed:,} bytes, and "
+            f"{at.nbytes:,} are there"
         )
     return ArrayRecord(dims, dtype, at.offset, at.nbytes)
 
@@ -212,3 +222,8 @@ def _quantized_record(weight: ArrayRecord, scales: ArrayRecord) -> QuantizedReco
             "one may differ, and has to divide the weight's"
         )
     return QuantizedRecord(weight, scales)
+
+
+def _shown(text: str) -> str:
+    """What a file says, quoted, with control characters escaped, and not for long."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

@@ -1,15 +1,18 @@
 """Files of checkpoints on this machine or at gs://: listed, opened, and read by byte range."""
 
+import contextlib
+import functools
+import logging
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
 import numpy as np
 
 from grok.checkpoint.source import Part, part_shape
-from grok.errors import CheckpointError
+from grok.errors import CheckpointError, GrokError
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -22,43 +25,69 @@ def join(path: str | os.PathLike[str], *names: str) -> str:
     return "/".join([os.fspath(path).rstrip("/"), *names])
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file or folder at `path`."""
+    if not is_remote(path):
+        return Path(path).exists()
+    with _reading(path):
+        system, inside = _remote(path)
+        return system.exists(inside)
+
+
 def listing(folder: str | os.PathLike[str]) -> dict[str, int | None]:
     """What is in a folder: bytes of each file by name, None for a folder in it.
 
     Raises CheckpointError where `folder` cannot be listed.
     """
-    try:
+    with _reading(folder):
         if not is_remote(folder):
             with os.scandir(folder) as entries:
-                return {e.name: None if e.is_dir() else e.stat().st_size for e in entries}
+                return {entry.name: _size(entry) for entry in entries}
         system, inside = _remote(folder)
-        system.invalidate_cache()
+        found = {entry["name"]: entry for entry in system.ls(inside, detail=True)}
+        if list(found) == [inside.rstrip("/")]:
+            raise CheckpointError(f"{folder}: cannot be read: Not a directory.")
         return {
-            entry["name"].rstrip("/").rsplit("/", 1)[-1]: (
+            name.rstrip("/").rsplit("/", 1)[-1]: (
                 None if entry["type"] == "directory" else entry["size"]
             )
-            for entry in system.ls(inside, detail=True)
-            if entry["name"].rstrip("/") != inside.rstrip("/")
+            for name, entry in found.items()
+            # Consoles mark a folder by an empty object of its name.
+            if name.rstrip("/") != inside.rstrip("/")
         }
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read: {_reason(error)}.") from error
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """The file for reading; remote files are read in small ranges as they are asked for."""
-    if not is_remote(path):
-        return open(path, "rb")
-    system, inside = _remote(path)
-    return system.open(inside, "rb", block_size=1 << 16, cache_type="readahead")
+def _size(entry: os.DirEntry[str]) -> int | None:
+    try:
+        return None if entry.is_dir() else entry.stat().st_size
+    except OSError:
+        # A link that leads nowhere: whoever needs the file hears of it on opening.
+        return entry.stat(follow_symlinks=False).st_size
+
+
+@contextlib.contextmanager
+def open_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """The file for reading; of a remote one, small ranges are fetched as they are asked for.
+
+    Raises CheckpointError where it cannot be opened, or cannot be read inside the `with`.
+    """
+    with _reading(path):
+        if is_remote(path):
+            system, inside = _remote(path)
+            with system.open(inside, "rb", block_size=1 << 16, cache_type="readahead") as file:
+                yield file
+            return
+        # Opening a pipe would wait for a writer, so look first.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(f"{path}: is not a regular file.")
+        with open(path, "rb") as file:
+            yield file
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """A whole small file. Raises CheckpointError where it cannot be read."""
-    try:
-        with open_file(path) as file:
-            return file.read()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}.") from error
+    with open_file(path) as file:
+        return file.read()
 
 
 def read_part(
@@ -75,79 +104,104 @@ def read_part(
     Raises CheckpointError where the file cannot be read or is shorter than it was.
     """
     out = np.empty(part_shape(part), dtype)
-    flat = out.reshape(-1).view(np.uint8)
-    runs = list(_runs(shape, dtype.itemsize, part))
-    try:
+    read_into(out, path, offset, shape, part)
+    return out
+
+
+def read_into(
+    out: np.ndarray,
+    path: str | os.PathLike[str],
+    offset: int,
+    shape: tuple[int, ...],
+    part: Part,
+) -> None:
+    """`read_part` into an array of the part's shape, in C order."""
+    assert out.flags.c_contiguous
+    starts, length = _runs(shape, out.itemsize, part)
+    rows = out.reshape(-1).view(np.uint8).reshape(-1, length)
+    with _reading(path):
         if is_remote(path):
             system, inside = _remote(path)
-            begin, end = runs[0][0], runs[-1][0] + runs[-1][1]
+            begin, end = starts[0], starts[-1] + length
             span = system.cat_file(inside, offset + begin, offset + end)
             if len(span) != end - begin:
                 raise CheckpointError(f"{path}: became shorter while it was read.")
-            whole = np.frombuffer(span, np.uint8)
-            at = 0
-            for start, length in runs:
-                flat[at : at + length] = whole[start - begin : start - begin + length]
-                at += length
-            return out
+            for row, start in zip(rows, starts, strict=True):
+                row[:] = np.frombuffer(span, np.uint8, length, start - begin)
+            return
         with open(path, "rb", buffering=0) as file:
-            at = 0
-            for start, length in runs:
-                _read_exactly(file.fileno(), flat[at : at + length], offset + start, path)
-                at += length
-        return out
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}.") from error
+            for row, start in zip(rows, starts, strict=True):
+                _read_exactly(file.fileno(), memoryview(row), offset + start, path)
 
 
-def _runs(shape: tuple[int, ...], itemsize: int, part: Part) -> Iterator[tuple[int, int]]:
-    """(start, length) in bytes of each stretch of a C-ordered array that `part` covers."""
-    axis = len(shape)
-    length = itemsize
-    # Axes from the last one on that are taken whole make one stretch with the axis before them.
-    while axis and part[axis - 1] == slice(0, shape[axis - 1]):
+def _runs(shape: tuple[int, ...], itemsize: int, part: Part) -> tuple[list[int], int]:
+    """Where each stretch of a C-ordered array begins that `part` covers, and their length.
+
+    Both are in bytes; the stretches are in order, and as long as they can be.
+    """
+    strides = [itemsize]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    axis = len(shape) - 1
+    # Behind the last axis that is cut, everything is taken.
+    while axis > 0 and part[axis] == slice(0, shape[axis]):
         axis -= 1
-        length *= shape[axis]
-    begin, stretch = 0, length
-    if axis:
-        axis -= 1
-        begin = part[axis].start * length
-        stretch = (part[axis].stop - part[axis].start) * length
-        length *= shape[axis]
-    strides = []
-    for size in reversed(shape[:axis]):
-        strides.append(length)
-        length *= size
-    strides.reverse()
-    for index in np.ndindex(*(s.stop - s.start for s in part[:axis])):
-        lead = zip(index, part[:axis], strides, strict=True)
-        yield begin + sum((i + s.start) * stride for i, s, stride in lead), stretch
+    length = (part[axis].stop - part[axis].start) * strides[axis]
+    starts = np.array([part[axis].start * strides[axis]])
+    for cut, stride in reversed(list(zip(part[:axis], strides[:axis], strict=True))):
+        starts = np.add.outer(np.arange(cut.start, cut.stop) * stride, starts).reshape(-1)
+    return starts.tolist(), length
 
 
-def _read_exactly(descriptor: int, out: np.ndarray, offset: int, path) -> None:
-    view = memoryview(out)
-    while view:
+def _read_exactly(descriptor: int, out: memoryview, offset: int, path) -> None:
+    while out:
         # One call reads at most 2 GiB.
-        count = os.preadv(descriptor, [view[: 1 << 30]], offset)
+        count = os.preadv(descriptor, [out[: 1 << 30]], offset)
         if not count:
             raise CheckpointError(f"{path}: became shorter while it was read.")
-        view, offset = view[count:], offset + count
+        out, offset = out[count:], offset + count
 
 
-def _remote(path) -> tuple[Any, str]:
+def _remote(path: str | os.PathLike[str]) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it."""
+    url = os.fspath(path)
+    if not url.startswith("gs://"):
+        raise CheckpointError(f"{path}: is neither on this machine nor at gs://.")
+    emulated = "STORAGE_EMULATOR_HOST" in os.environ
+    return _google_storage(emulated), url.removeprefix("gs://")
+
+
+@functools.cache
+def _google_storage(emulated: bool) -> Any:
+    # Imported late: it takes a second, which local files need not cost.
+    from gcsfs.core import GCSFileSystem  # type: ignore[import-untyped]
+
+    # It logs each refusal with a stack trace; what a user should know is raised as well.
+    logging.getLogger("gcsfs").addHandler(logging.NullHandler())
+    # `gcsfs.GCSFileSystem` would first ask each bucket's layout by gRPC, for minutes where nothing
+    # answers. An emulator knows no accounts, and looking for one would ask Google's servers. What
+    # was listed is not kept, since others write there.
+    return GCSFileSystem(token="anon" if emulated else None, use_listings_cache=False)
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Says of whatever goes wrong inside that `path` cannot be read, and why."""
     try:
-        return fsspec.core.url_to_fs(os.fspath(path))
-    except (ImportError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be reached: {error}.") from error
+        yield
+    except GrokError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}.") from error
+    except Exception as error:
+        # What clients of remote storage raise (HTTP, accounts, retries) has no class in common.
+        if not is_remote(path):
+            raise
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read: {reason}.") from error
 
 
 def _reason(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "No such file or directory"
     return error.strerror or str(error) or type(error).__name__
-
-
-def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a file or folder at `path`."""
-    if not is_remote(path):
-        return Path(path).exists()
-    system, inside = _remote(path)
-    return system.exists(inside)

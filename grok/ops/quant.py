@@ -59,24 +59,46 @@ def dequantize(values, scales, dtype, row_dims: int = 1, col_dims: int = 1):
     return product.astype(dtype).reshape(values.shape)
 
 
-def quantize(w, groups: int, row_dims: int = 1, col_dims: int = 1, scale_dtype=jnp.bfloat16):
-    """int8 values and scales of a float matrix `w` (..., rows, columns).
+def quantize(w, groups: int, row_dims: int = 1, col_dims: int = 1):
+    """int8 values and bfloat16 scales of a float matrix `w` (..., rows, columns).
 
-    A scale is its group's largest magnitude / 127, rounded to `scale_dtype`; values are rounded
-    to the nearest. Requantising what `dequantize` gave, in float32 or bfloat16, gives the same
-    values and scales back for every group whose largest value has magnitude 127. A group of zeros
-    has scale 0.
+    A scale is its group's largest magnitude / 127, rounded; values are rounded to the nearest. A
+    group of zeros has scale 0. Requantising what `dequantize` gave, in float32 or bfloat16, gives
+    the same values back for every group whose largest one has magnitude 127. (Where bfloat16
+    rounded that largest product, the division may miss the scale by one place; of the scale and
+    its neighbours that one is taken which gives `w` back exactly, if any does.)
     """
     xp = jnp if isinstance(w, jax.Array) else np
     split = _split(w.shape, groups, row_dims, col_dims)
-    w_split = w.reshape(split).astype(np.float32)
     axis = len(split) - col_dims - 1
-    largest = xp.max(xp.abs(w_split), axis=axis, keepdims=True)
-    scales = (largest / np.float32(LARGEST)).astype(scale_dtype)
+    w_split = w.reshape(split)
+    largest = xp.max(xp.abs(w_split), axis=axis, keepdims=True).astype(np.float32)
+    scales = (largest / np.float32(LARGEST)).astype(jnp.bfloat16)
+    values = _rounded(xp, w_split, scales)
+    if w.dtype == jnp.bfloat16:
+        found = _gives_back(w_split, values, scales, axis)
+        for step in (1, -1):
+            place = xp.maximum(scales.view(np.uint16).astype(np.int32) + step, 0)
+            near = place.astype(np.uint16).view(jnp.bfloat16)
+            near_values = _rounded(xp, w_split, near)
+            better = ~found & _gives_back(w_split, near_values, near, axis)
+            scales, values = xp.where(better, near, scales), xp.where(better, near_values, values)
+            found |= better
+    return values.reshape(w.shape), scales.reshape((*split[:axis], *split[axis + 1 :]))
+
+
+def _rounded(xp, w_split, scales):
+    """The int8 values nearest to w / scale."""
     divisor = scales.astype(np.float32)
     divisor = xp.where(divisor == 0, np.float32(1), divisor)
-    values = xp.clip(xp.rint(w_split / divisor), -LARGEST, LARGEST).astype(np.int8)
-    return values.reshape(w.shape), scales.reshape((*split[:axis], *split[axis + 1 :]))
+    quotient = w_split.astype(np.float32) / divisor
+    return xp.clip(xp.rint(quotient), -LARGEST, LARGEST).astype(np.int8)
+
+
+def _gives_back(w_split, values, scales, axis: int):
+    """Whether values * scale, rounded as w is, are w in the whole group."""
+    product = values.astype(np.float32) * scales.astype(np.float32)
+    return (product.astype(w_split.dtype) == w_split).all(axis=axis, keepdims=True)
 
 
 def _split(shape, groups: int, row_dims: int, col_dims: int) -> tuple[int, ...]:

@@ -1,27 +1,25 @@
-"""The release's folder -> our tree: order, names, shapes, exact values, refusals."""
+"""The release's folder as a source: order, names, shapes, exact values of any part."""
 
 import collections
-import io
 import json
-import pickle
-import shutil
-import struct
-import sys
 import tracemalloc
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from grok.checkpoint import release
-from grok.checkpoint.release import read_quantized, read_release, scan_release, tensor_names
+from grok.checkpoint.convert import converted
+from grok.checkpoint.random_source import RandomSource
+from grok.checkpoint.release import ReleaseSource, implied_config, tensor_names
+from grok.checkpoint.release_pickle import read_record
 from grok.checkpoint.release_records import ArrayRecord
+from grok.checkpoint.release_writer import write_release
+from grok.checkpoint.source import blocks, scales_part
 from grok.config import GrokConfig
 from grok.errors import CheckpointError
+from tests.model import golden
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-MODELS = ("pub_a", "pub_b")
 SIZES = ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads")
 SIZES += ("head_dim", "num_experts")
 TINY = GrokConfig(**dict(zip(SIZES, (24, 12, 12, 20, 6, 2, 4, 3), strict=True)))
@@ -40,81 +38,29 @@ OUR_NAMES = {  # written out again, for a slip in one of the two lists to show
     "rms_norm_3/scale": "layers/post_moe_norm/scale_D",
     "router/w": "layers/moe/router_DE",
 }
-NEW_MODULE, OLD_MODULE = b"\x8c\x16numpy._core.multiarray", b"\x8c\x15numpy.core.multiarray"
 
 
-class QuantizedWeight8bit:
-    def __init__(self, weight: np.ndarray, scales: np.ndarray) -> None:
-        self.weight, self.scales = weight, scales
+def golden_config(name: str) -> GrokConfig:
+    return golden.config(name, "float32")
 
 
-QuantizedWeight8bit.__module__ = "__main__"  # where the release was pickled
-QuantizedWeight8bit.__qualname__ = "QuantizedWeight8bit"
-
-
-@pytest.fixture
-def write(monkeypatch):
-    """A function that writes an array, or weight and scales, to a file as the release does."""
-    monkeypatch.setattr(
-        sys.modules["__main__"], "QuantizedWeight8bit", QuantizedWeight8bit, raising=False
-    )
-
-    def write_file(path: Path, *arrays: np.ndarray) -> None:
-        buffer = io.BytesIO()
-        pickle.dump(arrays[0] if len(arrays) == 1 else QuantizedWeight8bit(*arrays), buffer, 4)
-        data = buffer.getvalue()
-        # NumPy 1, which the release was written by, has a shorter name for the module.
-        assert data.count(NEW_MODULE) == 1
-        (length,) = struct.unpack("<Q", data[3:11])
-        data = data[:3] + struct.pack("<Q", length - 1) + data[11:]
-        path.write_bytes(data.replace(NEW_MODULE, OLD_MODULE))
-
-    return write_file
-
-
-def golden_config(model: str) -> GrokConfig:
-    sizes = json.loads((GOLDEN / model / "golden.json").read_text())["config"]
-    keys = ("vocab_size", "num_layers", "emb_size", "ffn_size", "num_q_heads", "num_kv_heads")
-    keys += ("key_size", "num_experts")
-    return GrokConfig(**dict(zip(SIZES, (sizes[key] for key in keys), strict=True)))
-
-
-def write_tiny(folder: Path, write, groups: int = 1) -> None:
-    """A release of TINY in which every tensor holds the number of its layer, or -1."""
-    folder.mkdir()
-    shapes = release.tensor_shapes(TINY)
-    for tensor in tensor_names(TINY.num_layers):
-        shape = shapes[tensor.name]
-        fill = -1 if tensor.layer is None else tensor.layer
-        if shape.quantized:
-            *lead, _, columns = shape.in_file
-            scales = np.full((*lead, groups, columns), 0.5, ml_dtypes.bfloat16)
-            write(folder / tensor.file, np.full(shape.in_file, 2 * fill, np.int8), scales)
-        else:
-            write(folder / tensor.file, np.full(shape.in_file, fill, np.float32))
+def opened(name: str) -> ReleaseSource:
+    return ReleaseSource(golden.FOLDER / name / "ckpt-0", golden_config(name))
 
 
 def arrays_in(path: Path) -> list[np.ndarray]:
     """The arrays of a file by plain reads of its bytes at the recorded places."""
-    record, data = release.read_record(path), path.read_bytes()
+    record, data = read_record(path), path.read_bytes()
     parts = [record] if isinstance(record, ArrayRecord) else [record.weight, record.scales]
     return [
         np.frombuffer(data[p.offset : p.offset + p.nbytes], p.dtype).reshape(p.shape) for p in parts
     ]
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_what_is_read_pickles_back_to_the_same_file(tmp_path, write, model):
-    """Python's own pickler, given what we read, writes the golden files byte for byte."""
-    for path in sorted((GOLDEN / model / "ckpt-0").iterdir()):
-        write(tmp_path / "again", *arrays_in(path))
-        assert (tmp_path / "again").read_bytes() == path.read_bytes(), path.name
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_names_in_release_order(model):
-    entries = json.loads((GOLDEN / model / "tensors.json").read_text())
-    tensors = tensor_names(golden_config(model).num_layers)
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_names_in_release_order(name):
+    entries = json.loads((golden.FOLDER / name / "tensors.json").read_text())
+    tensors = tensor_names(golden_config(name).num_layers)
     assert [f"params/{t.release_name}" for t in tensors] == [e["name"] for e in entries]
     assert [f"ckpt-0/{t.file}" for t in tensors] == [e["file"] for e in entries]
     assert [t.name for t in tensors[:2]] == ["embed/table_VD", "final_norm/scale_D"]
@@ -145,155 +91,149 @@ def test_shapes_of_the_release():
     assert size == GROK_1.num_parameters() == 315_684_820_992
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_tree_is_dequantised_exactly(model):
-    config = golden_config(model)
-    folder = GOLDEN / model / "ckpt-0"
-    tree = read_release(folder, config)
-    layers, d, f, e = config.num_layers, config.embed_dim, config.mlp_dim, config.num_experts
-    n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
-    norms = [f"layers/{at}_{of}_norm/scale_D" for at in ("pre", "post") for of in ("attn", "moe")]
-    assert {name: array.shape for name, array in tree.items()} == {
-        "embed/table_VD": (config.vocab_size, d),
-        "final_norm/scale_D": (d,),
-        **dict.fromkeys(norms, (layers, d)),
-        "layers/attention/w_query_DNH": (layers, d, n, h),
-        "layers/attention/w_key_DKH": (layers, d, k, h),
-        "layers/attention/w_value_DKH": (layers, d, k, h),
-        "layers/attention/w_out_NHD": (layers, n, h, d),
-        "layers/moe/router_DE": (layers, d, e),
-        "layers/moe/w_gate_EDF": (layers, e, d, f),
-        "layers/moe/w_up_EDF": (layers, e, d, f),
-        "layers/moe/w_down_EFD": (layers, e, f, d),
-    }
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_values_and_scales_are_those_of_the_files(name):
+    source = opened(name)
+    assert (source.format, source.dtype) == ("xai", "int8")
     groups = set()
-    for tensor in tensor_names(layers):
-        exact, *scales = (array.astype(np.float64) for array in arrays_in(folder / tensor.file))
+    for tensor in tensor_names(source.config.num_layers):
+        spec = source.tensors[tensor.name]
+        values, *scales = arrays_in(golden.FOLDER / name / "ckpt-0" / tensor.file)
+        whole = source.read(tensor.name, spec.whole)
+        ours = whole if tensor.layer is None else whole[tensor.layer]
+        assert (ours.dtype, whole.shape) == (spec.dtype, spec.shape)
+        np.testing.assert_array_equal(ours.reshape(values.shape), values, strict=True)
+        assert [spec.groups or 0] == [s.shape[-2] for s in scales] or not (scales or spec.groups)
+        if spec.groups:
+            groups.add(spec.groups)
+            every = tuple(slice(0, size) for size in spec.scales_shape)
+            ours = source.read_scales(tensor.name, every)[tensor.layer]
+            np.testing.assert_array_equal(ours.reshape(scales[0].shape), scales[0], strict=True)
+    assert groups == {1, 2 if name == "pub_a" else 8}
+
+
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_dequantised_exactly(name):
+    source = opened(name)
+    exact = converted(source, "float32")
+    for tensor in tensor_names(source.config.num_layers):
+        values, *scales = (
+            array.astype(np.float64)
+            for array in arrays_in(golden.FOLDER / name / "ckpt-0" / tensor.file)
+        )
         if scales:
-            groups.add(scales[0].shape[-2])
-            exact *= np.repeat(scales[0], exact.shape[-2] // scales[0].shape[-2], axis=-2)
-        whole = tree[tensor.name]
+            values *= np.repeat(scales[0], values.shape[-2] // scales[0].shape[-2], axis=-2)
+        whole = exact.read(tensor.name, exact.tensors[tensor.name].whole)
         ours = whole if tensor.layer is None else whole[tensor.layer]
         assert ours.dtype == np.float32
-        np.testing.assert_array_equal(ours.astype(np.float64).ravel(), exact.ravel())
-    assert groups == {1, 2 if model == "pub_a" else 8}
+        np.testing.assert_array_equal(ours.astype(np.float64).ravel(), values.ravel())
 
 
 def test_query_columns_are_heads_first():
-    tree = read_release(GOLDEN / "pub_a/ckpt-0", golden_config("pub_a"))
-    values, scales = read_quantized(GOLDEN / "pub_a/ckpt-0/tensor00007_000")
+    source = opened("pub_a")
+    values, scales = arrays_in(golden.FOLDER / "pub_a/ckpt-0/tensor00007_000")
     fifth = slice(5 * 8, 6 * 8)  # the columns of head 5; head_dim is 8
-    exact = values[:, fifth].astype(np.float32) * scales[:, fifth].astype(np.float32)
-    np.testing.assert_array_equal(tree["layers/attention/w_query_DNH"][0, :, 5], exact)
+    part = (slice(0, 1), slice(0, 64), slice(5, 6), slice(0, 8))
+    ours = source.read("layers/attention/w_query_DNH", part)[0, :, 0]
+    np.testing.assert_array_equal(ours, values[:, fifth], strict=True)
+    part = (slice(0, 1), slice(0, 1), slice(5, 6), slice(0, 8))
+    ours = source.read_scales("layers/attention/w_query_DNH", part)[0, :, 0]
+    np.testing.assert_array_equal(ours, scales[:, fifth], strict=True)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_twelve_layers_come_out_in_numeric_order(tmp_path, write, groups):
-    write_tiny(tmp_path / "ckpt-0", write, groups)
-    tree = read_release(tmp_path / "ckpt-0", TINY)
-    for name, array in tree.items():
-        numbers = array.reshape(12, -1).T if name.startswith("layers/") else array
-        assert (numbers == (range(12) if name.startswith("layers/") else -1)).all(), name
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory) -> tuple[RandomSource, ReleaseSource]:
+    """Random weights of twelve layers, and the release that they were written as."""
+    folder = tmp_path_factory.mktemp("twelve")
+    source = RandomSource(TINY)
+    write_release(source, folder)
+    return source, ReleaseSource(folder, TINY)
 
 
-def test_quantised_tensor_as_it_is():
-    path = GOLDEN / "pub_b/ckpt-0/tensor00003_000"
-    for ours, stored in zip(read_quantized(path), arrays_in(path), strict=True):
-        np.testing.assert_array_equal(ours, stored, strict=True)
-        assert ours.flags.aligned
-    with pytest.raises(CheckpointError, match=r"tensor00001_000: holds float32 \(96,\), not a qu"):
-        read_quantized(GOLDEN / "pub_b/ckpt-0/tensor00001_000")
+def test_twelve_layers_come_out_in_numeric_order(twelve):
+    written, read = twelve
+    for tensor in tensor_names(12):
+        path = Path(read.file_of(tensor.name, tensor.layer))
+        assert path.name == tensor.file
+        if tensor.layer is not None:
+            part = (slice(tensor.layer, tensor.layer + 1), *read.tensors[tensor.name].whole[1:])
+            values = written.read(tensor.name, part)
+            np.testing.assert_array_equal(read.read(tensor.name, part), values, strict=True)
+            np.testing.assert_array_equal(arrays_in(path)[0].ravel(), values.ravel())
 
 
-def test_peak_memory_is_the_tree_and_little_more(tmp_path, write):
-    write_tiny(tmp_path / "ckpt-0", write)
-    config = GrokConfig(**{**vars(TINY), "num_layers": 1, "mlp_dim": 40_000})
-    for tensor in tensor_names(12)[14:]:
-        (tmp_path / "ckpt-0" / tensor.file).unlink()
-    for index, shape in ((2, (3, 12, 40_000)), (3, (3, 40_000, 12)), (4, (3, 12, 40_000))):
-        scales = np.ones((shape[0], 1, shape[2]), ml_dtypes.bfloat16)
-        write(tmp_path / "ckpt-0" / f"tensor{index:05d}_000", np.ones(shape, np.int8), scales)
+def test_any_part_is_that_part_of_the_whole(twelve):
+    _, source = twelve
+    rng = np.random.default_rng(1)
+    for name, spec in source.tensors.items():
+        reads = [(source.read, spec.shape)]
+        if spec.groups:
+            reads.append((source.read_scales, spec.scales_shape))
+        for read, shape in reads:
+            whole = read(name, tuple(slice(0, size) for size in shape))
+            for _ in range(5):
+                low = [int(rng.integers(size)) for size in shape]
+                part = tuple(
+                    slice(begin, int(rng.integers(begin, size)) + 1)
+                    for begin, size in zip(low, shape, strict=True)
+                )
+                np.testing.assert_array_equal(read(name, part), whole[part], strict=True)
+
+
+def test_blocks_cover_a_tensor_with_its_scales(twelve):
+    written, read = twelve
+    for name, spec in read.tensors.items():
+        for part in blocks(spec, spec.whole):
+            np.testing.assert_array_equal(read.read(name, part), written.read(name, part))
+            if spec.groups:
+                of = scales_part(spec, part)
+                np.testing.assert_array_equal(
+                    read.read_scales(name, of), written.read_scales(name, of)
+                )
+
+
+def test_opening_reads_no_arrays_and_reading_copies_once(tmp_path):
+    config = GrokConfig(**{**vars(TINY), "num_layers": 2, "mlp_dim": 40_000})
+    write_release(RandomSource(config), tmp_path)
     tracemalloc.start()
-    tree = read_release(tmp_path / "ckpt-0", config)
-    _, peak = tracemalloc.get_traced_memory()
+    source = ReleaseSource(tmp_path, config)
+    _, opening = tracemalloc.get_traced_memory()
+    values = source.read("layers/moe/w_gate_EDF", source.tensors["layers/moe/w_gate_EDF"].whole)
+    _, reading = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    size = sum(array.nbytes for array in tree.values())
-    assert size > 17_000_000
-    assert peak < 1.1 * size
+    assert values.nbytes == 2 * 3 * 12 * 40_000
+    assert opening < 500_000
+    assert reading < values.nbytes + 500_000
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A copy of pub_a that a test may damage."""
-    return Path(shutil.copytree(GOLDEN / "pub_a/ckpt-0", tmp_path / "ckpt-0"))
+def test_hidden_files_are_passed_over(tmp_path):
+    write_release(RandomSource(TINY), tmp_path)
+    (tmp_path / ".DS_Store").touch()
+    assert ReleaseSource(str(tmp_path) + "/", TINY).tensors
 
 
-def refusal(folder: Path, monkeypatch, **changes) -> str:
-    """The message of read_release, which must come before any array is read."""
-    monkeypatch.setattr(release, "_map", lambda *_: pytest.fail("an array was read"))
-    config = GrokConfig(**{**vars(golden_config("pub_a")), **changes})
+def test_a_config_implied_by_files(tmp_path):
+    sizes = dict(zip(SIZES, (40, 11, 16, 24, 4, 2, 128, 3), strict=True))
+    config = GrokConfig(**sizes, num_selected_experts=2)
+    write_release(RandomSource(config), tmp_path)
+    assert implied_config(tmp_path) == config
+    (tmp_path / "tensor00100_000").unlink()
     with pytest.raises(CheckpointError) as error:
-        read_release(folder, config)
-    return str(error.value)
+        implied_config(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path}/tensor00100_000: is missing; a release has 2 files and 12 for each layer, "
+        "so 134 and not 133 here."
+    )
+    with pytest.raises(CheckpointError, match="queries are 64 wide and keys 16, no multiples"):
+        implied_config(golden.FOLDER / "pub_a/ckpt-0")
 
 
-FILES_OF_3 = "a release of 3 layers has 38 files, tensor00000_000 to tensor00037_000, and no others"
-
-
-def test_missing_extra_and_misnamed_files(folder, monkeypatch):
-    (folder / "tensor00038_000").touch()
-    wrong = refusal(folder, monkeypatch)
-    assert wrong == f"{folder}/tensor00038_000: does not belong here; {FILES_OF_3}."
-    (folder / "tensor00038_000").unlink()
-    (folder / "tensor00020_000").rename(folder / "tensor20")
-    wrong = refusal(folder, monkeypatch)
-    assert wrong == f"{folder}/tensor00020_000: is missing; tensor20 is here instead; {FILES_OF_3}."
-    (folder / "tensor00030_000").unlink()
-    (folder / "tensor20").unlink()
-    wrong = refusal(folder, monkeypatch)
-    assert wrong == f"{folder}/tensor00020_000: is missing, and 1 more; {FILES_OF_3}."
-    assert "none: cannot be read: No such file" in refusal(folder / "none", monkeypatch)
-
-
-@pytest.mark.parametrize(
-    ("changes", "file", "right"),
-    [
-        ({"num_layers": 2}, "tensor00026_000", "a release of 2 layers has 26 files"),
-        ({"num_layers": 4}, "tensor00038_000", "tensor00000_000 to tensor00049_000"),
-        ({"vocab_size": 500}, "tensor00000_000", "should be float32 (500, 64)"),
-        ({"embed_dim": 32}, "tensor00000_000", "should be float32 (512, 32)"),
-        ({"mlp_dim": 300}, "tensor00002_000", "should be quantised int8 (8, 64, 300)"),
-        ({"num_heads": 4}, "tensor00006_000", "should be quantised int8 (32, 64)"),
-        ({"num_kv_heads": 4}, "tensor00005_000", "should be quantised int8 (64, 32)"),
-        ({"num_experts": 4}, "tensor00002_000", "should be quantised int8 (4, 64, 344)"),
-    ],
-)
-def test_other_models_are_refused(folder, monkeypatch, changes, file, right):
-    message = refusal(folder, monkeypatch, **changes)
-    assert message.startswith(f"{folder}/{file}: ")
-    assert right in message
-
-
-def test_wrong_kinds_and_damage_are_refused(folder, monkeypatch, write):
-    last = folder / "tensor00037_000"  # the router, read after everything else
-    write(last, np.zeros((64, 8), np.int8))
-    assert "router/w is int8 (64, 8); for this model's" in refusal(folder, monkeypatch)
-    write(last, np.zeros((64, 8), np.int8), np.ones((1, 8), ml_dtypes.bfloat16))
-    message = refusal(folder, monkeypatch)
-    assert "is quantised int8 (64, 8); for this model's config it should be float32" in message
-    write(last, np.zeros((64, 8), np.float32))
-    last.write_bytes(last.read_bytes()[:-1000])
-    assert f"{last}: is cut short" in refusal(folder, monkeypatch)
-
-
-def test_hidden_files_are_passed_over(folder):
-    (folder / ".DS_Store").touch()
-    assert len(scan_release(folder, golden_config("pub_a"))) == 38
-
-
-def test_a_file_that_shrinks_while_it_is_read(folder, monkeypatch):
-    found = scan_release(folder, golden_config("pub_a"))
-    (folder / "tensor00000_000").write_bytes(b"")
-    monkeypatch.setattr(release, "scan_release", lambda *_: found)
-    with pytest.raises(CheckpointError, match="tensor00000_000: cannot be read"):
-        read_release(folder, golden_config("pub_a"))
+def test_an_implied_config_that_cannot_be(tmp_path):
+    config = GrokConfig(**dict(zip(SIZES, (40, 1, 16, 24, 3, 3, 128, 3), strict=True)))
+    write_release(RandomSource(config), tmp_path)
+    # Two key heads in the place of three, which do not divide three query heads.
+    narrow = GrokConfig(**{**vars(config), "num_heads": 2, "num_kv_heads": 2})
+    write_release(RandomSource(narrow), tmp_path / "narrow")
+    (tmp_path / "narrow/tensor00005_000").rename(tmp_path / "tensor00005_000")
+    with pytest.raises(CheckpointError, match=r"shapes of no model: .*num_kv_heads=2"):
+        implied_config(tmp_path)
