@@ -23,7 +23,8 @@ def open_source(path: str | os.PathLike[str], config: GrokConfig | None = None) 
         return ReleaseSource(path, config or implied_config(path))
     if "config.json" in present or any(name.endswith(".safetensors") for name in present):
         return HuggingFaceSource(path, config)
-    if "checkpoints" in present or "_CHECKPOINT_METADATA" in present or _has_steps(present):
+    ours = ("checkpoints", "config.yaml", "_CHECKPOINT_METADATA", ".import")
+    if any(name in present for name in ours) or _has_steps(present):
         return OrbaxSource(path, config)
     if "ckpt-0" in present:
         raise CheckpointError(

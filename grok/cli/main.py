@@ -9,9 +9,13 @@ import click
 
 from grok import __version__
 from grok.cli.config import config
+from grok.cli.export import export
+from grok.cli.import_ import import_
+from grok.cli.inspect import inspect
 from grok.cli.quickstart import quickstart
 from grok.cli.sample import sample
 from grok.cli.train import train
+from grok.cli.verify import verify
 from grok.errors import GrokError
 
 
@@ -38,5 +42,5 @@ def main() -> None:
     """Grok-1 on TPUs: training and inference."""
 
 
-for command in (quickstart, config, train, sample):
+for command in (quickstart, config, train, sample, import_, export, inspect, verify):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""From a run's folder to a model that can be asked."""
+"""From the folder of a run or an import to a model that can be asked."""
 
 import math
 from pathlib import Path
@@ -7,8 +7,10 @@ import jax
 from jax.sharding import Mesh
 
 from grok import sharding
-from grok.checkpoint.manager import MODEL, Checkpoints
-from grok.config import RunConfig, check_model_fits, resolve_mesh
+from grok.checkpoint.convert import converted
+from grok.checkpoint.load import place
+from grok.checkpoint.open import open_source
+from grok.config import RunConfig, resolve_mesh
 from grok.data.tokenizer import Tokenizer
 from grok.errors import CheckpointError
 from grok.model.grok import Grok
@@ -21,7 +23,7 @@ def config_file(folder: Path) -> Path:
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(
             f"{folder} is not the folder of a run (it has no config.yaml); "
-            "`grok train` and `grok quickstart` make one."
+            "`grok train`, `grok quickstart` and `grok import` make one."
         )
     return folder / "config.yaml"
 
@@ -38,19 +40,17 @@ def make_run_mesh(config: RunConfig) -> Mesh:
 
 
 def load_run(folder: Path, config: RunConfig, mesh: Mesh) -> tuple[Grok, Tokenizer]:
-    """Parameters of the run's newest checkpoint, placed on `mesh`, and its tokenizer.
+    """Parameters of the newest checkpoint of a run or an import, on `mesh`, and its tokenizer.
 
-    Raises CheckpointError when there is no checkpoint or it is of another model.
+    Matrices become what `config.model.param_dtype` says. Raises CheckpointError when there is no
+    tokenizer or no checkpoint, or it is of another model.
     """
-    checkpoints = Checkpoints(folder / "checkpoints")
-    newest = checkpoints.latest()
-    if newest is None:
+    source = open_source(folder, config.model)
+    file = folder / "tokenizer.model"
+    if not file.is_file():
         raise CheckpointError(
-            f"{folder} has no finished checkpoint yet; one is saved every "
-            f"{config.checkpoint.every} steps (checkpoint.every)."
+            f"{file} is missing; copy the tokenizer of these weights there. (`grok import` does it "
+            "with --tokenizer.)"
         )
-    check_model_fits(config.model, dict(mesh.shape))
-    wanted = sharding.abstract(lambda: Grok(config.model, jax.random.key(0)), mesh)
-    model = checkpoints.restore(newest, {MODEL: wanted})[MODEL]
-    checkpoints.close()
-    return model, Tokenizer.load(folder / "tokenizer.model")
+    tokenizer = Tokenizer.load(file)
+    return place(converted(source, config.model.param_dtype), mesh), tokenizer

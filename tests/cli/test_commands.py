@@ -51,4 +51,4 @@ def test_sampling_from_what_is_no_run(tmp_path):
 
 def test_sampling_before_the_first_checkpoint(tiny_run, tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(tiny_run))
-    assert "no finished checkpoint yet" in refusal("sample", str(tmp_path), "--prompt", "x")
+    assert "has no finished checkpoint" in refusal("sample", str(tmp_path), "--prompt", "x")

@@ -1,0 +1,131 @@
+"""`grok verify`."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import click
+
+from grok.cli.progress import progress
+from grok.cli.tables import make_console, make_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from grok.checkpoint.difference import Difference
+    from grok.checkpoint.source import Source
+    from grok.checkpoint.verification import Comparison, Recount
+
+DIFFER = 1  # exit code
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b", required=False)
+@click.option("--config", metavar="CONFIG", help="Preset or YAML file of the model that they hold.")
+@click.option(
+    "--tolerance",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Relative difference at which floats still count as equal; 0: every bit.",
+)
+@click.pass_context
+def verify(ctx: click.Context, a: str, b: str | None, config: str | None, tolerance: float) -> None:
+    """Compare the weights at A and B, or those at A with the checksums of their import.
+
+    A and B, local or gs://, may be of any format and type: ckpt-0 folders, Hugging Face folders,
+    checkpoints of grok. int8 is compared with floats by what it dequantises to, floats of two
+    types by the coarser. Exit codes: 0 equal, 1 different, 2 cannot be compared.
+    """
+    from grok.checkpoint.open import open_source
+    from grok.checkpoint.verification import open_both
+    from grok.config_files import load_config
+
+    model = load_config(config).model if config else None
+    console = make_console()
+    if b is None:
+        equal = _recount(console, open_source(a, model))
+    else:
+        equal = _compare(console, *open_both(a, b, model), tolerance)
+    differing = equal.count(False)
+    click.echo(f"differ: {differing} of {len(equal)} tensors" if differing else "equal")
+    ctx.exit(DIFFER if differing else 0)
+
+
+def _recount(console: "Console", source: "Source") -> list[bool]:
+    """Counts and prints; for each tensor, whether it is equal."""
+    from grok.checkpoint.verification import recount
+
+    with progress() as tell:
+        found = list(recount(source, tell))
+    console.print(f"{source.path}  ({source.format}, {source.dtype})")
+    table = make_table("tensor", "checksums", "differ", right=2)
+    for tensor in found:
+        table.add_row(tensor.spec.name, str(tensor.checksums), _layers(tensor))
+    console.print()
+    console.print(table)
+    console.print()
+    return [tensor.equal for tensor in found]
+
+
+def _compare(console: "Console", a: "Source", b: "Source", tolerance: float) -> list[bool]:
+    """Compares and prints; for each tensor, whether it is equal."""
+    from grok.checkpoint.verification import compare
+
+    with progress() as tell:
+        found = list(compare(a, b, tolerance, tell))
+    for letter, source in (("A", a), ("B", b)):
+        console.print(f"{letter}  {source.path}  ({source.format}, {source.dtype})")
+    for words, count in Counter(tensor.method.words for tensor in found).items():
+        console.print(f"   {count} tensors, {words}")
+    if tolerance:
+        console.print(f"   floats equal where they differ relatively by {tolerance:g} at most")
+    titles = ["differ"]
+    if not all(tensor.equal for tensor in found):
+        console.print("   largest: of |A - B|; relative: of |A - B| / max(|A|, |B|)")
+        titles += ["largest", "relative"]
+    if any(tensor.method.quantization and not tensor.equal for tensor in found):
+        console.print("   rms: root mean square of A - B over that of the floats")
+        titles.append("rms")
+    table = make_table("tensor", *titles, right=len(titles))
+    for tensor in found:
+        _add_rows(table, tensor)
+    console.print()
+    console.print(table)
+    console.print()
+    return [tensor.equal for tensor in found]
+
+
+def _layers(tensor: "Recount") -> str:
+    if tensor.equal:
+        return "equal"
+    if tensor.differing == (None,):
+        return "differs"
+    return f"layer {', '.join(map(str, tensor.differing))}"
+
+
+def _add_rows(table: "Table", tensor: "Comparison") -> None:
+    """A row for the tensor and one for scales that differ, each followed by where it is most."""
+    if tensor.equal:
+        table.add_row(tensor.spec.name, "equal")
+        return
+    rms = [f"{tensor.values.relative_rms:.3g}"] if tensor.method.quantization else []
+    table.add_row(tensor.spec.name, *_numbers(tensor.values), *rms)
+    if tensor.values.differing:
+        table.add_row(_place(*tensor.farthest()))
+    if tensor.scales is not None and tensor.scales.differing:
+        table.add_row("  scales", *_numbers(tensor.scales))
+        table.add_row(_place(*tensor.farthest(of_scales=True)))
+
+
+def _numbers(found: "Difference") -> tuple[str, str, str]:
+    largest, relative = found.largest_absolute, found.largest_relative
+    if not found.differing:
+        return "0", "", ""
+    return f"{found.differing:,}", f"{largest:.3g}", f"{relative:.3g}"
+
+
+def _place(layer: int | None, index: tuple[int, ...]) -> str:
+    at = ",".join(map(str, index))
+    return f"  at [{at}]" if layer is None else f"  at layer {layer} [{at}]"
