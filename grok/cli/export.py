@@ -1,0 +1,63 @@
+"""`grok export`."""
+
+import re
+from pathlib import Path
+
+import click
+
+from grok.cli.progress import progress
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@click.group()
+def export() -> None:
+    """Write weights in a format of other programs."""
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", text.strip().upper())
+    if not found:
+        raise click.BadParameter(f"{text} is no size such as 5GB or 500MB.")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+@export.command()
+@click.argument("src")
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--config", metavar="CONFIG", help="Preset or YAML file of the model that SRC holds.")
+@click.option(
+    "--dtype",
+    default="bfloat16",
+    show_default=True,
+    type=click.Choice(["bfloat16", "float32"]),
+    help="Type of all tensors.",
+)
+@click.option(
+    "--shard-size",
+    default="5GB",
+    show_default=True,
+    callback=_bytes,
+    help="Largest size of a file; 1 GB is 10^9 bytes.",
+)
+@click.option("--base-weights", metavar="TEXT", help="Where the weights came from, for README.md.")
+@click.option("--data-manifest", metavar="FILE", help="File on the training data, to be copied.")
+def hf(src, dst, config, dtype, shard_size, base_weights, data_manifest) -> None:
+    """Write the weights at SRC to the folder DST as Hugging Face's hpcai-tech/grok-1 has them.
+
+    SRC, local or gs://, is a ckpt-0 folder, a Hugging Face folder, or a checkpoint of grok. After
+    an interruption the same command goes on with the files that were not finished.
+    """
+    from grok.checkpoint.huggingface_export import export_huggingface
+    from grok.checkpoint.open import open_source
+    from grok.config_files import load_config
+
+    source = open_source(src, load_config(config).model if config else None)
+    with progress() as tell:
+        done = export_huggingface(source, dst, dtype, shard_size, base_weights, data_manifest, tell)
+    files = f"{done.files:,} file{'' if done.files == 1 else 's'}"
+    kept = f", {done.kept:,} from an earlier try" if done.kept else ""
+    click.echo(f"{done.tensors:,} tensors, {done.nbytes:,} bytes, in {files}{kept}")
+    rate = done.written / done.seconds / 1e9
+    click.echo(f"{done.written:,} bytes written in {done.seconds:.1f} s, {rate:.2f} GB/s")
+    click.echo(f"{dst}: complete; README.md says what can read it")
