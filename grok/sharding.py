@@ -174,9 +174,15 @@ def _mesh_axes(axis: str) -> tuple[str, ...]:
     return () if ambient_mesh() is None else getattr(RULES, axis)
 
 
+def _split_axes(axis: str) -> tuple[str, ...]:
+    """Those of more than one device; XLA would copy an array that it gathers from one alone."""
+    mesh = ambient_mesh()
+    return tuple(name for name in _mesh_axes(axis) if mesh is not None and mesh.shape[name] > 1)
+
+
 def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """The parts of `x` along `axis` of all devices, joined on dimension `dim`."""
-    names = _mesh_axes(axis)
+    names = _split_axes(axis)
     return jax.lax.all_gather(x, names, axis=dim, tiled=True) if names else x
 
 
@@ -188,7 +194,7 @@ def psum(x: jax.Array, axis: str) -> jax.Array:
 
 def psum_scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """The sum of `x` over the devices along `axis`, each keeping its part of dimension `dim`."""
-    names = _mesh_axes(axis)
+    names = _split_axes(axis)
     return jax.lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True) if names else x
 
 

@@ -4,6 +4,7 @@ Letters: B batch, T length, D embed, V vocab, E experts, L layers. Parameters of
 leading L axis; `jax.lax.scan` hands each layer its own slice.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -18,6 +19,7 @@ from grok.model.attention import Attention
 from grok.model.cache import KVCache
 from grok.model.layers import RMSNorm, TokenTable
 from grok.model.moe import MoE, RouterStats
+from grok.ops.quant import QuantizedArray
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -78,14 +80,14 @@ class Grok(nnx.Module):
         with sharding.mesh_of(self.embed.table_VD[...]):
             tokens_BT, segment_BT, positions_BT = _inputs(tokens_BT, segment_ids, positions)
 
-            def block(x_BTD, layer: Block):
-                return layer(x_BTD, segment_BT, positions_BT)
+            def block(x_BTD, xs):
+                return self._layer(*xs)(x_BTD, segment_BT, positions_BT)
 
             if self.config.remat != "none":
                 policy = REMAT_POLICIES[self.config.remat]
                 # Inside scan nothing can be merged with the forward pass: the guard is not needed.
                 block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-            x_BTD, stats = jax.lax.scan(block, self._embed(tokens_BT), self.layers)
+            x_BTD, stats = jax.lax.scan(block, self._embed(tokens_BT), self._per_layer())
             return self.final_norm(x_BTD), stats
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
@@ -104,17 +106,38 @@ class Grok(nnx.Module):
             tokens_BT = sharding.shard(tokens_BT, "batch", "length")
 
             def block(carry, xs):
-                layer, number = xs
-                return layer.step(*carry, number), None
+                x_BTD, cache = carry
+                return self._layer(*xs).step(x_BTD, cache, xs[1]), None
 
-            numbers = jnp.arange(self.config.num_layers)
             carry = (self._embed(tokens_BT), cache)
-            (x_BTD, cache), _ = jax.lax.scan(block, carry, (self.layers, numbers))
+            (x_BTD, cache), _ = jax.lax.scan(block, carry, self._per_layer())
             last_BT = jnp.arange(tokens_BT.shape[1])[None, :] == count_B[:, None] - 1
             x_BTD = jnp.where(last_BT[:, :, None], x_BTD, 0).sum(1, keepdims=True)
             logits_BTV = self.unembed(self.final_norm(x_BTD))
             cache = KVCache(cache.k_LBSKH, cache.v_LBSKH, cache.length_B + count_B)
             return logits_BTV[:, 0], cache
+
+    def _per_layer(self):
+        """What a scan over the layers hands to `_layer`: parameters, and the layer's number.
+
+        Of an int8 model it is the number alone, so that a layer takes the experts that it needs
+        from all layers in place; sliced by the scan, all its experts would be copied first.
+        """
+        numbers = jnp.arange(self.config.num_layers)
+        return (None if self.config.param_dtype == "int8" else self.layers), numbers
+
+    def _layer(self, layer: Block | None, number: jax.Array) -> Block:
+        """A block with the parameters of one layer."""
+        if layer is not None:
+            return layer
+
+        def one(param: nnx.Param) -> nnx.Variable:
+            w = param.get_value()
+            if isinstance(w, QuantizedArray):
+                return param.replace(dataclasses.replace(w, layer=number))
+            return param.replace(jax.lax.dynamic_index_in_dim(w, number, keepdims=False))
+
+        return jax.tree.map(one, self.layers, is_leaf=lambda node: isinstance(node, nnx.Param))
 
     def _embed(self, tokens_BT):
         x_BTD = self.embed.embed(tokens_BT, self.config.compute_dtype).astype(jnp.float32)

@@ -35,6 +35,7 @@ def matrix(param: nnx.Param, axes: Axes, dtype) -> jax.Array:
     w = param.get_value()
     if not isinstance(w, QuantizedArray):
         return sharding.gather(w.astype(dtype), *axes)
+    w = w.sliced()
     scale_axes = quantized_axes(w, axes)
     whole, whole_scales = sharding.whole(axes), sharding.whole(scale_axes)
     values, scales = sharding.shard(w.values, *whole), sharding.shard(w.scales, *whole_scales)
@@ -52,8 +53,7 @@ def quantized_axes(w: QuantizedArray, axes: Axes) -> Axes:
     """
     columns = len(axes) - w.col_dims
     rows = columns - w.row_dims
-    single = w.scales.shape[rows] == 1
-    return (*axes[:rows], None if single else axes[rows], *axes[columns:])
+    return (*axes[:rows], None if w.groups == 1 else axes[rows], *axes[columns:])
 
 
 class RMSNorm(nnx.Module):

@@ -71,14 +71,20 @@ class MoE(nnx.Module):
 
         weights = [w.get_value() for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)]
         w_in, w_out = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
-        parts, axes = [], []
-        for w, w_axes in zip(weights, (w_in, w_in, w_out), strict=True):
-            if isinstance(w, QuantizedArray):
-                parts += [w.values, w.scales]
-                axes += [w_axes, quantized_axes(w, w_axes)]
-            else:
-                parts.append(w.astype(x_BTD.dtype))
+        axes: list[sharding.Axes] = []
+        for place, w_axes in enumerate((w_in, w_in, w_out)):
+            w = weights[place]
+            if not isinstance(w, QuantizedArray):
+                weights[place] = w.astype(x_BTD.dtype)
                 axes.append(w_axes)
+                continue
+            if sharding.size("expert_embed") > 1:
+                # What is collected from other devices should be one layer.
+                w = weights[place] = w.sliced()
+            lead = () if w.layer is None else (None,)
+            axes += [(*lead, *w_axes), (*lead, *quantized_axes(w, w_axes))]
+            axes += [()] * len(lead)  # the number of the layer
+        parts = jax.tree.leaves(weights)
         kinds = jax.tree.structure(weights)
 
         def local(x, gate, chosen, *parts):

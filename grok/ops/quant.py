@@ -21,30 +21,52 @@ LARGEST = 127
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "scales"],
+    data_fields=["values", "scales", "layer"],
     meta_fields=["row_dims", "col_dims"],
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
-    """A matrix as int8 `values` (..., rows, columns) and `scales` (..., groups, columns)."""
+    """A matrix as int8 `values` (..., rows, columns) and `scales` (..., groups, columns).
+
+    With `layer`, a number, both still have all layers in front, and the matrix is that layer's:
+    what then takes one expert reads no other, where a slice of the layer would copy them all.
+    """
 
     values: Any  # jax.Array, or its shape and type
     scales: Any
     row_dims: int = 1
     col_dims: int = 1
+    layer: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix."""
-        return self.values.shape
+        return self.values.shape if self.layer is None else self.values.shape[1:]
+
+    @property
+    def groups(self) -> int:
+        """Groups of rows, each with a scale for every column."""
+        return self.scales.shape[-1 - self.col_dims]
 
     def __getitem__(self, index) -> "QuantizedArray":
         """The matrix at `index` of the first of several leading axes."""
-        return dataclasses.replace(self, values=self.values[index], scales=self.scales[index])
+        at = index if self.layer is None else (self.layer, index)
+        return dataclasses.replace(self, values=self.values[at], scales=self.scales[at], layer=None)
+
+    def sliced(self) -> "QuantizedArray":
+        """The same with the other layers left behind."""
+        if self.layer is None:
+            return self
+        values, scales = (
+            jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False)
+            for a in (self.values, self.scales)
+        )
+        return dataclasses.replace(self, values=values, scales=scales, layer=None)
 
     def dequantize(self, dtype) -> jax.Array:
         """values * scales in `dtype`."""
-        return dequantize(self.values, self.scales, dtype, self.row_dims, self.col_dims)
+        w = self.sliced()
+        return dequantize(w.values, w.scales, dtype, w.row_dims, w.col_dims)
 
 
 def dequantize(values, scales, dtype, row_dims: int = 1, col_dims: int = 1):
