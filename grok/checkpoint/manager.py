@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from grok.errors import CheckpointError
+from grok.model.names import MATRICES
 
 MODEL, OPTIMIZER, META = "model", "optimizer", "meta"
 
@@ -41,7 +42,11 @@ class Checkpoints:
 
     def save(self, step: int, trees: dict, meta: dict) -> None:
         """Starts saving `trees` (MODEL, OPTIMIZER -> pytree of arrays) and plain data as `step`."""
-        items = {name: ocp.args.StandardSave(_to_names(tree)) for name, tree in trees.items()}
+        names = {name: _to_names(tree) for name, tree in trees.items()}
+        items = {
+            name: ocp.args.StandardSave(tree, jax.tree_util.tree_map_with_path(_storage, tree))
+            for name, tree in names.items()
+        }
         self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
 
     def meta(self, step: int) -> dict:
@@ -119,8 +124,18 @@ def _names(path) -> list[str]:
     names = [
         str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path
     ]
-    # Flax keeps a parameter's array under `value`; the parameter's own name is enough.
-    return names[:-1] if names[-1:] == ["value"] else names
+    # Flax keeps what a parameter holds under `value`; the parameter's own name is enough.
+    return [name for name in names if name != "value"]
+
+
+def _storage(path, leaf) -> ocp.SaveArgs:
+    """How a leaf is cut on disk, besides as on the mesh: so that it can be read in matrices."""
+    where = "/".join(_names(path))
+    lead = int("layers/" in where)
+    for name, matrix in MATRICES.items():
+        if where.endswith(name):
+            lead = leaf.ndim - matrix.row_dims - matrix.col_dims
+    return ocp.SaveArgs(shard_axes=tuple(range(lead)))
 
 
 def _flat(nested, prefix="") -> dict:

@@ -1,0 +1,175 @@
+"""Times `grok import` of full-width layers beside `cp` of the same bytes, and kills and resumes it.
+
+    python benchmarks/import_rate.py --layers 1
+
+Makes a ckpt-0 folder of Grok-1's widths with random weights, then copies and imports it in turns,
+each once with the files in the page cache and once without; every turn begins with nothing left to
+be written to disk. Then an import is killed by SIGKILL once half its bytes are there, and the same
+command goes on.
+
+One layer needs 17 GB of disk, two layers 27 GB, all given back. Prints a table and a line of JSON.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from grok.checkpoint.random_source import RandomSource
+from grok.checkpoint.release_writer import write_release
+from grok.config import GrokConfig, RunConfig
+from grok.config_files import load_config
+from grok.config_text import to_yaml
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A process that ended: seconds, its largest resident memory, and bytes read from disk.
+
+    Of an import, `inner` is the seconds that it reports, without the start of Python; `written` is
+    the bytes that it wrote.
+    """
+
+    what: str
+    seconds: float
+    peak: int
+    from_disk: int
+    inner: float
+    written: int
+
+
+def run(what: str, command: list[str], kill_at: tuple[Path, int] | None = None) -> Turn:
+    """Runs a command; with (folder, bytes), kills it when so many are in the folder."""
+    os.sync()
+    begin = time.perf_counter()
+    with tempfile.TemporaryFile() as out:
+        process = subprocess.Popen(command, stdout=out)
+        while kill_at and size(kill_at[0]) < kill_at[1]:
+            time.sleep(0.02)
+        if kill_at:
+            process.kill()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - begin
+        out.seek(0)
+        text = out.read().decode()
+    if process.returncode != (-9 if kill_at else 0):
+        raise SystemExit(f"{' '.join(command)} left with {process.returncode}")
+    found = re.search(r"([\d,]+) bytes written in ([\d.]+) s", text)
+    written, inner = (int(found[1].replace(",", "")), float(found[2])) if found else (0, seconds)
+    return Turn(what, seconds, usage.ru_maxrss * 1024, usage.ru_inblock * 512, inner, written)
+
+
+def size(folder: Path) -> int:
+    """Bytes of the files in a folder; some may vanish meanwhile."""
+    total = 0
+    for path, _, files in os.walk(folder):
+        for name in files:
+            try:
+                total += os.path.getsize(os.path.join(path, name))
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def cache(folder: Path, warm: bool) -> None:
+    """Brings the files of a folder into the page cache, or drops them from it."""
+    os.sync()
+    for file in folder.iterdir():
+        with open(file, "rb", buffering=0) as opened:
+            if not warm:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while warm and opened.read(1 << 24):
+                pass
+
+
+def make_release(model: GrokConfig, folder: Path) -> None:
+    """A ckpt-0 folder with random weights."""
+    write_release(RandomSource(model), folder)
+
+
+def measure(folder: Path, layers: int, dtype: str) -> dict:
+    """All turns in `folder`, and the figures."""
+    model = dataclasses.replace(load_config("grok-1").model, num_layers=layers)
+    config, release, copy, imported = (folder / n for n in ("c.yaml", "ckpt-0", "copy", "run"))
+    config.write_text(to_yaml(RunConfig(model=model)))
+    # In a process of its own, whose memory would otherwise count as that of the ones below.
+    make = multiprocessing.get_context("spawn").Process(target=make_release, args=(model, release))
+    make.start()
+    make.join()
+    total = size(release)
+    grok = [sys.executable, "-m", "grok", "import", "xai", str(release), str(imported)]
+    grok += ["--config", str(config), "--dtype", dtype]
+    turns = []
+    for state in ("cold", "warm"):
+        for what, command, made in (
+            (f"cp, {state}", ["cp", "-r", str(release), str(copy)], copy),
+            (f"import, {state}", grok, imported),
+        ):
+            cache(release, state == "warm")
+            turns.append(run(what, command))
+            shutil.rmtree(made)
+    cache(release, False)
+    goal = turns[-1].written // 2
+    turns.append(run("import, killed", grok, (imported, goal)))
+    there = size(imported)
+    turns.append(run("import, resumed", grok))
+    redone = turns[-1].written + there - turns[1].written
+    return {
+        "layers": layers,
+        "dtype": dtype,
+        "release_bytes": total,
+        "bytes_there_when_killed": there,
+        "bytes_redone": redone,
+        "turns": [dataclasses.asdict(turn) for turn in turns],
+        # Rates, by bytes of the release.
+        "of_cp_cold": turns[0].seconds / turns[1].inner,
+        "of_cp_warm": turns[2].seconds / turns[3].inner,
+        "of_cp_cold_with_start": turns[0].seconds / turns[1].seconds,
+        "of_cp_warm_with_start": turns[2].seconds / turns[3].seconds,
+    }
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--layers", type=int, default=1, help="of the release that is made")
+    parser.add_argument("--dtype", default="int8", choices=["int8", "bfloat16", "float32"])
+    parser.add_argument("--folder", type=Path, help="where to work (default: the system's)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="grok-import-", dir=options.folder) as folder:
+        figures = measure(Path(folder), options.layers, options.dtype)
+    total = figures["release_bytes"]
+    print(f"{total:,} bytes of {options.layers} layers of full width, to {options.dtype}\n")
+    print(f"{'':16}  seconds  without start    GB/s  peak MB  GB from disk")
+    for turn in figures["turns"]:
+        rate = (
+            "" if turn["what"] in ("import, killed", "import, resumed") else total / turn["inner"]
+        )
+        print(
+            f"{turn['what']:16}  {turn['seconds']:7.1f}  {turn['inner']:13.1f}  "
+            f"{rate and f'{rate / 1e9:6.2f}':>6}  {turn['peak'] / 1e6:7,.0f}  "
+            f"{turn['from_disk'] / 1e9:12.2f}"
+        )
+    print(
+        f"\nrate of cp: {figures['of_cp_cold']:.2f} cold, {figures['of_cp_warm']:.2f} warm; with "
+        f"Python's start {figures['of_cp_cold_with_start']:.2f}, "
+        f"{figures['of_cp_warm_with_start']:.2f}"
+    )
+    print(
+        f"killed with {figures['bytes_there_when_killed']:,} bytes there, of which "
+        f"{figures['bytes_redone']:,} were done again"
+    )
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

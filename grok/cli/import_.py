@@ -1,0 +1,203 @@
+"""`grok import`."""
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from grok.errors import CheckpointError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from grok.checkpoint.importer import Imported
+    from grok.checkpoint.source import Source
+    from grok.config import GrokConfig, RunConfig
+
+FORMATS = {"xai": "the release's (ckpt-0)", "huggingface": "Hugging Face's", "orbax": "grok's own"}
+COMMANDS = {"xai": "xai", "huggingface": "hf"}
+DTYPES = click.Choice(["int8", "bfloat16", "float32"])
+# Between two lines where no one watches.
+SECONDS = 10
+
+
+@click.group("import")
+def import_() -> None:
+    """Bring weights into a checkpoint of grok."""
+
+
+def _options(dtype: str) -> Callable:
+    """The arguments and options of both commands."""
+    decorators = (
+        click.argument("src"),
+        click.argument("dst"),
+        click.option(
+            "--config", metavar="CONFIG", help="Preset or YAML file of the model that SRC holds."
+        ),
+        click.option(
+            "--dtype",
+            default=dtype,
+            show_default=True,
+            type=DTYPES,
+            help="Type of the matrices; with int8 all else is float32.",
+        ),
+        click.option(
+            "--scales",
+            type=click.Choice(["release", "per-channel"]),
+            help="Where floats become int8: scales for groups of rows as in the release (the "
+            "default), or one for each column.",
+        ),
+        click.option(
+            "--tokenizer",
+            metavar="FILE",
+            type=click.Path(path_type=Path),
+            help="SentencePiece model to go with the weights.",
+        ),
+    )
+
+    def decorate(command: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+@import_.command()
+@_options(dtype="int8")
+def xai(src, dst, config, dtype, scales, tokenizer) -> None:
+    """Import xAI's release, the ckpt-0 folder SRC, local or gs://, into the new folder DST.
+
+    int8 matrices stay as they are, bit for bit, or become floats. Ended at any moment, the same
+    command goes on with the tensors that were not finished.
+    """
+    _import("xai", src, dst, config, dtype, scales, tokenizer)
+
+
+@import_.command()
+@_options(dtype="bfloat16")
+def hf(src, dst, config, dtype, scales, tokenizer) -> None:
+    """Import the Hugging Face folder SRC, local or gs://, into the new folder DST.
+
+    The layouts of hpcai-tech/grok-1 and keyfan/grok-1-hf are known. Ended at any moment, the same
+    command goes on with the tensors that were not finished.
+    """
+    _import("huggingface", src, dst, config, dtype, scales, tokenizer)
+
+
+def _import(form, src, dst, config, dtype, scales, tokenizer) -> None:
+    from grok.checkpoint.importer import import_weights
+    from grok.checkpoint.open import open_source
+    from grok.config_files import load_config
+
+    run = load_config(config) if config else None
+    source = open_source(src, run.model if run else None)
+    if source.format != form:
+        other = COMMANDS.get(source.format)
+        hint = f"`grok import {other}` takes it" if other else "it needs no import"
+        raise CheckpointError(f"{src}: is in {FORMATS[source.format]} format; {hint}.")
+    run = run or _run_of(source.config)
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, source.config.vocab_size)
+    source = _converted(source, dtype, scales)
+    with _progress() as progress:
+        imported = import_weights(source, dst, run, tokenizer, progress)
+    _report(imported)
+
+
+def _run_of(model: "GrokConfig") -> "RunConfig":
+    from grok.config import DataConfig, RunConfig
+
+    length = min(DataConfig.sequence_length, model.context_length)
+    return RunConfig(model=model, data=DataConfig(sequence_length=length))
+
+
+def _check_tokenizer(file: Path, vocab_size: int) -> None:
+    from grok.data.tokenizer import Tokenizer
+
+    pieces = Tokenizer.load(file).vocab_size
+    if pieces > vocab_size:
+        raise DataError(
+            f"{file}: has {pieces} pieces, and the model's vocab_size is {vocab_size}; it is the "
+            "tokenizer of another model."
+        )
+
+
+def _converted(source: "Source", dtype: str, scales: str | None) -> "Source":
+    from grok.checkpoint.convert import PER_CHANNEL, RELEASE_GROUPS, converted
+    from grok.checkpoint.measured import MeasuredQuantized
+
+    if dtype == "int8" and source.dtype != "int8":
+        return MeasuredQuantized(source, PER_CHANNEL if scales == "per-channel" else RELEASE_GROUPS)
+    if scales is not None:
+        raise ConfigError(
+            f"--scales {scales} is for floats that become int8; {source.path} holds "
+            f"{source.dtype} and --dtype is {dtype}."
+        )
+    return converted(source, dtype)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with bytes, rate, time left and tensor; plain lines now and then without a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    name_column = TextColumn("{task.description}")
+    watched = console.is_terminal
+    with Progress(*columns, name_column, console=console, disable=not watched) as bar:
+        began = said = time.monotonic()
+        before: int | None = None
+
+        def tell(name: str, done: int, total: int) -> None:
+            nonlocal said, before
+            if before is None:
+                before = done
+                # What an earlier try did is no part of the rate.
+                bar.add_task("", total=total, completed=done)
+                if done:
+                    bar.console.print(f"{done:,} of {total:,} bytes are there from an earlier try")
+            bar.update(bar.task_ids[0], description=name, completed=done)
+            now = time.monotonic()
+            if not watched and now - said >= SECONDS:
+                said = now
+                rate = max(1.0, (done - before) / (now - began))
+                click.echo(
+                    f"{done / total:4.0%} of {total:,} bytes, {rate / 1e6:,.0f} MB/s, "
+                    f"{(total - done) / rate:,.0f} s left: {name}",
+                    err=True,
+                )
+
+        yield tell
+
+
+def _report(imported: "Imported") -> None:
+    kept = imported.kept
+    # In KiB on Linux, in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    click.echo(
+        f"{kept['tensors']:,} tensors, {kept['parameters']:,} parameters, {kept['dtype']}, "
+        f"{kept['bytes']:,} bytes"
+    )
+    click.echo(
+        f"{imported.written:,} bytes written in {imported.seconds:.1f} s, "
+        f"{imported.written / imported.seconds / 1e9:.2f} GB/s; peak memory {peak / 1e9:.2f} GB"
+    )
+    if kept["rounding_errors"]:
+        click.echo("rounding to int8, against largest and root mean square value:")
+    for name, error in kept["rounding_errors"].items():
+        click.echo(f"  {name:29} {error['relative']:.2e}  {error['relative_rms']:.2e}")
+    click.echo(f"{imported.checkpoint}: complete; checksums ({kept['checksum']}) in meta/metadata")
