@@ -19,10 +19,12 @@ import pytest
 
 import grok
 from grok.checkpoint.convert import PER_CHANNEL, converted
+from grok.checkpoint.importer import import_weights
 from grok.checkpoint.load import place
 from grok.checkpoint.random_source import RandomSource
+from grok.checkpoint.release import ReleaseSource
 from grok.checkpoint.release_writer import write_release
-from grok.config import GrokConfig
+from grok.config import DataConfig, GrokConfig, RunConfig
 from grok.errors import CheckpointError, ConfigError
 from grok.model.weights import to_arrays
 from tests.model import golden
@@ -65,6 +67,33 @@ def test_release_gives_the_golden_logits(name, dtype, sizes):
     error = golden.relative_error(name, "logits_exact", logits(name, dtype, sizes))
     print(f"\n{name} {dtype} {sizes}: {error:.2e}")
     assert error < golden.TOLERANCE["logits_exact"]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """Checkpoints that imports made of the golden sets, by name and type."""
+    folders = {}
+    for name in golden.NAMES:
+        config = golden.config(name, "float32")
+        release = ReleaseSource(golden.FOLDER / name / "ckpt-0", config)
+        run = RunConfig(model=config, data=DataConfig(sequence_length=32))
+        for dtype in ("int8", "float32"):
+            folder = folders[name, dtype] = tmp_path_factory.mktemp("imports") / "run"
+            import_weights(converted(release, dtype), folder, run)
+    return folders
+
+
+@each_mesh
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_an_import_is_loaded_as_the_release_is(imported, name, dtype, sizes):
+    mesh = sizes and grok.make_mesh(*sizes)
+    config = golden.config(name, "float32")
+    straight = grok.load(golden.FOLDER / name / "ckpt-0", config, mesh, dtype)
+    found = to_arrays(grok.load(imported[name, dtype], mesh=mesh))
+    for tensor, array in to_arrays(straight).items():
+        assert found[tensor].sharding == array.sharding
+        np.testing.assert_array_equal(found[tensor], array)
 
 
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=str)
@@ -165,30 +194,33 @@ WIDE = GrokConfig(
 )
 SMALL = dataclasses.replace(WIDE, vocab_size=64, embed_dim=64, mlp_dim=64)
 LOAD = """
-import json, sys, jax
+import dataclasses, json, sys, jax
 sys.path.insert(0, {root!r})
 import grok
+from grok.checkpoint.importer import import_weights
 from grok.checkpoint.load import place
 from grok.checkpoint.random_source import RandomSource
+from grok.config import DataConfig, GrokConfig, RunConfig
 from grok.model.weights import to_arrays
-from tests.checkpoint.test_load import SMALL, WIDE
+from tests.checkpoint.test_load import SMALL
 
 def bytes_read():
     with open("/proc/self/io") as file:
-        return int(file.readline().split()[1])
+        counts = dict(line.split(": ") for line in file)
+    return int(counts["rchar"]), int(counts["read_bytes"])
 
-folder, address, process, sizes = sys.argv[1:]
+folder, config, sizes, address, process = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(process))
 mesh = grok.make_mesh(*json.loads(sizes))
 place(RandomSource(SMALL), mesh)  # what is imported on first use
 before = bytes_read()
-model = grok.load(folder, WIDE, mesh)
-read = bytes_read() - before
+model = grok.load(folder, GrokConfig(**json.loads(config)), mesh)
+read, disk = (after - early for early, after in zip(before, bytes_read()))
 needed = 0
 for name, array in to_arrays(model).items():
     parts = {{str(shard.index): shard.data.nbytes for shard in array.addressable_shards}}
     needed += sum(parts.values())
-print(json.dumps({{"read": read, "needed": needed}}), flush=True)
+print(json.dumps({{"read": read, "disk": disk, "needed": needed}}), flush=True)
 """
 
 
@@ -198,28 +230,34 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def load_in_two_processes(folder: Path, config: GrokConfig, sizes) -> list[dict[str, int]]:
+    """Of each process of four devices: bytes that it read, from disk, and that its devices hold."""
+    settings = json.dumps(dataclasses.asdict(config))
+    script = LOAD.format(root=str(ROOT))
+    arguments = [str(folder), settings, json.dumps(sizes), f"127.0.0.1:{free_port()}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for number in range(2):
+            process = subprocess.Popen(
+                [sys.executable, "-c", script, *arguments, str(number)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        reports = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    return [json.loads(report.splitlines()[-1]) for report in reports]
+
+
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="/proc/self/io is Linux's")
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 def test_two_processes_read_what_their_devices_need(tmp_path, sizes):
     """Of int8 matrices, each process reads its rows, columns and experts, and little else."""
     write_release(RandomSource(WIDE), tmp_path / "ckpt-0")
-    address = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, "-c", LOAD.format(root=str(ROOT)), str(tmp_path / "ckpt-0"), address]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for number in range(2):
-            arguments = [*command, str(number), json.dumps(sizes)]
-            processes.append(
-                stack.enter_context(
-                    subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
-                )
-            )
-            stack.callback(processes[-1].kill)
-        reports = [process.communicate()[0] for process in processes]
-    for process, report in zip(processes, reports, strict=True):
-        assert process.returncode == 0
-        found = json.loads(report.splitlines()[-1])
+    for found in load_in_two_processes(tmp_path / "ckpt-0", WIDE, sizes):
         share = found["read"] / found["needed"]
         print(f"\n{sizes}: {share:.4f} of the {found['needed']} bytes that its devices hold")
         assert 1 <= share < 1.05

@@ -10,8 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from gcp_storage_emulator.server import create_server
 
 from grok import sharding
+from grok.checkpoint import storage
 from grok.checkpoint.convert import converted
 from grok.checkpoint.importer import import_weights
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
@@ -132,6 +134,36 @@ def test_a_run_its_checkpoints_and_a_step_are_all_opened(trained, model, inside)
     assert source.step == str(trained / "checkpoints" / "20")
     norm = np.asarray(to_arrays(model)["final_norm/scale_D"])
     np.testing.assert_array_equal(source.read("final_norm/scale_D", (slice(0, 32),)), norm)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The client of an emulated gs://bucket."""
+    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    server.start()
+    url = f"http://127.0.0.1:{server._api._httpd.server_port}"
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+    yield storage._remote("gs://bucket")[0]
+    server.stop()
+
+
+def test_a_copy_in_a_bucket_is_read(bucket, imported):
+    files = [path for path in imported.rglob("*") if path.is_file()]
+    last = Path("checkpoints", "0", "commit_success.txt")
+    for path in files:
+        inside = path.relative_to(imported)
+        if inside != last:
+            bucket.pipe_file(f"bucket/run/{inside}", path.read_bytes())
+    with pytest.raises(CheckpointError, match=r"run/checkpoints: has no finished checkpoint"):
+        OrbaxSource("gs://bucket/run")
+    bucket.pipe_file(f"bucket/run/{last}", b"")
+    source, local = OrbaxSource("gs://bucket/run"), OrbaxSource(imported)
+    assert (source.step, source.config) == ("gs://bucket/run/checkpoints/0", local.config)
+    for name in (GATE, "embed/table_VD"):
+        part = local.tensors[name].whole
+        np.testing.assert_array_equal(source.read(name, part), local.read(name, part))
 
 
 def test_an_older_step_is_opened_by_its_folder(trained):
