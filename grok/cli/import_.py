@@ -1,15 +1,14 @@
 """`grok import`."""
 
-import contextlib
 import resource
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from grok.cli.progress import progress
 from grok.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 FORMATS = {"xai": "the release's (ckpt-0)", "huggingface": "Hugging Face's", "orbax": "grok's own"}
 COMMANDS = {"xai": "xai", "huggingface": "hf"}
 DTYPES = click.Choice(["int8", "bfloat16", "float32"])
-# Between two lines where no one watches.
-SECONDS = 10
 
 
 @click.group("import")
@@ -103,8 +100,8 @@ def _import(form, src, dst, config, dtype, scales, tokenizer) -> None:
     if tokenizer is not None:
         _check_tokenizer(tokenizer, source.config.vocab_size)
     source = _converted(source, dtype, scales)
-    with _progress() as progress:
-        imported = import_weights(source, dst, run, tokenizer, progress)
+    with progress() as tell:
+        imported = import_weights(source, dst, run, tokenizer, tell)
     _report(imported)
 
 
@@ -138,49 +135,6 @@ def _converted(source: "Source", dtype: str, scales: str | None) -> "Source":
             f"{source.dtype} and --dtype is {dtype}."
         )
     return converted(source, dtype)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with bytes, rate, time left and tensor; plain lines now and then without a terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    name_column = TextColumn("{task.description}")
-    watched = console.is_terminal
-    with Progress(*columns, name_column, console=console, disable=not watched) as bar:
-        began = said = time.monotonic()
-        before: int | None = None
-
-        def tell(name: str, done: int, total: int) -> None:
-            nonlocal said, before
-            if before is None:
-                before = done
-                # What an earlier try did is no part of the rate.
-                bar.add_task("", total=total, completed=done)
-                if done:
-                    bar.console.print(f"{done:,} of {total:,} bytes are there from an earlier try")
-            bar.update(bar.task_ids[0], description=name, completed=done)
-            now = time.monotonic()
-            if not watched and now - said >= SECONDS:
-                said = now
-                rate = max(1.0, (done - before) / (now - began))
-                click.echo(
-                    f"{done / total:4.0%} of {total:,} bytes, {rate / 1e6:,.0f} MB/s, "
-                    f"{(total - done) / rate:,.0f} s left: {name}",
-                    err=True,
-                )
-
-        yield tell
 
 
 def _report(imported: "Imported") -> None:

@@ -38,6 +38,8 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             nonlocal said, before
             if before is None:
                 before = done
+                if done:
+                    console.print(f"{done:,} of {total:,} bytes are there from an earlier try")
                 bar.add_task("", total=total, completed=done)
             bar.update(bar.task_ids[0], description=name, completed=done)
             now = time.monotonic()
