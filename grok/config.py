@@ -125,6 +125,30 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One dataset of the mixture."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    path: Annotated[str, Field(description="folder that `grok data prepare` wrote")]
+    weight: Annotated[PositiveOrZero, Field(description="rows from here, relative to the rest")] = (
+        1.0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureChange:
+    """Weights of the mixture from a step on."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    from_step: Annotated[Count, Field(description="first step with these weights")]
+    weights: Annotated[
+        tuple[PositiveOrZero, ...], Field(description="one for each of data.datasets")
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, and the shape of a batch."""
 
@@ -134,10 +158,70 @@ class DataConfig:
     validation: Annotated[
         tuple[str, ...], Field(description="text files held out for the validation pass")
     ] = ()
+    datasets: Annotated[
+        tuple[DatasetConfig, ...],
+        Field(description="prepared datasets to train on, in place of text: {path, weight} each"),
+    ] = ()
+    mixture_changes: Annotated[
+        tuple[MixtureChange, ...],
+        Field(description="other weights from a step on: {from_step, weights} each"),
+    ] = ()
+    validation_dataset: Annotated[
+        str, Field(description="prepared dataset for the validation pass, in place of text")
+    ] = ""
+    packing: Annotated[
+        Literal["continue", "cut"],
+        Field(
+            description="what a document does that does not fit a row: goes on in the next, ends"
+        ),
+    ] = "continue"
+    allow_changed: Annotated[
+        bool, Field(description="resume although the prepared datasets are others than before")
+    ] = False
     tokenizer: Annotated[str, Field(description="SentencePiece model file")] = ""
     sequence_length: Annotated[Count, Field(description="tokens a row (T)")] = 1024
     batch_size: Annotated[Count, Field(description="rows of a batch over all devices (B)")] = 8
     seed: Annotated[CountOrZero, Field(description="seed of the order of rows")] = 0
+    prefetch: Annotated[
+        CountOrZero, Field(description="batches made ahead, each in a thread; 0: none")
+    ] = 2
+
+    def __post_init__(self) -> None:
+        if self.train and self.datasets:
+            raise ConfigError(
+                "data.train and data.datasets are both set, and a run reads text files or prepared "
+                "datasets; data.train=[] would work."
+            )
+        if self.validation and self.validation_dataset:
+            raise ConfigError(
+                "data.validation and data.validation_dataset are both set; data.validation=[] "
+                "would work."
+            )
+        paths = [dataset.path for dataset in self.datasets]
+        for path in paths:
+            if paths.count(path) > 1:
+                raise ConfigError(
+                    f"data.datasets names {path} twice; once, with the sum of the weights, would "
+                    "work."
+                )
+        if self.datasets and not any(dataset.weight for dataset in self.datasets):
+            raise ConfigError(
+                "data.datasets have no weight above 0; weight: 1 for one of them would work."
+            )
+        before = 0
+        for change in self.mixture_changes:
+            if len(change.weights) != len(paths) or not any(change.weights):
+                raise ConfigError(
+                    f"data.mixture_changes has {list(change.weights)} from step {change.from_step},"
+                    f" and data.datasets has {len(paths)} datasets; as many weights, one of them "
+                    "above 0, would work."
+                )
+            if change.from_step <= before:
+                raise ConfigError(
+                    f"data.mixture_changes has from_step={change.from_step} after {before}; steps "
+                    "that increase would work."
+                )
+            before = change.from_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """A config as YAML text: every key with its meaning beside it, ready to be read again."""
 
+import dataclasses
 import json
 import re
 from typing import Any
@@ -29,4 +30,4 @@ def _scalar(value: Any) -> str:
     bare = re.compile(r"(?!(true|false|null)$)[a-z][\w./-]*", re.ASCII | re.IGNORECASE)
     if isinstance(value, str) and bare.fullmatch(value):
         return value
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, default=dataclasses.asdict)

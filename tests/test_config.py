@@ -35,7 +35,9 @@ model.attn_output_multiplier model.attn_logit_softcap model.rope_theta model.par
 model.compute_dtype model.remat
 folder
 mesh mesh.slice mesh.data mesh.expert mesh.tensor mesh.simulated_devices
-data data.train data.validation data.tokenizer data.sequence_length data.batch_size data.seed
+data data.train data.validation data.datasets data.mixture_changes data.validation_dataset
+data.packing data.allow_changed data.tokenizer data.sequence_length data.batch_size data.seed
+data.prefetch
 optimizer optimizer.peak_lr optimizer.final_lr_share optimizer.warmup_steps optimizer.beta1
 optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm
 train train.steps train.seed train.z_loss train.router_balance_loss train.log_every

@@ -1,12 +1,13 @@
-"""Batches of rows cut from a token stream, and their way onto the mesh.
+"""Batches of rows cut from a token stream, and the way of all batches onto the mesh.
 
-A training batch is a pure function of (stream, seed, step), so the position in the data is the
-step number and nothing else has to be saved to resume.
+A training batch is a pure function of (data, seed, step), so the position in the data is the step
+number and nothing else has to be saved to resume; `grok.data.packed` has those of documents.
 
 B rows of a batch, T tokens of a row, S tokens of the stream.
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import grain
 import jax
@@ -42,6 +43,7 @@ class Batches:
             )
         self._tokens_S = stream.tokens_S
         self._sequence_length = sequence_length
+        self._batch_size = batch_size
         self._seed = seed
         self.rows_per_epoch = num_tokens // sequence_length
         self._rows = (
@@ -53,9 +55,14 @@ class Batches:
             .batch(batch_size)
         )
 
-    def batch(self, step: int) -> Batch:
-        """tokens_BT and targets_BT (int32; targets are the next tokens), mask_BT (float32 ones)."""
-        return _batch(self._rows[step])
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """Rows `rows` of the batch of `step`: tokens_BT and targets_BT (int32; targets are the next
+        tokens), mask_BT (float32 ones)."""
+        return _batch(self._rows[step][rows])
+
+    def tokens_seen(self, step: int) -> dict[str, int]:
+        """Tokens in all batches before `step`, as those of one dataset named text."""
+        return {"text": step * self._batch_size * self._sequence_length}
 
     def _row(self, index: int, window: int) -> np.ndarray:
         """Row `index` of the endless sequence, which is window `window` of its epoch: T + 1 ids."""
@@ -105,6 +112,48 @@ class ValidationBatches:
             }
 
 
+class StepBatches(Protocol):
+    """Training batches by step; `Batches` and `grok.data.packed.PackedBatches` are some."""
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """Rows `rows` of the batch of `step`."""
+        ...
+
+    def tokens_seen(self, step: int) -> dict[str, int]:
+        """Tokens of each dataset in all batches before `step`."""
+        ...
+
+
+def global_batches(
+    batches: StepBatches,
+    mesh: jax.sharding.Mesh,
+    shape: tuple[int, int],
+    steps: range,
+    prefetch: int,
+) -> Iterator[dict[str, jax.Array]]:
+    """The batches of `steps` as global arrays of `shape` (B, T), rows split over the mesh.
+
+    Every process makes the rows of its own devices alone, up to `prefetch` steps ahead, in as many
+    threads.
+    """
+    split = _split_rows(mesh)
+    indices = split.addressable_devices_indices_map(shape).values()
+    ours = {_rows_of(index, shape) for index in indices}
+
+    def load(step: int) -> dict[tuple[int, int], Batch]:
+        return {rows: batches.batch(step, slice(*rows)) for rows in ours}
+
+    def place(parts: dict[tuple[int, int], Batch], name: str) -> jax.Array:
+        return jax.make_array_from_callback(
+            shape, split, lambda index: parts[_rows_of(index, shape)][name]
+        )
+
+    options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
+    numbers = grain.MapDataset.range(steps.start, steps.stop)
+    for parts in numbers.map(load).to_iter_dataset(options):
+        yield {name: place(parts, name) for name in next(iter(parts.values()))}
+
+
 def to_mesh(batch: Batch, mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
     """Arrays of a [B, T] batch as global arrays, rows split over the mesh; plain without a mesh.
 
@@ -112,11 +161,23 @@ def to_mesh(batch: Batch, mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array
     """
     if mesh is None:
         return {name: jnp.asarray(array_BT) for name, array_BT in batch.items()}
-    rows = jax.sharding.NamedSharding(mesh, sharding.spec("batch", "length"))
+    split = _split_rows(mesh)
     return {
-        name: jax.make_array_from_callback(array_BT.shape, rows, array_BT.__getitem__)
+        name: jax.make_array_from_callback(array_BT.shape, split, array_BT.__getitem__)
         for name, array_BT in batch.items()
     }
+
+
+def _split_rows(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    """[B, T] arrays with their rows split over the mesh."""
+    return jax.sharding.NamedSharding(mesh, sharding.spec("batch", "length"))
+
+
+def _rows_of(index: tuple[slice, ...] | None, shape: tuple[int, int]) -> tuple[int, int]:
+    """First row of a device's part of a [B, T] array, and the first after it."""
+    assert index is not None  # JAX has None for a device without a part alone
+    start, stop, _ = index[0].indices(shape[0])
+    return start, stop
 
 
 def _batch(rows_BS: np.ndarray) -> Batch:

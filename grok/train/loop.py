@@ -9,6 +9,7 @@ import functools
 import os
 import shutil
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -18,10 +19,10 @@ from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
 from grok.config import RunConfig, check_fits
 from grok.config_files import flatten, to_dict
 from grok.config_text import to_yaml
-from grok.data.pipeline import Batches, ValidationBatches, to_mesh
-from grok.data.text import bits_per_byte, read_stream
-from grok.data.tokenizer import Tokenizer
-from grok.errors import DONE, SAVED, CheckpointError, ConfigError, DataError
+from grok.data.pipeline import Batch, global_batches, to_mesh
+from grok.data.text import bits_per_byte
+from grok.errors import DONE, SAVED, CheckpointError, ConfigError
+from grok.train.data import RunData, check_unchanged, read_data
 from grok.train.metrics import Display, MetricsFile, Speed
 from grok.train.optimizer import make_optimizer, make_schedule
 from grok.train.state import TrainState, abstract_state, init_state
@@ -38,7 +39,7 @@ def run(config: RunConfig) -> int:
         )
     sizes = check_fits(config, jax.device_count())
     mesh = sharding.make_mesh(sizes["data"], sizes["expert"], sizes["tensor"], sizes["slice"])
-    train, validation = read_data(config)
+    data = read_data(config)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     folder = Path(config.folder)
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
@@ -50,7 +51,7 @@ def run(config: RunConfig) -> int:
         # ---- state: the newest checkpoint, or fresh
         if first:
             display.say(f"resuming from the checkpoint of step {first}")
-            state, changes = restore(checkpoints, first, config, optimizer, mesh)
+            state, changes = restore(checkpoints, first, config, data, optimizer, mesh)
             for change in changes:
                 display.say(f"changed since then: {change}")
         else:
@@ -75,8 +76,15 @@ def run(config: RunConfig) -> int:
 
         # ---- the loop
         step = saved = first
+        batches = global_batches(
+            data.train,
+            mesh,
+            (config.data.batch_size, config.data.sequence_length),
+            range(first, config.train.steps),
+            config.data.prefetch,
+        )
         while step < config.train.steps and not stop.requested():
-            state, metrics = step_function(state, to_mesh(train.batch(step), mesh))
+            state, metrics = step_function(state, next(batches))
             step += 1
             display.advance(step)
             if step == first + 1:
@@ -88,22 +96,22 @@ def run(config: RunConfig) -> int:
                 values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
                 values["learning_rate"] = float(learning_rate(step - 1))
                 values["tokens_per_second"] = speed.at(step)
+                values["tokens_seen"] = data.train.tokens_seen(step)
                 metrics_file.write(step, **values)
                 display.report(step, values["loss"], values["tokens_per_second"])
             due = config.train.eval_every and step % config.train.eval_every == 0
-            if validation is not None and (last or due):
-                nats = sum(float(eval_function(state.model, to_mesh(b, mesh))) for b in validation)
-                loss = nats / validation.num_tokens
-                bits = bits_per_byte(nats, validation.num_bytes)
-                metrics_file.write(step, validation_loss=loss, validation_bits_per_byte=bits)
-                display.say(f"step {step}  validation loss {loss:.4f}  {bits:.4f} bits per byte")
+            if data.validation is not None and (last or due):
+                values = validate(eval_function, state.model, data.validation, data.num_bytes, mesh)
+                metrics_file.write(step, **values)
+                said = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+                display.say(f"step {step}  {'  '.join(said)}")
                 speed.start(step)
             if last or step % config.checkpoint.every == 0:
-                save(checkpoints, step, state, config)
+                save(checkpoints, step, state, config, data)
                 saved = step
                 speed.start(step)
         if saved != step:
-            save(checkpoints, step, state, config)
+            save(checkpoints, step, state, config, data)
         checkpoints.close()
         metrics_file.close()
         if step < config.train.steps:
@@ -113,37 +121,40 @@ def run(config: RunConfig) -> int:
         return DONE
 
 
-def read_data(config: RunConfig) -> tuple[Batches, ValidationBatches | None]:
-    """Training batches, and validation batches where the config names held-out files."""
-    data, vocab_size = config.data, config.model.vocab_size
-    if not data.train:
-        raise DataError("data.train names no files; data.train=[text.txt] would name one.")
-    if not data.tokenizer:
-        raise DataError("data.tokenizer names no SentencePiece model; set it to a .model file.")
-    tokenizer = Tokenizer.load(data.tokenizer)
-    T, B = data.sequence_length, data.batch_size
-    stream = read_stream(data.train, tokenizer, vocab_size)
-    train = Batches(stream, sequence_length=T, batch_size=B, seed=data.seed)
-    if not data.validation:
-        return train, None
-    held_out = read_stream(data.validation, tokenizer, vocab_size)
-    return train, ValidationBatches(held_out, sequence_length=T, batch_size=B)
+def validate(
+    eval_function, model, batches: Iterable[Batch], num_bytes: int | None, mesh
+) -> dict[str, float]:
+    """Loss of a validation pass in nats a token, and in bits per byte where bytes are known."""
+    nats = num_tokens = 0.0
+    for batch in batches:
+        nats += float(eval_function(model, to_mesh(batch, mesh)))
+        num_tokens += float(batch["mask_BT"].sum(dtype="float64"))
+    values = {"validation_loss": nats / num_tokens}
+    if num_bytes is not None:
+        values["validation_bits_per_byte"] = bits_per_byte(nats, num_bytes)
+    return values
 
 
-def save(checkpoints: Checkpoints, step: int, state: TrainState, config: RunConfig) -> None:
+def save(
+    checkpoints: Checkpoints, step: int, state: TrainState, config: RunConfig, data: RunData
+) -> None:
     """Starts saving everything a resumed run needs; batches are numbered by step."""
     trees = {MODEL: state.model, OPTIMIZER: (state.step, state.opt_state)}
-    checkpoints.save(step, trees, {"config": to_dict(config)})
+    checkpoints.save(step, trees, {"config": to_dict(config), "data": data.hashes})
 
 
 def restore(
-    checkpoints: Checkpoints, step: int, config: RunConfig, optimizer, mesh
+    checkpoints: Checkpoints, step: int, config: RunConfig, data: RunData, optimizer, mesh
 ) -> tuple[TrainState, list[str]]:
     """The state saved at `step`, placed on `mesh`, and what the config says differently now.
 
-    Raises CheckpointError when the model is another one, naming what differs.
+    Raises CheckpointError when the model is another one, naming what differs, or when prepared
+    datasets are others than before and data.allow_changed does not say that they may be.
     """
-    stored = dict(flatten(checkpoints.meta(step)["config"]))
+    meta = checkpoints.meta(step)
+    if not config.data.allow_changed:
+        check_unchanged(meta.get("data", []), data.hashes, str(checkpoints.folder / str(step)))
+    stored = dict(flatten(meta["config"]))
     changes = []
     for key, value in flatten(to_dict(config)):
         before = stored.get(key)

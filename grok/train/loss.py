@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from grok.config import TrainConfig
 from grok.model.grok import Grok
+from grok.model.moe import RouterStats
 
 CHUNK = 512
 
@@ -43,18 +44,25 @@ def token_losses(model: Grok, x_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
     return join(losses[0]), join(losses[1])
 
 
+def hidden(model: Grok, batch: dict) -> tuple[jax.Array, RouterStats]:
+    """What `Grok.hidden` makes of a batch, whose rows are packed or one segment each."""
+    return model.hidden(batch["tokens_BT"], batch.get("segment_ids_BT"), batch.get("positions_BT"))
+
+
 def batch_loss(model: Grok, batch: dict, config: TrainConfig) -> tuple[jax.Array, dict]:
     """What a training step minimises, per token, and what it reports (float32 scalars).
 
-    `batch` holds tokens_BT, targets_BT and mask_BT (1 where a token counts). Reported:
+    `batch` holds tokens_BT, targets_BT and mask_BT (1 where a token counts), and where rows are
+    packed segment_ids_BT and positions_BT. A batch in which no token counts has no loss. Reported:
     `loss`, the cross-entropy in nats a token; `expert_load`, share of each expert, mean over
     layers; `router_balance`, 1 when experts are used evenly.
     """
-    x_BTD, stats = model.hidden(batch["tokens_BT"])
+    x_BTD, stats = hidden(model, batch)
     entropy_BT, z_BT = token_losses(model, x_BTD, batch["targets_BT"])
     mask_BT = batch["mask_BT"]
-    entropy = jnp.sum(entropy_BT * mask_BT) / jnp.sum(mask_BT)
-    z = jnp.sum(z_BT * mask_BT) / jnp.sum(mask_BT)
+    count = jnp.maximum(jnp.sum(mask_BT), 1)
+    entropy = jnp.sum(entropy_BT * mask_BT) / count
+    z = jnp.sum(z_BT * mask_BT) / count
     balance = jnp.mean(stats.balance_loss())
     total = entropy + config.z_loss * z + config.router_balance_loss * balance
     report = {

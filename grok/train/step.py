@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from grok.config import TrainConfig
-from grok.train.loss import batch_loss, token_losses
+from grok.train.loss import batch_loss, hidden, token_losses
 from grok.train.state import TrainState, as_float32
 
 
@@ -29,6 +29,6 @@ def train_step(
 
 def eval_step(model, batch: dict) -> jax.Array:
     """Sum of the cross-entropy of all tokens that count, nats (float32)."""
-    x_BTD, _ = model.hidden(batch["tokens_BT"])
+    x_BTD, _ = hidden(model, batch)
     entropy_BT, _ = token_losses(model, x_BTD, batch["targets_BT"])
     return jnp.sum(entropy_BT * batch["mask_BT"])

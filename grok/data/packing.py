@@ -1,0 +1,194 @@
+"""Documents into rows: which tokens of which documents a row holds, epoch by epoch.
+
+A layout is a pure function of the documents' lengths and a key (seed and data), so that any row of
+any epoch can be found without the rows before it. Inside a row a piece of a document is a segment
+of its own.
+
+N documents, T tokens of a row, R rows of an epoch.
+"""
+
+import functools
+import hashlib
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Piece(NamedTuple):
+    """Part of a document in a row: `size` inputs from its token `start` on; targets are the next
+    tokens, where the document has them."""
+
+    document: int
+    start: int
+    size: int
+
+
+class Layout(Protocol):
+    """Rows of T tokens, without end: row numbers go on from one epoch to the next."""
+
+    rows_per_epoch: int
+
+    def pieces(self, row: int) -> list[Piece]:
+        """What lies in a row, in order; what they leave free is padding."""
+        ...
+
+    def tokens_before(self, row: int) -> int:
+        """Inputs, without padding, of all rows before this one."""
+        ...
+
+
+def make_layout(packing: str, lengths_N: np.ndarray, sequence_length: int, key: str) -> Layout:
+    """The layout of `packing` ("continue" or "cut") for documents of these lengths in tokens."""
+    form = Continued if packing == "continue" else Cut
+    return form(lengths_N, sequence_length, key)
+
+
+def efficiency(layout: Layout, sequence_length: int) -> float:
+    """Share of the places of an epoch's rows that hold a token."""
+    rows = layout.rows_per_epoch
+    return layout.tokens_before(rows) / (rows * sequence_length)
+
+
+def permutation(count: int, *key: object) -> np.ndarray:
+    """Order of `count` things, drawn by `key`: int64 (count,).
+
+    Sorted by the raw words of a counter-based generator: both are fixed for good, where NumPy may
+    change how it shuffles from version to version.
+    """
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    words = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
+    return np.argsort(words, kind="stable")
+
+
+class Continued:
+    """All documents of an epoch end to end in a new random order, cut every T tokens.
+
+    A document that does not fit goes on in the next row; that row's first target was the last of
+    the row before, so every token but a document's first is predicted exactly once an epoch. Only
+    the last row of an epoch has padding.
+    """
+
+    def __init__(self, lengths_N: np.ndarray, sequence_length: int, key: str | None) -> None:
+        """Lay out documents of `lengths_N` tokens in rows of T; without a key, in their order."""
+        self._lengths_N = lengths_N.astype(np.int64)
+        self._sequence_length = sequence_length
+        self._key = key
+        self._num_tokens = int(self._lengths_N.sum())
+        self.rows_per_epoch = -(-self._num_tokens // sequence_length)
+        # Two, since a batch may hold the end of one epoch and the beginning of the next.
+        self._order_of = functools.lru_cache(maxsize=2)(self._order)
+
+    def pieces(self, row: int) -> list[Piece]:
+        """What lies in row `row`, counted over all epochs."""
+        epoch, row = divmod(row, self.rows_per_epoch)
+        order_N, ends_N = self._order_of(epoch)
+        place = row * self._sequence_length
+        stop = min(place + self._sequence_length, self._num_tokens)
+        first = np.searchsorted(ends_N, place, side="right")
+        last = np.searchsorted(ends_N, stop, side="left")
+        found = []
+        for document, end in zip(
+            order_N[first : last + 1].tolist(), ends_N[first : last + 1].tolist(), strict=True
+        ):
+            size = min(end, stop) - place
+            if size:
+                start = place - (end - int(self._lengths_N[document]))
+                found.append(Piece(document, start, size))
+            place += size
+        return found
+
+    def tokens_before(self, row: int) -> int:
+        """Inputs of all rows before row `row`, counted over all epochs."""
+        epoch, row = divmod(row, self.rows_per_epoch)
+        return epoch * self._num_tokens + row * self._sequence_length
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Documents in the order of an epoch, and where each ends in the row of them all."""
+        num_documents = len(self._lengths_N)
+        if self._key is None:
+            order_N = np.arange(num_documents)
+        else:
+            order_N = permutation(num_documents, self._key, epoch)
+        return order_N, np.cumsum(self._lengths_N[order_N])
+
+
+class Cut:
+    """Whole documents only: what is longer than T + 1 tokens loses its end.
+
+    A document of n tokens takes n - 1 places, since its last token predicts nothing. Which
+    documents share a row is drawn once; every epoch has these rows in a new random order, so that
+    an epoch's number of rows is always the same.
+    """
+
+    def __init__(self, lengths_N: np.ndarray, sequence_length: int, key: str) -> None:
+        """Lay out documents of `lengths_N` tokens in rows of T."""
+        self._sizes_N = np.clip(lengths_N.astype(np.int64) - 1, 0, sequence_length)
+        shuffled_N = permutation(len(lengths_N), key, "rows")
+        row_N = pack(self._sizes_N[shuffled_N], sequence_length)
+        self._key = key
+        self.rows_per_epoch = int(row_N.max(initial=-1)) + 1
+        # Documents by row; those without a place (row -1) come first and are left out.
+        by_row_N = np.argsort(row_N, kind="stable")
+        self._documents_N = shuffled_N[by_row_N]
+        self._starts_R = np.searchsorted(row_N[by_row_N], np.arange(self.rows_per_epoch + 1))
+        before_N = np.concatenate([[0], np.cumsum(self._sizes_N[self._documents_N])])
+        self._tokens_R = np.diff(before_N[self._starts_R])
+        self._order_of = functools.lru_cache(maxsize=2)(self._order)
+
+    def pieces(self, row: int) -> list[Piece]:
+        """What lies in row `row`, counted over all epochs."""
+        epoch, row = divmod(row, self.rows_per_epoch)
+        row = self._order_of(epoch)[0][row]
+        documents = self._documents_N[self._starts_R[row] : self._starts_R[row + 1]]
+        return [Piece(int(d), 0, int(self._sizes_N[d])) for d in documents]
+
+    def tokens_before(self, row: int) -> int:
+        """Inputs, without padding, of all rows before row `row`, counted over all epochs."""
+        epoch, row = divmod(row, self.rows_per_epoch)
+        return epoch * int(self._tokens_R.sum()) + int(self._order_of(epoch)[1][row])
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows in the order of an epoch, and the tokens before each."""
+        order_R = permutation(self.rows_per_epoch, self._key, epoch)
+        tokens_R = self._tokens_R[order_R]
+        return order_R, np.cumsum(tokens_R) - tokens_R
+
+
+def pack(sizes_N: np.ndarray, capacity: int) -> np.ndarray:
+    """Row of each of N things of `sizes_N` (0 to `capacity`), int64 (N,); -1 where the size is 0.
+
+    Best-fit decreasing: the largest first, each into the fullest row that still has room. Things of
+    one size are placed together, as many at a time as there are rows equally full.
+    """
+    row_N = np.full(len(sizes_N), -1, np.int64)
+    num_rows = 0
+    # Rows by the room that they have, as pieces of arrays.
+    rows_with: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
+    num_with = np.zeros(capacity + 1, np.int64)
+
+    def add(room: int, rows: np.ndarray) -> None:
+        if len(rows):
+            rows_with[room].append(rows)
+            num_with[room] += len(rows)
+
+    by_size_N = np.argsort(-sizes_N, kind="stable")
+    sizes, counts = np.unique(sizes_N, return_counts=True)
+    ends = np.cumsum(counts[::-1])
+    for size, end, count in zip(sizes[::-1].tolist(), ends.tolist(), counts[::-1], strict=True):
+        waiting = by_size_N[end - count : end] if size else by_size_N[:0]
+        while len(waiting):
+            fitting = np.flatnonzero(num_with[size:])
+            if not len(fitting):
+                needed = -(-len(waiting) // (capacity // size))
+                add(capacity, np.arange(num_rows, num_rows + needed))
+                num_rows += needed
+                continue
+            room = size + int(fitting[0])
+            rows = rows_with[room].pop()
+            num_with[room] -= len(rows)
+            placed = min(len(rows), len(waiting))
+            row_N[waiting[:placed]] = rows[:placed]
+            add(room - size, rows[:placed])
+            add(room, rows[placed:])
+            waiting = waiting[placed:]
+    return row_N

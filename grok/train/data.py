@@ -1,0 +1,100 @@
+"""The data of a run, as its config names it, and the check that a resumed run has the same."""
+
+import hashlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from grok.config import DataConfig, RunConfig
+from grok.data.documents import Prepared
+from grok.data.mixture import Mixture
+from grok.data.packed import PackedBatches, PackedValidation
+from grok.data.pipeline import Batch, Batches, StepBatches, ValidationBatches
+from grok.data.text import read_bytes, read_stream
+from grok.data.tokenizer import Tokenizer
+from grok.errors import CheckpointError, DataError
+
+
+class RunData(NamedTuple):
+    """What a run reads.
+
+    train: batches by step; validation: the batches of a pass, None without one; num_bytes: UTF-8
+    bytes of what is validated on, None where they are not known; hashes: path and manifest hash of
+    every prepared dataset that is trained on, in order.
+    """
+
+    train: StepBatches
+    validation: Iterable[Batch] | None
+    num_bytes: int | None
+    hashes: list[dict[str, str]]
+
+
+def read_data(config: RunConfig) -> RunData:
+    """Opens what the config names; DataError when it is missing, or not for its tokenizer."""
+    data, vocab_size = config.data, config.model.vocab_size
+    if not data.train and not data.datasets:
+        raise DataError(
+            "data.train names no files and data.datasets no datasets; data.train=[text.txt] would "
+            "name one."
+        )
+    if not data.tokenizer:
+        raise DataError("data.tokenizer names no SentencePiece model; set it to a .model file.")
+    tokenizer = Tokenizer.load(data.tokenizer)
+    shape = {"sequence_length": data.sequence_length, "batch_size": data.batch_size}
+    train: StepBatches
+    if data.datasets:
+        datasets = {each.path: open_dataset(each.path, config) for each in data.datasets}
+        hashes = [{"path": path, "hash": prepared.hash} for path, prepared in datasets.items()]
+        train = PackedBatches(
+            datasets, mixture_of(data), seed=data.seed, packing=data.packing, **shape
+        )
+    else:
+        hashes = []
+        train = Batches(read_stream(data.train, tokenizer, vocab_size), seed=data.seed, **shape)
+    if data.validation_dataset:
+        documents = open_dataset(data.validation_dataset, config)
+        return RunData(train, PackedValidation(documents, **shape), None, hashes)
+    if data.validation:
+        held_out = ValidationBatches(read_stream(data.validation, tokenizer, vocab_size), **shape)
+        return RunData(train, held_out, held_out.num_bytes, hashes)
+    return RunData(train, None, None, hashes)
+
+
+def open_dataset(path: str, config: RunConfig) -> Prepared:
+    """A prepared dataset, after checking that it was made with the run's tokenizer."""
+    prepared = Prepared(path)
+    made_with, tokenizer = prepared.manifest["tokenizer"], config.data.tokenizer
+    hash_ours = hashlib.sha256(read_bytes(tokenizer, "tokenizer file")).hexdigest()
+    if made_with["sha256"] != hash_ours:
+        raise DataError(
+            f"dataset {path} was prepared with a tokenizer of SHA-256 {made_with['sha256'][:12]}, "
+            f"and data.tokenizer={tokenizer} has {hash_ours[:12]}; the same tokenizer would work."
+        )
+    size, ours = made_with["vocab_size"], config.model.vocab_size
+    if size > ours:
+        raise DataError(
+            f"dataset {path} may have tokens up to {size - 1}, but model.vocab_size={ours}; "
+            f"model.vocab_size={size} would work."
+        )
+    return prepared
+
+
+def mixture_of(data: DataConfig) -> Mixture:
+    """The mixture of the config's datasets, by row of the run."""
+    changes = [(each.from_step * data.batch_size, each.weights) for each in data.mixture_changes]
+    return Mixture([each.weight for each in data.datasets], changes)
+
+
+def check_unchanged(stored: list[dict[str, str]], hashes: list[dict[str, str]], where: str) -> None:
+    """Refuse, as CheckpointError, to go on from the checkpoint `where` on other prepared datasets
+    than it was trained on; a dataset may have moved."""
+    if [each["hash"] for each in stored] != [each["hash"] for each in hashes]:
+        raise CheckpointError(
+            f"{where} was trained on {_names(stored)}, and the config now names {_names(hashes)}; "
+            "the same data, or data.allow_changed=true to go on with what is there now, would work."
+        )
+
+
+def _names(hashes: list[dict[str, str]]) -> str:
+    """`data/a (manifest 0123456789ab) and ...` for messages."""
+    named = [f"{each['path']} (manifest {each['hash'][:12]})" for each in hashes]
+    return " and ".join(named) or "no prepared datasets"

@@ -1,0 +1,52 @@
+"""One host of several: prints a hash of every row of the global batches that its devices hold.
+
+Run as `python host.py NUMBER OF_HOSTS ADDRESS MODE FIRST STOP FOLDER...`, where each FOLDER is a
+prepared dataset; each host has two simulated devices.
+"""
+
+import hashlib
+import sys
+
+import jax
+
+WEIGHTS = (0.5, 0.3, 0.2)
+
+
+def main() -> None:
+    number, hosts, address, packing, first, stop, *folders = sys.argv[1:]
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 2)
+    if int(hosts) > 1:
+        jax.distributed.initialize(address, int(hosts), int(number))
+
+    from grok import sharding
+    from grok.data.documents import Prepared
+    from grok.data.mixture import Mixture
+    from grok.data.packed import PackedBatches
+    from grok.data.pipeline import global_batches
+
+    shape = (8, 64)
+    batches = PackedBatches(
+        {folder: Prepared(folder) for folder in folders},
+        Mixture(WEIGHTS[: len(folders)]),
+        sequence_length=shape[1],
+        batch_size=shape[0],
+        seed=3,
+        packing=packing,
+    )
+    asked = []
+    batch, batches.batch = batches.batch, lambda step, rows: asked.append(rows) or batch(step, rows)
+    steps = range(int(first), int(stop))
+    mesh = sharding.make_mesh()
+    for step, arrays in zip(steps, global_batches(batches, mesh, shape, steps, 2), strict=True):
+        for shards in zip(*(array.addressable_shards for array in arrays.values()), strict=True):
+            rows = shards[0].index[0]
+            for row in range(rows.stop - rows.start):
+                data = b"".join(jax.device_get(shard.data[row]).tobytes() for shard in shards)
+                digest = hashlib.sha256(data).hexdigest()
+                print(step, rows.start + row, digest)
+    rows_made = sum(len(range(shape[0])[rows]) for rows in asked)
+    assert rows_made == len(steps) * shape[0] // int(hosts)
+
+
+main()

@@ -1,0 +1,100 @@
+"""Layouts of documents in rows: every token in its place, once an epoch, and little padding."""
+
+import numpy as np
+import pytest
+
+from grok.data.packing import Continued, Cut, Piece, efficiency, make_layout, pack, permutation
+from tests.data.fake_documents import random_lengths
+
+LENGTHS = np.array(random_lengths(300, largest=200), np.uint32)
+ROW = 32
+
+
+def epoch_of(layout, epoch: int) -> list[list[Piece]]:
+    rows = range(epoch * layout.rows_per_epoch, (epoch + 1) * layout.rows_per_epoch)
+    return [layout.pieces(row) for row in rows]
+
+
+def test_a_permutation_is_fixed_for_good():
+    assert permutation(8, "key", 0).tolist() == [0, 6, 1, 4, 5, 7, 3, 2]
+    np.testing.assert_array_equal(np.sort(permutation(1000, 1)), np.arange(1000))
+    assert permutation(1000, 1).tolist() != permutation(1000, 2).tolist()
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 10**6])
+def test_continued_documents_are_whole_once_an_epoch(epoch):
+    layout = make_layout("continue", LENGTHS, ROW, "key")
+    rows = epoch_of(layout, epoch)
+    assert [sum(piece.size for piece in row) for row in rows[:-1]] == [ROW] * (len(rows) - 1)
+    reached = dict.fromkeys(range(len(LENGTHS)), 0)
+    for piece in (piece for row in rows for piece in row):
+        assert piece.start == reached[piece.document]
+        reached[piece.document] += piece.size
+    assert list(reached.values()) == LENGTHS.tolist()
+
+
+def test_epochs_have_orders_of_their_own():
+    for packing in ("continue", "cut"):
+        layout = make_layout(packing, LENGTHS, ROW, "key")
+        assert epoch_of(layout, 0) != epoch_of(layout, 1)
+        assert epoch_of(layout, 0) == epoch_of(make_layout(packing, LENGTHS, ROW, "key"), 0)
+        assert epoch_of(layout, 0) != epoch_of(make_layout(packing, LENGTHS, ROW, "other"), 0)
+
+
+def test_without_a_key_documents_keep_their_order():
+    layout = Continued(np.array([3, 40, 2]), ROW, key=None)
+    assert epoch_of(layout, 0) == [[Piece(0, 0, 3), Piece(1, 0, 29)], [(1, 29, 11), (2, 0, 2)]]
+    assert epoch_of(layout, 0) == epoch_of(layout, 1)
+
+
+@pytest.mark.parametrize("epoch", [0, 7])
+def test_cut_documents_are_never_split_and_are_there_once_an_epoch(epoch):
+    rows = epoch_of(Cut(LENGTHS, ROW, "key"), epoch)
+    assert max(sum(piece.size for piece in row) for row in rows) <= ROW
+    pieces = sorted(piece for row in rows for piece in row)
+    wanted = [(d, 0, min(n - 1, ROW)) for d, n in enumerate(LENGTHS.tolist()) if n > 1]
+    assert pieces == wanted
+
+
+def test_documents_of_one_token_predict_nothing():
+    assert Cut(np.ones(5), ROW, "key").rows_per_epoch == 0
+    assert epoch_of(Cut(np.array([1, 3, 1]), ROW, "key"), 0) == [[Piece(1, 0, 2)]]
+    assert Continued(np.ones(5), ROW, "key").rows_per_epoch == 1
+
+
+@pytest.mark.parametrize("packing", ["continue", "cut"])
+def test_tokens_before_a_row_are_those_of_its_pieces(packing):
+    layout = make_layout(packing, LENGTHS, ROW, "key")
+    seen = 0
+    for row in range(2 * layout.rows_per_epoch + 3):
+        assert layout.tokens_before(row) == seen
+        seen += sum(piece.size for piece in layout.pieces(row))
+
+
+@pytest.mark.parametrize("packing", ["continue", "cut"])
+def test_rows_are_98_percent_full(packing):
+    lengths = np.array(random_lengths(20_000, largest=10_000))
+    assert efficiency(make_layout(packing, lengths, 2048, "key"), 2048) > 0.98
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_rows"),
+    [
+        ([], 0),
+        ([0, 0], 0),
+        ([10], 1),
+        ([10, 10, 10], 3),
+        ([6, 4, 6, 4, 0], 2),
+        ([3] * 7, 3),
+        ([1] * 25, 3),
+        ([7, 5, 5, 3], 2),
+        ([6, 5, 5, 2, 2], 2),
+    ],
+)
+def test_pack_fills_rows(sizes, num_rows):
+    sizes_N = np.array(sizes, np.int64)
+    row_N = pack(sizes_N, 10)
+    np.testing.assert_array_equal(row_N == -1, sizes_N == 0)
+    full_R = np.bincount(row_N[row_N >= 0], sizes_N[row_N >= 0], minlength=num_rows)
+    assert len(full_R) == num_rows
+    assert (full_R <= 10).all() and (full_R > 0).all()
