@@ -15,7 +15,8 @@ def export() -> None:
     """Write weights in a format of other programs."""
 
 
-def _bytes(ctx: click.Context, param: click.Parameter, text: str) -> int:
+def size_in_bytes(ctx: click.Context, param: click.Parameter, text: str) -> int:
+    """The value of an option such as 500MB; 1 MB is 10^6 bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", text.strip().upper())
     if not found:
         raise click.BadParameter(f"{text} is no size such as 5GB or 500MB.")
@@ -37,7 +38,7 @@ def _bytes(ctx: click.Context, param: click.Parameter, text: str) -> int:
     "--shard-size",
     default="5GB",
     show_default=True,
-    callback=_bytes,
+    callback=size_in_bytes,
     help="Largest size of a file; 1 GB is 10^9 bytes.",
 )
 @click.option("--base-weights", metavar="TEXT", help="Where the weights came from, for README.md.")

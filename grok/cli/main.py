@@ -9,6 +9,7 @@ import click
 
 from grok import __version__
 from grok.cli.config import config
+from grok.cli.data import data
 from grok.cli.export import export
 from grok.cli.import_ import import_
 from grok.cli.inspect import inspect
@@ -42,5 +43,5 @@ def main() -> None:
     """Grok-1 on TPUs: training and inference."""
 
 
-for command in (quickstart, config, train, sample, import_, export, inspect, verify):
+for command in (quickstart, config, train, sample, data, import_, export, inspect, verify):
     main.add_command(command)

@@ -24,7 +24,7 @@ from grok.data.manifest import (
     write_dataset,
 )
 from grok.data.records import PLAIN, Fields
-from grok.data.shards import Entry, Journal, ShardWriter, difference, write_file
+from grok.data.shards import Entry, Journal, ShardWriter, difference, only_writer, write_file
 from grok.data.sources import RawRecord, SourceFile, find_files, hash_files, read_records
 from grok.data.text import read_bytes
 from grok.data.tokenizer import Tokenizer
@@ -94,11 +94,12 @@ def prepare(
         # Left where the kill came after the last step but one.
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         return manifest
-    journal = Journal(folder / UNFINISHED, identity)
-    if not journal.ended:
-        _run(options, files, model, folder, journal, tell)
-    _check_share(options, folder, _totals(journal.entries), journal.entries)
-    return write_dataset(folder, journal, identity, files, model)
+    with only_writer(folder / UNFINISHED):
+        journal = Journal(folder / UNFINISHED, identity)
+        if not journal.ended:
+            _run(options, files, model, folder, journal, tell)
+        _check_share(options, folder, _totals(journal.entries), journal.entries)
+        return write_dataset(folder, journal, identity, files, model)
 
 
 def load(path: str) -> Tokenizer:

@@ -4,12 +4,14 @@ Everything lies in a folder of its own until the dataset is whole. A shard is fi
 entry in the journal is there: `00003.json` beside `00003.arrayrecord`, renamed into place last.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ class Entry:
 
 
 class Journal:
-    """The folder of what is not yet whole, and its finished shards; one job at a time."""
+    """The folder of what is not yet whole, and its finished shards."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         """Begin, or go on with, the job of this identity; DataError where another was begun."""
@@ -141,6 +143,20 @@ class ShardWriter:
     @property
     def _unfinished(self) -> Path:
         return self._journal.folder / "unfinished.arrayrecord"
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Keeps other processes from the folder, until this one ends; DataError where one is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"{folder.parent} is being written by another process; another folder would work."
+            ) from None
+        yield
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

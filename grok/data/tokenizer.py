@@ -144,14 +144,18 @@ class StreamDecoder:
 
 
 def train_tokenizer(
-    files: Sequence[str | Path], out_path: str | Path, vocab_size: int
+    files: Sequence[str | Path],
+    out_path: str | Path,
+    vocab_size: int,
+    special: Sequence[str] = (),
 ) -> Tokenizer:
     """Train a BPE tokenizer of exactly `vocab_size` pieces on text files, and write its model.
 
-    Ids 0 to 3 are padding, begin, end and unknown; then come runs of newlines, the 256 bytes (for
-    characters too rare for a piece), and merges. Digits are pieces of their own and text is not
-    normalised, so nothing is lost. The same files give the same bytes. DataError when a file cannot
-    be read or its text has too few distinct words, or too many characters, for `vocab_size`.
+    Ids 0 to 3 are padding, begin, end and unknown; then come runs of newlines, `special` texts that
+    are one piece each, the 256 bytes (for characters too rare for a piece), and merges. Digits are
+    pieces of their own and text is not normalised, so nothing is lost. The same files give the same
+    bytes. DataError when a file cannot be read or its text has too few distinct words, or too many
+    characters, for `vocab_size`.
     """
     texts = [read_text(path) for path in files]
     if not texts:
@@ -169,7 +173,7 @@ def train_tokenizer(
             bos_id=1,
             eos_id=2,
             unk_id=3,
-            user_defined_symbols=NEWLINE_RUNS,
+            user_defined_symbols=[*NEWLINE_RUNS, *special],
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,

@@ -1,0 +1,272 @@
+"""`grok data tokenizer`, `grok data prepare` and `grok data inspect`."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from grok.cli.export import size_in_bytes
+from grok.cli.progress import SECONDS
+from grok.cli.tables import make_console, make_table
+from grok.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from grok.data.inspect import Inspection
+    from grok.data.prepare import Progress
+
+BAR = 40  # characters of the longest bar
+MISMATCH = 1  # exit code
+
+
+@click.group()
+def data() -> None:
+    """Make datasets of documents from text, and look at them."""
+
+
+@data.command()
+@click.argument("files", nargs=-1)
+@click.option("--out", metavar="FILE", help="Where the trained model is written.")
+@click.option("--vocab-size", type=click.IntRange(1), help="Pieces, all of them.")
+@click.option("--special", multiple=True, help="Text that is always one piece, as <|end|>.")
+@click.option("--check", metavar="FILE", help="Compare this model with --config instead.")
+@click.option("--config", metavar="CONFIG", help="Preset or YAML file for --check.")
+def tokenizer(files, out, vocab_size, special, check, config) -> None:
+    """Train a SentencePiece tokenizer on text FILES, or check one against a config.
+
+    Trained ones are BPE with byte fallback; ids 0 to 3 are padding, begin, end and unknown.
+    """
+    if check:
+        if not config or files:
+            raise click.UsageError("--check FILE needs --config CONFIG, and no files.")
+        _check_tokenizer(check, config)
+        return
+    if not out or not vocab_size:
+        raise click.UsageError("training needs --out FILE and --vocab-size N.")
+    from grok.data.tokenizer import train_tokenizer
+
+    trained = train_tokenizer(files, out, vocab_size, special)
+    click.echo(f"{out}: {trained.vocab_size:,} pieces, end of sequence is {trained.eos_id}")
+
+
+def _check_tokenizer(file: str, config: str) -> None:
+    from grok.config_files import load_config
+    from grok.data.tokenizer import Tokenizer
+
+    found, vocab_size = Tokenizer.load(file), load_config(config).model.vocab_size
+    if found.vocab_size > vocab_size:
+        raise DataError(
+            f"tokenizer {file} has {found.vocab_size} pieces, more than model.vocab_size="
+            f"{vocab_size} of {config}; model.vocab_size={found.vocab_size} would work."
+        )
+    if found.eos_id < 0:
+        raise DataError(f"tokenizer {file} has no end-of-sequence piece to end documents with.")
+    if found.pad_id not in (0, -1):
+        raise DataError(
+            f"tokenizer {file} has padding id {found.pad_id}, and the released model's is 0."
+        )
+    unused = vocab_size - found.vocab_size
+    said = f", {unused:,} rows of the model's table are unused" if unused else ""
+    click.echo(
+        f"{file} fits {config}: {found.vocab_size:,} pieces, padding {found.pad_id}, begin "
+        f"{found.bos_id}, end {found.eos_id}{said}"
+    )
+
+
+@data.command()
+@click.argument("sources", nargs=-1, required=True)
+@click.option("--out", required=True, metavar="DIR", help="Folder of the dataset.")
+@click.option("--tokenizer", required=True, metavar="FILE", help="SentencePiece model.")
+@click.option("--glob", "patterns", multiple=True, help="Names to take in folders, as *.md.")
+@click.option(
+    "--format",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "text", "jsonl", "parquet"]),
+    help="What all files are; auto: by their names.",
+)
+@click.option("--text-field", help="Field with the text.  [default: text]")
+@click.option("--id-field", help="Field to keep as a document's id.")
+@click.option("--language-field", help="Field to keep as its language.")
+@click.option("--licence-field", help="Field to keep as its licence.")
+@click.option("--licence", help="Licence of all sources.")
+@click.option("--prompt-field", help="Supervised: field before, without loss.")
+@click.option("--completion-field", help="Supervised: field that is learnt.")
+@click.option("--messages-field", help="Supervised: list of objects with role and content.")
+@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
+@click.option(
+    "--shard-size",
+    default="256MB",
+    show_default=True,
+    callback=size_in_bytes,
+    help="Most bytes of a shard's records; 1 MB is 10^6 bytes.",
+)
+@click.option("--drop-duplicates", is_flag=True, help="Keep the first of documents alike.")
+@click.option(
+    "--max-bad-share",
+    default=0.01,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Share of records that may be bad.",
+)
+def prepare(out, tokenizer, workers, shard_size, **options) -> None:
+    """Tokenise text of SOURCES into the folder of a dataset.
+
+    SOURCES, local or gs://, are files or folders: plain text (a document each), JSON lines or
+    Parquet (a document each record), any of them as .gz or .zst. The bytes written do not depend
+    on --workers; after a kill the same command goes on. Bad records go to rejected.jsonl.
+    """
+    from grok.data.prepare import Options
+    from grok.data.prepare import prepare as run
+
+    fields = _fields({name: options.pop(f"{name}_field") for name in FIELDS})
+    job = Options(
+        tokenizer=tokenizer,
+        fields=fields,
+        workers=workers or os.cpu_count() or 1,
+        shard_bytes=shard_size,
+        **options,
+    )
+    with _progress() as tell:
+        manifest = run(job, out, tell)
+    counts = manifest["counts"]
+    click.echo(
+        f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of {counts['bytes']:,} "
+        f"bytes, in {_plural(len(manifest['shards']), 'shard')}"
+    )
+    if counts["rejected"]:
+        rejected = Path(out) / "rejected.jsonl"
+        click.echo(f"{_plural(counts['rejected'], 'bad record')} left out: {rejected}")
+    if counts["duplicates"]:
+        click.echo(f"{_plural(counts['duplicates'], 'duplicate')} left out")
+    click.echo(f"{out}: complete")
+
+
+FIELDS = ("text", "id", "language", "licence", "prompt", "completion", "messages")
+
+
+def _fields(names):
+    from grok.data.records import Fields
+
+    if bool(names["prompt"]) != bool(names["completion"]):
+        raise click.UsageError("--prompt-field and --completion-field belong together.")
+    kinds = [name for name in ("text", "prompt", "messages") if names[name]]
+    if len(kinds) > 1:
+        raise click.UsageError(f"--{kinds[0]}-field and --{kinds[1]}-field exclude each other.")
+    return Fields(**{**names, "text": names["text"] or (None if kinds else "text")})
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[["Progress"], None]]:
+    """Documents, tokens, MB/s and time left: a bar on a terminal, a line now and then elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    name_column = TextColumn("{task.description}", markup=False)
+    watched = console.is_terminal
+    with Bar(*columns, name_column, console=console, disable=not watched) as bar:
+        task = bar.add_task("", total=1.0)
+        began = said = time.monotonic()
+        first: Progress | None = None
+
+        def tell(now: "Progress") -> None:
+            nonlocal said, first
+            first = first or now
+            moment = time.monotonic()
+            if moment - said < (0.2 if watched else SECONDS):
+                return
+            said = moment
+            rate = (now.bytes - first.bytes) / (moment - began)
+            words = f"{now.documents:,} documents, {now.tokens:,} tokens, {rate / 1e6:,.1f} MB/s"
+            bar.update(task, completed=now.share, description=words)
+            if not watched:
+                speed = (now.share - first.share) / (moment - began)
+                left = f", {(1 - now.share) / speed:,.0f} s left" if speed else ""
+                click.echo(f"{now.share:4.0%}: {words}{left}", err=True)
+
+        yield tell
+
+
+@data.command()
+@click.argument("folder", metavar="DIR")
+@click.option(
+    "--length",
+    default=2048,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Tokens of a row, for the packing.",
+)
+@click.option("--samples", default=2, show_default=True, type=click.IntRange(0), help="To show.")
+@click.option("--tokenizer", metavar="FILE", help="For the samples.  [default: the dataset's]")
+@click.option("--check", "checked", is_flag=True, help="Compare all files with the manifest.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.pass_context
+def inspect(ctx: click.Context, folder, length, samples, tokenizer, checked, as_json) -> None:
+    """Show what the dataset at DIR holds: counts, lengths, packing, samples.
+
+    With --check the exit code is 1 where a file does not match the manifest.
+    """
+    from grok.data.inspect import inspect as look
+
+    found = look(folder, length, samples, tokenizer, checked)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        _print(make_console(), folder, found, checked)
+    ctx.exit(MISMATCH if found.problems else 0)
+
+
+def _print(console: "Console", folder: str, found: "Inspection", checked: bool) -> None:
+    manifest, counts = found.manifest, found.manifest["counts"]
+    console.print(folder, style="bold")
+    for label in ("documents", "bytes", "tokens", "loss_tokens", "rejected", "duplicates"):
+        console.print(f"  {label.replace('_', ' '):<12}{counts[label]:,}")
+    console.print(f"  {'tokenizer':<12}{manifest['tokenizer']['vocab_size']:,} pieces")
+    console.print(f"  {'shards':<12}{len(manifest['shards']):,}")
+    console.print(f"  {'hash':<12}{found.hash}")
+    for source in manifest["sources"]:
+        of = source["counts"]
+        licence = f", {source['licence']}" if source.get("licence") else ""
+        console.print(
+            f"  {'source':<12}{source['name']}: {_plural(source['files'], 'file')}, "
+            f"{of['documents']:,} documents, {of['tokens']:,} tokens{licence}"
+        )
+    console.print(
+        f"  {'packing':<12}at length {found.length}: {found.packing['continue']:.2%} where "
+        f"documents go on, {found.packing['cut']:.2%} where they are cut "
+        f"(which leaves out {found.cut_share:.1%} of tokens)"
+    )
+    if checked:
+        console.print(f"  {'files':<12}{'differ' if found.problems else 'match the manifest'}")
+    for problem in found.problems:
+        console.print(f"  {'problem':<12}{problem}", style="red")
+    table = make_table("length", "documents", "tokens", "", right=3)
+    table.columns[-1].justify = "left"
+    most = max(bin.documents for bin in found.histogram)
+    for bin in found.histogram:
+        bar = "█" * -(-BAR * bin.documents // most)
+        table.add_row(f"{bin.low}-{bin.high}", f"{bin.documents:,}", f"{bin.tokens:,}", bar)
+    console.print()
+    console.print(table)
+    for sample in found.samples:
+        learnt = f", {sample.learnt:.0%} learnt" if sample.learnt < 1 else ""
+        console.print(
+            f"\ndocument {sample.document}, {sample.tokens:,} tokens{learnt}", style="bold"
+        )
+        if sample.fields:
+            console.print(f"  {json.dumps(sample.fields, ensure_ascii=False)}")
+        console.print(f"  {json.dumps(sample.text, ensure_ascii=False)}")
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
