@@ -127,7 +127,13 @@ class ShardWriter:
         """Close the shard: all input before `position` is in it or those before."""
         path = self._journal.shard_path(len(self._journal.entries))
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except RuntimeError as error:
+                raise DataError(
+                    f"{self._unfinished} cannot be written: {str(error).partition(';')[0]}; with "
+                    f"room for it the same command goes on."
+                ) from None
             sync(self._unfinished)
             self.entry.sha256, self.entry.bytes = file_hash(self._unfinished)
             os.replace(self._unfinished, path)
@@ -138,7 +144,8 @@ class ShardWriter:
     def abandon(self) -> None:
         """Close the file of a shard that will not be finished now."""
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(RuntimeError):
+                self._writer.close()
 
     @property
     def _unfinished(self) -> Path:

@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import json
+import resource
+import signal
 
 import pyarrow
 import pytest
@@ -217,6 +219,24 @@ def test_nothing_good_is_refused(tmp_path, tokenizer, texts, message):
     path = write_lines(tmp_path / "rows.jsonl", texts)
     with pytest.raises(DataError, match=message):
         made(tmp_path / "out", [path], tokenizer, max_bad_share=1.0)
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow over 100,000 bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_no_room_to_write(tmp_path, tokenizer, small_files):
+    texts = [hashlib.sha512(bytes([i])).hexdigest() for i in range(200)]
+    paths = [write_lines(tmp_path / f"rows{i}.jsonl", texts) for i in range(4)]
+    with pytest.raises(DataError, match=r"cannot be written: .* the same command goes on"):
+        made(tmp_path / "out", paths, tokenizer, shard_bytes=10**9)
 
 
 def test_a_tokenizer_that_is_none(tmp_path, tokenizer):
