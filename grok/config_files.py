@@ -271,7 +271,11 @@ def _meant(kind: str, value: Any, wanted: str) -> Any:
 
 
 def _keys_of(section: str) -> list[str]:
-    """Names of the keys directly in a section; of the top level, for an empty name."""
+    """Names of the keys directly in a section, such as data or data.datasets[0]; of the top level,
+    for an empty name."""
+    if item := re.fullmatch(r"(.+?)(\.\d+|\[\d+\])", section):
+        kind, _ = typing.get_args(schema()[item[1]].kind)
+        return [field.name for field in dataclasses.fields(kind)]
     prefix = f"{section}." if section else ""
     return [
         key.removeprefix(prefix)

@@ -24,6 +24,7 @@ from grok.config_files import (
     schema,
     to_dict,
 )
+from grok.config_text import to_yaml
 from grok.errors import ConfigError
 
 # Removing or renaming a key breaks the files that users have: change this list on purpose only.
@@ -135,6 +136,17 @@ def test_plain_data_round_trip():
     assert from_dict(data) == run
 
 
+def test_a_mixture_round_trip(write):
+    datasets = "data.datasets=[{path: a, weight: 0.7}, {path: b}]"
+    run = load_config(
+        "grok-10m", [datasets, "data.mixture_changes=[{from_step: 9, weights: [1, 0]}]"]
+    )
+    assert [(each.path, each.weight) for each in run.data.datasets] == [("a", 0.7), ("b", 1.0)]
+    assert from_dict(to_dict(run)) == run
+    write("run.yaml", to_yaml(run))
+    assert load_config("run.yaml") == run
+
+
 # ---- what is refused
 
 
@@ -194,6 +206,23 @@ def test_plain_data_round_trip():
         ("folder: " + "[" * 1000, "nested too deeply"),
         ("folder: " + "[" * 210 + "]" * 210, "a config cannot be read: "),
         ("folder: " + "9" * 5000, "cannot be read"),
+        ("data: {datasets: [a]}", 'data.datasets[0] must be a mapping of keys, not "a"; its keys'),
+        ("data: {datasets: [{pth: a}]}", "data.datasets.0.pth; did you mean data.datasets.0.path?"),
+        ("data: {datasets: [{path: a, weight: -1}]}", "datasets[0].weight must be at least 0"),
+        ("data: {datasets: [{path: a, weight: 0}]}", "data.datasets have no weight above 0"),
+        ("data: {datasets: [{path: a}, {path: a}]}", "data.datasets names a twice"),
+        ("data: {train: [a], datasets: [{path: a}]}", "data.train and data.datasets are both set"),
+        ("data: {validation: [a], validation_dataset: b}", "data.validation=[] would work."),
+        (
+            "data: {datasets: [{path: a}], mixture_changes: [{from_step: 5, weights: [1, 2]}]}",
+            "data.mixture_changes has [1.0, 2.0] from step 5, and data.datasets has 1 datasets",
+        ),
+        (
+            "data: {datasets: [{path: a}], mixture_changes: [{from_step: 5, weights: [1]},"
+            " {from_step: 5, weights: [1]}]}",
+            "data.mixture_changes has from_step=5 after 5; steps that increase would work.",
+        ),
+        ("data: {packing: chop}", "data.packing must be 'continue' or 'cut', not \"chop\""),
     ],
 )
 def test_refused_with_place_key_and_remedy(write, text, sentence):

@@ -1,7 +1,7 @@
 """One host of several: prints a hash of every row of the global batches that its devices hold.
 
-Run as `python host.py NUMBER OF_HOSTS ADDRESS MODE FIRST STOP FOLDER...`, where each FOLDER is a
-prepared dataset; each host has two simulated devices.
+Run as `python host.py NUMBER OF_HOSTS ADDRESS PACKING LENGTH FIRST STOP FOLDER...`, where
+each FOLDER is a prepared dataset; each host has two simulated devices.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ WEIGHTS = (0.5, 0.3, 0.2)
 
 
 def main() -> None:
-    number, hosts, address, packing, first, stop, *folders = sys.argv[1:]
+    number, hosts, address, packing, length, first, stop, *folders = sys.argv[1:]
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
     if int(hosts) > 1:
@@ -25,7 +25,7 @@ def main() -> None:
     from grok.data.packed import PackedBatches
     from grok.data.pipeline import global_batches
 
-    shape = (8, 64)
+    shape = (8, int(length))
     batches = PackedBatches(
         {folder: Prepared(folder) for folder in folders},
         Mixture(WEIGHTS[: len(folders)]),

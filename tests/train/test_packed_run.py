@@ -1,0 +1,116 @@
+"""A run on prepared datasets: what it reports, how it resumes, and when it refuses to."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from grok.config import CheckpointConfig, DatasetConfig, RunConfig, TrainConfig
+from grok.errors import DONE, CheckpointError, DataError
+from grok.train.data import read_data
+from grok.train.loop import run
+from grok.train.metrics import read_metrics
+from tests.data.fake_documents import FakeDocuments, random_lengths, write_prepared
+
+STEPS = 4
+
+
+def prepared(folder: Path, config: RunConfig, seed: int) -> str:
+    documents = FakeDocuments(random_lengths(60, 90, seed=seed))
+    tokens = [documents.tokens(index) % 300 + 4 for index in range(60)]
+    model = Path(config.data.tokenizer).read_bytes()
+    tokenizer = {"sha256": hashlib.sha256(model).hexdigest(), "vocab_size": 320}
+    return write_prepared(folder, tokens, tokenizer=tokenizer)
+
+
+def with_data(config: RunConfig, **changes) -> RunConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+
+
+def lines_of(config: RunConfig) -> list[dict]:
+    lines = read_metrics(Path(config.folder) / "metrics.jsonl")
+    return [
+        {key: value for key, value in line.items() if key != "tokens_per_second"}
+        for line in lines
+        if "event" not in line
+    ]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
+    """Four steps without a stop, checkpoints at 2 and 4."""
+    folder = tmp_path_factory.mktemp("packed")
+    a, b, held_out = (prepared(folder / name, tiny_run, seed) for seed, name in enumerate("abc"))
+    config = dataclasses.replace(
+        with_data(
+            tiny_run,
+            train=(),
+            validation=(),
+            datasets=(DatasetConfig(path=a, weight=0.75), DatasetConfig(path=b, weight=0.25)),
+            validation_dataset=held_out,
+        ),
+        folder=str(folder / "run"),
+        train=TrainConfig(steps=STEPS, log_every=1),
+        checkpoint=CheckpointConfig(every=2),
+    )
+    assert run(config) == DONE
+    return config
+
+
+@pytest.fixture
+def halfway(straight: RunConfig, tmp_path) -> RunConfig:
+    """The same run, in a folder of its own, as it was after two steps."""
+    shutil.copytree(straight.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    return dataclasses.replace(straight, folder=str(tmp_path / "run"))
+
+
+def test_tokens_of_each_dataset_are_metrics(straight: RunConfig):
+    lines = lines_of(straight)
+    a, b = (dataset.path for dataset in straight.data.datasets)
+    rows = [(6 * step, 2 * step) for step in range(1, STEPS + 1)]
+    seen = [line["tokens_seen"] for line in lines if "loss" in line]
+    assert seen == [{a: 32 * rows_a, b: 32 * rows_b} for rows_a, rows_b in rows]
+    (validation,) = [line for line in lines if "validation_loss" in line]
+    assert 0 < validation["validation_loss"] < 10
+    assert "validation_bits_per_byte" not in validation
+
+
+def test_resumed_every_bit_is_the_same(straight: RunConfig, halfway: RunConfig):
+    assert run(halfway) == DONE
+    assert lines_of(halfway) == lines_of(straight)
+
+
+def test_changed_data_is_refused_unless_told(halfway: RunConfig, tmp_path):
+    first, second = halfway.data.datasets
+    changed = tmp_path / "changed"
+    shutil.copytree(first.path, changed)
+    moved = with_data(halfway, datasets=(DatasetConfig(path=str(changed), weight=0.75), second))
+    assert read_data(moved).hashes[0]["hash"] == read_data(halfway).hashes[0]["hash"]
+    manifest = json.loads((changed / "manifest.json").read_text())
+    (changed / "manifest.json").write_text(json.dumps(manifest | {"licence": "other"}))
+    sentence = r"checkpoints/2 was trained on .*/a \(manifest [0-9a-f]{12}\) and .*/changed \(mani"
+    with pytest.raises(CheckpointError, match=sentence) as caught:
+        run(moved)
+    assert "data.allow_changed=true" in str(caught.value)
+    assert run(with_data(moved, allow_changed=True)) == DONE
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(straight: RunConfig, tmp_path):
+    other = tmp_path / "dataset"
+    shutil.copytree(straight.data.datasets[0].path, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    config = with_data(straight, datasets=(DatasetConfig(path=str(other)),))
+    manifest["tokenizer"]["vocab_size"] = 400
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"up to 399, but model\.vocab_size=320; .*=400 would work"):
+        run(config)
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"tokenizer of SHA-256 000000000000, and data\.tokenizer="):
+        run(config)
+    with pytest.raises(DataError, match=r"none has no manifest\.json"):
+        run(with_data(straight, datasets=(DatasetConfig(path=str(tmp_path / "none")),)))
