@@ -175,14 +175,16 @@ def _progress() -> Iterator[Callable[["Progress"], None]]:
     name_column = TextColumn("{task.description}", markup=False)
     watched = console.is_terminal
     with Bar(*columns, name_column, console=console, disable=not watched) as bar:
-        task = bar.add_task("", total=1.0)
+        task = bar.add_task("SHA-256 of the sources", total=1.0)
         began = said = time.monotonic()
         first: Progress | None = None
 
         def tell(now: "Progress") -> None:
-            nonlocal said, first
-            first = first or now
+            nonlocal began, said, first
             moment = time.monotonic()
+            if first is None:
+                # What is done by now is of an earlier try, and no part of the rate.
+                began, first = moment, now
             if moment - said < (0.2 if watched else SECONDS):
                 return
             said = moment

@@ -20,6 +20,9 @@ from grok.errors import DataError
 # Words before each message of a conversation, and what ends it: as xAI's chat models have it.
 ROLES = {"system": "System:", "user": "Human:", "assistant": "Assistant:"}
 END_OF_MESSAGE = "<|separator|>"
+# A character (of private use, the last but two) that no tokenizer has a piece for, so that none
+# joins it with what follows.
+GUARD = "\U0010fffd"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,9 +82,7 @@ class Encoder:
         """Use the SentencePiece model of these bytes, which must have an end-of-sequence piece."""
         self._tokenizer = Tokenizer(model)
         self._fields = fields
-        first = self._tokenizer.encode("a")[0]
-        # With a "dummy prefix" a space is written before every text.
-        self._adds_space = self._tokenizer.piece_bytes(first).startswith(b" ")
+        self._num_guard_ids = len(self._tokenizer.encode(GUARD))
 
     def encode(self, raw: RawRecord, kept: Mapping[str, Any]) -> Encoded:
         """The document of a record, keeping `kept` and its own fields; BadRecord without one."""
@@ -119,11 +120,12 @@ class Encoder:
         return tokens_S, np.frombuffer(mask, np.uint8) if self._fields.supervised else None
 
     def _ids(self, text: str, first: bool) -> list[int]:
-        if self._adds_space and not first:
-            # The tokenizer writes it.
-            text = text.removeprefix(" ")
+        """Ids of a text, which is the `first` of its document or goes on with it."""
         try:
-            return self._tokenizer.encode(text)
+            if first:
+                return self._tokenizer.encode(text)
+            # Some tokenizers write a space before every text, and here none is meant.
+            return self._tokenizer.encode(GUARD + text)[self._num_guard_ids :]
         except DataError as error:
             raise BadRecord(str(error).partition(",")[0].replace("the text has", "has")) from None
 

@@ -22,6 +22,8 @@ from grok.errors import DataError
 from tests.data import prepared
 from tests.data.prepared import TEXTS, contents, made, texts_of, write_lines
 
+RELEASE = Path(__file__).parents[3] / "shared/tokenizer/grok-1.model"
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> str:
@@ -147,6 +149,24 @@ def test_only_what_assistants_say_is_learnt(tmp_path, tokenizer):
     assert pieces.decode(learnt.tolist()) == f" Row 2{end} Row 4{end}"
     assert document.tokens_S[-1] == pieces.eos_id and document.mask_S[-1] == 1
     assert np.count_nonzero(document.tokens_S == pieces.encode(end)[-1]) == 5
+
+
+def test_a_completion_goes_on_without_a_space_of_the_tokenizer(tmp_path):
+    if not RELEASE.exists():
+        pytest.skip("the release's tokenizer is not beside the repository (shared/tokenizer)")
+    pieces = Tokenizer.load(RELEASE)
+    path = tmp_path / "rows.jsonl"
+    pairs = [("def f", "():"), ("Q:", " four"), ("a line", "\n\nnext"), ("x", "\u2581y  z ")]
+    path.write_text("".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in pairs))
+    fields = Fields(text=None, prompt="q", completion="a")
+    made(tmp_path / "out", [str(path)], str(RELEASE), fields=fields)
+    data = Prepared(tmp_path / "out")
+    for number, (prompt, completion) in enumerate(pairs):
+        document = data[number]
+        said = pieces.decode(document.tokens_S.tolist())
+        assert said == (prompt + completion).replace("\u2581", " ")
+        before = int(np.argmax(document.mask_S))
+        assert document.tokens_S[:before].tolist() == pieces.encode(prompt)
 
 
 def test_the_manifest_says_what_was_made_of_what(tmp_path, rows, tokenizer):
