@@ -159,7 +159,8 @@ def parse(line: bytes) -> dict[str, Any]:
     except RecursionError:
         raise BadRecord("is not JSON: nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise BadRecord(f"is not JSON: {error.msg} at column {error.colno}") from None
+        message = error.msg.removesuffix(" at")
+        raise BadRecord(f"is not JSON: {message} at column {error.colno}") from None
     except ValueError as error:
         raise BadRecord(f"is not JSON: {str(error).partition(';')[0]}") from None
     if not isinstance(data, dict):

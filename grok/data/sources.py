@@ -262,7 +262,7 @@ def _read_parquet(file: BinaryIO, about: SourceFile, columns: Sequence[str]) -> 
             chunks.append(chunk)
         file = io.BytesIO(b"".join(chunks))
     try:
-        opened = parquet.ParquetFile(file)
+        opened = parquet.ParquetFile(file, page_checksum_verification=True)
     except (pyarrow.ArrowException, OSError) as error:
         yield None, None, f"the file is no Parquet or damaged ({_first_line(error)})", about.bytes
         return

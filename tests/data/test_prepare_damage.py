@@ -30,7 +30,7 @@ def tokenizer(tmp_path_factory) -> str:
     ("line", "reason"),
     [
         (b"not JSON", "is not JSON: Expecting value at column 1"),
-        (b'{"text": "cut off', "is not JSON: Unterminated string starting at at column 10"),
+        (b'{"text": "cut off', "is not JSON: Unterminated string starting at column 10"),
         (b'["a list"]', "is no JSON object but a list"),
         (b"null", "is no JSON object but null"),
         (b'{"txt": "other name"}', "has no field `text`"),
@@ -41,7 +41,7 @@ def tokenizer(tmp_path_factory) -> str:
         (b'{"text": ""}', "is empty"),
         (b'{"text": " \\n "}', "is empty"),
         (b'{"text": "half \\ud83d a pair"}', "has half of a surrogate pair at character 5"),
-        (b'{"text": "\x01"}', "is not JSON: Invalid control character at at column 11"),
+        (b'{"text": "\x01"}', "is not JSON: Invalid control character at column 11"),
         (b'{"a": ' + b"[" * 200_000 + b"}", "is not JSON: nested too deeply"),
         (b'{"text": ' + b"9" * 5000 + b"}", "is not JSON: Exceeds the limit"),
     ],
@@ -151,6 +151,19 @@ def test_other_row_groups_survive_a_broken_one(tmp_path, tokenizer):
     made(tmp_path / "out", [str(tmp_path / "rows.parquet")], tokenizer, max_bad_share=0.5)
     assert texts_of(Prepared(tmp_path / "out"), tokenizer) == GOOD[:10]
     assert rejected(tmp_path / "out")[0]["line"] == 11
+
+
+def test_a_changed_byte_of_a_page_with_a_checksum_is_seen(tmp_path, tokenizer):
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"text": GOOD})
+    parquet.write_table(
+        table, path, compression="none", use_dictionary=False, write_page_checksum=True
+    )
+    path.write_bytes(path.read_bytes().replace(b"Good record 3", b"Bad! record 3", 1))
+    first = write_lines(tmp_path / "first.jsonl", GOOD)
+    made(tmp_path / "out", [first, str(path)], tokenizer, max_bad_share=0.5)
+    assert texts_of(Prepared(tmp_path / "out"), tokenizer) == GOOD
+    assert "the rest of row group 0 is damaged" in rejected(tmp_path / "out")[0]["reason"]
 
 
 @pytest.mark.parametrize(
