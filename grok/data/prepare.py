@@ -79,6 +79,12 @@ def prepare(
     tokenizer cannot be used, the folder holds something else, or too many records are bad.
     """
     folder = Path(out)
+    for source in options.sources:
+        if Path(source).resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise DataError(
+                f"{folder} is inside source {source} and would be read as one of its files; a "
+                f"folder beside it would work."
+            )
     model, tokenizer = read_bytes(options.tokenizer, "tokenizer file"), load(options.tokenizer)
     files = hash_files(find_files(options.sources, options.patterns, options.format))
     identity = _identity(options, files, model, tokenizer)
@@ -98,7 +104,13 @@ def prepare(
         journal = Journal(folder / UNFINISHED, identity)
         if not journal.ended:
             _run(options, files, model, folder, journal, tell)
-        _check_share(options, folder, _totals(journal.entries), journal.entries)
+        totals = _totals(journal.entries)
+        _check_share(options, folder, totals, journal.entries)
+        if not totals["documents"]:
+            raise DataError(
+                f"{', '.join(options.sources)}: of {_records(totals):,} records none is good; text "
+                f"would work."
+            )
         return write_dataset(folder, journal, identity, files, model)
 
 
@@ -222,12 +234,10 @@ def _check_share(
 ) -> None:
     """DataError, with the bad records in a file, where they are too many."""
     bad, records = totals["rejected"], _records(totals)
-    if totals["documents"] and bad <= options.max_bad_share * records:
+    if bad <= options.max_bad_share * records:
         return
     write_file(folder / REJECTED, rejected_lines(entries))
-    first = next((line for entry in entries for line in entry.rejected), None)
-    if first is None:
-        raise DataError(f"{', '.join(options.sources)}: there are no records; text would work.")
+    first = next(line for entry in entries for line in entry.rejected)
     place = first["file"] if first["line"] is None else f"{first['file']}:{first['line']}"
     raise DataError(
         f"{bad:,} of {records:,} records are bad, {bad / records:.2%}, more than --max-bad-share "

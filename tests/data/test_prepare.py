@@ -219,6 +219,13 @@ def test_a_folder_of_other_data_is_refused(tmp_path, rows, tokenizer):
         made(tmp_path / "out", [rows], tokenizer)
 
 
+def test_a_dataset_inside_its_own_source_is_refused(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=r"is inside source .* a folder beside it would work"):
+        made(tmp_path / "out", [str(tmp_path)], tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("sources", "message"),
     [

@@ -227,7 +227,7 @@ def test_a_hopeless_job_stops_early(tmp_path, tokenizer, monkeypatch):
         made(tmp_path / "out", [path], tokenizer)
 
 
-@pytest.mark.parametrize(("texts", "message"), [([], "there are no records"), ([""], "1 of 1 rec")])
+@pytest.mark.parametrize(("texts", "message"), [([], "of 0 records"), ([""], "of 1 records")])
 def test_nothing_good_is_refused(tmp_path, tokenizer, texts, message):
     path = write_lines(tmp_path / "rows.jsonl", texts)
     with pytest.raises(DataError, match=message):
