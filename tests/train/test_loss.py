@@ -11,6 +11,7 @@ import grok
 from grok.config import RunConfig, TrainConfig
 from grok.model.moe import RouterStats
 from grok.train import loss
+from grok.train.step import eval_step
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,25 @@ def test_chunks_of_tokens_change_nothing(model, monkeypatch):
     for a, b in zip(jax.tree.leaves(whole_grad), jax.tree.leaves(parts_grad), strict=True):
         # The table's gradient is summed chunk by chunk, in another order.
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()))
+
+
+def test_packed_documents_have_the_losses_they_have_alone(model):
+    alone = batch(2, 16, model.config.vocab_size) | {"mask_BT": np.ones((2, 16), np.float32)}
+    packed = {name: array.reshape(1, 32) for name, array in alone.items()}
+    packed["segment_ids_BT"] = np.repeat([[1, 2]], 16, axis=1).astype(np.int32)
+    packed["positions_BT"] = np.tile(np.arange(16, dtype=np.int32), (1, 2))
+    losses = jax.jit(lambda model, data: loss.batch_loss(model, data, TrainConfig())[1]["loss"])
+    sums = jax.jit(eval_step)
+    assert float(losses(model, packed)) == pytest.approx(float(losses(model, alone)), rel=1e-6)
+    assert float(sums(model, packed)) == pytest.approx(float(sums(model, alone)), rel=1e-6)
+    del packed["segment_ids_BT"]
+    assert float(losses(model, packed)) != pytest.approx(float(losses(model, alone)), rel=1e-4)
+
+
+def test_a_batch_without_a_token_that_counts_has_no_loss(model):
+    data = batch(2, 16, model.config.vocab_size) | {"mask_BT": np.zeros((2, 16), np.float32)}
+    total, report = jax.jit(loss.batch_loss, static_argnums=2)(model, data, TrainConfig())
+    assert (float(total), float(report["loss"])) == (0, 0)
 
 
 def test_balance_loss_is_one_when_even_and_e_when_all_go_to_one():
