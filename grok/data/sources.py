@@ -1,4 +1,4 @@
-"""Files of text as a sequence of raw records: plain text, JSON lines, Parquet, here or at gs://.
+"""Files of text, here or at gs://, as a sequence of raw records.
 
 What cannot be read of a file becomes a record with a problem, and what came before it survives.
 """
@@ -8,18 +8,16 @@ import dataclasses
 import fnmatch
 import functools
 import hashlib
-import io
 import itertools
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from grok.data.formats import CHUNK, READERS
 from grok.errors import DataError
 
-FORMATS = ("text", "jsonl", "parquet")
 SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -27,8 +25,6 @@ SUFFIXES = {
     ".parquet": "parquet",
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-CHUNK = 1 << 20
-ROWS = 256  # of a Parquet file that are turned into Python objects at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +63,7 @@ def find_files(
     Args:
       sources: files or folders, here or at gs://.
       patterns: of names such as *.md, one of which a file inside a folder must match; none: all.
-      kind: one of FORMATS, or auto: by the name's ending, text where that says nothing.
+      kind: text, jsonl or parquet, or auto: by the name's ending, text where that says nothing.
 
     Raises DataError where a source does not exist or has no such files.
     """
@@ -107,7 +103,7 @@ def read_records(
         skipped = start[1] if number == start[0] else 0
         with open_source(file.name) as opened:
             for line, data, problem, offset in itertools.islice(
-                _READERS[file.format](opened, file, columns), skipped, None
+                READERS[file.format](opened, file, columns), skipped, None
             ):
                 index = skipped + next(numbers)
                 yield RawRecord(number, index, line, data, problem, offset)
@@ -185,116 +181,6 @@ def _sha256(name: str) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-# What a reader yields: line, data, problem, and bytes of the file read so far.
-_Read = tuple[int | None, Any, str | None, int]
-
-
-def _read_text(file: BinaryIO, about: SourceFile, columns: Sequence[str]) -> Iterator[_Read]:
-    chunks = []
-    for chunk, problem in _chunks(file, about.compression):
-        if problem:
-            yield None, None, problem, about.bytes
-            return
-        chunks.append(chunk)
-    yield None, b"".join(chunks), None, about.bytes
-
-
-def _read_lines(file: BinaryIO, about: SourceFile, columns: Sequence[str]) -> Iterator[_Read]:
-    """Lines that are not blank."""
-    number, tail = 1, b""
-    for chunk, problem in _chunks(file, about.compression):
-        if problem:
-            yield number, None, problem, about.bytes
-            return
-        *lines, tail = (tail + chunk).split(b"\n")
-        offset = file.tell()
-        for line in lines:
-            if line.strip():
-                yield number, line, None, offset
-            number += 1
-    if tail.strip():
-        yield number, tail, None, about.bytes
-
-
-def _chunks(file: BinaryIO, compression: str | None) -> Iterator[tuple[bytes, str | None]]:
-    """Decompressed bytes of a file; at damage, the problem, and no more."""
-    if compression is None:
-        while chunk := file.read(CHUNK):
-            yield chunk, None
-        return
-    from zstandard import ZstdDecompressor, ZstdError
-
-    pending = file.read(CHUNK)
-    while pending:
-        # Several streams may follow each other in a file, as `cat a.gz b.gz` makes it.
-        stream: Any = (
-            zlib.decompressobj(wbits=31)
-            if compression == "gzip"
-            else ZstdDecompressor().decompressobj()
-        )
-        while not stream.eof:
-            if not pending:
-                yield b"", f"the {compression} data breaks off before its end"
-                return
-            try:
-                chunk = stream.decompress(pending)
-            except (zlib.error, ZstdError) as error:
-                yield b"", f"the {compression} data is damaged ({error})"
-                return
-            yield chunk, None
-            pending = stream.unused_data if stream.eof else file.read(CHUNK)
-        pending = pending or file.read(CHUNK)
-
-
-def _read_parquet(file: BinaryIO, about: SourceFile, columns: Sequence[str]) -> Iterator[_Read]:
-    """Rows as dictionaries of `columns`, those of them that there are."""
-    import pyarrow
-    from pyarrow import parquet
-
-    if about.compression:
-        chunks = []
-        for chunk, problem in _chunks(file, about.compression):
-            if problem:
-                yield None, None, problem, about.bytes
-                return
-            chunks.append(chunk)
-        file = io.BytesIO(b"".join(chunks))
-    try:
-        opened = parquet.ParquetFile(file, page_checksum_verification=True)
-    except (pyarrow.ArrowException, OSError) as error:
-        yield None, None, f"the file is no Parquet or damaged ({_first_line(error)})", about.bytes
-        return
-    names = [name for name in columns if name in opened.schema_arrow.names]
-    first, rows = 1, max(1, opened.metadata.num_rows)
-    for group in range(opened.num_row_groups):
-        line = first
-        try:
-            for batch in opened.iter_batches(ROWS, [group], names, use_threads=False):
-                for data, problem in _rows(batch):
-                    yield line, data, problem, about.bytes * line // rows
-                    line += 1
-        except (pyarrow.ArrowException, OSError) as error:
-            problem = f"the rest of row group {group} is damaged ({_first_line(error)})"
-            yield line, None, problem, about.bytes * line // rows
-        first += opened.metadata.row_group(group).num_rows
-
-
-def _rows(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
-    for index in range(batch.num_rows):
-        try:
-            # Without columns a batch has rows and no list of them.
-            yield (batch.slice(index, 1).to_pylist() or [{}])[0], None
-        except UnicodeDecodeError as error:
-            yield None, f"is not UTF-8 at byte {error.start} (0x{error.object[error.start]:02x})"
-
-
-_READERS = {"text": _read_text, "jsonl": _read_lines, "parquet": _read_parquet}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
 
 
 @functools.cache
