@@ -33,7 +33,8 @@ def home(tmp_path_factory) -> Path:
     config_path = prepare(folder, Console())
     config_path.write_text(config_path.read_text() + FEWER_STEPS)
     assert run(folder) == DONE
-    shutil.copy(ROOT / "README.md", home)
+    for name in ("README.md", "CONTRIBUTING.md"):  # its commands prepare these two
+        shutil.copy(ROOT / name, home)
     return home
 
 
