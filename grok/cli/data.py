@@ -184,7 +184,7 @@ def _progress() -> Iterator[Callable[["Progress"], None]]:
             moment = time.monotonic()
             if first is None:
                 # What is done by now is of an earlier try, and no part of the rate.
-                began, first = moment, now
+                began, said, first = moment, moment, now
             if moment - said < (0.2 if watched else SECONDS):
                 return
             said = moment

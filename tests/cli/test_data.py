@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -46,6 +47,14 @@ def test_preparing_says_what_was_made_and_left_out(home, tmp_path):
     assert "1 duplicate left out" in said
     assert said.endswith(f"{out}: complete\n")
     assert contents(out) == contents(home / "out")
+
+
+def test_slow_hashing_of_the_sources_is_no_part_of_the_rate(home, tmp_path, monkeypatch):
+    clock = iter([0.0] + [60.0 + 20 * n for n in range(1000)])
+    monkeypatch.setattr("grok.cli.data.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    result = CliRunner().invoke(main, ["data", *map(str, command(home)), "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert " MB/s" in result.stderr
 
 
 def test_too_many_bad_records(home, tmp_path):
