@@ -5,33 +5,63 @@ Started again with the same command, a run goes on from its newest checkpoint, b
 it had never stopped.
 """
 
+import dataclasses
 import functools
-import os
 import shutil
-import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
+import optax
+from jax.sharding import Mesh
 
 from grok import sharding
-from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
+from grok.checkpoint.manager import Checkpoints
 from grok.config import RunConfig, check_fits
-from grok.config_files import flatten, to_dict
 from grok.config_text import to_yaml
 from grok.data.pipeline import Batch, global_batches, to_mesh
 from grok.data.text import bits_per_byte
-from grok.errors import DONE, SAVED, CheckpointError, ConfigError
-from grok.train.data import RunData, check_unchanged, read_data
+from grok.errors import DONE, SAVED, ConfigError
+from grok.train.data import RunData, read_data
 from grok.train.metrics import Display, MetricsFile, Speed
 from grok.train.optimizer import make_optimizer, make_schedule
-from grok.train.state import TrainState, abstract_state, init_state
+from grok.train.saved import restore, save
+from grok.train.state import TrainState, init_state
 from grok.train.step import eval_step, train_step
+from grok.train.stop import StopRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run: what it works with, and what it reports through."""
+
+    config: RunConfig
+    mesh: Mesh
+    data: RunData
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable  # of the step number, counted from 0
+    step_function: Callable  # train_step, compiled when it first runs
+    eval_function: Callable
+    checkpoints: Checkpoints
+    metrics: MetricsFile
+    display: Display
+    speed: Speed
+    first: int  # the step that this process goes on from
 
 
 def run(config: RunConfig) -> int:
     """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop."""
-    # ---- devices and data: everything that can be wrong is found before anything compiles
+    parts = open_run(config)
+    with jax.set_mesh(parts.mesh), StopRequest() as stop, parts.display:
+        state = first_state(parts)
+        with parts.metrics:
+            step = train(parts, state, stop)
+        parts.checkpoints.close()
+        return farewell(parts, step)
+
+
+def open_run(config: RunConfig) -> Run:
+    """Devices, data and files: everything that can be wrong is found before anything compiles."""
     if config.model.param_dtype == "int8":
         raise ConfigError(
             "model.param_dtype=int8 is for inference, and int8 matrices have no gradient; "
@@ -41,84 +71,107 @@ def run(config: RunConfig) -> int:
     mesh = sharding.make_mesh(sizes["data"], sizes["expert"], sizes["tensor"], sizes["slice"])
     data = read_data(config)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
+    step = functools.partial(train_step, config=config.train, optimizer=optimizer)
     folder = Path(config.folder)
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
     first = checkpoints.latest() or 0
+    return Run(
+        config=config,
+        mesh=mesh,
+        data=data,
+        optimizer=optimizer,
+        learning_rate=make_schedule(config.optimizer, config.train.steps),
+        step_function=jax.jit(step, donate_argnums=0),
+        eval_function=jax.jit(eval_step),
+        checkpoints=checkpoints,
+        metrics=MetricsFile(folder / "metrics.jsonl", first),
+        display=Display(config.train.steps, first),
+        speed=Speed(config.data.batch_size * config.data.sequence_length),
+        first=first,
+    )
 
-    with jax.set_mesh(mesh), StopRequest() as stop, Display(config.train.steps, first) as display:
-        display.say(describe(config, sizes))
 
-        # ---- state: the newest checkpoint, or fresh
-        if first:
-            display.say(f"resuming from the checkpoint of step {first}")
-            state, changes = restore(checkpoints, first, config, data, optimizer, mesh)
-            for change in changes:
-                display.say(f"changed since then: {change}")
-        else:
-            display.say("making the initial parameters")
-            state = init_state(config, optimizer, mesh)
-            shutil.copyfile(config.data.tokenizer, folder / "tokenizer.model")
-        (folder / "config.yaml").write_text(to_yaml(config))
-        metrics_file = MetricsFile(folder / "metrics.jsonl", first)
-        if first:
-            metrics_file.write(first, event="resumed")
-
-        # ---- the steps; each is compiled when it first runs
-        step_function = jax.jit(
-            functools.partial(train_step, config=config.train, optimizer=optimizer),
-            donate_argnums=0,
+def first_state(run: Run) -> TrainState:
+    """The state of the newest checkpoint, or a fresh one."""
+    folder, display = Path(run.config.folder), run.display
+    display.say(describe(run.config, run.mesh))
+    if run.first:
+        display.say(f"resuming from the checkpoint of step {run.first}")
+        state, changes = restore(
+            run.checkpoints, run.first, run.config, run.data, run.optimizer, run.mesh
         )
-        eval_function = jax.jit(eval_step)
-        learning_rate = make_schedule(config.optimizer, config.train.steps)
-        speed = Speed(config.data.batch_size * config.data.sequence_length)
-        if first < config.train.steps:
-            display.say("compiling the training step")
+        for change in changes:
+            display.say(f"changed since then: {change}")
+    else:
+        display.say("making the initial parameters")
+        state = init_state(run.config, run.optimizer, run.mesh)
+        shutil.copyfile(run.config.data.tokenizer, folder / "tokenizer.model")
+    (folder / "config.yaml").write_text(to_yaml(run.config))
+    return state
 
-        # ---- the loop
-        step = saved = first
-        batches = global_batches(
-            data.train,
-            mesh,
-            (config.data.batch_size, config.data.sequence_length),
-            range(first, config.train.steps),
-            config.data.prefetch,
-        )
-        while step < config.train.steps and not stop.requested():
-            state, metrics = step_function(state, next(batches))
-            step += 1
-            display.advance(step)
-            if step == first + 1:
-                # The first step waits for its compilation, which is not part of any speed.
-                jax.block_until_ready(metrics)
-                speed.start(step)
-            last = step == config.train.steps
-            if step % config.train.log_every == 0 or last:
-                values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
-                values["learning_rate"] = float(learning_rate(step - 1))
-                values["tokens_per_second"] = speed.at(step)
-                values["tokens_seen"] = data.train.tokens_seen(step)
-                metrics_file.write(step, **values)
-                display.report(step, values["loss"], values["tokens_per_second"])
-            due = config.train.eval_every and step % config.train.eval_every == 0
-            if data.validation is not None and (last or due):
-                values = validate(eval_function, state.model, data.validation, data.num_bytes, mesh)
-                metrics_file.write(step, **values)
-                said = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
-                display.say(f"step {step}  {'  '.join(said)}")
-                speed.start(step)
-            if last or step % config.checkpoint.every == 0:
-                save(checkpoints, step, state, config, data)
-                saved = step
-                speed.start(step)
-        if saved != step:
-            save(checkpoints, step, state, config, data)
-        checkpoints.close()
-        metrics_file.close()
-        if step < config.train.steps:
-            display.say(f"stopped at step {step}, all saved; the same command goes on from there")
-            return SAVED
-        display.say(f"done: {step} steps, in {folder}")
-        return DONE
+
+def train(run: Run, state: TrainState, stop: StopRequest) -> int:
+    """Steps, reports, validations and saves, to the last step or until asked to stop.
+
+    Returns the last step done, which is saved.
+    """
+    config = run.config
+    if run.first:
+        run.metrics.write(run.first, event="resumed")
+    if run.first < config.train.steps:
+        run.display.say("compiling the training step")
+    step = saved = run.first
+    batches = training_batches(run)
+    while step < config.train.steps and not stop.requested():
+        state, metrics = run.step_function(state, next(batches))
+        step += 1
+        last = step == config.train.steps
+        run.display.advance(step)
+        if step == run.first + 1:
+            # The first step waits for its compilation, which is not part of any speed.
+            jax.block_until_ready(metrics)
+            run.speed.start(step)
+        if last or step % config.train.log_every == 0:
+            report_step(run, step, metrics)
+        if last or (config.train.eval_every and step % config.train.eval_every == 0):
+            report_validation(run, step, state)
+        if last or step % config.checkpoint.every == 0:
+            save_state(run, step, state)
+            saved = step
+    if saved != step:
+        save_state(run, step, state)
+    return step
+
+
+def training_batches(run: Run) -> Iterator[dict[str, jax.Array]]:
+    """The batches of all steps that remain."""
+    data = run.config.data
+    shape = (data.batch_size, data.sequence_length)
+    steps = range(run.first, run.config.train.steps)
+    return global_batches(run.data.train, run.mesh, shape, steps, data.prefetch)
+
+
+def report_step(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Waits for the step's metrics, and writes and shows them."""
+    values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+    values["learning_rate"] = float(run.learning_rate(step - 1))
+    values["tokens_per_second"] = run.speed.at(step)
+    values["tokens_seen"] = run.data.train.tokens_seen(step)
+    run.metrics.write(step, **values)
+    run.display.report(step, values["loss"], values["tokens_per_second"])
+
+
+def report_validation(run: Run, step: int, state: TrainState) -> None:
+    """A validation pass, where there is data for one."""
+    if run.data.validation is None:
+        return
+    values = validate(
+        run.eval_function, state.model, run.data.validation, run.data.num_bytes, run.mesh
+    )
+    run.metrics.write(step, **values)
+    said = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+    run.display.say(f"step {step}  {'  '.join(said)}")
+    run.speed.start(step)
 
 
 def validate(
@@ -135,79 +188,26 @@ def validate(
     return values
 
 
-def save(
-    checkpoints: Checkpoints, step: int, state: TrainState, config: RunConfig, data: RunData
-) -> None:
-    """Starts saving everything a resumed run needs; batches are numbered by step."""
-    trees = {MODEL: state.model, OPTIMIZER: (state.step, state.opt_state)}
-    checkpoints.save(step, trees, {"config": to_dict(config), "data": data.hashes})
+def save_state(run: Run, step: int, state: TrainState) -> None:
+    """Starts a save, which goes on in the background."""
+    save(run.checkpoints, step, state, run.config, run.data)
+    run.speed.start(step)
 
 
-def restore(
-    checkpoints: Checkpoints, step: int, config: RunConfig, data: RunData, optimizer, mesh
-) -> tuple[TrainState, list[str]]:
-    """The state saved at `step`, placed on `mesh`, and what the config says differently now.
-
-    Raises CheckpointError when the model is another one, naming what differs, or when prepared
-    datasets are others than before and data.allow_changed does not say that they may be.
-    """
-    meta = checkpoints.meta(step)
-    if not config.data.allow_changed:
-        check_unchanged(meta.get("data", []), data.hashes, str(checkpoints.folder / str(step)))
-    stored = dict(flatten(meta["config"]))
-    changes = []
-    for key, value in flatten(to_dict(config)):
-        before = stored.get(key)
-        if before == value:
-            continue
-        if key.startswith("model.") and key not in ("model.compute_dtype", "model.remat"):
-            raise CheckpointError(
-                f"{checkpoints.folder / str(step)} was trained with {key}={before} and the config "
-                f"says {value}; set it back, or name another folder."
-            )
-        changes.append(f"{key} from {before} to {value}")
-    wanted = abstract_state(config, optimizer, mesh)
-    trees = {MODEL: wanted.model, OPTIMIZER: (wanted.step, wanted.opt_state)}
-    read = checkpoints.restore(step, trees)
-    steps_done, opt_state = read[OPTIMIZER]
-    return TrainState(steps_done, read[MODEL], opt_state), changes
+def farewell(run: Run, step: int) -> int:
+    """Says how the run ended at `step`; the exit code."""
+    if step < run.config.train.steps:
+        run.display.say(f"stopped at step {step}, all saved; the same command goes on from there")
+        return SAVED
+    run.display.say(f"done: {step} steps, in {run.config.folder}")
+    return DONE
 
 
-def describe(config: RunConfig, sizes: dict[str, int]) -> str:
+def describe(config: RunConfig, mesh: Mesh) -> str:
     """One line: model, mesh, batch."""
     model, data = config.model, config.data
-    mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return (
         f"{model.num_parameters():,} parameters ({model.num_active_parameters():,} a token) on "
-        f"mesh {mesh}; {data.batch_size} rows of {data.sequence_length} tokens a step"
+        f"mesh {axes}; {data.batch_size} rows of {data.sequence_length} tokens a step"
     )
-
-
-class StopRequest:
-    """Notices SIGINT and SIGTERM: the first asks the loop to save and leave after the running
-    step, the second ends the process at once."""
-
-    def __init__(self) -> None:
-        self._requested = False
-
-    def requested(self) -> bool:
-        """Whether someone has asked the run to stop."""
-        return self._requested
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {
-            number: signal.signal(number, self._notice)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _notice(self, number: int, frame: object) -> None:
-        self._requested = True
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
-        # Straight to the descriptor: the signal may have come in the middle of a print.
-        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")

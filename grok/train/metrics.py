@@ -13,22 +13,25 @@ class MetricsFile:
     """`metrics.jsonl` of a run: one JSON object a line, each with the `step` it belongs to."""
 
     def __init__(self, path: Path, first_step: int):
-        """Opens `path` to append what follows step `first_step`.
+        """Of the file at `path`; once entered, it appends what follows step `first_step`.
 
-        Lines of later steps, done before a crash and about to be done again, are dropped.
+        Lines of later steps, done before a crash and about to be done again, are dropped then.
         """
-        if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= first_step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+        self._path, self._first_step = path, first_step
+
+    def __enter__(self) -> "MetricsFile":
+        if self._path.exists():
+            kept = [line for line in read_metrics(self._path) if line["step"] <= self._first_step]
+            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self._path.open("a", buffering=1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def write(self, step: int, **values: Any) -> None:
         """Appends one line; it is in the file when this returns."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -143,9 +143,8 @@ def test_asked_to_stop_a_run_saves_and_goes_on_later(tiny_run, straight, tmp_pat
 def test_metrics_survive_a_line_cut_short(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
-    file = MetricsFile(path, first_step=1)
-    file.write(2, loss=1.25)
-    file.close()
+    with MetricsFile(path, first_step=1) as file:
+        file.write(2, loss=1.25)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 2.0},
         {"step": 2, "loss": 1.25},
