@@ -34,7 +34,7 @@ class Events:
         """Opens `path` to append to it, and notes that a process began."""
         self._file = None
         if path is not None:
-            cut_short = path.exists() and not path.read_bytes()[-1:] in (b"", b"\n")
+            cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
             self._file = path.open("ab", buffering=0)
             if cut_short:
                 self._file.write(b"\n")
