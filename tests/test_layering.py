@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What each layer may import of grok, itself always included. The longest name that fits a module
 # is its layer, so `plan.chips` (plain facts) lies lower than the rest of `plan`.
-BASE = ("errors", "config", "config_files", "config_text")
+BASE = ("errors", "config", "config_files", "config_text", "storage")
 MODEL = (*BASE, "sharding", "ops", "model")
 RUNS = (*MODEL, "plan.chips", "data", "checkpoint")
 RUNNERS = (*RUNS, "devices", "train", "infer", "plan")
@@ -26,12 +26,13 @@ ALLOWED = {
     "yaml_data": ("errors",),
     "config_files": ("errors", "config", "yaml_data"),
     "config_text": ("config", "config_files"),
+    "storage": ("errors",),
     "devices": (),
     "sharding": BASE,
     "ops": (*BASE, "sharding"),
     "model": (*BASE, "sharding", "ops"),
     "plan.chips": BASE,
-    "data": ("errors", "config", "sharding"),
+    "data": ("errors", "config", "storage", "sharding"),
     "checkpoint": MODEL,
     "train": RUNS,
     "infer": RUNS,

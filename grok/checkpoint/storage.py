@@ -1,97 +1,58 @@
 """Files of checkpoints on this machine or at gs://: listed, opened, and read by byte range."""
 
 import contextlib
-import functools
-import logging
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
+from grok import storage
 from grok.checkpoint.source import Part, part_shape
-from grok.errors import CheckpointError, GrokError
+from grok.errors import CheckpointError
+from grok.storage import StrPath
+from grok.storage import is_remote as is_remote
+from grok.storage import join as join
 
 
-def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a URL such as gs://bucket/folder."""
-    return "://" in os.fspath(path)
-
-
-def join(path: str | os.PathLike[str], *names: str) -> str:
-    """The path of something inside the folder `path`."""
-    return "/".join([os.fspath(path).rstrip("/"), *names])
-
-
-def exists(path: str | os.PathLike[str]) -> bool:
+def exists(path: StrPath) -> bool:
     """Whether there is a file or folder at `path`."""
-    if not is_remote(path):
-        return Path(path).exists()
     with _reading(path):
-        system, inside = _remote(path)
-        return system.exists(inside)
+        return storage.exists(path)
 
 
-def listing(folder: str | os.PathLike[str]) -> dict[str, int | None]:
+def listing(folder: StrPath) -> dict[str, int | None]:
     """What is in a folder: bytes of each file by name, None for a folder in it.
 
     Raises CheckpointError where `folder` cannot be listed.
     """
     with _reading(folder):
-        if not is_remote(folder):
-            with os.scandir(folder) as entries:
-                return {entry.name: _size(entry) for entry in entries}
-        system, inside = _remote(folder)
-        found = {entry["name"]: entry for entry in system.ls(inside, detail=True)}
-        if list(found) == [inside.rstrip("/")]:
-            raise CheckpointError(f"{folder}: cannot be read: Not a directory.")
-        return {
-            name.rstrip("/").rsplit("/", 1)[-1]: (
-                None if entry["type"] == "directory" else entry["size"]
-            )
-            for name, entry in found.items()
-            # Consoles mark a folder by an empty object of its name.
-            if name.rstrip("/") != inside.rstrip("/")
-        }
-
-
-def _size(entry: os.DirEntry[str]) -> int | None:
-    try:
-        return None if entry.is_dir() else entry.stat().st_size
-    except OSError:
-        # A link that leads nowhere: whoever needs the file hears of it on opening.
-        return entry.stat(follow_symlinks=False).st_size
+        return storage.list_files(folder)
 
 
 @contextlib.contextmanager
-def open_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def open_file(path: StrPath) -> Iterator[BinaryIO]:
     """The file for reading; of a remote one, small ranges are fetched as they are asked for.
 
     Raises CheckpointError where it cannot be opened, or cannot be read inside the `with`.
     """
     with _reading(path):
-        if is_remote(path):
-            system, inside = _remote(path)
-            with system.open(inside, "rb", block_size=1 << 16, cache_type="readahead") as file:
-                yield file
-            return
         # Opening a pipe would wait for a writer, so look first.
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(f"{path}: is not a regular file.")
-        with open(path, "rb") as file:
+        with storage.open_file(path, block_size=1 << 16) as file:
             yield file
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
+def read_bytes(path: StrPath) -> bytes:
     """A whole small file. Raises CheckpointError where it cannot be read."""
     with open_file(path) as file:
         return file.read()
 
 
 def read_part(
-    path: str | os.PathLike[str],
+    path: StrPath,
     offset: int,
     shape: tuple[int, ...],
     dtype: np.dtype,
@@ -110,7 +71,7 @@ def read_part(
 
 def read_into(
     out: np.ndarray,
-    path: str | os.PathLike[str],
+    path: StrPath,
     offset: int,
     shape: tuple[int, ...],
     part: Part,
@@ -121,7 +82,7 @@ def read_into(
     rows = out.reshape(-1).view(np.uint8).reshape(-1, length)
     with _reading(path):
         if is_remote(path):
-            system, inside = _remote(path)
+            system, inside = storage.remote(path)
             begin, end = starts[0], starts[-1] + length
             span = system.cat_file(inside, offset + begin, offset + end)
             if len(span) != end - begin:
@@ -162,46 +123,11 @@ def _read_exactly(descriptor: int, out: memoryview, offset: int, path) -> None:
         out, offset = out[count:], offset + count
 
 
-def _remote(path: str | os.PathLike[str]) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it."""
-    url = os.fspath(path)
-    if not url.startswith("gs://"):
-        raise CheckpointError(f"{path}: is neither on this machine nor at gs://.")
-    emulated = "STORAGE_EMULATOR_HOST" in os.environ
-    return _google_storage(emulated), url.removeprefix("gs://")
-
-
-@functools.cache
-def _google_storage(emulated: bool) -> Any:
-    # Imported late: it takes a second, which local files need not cost.
-    from gcsfs.core import GCSFileSystem  # type: ignore[import-untyped]
-
-    # It logs each refusal with a stack trace; what a user should know is raised as well.
-    logging.getLogger("gcsfs").addHandler(logging.NullHandler())
-    # `gcsfs.GCSFileSystem` would first ask each bucket's layout by gRPC, for minutes where nothing
-    # answers. An emulator knows no accounts, and looking for one would ask Google's servers. What
-    # was listed is not kept, since others write there.
-    return GCSFileSystem(token="anon" if emulated else None, use_listings_cache=False)
-
-
 @contextlib.contextmanager
-def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+def _reading(path: StrPath) -> Iterator[None]:
     """Says of whatever goes wrong inside that `path` cannot be read, and why."""
     try:
-        yield
-    except GrokError:
-        raise
+        with storage.errors(path):
+            yield
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}.") from error
-    except Exception as error:
-        # What clients of remote storage raise (HTTP, accounts, retries) has no class in common.
-        if not is_remote(path):
-            raise
-        reason = str(error) or type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read: {reason}.") from error
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "No such file or directory"
-    return error.strerror or str(error) or type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read: {storage.reason(error)}.") from error

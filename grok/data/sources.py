@@ -6,7 +6,6 @@ What cannot be read of a file becomes a record with a problem, and what came bef
 import contextlib
 import dataclasses
 import fnmatch
-import functools
 import hashlib
 import itertools
 import os
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from grok import storage
 from grok.data.formats import CHUNK, READERS
 from grok.errors import DataError
 
@@ -112,24 +112,14 @@ def read_records(
 @contextlib.contextmanager
 def open_source(name: str) -> Iterator[BinaryIO]:
     """A file for reading, here or at gs://; DataError where opening or reading it fails."""
-    with _reading(name):
-        if is_remote(name):
-            with _google_storage("STORAGE_EMULATOR_HOST" in os.environ).open(name, "rb") as file:
-                yield file
-        else:
-            with open(name, "rb") as file:
-                yield file
-
-
-def is_remote(name: str) -> bool:
-    """Whether `name` is a URL such as gs://bucket/folder."""
-    return "://" in name
+    with _reading(name), storage.open_file(name) as file:
+        yield file
 
 
 def _listing(source: str, patterns: Sequence[str]) -> list[tuple[str, int]]:
     """Names and bytes of a source's files."""
     with _reading(source):
-        if is_remote(source):
+        if storage.is_remote(source):
             return _remote_listing(source, patterns)
         path = Path(source)
         if not path.is_dir():
@@ -145,8 +135,7 @@ def _listing(source: str, patterns: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def _remote_listing(source: str, patterns: Sequence[str]) -> list[tuple[str, int]]:
-    system = _google_storage("STORAGE_EMULATOR_HOST" in os.environ)
-    root = source.removeprefix("gs://").rstrip("/")
+    system, root = storage.remote(source.rstrip("/"))
     found = {name: entry["size"] for name, entry in system.find(root, detail=True).items()}
     if not found:
         raise FileNotFoundError
@@ -183,30 +172,13 @@ def _sha256(name: str) -> str:
     return digest.hexdigest()
 
 
-@functools.cache
-def _google_storage(emulated: bool) -> Any:
-    # Imported late: it takes a second, which local files need not cost.
-    from gcsfs.core import GCSFileSystem  # type: ignore[import-untyped]
-
-    # An emulator knows no accounts; what was listed is not kept, since others write there.
-    return GCSFileSystem(token="anon" if emulated else None, use_listings_cache=False)
-
-
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
     """Says of whatever goes wrong inside that `name` cannot be read, and why."""
     try:
-        if is_remote(name) and not name.startswith("gs://"):
-            raise DataError(f"source {name} is neither on this machine nor at gs://.")
-        yield
-    except DataError:
-        raise
+        with storage.errors(name):
+            yield
     except FileNotFoundError:
         raise DataError(f"source {name} does not exist; a file or folder would work.") from None
     except OSError as error:
-        raise DataError(f"source {name} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:
-        # What clients of remote storage raise (HTTP, accounts, retries) has no class in common.
-        if not is_remote(name):
-            raise
-        raise DataError(f"source {name} cannot be read: {error}.") from error
+        raise DataError(f"source {name} cannot be read: {storage.reason(error)}.") from error

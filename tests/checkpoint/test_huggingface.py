@@ -175,7 +175,7 @@ def test_folder_in_a_bucket(tmp_path, monkeypatch):
     expected = tree()
     folder = write(tmp_path / "hf", theirs(expected))
     bucket = fsspec.filesystem("memory")
-    monkeypatch.setattr(storage, "_google_storage", lambda _: bucket)
+    monkeypatch.setattr("grok.storage.google_storage", lambda _: bucket)
     bucket.put(str(folder), "/bucket/hf", recursive=True)
     assert_holds(HuggingFaceSource("gs://bucket/hf"), expected)
     bucket.rm("/bucket", recursive=True)

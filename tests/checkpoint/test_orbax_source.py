@@ -13,7 +13,6 @@ import pytest
 from gcp_storage_emulator.server import create_server
 
 from grok import sharding
-from grok.checkpoint import storage
 from grok.checkpoint.convert import converted
 from grok.checkpoint.importer import import_weights
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
@@ -27,6 +26,7 @@ from grok.config_text import to_yaml
 from grok.errors import CheckpointError
 from grok.model.grok import Grok
 from grok.model.weights import from_arrays, to_arrays
+from grok.storage import remote
 
 TINY = GrokConfig(
     vocab_size=96,
@@ -145,7 +145,7 @@ def bucket(monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-    yield storage._remote("gs://bucket")[0]
+    yield remote("gs://bucket")[0]
     server.stop()
 
 

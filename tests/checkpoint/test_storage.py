@@ -12,6 +12,7 @@ from gcp_storage_emulator.server import create_server
 from grok.checkpoint import storage
 from grok.checkpoint.release import ReleaseSource
 from grok.errors import CheckpointError
+from grok.storage import remote
 from tests.model import golden
 
 DTYPES = (np.dtype("i1"), np.dtype("<f4"), np.dtype(ml_dtypes.bfloat16))
@@ -45,7 +46,7 @@ def bucket():
         # Port 0 took a free one.
         port = server._api._httpd.server_port
         patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-        yield storage._remote("gs://bucket")[0]
+        yield remote("gs://bucket")[0]
     server.stop()
 
 
@@ -158,7 +159,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     [
         ("gs://bucket/none", MISSING),
         ("gs://no-such-bucket/ckpt-0", MISSING),
-        ("http://example.org/ckpt-0", "is neither on this machine nor at gs://"),
+        ("http://example.org/ckpt-0", "cannot be read: it is neither on this machine nor at gs://"),
     ],
 )
 def test_places_that_are_not_there(bucket, path, cause):

@@ -19,6 +19,7 @@ from grok.data.prepare import prepare
 from grok.data.records import Fields
 from grok.data.tokenizer import Tokenizer
 from grok.errors import DataError
+from grok.storage import google_storage
 from tests.data import prepared
 from tests.data.prepared import TEXTS, contents, made, texts_of, write_lines
 
@@ -254,9 +255,7 @@ def test_sources_in_a_bucket(tmp_path, tokenizer, monkeypatch):
     try:
         port = server._api._httpd.server_port
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-        from grok.data.sources import _google_storage
-
-        system = _google_storage(True)
+        system = google_storage(True)
         system.pipe_file("bucket/text/a.txt", b"first")
         system.pipe_file("bucket/text/.hidden", b"no")
         system.pipe_file("bucket/text/b/rows.jsonl.gz", gzip.compress(b'{"text": "second"}\n'))

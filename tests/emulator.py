@@ -1,0 +1,27 @@
+"""An emulator of Google's storage in this process."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from gcp_storage_emulator.server import create_server
+
+from grok.storage import remote
+
+
+@contextlib.contextmanager
+def bucket() -> Iterator[Any]:
+    """The client of an empty gs://bucket; the environment names the emulator, also to Orbax,
+    TensorStore, and processes that are started."""
+    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    server.start()
+    # Port 0 took a free one.
+    url = f"http://127.0.0.1:{server._api._httpd.server_port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", url)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+        patch.setenv("GCE_METADATA_ROOT", "127.0.0.1:1")
+        yield remote("gs://bucket")[0]
+    server.stop()
