@@ -1,6 +1,5 @@
 """What a checkpoint of a run holds, and how a run goes on from one."""
 
-
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
 from grok.config import RunConfig
 from grok.config_files import flatten, to_dict

@@ -1,0 +1,1 @@
+"""What hardware has, and what a run needs of it."""

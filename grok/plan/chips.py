@@ -1,0 +1,40 @@
+"""What each TPU generation has: the plain facts that speeds and sizes are held against.
+
+From Google's published specifications. A chip of the seventh generation shows itself to JAX as two
+devices, each with half of what the table says.
+"""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """One chip.
+
+    flops: peak of bfloat16 products, FLOP/s; hbm: memory, bytes; bandwidth: of that memory,
+    bytes/s; devices: how many JAX devices it is; kinds: what JAX calls them.
+    """
+
+    flops: float
+    hbm: int
+    bandwidth: float
+    devices: int
+    kinds: tuple[str, ...]
+
+
+GIB = 2**30
+
+CHIPS = {
+    "v4": Chip(275e12, 32 * GIB, 1200e9, 1, ("TPU v4",)),
+    "v5e": Chip(197e12, 16 * GIB, 810e9, 1, ("TPU v5 lite", "TPU v5e")),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1, ("TPU v5", "TPU v5p")),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 1, ("TPU v6 lite", "TPU v6e")),
+    "7x": Chip(2307e12, 192 * GIB, 7300e9, 2, ("TPU7x",)),
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of one JAX device of this `device_kind`; None where it is not known."""
+    for chip in CHIPS.values():
+        if device_kind in chip.kinds:
+            return chip.flops / chip.devices
+    return None
