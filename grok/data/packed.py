@@ -107,6 +107,7 @@ class PackedValidation:
 
     def __init__(self, documents: Documents, *, sequence_length: int, batch_size: int) -> None:
         """Lay out `documents` in batches of B rows of T tokens."""
+        self._documents = documents
         self._layout = Continued(documents.lengths, sequence_length, key=None)
         self._read = functools.lru_cache(maxsize=DOCUMENTS_KEPT)(documents.__getitem__)
         self._sequence_length = sequence_length
@@ -120,6 +121,21 @@ class PackedValidation:
             for row in range(min(self._batch_size, num_rows - first)):
                 fill_row(batch, row, self._layout.pieces(first + row), self._read)
             yield batch
+
+    def num_bytes(self, bytes_V: np.ndarray) -> int:
+        """UTF-8 bytes of what is predicted, where token v stands for `bytes_V[v]` of them.
+
+        A text file's validation counts the same: there the first token is predicted too, from the
+        eos before it, and its bytes are among the text's. Reads every document once.
+        """
+        total = 0
+        for index in range(len(self._documents.lengths)):
+            document = self._documents[index]
+            bytes_S = bytes_V[document.tokens_S]
+            if document.mask_S is not None:
+                bytes_S = bytes_S * document.mask_S
+            total += int(bytes_S[1:].sum())
+        return total
 
 
 def empty_batch(num_rows: int, sequence_length: int) -> Batch:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from grok.data.text import read_bytes, read_text
@@ -113,6 +114,12 @@ class Tokenizer:
         if first and self._adds_space:
             piece = piece.removeprefix(SPACE)
         return piece.replace(SPACE, " ").encode()
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """How many UTF-8 bytes each id stands for inside a text, int32 (V,); control pieces none."""
+    ids = range(tokenizer.vocab_size)
+    return np.array([len(tokenizer.piece_bytes(token_id)) for token_id in ids], np.int32)
 
 
 class StreamDecoder:

@@ -10,7 +10,7 @@ from grok.data.mixture import Mixture
 from grok.data.packed import PackedBatches, PackedValidation
 from grok.data.pipeline import Batch, Batches, StepBatches, ValidationBatches
 from grok.data.text import read_bytes, read_stream
-from grok.data.tokenizer import Tokenizer
+from grok.data.tokenizer import Tokenizer, token_bytes
 from grok.errors import CheckpointError, DataError
 
 
@@ -18,7 +18,7 @@ class RunData(NamedTuple):
     """What a run reads.
 
     train: batches by step; validation: the batches of a pass, None without one; num_bytes: UTF-8
-    bytes of what is validated on, None where they are not known; hashes: path and manifest hash of
+    bytes of what is predicted in it, None without one; hashes: path and manifest hash of
     every prepared dataset that is trained on, in order.
     """
 
@@ -51,8 +51,8 @@ def read_data(config: RunConfig) -> RunData:
         hashes = []
         train = Batches(read_stream(data.train, tokenizer, vocab_size), seed=data.seed, **shape)
     if data.validation_dataset:
-        documents = open_dataset(data.validation_dataset, config)
-        return RunData(train, PackedValidation(documents, **shape), None, hashes)
+        packed = PackedValidation(open_dataset(data.validation_dataset, config), **shape)
+        return RunData(train, packed, packed.num_bytes(token_bytes(tokenizer)), hashes)
     if data.validation:
         held_out = ValidationBatches(read_stream(data.validation, tokenizer, vocab_size), **shape)
         return RunData(train, held_out, held_out.num_bytes, hashes)
