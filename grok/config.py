@@ -250,6 +250,10 @@ class TrainConfig:
 
     steps: Annotated[Count, Field(description="optimizer steps of the whole run")] = 1000
     seed: Annotated[CountOrZero, Field(description="seed of the initial parameters")] = 0
+    init_from: Annotated[
+        str,
+        Field(description="weights to start from: ckpt-0, Hugging Face, or a checkpoint of grok"),
+    ] = ""
     z_loss: Annotated[
         PositiveOrZero, Field(description="weight of log(Z)^2 of the output softmax")
     ] = 0.0

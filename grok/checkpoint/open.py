@@ -36,5 +36,14 @@ def open_source(path: str | os.PathLike[str], config: GrokConfig | None = None) 
     )
 
 
+def stated_config(path: str | os.PathLike[str]) -> GrokConfig | None:
+    """The model that the files at `path` say they hold; None where only their shapes tell."""
+    present = storage.listing(path)
+    by_shape = ("tensor0", "model.safetensors", "model-0")
+    if "config.json" not in present and any(name.startswith(by_shape) for name in present):
+        return None
+    return open_source(path).config
+
+
 def _has_steps(present: dict[str, int | None]) -> bool:
     return any(name.isdecimal() and size is None for name, size in present.items())

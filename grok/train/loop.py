@@ -23,6 +23,7 @@ from grok.data.pipeline import Batch, global_batches, to_mesh
 from grok.data.text import bits_per_byte
 from grok.errors import DONE, SAVED, ConfigError
 from grok.train.data import RunData, read_data
+from grok.train.initial import InitialWeights, initial_weights
 from grok.train.metrics import Display, MetricsFile, Speed
 from grok.train.optimizer import make_optimizer, make_schedule
 from grok.train.saved import restore, save
@@ -43,6 +44,7 @@ class Run:
     step_function: Callable  # train_step, compiled when it first runs
     eval_function: Callable
     checkpoints: Checkpoints
+    initial: InitialWeights | None  # what the parameters started from, if not from the seed
     metrics: MetricsFile
     display: Display
     speed: Speed
@@ -84,6 +86,7 @@ def open_run(config: RunConfig) -> Run:
         step_function=jax.jit(step, donate_argnums=0),
         eval_function=jax.jit(eval_step),
         checkpoints=checkpoints,
+        initial=initial_weights(config, checkpoints),
         metrics=MetricsFile(folder / "metrics.jsonl", first),
         display=Display(config.train.steps, first),
         speed=Speed(config.data.batch_size * config.data.sequence_length),
@@ -103,8 +106,12 @@ def first_state(run: Run) -> TrainState:
         for change in changes:
             display.say(f"changed since then: {change}")
     else:
-        display.say("making the initial parameters")
-        state = init_state(run.config, run.optimizer, run.mesh)
+        model = None
+        if run.initial is not None:
+            display.say(f"reading the weights at {run.initial.identity['path']}")
+            model = run.initial.load(run.mesh)
+        display.say("making the initial state")
+        state = init_state(run.config, run.optimizer, run.mesh, model)
         shutil.copyfile(run.config.data.tokenizer, folder / "tokenizer.model")
     (folder / "config.yaml").write_text(to_yaml(run.config))
     return state
@@ -190,7 +197,7 @@ def validate(
 
 def save_state(run: Run, step: int, state: TrainState) -> None:
     """Starts a save, which goes on in the background."""
-    save(run.checkpoints, step, state, run.config, run.data)
+    save(run.checkpoints, step, state, run.config, run.data, run.initial)
     run.speed.start(step)
 
 

@@ -5,15 +5,24 @@ from grok.config import RunConfig
 from grok.config_files import flatten, to_dict
 from grok.errors import CheckpointError
 from grok.train.data import RunData, check_unchanged
+from grok.train.initial import InitialWeights
 from grok.train.state import TrainState, abstract_state
 
 
 def save(
-    checkpoints: Checkpoints, step: int, state: TrainState, config: RunConfig, data: RunData
+    checkpoints: Checkpoints,
+    step: int,
+    state: TrainState,
+    config: RunConfig,
+    data: RunData,
+    initial: InitialWeights | None,
 ) -> None:
     """Starts saving everything a resumed run needs; batches are numbered by step."""
     trees = {MODEL: state.model, OPTIMIZER: (state.step, state.opt_state)}
-    checkpoints.save(step, trees, {"config": to_dict(config), "data": data.hashes})
+    meta = {"config": to_dict(config), "data": data.hashes}
+    if initial is not None:
+        meta["init_from"] = initial.identity
+    checkpoints.save(step, trees, meta)
 
 
 def restore(

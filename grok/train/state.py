@@ -22,12 +22,22 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def init_state(config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
-    """A fresh TrainState, every array made on the devices that hold it."""
+def init_state(
+    config: RunConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    model: Grok | None = None,
+):
+    """A fresh TrainState, every array made on the devices that hold it.
+
+    Its parameters are those of `model`, which is given up to it, or else drawn from the seed.
+    """
     make = _make(config, optimizer)
     placements = jax.tree.map(lambda leaf: leaf.sharding, sharding.abstract(make, mesh))
     with jax.set_mesh(mesh):
-        return jax.jit(make, out_shardings=placements)()
+        if model is None:
+            return jax.jit(make, out_shardings=placements)()
+        return jax.jit(make, out_shardings=placements, donate_argnums=0)(model)
 
 
 def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
@@ -36,8 +46,8 @@ def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation, m
 
 
 def _make(config: RunConfig, optimizer: optax.GradientTransformation):
-    def make() -> TrainState:
-        model = Grok(config.model, jax.random.key(config.train.seed))
+    def make(model: Grok | None = None) -> TrainState:
+        model = model or Grok(config.model, jax.random.key(config.train.seed))
         return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(as_float32(model)))
 
     return make
