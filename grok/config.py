@@ -264,6 +264,26 @@ class TrainConfig:
     eval_every: Annotated[
         CountOrZero, Field(description="steps between validation passes; 0: only at the end")
     ] = 0
+    tensorboard: Annotated[
+        bool, Field(description="write TensorBoard's files too (the extra `tensorboard`)")
+    ] = False
+    wandb: Annotated[
+        str, Field(description="project of Weights & Biases to send metrics to (the extra `wandb`)")
+    ] = ""
+    profile: Annotated[
+        tuple[Count, ...],
+        Field(description="first and last step to record a profile of, for XProf; []: none"),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        first, last = self.profile if len(self.profile) == 2 else (1, 0)
+        if self.profile and not first <= last <= self.steps:
+            start = max(1, min(20, self.steps - 2))
+            raise ConfigError(
+                f"train.profile={list(self.profile)} names no first and last step of the "
+                f"{self.steps} of the run; train.profile=[{start}, {min(start + 2, self.steps)}] "
+                "would work."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

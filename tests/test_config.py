@@ -42,7 +42,7 @@ data.prefetch
 optimizer optimizer.peak_lr optimizer.final_lr_share optimizer.warmup_steps optimizer.beta1
 optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm
 train train.steps train.seed train.init_from train.z_loss train.router_balance_loss train.log_every
-train.eval_every
+train.eval_every train.tensorboard train.wandb train.profile
 checkpoint checkpoint.every checkpoint.keep
 """.split()
 

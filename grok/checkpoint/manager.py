@@ -68,6 +68,10 @@ class Checkpoints:
         read = self._read(step, ocp.args.Composite(**items))
         return {name: _from_names(tree, read[name]) for name, tree in trees.items()}
 
+    def saving(self) -> bool:
+        """Whether a save is going on in the background."""
+        return self._manager.is_saving_in_progress()
+
     def close(self) -> None:
         """Waits until the last save is on disk."""
         self._manager.close()

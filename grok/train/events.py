@@ -30,8 +30,9 @@ LAP_SECONDS = 30
 class Events:
     """Writes the log. Without a path (processes other than the first) nothing is written."""
 
-    def __init__(self, path: Path | None):
-        """Opens `path` to append to it, and notes that a process began."""
+    def __init__(self, path: Path | None, began: float | None = None):
+        """Opens `path` to append to it, and notes that a process `began` (default: now), with
+        what has passed since as its start."""
         self._file = None
         if path is not None:
             cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
@@ -40,7 +41,10 @@ class Events:
                 self._file.write(b"\n")
         self._inside = [0.0]  # seconds of what ended within each open span; the first: no span
         self._waited = 0.0
-        self.note("began")
+        now = time.time()
+        self._write(now if began is None else began, "began", {})
+        if began is not None:
+            self._write(began, "start", {"seconds": round(now - began, 6)})
         self.steps_from(0)
 
     def clock(self) -> float:

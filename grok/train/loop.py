@@ -1,6 +1,7 @@
 """A training run, top to bottom.
 
-In the run's folder: `config.yaml` (resolved), `tokenizer.model`, `metrics.jsonl`, `checkpoints/`.
+In the run's folder: `config.yaml` (resolved), `tokenizer.model`, `checkpoints/`, and what
+`grok.train.reports` tells: `metrics.jsonl`, `events.jsonl`, `run.json`.
 Started again with the same command, a run goes on from its newest checkpoint, bit for bit as if
 it had never stopped.
 """
@@ -8,6 +9,7 @@ it had never stopped.
 import dataclasses
 import functools
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -24,8 +26,8 @@ from grok.data.text import bits_per_byte
 from grok.errors import DONE, SAVED, ConfigError
 from grok.train.data import RunData, read_data
 from grok.train.initial import InitialWeights, initial_weights
-from grok.train.metrics import Display, MetricsFile, Speed
 from grok.train.optimizer import make_optimizer, make_schedule
+from grok.train.reports import Reports
 from grok.train.saved import restore, save
 from grok.train.state import TrainState, init_state
 from grok.train.step import eval_step, train_step
@@ -45,25 +47,25 @@ class Run:
     eval_function: Callable
     checkpoints: Checkpoints
     initial: InitialWeights | None  # what the parameters started from, if not from the seed
-    metrics: MetricsFile
-    display: Display
-    speed: Speed
+    reports: Reports
     first: int  # the step that this process goes on from
 
 
 def run(config: RunConfig) -> int:
     """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop."""
     parts = open_run(config)
-    with jax.set_mesh(parts.mesh), StopRequest() as stop, parts.display:
-        state = first_state(parts)
-        with parts.metrics:
-            step = train(parts, state, stop)
-        parts.checkpoints.close()
+    with jax.set_mesh(parts.mesh), StopRequest() as stop, parts.reports as reports:
+        with reports.events.during("start"):
+            state = first_state(parts)
+        step = train(parts, state, stop)
+        with reports.events.during("save"):
+            parts.checkpoints.close()
         return farewell(parts, step)
 
 
 def open_run(config: RunConfig) -> Run:
     """Devices, data and files: everything that can be wrong is found before anything compiles."""
+    began = time.time()
     if config.model.param_dtype == "int8":
         raise ConfigError(
             "model.param_dtype=int8 is for inference, and int8 matrices have no gradient; "
@@ -87,30 +89,29 @@ def open_run(config: RunConfig) -> Run:
         eval_function=jax.jit(eval_step),
         checkpoints=checkpoints,
         initial=initial_weights(config, checkpoints),
-        metrics=MetricsFile(folder / "metrics.jsonl", first),
-        display=Display(config.train.steps, first),
-        speed=Speed(config.data.batch_size * config.data.sequence_length),
+        reports=Reports(config, mesh, data, first, began),
         first=first,
     )
 
 
 def first_state(run: Run) -> TrainState:
     """The state of the newest checkpoint, or a fresh one."""
-    folder, display = Path(run.config.folder), run.display
-    display.say(describe(run.config, run.mesh))
+    folder, say = Path(run.config.folder), run.reports.say
+    say(describe(run.config, run.mesh))
     if run.first:
-        display.say(f"resuming from the checkpoint of step {run.first}")
-        state, changes = restore(
-            run.checkpoints, run.first, run.config, run.data, run.optimizer, run.mesh
-        )
+        say(f"resuming from the checkpoint of step {run.first}")
+        with run.reports.events.during("restore", step=run.first):
+            state, changes = restore(
+                run.checkpoints, run.first, run.config, run.data, run.optimizer, run.mesh
+            )
         for change in changes:
-            display.say(f"changed since then: {change}")
+            say(f"changed since then: {change}")
     else:
         model = None
         if run.initial is not None:
-            display.say(f"reading the weights at {run.initial.identity['path']}")
+            say(f"reading the weights at {run.initial.identity['path']}")
             model = run.initial.load(run.mesh)
-        display.say("making the initial state")
+        say("making the initial state")
         state = init_state(run.config, run.optimizer, run.mesh, model)
         shutil.copyfile(run.config.data.tokenizer, folder / "tokenizer.model")
     (folder / "config.yaml").write_text(to_yaml(run.config))
@@ -122,22 +123,17 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> int:
 
     Returns the last step done, which is saved.
     """
-    config = run.config
-    if run.first:
-        run.metrics.write(run.first, event="resumed")
-    if run.first < config.train.steps:
-        run.display.say("compiling the training step")
+    config, reports = run.config, run.reports
+    reports.began(run.first)
     step = saved = run.first
     batches = training_batches(run)
     while step < config.train.steps and not stop.requested():
-        state, metrics = run.step_function(state, next(batches))
+        with reports.events.waiting():
+            batch = next(batches)
         step += 1
+        state, metrics = reports.run_step(step, run.step_function, state, batch)
+        reports.display.advance(step, saved if run.checkpoints.saving() else None)
         last = step == config.train.steps
-        run.display.advance(step)
-        if step == run.first + 1:
-            # The first step waits for its compilation, which is not part of any speed.
-            jax.block_until_ready(metrics)
-            run.speed.start(step)
         if last or step % config.train.log_every == 0:
             report_step(run, step, metrics)
         if last or (config.train.eval_every and step % config.train.eval_every == 0):
@@ -160,25 +156,23 @@ def training_batches(run: Run) -> Iterator[dict[str, jax.Array]]:
 
 def report_step(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
     """Waits for the step's metrics, and writes and shows them."""
-    values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
-    values["learning_rate"] = float(run.learning_rate(step - 1))
-    values["tokens_per_second"] = run.speed.at(step)
-    values["tokens_seen"] = run.data.train.tokens_seen(step)
-    run.metrics.write(step, **values)
-    run.display.report(step, values["loss"], values["tokens_per_second"])
+    run.reports.step(
+        step,
+        metrics,
+        learning_rate=float(run.learning_rate(step - 1)),
+        tokens_seen=run.data.train.tokens_seen(step),
+    )
 
 
 def report_validation(run: Run, step: int, state: TrainState) -> None:
     """A validation pass, where there is data for one."""
     if run.data.validation is None:
         return
-    values = validate(
-        run.eval_function, state.model, run.data.validation, run.data.num_bytes, run.mesh
-    )
-    run.metrics.write(step, **values)
-    said = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
-    run.display.say(f"step {step}  {'  '.join(said)}")
-    run.speed.start(step)
+    with run.reports.events.during("validate", step=step):
+        values = validate(
+            run.eval_function, state.model, run.data.validation, run.data.num_bytes, run.mesh
+        )
+    run.reports.validation(step, values)
 
 
 def validate(
@@ -197,17 +191,21 @@ def validate(
 
 def save_state(run: Run, step: int, state: TrainState) -> None:
     """Starts a save, which goes on in the background."""
-    save(run.checkpoints, step, state, run.config, run.data, run.initial)
-    run.speed.start(step)
+    with run.reports.events.during("save", step=step):
+        save(run.checkpoints, step, state, run.config, run.data, run.initial)
+    run.reports.saved(step)
 
 
 def farewell(run: Run, step: int) -> int:
     """Says how the run ended at `step`; the exit code."""
     if step < run.config.train.steps:
-        run.display.say(f"stopped at step {step}, all saved; the same command goes on from there")
-        return SAVED
-    run.display.say(f"done: {step} steps, in {run.config.folder}")
-    return DONE
+        run.reports.say(f"stopped at step {step}, all saved; the same command goes on from there")
+        code = SAVED
+    else:
+        run.reports.say(f"done: {step} steps, in {run.config.folder}")
+        code = DONE
+    run.reports.ended(step, code)
+    return code
 
 
 def describe(config: RunConfig, mesh: Mesh) -> str:

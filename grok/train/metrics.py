@@ -1,37 +1,52 @@
-"""What a run reports: lines of JSON for programs, a progress bar for people."""
+"""`metrics.jsonl`: what a run measured, as lines of JSON for programs."""
 
 import json
-import time
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import jax
+import numpy as np
+
+# JSON has no such numbers; they are written as Protocol Buffers' JSON writes them.
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+# Digits behind the point of loads of single layers: L x E of them in each line are its bulk.
+LOAD_DIGITS = 4
 
 
 class MetricsFile:
     """`metrics.jsonl` of a run: one JSON object a line, each with the `step` it belongs to."""
 
-    def __init__(self, path: Path, first_step: int):
-        """Of the file at `path`; once entered, it appends what follows step `first_step`.
+    def __init__(self, path: Path | None, first_step: int):
+        """Of the file at `path` (None: kept nowhere); once entered, it appends what follows step
+        `first_step`.
 
         Lines of later steps, done before a crash and about to be done again, are dropped then.
         """
         self._path, self._first_step = path, first_step
 
     def __enter__(self) -> "MetricsFile":
-        if self._path.exists():
-            kept = [line for line in read_metrics(self._path) if line["step"] <= self._first_step]
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        if self._path is None:
+            return self
+        self.forget(self._first_step)
         self._file = self._path.open("a", buffering=1)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._path is not None:
+            self._file.close()
 
     def write(self, step: int, **values: Any) -> None:
         """Appends one line; it is in the file when this returns."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._path is not None:
+            self._file.write(json.dumps(_spelt({"step": step, **values}), allow_nan=False) + "\n")
+
+    def forget(self, after: int) -> None:
+        """Drops the lines of steps after `after`, which are about to be done again."""
+        if self._path is not None and self._path.exists():
+            kept = [line for line in read_metrics(self._path) if line["step"] <= after]
+            self._path.write_text("".join(json.dumps(_spelt(line)) + "\n" for line in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -39,66 +54,46 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_text().splitlines():
         try:
-            lines.append(json.loads(line))
+            lines.append(_read(json.loads(line)))
         except json.JSONDecodeError:
             break
     return lines
 
 
-class Display:
-    """A progress bar with loss, tokens a second and time left; plain lines where no one watches."""
+def plain(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """Waits for a step's metrics; their values as Python's numbers and lists.
 
-    def __init__(self, steps: int, done: int):
-        self._console = Console()
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(compact=True),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._progress.add_task("train", total=steps, completed=done, note="compiling")
-
-    def __enter__(self) -> "Display":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def advance(self, step: int) -> None:
-        """Moves the bar to `step`."""
-        self._progress.update(self._task, completed=step)
-
-    def report(self, step: int, loss: float, tokens_per_second: float | None) -> None:
-        """Shows the figures of a step."""
-        note = f"loss {loss:.3f}"
-        if tokens_per_second is not None:
-            note += f"  {tokens_per_second:,.0f} tokens/s"
-        self._progress.update(self._task, note=note)
-        if not self._console.is_terminal:
-            self.say(f"step {step}  {note}")
-
-    def say(self, text: str) -> None:
-        """Prints a line above the bar."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+    A float32 becomes the shortest decimal that is read back as the same float32, and loads of
+    single layers are rounded.
+    """
+    values = {}
+    for name, value in jax.device_get(dict(metrics)).items():
+        if name == "expert_load_layers":
+            values[name] = np.round(value.astype(np.float64), LOAD_DIGITS).tolist()
+        else:
+            values[name] = _shortest(value)
+    return values
 
 
-class Speed:
-    """Tokens a second since the last start, compilation, validation and saves left out."""
+def _shortest(value: np.ndarray) -> Any:
+    if value.ndim:
+        return [_shortest(part) for part in value]
+    return float(str(value)) if value.dtype == np.float32 else value.item()
 
-    def __init__(self, tokens_per_step: int):
-        self._tokens_per_step = tokens_per_step
-        self._step, self._time = 0, time.monotonic()
 
-    def start(self, step: int) -> None:
-        """Measures from `step`, just done, onwards."""
-        self._step, self._time = step, time.monotonic()
+def _spelt(value: Any) -> Any:
+    """Plain data with numbers that JSON lacks as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {name: _spelt(part) for name, part in value.items()}
+    return [_spelt(part) for part in value] if isinstance(value, list) else value
 
-    def at(self, step: int) -> float | None:
-        """Tokens a second up to `step`, and from there on anew; None when nothing was measured."""
-        steps, seconds = step - self._step, time.monotonic() - self._time
-        self.start(step)
-        return steps * self._tokens_per_step / seconds if steps else None
+
+def _read(value: Any) -> Any:
+    """The inverse of `_spelt`."""
+    if isinstance(value, str):
+        return NOT_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {name: _read(part) for name, part in value.items()}
+    return [_read(part) for part in value] if isinstance(value, list) else value

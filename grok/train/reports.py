@@ -1,0 +1,160 @@
+"""All that a run tells while it goes on, in one place for the loop to talk to.
+
+Into the run's folder: `metrics.jsonl` (what was measured), `events.jsonl` (what the time went to),
+`run.json` (what the run is), and where the config asks for them TensorBoard's files and a profile;
+to people: the display. Of several processes the first alone does any of this.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from grok.config import GrokConfig, RunConfig
+from grok.errors import GrokError
+from grok.plan.chips import peak_flops
+from grok.train.data import RunData
+from grok.train.display import Display
+from grok.train.events import Events
+from grok.train.flops import flops_per_token
+from grok.train.metrics import MetricsFile, plain
+from grok.train.profiler import Profiler
+from grok.train.record import Record
+from grok.train.writers import Writer, open_writers
+
+
+class Reports:
+    """The reports of one process of a run; nothing is written before it is entered."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh, data: RunData, first: int, began: float):
+        """Of the run of `config` on `data`, going on after step `first` on `mesh`; `began`: when
+        this process did, seconds since 1970."""
+        self._began = began
+        self._config, self._mesh, self._data, self._step = config, mesh, data, first
+        self._folder = Path(config.folder) if jax.process_index() == 0 else None
+        self.display = Display(config.train.steps, first)
+        self._compiled: set[tuple[int, int]] = set()
+
+    def __enter__(self) -> "Reports":
+        config, folder = self._config, self._folder
+        with contextlib.ExitStack() as exits:
+            self.events = exits.enter_context(
+                Events(folder and folder / "events.jsonl", self._began)
+            )
+            self.rates = Rates(config.model, self._mesh, self.events)
+            metrics_file = MetricsFile(folder and folder / "metrics.jsonl", self._step)
+            self.metrics = exits.enter_context(metrics_file)
+            self._record = Record(
+                None if folder is None else str(folder), config, self._mesh, self._data
+            )
+            self._writers: list[Writer] = []
+            if folder is not None:
+                self._writers = open_writers(config, folder, self._record.run_id, self._step)
+            for writer in self._writers:
+                exits.callback(writer.close)
+            self._profiler = Profiler(folder and folder / "profile", config.train.profile)
+            exits.callback(self._profiler.close)
+            exits.enter_context(self.display)
+            self._exits = exits.pop_all()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self.ended(self._step, error.exit_code if isinstance(error, GrokError) else 1)
+        self._exits.__exit__(kind, error, trace)
+
+    def say(self, text: str) -> None:
+        """Shows a line to people."""
+        self.display.say(text)
+
+    def began(self, step: int) -> None:
+        """The steps begin, after `step`."""
+        self.events.note("resumed", step=step)
+        self.events.steps_from(step)
+        self.rates.take()
+        self._record.began(step)
+        if step:
+            self.metrics.write(step, event="resumed")
+
+    def run_step(self, step: int, function: Callable, state: Any, batch: Mapping) -> tuple:
+        """`function(state, batch)`, dispatched as `step`; returns its state and metrics.
+
+        The first of each shape of batches is waited for, since it is compiled: that time is part
+        of no speed.
+        """
+        B, T = batch["targets_BT"].shape
+        self._profiler.before(step)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            if (B, T) in self._compiled:
+                state, metrics = function(state, batch)
+                self.rates.count(B, T)
+            else:
+                self._compiled.add((B, T))
+                self.say("compiling the training step")
+                with self.events.during("compile", step=step):
+                    state, metrics = jax.block_until_ready(function(state, batch))
+        if self._profiler.after(step, metrics):
+            self.say(f"profile of the steps up to {step} in {self._folder}/profile")
+        self._step = step
+        return state, metrics
+
+    def step(self, step: int, metrics: Mapping[str, jax.Array], **more: Any) -> None:
+        """Waits for the metrics of a logged step; writes them, and `more`, and shows the main."""
+        values = plain(metrics) | more | self.rates.take()
+        self._write(step, values)
+        self.display.report(step, values["loss"], values["tokens_per_second"], values.get("mfu"))
+        self.events.steps_to(step, at_once=False)
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes and shows what a validation pass found."""
+        self._write(step, values)
+        said = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+        self.say(f"step {step}  {'  '.join(said)}")
+
+    def saved(self, step: int) -> None:
+        """A save of `step` was started."""
+        self.events.steps_to(step)
+        self._record.saved(step)
+
+    def ended(self, step: int, code: int) -> None:
+        """The run leaves after `step` with exit code `code`; all saves are on disk."""
+        self.events.steps_to(step)
+        self.events.note("ended", step=step, code=code)
+        self._record.ended(step, code)
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        self.metrics.write(step, **values)
+        for writer in self._writers:
+            writer.write(step, values)
+
+
+class Rates:
+    """Speed of the steps since the last report; compilation, saves and validation left out."""
+
+    def __init__(self, model: GrokConfig, mesh: Mesh, events: Events):
+        self._model, self._clock = model, events.clock
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        self._peak = None if peak is None else peak * mesh.devices.size
+        self._tokens = self._flops = 0
+        self._since = self._clock()
+
+    def count(self, B: int, T: int) -> None:
+        """A step of B rows of T tokens was dispatched."""
+        self._tokens += B * T
+        self._flops += B * T * flops_per_token(self._model, T)
+
+    def take(self) -> dict[str, float | None]:
+        """`tokens_per_second`, None where nothing was measured, and on chips that are known `mfu`:
+        the share of their peak that the model's own arithmetic (see `flops_per_token`) took."""
+        seconds = self._clock() - self._since
+        rates: dict[str, float | None] = {"tokens_per_second": None}
+        if self._tokens:
+            rates["tokens_per_second"] = self._tokens / seconds
+            if self._peak is not None:
+                rates["mfu"] = self._flops / seconds / self._peak
+        self._tokens = self._flops = 0
+        self._since = self._clock()
+        return rates
