@@ -225,6 +225,32 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerGroup:
+    """What is different for the tensors whose names match a pattern."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    match: Annotated[
+        str, Field(description="pattern of tensor names; * stands for any text, as in *router*")
+    ]
+    name: Annotated[
+        str, Field(description="name of the group in metrics; none: as without the group")
+    ] = ""
+    lr_scale: Annotated[PositiveOrZero, Field(description="factor on the learning rate")] = 1.0
+    weight_decay: Annotated[
+        PositiveOrZero | None, Field(description="in place of optimizer.weight_decay")
+    ] = None
+    frozen: Annotated[bool, Field(description="not trained: no gradient, no moments")] = False
+
+    def __post_init__(self) -> None:
+        if self.frozen and (self.lr_scale != 1 or self.weight_decay is not None):
+            raise ConfigError(
+                f"optimizer.groups has {self.match} frozen and with a learning rate or decay of "
+                "its own; frozen: true alone would work."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW under linear warm-up and cosine decay, after clipping by global norm."""
 
@@ -240,6 +266,20 @@ class OptimizerConfig:
         PositiveOrZero, Field(description="decoupled decay of matrices (norm scales have none)")
     ] = 0.1
     clip_norm: Annotated[Positive, Field(description="largest global norm of a gradient")] = 1.0
+    groups: Annotated[
+        tuple[OptimizerGroup, ...],
+        Field(description="tensors apart: {match, name, lr_scale, weight_decay, frozen} each"),
+    ] = ()
+    ema_decay: Annotated[
+        Share, Field(description="decay of the weights' moving average, such as 0.999; 0: none")
+    ] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.ema_decay == 1:
+            raise ConfigError(
+                "optimizer.ema_decay=1.0 would keep the initial weights; optimizer.ema_decay=0.999 "
+                "would work."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,6 +299,13 @@ class TrainConfig:
     ] = 0.0
     router_balance_loss: Annotated[
         PositiveOrZero, Field(description="weight of the expert load-balancing loss")
+    ] = 0.0
+    accumulate: Annotated[
+        Count, Field(description="microbatches that a step splits its batch into, one by one")
+    ] = 1
+    skip_spikes_above: Annotated[
+        PositiveOrZero,
+        Field(description="skip steps with a gradient this many times its usual norm; 0: none"),
     ] = 0.0
     log_every: Annotated[Count, Field(description="steps between lines of metrics.jsonl")] = 10
     eval_every: Annotated[
@@ -283,6 +330,12 @@ class TrainConfig:
                 f"train.profile={list(self.profile)} names no first and last step of the "
                 f"{self.steps} of the run; train.profile=[{start}, {min(start + 2, self.steps)}] "
                 "would work."
+            )
+
+        if 0 < self.skip_spikes_above <= 1:
+            raise ConfigError(
+                f"train.skip_spikes_above={self.skip_spikes_above} would skip usual steps; "
+                "train.skip_spikes_above=10 would work."
             )
 
 
@@ -381,6 +434,14 @@ def check_fits(config: RunConfig, num_devices: int) -> dict[str, int]:
         raise ConfigError(
             f"data.batch_size={config.data.batch_size} cannot be split over slice*data*expert="
             f"{rows}; data.batch_size={up} would work."
+        )
+    rows *= config.train.accumulate
+    if config.data.batch_size % rows:
+        up = -(-config.data.batch_size // rows) * rows
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size} cannot be split into train.accumulate="
+            f"{config.train.accumulate} microbatches over slice*data*expert="
+            f"{rows // config.train.accumulate}; data.batch_size={up} would work."
         )
     return sizes
 

@@ -40,9 +40,11 @@ data data.train data.validation data.datasets data.mixture_changes data.validati
 data.packing data.allow_changed data.tokenizer data.sequence_length data.batch_size data.seed
 data.prefetch
 optimizer optimizer.peak_lr optimizer.final_lr_share optimizer.warmup_steps optimizer.beta1
-optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm
-train train.steps train.seed train.init_from train.z_loss train.router_balance_loss train.log_every
-train.eval_every train.tensorboard train.wandb train.profile
+optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm optimizer.groups
+optimizer.ema_decay
+train train.steps train.seed train.init_from train.z_loss train.router_balance_loss
+train.accumulate train.skip_spikes_above train.log_every train.eval_every train.tensorboard
+train.wandb train.profile
 checkpoint checkpoint.every checkpoint.keep
 """.split()
 

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from grok.errors import CheckpointError
 from grok.model.names import MATRICES
 
-MODEL, OPTIMIZER, META = "model", "optimizer", "meta"
+MODEL, OPTIMIZER, EMA, META = "model", "optimizer", "ema", "meta"
 
 
 class Checkpoints:
@@ -31,6 +31,7 @@ class Checkpoints:
             item_handlers={
                 MODEL: ocp.StandardCheckpointHandler(),
                 OPTIMIZER: ocp.StandardCheckpointHandler(),
+                EMA: ocp.StandardCheckpointHandler(),
                 META: ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None),
@@ -41,7 +42,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, trees: dict, meta: dict) -> None:
-        """Starts saving `trees` (MODEL, OPTIMIZER -> pytree of arrays) and plain data as `step`."""
+        """Starts saving `trees` (MODEL, OPTIMIZER, EMA -> pytree) and plain data as `step`."""
         names = {name: _to_names(tree) for name, tree in trees.items()}
         items = {
             name: ocp.args.StandardSave(tree, jax.tree_util.tree_map_with_path(_storage, tree))

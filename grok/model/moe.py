@@ -19,10 +19,12 @@ from grok.ops.quant import QuantizedArray
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class RouterStats:
-    """Means over the real tokens of a batch, float32; both sum to one over the experts."""
+    """Means over the real tokens of a batch, float32; the first two sum to one over the experts.
+    All are 0 where no token is real."""
 
     load_E: jax.Array  # share of assignments that went to each expert
     probability_E: jax.Array  # router probability of each expert
+    entropy: jax.Array  # of the router's probabilities, nats; no gradient flows through it
 
     def balance_loss(self) -> jax.Array:
         """E * sum(load * probability): 1 when balanced (Fedus et al. 2021, equation 4)."""
@@ -113,9 +115,11 @@ def _collect(w: jax.Array, axes: sharding.Axes) -> jax.Array:
 
 def _stats(probs_BTE, chosen_BTC, real_BT) -> RouterStats:
     real_BT = real_BT.astype(jnp.float32)
-    total = jnp.sum(real_BT)
+    total = jnp.maximum(jnp.sum(real_BT), 1)
     experts = jnp.arange(probs_BTE.shape[-1])[None, None, None, :]
     picks_BTE = jnp.sum(chosen_BTC[..., None] == experts, axis=2, dtype=jnp.float32)
     load_E = jnp.sum(picks_BTE * real_BT[:, :, None], axis=(0, 1)) / chosen_BTC.shape[-1]
     probability_E = jnp.sum(probs_BTE * real_BT[:, :, None], axis=(0, 1))
-    return RouterStats(load_E / total, probability_E / total)
+    entropy_BT = jnp.sum(jax.scipy.special.entr(jax.lax.stop_gradient(probs_BTE)), axis=-1)
+    entropy = jnp.sum(entropy_BT * real_BT)
+    return RouterStats(load_E / total, probability_E / total, entropy / total)

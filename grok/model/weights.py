@@ -38,7 +38,7 @@ def from_arrays(
     _check_shapes(shapes, {name: tuple(array.shape) for name, array in arrays.items()})
 
     def place(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        array = arrays[_name(path)]
+        array = arrays[name_of(path)]
         if mesh is None:
             return jnp.asarray(np.asarray(array, leaf.dtype))
         return jax.make_array_from_callback(
@@ -50,7 +50,7 @@ def from_arrays(
 
 def to_arrays(model: Grok) -> dict[str, Any]:
     """The parameters by name, where and as they are; of int8 ones `values` and `scales`."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
 
 
 def abstract(
@@ -76,7 +76,7 @@ def abstract(
         return model
 
     def quantized(path, param: nnx.Param) -> nnx.Variable:
-        name = _name(path)
+        name = name_of(path)
         if name not in groups:
             return param
         return param.replace(_abstract_int8(name, param.get_value(), groups[name]))
@@ -117,7 +117,7 @@ def _is_param(node) -> bool:
     return isinstance(node, nnx.Param)
 
 
-def _name(path) -> str:
+def name_of(path) -> str:
     """The path in the tree, without the field of the parameter that holds an array."""
     return "/".join(key.name for key in path if key.name != "value")
 

@@ -26,7 +26,7 @@ from grok.data.text import bits_per_byte
 from grok.errors import DONE, SAVED, ConfigError
 from grok.train.data import RunData, read_data
 from grok.train.initial import InitialWeights, initial_weights
-from grok.train.optimizer import make_optimizer, make_schedule
+from grok.train.optimizer import make_optimizer
 from grok.train.reports import Reports
 from grok.train.saved import restore, save
 from grok.train.state import TrainState, init_state
@@ -42,7 +42,6 @@ class Run:
     mesh: Mesh
     data: RunData
     optimizer: optax.GradientTransformation
-    learning_rate: Callable  # of the step number, counted from 0
     step_function: Callable  # train_step, compiled when it first runs
     eval_function: Callable
     checkpoints: Checkpoints
@@ -74,8 +73,8 @@ def open_run(config: RunConfig) -> Run:
     sizes = check_fits(config, jax.device_count())
     mesh = sharding.make_mesh(sizes["data"], sizes["expert"], sizes["tensor"], sizes["slice"])
     data = read_data(config)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    step = functools.partial(train_step, config=config.train, optimizer=optimizer)
+    optimizer = make_optimizer(config)
+    step = functools.partial(train_step, config=config, optimizer=optimizer)
     folder = Path(config.folder)
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
     first = checkpoints.latest() or 0
@@ -84,7 +83,6 @@ def open_run(config: RunConfig) -> Run:
         mesh=mesh,
         data=data,
         optimizer=optimizer,
-        learning_rate=make_schedule(config.optimizer, config.train.steps),
         step_function=jax.jit(step, donate_argnums=0),
         eval_function=jax.jit(eval_step),
         checkpoints=checkpoints,
@@ -156,12 +154,8 @@ def training_batches(run: Run) -> Iterator[dict[str, jax.Array]]:
 
 def report_step(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
     """Waits for the step's metrics, and writes and shows them."""
-    run.reports.step(
-        step,
-        metrics,
-        learning_rate=float(run.learning_rate(step - 1)),
-        tokens_seen=run.data.train.tokens_seen(step),
-    )
+    told = {name: value for name, value in metrics.items() if name != "bad_tensors"}
+    run.reports.step(step, told, tokens_seen=run.data.train.tokens_seen(step))
 
 
 def report_validation(run: Run, step: int, state: TrainState) -> None:

@@ -3,6 +3,8 @@
 Letters: B batch, T length, D embed, V vocab, c tokens of a chunk.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -49,25 +51,51 @@ def hidden(model: Grok, batch: dict) -> tuple[jax.Array, RouterStats]:
     return model.hidden(batch["tokens_BT"], batch.get("segment_ids_BT"), batch.get("positions_BT"))
 
 
-def batch_loss(model: Grok, batch: dict, config: TrainConfig) -> tuple[jax.Array, dict]:
-    """What a training step minimises, per token, and what it reports (float32 scalars).
+class TokenCounts(NamedTuple):
+    """How many tokens of a batch count in the loss, and how many are no padding (float32)."""
+
+    counted: jax.Array
+    real: jax.Array
+
+
+def count_tokens(batch: dict) -> TokenCounts:
+    """The tokens of a batch, at least one of each kind, since sums are divided by them."""
+    real_BT = batch["segment_ids_BT"] > 0 if "segment_ids_BT" in batch else batch["tokens_BT"] >= 0
+    counted, real = jnp.sum(batch["mask_BT"]), jnp.sum(real_BT, dtype=jnp.float32)
+    return TokenCounts(jnp.maximum(counted, 1), jnp.maximum(real, 1))
+
+
+def batch_loss(
+    model: Grok, batch: dict, config: TrainConfig, whole: TokenCounts | None = None
+) -> tuple[jax.Array, dict]:
+    """What a training step minimises, per token, and what it reports (float32).
 
     `batch` holds tokens_BT, targets_BT and mask_BT (1 where a token counts), and where rows are
-    packed segment_ids_BT and positions_BT. A batch in which no token counts has no loss. Reported:
-    `loss`, the cross-entropy in nats a token; `expert_load`, share of each expert, mean over
-    layers; `router_balance`, 1 when experts are used evenly.
+    packed segment_ids_BT and positions_BT. A batch in which no token counts has no loss. Of a
+    microbatch, `whole` counts the tokens of the batch that it is a part of: losses and reports of
+    the parts then add up to those of the batch. Only the balance loss, which is no sum over tokens,
+    is that of the microbatches, their mean weighted by their real tokens.
+
+    Reported: `loss`, the cross-entropy in nats a token; `z_loss`, the mean squared log-partition,
+    where it is minimised; `router_balance`, 1 when experts are used evenly; `router_entropy`, nats;
+    `expert_load`, share of each expert, mean over layers; `expert_load_layers`, of each layer.
     """
+    whole = whole or count_tokens(batch)
     x_BTD, stats = hidden(model, batch)
     entropy_BT, z_BT = token_losses(model, x_BTD, batch["targets_BT"])
     mask_BT = batch["mask_BT"]
-    count = jnp.maximum(jnp.sum(mask_BT), 1)
-    entropy = jnp.sum(entropy_BT * mask_BT) / count
-    z = jnp.sum(z_BT * mask_BT) / count
-    balance = jnp.mean(stats.balance_loss())
+    entropy = jnp.sum(entropy_BT * mask_BT) / whole.counted
+    z = jnp.sum(z_BT * mask_BT) / whole.counted
+    share = count_tokens(batch).real / whole.real
+    balance = share * jnp.mean(stats.balance_loss())
     total = entropy + config.z_loss * z + config.router_balance_loss * balance
     report = {
         "loss": entropy,
         "router_balance": balance,
-        "expert_load": jnp.mean(stats.load_E, axis=0),
+        "router_entropy": share * jnp.mean(stats.entropy),
+        "expert_load": share * jnp.mean(stats.load_E, axis=0),
+        "expert_load_layers": share * stats.load_E,
     }
+    if config.z_loss:
+        report["z_loss"] = z
     return total, report

@@ -1,12 +1,15 @@
 """What a checkpoint of a run holds, and how a run goes on from one."""
 
-from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
+import dataclasses
+from typing import Any
+
+from grok.checkpoint.manager import EMA, MODEL, OPTIMIZER, Checkpoints
 from grok.config import RunConfig
 from grok.config_files import flatten, to_dict
 from grok.errors import CheckpointError
 from grok.train.data import RunData, check_unchanged
 from grok.train.initial import InitialWeights
-from grok.train.state import TrainState, abstract_state
+from grok.train.state import TrainState, abstract_state, start_state
 
 
 def save(
@@ -18,11 +21,16 @@ def save(
     initial: InitialWeights | None,
 ) -> None:
     """Starts saving everything a resumed run needs; batches are numbered by step."""
-    trees = {MODEL: state.model, OPTIMIZER: (state.step, state.opt_state)}
     meta = {"config": to_dict(config), "data": data.hashes}
     if initial is not None:
         meta["init_from"] = initial.identity
-    checkpoints.save(step, trees, meta)
+    checkpoints.save(step, trees_of(state), meta)
+
+
+def trees_of(state: TrainState) -> dict:
+    """The state as the trees of a checkpoint."""
+    trees = {MODEL: state.model, OPTIMIZER: (state.step, state.opt_state, state.guard)}
+    return trees if state.ema is None else trees | {EMA: state.ema}
 
 
 def restore(
@@ -30,7 +38,7 @@ def restore(
 ) -> tuple[TrainState, list[str]]:
     """The state saved at `step`, placed on `mesh`, and what the config says differently now.
 
-    Raises CheckpointError when the model is another one, naming what differs, or when prepared
+    Raises CheckpointError when other tensors are trained, naming what differs, or when prepared
     datasets are others than before and data.allow_changed does not say that they may be.
     """
     meta = checkpoints.meta(step)
@@ -42,14 +50,30 @@ def restore(
         before = stored.get(key)
         if before == value:
             continue
-        if key.startswith("model.") and key not in ("model.compute_dtype", "model.remat"):
+        if not may_change(key, before, value):
             raise CheckpointError(
                 f"{checkpoints.folder / str(step)} was trained with {key}={before} and the config "
                 f"says {value}; set it back, or name another folder."
             )
         changes.append(f"{key} from {before} to {value}")
     wanted = abstract_state(config, optimizer, mesh)
-    trees = {MODEL: wanted.model, OPTIMIZER: (wanted.step, wanted.opt_state)}
-    read = checkpoints.restore(step, trees)
-    steps_done, opt_state = read[OPTIMIZER]
-    return TrainState(steps_done, read[MODEL], opt_state), changes
+    if wanted.ema is not None and not stored.get("optimizer.ema_decay"):
+        read = checkpoints.restore(step, trees_of(dataclasses.replace(wanted, ema=None)))
+        read[EMA] = start_state(config, optimizer, read[MODEL]).ema
+    else:
+        read = checkpoints.restore(step, trees_of(wanted))
+    steps_done, opt_state, guard = read[OPTIMIZER]
+    return TrainState(steps_done, read[MODEL], opt_state, guard, read.get(EMA)), changes
+
+
+def may_change(key: str, before: Any, now: Any) -> bool:
+    """Whether a run can go on with another value: one that saves the same tensors."""
+    if key == "optimizer.groups":
+        frozen, frozen_now = (
+            [group["match"] for group in groups or () if group["frozen"]]
+            for groups in (before, now)
+        )
+        return frozen == frozen_now
+    if key.startswith("model."):
+        return key in ("model.compute_dtype", "model.remat")
+    return True

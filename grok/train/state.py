@@ -1,6 +1,7 @@
-"""Everything a step changes: the step number, the parameters, and the optimizer's moments."""
+"""Everything a step changes: step number, parameters, the optimizer's moments, and what watches."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from jax.sharding import Mesh
 from grok import sharding
 from grok.config import RunConfig
 from grok.model.grok import Grok
+from grok.train.groups import select, trained
+from grok.train.guard import Guard, fresh_guard
 
 
 @jax.tree_util.register_dataclass
@@ -17,9 +20,11 @@ from grok.model.grok import Grok
 class TrainState:
     """What is saved and restored; a plain pytree, donated from step to step."""
 
-    step: jax.Array  # int32 scalar: steps done
+    step: jax.Array  # int32 scalar: steps done, bad ones among them
     model: Grok
-    opt_state: optax.OptState
+    opt_state: optax.OptState  # of the trained parameters alone
+    guard: Guard
+    ema: Any  # moving average of the trained parameters, float32; None when the run has none
 
 
 def init_state(
@@ -45,14 +50,25 @@ def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation, m
     return sharding.abstract(_make(config, optimizer), mesh)
 
 
+def start_state(
+    config: RunConfig, optimizer: optax.GradientTransformation, model: Grok
+) -> TrainState:
+    """The state of a run that starts from `model`; traced, or on arrays."""
+    params = as_float32(select(model, trained(config)))
+    # Not the parameters themselves: a step could not be given the same array twice.
+    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, model, optimizer.init(params), fresh_guard(), ema)
+
+
 def _make(config: RunConfig, optimizer: optax.GradientTransformation):
     def make(model: Grok | None = None) -> TrainState:
         model = model or Grok(config.model, jax.random.key(config.train.seed))
-        return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(as_float32(model)))
+        return start_state(config, optimizer, model)
 
     return make
 
 
 def as_float32(tree):
-    """The tree in float32: moments are kept in it whatever the parameters' type."""
+    """The tree in float32: moments are made in it whatever the parameters' type."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

@@ -1,11 +1,18 @@
 """The steps, as pure functions: what goes in decides what comes out."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from grok.config import TrainConfig
-from grok.train.loss import batch_loss, hidden, token_losses
+from grok import sharding
+from grok.config import OptimizerConfig, RunConfig, TrainConfig
+from grok.model.weights import to_arrays
+from grok.train.groups import merge, names, reported_group, select, trained
+from grok.train.guard import count, find_bad, norm_of, sums_of_squares, unless
+from grok.train.loss import batch_loss, count_tokens, hidden, token_losses
+from grok.train.optimizer import make_schedule
 from grok.train.state import TrainState, as_float32
 
 
@@ -13,18 +20,98 @@ def train_step(
     state: TrainState,
     batch: dict,
     *,
-    config: TrainConfig,
+    config: RunConfig,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict]:
-    """One optimizer step. Returns the new state and the step's metrics (see `batch_loss`), with
-    the gradient's global norm before clipping as `grad_norm`."""
-    loss_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
-    (_, metrics), grads = loss_and_grad(state.model, batch, config)
-    grads = as_float32(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, as_float32(state.model))
-    model = optax.apply_updates(state.model, updates)
-    metrics["grad_norm"] = optax.tree.norm(grads)
-    return TrainState(state.step + 1, model, opt_state), metrics
+    """One optimizer step. Returns the new state and the step's metrics, float32 unless said.
+
+    Those of `batch_loss`, and: `learning_rate`; `grad_norm` before clipping, `update_norm` and
+    `param_norm`, global norms of what is trained, the first two also of each group as
+    `grad_norm/GROUP`; `skipped`, 1 when the step was bad and changed nothing; `bad_in_a_row`, up
+    to this step; `bad_tensors`, bool in the order of `names(model)`: the tensors to blame.
+    """
+    params = select(state.model, trained(config))
+    loss, metrics, grads = gradients(params, state.model, batch, config.train)
+    updates, opt_state = optimizer.update(grads, state.opt_state, as_float32(params))
+
+    grad_squares = sums_of_squares(to_arrays(grads))
+    bad, to_blame = find_bad(state.guard, loss, grad_squares, config.train)
+    guard = count(state.guard, bad, norm_of(grad_squares))
+    params = unless(bad, optax.apply_updates(params, updates), params)
+    opt_state = unless(bad, opt_state, state.opt_state)
+    ema = state.ema
+    if ema is not None:
+        ema = unless(bad, moved(ema, params, config.optimizer.ema_decay), ema)
+
+    update_squares = {
+        name: jnp.where(bad, 0, square)
+        for name, square in sums_of_squares(to_arrays(updates)).items()
+    }
+    metrics |= {
+        # A bad step leaves its place in the schedule to the next.
+        "learning_rate": make_schedule(config.optimizer, config.train.steps)(
+            state.step - state.guard.skipped
+        ),
+        "param_norm": norm_of(sums_of_squares(to_arrays(params))),
+        **norms("grad_norm", grad_squares, config.optimizer),
+        **norms("update_norm", update_squares, config.optimizer),
+        "skipped": bad.astype(jnp.float32),
+        "bad_in_a_row": guard.bad_in_a_row.astype(jnp.float32),
+        "bad_tensors": jnp.stack([to_blame.get(name, False) for name in names(state.model)]),
+    }
+    return TrainState(state.step + 1, merge(params, state.model), opt_state, guard, ema), metrics
+
+
+def gradients(params, model, batch: dict, config: TrainConfig) -> tuple[jax.Array, dict, Any]:
+    """Loss, report and gradient (float32) of a batch with respect to `params`, a part of `model`.
+
+    With accumulation the batch goes through the model in parts, and their gradients, each weighted
+    by its share of the tokens, add up to that of the batch.
+    """
+
+    def loss(params, part, whole):
+        return batch_loss(merge(params, model), part, config, whole)
+
+    def of_part(part):
+        (total, report), grads = jax.value_and_grad(loss, has_aux=True)(params, part, whole)
+        return total, report, as_float32(grads)
+
+    whole = count_tokens(batch)
+    if config.accumulate == 1:
+        return of_part(batch)
+
+    def add(sums, part):
+        return jax.tree.map(jnp.add, sums, of_part(part)), None
+
+    parts = {name: microbatches(array_BT, config.accumulate) for name, array_BT in batch.items()}
+    first = {name: array_nBT[0] for name, array_nBT in parts.items()}
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, first))
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def microbatches(array_BT: jax.Array, number: int) -> jax.Array:
+    """The rows of a batch as `number` microbatches of every `number`-th row, on a leading axis.
+
+    Neighbouring rows are on one device, so each keeps its own and has as many of every microbatch.
+    """
+    B, T = array_BT.shape
+    parts = None if sharding.ambient_mesh() is None else sharding.spec("batch", None, "length")
+    rows = jax.lax.reshape(array_BT, (B // number, number, T), out_sharding=parts)
+    return jnp.moveaxis(rows, 1, 0)
+
+
+def norms(name: str, squares: dict[str, jax.Array], config: OptimizerConfig) -> dict:
+    """The norm of all tensors as NAME, and of each group of them as NAME/GROUP."""
+    groups: dict[str, dict[str, jax.Array]] = {}
+    for tensor, square in squares.items():
+        groups.setdefault(reported_group(config, tensor), {})[tensor] = square
+    of_groups = {f"{name}/{group}": norm_of(part) for group, part in groups.items()}
+    return {name: norm_of(squares)} | of_groups
+
+
+def moved(ema, params, decay: float):
+    """The moving average after a step that led to `params`."""
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, as_float32(params))
 
 
 def eval_step(model, batch: dict) -> jax.Array:

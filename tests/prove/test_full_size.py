@@ -27,7 +27,7 @@ topology, expert, overrides = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 devices = topologies.get_topology_desc(topology, platform="tpu").devices
 config = grok.load_config("grok-1", ["data.sequence_length=8192", *overrides])
 mesh = grok.make_mesh(expert=expert, devices=devices)
-optimizer = make_optimizer(config.optimizer, config.train.steps)
+optimizer = make_optimizer(config)
 rows = NamedSharding(mesh, sharding.spec("batch", "length"))
 shape = (len(devices), 8192)
 batch = {
@@ -35,7 +35,7 @@ batch = {
     "targets_BT": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
     "mask_BT": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows),
 }
-step = functools.partial(train_step, config=config.train, optimizer=optimizer)
+step = functools.partial(train_step, config=config, optimizer=optimizer)
 with jax.set_mesh(mesh):
     state = abstract_state(config, optimizer, mesh)
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()

@@ -30,10 +30,10 @@ def in_folder(config: RunConfig, folder: Path) -> RunConfig:
 def saved_state(config: RunConfig, step: int) -> dict:
     """Everything saved at `step`, by name, as NumPy arrays."""
     mesh = sharding.make_mesh(data=2, expert=2, tensor=2)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config)
     wanted = abstract_state(config, optimizer, mesh)
     checkpoints = Checkpoints(Path(config.folder) / "checkpoints")
-    trees = {MODEL: wanted.model, OPTIMIZER: (wanted.step, wanted.opt_state)}
+    trees = {MODEL: wanted.model, OPTIMIZER: (wanted.step, wanted.opt_state, wanted.guard)}
     read = checkpoints.restore(step, trees)
     checkpoints.close()
     return {

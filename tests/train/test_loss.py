@@ -81,8 +81,8 @@ def test_a_batch_without_a_token_that_counts_has_no_loss(model):
 
 
 def test_balance_loss_is_one_when_even_and_e_when_all_go_to_one():
-    even = RouterStats(jnp.full(8, 1 / 8), jnp.full(8, 1 / 8))
-    one = RouterStats(jnp.eye(8)[3], jnp.eye(8)[3])
+    even = RouterStats(jnp.full(8, 1 / 8), jnp.full(8, 1 / 8), jnp.log(8))
+    one = RouterStats(jnp.eye(8)[3], jnp.eye(8)[3], jnp.zeros(()))
     assert float(even.balance_loss()) == pytest.approx(1)
     assert float(one.balance_loss()) == pytest.approx(8)
 

@@ -28,9 +28,10 @@ def test_without_warm_up_the_first_step_has_the_peak_rate():
 
 
 def test_matrices_decay_and_norm_scales_do_not(tiny_run: RunConfig):
-    config = dataclasses.replace(tiny_run.optimizer, weight_decay=0.5, warmup_steps=0)
-    optimizer = make_optimizer(config, steps=10)
-    state = init_state(tiny_run, optimizer, make_mesh(devices=jax.devices()[:1]))
+    decaying = dataclasses.replace(tiny_run.optimizer, weight_decay=0.5, warmup_steps=0)
+    config = dataclasses.replace(tiny_run, optimizer=decaying)
+    optimizer = make_optimizer(config)
+    state = init_state(config, optimizer, make_mesh(devices=jax.devices()[:1]))
     zeros = jax.tree.map(jnp.zeros_like, state.model)
     updates, _ = jax.jit(optimizer.update)(zeros, state.opt_state, state.model)
     for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
@@ -41,7 +42,7 @@ def test_matrices_decay_and_norm_scales_do_not(tiny_run: RunConfig):
 def test_moments_are_float32_when_parameters_are_bfloat16(tiny_run: RunConfig):
     model = dataclasses.replace(tiny_run.model, param_dtype="bfloat16")
     config = dataclasses.replace(tiny_run, model=model)
-    optimizer = make_optimizer(config.optimizer, steps=10)
+    optimizer = make_optimizer(config)
     state = abstract_state(config, optimizer, make_mesh(devices=jax.devices()[:1]))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.model)} == {jnp.dtype("bfloat16")}
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
