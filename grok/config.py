@@ -120,7 +120,7 @@ class MeshConfig:
     expert: Annotated[int, Field(description="experts are split over it, and the batch")] = 1
     tensor: Annotated[int, Field(description="heads, expert width and vocabulary")] = 1
     simulated_devices: Annotated[
-        CountOrZero, Field(description="CPU devices to simulate on this machine; 0: real ones")
+        CountOrZero, Field(description="CPU devices to simulate, over all hosts; 0: real ones")
     ] = 0
 
 
@@ -311,6 +311,13 @@ class TrainConfig:
     eval_every: Annotated[
         CountOrZero, Field(description="steps between validation passes; 0: only at the end")
     ] = 0
+    hang_seconds: Annotated[
+        CountOrZero,
+        Field(description="a run of which no step ends for so long is ended, to restart; 0: never"),
+    ] = 1800
+    heartbeat_seconds: Annotated[
+        Count, Field(description="a host not heard of for so long is lost, which ends the others")
+    ] = 60
     tensorboard: Annotated[
         bool, Field(description="write TensorBoard's files too (the extra `tensorboard`)")
     ] = False

@@ -13,7 +13,7 @@ def prepare(simulated: int) -> None:
     if simulated:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", simulated)
-    elif not jax.config.jax_platforms and not _has_tpu():
+    elif not jax.config.jax_platforms and not has_tpu():
         # Where libtpu is installed to compile for TPUs, JAX would search seconds for one, and
         # complain, before it took what the machine has.
         cuda = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
@@ -23,7 +23,7 @@ def prepare(simulated: int) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
 
 
-def _has_tpu() -> bool:
+def has_tpu() -> bool:
     """Whether this machine shows a TPU: v2 to v4 as /dev/accel*, later ones through VFIO."""
     devices = Path("/dev")
     return any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*"))

@@ -4,8 +4,12 @@ The command line prints the sentence alone and leaves with the class's exit code
 that escapes is a bug and keeps its stack trace.
 """
 
-# Exit codes of a run that ended as it should.
+# What a run's exit code tells whoever started it; anything else is unexpected, and worth another
+# start. README has the table.
 DONE = 0
+REFUSED = 2  # config, data or checkpoint must be changed first: do not restart
+DIVERGED = 65  # the numbers went bad: do not restart (EX_DATAERR)
+RESTART = 69  # it hung, or lost another process: restart (EX_UNAVAILABLE)
 SAVED = 75  # asked to stop, everything saved, the same command goes on (EX_TEMPFAIL)
 
 
@@ -18,16 +22,28 @@ class GrokError(Exception):
 class ConfigError(GrokError, ValueError):
     """A configuration that cannot work: unknown key, wrong type, impossible combination."""
 
-    exit_code = 2
+    exit_code = REFUSED
 
 
 class DataError(GrokError, ValueError):
     """Text, tokenizer or dataset files that cannot be used as they are."""
 
-    exit_code = 2
+    exit_code = REFUSED
 
 
 class CheckpointError(GrokError, ValueError):
     """Checkpoint or weight files that are missing, damaged, or of another model."""
 
-    exit_code = 2
+    exit_code = REFUSED
+
+
+class Diverged(GrokError):
+    """Gradients or losses that stayed bad: the same run would go the same way again."""
+
+    exit_code = DIVERGED
+
+
+class Lost(GrokError):
+    """Another process of the run is gone, or never came; all of them start again."""
+
+    exit_code = RESTART

@@ -43,7 +43,8 @@ optimizer optimizer.peak_lr optimizer.final_lr_share optimizer.warmup_steps opti
 optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm optimizer.groups
 optimizer.ema_decay
 train train.steps train.seed train.init_from train.z_loss train.router_balance_loss
-train.accumulate train.skip_spikes_above train.log_every train.eval_every train.tensorboard
+train.accumulate train.skip_spikes_above train.log_every train.eval_every train.hang_seconds
+train.heartbeat_seconds train.tensorboard
 train.wandb train.profile
 checkpoint checkpoint.every checkpoint.keep
 """.split()

@@ -34,7 +34,7 @@ ALLOWED = {
     "plan.chips": BASE,
     "data": ("errors", "config", "storage", "sharding"),
     "checkpoint": MODEL,
-    "train": RUNS,
+    "train": (*RUNS, "devices"),
     "infer": RUNS,
     "plan": (*RUNS, "train", "infer"),
     "quickstart": RUNNERS,

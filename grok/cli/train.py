@@ -11,16 +11,19 @@ import click
 def train(config: str, overrides: tuple[str, ...]) -> None:
     """Train as CONFIG says: from scratch, or on from the newest checkpoint in its folder.
 
-    CONFIG is a YAML file or a preset's name. Ctrl-C saves before it leaves (exit code 75).
+    CONFIG is a YAML file or a preset's name. Ctrl-C saves before it leaves (exit code 75). On
+    several hosts, start the same command on each.
     """
     from grok.config_files import load_config
-
-    checked = load_config(config, overrides)
-
     from grok.devices import prepare
+    from grok.train import hosts
 
-    prepare(checked.mesh.simulated_devices)
+    with hosts.ending_together():
+        checked = load_config(config, overrides)
+        hosts.join(checked)
+        prepare(checked.mesh.simulated_devices // hosts.count())
 
-    from grok.train.loop import run
+        from grok.train.loop import run
 
-    sys.exit(run(checked))
+        code = run(checked)
+    sys.exit(code)

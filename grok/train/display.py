@@ -12,17 +12,17 @@ SMOOTHING = 0.9
 class Display:
     """Step, loss, smoothed loss, tokens a second, MFU, time left, and the save that is going on."""
 
-    def __init__(self, steps: int, first: int):
-        """Of a run of `steps`, of which `first` are done."""
+    def __init__(self, steps: int, first: int, quiet: bool = False):
+        """Of a run of `steps`, of which `first` are done; a `quiet` one shows nothing."""
         self._steps = steps
-        self._console = Console()
+        self._console = Console(quiet=quiet)
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[note]}"),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
         )
         self._task = self._progress.add_task("train", total=steps, completed=first, note="starting")
         self._began: tuple[int, float] | None = None

@@ -24,6 +24,7 @@ from grok.config_text import to_yaml
 from grok.data.pipeline import Batch, global_batches, to_mesh
 from grok.data.text import bits_per_byte
 from grok.errors import DONE, SAVED, ConfigError
+from grok.train import hosts
 from grok.train.data import RunData, read_data
 from grok.train.initial import InitialWeights, initial_weights
 from grok.train.optimizer import make_optimizer
@@ -32,6 +33,7 @@ from grok.train.saved import restore, save
 from grok.train.state import TrainState, init_state
 from grok.train.step import eval_step, train_step
 from grok.train.stop import StopRequest
+from grok.train.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +49,18 @@ class Run:
     checkpoints: Checkpoints
     initial: InitialWeights | None  # what the parameters started from, if not from the seed
     reports: Reports
+    watchdog: Watchdog
     first: int  # the step that this process goes on from
 
 
 def run(config: RunConfig) -> int:
     """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop."""
     parts = open_run(config)
-    with jax.set_mesh(parts.mesh), StopRequest() as stop, parts.reports as reports:
+    with jax.set_mesh(parts.mesh), StopRequest(parts.mesh) as stop, parts.reports as reports:
         with reports.events.during("start"):
             state = first_state(parts)
-        step = train(parts, state, stop)
+        with parts.watchdog:
+            step = train(parts, state, stop)
         with reports.events.during("save"):
             parts.checkpoints.close()
         return farewell(parts, step)
@@ -77,7 +81,7 @@ def open_run(config: RunConfig) -> Run:
     step = functools.partial(train_step, config=config, optimizer=optimizer)
     folder = Path(config.folder)
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
-    first = checkpoints.latest() or 0
+    first = hosts.from_first(checkpoints.latest) or 0
     return Run(
         config=config,
         mesh=mesh,
@@ -88,6 +92,7 @@ def open_run(config: RunConfig) -> Run:
         checkpoints=checkpoints,
         initial=initial_weights(config, checkpoints),
         reports=Reports(config, mesh, data, first, began),
+        watchdog=Watchdog(config.train.hang_seconds, config.folder),
         first=first,
     )
 
@@ -111,8 +116,10 @@ def first_state(run: Run) -> TrainState:
             model = run.initial.load(run.mesh)
         say("making the initial state")
         state = init_state(run.config, run.optimizer, run.mesh, model)
-        shutil.copyfile(run.config.data.tokenizer, folder / "tokenizer.model")
-    (folder / "config.yaml").write_text(to_yaml(run.config))
+    if hosts.is_first():
+        (folder / "config.yaml").write_text(to_yaml(run.config))
+        if not run.first:
+            shutil.copyfile(run.config.data.tokenizer, folder / "tokenizer.model")
     return state
 
 
@@ -125,12 +132,19 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> int:
     reports.began(run.first)
     step = saved = run.first
     batches = training_batches(run)
-    while step < config.train.steps and not stop.requested():
+    metrics: dict[str, jax.Array] = {}
+    while step < config.train.steps:
+        before = metrics
         with reports.events.waiting():
             batch = next(batches)
         step += 1
+        stop.vote()
         state, metrics = reports.run_step(step, run.step_function, state, batch)
         reports.display.advance(step, saved if run.checkpoints.saving() else None)
+        # Devices have this step when the host looks at the one before: none waits for the other.
+        if before:
+            jax.block_until_ready(before)
+        run.watchdog.beat(step - 1)
         last = step == config.train.steps
         if last or step % config.train.log_every == 0:
             report_step(run, step, metrics)
@@ -139,6 +153,8 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> int:
         if last or step % config.checkpoint.every == 0:
             save_state(run, step, state)
             saved = step
+        if stop.agreed():
+            break
     if saved != step:
         save_state(run, step, state)
     return step

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from grok.config import GrokConfig, RunConfig
 from grok.errors import GrokError
 from grok.plan.chips import peak_flops
+from grok.train import hosts
 from grok.train.data import RunData
 from grok.train.display import Display
 from grok.train.events import Events
@@ -35,7 +36,7 @@ class Reports:
         self._began = began
         self._config, self._mesh, self._data, self._step = config, mesh, data, first
         self._folder = Path(config.folder) if jax.process_index() == 0 else None
-        self.display = Display(config.train.steps, first)
+        self.display = Display(config.train.steps, first, quiet=self._folder is None)
         self._compiled: set[tuple[int, int]] = set()
 
     def __enter__(self) -> "Reports":
@@ -95,6 +96,7 @@ class Reports:
                 self._compiled.add((B, T))
                 self.say("compiling the training step")
                 with self.events.during("compile", step=step):
+                    hosts.compile_together(function, state, batch)
                     state, metrics = jax.block_until_ready(function(state, batch))
         if self._profiler.after(step, metrics):
             self.say(f"profile of the steps up to {step} in {self._folder}/profile")
