@@ -37,8 +37,9 @@ ALLOWED = {
     "train": (*RUNS, "devices"),
     "infer": RUNS,
     "plan": (*RUNS, "train", "infer"),
-    "quickstart": RUNNERS,
-    "cli": (*RUNNERS, "quickstart"),
+    "report": (*BASE, "yaml_data", "train"),
+    "quickstart": (*RUNNERS, "report"),
+    "cli": (*RUNNERS, "quickstart", "report"),
     "__main__": ("cli",),
 }
 

@@ -5,7 +5,7 @@ Each line has `time` (when it began, seconds since 1970), `event`, and, for what
 
   began     a process took the run up
   resumed   it goes on after `step` steps, 0 at the very beginning
-  start, restore, compile, validate, save
+  start, restore, compile, validate, save, profile
             spans of `during`
   steps     training steps `first` + 1 to `last`, all spans left out
   data      seconds that the loop waited for batches since the line before

@@ -12,7 +12,7 @@ from typing import Any
 
 # Lines that say from which step the run goes on; what was done beyond it is done again.
 REWINDS = ("resumed", "returned")
-SPANS = ("start", "restore", "compile", "data", "validate", "save")
+SPANS = ("start", "restore", "compile", "data", "validate", "save", "profile")
 
 
 @dataclasses.dataclass(frozen=True)

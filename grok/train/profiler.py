@@ -4,14 +4,17 @@ from pathlib import Path
 
 import jax
 
+from grok.train.events import Events
+
 
 class Profiler:
     """Records the steps that `train.profile` names into a folder: host, device, and every
     operation by its scope."""
 
-    def __init__(self, folder: Path | None, steps: tuple[int, ...]):
-        """`steps`: the first and the last; empty for none, as where there is no folder."""
-        self._folder = folder
+    def __init__(self, folder: Path | None, steps: tuple[int, ...], events: Events):
+        """`steps`: the first and the last; empty for none, as where there is no folder. What it
+        costs to start and to write a profile is told to `events`."""
+        self._folder, self._events = folder, events
         self._first, self._last = steps if steps and folder is not None else (0, 0)
         self._running = False
 
@@ -19,7 +22,8 @@ class Profiler:
         """To be called before `step` is dispatched."""
         # A run that was resumed in the middle records what is left.
         if self._first <= step <= self._last and not self._running:
-            jax.profiler.start_trace(str(self._folder))
+            with self._events.during("profile"):
+                jax.profiler.start_trace(str(self._folder))
             self._running = True
 
     def after(self, step: int, metrics: dict[str, jax.Array]) -> bool:
@@ -33,5 +37,6 @@ class Profiler:
     def close(self) -> None:
         """Ends a profile that is still being recorded."""
         if self._running:
-            jax.profiler.stop_trace()
+            with self._events.during("profile"):
+                jax.profiler.stop_trace()
             self._running = False

@@ -40,31 +40,40 @@ class Reports:
         self._compiled: set[tuple[int, int]] = set()
 
     def __enter__(self) -> "Reports":
-        config, folder = self._config, self._folder
         with contextlib.ExitStack() as exits:
-            self.events = exits.enter_context(
-                Events(folder and folder / "events.jsonl", self._began)
-            )
-            self.rates = Rates(config.model, self._mesh, self.events)
-            metrics_file = MetricsFile(folder and folder / "metrics.jsonl", self._step)
-            self.metrics = exits.enter_context(metrics_file)
-            self._record = Record(
-                None if folder is None else str(folder), config, self._mesh, self._data
-            )
-            self._writers: list[Writer] = []
-            if folder is not None:
-                self._writers = open_writers(config, folder, self._record.run_id, self._step)
-            for writer in self._writers:
-                exits.callback(writer.close)
-            self._profiler = Profiler(folder and folder / "profile", config.train.profile)
-            exits.callback(self._profiler.close)
+            path = None if self._folder is None else self._folder / "events.jsonl"
+            self.events = exits.enter_context(Events(path, self._began))
             exits.enter_context(self.display)
+            with self.events.during("start"):
+                self._open(exits)
             self._exits = exits.pop_all()
         return self
 
+    def _open(self, exits: contextlib.ExitStack) -> None:
+        """Opens what is written to; `exits` closes it."""
+        config, folder = self._config, self._folder
+        self.rates = Rates(config.model, self._mesh, self.events)
+        self.metrics = exits.enter_context(
+            MetricsFile(None if folder is None else folder / "metrics.jsonl", self._step)
+        )
+        self._record = Record(
+            None if folder is None else str(folder), config, self._mesh, self._data
+        )
+        self._writers: list[Writer] = []
+        if folder is not None:
+            self._writers = open_writers(config, folder, self._record.run_id, self._step)
+        for writer in self._writers:
+            exits.callback(writer.close)
+        self._profiler = Profiler(
+            None if folder is None else folder / "profile", config.train.profile, self.events
+        )
+        exits.callback(self._profiler.close)
+
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if error is not None:
-            self.ended(self._step, error.exit_code if isinstance(error, GrokError) else 1)
+            # A full disk may be what ended the run.
+            with contextlib.suppress(OSError):
+                self.ended(self._step, error.exit_code if isinstance(error, GrokError) else 1)
         self._exits.__exit__(kind, error, trace)
 
     def say(self, text: str) -> None:

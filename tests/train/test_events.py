@@ -89,6 +89,7 @@ def test_goodput_counts_steps_done_again_once_and_gaps_as_down():
         "data": 2.0,
         "validate": 0.0,
         "save": 4.0,
+        "profile": 0.0,
         "down": 40.0,
         "other": 0.0,
     }

@@ -1,0 +1,1 @@
+"""Pages about runs, for people: everything is read from the folders that runs leave."""
