@@ -7,7 +7,7 @@ and text is text. P points, L layers, E experts.
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -25,6 +25,11 @@ COLORS = {
     "s5": "#6a5acd", "s6": "#7a8590", "s7": "#0f9bb5",
 }  # fmt: skip
 NUM_SERIES = 8
+STYLES: dict[str, dict[str, Any]] = {
+    "line": {"linewidth": 1.8},
+    "faint": {"linewidth": 0.8, "alpha": 0.35},
+    "dots": {"linewidth": 1.2, "marker": "o", "markersize": 4},
+}
 # Loads of experts: colour of less and of more than an even share; even is the page itself.
 LESS, MORE = (42, 120, 214), (232, 89, 12)
 # Most columns of a heat map over time.
@@ -68,13 +73,8 @@ def draw_curves(
     """Curves over one axis, with the marks as vertical lines."""
     for each in series:
         x_P, y_P = thin(each.x_P, each.y_P)
-        style = {
-            "line": {"linewidth": 1.8},
-            "faint": {"linewidth": 0.8, "alpha": 0.35},
-            "dots": {"linewidth": 1.2, "marker": "o", "markersize": 4},
-        }[each.kind]
         color = COLORS[f"s{each.color % NUM_SERIES}"]
-        axes.plot(x_P, y_P, color=color, label=each.name or "_", **style)
+        axes.plot(x_P, y_P, color=color, label=each.name or "_", **STYLES[each.kind])
     for steps, color, dashes, label in (
         (marks.restarts, COLORS["muted"], (0, (4, 3)), "process restarted"),
         (marks.bad[:200], COLORS["bad"], (0, (1, 2)), "update skipped, or not finite"),
@@ -138,7 +138,7 @@ def draw_load_over_time(axes: Axes, steps_P: np.ndarray, load_PLE: np.ndarray) -
 def svg(width: float, height: float, draw: Callable[[Axes], None], label: str) -> str:
     """A figure of `width` x `height` pixels as inline SVG; `label` says what it shows to those
     who cannot see it, and keeps its identifiers apart from those of other figures."""
-    settings = {"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 10}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 10}
     with matplotlib.rc_context(settings):
         figure = _figure(width, height)
         draw(figure.subplots())

@@ -1,6 +1,7 @@
 """The report of one run: what it is, how it went, what it cost."""
 
 import datetime
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -135,7 +136,7 @@ def curves_section(run: RunFolder, marks: Marks) -> page.Section | None:
             figures.append(
                 drawn(
                     f"{title} of each group of parameters",
-                    lambda axes, series=series: log_curves(axes, series, marks),
+                    functools.partial(log_curves, series=series, marks=marks),
                 )
             )
     for key, title, unit in (

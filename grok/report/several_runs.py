@@ -1,5 +1,6 @@
 """Several runs on one page: loss by tokens seen, and their last figures side by side."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ from grok.train.display import duration
 def several_runs(runs: Sequence[RunFolder]) -> str:
     """The page of several runs."""
     figures = [
-        drawn(title, lambda axes, series=series, unit=unit: draw(axes, series, unit), BROAD)
+        drawn(title, functools.partial(draw, series=series, unit=unit), BROAD)
         for title, unit, series in curves(runs)
     ]
     return page.render(
@@ -36,7 +37,7 @@ def several_runs_png(runs: Sequence[RunFolder]) -> bytes | None:
     found = list(curves(runs))
     if not found:
         return None
-    drawings = [lambda axes, s=series, u=unit: draw(axes, s, u) for _, unit, series in found]
+    drawings = [functools.partial(draw, series=series, unit=unit) for _, unit, series in found]
     return png(drawings, [title for title, _, _ in found])
 
 
