@@ -7,7 +7,7 @@ that would work.
 
 import dataclasses
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -224,6 +224,11 @@ class DataConfig:
             before = change.from_step
 
 
+# A moment in bfloat16 with more stays what it is where no gradient comes any more: its decay is
+# below half of the last bit.
+MAX_BFLOAT16_DECAY = 0.99
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerGroup:
     """What is different for the tensors whose names match a pattern."""
@@ -252,16 +257,34 @@ class OptimizerGroup:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW under linear warm-up and cosine decay, after clipping by global norm."""
+    """The optimizer and its learning rate, after clipping by global norm."""
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
+    name: Annotated[
+        Literal["adamw", "adafactor", "lion", "muon"],
+        Field(description="muon: of attention and experts; the rest of the model has adamw"),
+    ] = "adamw"
     peak_lr: Annotated[Positive, Field(description="learning rate after warm-up")] = 3e-4
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant", "wsd"],
+        Field(description="learning rate after warm-up; wsd: constant, then decay_steps of linear"),
+    ] = "cosine"
     final_lr_share: Annotated[Share, Field(description="last learning rate over peak_lr")] = 0.1
     warmup_steps: Annotated[CountOrZero, Field(description="steps of linear warm-up")] = 100
-    beta1: Annotated[Share, Field(description="decay of Adam's first moment")] = 0.9
-    beta2: Annotated[Share, Field(description="decay of Adam's second moment")] = 0.95
+    decay_steps: Annotated[CountOrZero, Field(description="last steps, in which wsd decays")] = 0
+    beta1: Annotated[
+        Share, Field(description="decay of the first moment; adafactor has none at 0")
+    ] = 0.9
+    beta2: Annotated[Share, Field(description="decay of the second moment; of lion's momentum")] = (
+        0.95
+    )
     epsilon: Annotated[Positive, Field(description="Adam's epsilon")] = 1e-8
+    muon_momentum: Annotated[Share, Field(description="decay of muon's momentum")] = 0.95
+    moments_dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        Field(description="type that moments are kept in; adafactor's second is float32"),
+    ] = "float32"
     weight_decay: Annotated[
         PositiveOrZero, Field(description="decoupled decay of matrices (norm scales have none)")
     ] = 0.1
@@ -280,6 +303,50 @@ class OptimizerConfig:
                 "optimizer.ema_decay=1.0 would keep the initial weights; optimizer.ema_decay=0.999 "
                 "would work."
             )
+        self._check_schedule()
+        self._check_moments()
+
+    def _check_schedule(self) -> None:
+        """Refuse keys that the schedule would not read."""
+        if (self.schedule == "wsd") != (self.decay_steps > 0):
+            works = (
+                "optimizer.decay_steps=100" if self.schedule == "wsd" else "optimizer.schedule=wsd"
+            )
+            raise ConfigError(
+                f"optimizer.decay_steps={self.decay_steps} and optimizer.schedule={self.schedule}: "
+                f"it is wsd that decays over the last steps; {works} would work."
+            )
+        if self.schedule == "constant" and self.final_lr_share not in (
+            1,
+            self._default("final_lr_share"),
+        ):
+            raise ConfigError(
+                f"optimizer.final_lr_share={self.final_lr_share} is not reached with "
+                "optimizer.schedule=constant; optimizer.schedule=linear would work."
+            )
+
+    def _check_moments(self) -> None:
+        """Refuse keys that the optimizer would not read, and moments that would stand still."""
+        for key, readers in {"epsilon": ("adamw", "muon"), "muon_momentum": ("muon",)}.items():
+            value, default = getattr(self, key), self._default(key)
+            if value != default and self.name not in readers:
+                raise ConfigError(
+                    f"optimizer.{key}={value} is nothing that optimizer.name={self.name} has; "
+                    f"optimizer.{key}={default} would work."
+                )
+        if self.moments_dtype == "float32":
+            return
+        for key in ("beta1", "beta2", "muon_momentum"):
+            if getattr(self, key) > MAX_BFLOAT16_DECAY:
+                raise ConfigError(
+                    f"optimizer.{key}={getattr(self, key)} decays by less than bfloat16's 8 bits "
+                    f"can hold; optimizer.{key}={MAX_BFLOAT16_DECAY} or "
+                    "optimizer.moments_dtype=float32 would work."
+                )
+
+    @classmethod
+    def _default(cls, key: str) -> Any:
+        return cls.__dataclass_fields__[key].default
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,7 +405,6 @@ class TrainConfig:
                 f"{self.steps} of the run; train.profile=[{start}, {min(start + 2, self.steps)}] "
                 "would work."
             )
-
         if 0 < self.skip_spikes_above <= 1:
             raise ConfigError(
                 f"train.skip_spikes_above={self.skip_spikes_above} would skip usual steps; "
@@ -386,6 +452,13 @@ class RunConfig:
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
                 f"train.steps={self.train.steps}; "
                 f"optimizer.warmup_steps={self.train.steps // 10} would work."
+            )
+        stable = self.train.steps - self.optimizer.warmup_steps
+        if self.optimizer.decay_steps > stable:
+            raise ConfigError(
+                f"optimizer.decay_steps={self.optimizer.decay_steps} is more than the {stable} "
+                f"steps of train.steps={self.train.steps} after optimizer.warmup_steps="
+                f"{self.optimizer.warmup_steps}; optimizer.decay_steps={stable} would work."
             )
         if self.mesh.simulated_devices:
             check_fits(self, self.mesh.simulated_devices)

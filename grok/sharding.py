@@ -145,6 +145,29 @@ def whole(axes: Axes) -> Axes:
     return tuple(None if axis in ("embed", "expert_embed") else axis for axis in axes)
 
 
+def on_whole(f: Callable, x: jax.Array, lead: int) -> jax.Array:
+    """`f(x)`, of x's shape, where f works on each entry of the first `lead` axes by itself and
+    needs all of the axes after them.
+
+    The entries are spread over as many of the devices that share x as divide their numbers, each
+    runs `f` on its own, and the result goes back to where x lies. Other devices repeat the work.
+    """
+    if ambient_mesh() is None:
+        return f(x)
+    mesh, places = ambient_mesh(), jax.typeof(x).sharding.spec
+    parts = [((part,) if isinstance(part, str) else part or ()) for part in places]
+    spread = parts[:lead]
+    for axis in (name for part in parts[lead:] for name in part):
+        for dim in range(lead):
+            devices = math.prod(mesh.shape[name] for name in (*spread[dim], axis))
+            if x.shape[dim] % devices == 0:
+                spread[dim] = (*spread[dim], axis)
+                break
+    where = PartitionSpec(*(part or None for part in spread), *(None,) * (x.ndim - lead))
+    local = jax.shard_map(f, in_specs=where, out_specs=where)
+    return jax.sharding.reshard(local(jax.sharding.reshard(x, where)), places)
+
+
 def einsum(subscripts: str, *operands: jax.Array, axes: Axes, **options) -> jax.Array:
     """`jnp.einsum` whose result is split as `axes` says; sums over split axes are made whole."""
     if ambient_mesh() is not None:

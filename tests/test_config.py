@@ -39,9 +39,10 @@ mesh mesh.slice mesh.data mesh.expert mesh.tensor mesh.simulated_devices
 data data.train data.validation data.datasets data.mixture_changes data.validation_dataset
 data.packing data.allow_changed data.tokenizer data.sequence_length data.batch_size data.seed
 data.prefetch
-optimizer optimizer.peak_lr optimizer.final_lr_share optimizer.warmup_steps optimizer.beta1
-optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm optimizer.groups
-optimizer.ema_decay
+optimizer optimizer.name optimizer.peak_lr optimizer.schedule optimizer.final_lr_share
+optimizer.warmup_steps optimizer.decay_steps optimizer.beta1 optimizer.beta2 optimizer.epsilon
+optimizer.muon_momentum optimizer.moments_dtype optimizer.weight_decay optimizer.clip_norm
+optimizer.groups optimizer.ema_decay
 train train.steps train.seed train.init_from train.z_loss train.router_balance_loss
 train.accumulate train.skip_spikes_above train.log_every train.eval_every train.hang_seconds
 train.heartbeat_seconds train.tensorboard
@@ -150,6 +151,18 @@ def test_a_mixture_round_trip(write):
     assert load_config("run.yaml") == run
 
 
+def test_groups_round_trip(write):
+    groups = "[{match: '*router*', lr_scale: 0.1}, {match: 'layers/*', frozen: true}]"
+    run = load_config("grok-10m", [f"optimizer.groups={groups}"])
+    assert [(each.lr_scale, each.frozen) for each in run.optimizer.groups] == [
+        (0.1, False),
+        (1, True),
+    ]
+    assert from_dict(to_dict(run)) == run
+    write("run.yaml", to_yaml(run))
+    assert load_config("run.yaml") == run
+
+
 # ---- what is refused
 
 
@@ -224,6 +237,40 @@ def test_a_mixture_round_trip(write):
             "data: {datasets: [{path: a}], mixture_changes: [{from_step: 5, weights: [1]},"
             " {from_step: 5, weights: [1]}]}",
             "data.mixture_changes has from_step=5 after 5; steps that increase would work.",
+        ),
+        ("optimizer: {name: adam}", 'did you mean "adamw"?'),
+        ("optimizer: {name: lion, epsilon: 1e-6}", "optimizer.epsilon=1e-08 would work."),
+        ("optimizer: {muon_momentum: 0.9}", "is nothing that optimizer.name=adamw has"),
+        ("optimizer: {schedule: wsd}", "optimizer.decay_steps=100 would work."),
+        ("optimizer: {decay_steps: 5}", "optimizer.schedule=wsd would work."),
+        (
+            "optimizer: {schedule: wsd, decay_steps: 950}",
+            "is more than the 900 steps of train.steps=1000 after optimizer.warmup_steps=100; "
+            "optimizer.decay_steps=900 would work.",
+        ),
+        (
+            "optimizer: {schedule: constant, final_lr_share: 0.5}",
+            "optimizer.schedule=linear would work.",
+        ),
+        (
+            "optimizer: {beta2: 0.999, moments_dtype: bfloat16}",
+            "run.yaml:2: optimizer.beta2=0.999 decays by less than bfloat16's 8 bits can hold",
+        ),
+        ("optimizer: {ema_decay: 1}", "optimizer.ema_decay=0.999 would work."),
+        ("optimizer: {groups: [router]}", "optimizer.groups[0] must be a mapping of keys"),
+        (
+            "optimizer: {groups: [{match: a, scale: 2}]}",
+            "optimizer.groups.0.scale; did you mean optimizer.groups.0.lr_scale?",
+        ),
+        (
+            "optimizer: {groups: [{match: '*', frozen: true, lr_scale: 2}]}",
+            "optimizer.groups has * frozen and with a learning rate or decay of its own",
+        ),
+        ("train: {skip_spikes_above: 0.5}", "train.skip_spikes_above=10 would work."),
+        (
+            "train: {accumulate: 3}\nmesh: {simulated_devices: 4}",
+            "data.batch_size=8 cannot be split into train.accumulate=3 microbatches over "
+            "slice*data*expert=4; data.batch_size=12 would work.",
         ),
         ("data: {packing: chop}", "data.packing must be 'continue' or 'cut', not \"chop\""),
     ],

@@ -1,22 +1,25 @@
-"""The optimizer: clipping by global norm, AdamW, warm-up and cosine."""
+"""The optimizer of a run, by name, out of optax's parts and our own.
 
+Each turns a gradient into a direction; clipping before it, and decay, learning rate and groups
+after it, are the same for all.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
 import optax
 
 from grok.config import OptimizerConfig, RunConfig
-from grok.model.names import shapes
+from grok.model.names import MATRICES, shapes
+from grok.train.adafactor import scale_by_factored_second_moment
 from grok.train.groups import check_groups, group_of, map_named
-
-
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from peak/(warmup+1), then a cosine to its last share."""
-    warmup = config.warmup_steps
-    rise = optax.linear_schedule(config.peak_lr / (warmup + 1), config.peak_lr, warmup)
-    fall = optax.cosine_decay_schedule(config.peak_lr, steps - warmup, config.final_lr_share)
-    return optax.join_schedules([rise, fall], [warmup])
+from grok.train.muon import scale_by_muon
+from grok.train.schedule import make_schedule
 
 
 def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) after clipping; norm scales are not decayed.
+    """The optimizer that the config names, for the parameters that it trains.
 
     Raises ConfigError when the config's groups are not about tensors of its model.
     """
@@ -24,11 +27,67 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
     config = run.optimizer
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        DIRECTIONS[config.name](config),
         decay_weights(config),
         optax.scale_by_learning_rate(make_schedule(config, run.train.steps)),
         scale_groups(config),
     )
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019), whose decay is added later."""
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+    return keep_as(config.moments_dtype, adam)
+
+
+def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
+    factored = scale_by_factored_second_moment(config.beta2)
+    if not config.beta1:
+        return factored
+    momentum = optax.ema(config.beta1, debias=False)
+    return optax.chain(factored, keep_as(config.moments_dtype, momentum))
+
+
+def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Chen et al. 2023; its learning rates are three to ten times below AdamW's."""
+    return keep_as(config.moments_dtype, optax.scale_by_lion(config.beta1, config.beta2))
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Muon for the matrices of attention and experts, AdamW for table, router and norms."""
+    muon = keep_as(config.moments_dtype, scale_by_muon(config.muon_momentum))
+
+    def kinds(params):
+        return map_named(lambda name, _: "muon" if name in MATRICES else "adam", params)
+
+    return optax.partition({"muon": muon, "adam": _adam(config)}, kinds)
+
+
+DIRECTIONS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
+    "adamw": _adam,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "muon": _muon,
+}
+
+
+def keep_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, computed in float32, with its moments kept in another type from step to step."""
+    if dtype == "float32":
+        return inner
+
+    def convert(state, before, after):
+        # Counts are whole numbers and stay what they are.
+        return jax.tree.map(lambda x: x.astype(after) if x.dtype == before else x, state)
+
+    def init(params):
+        return convert(inner.init(params), jnp.float32, dtype)
+
+    def update(grads, state, params=None):
+        updates, state = inner.update(grads, convert(state, dtype, jnp.float32), params)
+        return updates, convert(state, jnp.float32, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def decay_weights(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -74,6 +74,10 @@ def may_change(key: str, before: Any, now: Any) -> bool:
             for groups in (before, now)
         )
         return frozen == frozen_now
+    if key == "optimizer.beta1":
+        return bool(before) == bool(now)
+    if key == "optimizer.name":
+        return False
     if key.startswith("model."):
         return key in ("model.compute_dtype", "model.remat")
     return True

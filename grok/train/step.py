@@ -12,7 +12,7 @@ from grok.model.weights import to_arrays
 from grok.train.groups import merge, names, reported_group, select, trained
 from grok.train.guard import count, find_bad, norm_of, sums_of_squares, unless
 from grok.train.loss import batch_loss, count_tokens, hidden, token_losses
-from grok.train.optimizer import make_schedule
+from grok.train.schedule import make_schedule
 from grok.train.state import TrainState, as_float32
 
 
