@@ -22,6 +22,7 @@ from grok.data.mixture import Mixture
 from grok.data.packed import PackedBatches
 from grok.data.packing import efficiency, make_layout
 from grok.data.pipeline import global_batches
+from grok.data.shapes import BatchShapes
 
 V5P_HOST = 4 * 500  # tokens a second
 STEPS_TO_RESTORE = (10, 1_000_000)
@@ -64,13 +65,12 @@ def measure(
         batches = PackedBatches(
             datasets,
             mixture,
-            sequence_length=shape[1],
-            batch_size=shape[0],
+            BatchShapes(shape[1], shape[0]),
             seed=0,
             packing=packing,
         )
         mesh = sharding.make_mesh()
-        return global_batches(batches, mesh, shape, range(first, first + steps), options.prefetch)
+        return global_batches(batches, mesh, range(first, first + steps), options.prefetch)
 
     seconds_to = {}
     for step in STEPS_TO_RESTORE:

@@ -149,6 +149,19 @@ class MixtureChange:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ShapeChange:
+    """Shape of a batch from a step on; what is left out stays as it was."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    from_step: Annotated[CountOrZero, Field(description="first step, from 0, of this shape")]
+    batch_size: Annotated[Count | None, Field(description="rows of a batch (B)")] = None
+    sequence_length: Annotated[
+        Count | None, Field(description="tokens a row (T), a divisor of data.sequence_length")
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, and the shape of a batch."""
 
@@ -179,8 +192,12 @@ class DataConfig:
         bool, Field(description="resume although the prepared datasets are others than before")
     ] = False
     tokenizer: Annotated[str, Field(description="SentencePiece model file")] = ""
-    sequence_length: Annotated[Count, Field(description="tokens a row (T)")] = 1024
+    sequence_length: Annotated[Count, Field(description="tokens a row (T), at its longest")] = 1024
     batch_size: Annotated[Count, Field(description="rows of a batch over all devices (B)")] = 8
+    shape_changes: Annotated[
+        tuple[ShapeChange, ...],
+        Field(description="others from a step on: {from_step, batch_size, sequence_length} each"),
+    ] = ()
     seed: Annotated[CountOrZero, Field(description="seed of the order of rows")] = 0
     prefetch: Annotated[
         CountOrZero, Field(description="batches made ahead, each in a thread; 0: none")
@@ -222,6 +239,52 @@ class DataConfig:
                     "that increase would work."
                 )
             before = change.from_step
+        self._check_shapes()
+
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Every shape of a batch: the first step that has it, B and T."""
+        shapes = [(0, self.batch_size, self.sequence_length)]
+        for change in self.shape_changes:
+            _, batch_size, sequence_length = shapes[-1]
+            shapes.append(
+                (
+                    change.from_step,
+                    change.batch_size or batch_size,
+                    change.sequence_length or sequence_length,
+                )
+            )
+        return shapes
+
+    def _check_shapes(self) -> None:
+        before = -1
+        for change, (step, batch_size, length) in zip(
+            self.shape_changes, self.shapes()[1:], strict=True
+        ):
+            if step <= before:
+                raise ConfigError(
+                    f"data.shape_changes has from_step={step} after {before}; steps that increase "
+                    "would work."
+                )
+            before = step
+            if change.batch_size is None and change.sequence_length is None:
+                raise ConfigError(
+                    f"data.shape_changes changes nothing from step {step}; a batch_size, a "
+                    "sequence_length, or both would work."
+                )
+            if self.sequence_length % length:
+                near = largest_divisor(self.sequence_length, length)
+                raise ConfigError(
+                    f"data.shape_changes has sequence_length={length} from step {step}, which does "
+                    f"not divide the longest, data.sequence_length={self.sequence_length}; {near} "
+                    "would work."
+                )
+            parts = self.sequence_length // length
+            if batch_size % parts:
+                raise ConfigError(
+                    f"data.shape_changes has batches of {batch_size} x {length} tokens from step "
+                    f"{step}, which are no whole rows of data.sequence_length="
+                    f"{self.sequence_length}; batch_size={_up(batch_size, parts)} would work."
+                )
 
 
 # A moment in bfloat16 with more stays what it is where no gradient comes any more: its decay is
@@ -469,6 +532,11 @@ def largest_divisor(number: int, at_most: int) -> int:
     return max(d for d in range(1, at_most + 1) if number % d == 0)
 
 
+def _up(number: int, factor: int) -> int:
+    """The least multiple of `factor` that is no less than `number`."""
+    return -(-number // factor) * factor
+
+
 def resolve_mesh(
     mesh: MeshConfig, num_devices: int, model: GrokConfig | None = None
 ) -> dict[str, int]:
@@ -510,19 +578,25 @@ def check_fits(config: RunConfig, num_devices: int) -> dict[str, int]:
     check_model_fits(config.model, sizes)
     rows = sizes["slice"] * sizes["data"] * sizes["expert"]
     if config.data.batch_size % rows:
-        up = -(-config.data.batch_size // rows) * rows
         raise ConfigError(
             f"data.batch_size={config.data.batch_size} cannot be split over slice*data*expert="
-            f"{rows}; data.batch_size={up} would work."
+            f"{rows}; data.batch_size={_up(config.data.batch_size, rows)} would work."
         )
     rows *= config.train.accumulate
     if config.data.batch_size % rows:
-        up = -(-config.data.batch_size // rows) * rows
         raise ConfigError(
             f"data.batch_size={config.data.batch_size} cannot be split into train.accumulate="
             f"{config.train.accumulate} microbatches over slice*data*expert="
-            f"{rows // config.train.accumulate}; data.batch_size={up} would work."
+            f"{rows // config.train.accumulate}; data.batch_size="
+            f"{_up(config.data.batch_size, rows)} would work."
         )
+    for step, batch_size, length in config.data.shapes():
+        if batch_size % rows:
+            up = _up(batch_size, math.lcm(rows, config.data.sequence_length // length))
+            raise ConfigError(
+                f"data.shape_changes has batch_size={batch_size} from step {step}, which cannot be "
+                f"split over slice*data*expert*train.accumulate={rows}; {up} would work."
+            )
     return sizes
 
 

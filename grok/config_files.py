@@ -177,10 +177,14 @@ def _check(data: Mapping[str, Any], places: Places, source: str) -> RunConfig:
     first = min(errors, key=lambda e: order.index(e["type"] if e["type"] in order else ""))
     loc = tuple(str(part) for part in first["loc"])
     if first["type"] == "missing":
-        absent = [".".join(map(str, e["loc"])) for e in errors if e["type"] == "missing"]
+        absent = [e["loc"] for e in errors if e["type"] == "missing"]
+        of_items = [loc for loc in absent if any(isinstance(part, int) for part in loc)]
+        names = ", ".join(_name(loc) for loc in of_items or absent)
+        if of_items:
+            place = places.get(tuple(map(str, of_items[0][:-1])), source)
+            raise ConfigError(f"{place}: {names} must be set.")
         raise ConfigError(
-            f"{source}: {', '.join(absent)} must be set, or taken from a preset as in "
-            "`extends: grok-1`."
+            f"{source}: {names} must be set, or taken from a preset as in `extends: grok-1`."
         )
     if first["type"] == "value_error":
         sentence = str(first["ctx"]["error"])
@@ -218,6 +222,11 @@ def _unknown(key: str) -> str:
     return f"there is no key {key}; {section or 'the top level'} has {', '.join(siblings)}."
 
 
+def _name(loc: Sequence[str | int]) -> str:
+    """A key as people write it, such as data.datasets[0].path."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)[1:]
+
+
 _WANTED = {  # pydantic's kind of error -> what it wanted, in words
     "int_type": "a whole number",
     "float_type": "a number",
@@ -235,7 +244,7 @@ _WANTED = {  # pydantic's kind of error -> what it wanted, in words
 def _wrong(error: Mapping[str, Any]) -> str:
     """A sentence on a value of the wrong type or size: what was wanted, given, and could be."""
     loc, kind, value = error["loc"], error["type"], error["input"]
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)[1:]
+    key = _name(loc)
     if kind not in _WANTED:
         return f"{key or 'a config'} cannot be read: {error['msg']}."
     wanted = _WANTED[kind].format(**error.get("ctx", {}))

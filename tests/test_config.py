@@ -37,8 +37,8 @@ model.compute_dtype model.remat
 folder
 mesh mesh.slice mesh.data mesh.expert mesh.tensor mesh.simulated_devices
 data data.train data.validation data.datasets data.mixture_changes data.validation_dataset
-data.packing data.allow_changed data.tokenizer data.sequence_length data.batch_size data.seed
-data.prefetch
+data.packing data.allow_changed data.tokenizer data.sequence_length data.batch_size
+data.shape_changes data.seed data.prefetch
 optimizer optimizer.name optimizer.peak_lr optimizer.schedule optimizer.final_lr_share
 optimizer.warmup_steps optimizer.decay_steps optimizer.beta1 optimizer.beta2 optimizer.epsilon
 optimizer.muon_momentum optimizer.moments_dtype optimizer.weight_decay optimizer.clip_norm
@@ -138,6 +138,12 @@ def test_plain_data_round_trip():
     data = to_dict(run)
     assert data["data"]["train"] == ["a.txt"]
     assert from_dict(data) == run
+
+
+def test_shapes_keep_what_a_change_leaves_out():
+    changes = "[{from_step: 0, sequence_length: 256}, {from_step: 7, batch_size: 16}]"
+    data = load_config("grok-10m", [f"data.shape_changes={changes}"]).data
+    assert data.shapes() == [(0, 8, 1024), (0, 8, 256), (7, 16, 256)]
 
 
 def test_a_mixture_round_trip(write):
@@ -271,6 +277,37 @@ def test_groups_round_trip(write):
             "train: {accumulate: 3}\nmesh: {simulated_devices: 4}",
             "data.batch_size=8 cannot be split into train.accumulate=3 microbatches over "
             "slice*data*expert=4; data.batch_size=12 would work.",
+        ),
+        (
+            "data: {shape_changes: [{from_step: 5, batch_size: 8}, {from_step: 5, batch_size: 9}]}",
+            "data.shape_changes has from_step=5 after 5; steps that increase would work.",
+        ),
+        (
+            "data: {shape_changes: [{from_step: 5}]}",
+            "data.shape_changes changes nothing from step 5; a batch_size, a sequence_length, or",
+        ),
+        (
+            "data: {shape_changes: [{from_step: 5, sequence_length: 600}]}",
+            "sequence_length=600 from step 5, which does not divide the longest, "
+            "data.sequence_length=1024; 512 would work.",
+        ),
+        (
+            "data: {shape_changes: [{from_step: 0, batch_size: 6, sequence_length: 256}]}",
+            "has batches of 6 x 256 tokens from step 0, which are no whole rows of "
+            "data.sequence_length=1024; batch_size=8 would work.",
+        ),
+        (
+            "mesh: {simulated_devices: 8}\ndata: {shape_changes: [{from_step: 5, batch_size: 12}]}",
+            "data.shape_changes has batch_size=12 from step 5, which cannot be split over "
+            "slice*data*expert*train.accumulate=8; 16 would work.",
+        ),
+        (
+            "data: {datasets: [{weight: 1}]}",
+            "run.yaml:2: data.datasets[0].path must be set.",
+        ),
+        (
+            "data: {datasets: [{path: a}], mixture_changes: [{weights: [1]}, {from_step: 9}]}",
+            "data.mixture_changes[0].from_step, data.mixture_changes[1].weights must be set.",
         ),
         ("data: {packing: chop}", "data.packing must be 'continue' or 'cut', not \"chop\""),
     ],

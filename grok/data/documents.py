@@ -92,7 +92,7 @@ class Prepared:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Document:
-        """Document `index`; DataError where its shard cannot be read."""
+        """Document `index`; DataError where its shard cannot be read or has another one."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -102,7 +102,14 @@ class Prepared:
             (record,) = reader.read([int(index - self._starts[shard])])
         except (RuntimeError, ValueError, IndexError) as error:
             raise self._damaged(shard, error) from None
-        return decode_document(record)
+        document = decode_document(record)
+        if len(document.tokens_S) != self.lengths[index]:
+            raise DataError(
+                f"{self.folder / LENGTHS} says that document {index} has {self.lengths[index]} "
+                f"tokens, and its record has {len(document.tokens_S)}; `grok data inspect --check` "
+                "compares all files with the manifest."
+            )
+        return document
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         """Travels to other processes as its folder: readers stay here."""
@@ -122,10 +129,10 @@ class Prepared:
                 f"{path} cannot be read ({error}); `grok data prepare` writes it."
             ) from None
         documents = self.manifest["counts"]["documents"]
-        if lengths_N.shape != (documents,):
+        if lengths_N.shape != (documents,) or lengths_N.dtype != np.uint32:
             raise DataError(
-                f"{path} has {lengths_N.size} documents and {MANIFEST} has {documents}; the folder "
-                f"as `grok data prepare` wrote it would work."
+                f"{path} has {lengths_N.size} documents ({lengths_N.dtype}) and {MANIFEST} has "
+                f"{documents} (uint32); the folder as `grok data prepare` wrote it would work."
             )
         return lengths_N
 

@@ -15,7 +15,7 @@ import numpy as np
 from grok.data.documents import Document
 from grok.data.mixture import Mixture
 from grok.data.packing import Continued, Piece, make_layout
-from grok.data.pipeline import Batch
+from grok.data.shapes import Batch, BatchShapes
 from grok.errors import DataError
 
 # Documents of a dataset kept in memory: one that fills many rows is read once for its neighbours.
@@ -40,30 +40,31 @@ class Documents(Protocol):
 class PackedBatches:
     """Training batches by step number, without end.
 
-    Row r of the run (row r % B of step r // B) is the next row of the dataset that the mixture
-    gives it to. A dataset's rows follow `grok.data.packing`: every epoch in a new random order.
+    Row r of the run (`grok.data.shapes` says which step it is of) is the next row of the dataset
+    that the mixture gives it to. A dataset's rows follow `grok.data.packing`: every epoch in a new
+    random order.
     """
 
     def __init__(
         self,
         datasets: Mapping[str, Documents],
         mixture: Mixture,
+        shapes: BatchShapes,
         *,
-        sequence_length: int,
-        batch_size: int,
         seed: int,
         packing: str = "continue",
     ) -> None:
-        """Lay out `datasets`, which the mixture knows by their order here.
+        """Lay out `datasets`, which the mixture knows by their order here, in rows for `shapes`.
 
         DataError when a dataset has no row: no documents, or none of two tokens for "cut".
         """
         self._names = list(datasets)
         self._mixture = mixture
-        self._sequence_length = sequence_length
-        self._batch_size = batch_size
+        self._shapes = shapes
+        self.shape = shapes.shape
+        length = shapes.sequence_length
         self._layouts = [
-            make_layout(packing, documents.lengths, sequence_length, f"{seed}/{documents.hash}")
+            make_layout(packing, documents.lengths, length, f"{seed}/{documents.hash}")
             for documents in datasets.values()
         ]
         self._read = [
@@ -85,16 +86,15 @@ class PackedBatches:
         int32, from 0 in each segment, so that none is ever beyond the row's length. mask_BT:
         float32, 0 where there is no target in the same document or its own mask says no loss.
         """
-        first = step * self._batch_size
-        places = [self._mixture.locate(first + row) for row in range(self._batch_size)[rows]]
-        batch = empty_batch(len(places), self._sequence_length)
+        places = [self._mixture.locate(row) for row in self._shapes.rows(step, rows)]
+        batch = empty_batch(len(places), self._shapes.sequence_length)
         for row, (dataset, number) in enumerate(places):
             fill_row(batch, row, self._layouts[dataset].pieces(number), self._read[dataset])
-        return batch
+        return self._shapes.cut(step, rows, batch)
 
     def tokens_seen(self, step: int) -> dict[str, int]:
         """Tokens of each dataset, without padding, in all batches before `step`."""
-        counts = self._mixture.counts(step * self._batch_size)
+        counts = self._mixture.counts(self._shapes.first_row(step))
         return {
             name: layout.tokens_before(count)
             for name, layout, count in zip(self._names, self._layouts, counts, strict=True)

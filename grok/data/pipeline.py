@@ -6,7 +6,7 @@ number and nothing else has to be saved to resume; `grok.data.packed` has those 
 B rows of a batch, T tokens of a row, S tokens of the stream.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import grain
@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grok import sharding
+from grok.data.shapes import Batch, BatchShapes
 from grok.data.text import TokenStream
 from grok.errors import DataError
-
-Batch = dict[str, np.ndarray]
 
 
 class Batches:
@@ -30,11 +29,9 @@ class Batches:
     A batch may hold the end of one epoch and the beginning of the next.
     """
 
-    def __init__(
-        self, stream: TokenStream, *, sequence_length: int, batch_size: int, seed: int
-    ) -> None:
+    def __init__(self, stream: TokenStream, shapes: BatchShapes, *, seed: int) -> None:
         """Cut `stream` into rows; DataError when it is shorter than one (T + 1 tokens)."""
-        num_tokens = len(stream.tokens_S)
+        num_tokens, sequence_length = len(stream.tokens_S), shapes.sequence_length
         if num_tokens < sequence_length + 1:
             raise DataError(
                 f"the training text has {num_tokens} tokens, and one row of data.sequence_length="
@@ -42,8 +39,8 @@ class Batches:
                 f"{num_tokens - 1}, or more text, would work."
             )
         self._tokens_S = stream.tokens_S
-        self._sequence_length = sequence_length
-        self._batch_size = batch_size
+        self._shapes = shapes
+        self.shape = shapes.shape
         self._seed = seed
         self.rows_per_epoch = num_tokens // sequence_length
         self._rows = (
@@ -52,24 +49,24 @@ class Batches:
             .shuffle()
             .repeat(reseed_each_epoch=True)
             .map_with_index(self._row)
-            .batch(batch_size)
         )
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Rows `rows` of the batch of `step`: tokens_BT and targets_BT (int32; targets are the next
         tokens), mask_BT (float32 ones)."""
-        return _batch(self._rows[step][rows])
+        whole = [self._rows[row] for row in self._shapes.rows(step, rows)]
+        return self._shapes.cut(step, rows, _batch(np.stack(whole)))
 
     def tokens_seen(self, step: int) -> dict[str, int]:
         """Tokens in all batches before `step`, as those of one dataset named text."""
-        return {"text": step * self._batch_size * self._sequence_length}
+        return {"text": self._shapes.first_row(step) * self._shapes.sequence_length}
 
     def _row(self, index: int, window: int) -> np.ndarray:
         """Row `index` of the endless sequence, which is window `window` of its epoch: T + 1 ids."""
         epoch = index // self.rows_per_epoch
         offset = np.random.default_rng((self._seed, epoch)).integers(len(self._tokens_S))
-        start = offset + window * self._sequence_length
-        places = np.arange(start, start + self._sequence_length + 1)
+        start = offset + window * self._shapes.sequence_length
+        places = np.arange(start, start + self._shapes.sequence_length + 1)
         return self._tokens_S.take(places, mode="wrap")
 
 
@@ -115,6 +112,10 @@ class ValidationBatches:
 class StepBatches(Protocol):
     """Training batches by step; `Batches` and `grok.data.packed.PackedBatches` are some."""
 
+    @property
+    def shape(self) -> Callable[[int], tuple[int, int]]:
+        """Of a step: B and T of its batch."""
+
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Rows `rows` of the batch of `step`."""
         ...
@@ -127,31 +128,32 @@ class StepBatches(Protocol):
 def global_batches(
     batches: StepBatches,
     mesh: jax.sharding.Mesh,
-    shape: tuple[int, int],
     steps: range,
     prefetch: int,
 ) -> Iterator[dict[str, jax.Array]]:
-    """The batches of `steps` as global arrays of `shape` (B, T), rows split over the mesh.
+    """The batches of `steps` as global arrays, rows split over the mesh.
 
     Every process makes the rows of its own devices alone, up to `prefetch` steps ahead, in as many
     threads.
     """
     split = _split_rows(mesh)
-    indices = split.addressable_devices_indices_map(shape).values()
-    ours = {_rows_of(index, shape) for index in indices}
 
     def load(step: int) -> dict[tuple[int, int], Batch]:
+        shape = batches.shape(step)
+        indices = split.addressable_devices_indices_map(shape).values()
+        ours = {_rows_of(index, shape) for index in indices}
         return {rows: batches.batch(step, slice(*rows)) for rows in ours}
 
-    def place(parts: dict[tuple[int, int], Batch], name: str) -> jax.Array:
+    def place(shape: tuple[int, int], parts: dict[tuple[int, int], Batch], name: str) -> jax.Array:
         return jax.make_array_from_callback(
             shape, split, lambda index: parts[_rows_of(index, shape)][name]
         )
 
     options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
     numbers = grain.MapDataset.range(steps.start, steps.stop)
-    for parts in numbers.map(load).to_iter_dataset(options):
-        yield {name: place(parts, name) for name in next(iter(parts.values()))}
+    for step, parts in zip(steps, numbers.map(load).to_iter_dataset(options), strict=True):
+        shape = batches.shape(step)
+        yield {name: place(shape, parts, name) for name in next(iter(parts.values()))}
 
 
 def to_mesh(batch: Batch, mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:

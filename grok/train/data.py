@@ -8,7 +8,8 @@ from grok.config import DataConfig, RunConfig
 from grok.data.documents import Prepared
 from grok.data.mixture import Mixture
 from grok.data.packed import PackedBatches, PackedValidation
-from grok.data.pipeline import Batch, Batches, StepBatches, ValidationBatches
+from grok.data.pipeline import Batches, StepBatches, ValidationBatches
+from grok.data.shapes import Batch, BatchShapes
 from grok.data.text import read_bytes, read_stream
 from grok.data.tokenizer import Tokenizer, token_bytes
 from grok.errors import CheckpointError, DataError
@@ -39,17 +40,18 @@ def read_data(config: RunConfig) -> RunData:
     if not data.tokenizer:
         raise DataError("data.tokenizer names no SentencePiece model; set it to a .model file.")
     tokenizer = Tokenizer.load(data.tokenizer)
+    shapes = BatchShapes(data.sequence_length, data.batch_size, data.shapes()[1:])
     shape = {"sequence_length": data.sequence_length, "batch_size": data.batch_size}
     train: StepBatches
     if data.datasets:
         datasets = {each.path: open_dataset(each.path, config) for each in data.datasets}
         hashes = [{"path": path, "hash": prepared.hash} for path, prepared in datasets.items()]
-        train = PackedBatches(
-            datasets, mixture_of(data), seed=data.seed, packing=data.packing, **shape
-        )
+        mixture = mixture_of(data, shapes)
+        train = PackedBatches(datasets, mixture, shapes, seed=data.seed, packing=data.packing)
     else:
         hashes = []
-        train = Batches(read_stream(data.train, tokenizer, vocab_size), seed=data.seed, **shape)
+        stream = read_stream(data.train, tokenizer, vocab_size)
+        train = Batches(stream, shapes, seed=data.seed)
     if data.validation_dataset:
         packed = PackedValidation(open_dataset(data.validation_dataset, config), **shape)
         return RunData(train, packed, packed.num_bytes(token_bytes(tokenizer)), hashes)
@@ -78,9 +80,9 @@ def open_dataset(path: str, config: RunConfig) -> Prepared:
     return prepared
 
 
-def mixture_of(data: DataConfig) -> Mixture:
+def mixture_of(data: DataConfig, shapes: BatchShapes) -> Mixture:
     """The mixture of the config's datasets, by row of the run."""
-    changes = [(each.from_step * data.batch_size, each.weights) for each in data.mixture_changes]
+    changes = [(shapes.first_row(each.from_step), each.weights) for each in data.mixture_changes]
     return Mixture([each.weight for each in data.datasets], changes)
 
 

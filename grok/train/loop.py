@@ -21,7 +21,8 @@ from grok import sharding
 from grok.checkpoint.manager import Checkpoints
 from grok.config import RunConfig, check_fits
 from grok.config_text import to_yaml
-from grok.data.pipeline import Batch, global_batches, to_mesh
+from grok.data.pipeline import global_batches, to_mesh
+from grok.data.shapes import Batch
 from grok.data.text import bits_per_byte
 from grok.errors import DONE, SAVED, ConfigError
 from grok.train import hosts
@@ -162,10 +163,8 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> int:
 
 def training_batches(run: Run) -> Iterator[dict[str, jax.Array]]:
     """The batches of all steps that remain."""
-    data = run.config.data
-    shape = (data.batch_size, data.sequence_length)
     steps = range(run.first, run.config.train.steps)
-    return global_batches(run.data.train, run.mesh, shape, steps, data.prefetch)
+    return global_batches(run.data.train, run.mesh, steps, run.config.data.prefetch)
 
 
 def report_step(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -222,7 +221,10 @@ def describe(config: RunConfig, mesh: Mesh) -> str:
     """One line: model, mesh, batch."""
     model, data = config.model, config.data
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    shapes = f"{data.batch_size} rows of {data.sequence_length} tokens a step"
+    for step, batch_size, length in data.shapes()[1:]:
+        shapes += f", {batch_size} of {length} from step {step}"
     return (
         f"{model.num_parameters():,} parameters ({model.num_active_parameters():,} a token) on "
-        f"mesh {axes}; {data.batch_size} rows of {data.sequence_length} tokens a step"
+        f"mesh {axes}; {shapes}"
     )

@@ -24,13 +24,14 @@ def main() -> None:
     from grok.data.mixture import Mixture
     from grok.data.packed import PackedBatches
     from grok.data.pipeline import global_batches
+    from grok.data.shapes import BatchShapes
 
-    shape = (8, int(length))
+    # Eight rows of the length, then sixteen of half of it, then eight of a quarter.
+    changes = [(6, 16, int(length) // 2), (9, 8, int(length) // 4)]
     batches = PackedBatches(
         {folder: Prepared(folder) for folder in folders},
         Mixture(WEIGHTS[: len(folders)]),
-        sequence_length=shape[1],
-        batch_size=shape[0],
+        BatchShapes(int(length), 8, changes),
         seed=3,
         packing=packing,
     )
@@ -38,15 +39,15 @@ def main() -> None:
     batch, batches.batch = batches.batch, lambda step, rows: asked.append(rows) or batch(step, rows)
     steps = range(int(first), int(stop))
     mesh = sharding.make_mesh()
-    for step, arrays in zip(steps, global_batches(batches, mesh, shape, steps, 2), strict=True):
+    for step, arrays in zip(steps, global_batches(batches, mesh, steps, 2), strict=True):
         for shards in zip(*(array.addressable_shards for array in arrays.values()), strict=True):
             rows = shards[0].index[0]
             for row in range(rows.stop - rows.start):
                 data = b"".join(jax.device_get(shard.data[row]).tobytes() for shard in shards)
                 digest = hashlib.sha256(data).hexdigest()
                 print(step, rows.start + row, digest)
-    rows_made = sum(len(range(shape[0])[rows]) for rows in asked)
-    assert rows_made == len(steps) * shape[0] // int(hosts)
+    rows_made = sum(rows.stop - rows.start for rows in asked)
+    assert rows_made == sum(batches.shape(step)[0] for step in steps) // int(hosts)
 
 
 main()

@@ -75,6 +75,10 @@ def test_a_number_that_is_none_is_refused(folder):
         (lambda out: (out / "lengths.npy").unlink(), r"lengths\.npy cannot be read"),
         (lambda out: (out / "lengths.npy").write_bytes(b"x"), r"lengths\.npy cannot be read"),
         (lambda out: np.save(out / "lengths.npy", np.ones(3)), "has 3 documents"),
+        (
+            lambda out: np.save(out / "lengths.npy", Prepared(out).lengths + np.uint32(1)),
+            "says tha",
+        ),
         (lambda out: shard(out).unlink(), "is missing"),
         (lambda out: shard(out).write_bytes(b""), "is damaged"),
         (lambda out: shard(out).write_bytes(b"x" * 70000), "is damaged"),

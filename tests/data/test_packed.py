@@ -17,6 +17,7 @@ from grok.data.documents import Prepared
 from grok.data.mixture import Mixture
 from grok.data.packed import PackedBatches, PackedValidation
 from grok.data.pipeline import global_batches
+from grok.data.shapes import BatchShapes
 from grok.errors import DataError
 from tests.data.fake_documents import FakeDocuments, random_lengths, write_prepared
 
@@ -24,12 +25,11 @@ ROW, ROWS = 32, 8
 SHAPE = (ROWS, ROW)
 
 
-def packed(*datasets, weights=None, changes=(), packing="continue", seed=0) -> PackedBatches:
+def packed(*datasets, weights=None, changes=(), packing="continue", seed=0, shapes=()):
     return PackedBatches(
         {f"data/{number}": documents for number, documents in enumerate(datasets)},
         Mixture(weights or [1] * len(datasets), changes),
-        sequence_length=ROW,
-        batch_size=ROWS,
+        BatchShapes(ROW, ROWS, shapes),
         seed=seed,
         packing=packing,
     )
@@ -182,7 +182,7 @@ def test_global_batches_are_split_and_in_order(documents, prefetch):
     batches = packed(documents)
     mesh = sharding.make_mesh(data=2, expert=2, tensor=2)
     steps = range(5, 11)
-    placed = list(global_batches(batches, mesh, SHAPE, steps, prefetch))
+    placed = list(global_batches(batches, mesh, steps, prefetch))
     for step, arrays in zip(steps, placed, strict=True):
         for name, array in batches.batch(step).items():
             np.testing.assert_array_equal(arrays[name], array)
@@ -195,7 +195,7 @@ def test_what_cannot_be_read_is_said_from_the_thread_that_reads(tmp_path):
     batches = packed(Prepared(folder))
     shard.unlink()
     with pytest.raises(DataError, match=r"shard .*shard\.arrayrecord is missing"):
-        next(global_batches(batches, sharding.make_mesh(), SHAPE, range(3), 2))
+        next(global_batches(batches, sharding.make_mesh(), range(3), 2))
 
 
 HOST = Path(__file__).with_name("host.py")
@@ -208,7 +208,7 @@ def hashes_of(hosts: int, folders: list[str], port: int, steps: range) -> dict:
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for c in commands]
     lines = [line.split() for process in running for line in process.communicate()[0].splitlines()]
     assert [process.returncode for process in running] == [0] * hosts
-    assert len(lines) == len(steps) * ROWS
+    assert len(lines) == ROWS * sum(2 if step in (6, 7, 8) else 1 for step in steps)
     return {(int(step), int(row)): digest for step, row, digest in lines}
 
 

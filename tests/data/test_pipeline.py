@@ -8,6 +8,7 @@ import pytest
 
 from grok import sharding
 from grok.data.pipeline import Batches, ValidationBatches, to_mesh
+from grok.data.shapes import BatchShapes
 from grok.data.text import TokenStream, bits_per_byte, read_stream
 from grok.data.tokenizer import train_tokenizer
 from grok.errors import DataError
@@ -23,7 +24,7 @@ def stream_of(num_tokens: int) -> TokenStream:
 
 
 def batches_of(num_tokens: int, length: int = 8, rows: int = 4, seed: int = 0) -> Batches:
-    return Batches(stream_of(num_tokens), sequence_length=length, batch_size=rows, seed=seed)
+    return Batches(stream_of(num_tokens), BatchShapes(length, rows), seed=seed)
 
 
 def epoch_starts(batches: Batches, epoch: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grok.config import CheckpointConfig, DatasetConfig, RunConfig, TrainConfig
+from grok.config import CheckpointConfig, DatasetConfig, RunConfig, ShapeChange, TrainConfig
 from grok.errors import DONE, CheckpointError, DataError
 from grok.train.data import read_data
 from grok.train.loop import run
@@ -41,7 +41,7 @@ def lines_of(config: RunConfig) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def straight(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
-    """Four steps without a stop, checkpoints at 2 and 4."""
+    """Four steps without a stop, checkpoints at 2 and 4, the last on rows of half the length."""
     folder = tmp_path_factory.mktemp("packed")
     a, b, held_out = (prepared(folder / name, tiny_run, seed) for seed, name in enumerate("abc"))
     config = dataclasses.replace(
@@ -51,6 +51,7 @@ def straight(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
             validation=(),
             datasets=(DatasetConfig(path=a, weight=0.75), DatasetConfig(path=b, weight=0.25)),
             validation_dataset=held_out,
+            shape_changes=(ShapeChange(from_step=3, batch_size=16, sequence_length=16),),
         ),
         folder=str(folder / "run"),
         train=TrainConfig(steps=STEPS, log_every=1),
