@@ -1,0 +1,192 @@
+# shellcheck shell=bash
+# What all verbs share: options, settings, messages, dry runs, waiting, and what accelerators are.
+# Sourced, never run. Settings are variables LAUNCH_*; the environment wins over the settings file.
+# shellcheck disable=SC2034 # the scripts that source this use what it sets
+
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+  echo "launch: this is bash $BASH_VERSION; 4.4 or newer is needed (on a Mac: brew install bash)" >&2
+  exit 2
+fi
+
+launch_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$launch_dir")
+verb=$(basename "$0" .sh)
+dry_run=
+
+complain() { printf 'launch %s: %s\n' "$verb" "$*" >&2; }
+say() { [[ $dry_run ]] || complain "$@"; }
+fail() { complain "$*" && exit 1; }
+# Settings or options are wrong: nothing was done.
+refuse() { complain "$*" && exit 2; }
+
+# The comment at a script's head is its help.
+usage() {
+  sed -n '2,/^[^#]/ { s/^# \{0,1\}//p; }' "$0"
+  printf '\nAlso: --settings FILE, --dry-run (print the commands, do nothing), --help.\n'
+}
+
+# Takes the options that every verb has; the rest is left in `args`, what follows -- in `command`.
+parse_common() {
+  settings=${LAUNCH_SETTINGS:-$launch_dir/settings.env}
+  args=() command=()
+  while (($#)); do
+    case $1 in
+      --help | -h) usage && exit 0 ;;
+      --dry-run) dry_run=1 ;;
+      --settings)
+        (($# > 1)) || refuse "--settings needs a file"
+        settings=$2 && shift
+        ;;
+      --settings=*) settings=${1#*=} ;;
+      --) command=("${@:2}") && break ;;
+      *) args+=("$1") ;;
+    esac
+    shift
+  done
+}
+
+no_more_args() { ((${#args[@]} == 0)) || refuse "what is '${args[0]}'? See $verb.sh --help"; }
+
+# Calls another verb with the same settings.
+call_verb() {
+  "$launch_dir/$1.sh" --settings "$settings" ${dry_run:+--dry-run} "${@:2}"
+}
+
+load_settings() {
+  [[ -f $settings ]] ||
+    refuse "no settings: cp $launch_dir/settings.env.example $settings, and edit that"
+  local name
+  local -A given=()
+  while read -r name; do given[$name]=${!name}; done < <(compgen -v LAUNCH_)
+  # shellcheck source=launch/settings.env.example
+  source "$settings"
+  for name in "${!given[@]}"; do printf -v "$name" %s "${given[$name]}"; done
+  set_defaults
+  check_settings
+  : "${LAUNCH_RUNTIME:=$default_runtime}"
+  state_dir=${LAUNCH_STATE:-${XDG_STATE_HOME:-$HOME/.local/state}/grok-launch}/$LAUNCH_NAME
+}
+
+set_defaults() {
+  : "${LAUNCH_PROVISIONING:=spot}" "${LAUNCH_NODE_COUNT:=1}" "${LAUNCH_VALID_UNTIL:=}"
+  : "${LAUNCH_NETWORK:=}" "${LAUNCH_SUBNETWORK:=}" "${LAUNCH_INTERNAL_IPS:=no}" "${LAUNCH_IAP:=no}"
+  : "${LAUNCH_SERVICE_ACCOUNT:=}" "${LAUNCH_LABELS:=}" "${LAUNCH_BUCKET:=}" "${LAUNCH_MOUNT:=no}"
+  : "${LAUNCH_ENV:=}"
+  : "${LAUNCH_PRICES:=$launch_dir/prices.env}"
+  : "${LAUNCH_POLL_SECONDS:=30}" "${LAUNCH_WAIT_SECONDS:=0}" "${LAUNCH_CALL_SECONDS:=900}"
+  : "${LAUNCH_STOP_SECONDS:=600}" "${LAUNCH_BAD_POLLS:=3}" "${LAUNCH_MAX_STALLS:=5}"
+  : "${LAUNCH_BACKOFF_SECONDS:=15}" "${LAUNCH_BACKOFF_MAX_SECONDS:=600}"
+}
+
+check_settings() {
+  local name
+  for name in LAUNCH_PROJECT LAUNCH_ZONE LAUNCH_NAME LAUNCH_ACCELERATOR; do
+    [[ -n ${!name:-} ]] || refuse "$name is not set in $settings"
+  done
+  check_form LAUNCH_NAME '^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$' \
+    'lower-case letters, digits and inner hyphens, at most 40'
+  check_form LAUNCH_ZONE '^[a-z]+-[a-z]+[0-9]+-[a-z]$' 'a zone is written like us-east5-a'
+  check_form LAUNCH_PROVISIONING '^(spot|reserved|on-demand)$' 'it is spot, reserved or on-demand'
+  check_form LAUNCH_NODE_COUNT '^[1-9][0-9]*$' 'it is the number of slices, 1 or more'
+  check_form LAUNCH_BUCKET '^(gs://[a-z0-9._-]+)?$' 'a bucket is written like gs://my-bucket'
+  check_form LAUNCH_MOUNT '^(yes|no)$' 'it is yes or no'
+  [[ $LAUNCH_MOUNT == no || -n $LAUNCH_BUCKET ]] || refuse "LAUNCH_MOUNT is yes, and LAUNCH_BUCKET names no bucket"
+  check_form LAUNCH_INTERNAL_IPS '^(yes|no)$' 'it is yes or no'
+  check_form LAUNCH_IAP '^(yes|no)$' 'it is yes or no'
+  check_form LAUNCH_ENV '^[A-Za-z0-9_ ]*$' 'it lists names of variables and no values: "HF_TOKEN FOO"'
+  accelerator_facts
+}
+
+check_form() { [[ ${!1} =~ $2 ]] || refuse "$1 is '${!1}'; $3"; }
+
+# Sets generation, chips, hosts and chips_per_host of one slice, and its default_runtime.
+accelerator_facts() {
+  [[ $LAUNCH_ACCELERATOR =~ ^(v4|v5litepod|v5p|v6e)-([1-9][0-9]*)$ ]] ||
+    refuse "LAUNCH_ACCELERATOR is '$LAUNCH_ACCELERATOR'; it is v4-N, v5litepod-N, v5p-N or v6e-N"
+  generation=${BASH_REMATCH[1]} chips=${BASH_REMATCH[2]} chips_per_host=4
+  if [[ $generation == v4 || $generation == v5p ]]; then
+    ((chips % 8 == 0)) ||
+      refuse "LAUNCH_ACCELERATOR is '$LAUNCH_ACCELERATOR'; N of $generation counts cores: 8, 16, 32, ..."
+    chips=$((chips / 2))
+  elif ((chips <= 8)); then
+    chips_per_host=$chips
+  fi
+  hosts=$((chips / chips_per_host))
+  workers=$((hosts * LAUNCH_NODE_COUNT))
+  case $generation in
+    v4) default_runtime=tpu-ubuntu2204-base ;;
+    v5litepod) generation=v5e default_runtime=v2-alpha-tpuv5-lite ;;
+    v5p) default_runtime=v2-alpha-tpuv5 ;;
+    v6e) default_runtime=v2-alpha-tpuv6e ;;
+  esac
+}
+
+# One line that a shell reads back as the same words; plain words stay as they are.
+quoted() {
+  local word line=
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9@%+=:,./_-]+$ ]]; then
+      line+=" $word"
+    else
+      line+=" '${word//\'/\'\\\'\'}'"
+    fi
+  done
+  printf '%s\n' "${line:1}"
+}
+
+# Runs a command, ended after LAUNCH_CALL_SECONDS: an ssh that hangs must not hang us.
+limited() {
+  local timeout
+  timeout=$(type -P timeout || type -P gtimeout) ||
+    fail "there is no 'timeout' on PATH (on a Mac: brew install coreutils)"
+  "$timeout" --kill-after=10 "$LAUNCH_CALL_SECONDS" "$@"
+}
+
+# The same, or in a dry run prints it.
+run() {
+  if [[ $dry_run ]]; then quoted "$@"; else limited "$@"; fi
+}
+
+# Seconds as people say them.
+duration() {
+  local s=$1
+  if ((s < 120)); then
+    echo "$s s"
+  elif ((s < 7200)); then
+    echo "$((s / 60)) min"
+  else
+    echo "$((s / 3600)) h $((s % 3600 / 60)) min"
+  fi
+}
+
+# Waits one poll of a wait that began at SECONDS=$3; gives up after LAUNCH_WAIT_SECONDS (0: never).
+wait_for() {
+  local what=$1 now=$2 waited=$((SECONDS - $3))
+  if ((LAUNCH_WAIT_SECONDS && waited >= LAUNCH_WAIT_SECONDS)); then
+    fail "gave up waiting for $what after $(duration "$waited") (LAUNCH_WAIT_SECONDS); now: $now"
+  fi
+  say "waiting for $what: $now, $(duration "$waited") so far"
+  sleep "$LAUNCH_POLL_SECONDS"
+}
+
+# What launch/runs/*.sh share: a verb with that run's settings and, where it takes one, its command.
+# Call after parse_common and after `command` is set.
+worked_run() {
+  local called=${args[0]:-babysit}
+  case $called in
+    babysit | run) call_verb "$called" -- "${command[@]}" ;;
+    *) call_verb "${args[@]}" ;;
+  esac
+}
+
+# A folder of this slice's own, for what verbs remember and what they are about to send.
+make_state_dir() {
+  [[ $dry_run ]] || (umask 077 && mkdir -p "$state_dir")
+}
+
+# Lines `begin|end EPOCH ACCELERATOR SLICES PROVISIONING`, from which `cost` adds up.
+note_history() {
+  make_state_dir
+  local line="$1 $2 $LAUNCH_ACCELERATOR $LAUNCH_NODE_COUNT $LAUNCH_PROVISIONING"
+  grep -qxF -- "$line" "$state_dir/history" 2>/dev/null || echo "$line" >>"$state_dir/history"
+}

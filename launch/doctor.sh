@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# Usage: launch/doctor.sh
+#
+# Looks at what the other verbs need, and says for each thing that is missing what to do about it:
+# programs, login, project, settings, the zone, ssh key, bucket, quota, prices. Changes nothing.
+# Exits with 0 when nothing is missing.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$launch_dir/provider.sh"
+
+findings=0
+good() { [[ $dry_run ]] || printf 'ok   %s\n' "$*"; }
+finding() {
+  [[ $dry_run ]] && return
+  findings=$((findings + 1))
+  printf 'FIX  %s\n       %s\n' "$1" "$2"
+}
+
+check_programs() {
+  local program
+  for program in git tar awk ssh; do
+    type -P "$program" >/dev/null || finding "there is no $program" "install it with the system's packages"
+  done
+  type -P timeout >/dev/null || type -P gtimeout >/dev/null ||
+    finding "there is no timeout" "on a Mac: brew install coreutils"
+  good "bash $BASH_VERSION"
+}
+
+check_gcloud() {
+  if [[ ! $dry_run ]] && ! type -P gcloud >/dev/null; then
+    finding "there is no gcloud" "install it: https://cloud.google.com/sdk/docs/install"
+    return 1
+  fi
+  if ask_queued_resources; then
+    good "gcloud has queued resources"
+  else
+    finding "gcloud is too old: it has no queued resources" "gcloud components update"
+  fi
+  if ask_account; then
+    good "logged in as $answer"
+  else
+    finding "nobody is logged in" "gcloud auth login"
+  fi
+}
+
+check_project() {
+  if ask_project; then
+    good "project $LAUNCH_PROJECT is $answer"
+  else
+    finding "project $LAUNCH_PROJECT cannot be seen" "correct LAUNCH_PROJECT, or ask its owner for roles/tpu.admin"
+  fi
+  if ask_api; then
+    good "the TPU API is enabled"
+  else
+    finding "the TPU API is not enabled" "gcloud services enable tpu.googleapis.com --project=$LAUNCH_PROJECT"
+  fi
+}
+
+check_zone() {
+  if ask_accelerator; then
+    good "$LAUNCH_ZONE has $LAUNCH_ACCELERATOR"
+  else
+    finding "$LAUNCH_ZONE does not offer $LAUNCH_ACCELERATOR" \
+      "choose another LAUNCH_ZONE: https://cloud.google.com/tpu/docs/regions-zones"
+  fi
+  if ask_runtime; then
+    good "it has runtime $LAUNCH_RUNTIME"
+  else
+    finding "$LAUNCH_ZONE does not offer runtime $LAUNCH_RUNTIME" \
+      "gcloud compute tpus tpu-vm versions list --zone=$LAUNCH_ZONE --project=$LAUNCH_PROJECT lists those it has"
+  fi
+}
+
+# With several workers, gcloud wants its key in the agent: without it ssh would stall.
+check_ssh_key() {
+  local key=$HOME/.ssh/google_compute_engine fingerprint
+  if [[ ! -f $key ]]; then
+    finding "gcloud has made no ssh key yet" "gcloud compute config-ssh --project=$LAUNCH_PROJECT, then ssh-add $key"
+    return
+  fi
+  fingerprint=$(ssh-keygen -lf "$key" 2>/dev/null | cut -d ' ' -f 2)
+  if ssh-add -l 2>/dev/null | grep -qF -- "${fingerprint:-none}"; then
+    good "the ssh key is in the agent"
+  elif ((workers == 1)); then
+    good "the ssh key is there (one worker needs no agent)"
+  else
+    finding "the ssh key is not in the agent" "eval \"\$(ssh-agent)\" && ssh-add $key"
+  fi
+}
+
+check_bucket() {
+  if [[ -z $LAUNCH_BUCKET ]]; then
+    finding "LAUNCH_BUCKET names no bucket" "checkpoints on a worker's disk go with the slice: gcloud storage buckets create gs://NAME --location=${LAUNCH_ZONE%-*}"
+  elif ! ask_bucket; then
+    finding "bucket $LAUNCH_BUCKET cannot be seen" \
+      "gcloud storage buckets create $LAUNCH_BUCKET --location=${LAUNCH_ZONE%-*} --project=$LAUNCH_PROJECT"
+  elif [[ ${answer,,} != "${LAUNCH_ZONE%-*}" ]]; then
+    finding "bucket $LAUNCH_BUCKET is in ${answer,,}, the zone in ${LAUNCH_ZONE%-*}" \
+      "reading across regions is slow and is charged: a bucket in ${LAUNCH_ZONE%-*} is better"
+  else
+    good "bucket $LAUNCH_BUCKET is in the zone's region"
+  fi
+}
+
+# What cannot be looked up in general: said, not checked.
+hints() {
+  [[ $dry_run ]] && return
+  local kind="on-demand ${generation}"
+  [[ $LAUNCH_PROVISIONING != spot ]] || kind="preemptible ${generation}"
+  printf 'note %s\n       %s\n' \
+    "$((chips * LAUNCH_NODE_COUNT)) chips need as much quota for $kind chips (v4, v5p: cores) in $LAUNCH_ZONE" \
+    "gcloud alpha services quota list --service=tpu.googleapis.com --consumer=projects/$LAUNCH_PROJECT"
+  [[ $LAUNCH_INTERNAL_IPS == no ]] ||
+    printf 'note %s\n' "workers without external addresses need Cloud NAT to install packages"
+  # shellcheck source=launch/prices.env
+  [[ ! -f $LAUNCH_PRICES ]] || (source "$LAUNCH_PRICES" && printf 'note prices are %s\n' "$PRICES_DATE")
+}
+
+check_environment() {
+  local name
+  for name in $LAUNCH_ENV; do
+    if [[ -n ${!name+set} ]]; then good "$name is set and travels"; else
+      finding "LAUNCH_ENV names $name, which is not set here" "export it, or leave it out of LAUNCH_ENV"
+    fi
+  done
+}
+
+parse_common "$@"
+no_more_args
+load_settings
+good "settings in $settings"
+check_programs
+check_environment
+if check_gcloud; then
+  check_project
+  check_zone
+  check_bucket
+fi
+check_ssh_key
+hints
+((findings == 0)) || fail "$findings to fix"

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Usage: launch/logs.sh [--follow] [--lines N]
+#
+# The last N lines (20) that the run wrote on each worker, with the worker's name before each line.
+# --follow goes on until Ctrl-C.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$launch_dir/provider.sh"
+
+parse_common "$@"
+lines=20 follow=
+set -- "${args[@]}"
+while (($#)); do
+  case $1 in
+    --follow | -f) follow=follow ;;
+    --lines)
+      [[ ${2:-} =~ ^[0-9]+$ ]] || refuse "--lines needs a number"
+      lines=$2 && shift
+      ;;
+    *) refuse "what is '$1'? See logs.sh --help" ;;
+  esac
+  shift
+done
+load_settings
+on_workers bash grok-launch/worker.sh logs "$lines" $follow
+if [[ $dry_run ]]; then
+  quoted "${gcloud[@]}"
+elif [[ $follow ]]; then
+  exec "${gcloud[@]}"
+else
+  limited "${gcloud[@]}" 2> >(without_chatter) | sed '/^\[[^]]*\] @ ok$/d; s/ @ failed=/ /'
+fi

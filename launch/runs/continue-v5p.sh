@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Usage: launch/runs/continue-v5p.sh [VERB [OPTION]...]
+#        launch/runs/continue-v5p.sh
+#        launch/runs/continue-v5p.sh status
+#
+# Continued pretraining of the open weights on v5p 4x4x8: 128 chips, 32 hosts, a sequence of 8192 a
+# chip. The step was compiled for this slice ahead of time and fits; it has not been run on one. Reads
+# from the bucket: grok-1/ckpt-0, grok-1/tokenizer.model, data/train and data/held-out (prepared
+# datasets). Without a verb: babysit, until the run is done.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+parse_common "$@"
+export LAUNCH_NAME=grok-continue LAUNCH_ACCELERATOR=v5p-256 LAUNCH_RUNTIME='' LAUNCH_NODE_COUNT=1
+export LAUNCH_MOUNT=yes
+load_settings
+
+command=(
+  grok train grok-1
+  folder="$LAUNCH_BUCKET/runs/continue"
+  train.init_from="$LAUNCH_BUCKET/grok-1/ckpt-0"
+  data.datasets='[{path: bucket/data/train, weight: 1}]'
+  data.validation_dataset=bucket/data/held-out
+  data.tokenizer=bucket/grok-1/tokenizer.model
+  data.sequence_length=8192 data.batch_size=128
+  mesh.data=16 mesh.expert=8
+  optimizer.peak_lr=1e-5 optimizer.warmup_steps=200
+  train.steps=5000 train.eval_every=500
+  checkpoint.every=100 checkpoint.keep=2
+)
+worked_run

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Usage: launch/status.sh
+#
+# What there is now: the slice and its nodes, what runs on the workers, the newest step and loss.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$launch_dir/provider.sh"
+source "$launch_dir/workers.sh"
+
+line() { printf '%-9s%s\n' "$1" "$2"; }
+
+show_nodes() {
+  local node state health hosts_there created up
+  while read -r node state health hosts_there created; do
+    up=
+    [[ -z $created ]] || up=", up $(duration $(($(date +%s) - created)))"
+    line node "$node $state $health, $hosts_there hosts$up"
+  done < <(look_at_nodes)
+}
+
+# How many workers are in each state, and the names of those in a rare one.
+show_workers() {
+  local report state key
+  local -A count=()
+  for report in "${reports[@]}"; do
+    state=$(value_of state "$report")
+    [[ $state != exited ]] || state="exited with $(value_of code "$report")"
+    count[$state]=$((${count[$state]:-0} + 1))
+  done
+  for key in "${!count[@]}"; do line workers "${count[$key]} of $workers $key"; done | sort
+  line code "$(value_of stamp "${reports[0]}")"
+}
+
+parse_common "$@"
+no_more_args
+load_settings
+look_at_slice
+if [[ $dry_run ]]; then
+  look_at_nodes
+  ask_workers status
+  exit
+fi
+line slice "$LAUNCH_NAME $LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR $LAUNCH_PROVISIONING $LAUNCH_ZONE $slice_state${slice_message:+: $slice_message}"
+[[ $slice_state == ACTIVE ]] || exit 0
+show_nodes
+ask_workers status || true
+((${#reports[@]})) || exit 0
+show_workers
+newest_metrics
+line run "step $step, loss $loss$(sed 's/^./, in &/' "$state_dir/folder" 2>/dev/null || true)"

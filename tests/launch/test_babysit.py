@@ -1,0 +1,234 @@
+import os
+import subprocess
+
+import pytest
+
+from tests.launch.cloud import Cloud
+
+COMMAND = ("--", "grok", "train", "tiny")
+
+
+def babysit(cloud: Cloud, **environment: str) -> subprocess.CompletedProcess[str]:
+    return cloud.launch("babysit", *COMMAND, f"folder={cloud.run_folder}", **environment)
+
+
+def test_from_nothing_to_a_finished_run(cloud: Cloud) -> None:
+    cloud.plan("step 7; exit 0")
+    done = babysit(cloud)
+    assert (done.returncode, cloud.starts()) == (0, 1), done.stderr
+    assert "all 1 workers ended with exit code 0" in done.stderr
+    assert "done, at step 7" in done.stderr
+
+
+@pytest.mark.parametrize("code", [1, 69, 134, 137])
+def test_a_run_that_fails_is_started_again(cloud: Cloud, code: int) -> None:
+    cloud.plan(f"step 1; exit {code}", "step 2; exit 0")
+    done = babysit(cloud)
+    assert (done.returncode, cloud.starts()) == (0, 2), done.stderr
+    assert f"t1v-t-w-0 ended with exit code {code}" in done.stderr
+    assert len(cloud.calls("queued-resources create")) == 1
+
+
+@pytest.mark.parametrize("code", [2, 65])
+def test_a_run_that_must_be_changed_first_is_not_started_again(cloud: Cloud, code: int) -> None:
+    cloud.plan(last=f"step 1; exit {code}")
+    done = babysit(cloud)
+    assert (done.returncode, cloud.starts()) == (code, 1)
+    assert f"t1v-t-w-0 ended with exit code {code}" in done.stderr
+    assert "something must be changed first, see launch/logs.sh" in done.stderr
+
+
+def test_saved_without_being_asked_by_us_is_started_again_at_once(cloud: Cloud) -> None:
+    cloud.plan("step 1; exit 75", "step 2; exit 0")
+    done = babysit(cloud)
+    assert (done.returncode, cloud.starts()) == (0, 2)
+    assert "1 of 1 workers saved and were asked to stop" in done.stderr
+    assert "before the next start" not in done.stderr
+
+
+def test_three_preemptions_to_a_finished_run(cloud: Cloud) -> None:
+    cloud.script(preempt_at=[1, 2, 3])
+    cloud.plan(*[f"step {step}; until_asked" for step in (1, 2, 3)], "step 4; exit 0")
+    done = babysit(cloud)
+    assert (done.returncode, cloud.starts()) == (0, 4), done.stderr
+    assert done.stderr.count("the slice is SUSPENDED") == 3
+    assert len(cloud.calls("queued-resources create")) == 4
+    # Each new slice was set up, and has the code of the first start.
+    stamps = {call[5] for call in cloud.calls("queued-resources scp") if "grok-" in call[4]}
+    assert len(stamps) == 1
+    assert len((cloud.stub / "uv").read_text().split("venv --quiet")) == 5
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUSPENDING", "DELETING"])
+def test_a_slice_that_goes_in_another_way_is_made_again(cloud: Cloud, state: str) -> None:
+    gone = [state] if state == "FAILED" else [state, "SUSPENDED"]
+    # Two looks by `up`, and the rest while the run is watched.
+    cloud.script(lives=[["ACTIVE", "ACTIVE", *gone], ["ACTIVE"]])
+    cloud.plan("step 1; until_asked", "step 2; exit 0")
+    done = babysit(cloud)
+    assert (done.returncode, cloud.starts()) == (0, 2), done.stderr
+    assert f"the slice is {state}" in done.stderr
+
+
+def test_a_node_that_stays_in_repair_is_replaced(cloud: Cloud) -> None:
+    cloud.several_hosts(2)
+    cloud.script(lives=[["ACTIVE", "ACTIVE/t=PREEMPTED"], ["ACTIVE"]])
+    cloud.plan("step 1; until_asked", "step 2; exit 0")
+    done = babysit(cloud)
+    assert (done.returncode, cloud.starts()) == (0, 2), done.stderr
+    assert "node t is PREEMPTED" in done.stderr
+
+
+def test_one_of_two_hosts_that_died_is_noticed(cloud: Cloud) -> None:
+    cloud.several_hosts(2)
+    cloud.plan(**{"start_1_worker_0": "step 1; forever", "start_1_worker_1": "exit 134"})
+    cloud.plan(**{"2": "step 2; exit 0"})
+    done = babysit(cloud)
+    assert (done.returncode, cloud.starts(0), cloud.starts(1)) == (0, 2, 2), done.stderr
+    assert "1 of 2 workers run, but t1v-t-w-1 ended with exit code 134" in done.stderr
+
+
+def test_a_host_that_hangs_while_the_others_have_left_is_ended(cloud: Cloud) -> None:
+    cloud.several_hosts(2)
+    cloud.plan(**{"start_1_worker_0": "step 1; exit 75", "start_1_worker_1": "forever"})
+    cloud.plan(**{"2": "step 2; exit 0"})
+    done = babysit(cloud, LAUNCH_STOP_SECONDS="1")
+    assert (done.returncode, cloud.starts(1)) == (0, 2), done.stderr
+    assert "1 of 2 workers run, the others have saved and left" in done.stderr
+
+
+def test_one_answer_of_do_not_restart_is_enough(cloud: Cloud) -> None:
+    cloud.several_hosts(2)
+    cloud.plan(**{"start_1_worker_0": "exit 69", "start_1_worker_1": "exit 65"})
+    assert (babysit(cloud).returncode, cloud.starts()) == (65, 1)
+
+
+def test_it_gives_up_without_progress(cloud: Cloud) -> None:
+    cloud.plan(last="step 5; exit 69")
+    done = babysit(cloud, LAUNCH_MAX_STALLS="2")
+    assert (done.returncode, cloud.starts()) == (1, 3)
+    assert "gave up: 2 starts in a row brought no step after 5" in done.stderr
+
+
+def test_progress_starts_the_count_again(cloud: Cloud) -> None:
+    cloud.plan("exit 69", "step 1; exit 69", "exit 69", "step 2; exit 0")
+    done = babysit(cloud, LAUNCH_MAX_STALLS="2")
+    assert (done.returncode, cloud.starts()) == (0, 4), done.stderr
+
+
+def test_waits_between_starts_double_up_to_a_limit(cloud: Cloud) -> None:
+    program = cloud.stub / "bin" / "sleep"
+    program.write_text('#!/bin/sh\necho "$1" >>"$STUB/sleeps"\n')
+    program.chmod(0o755)
+    cloud.plan(last="exit 69")
+    babysit(cloud, LAUNCH_BACKOFF_SECONDS="10", LAUNCH_BACKOFF_MAX_SECONDS="60")
+    waits = [line for line in (cloud.stub / "sleeps").read_text().split() if line != "0"]
+    assert waits == ["10", "20", "40", "60"]
+
+
+def test_a_slice_that_cannot_be_set_up_is_given_up(cloud: Cloud) -> None:
+    cloud.devices(0)
+    done = babysit(cloud, LAUNCH_MAX_STALLS="2")
+    assert (done.returncode, cloud.starts()) == (1, 0)
+    assert "the slice could not be made ready 2 times in a row" in done.stderr
+
+
+def test_a_cloud_that_does_not_answer_for_a_while_changes_nothing(cloud: Cloud) -> None:
+    cloud.plan("step 1; sleep 0.5; step 2; exit 0")
+    silent = ["UNAVAILABLE: try later"] * 5
+    cloud.script(failures={"queued-resources describe": [None, None, *silent]})
+    done = babysit(cloud)
+    assert (done.returncode, cloud.starts()) == (0, 1), done.stderr
+    assert done.stderr.count("gcloud does not answer: ") == 5
+    assert len(cloud.calls("queued-resources create")) == 1
+
+
+def test_an_ssh_that_fails_twice_changes_nothing(cloud: Cloud) -> None:
+    cloud.several_hosts(2)
+    cloud.plan(last="step 1; until_asked")
+    cloud.script(ssh={"t1v-t-w-1": [*[None] * 8, "fail", "fail"]})
+    with started(cloud) as process:
+        cloud.wait_for(cloud.run_folder / "metrics.jsonl")
+        cloud.wait_for(cloud.stub / "done-t1v-t-w-1")
+        assert cloud.launch("stop").returncode == 0
+        assert process.wait(30) == 75
+    assert len(cloud.calls("queued-resources create")) == 1
+
+
+def test_workers_that_stay_silent_cost_the_slice_its_life(cloud: Cloud) -> None:
+    cloud.several_hosts(2)
+    cloud.plan("step 1; until_asked", "step 2; exit 0")
+    cloud.script(ssh={"t1v-t-w-1": [*[None] * 8, "fail", "fail", "fail"]})
+    done = babysit(cloud)
+    assert (done.returncode, len(cloud.calls("queued-resources create"))) == (0, 2), done.stderr
+    assert "1 of 2 workers answer" in done.stderr
+
+
+def test_stop_ends_the_babysitter_too(cloud: Cloud) -> None:
+    cloud.plan(last="step 1; until_asked")
+    with started(cloud) as process:
+        cloud.wait_for(cloud.run_folder / "metrics.jsonl")
+        assert cloud.launch("stop").returncode == 0
+        assert process.wait(30) == 75
+    assert cloud.starts() == 1
+
+
+def test_down_ends_the_babysitter_too(cloud: Cloud) -> None:
+    cloud.plan(last="step 1; until_asked")
+    with started(cloud) as process:
+        cloud.wait_for(cloud.run_folder / "metrics.jsonl")
+        assert cloud.launch("down").returncode == 0
+        assert process.wait(30) == 75
+    assert cloud.slice is None
+
+
+def test_killed_and_called_again_it_goes_on(cloud: Cloud) -> None:
+    cloud.plan("step 1; until_asked; exit 0")
+    with started(cloud) as process:
+        cloud.wait_for(cloud.run_folder / "metrics.jsonl")
+        process.kill()
+    [home] = cloud.homes()
+    pid = int((home / "grok-launch" / "run" / "pid").read_text())
+    os.kill(pid, 15)
+    cloud.plan("", "step 2; exit 0")
+    done = cloud.launch("babysit")
+    assert (done.returncode, cloud.starts()) == (0, 2), done.stderr
+    assert len(cloud.calls("queued-resources create")) == 1
+    assert len((cloud.stub / "uv").read_text().split("venv --quiet")) == 2
+
+
+def test_two_babysitters_of_one_slice_are_refused(cloud: Cloud) -> None:
+    cloud.plan(last="step 1; until_asked")
+    with started(cloud) as process:
+        cloud.wait_for(cloud.run_folder / "metrics.jsonl")
+        again = babysit(cloud)
+        assert again.returncode == 2
+        assert f"process {process.pid} on this machine babysits t already" in again.stderr
+        cloud.launch("stop")
+
+
+def test_another_command_while_one_is_unfinished_is_refused(cloud: Cloud) -> None:
+    cloud.plan(last="step 1; until_asked")
+    with started(cloud) as process:
+        cloud.wait_for(cloud.run_folder / "metrics.jsonl")
+        process.kill()
+    done = cloud.launch("babysit", "--", "grok", "other")
+    assert done.returncode == 2
+    assert "t is at another command (grok train tiny folder=" in done.stderr
+
+
+def test_without_a_command_there_is_nothing_to_go_on_with(cloud: Cloud) -> None:
+    done = cloud.launch("babysit")
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert "what to run comes after --" in done.stderr
+
+
+def started(cloud: Cloud) -> subprocess.Popen[str]:
+    words = [*COMMAND, f"folder={cloud.run_folder}"]
+    return subprocess.Popen(
+        [cloud.checkout / "launch" / "babysit.sh", *words],
+        env=cloud.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )

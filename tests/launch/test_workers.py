@@ -1,0 +1,243 @@
+"""setup, sync, run, status, logs and stop, on workers that are folders of this machine."""
+
+import subprocess
+
+import pytest
+
+from tests.launch.cloud import Cloud, git, make_checkout
+
+COMMAND = ("--", "grok", "train", "tiny")
+
+
+def test_setup_sync_run_status_logs_stop(cloud: Cloud) -> None:
+    cloud.several_hosts(2)
+    cloud.existing("ACTIVE")
+    cloud.plan(last="echo ready to step; step 3; until_asked")
+    for words in (["setup"], ["sync"], ["run", *COMMAND, f"folder={cloud.run_folder}"]):
+        done = cloud.launch(*words)
+        assert done.returncode == 0, done.stderr
+    cloud.wait_for(cloud.run_folder / "metrics.jsonl")
+    stamp = git(cloud.checkout, "rev-parse", "HEAD")[:12]
+    status = cloud.launch("status").stdout
+    assert "slice    t 1 x v5p-16 spot us-east5-a ACTIVE" in status
+    assert "node     t READY HEALTHY, 2 hosts" in status
+    assert "workers  2 of 2 running" in status
+    assert f"code     {stamp}" in status
+    assert f"run      step 3, loss 0.3, in {cloud.run_folder}" in status
+
+    logs = cloud.launch("logs", "--lines", "5").stdout
+    for worker in ("t1v-t-w-0", "t1v-t-w-1"):
+        assert f"[{worker}] ready to step" in logs
+        assert f"code {stamp}: exec grok train tiny folder=" in logs
+
+    stopped = cloud.launch("stop")
+    assert "t1v-t-w-1: exited, exit code 75, ended gently" in stopped.stdout
+    assert "workers  2 of 2 exited with 75" in cloud.launch("status").stdout
+    assert "exit code 75" in cloud.launch("logs").stdout
+
+
+def test_setup_may_be_repeated_and_makes_the_environment_once(cloud: Cloud) -> None:
+    cloud.existing("ACTIVE")
+    assert [cloud.launch("setup").returncode for _ in range(2)] == [0, 0]
+    calls = (cloud.stub / "uv").read_text().splitlines()
+    assert [call.split()[0] for call in calls] == ["venv", "pip", "pip"]
+    assert "--require-hashes" in calls[-1]
+
+
+def test_setup_names_the_worker_that_sees_too_few_devices(cloud: Cloud) -> None:
+    cloud.several_hosts(2)
+    cloud.existing("ACTIVE")
+    (cloud.stub / "devices-1").write_text("3\n")
+    done = cloud.launch("setup")
+    assert done.returncode == 1
+    assert "t1v-t-w-1: JAX sees 3 devices here, expected 4" in done.stderr
+    assert "the same command may be repeated" in done.stderr
+
+
+def test_setup_shows_what_failed_on_a_worker(cloud: Cloud) -> None:
+    cloud.several_hosts(2)
+    cloud.existing("ACTIVE")
+    (cloud.stub / "uv-fails-on-1").touch()
+    done = cloud.launch("setup")
+    assert done.returncode == 1
+    assert "[t1v-t-w-1] uv: no space left" in done.stdout
+    assert "t1v-t-w-1: setup ended early; the lines above say why" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["setup", "sync"])
+def test_nothing_is_installed_under_a_live_run(cloud: Cloud, verb: str) -> None:
+    cloud.ready()
+    cloud.plan(last="until_asked")
+    cloud.launch("run", *COMMAND)
+    done = cloud.launch(verb)
+    assert done.returncode == 1
+    assert "a run is live here (pid " in done.stderr
+
+
+def test_a_worker_that_ssh_does_not_reach_is_missed(cloud: Cloud) -> None:
+    cloud.several_hosts(2)
+    cloud.ready()
+    cloud.script(ssh={"t1v-t-w-1": ["fail"]})
+    done = cloud.launch("run", *COMMAND)
+    assert done.returncode == 1
+    assert "1 of 2 workers answered" in done.stderr
+    assert "connect to host t1v-t-w-1 port 22: Connection timed out" in done.stderr
+    assert cloud.starts(0) == 0
+
+
+def test_a_node_that_gcloud_leaves_out_is_missed(cloud: Cloud) -> None:
+    cloud.settings(LAUNCH_ACCELERATOR="v5litepod-16", LAUNCH_NODE_COUNT="2")
+    cloud.script(hosts=4)
+    cloud.ready("ACTIVE/t-1=PREEMPTED", nodes=2)
+    status = cloud.launch("status")
+    assert "node     t-1 PREEMPTED" in status.stdout
+    assert "4 of 8 workers answered" in status.stderr
+
+
+def test_an_ssh_that_hangs_is_cut_off(cloud: Cloud) -> None:
+    cloud.ready()
+    cloud.script(ssh={"t1v-t-w-0": ["hang"]})
+    done = cloud.launch("status", LAUNCH_CALL_SECONDS="1")
+    assert "0 of 1 workers answered" in done.stderr
+
+
+def test_a_run_survives_the_connection_that_started_it(cloud: Cloud) -> None:
+    cloud.ready()
+    cloud.plan(last="until_asked")
+    cloud.script(ssh={"t1v-t-w-0": [None, None, "drop"]})
+    assert cloud.launch("run", *COMMAND).returncode == 1
+    assert "workers  1 of 1 running" in cloud.launch("status").stdout
+    again = cloud.launch("run", *COMMAND)
+    assert (again.returncode, cloud.starts()) == (1, 1)
+    assert "a run is live on t1v-t-w-0" in again.stderr
+
+
+def test_two_starts_at_once_make_one_run(cloud: Cloud) -> None:
+    cloud.ready()
+    cloud.plan(last="until_asked")
+    [home] = cloud.homes()
+    worker = home / "grok-launch"
+    (worker / "run").mkdir()
+    with subprocess.Popen(["flock", worker / "run" / "lock", "sleep", "60"]) as other:
+        cloud.wait_for(worker / "run" / "lock")
+        (worker / "run" / "pid").write_text(str(other.pid))
+        done = cloud.launch("run", *COMMAND)
+        other.kill()
+    assert done.returncode == 1
+    assert f"a run is live on t1v-t-w-0 (pid {other.pid})" in done.stderr
+
+
+@pytest.mark.parametrize("code", [0, 2, 65, 69, 75, 134])
+def test_the_exit_code_is_kept(cloud: Cloud, code: int) -> None:
+    cloud.ready()
+    cloud.plan(last=f"exit {code}")
+    cloud.launch("run", *COMMAND)
+    [home] = cloud.homes()
+    cloud.wait_for(home / "grok-launch" / "run" / "exit")
+    assert f"workers  1 of 1 exited with {code}" in cloud.launch("status").stdout
+
+
+def test_a_machine_that_was_restarted_has_lost_its_run(cloud: Cloud) -> None:
+    cloud.ready()
+    [home] = cloud.homes()
+    (home / "grok-launch" / "run").mkdir()
+    for name, text in (("pid", "999999999"), ("lock", ""), ("folder", "")):
+        (home / "grok-launch" / "run" / name).write_text(text)
+    assert "workers  1 of 1 lost" in cloud.launch("status").stdout
+
+
+def test_stop_ends_what_does_not_leave(cloud: Cloud) -> None:
+    cloud.ready()
+    cloud.plan(last="forever")
+    cloud.launch("run", *COMMAND)
+    done = cloud.launch("stop", LAUNCH_STOP_SECONDS="1")
+    assert "t1v-t-w-0: exited, exit code 137, ended killed" in done.stdout
+
+
+def test_stop_now_does_not_ask(cloud: Cloud) -> None:
+    cloud.ready()
+    cloud.plan(last="trap 'touch $STUB/asked; exit 75' TERM; while :; do sleep 0.02; done")
+    cloud.launch("run", *COMMAND)
+    done = cloud.launch("stop", "--now")
+    assert "exit code 137, ended killed" in done.stdout
+    assert not (cloud.stub / "asked").exists()
+
+
+def test_stop_ends_who_holds_the_tpu_and_removes_the_lock(cloud: Cloud) -> None:
+    cloud.ready()
+    [home] = cloud.homes()
+    (home / "dev").mkdir()
+    (home / "dev" / "vfio0").touch()
+    (home / "libtpu_lockfile").touch()
+    with subprocess.Popen(
+        ["bash", "-c", "exec 9<$1; sleep 60", "x", home / "dev" / "vfio0"]
+    ) as held:
+        done = cloud.launch("stop")
+        assert held.wait(10) == -9
+    assert "ended killed" in done.stdout
+    assert not (home / "libtpu_lockfile").exists()
+
+
+def test_logs_where_nothing_ran_say_so(cloud: Cloud) -> None:
+    cloud.ready()
+    assert "[t1v-t-w-0] no run has been started here" in cloud.launch("logs").stdout
+
+
+def test_following_logs_streams_lines_as_they_come(cloud: Cloud) -> None:
+    cloud.ready()
+    cloud.plan(last="echo the first; until_asked")
+    cloud.launch("run", *COMMAND)
+    command = [cloud.checkout / "launch" / "logs.sh", "--follow"]
+    with subprocess.Popen(
+        command, env=cloud.environment, stdout=subprocess.PIPE, text=True
+    ) as logs:
+        assert logs.stdout
+        lines = iter(logs.stdout.readline, "")
+        assert any("[t1v-t-w-0] the first" in line for line in lines)
+        cloud.launch("stop")
+        assert any("exit code 75" in line for line in lines)
+        logs.kill()
+
+
+def test_metrics_are_read_from_the_bucket(cloud: Cloud) -> None:
+    cloud.ready()
+    cloud.launch("run", *COMMAND, "folder=gs://b/runs/x")
+    metrics = cloud.stub / "bucket" / "b" / "runs" / "x" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text('{"step": 120, "loss": 2.5}\n{"step": 130, "validation": 1}\n')
+    assert "run      step 120, loss 2.5, in gs://b/runs/x" in cloud.launch("status").stdout
+
+
+def test_status_without_a_slice(cloud: Cloud) -> None:
+    assert "ABSENT" in cloud.launch("status").stdout
+
+
+def test_changes_that_are_not_committed_travel_and_are_named(cloud: Cloud) -> None:
+    cloud.checkout = make_checkout(cloud.folder / "checkout")
+    cloud.ready()
+    (cloud.checkout / "Makefile").write_text("# changed\n")
+    (cloud.checkout / "unknown").touch()
+    done = cloud.launch("sync")
+    [home] = cloud.homes()
+    source = home / "grok-launch" / "src"
+    stamp = source.resolve().name
+    assert stamp.startswith(git(cloud.checkout, "rev-parse", "HEAD")[:12] + "-dirty-")
+    assert f"they go too, as {stamp}" in done.stderr
+    assert "1 files that git does not know stay here" in done.stderr
+    assert (source / "Makefile").read_text() == "# changed\n"
+    assert not (source / "unknown").exists()
+    assert git(cloud.checkout, "status", "--short") == "M Makefile\n?? unknown"
+
+    git(cloud.checkout, "checkout", "--quiet", "Makefile")
+    cloud.launch("sync", "--again")
+    assert (source / "Makefile").read_text() == "# changed\n"
+
+
+def test_relative_folders_of_runs_outlive_new_code(cloud: Cloud) -> None:
+    cloud.ready()
+    cloud.launch("sync")
+    cloud.launch("run", *COMMAND, "folder=runs/first")
+    [home] = cloud.homes()
+    cloud.wait_for(home / "grok-launch" / "run" / "exit")
+    cloud.launch("sync")
+    assert (home / "grok-launch" / "src" / "runs" / "first" / "metrics.jsonl").exists()
