@@ -37,6 +37,16 @@ class CheckpointError(GrokError, ValueError):
     exit_code = REFUSED
 
 
+class DamageError(CheckpointError):
+    """A checkpoint of ours whose files are not as they were saved."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint that could not be saved; those before it are as they were."""
+
+    exit_code = RESTART
+
+
 class Diverged(GrokError):
     """Gradients or losses that stayed bad: the same run would go the same way again."""
 

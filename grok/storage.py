@@ -161,15 +161,31 @@ def remote(path: StrPath) -> tuple[Any, str]:
 @functools.cache
 def google_storage(emulated: bool) -> Any:
     """The client of gs://, or of an emulator that the environment names."""
+    # It would ask each bucket's layout by gRPC first, for minutes where nothing answers.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     # Imported late: it takes a second, which local files need not cost.
     from gcsfs.core import GCSFileSystem  # type: ignore[import-untyped]
 
     # It logs each refusal with a stack trace; what a user should know is raised as well.
     logging.getLogger("gcsfs").addHandler(logging.NullHandler())
-    # `gcsfs.GCSFileSystem` would first ask each bucket's layout by gRPC, for minutes where nothing
-    # answers. An emulator knows no accounts, and looking for one would ask Google's servers. What
-    # was listed is not kept, since others write there.
-    return GCSFileSystem(token="anon" if emulated else None, use_listings_cache=False)
+    return GCSFileSystem(**_options(emulated))
+
+
+def prepare(folder: StrPath) -> None:
+    """Readies the clients that libraries make by themselves for gs://, where `folder` is there."""
+    if is_remote(folder):
+        import fsspec.config
+
+        remote(folder)
+        fsspec.config.conf.setdefault("gcs", {}).update(
+            _options("STORAGE_EMULATOR_HOST" in os.environ)
+        )
+
+
+def _options(emulated: bool) -> dict[str, Any]:
+    # An emulator knows no accounts, and looking for one would ask Google's servers. What was listed
+    # is not kept, since others write there.
+    return {"token": "anon" if emulated else None, "use_listings_cache": False}
 
 
 @contextlib.contextmanager

@@ -12,14 +12,13 @@ import numpy as np
 from grok.checkpoint import storage
 from grok.checkpoint.orbax_files import COMMITTED, METADATA, MODEL, Tree, read_meta, read_tree
 from grok.checkpoint.source import Part, Source, TensorSpec
+from grok.checkpoint.whole import UNFINISHED
 from grok.checkpoint.zarr_store import open_array, wait
 from grok.config import GrokConfig
 from grok.config_files import from_dict, load_config
 from grok.errors import CheckpointError
 from grok.model import names
 
-# In the name of a local checkpoint that Orbax is writing.
-UNFINISHED = ".orbax-checkpoint-tmp"
 FLOATS = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
 
 

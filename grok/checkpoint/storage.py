@@ -14,6 +14,7 @@ from grok.errors import CheckpointError
 from grok.storage import StrPath
 from grok.storage import is_remote as is_remote
 from grok.storage import join as join
+from grok.storage import reason as reason
 
 
 def exists(path: StrPath) -> bool:

@@ -191,9 +191,16 @@ def wait(future: Any) -> Any:
     try:
         return future.result()
     except ValueError as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        reason = os.strerror(int(code[1])) if code else str(error).partition(" [")[0]
-        raise OSError(reason) from error
+        raise OSError(reason(error)) from error
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in few words, whether TensorStore raised it or what is around it."""
+    if isinstance(error, OSError):
+        return storage.reason(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    said = str(error).partition(" [")[0].splitlines()
+    return os.strerror(int(code[1])) if code else said[0] if said else type(error).__name__
 
 
 def _kvstore(folder: str | os.PathLike[str]) -> dict[str, str]:

@@ -18,13 +18,14 @@ import optax
 from jax.sharding import Mesh
 
 from grok import sharding
+from grok.checkpoint.keep import Keep
 from grok.checkpoint.manager import Checkpoints
 from grok.config import RunConfig, check_fits
 from grok.config_text import to_yaml
 from grok.data.pipeline import global_batches, to_mesh
 from grok.data.shapes import Batch
 from grok.data.text import bits_per_byte
-from grok.errors import DONE, SAVED, ConfigError
+from grok.errors import DONE, SAVED, ConfigError, SaveError
 from grok.train import hosts
 from grok.train.data import RunData, read_data
 from grok.train.initial import InitialWeights, initial_weights
@@ -52,6 +53,7 @@ class Run:
     reports: Reports
     watchdog: Watchdog
     first: int  # the step that this process goes on from
+    notices: tuple[str, ...]  # what was found wrong with later checkpoints
 
 
 def run(config: RunConfig) -> int:
@@ -81,8 +83,9 @@ def open_run(config: RunConfig) -> Run:
     optimizer = make_optimizer(config)
     step = functools.partial(train_step, config=config, optimizer=optimizer)
     folder = Path(config.folder)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
-    first = hosts.from_first(checkpoints.latest) or 0
+    checkpoints = Checkpoints(folder / "checkpoints", keep=Keep(config.checkpoint.keep))
+    notices: list[str] = []
+    first = checkpoints.newest_good(notices.append) or 0
     return Run(
         config=config,
         mesh=mesh,
@@ -95,6 +98,7 @@ def open_run(config: RunConfig) -> Run:
         reports=Reports(config, mesh, data, first, began),
         watchdog=Watchdog(config.train.hang_seconds, config.folder),
         first=first,
+        notices=tuple(notices),
     )
 
 
@@ -102,6 +106,8 @@ def first_state(run: Run) -> TrainState:
     """The state of the newest checkpoint, or a fresh one."""
     folder, say = Path(run.config.folder), run.reports.say
     say(describe(run.config, run.mesh))
+    for notice in run.notices:
+        say(notice)
     if run.first:
         say(f"resuming from the checkpoint of step {run.first}")
         with run.reports.events.during("restore", step=run.first):
@@ -199,9 +205,17 @@ def validate(
 
 
 def save_state(run: Run, step: int, state: TrainState) -> None:
-    """Starts a save, which goes on in the background."""
+    """Starts a save, which goes on in the background. One that fails is reported, and the run goes
+    on: older checkpoints are whole, and the next save may work."""
     with run.reports.events.during("save", step=step):
-        save(run.checkpoints, step, state, run.config, run.data, run.initial)
+        try:
+            run.checkpoints.wait()
+        except SaveError as error:
+            run.reports.say(str(error))
+        try:
+            save(run.checkpoints, step, state, run.config, run.data, run.initial)
+        except SaveError as error:
+            run.reports.say(str(error))
     run.reports.saved(step)
 
 

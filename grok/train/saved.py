@@ -43,7 +43,7 @@ def restore(
     """
     meta = checkpoints.meta(step)
     if not config.data.allow_changed:
-        check_unchanged(meta.get("data", []), data.hashes, str(checkpoints.folder / str(step)))
+        check_unchanged(meta.get("data", []), data.hashes, checkpoints.path(step))
     stored = dict(flatten(meta["config"]))
     changes = []
     for key, value in flatten(to_dict(config)):
@@ -52,7 +52,7 @@ def restore(
             continue
         if not may_change(key, before, value):
             raise CheckpointError(
-                f"{checkpoints.folder / str(step)} was trained with {key}={before} and the config "
+                f"{checkpoints.path(step)} was trained with {key}={before} and the config "
                 f"says {value}; set it back, or name another folder."
             )
         changes.append(f"{key} from {before} to {value}")

@@ -1,7 +1,9 @@
 """Checkpoints hold what was put in, wherever it is put back, and say what is wrong with them."""
 
 import dataclasses
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,9 +11,10 @@ import pytest
 
 import grok
 from grok import sharding
+from grok.checkpoint.keep import Keep
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
 from grok.config import GrokConfig
-from grok.errors import CheckpointError
+from grok.errors import CheckpointError, SaveError
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,7 @@ def model(tiny_run):
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    checkpoints = Checkpoints(folder, keep=2)
+    checkpoints = Checkpoints(folder, keep=Keep(2))
     for step in (1, 2, 3):
         checkpoints.save(step, {MODEL: model, OPTIMIZER: {"count": np.int32(step)}}, {"step": step})
     checkpoints.close()
@@ -72,4 +75,148 @@ def test_a_checkpoint_without_its_files_says_so(saved, model, tmp_path):
     (tmp_path / "copy" / "3" / "meta" / "metadata").write_text("{")
     with pytest.raises(CheckpointError, match=r"copy/3 cannot be read as a checkpoint"):
         checkpoints.meta(3)
+    checkpoints.close()
+
+
+def test_which_stay():
+    loss = {10: 3.0, 20: 1.0, 30: float("nan"), 40: 2.0, 60: 4.0}
+    metrics = {step: {"validation_loss": value} for step, value in loss.items()}
+    steps = [10, 20, 30, 40, 50, 60]
+    assert Keep(2).staying(steps, metrics) == {50, 60}
+    assert Keep(1, every=30).staying(steps, metrics) == {30, 60}
+    assert Keep(1, best=2).staying(steps, metrics) == {20, 40, 60}
+    assert Keep(1, best=2, metric="other").staying(steps, metrics) == {60}
+
+
+def tree(step: int) -> dict:
+    return {MODEL: {"a": np.random.default_rng(step).random((64, 64)), "b": np.arange(9)}}
+
+
+def save(folder, keep: Keep, losses: dict[int, float]) -> None:
+    checkpoints = Checkpoints(folder, keep)
+    for step, loss in losses.items():
+        checkpoints.save(step, tree(step), {"step": step}, {"validation_loss": loss})
+    checkpoints.close()
+
+
+def steps_in(folder) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def test_the_best_stay_also_when_another_process_saved_them(tmp_path):
+    save(tmp_path, Keep(1, every=3, best=1), {1: 3.0, 2: 1.0, 3: 2.0})
+    save(tmp_path, Keep(1, every=3, best=1), {4: 2.5, 5: 2.0})
+    assert steps_in(tmp_path) == [2, 3, 5]
+    save(tmp_path, Keep(1, every=3, best=1), {6: 0.5})
+    assert steps_in(tmp_path) == [3, 6]
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three")
+    save(folder, Keep(3), {1: 1.0, 2: 1.0, 3: 1.0})
+    return folder
+
+
+@pytest.fixture
+def copy(three, tmp_path):
+    return shutil.copytree(three, tmp_path / "copy")
+
+
+def largest(folder) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=os.path.getsize)
+
+
+def flip(path: Path, byte: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "truncated": (lambda step: os.truncate(largest(step), 1000), "has 1,000 bytes in model/"),
+    "missing": (lambda step: largest(step).unlink(), "lacks the file model/"),
+    "a bit of the metadata": (
+        lambda step: flip(step / "model" / "_METADATA", 40),
+        "has other bytes in model/_METADATA than were saved",
+    ),
+    "a bit of the step's metadata": (
+        lambda step: flip(step / "_CHECKPOINT_METADATA", 0),
+        "has no readable _CHECKPOINT_METADATA",
+    ),
+    "empty": (lambda step: [shutil.rmtree(step), step.mkdir()], "is empty"),
+    "no JSON": (lambda step: (step / "files.json").write_text("{"), "has no readable files.json"),
+    "other JSON": (
+        lambda step: (step / "files.json").write_text('{"model/_METADATA": 1}'),
+        "has no readable files.json",
+    ),
+    "no list": (
+        lambda step: [(step / "files.json").unlink(), (step / "meta" / "metadata").unlink()],
+        "has no readable meta/metadata",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside(copy, damage):
+    do, problem = DAMAGE[damage]
+    do(copy / "3")
+    before = sorted(path.name for path in (copy / "3").rglob("*"))
+    checkpoints, told = Checkpoints(copy, Keep(3)), []
+    assert checkpoints.newest_good(told.append) == checkpoints.latest() == 2
+    (sentence,) = told
+    assert sentence.startswith(f"the checkpoint of step 3 {problem}")
+    assert sentence.endswith(f"; it is now in {copy}/damaged/3")
+    assert sorted(path.name for path in (copy / "damaged" / "3").rglob("*")) == before
+    # Its step can be saved again, and damaged again.
+    checkpoints.save(3, tree(3), {"step": 3})
+    checkpoints.close()
+    largest(copy / "3").unlink()
+    checkpoints = Checkpoints(copy, Keep(3))
+    assert checkpoints.newest_good(told.append) == 2
+    assert told[-1].endswith("damaged/3.2")
+    checkpoints.close()
+
+
+def test_where_none_is_whole_nothing_begins_anew(copy):
+    for step in (1, 2, 3):
+        os.truncate(largest(copy / str(step)), 10)
+    for told in ([], ["nothing more"]):
+        checkpoints = Checkpoints(copy, Keep(3))
+        with pytest.raises(CheckpointError, match="no checkpoint that is whole, only damaged ones"):
+            checkpoints.newest_good(told.append)
+        checkpoints.close()
+        assert len(told) in (1, 3)
+
+
+def test_what_was_not_saved_to_its_end_is_deleted(copy):
+    half = shutil.copytree(copy / "3", copy / "4.orbax-checkpoint-tmp")
+    checkpoints, told = Checkpoints(copy, Keep(3)), []
+    assert checkpoints.newest_good(told.append) == 3
+    assert told == [f"{half} was not saved to its end, and is deleted"]
+    assert not half.exists()
+    checkpoints.close()
+
+
+def test_a_save_that_fails_leaves_the_others(copy, monkeypatch):
+    checkpoints = Checkpoints(copy, Keep(1))
+
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grok.checkpoint.whole.write_list", full)
+        checkpoints.save(4, tree(4), {})
+        with pytest.raises(SaveError) as error:
+            checkpoints.wait()
+    assert str(error.value) == (
+        f"the checkpoint of step 4 could not be saved in {copy}: No space left on device. "
+        "Those before it are as they were."
+    )
+    assert checkpoints.latest() == 3
+    assert steps_in(copy) == [1, 2, 3]
+    # The next one is saved as if nothing had been.
+    checkpoints.save(5, tree(5), {})
+    checkpoints.wait()
+    assert steps_in(copy) == [5]
     checkpoints.close()

@@ -15,6 +15,7 @@ from gcp_storage_emulator.server import create_server
 from grok import sharding
 from grok.checkpoint.convert import converted
 from grok.checkpoint.importer import import_weights
+from grok.checkpoint.keep import Keep
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
 from grok.checkpoint.open import open_source
 from grok.checkpoint.orbax_source import OrbaxSource
@@ -54,7 +55,7 @@ def model() -> Grok:
 def trained(tmp_path_factory, model) -> Path:
     """A run's folder with checkpoints of steps 3 and 20, as training saves them."""
     folder = tmp_path_factory.mktemp("trained")
-    checkpoints = Checkpoints(folder / "checkpoints", keep=2)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=Keep(2))
     zeros = jax.tree.map(lambda x: x * 0, model)
     for step, tree in ((3, zeros), (20, model)):
         checkpoints.save(step, {MODEL: tree, OPTIMIZER: {"step": 1}}, {"config": to_dict(RUN)})
