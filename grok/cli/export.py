@@ -62,3 +62,32 @@ def hf(src, dst, config, dtype, shard_size, base_weights, data_manifest) -> None
     rate = done.written / done.seconds / 1e9
     click.echo(f"{done.written:,} bytes written in {done.seconds:.1f} s, {rate:.2f} GB/s")
     click.echo(f"{dst}: complete; README.md says what can read it")
+
+
+@export.command()
+@click.argument("src")
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32", "int8"]),
+    help="Type of the matrices; with int8 all else is float32.  [default: as they are]",
+)
+def params(src, dst, dtype) -> None:
+    """Write the parameters of the run at SRC, without the optimizer's state, to the new folder DST.
+
+    SRC, local or gs://, is a run's folder, of which the newest checkpoint is taken, or a step in
+    its `checkpoints`. DST is then the folder of a run that all commands read. After an
+    interruption the same command goes on.
+    """
+    from grok.checkpoint.export import export_params
+
+    with progress() as tell:
+        done = export_params(src, dst, dtype, tell)
+    kept = done.kept
+    click.echo(
+        f"{kept['tensors']:,} tensors, {kept['parameters']:,} parameters, {kept['dtype']}, "
+        f"{kept['bytes']:,} bytes"
+    )
+    rate = done.written / done.seconds / 1e9
+    click.echo(f"{done.written:,} bytes written in {done.seconds:.1f} s, {rate:.2f} GB/s")
+    click.echo(f"{done.checkpoint}: complete; checksums ({kept['checksum']}) in meta/metadata")
