@@ -483,6 +483,24 @@ class CheckpointConfig:
 
     every: Annotated[Count, Field(description="steps between saves (the last is saved too)")] = 500
     keep: Annotated[Count, Field(description="newest checkpoints that stay on disk")] = 3
+    keep_every: Annotated[
+        CountOrZero, Field(description="checkpoints of multiples of so many steps stay; 0: none")
+    ] = 0
+    keep_best: Annotated[
+        CountOrZero, Field(description="checkpoints of the lowest best_metric that stay")
+    ] = 0
+    best_metric: Annotated[
+        Literal["validation_loss", "validation_bits_per_byte"],
+        Field(description="by what keep_best finds the best"),
+    ] = "validation_loss"
+
+    def __post_init__(self) -> None:
+        if self.keep_every % self.every:
+            up = -(-self.keep_every // self.every) * self.every
+            raise ConfigError(
+                f"checkpoint.keep_every={self.keep_every} is no multiple of checkpoint.every="
+                f"{self.every}; checkpoint.keep_every={up} would work."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -523,8 +541,25 @@ class RunConfig:
                 f"steps of train.steps={self.train.steps} after optimizer.warmup_steps="
                 f"{self.optimizer.warmup_steps}; optimizer.decay_steps={stable} would work."
             )
+        if self.checkpoint.keep_best:
+            self._check_validated()
         if self.mesh.simulated_devices:
             check_fits(self, self.mesh.simulated_devices)
+
+    def _check_validated(self) -> None:
+        """Refuses to look for the best checkpoint among some that nothing is known of."""
+        best, every = self.checkpoint.keep_best, self.checkpoint.every
+        if not (self.data.validation or self.data.validation_dataset):
+            raise ConfigError(
+                f"checkpoint.keep_best={best} needs validation passes, and neither data.validation "
+                "nor data.validation_dataset names data; checkpoint.keep_best=0 would work."
+            )
+        if not self.train.eval_every or every % self.train.eval_every:
+            raise ConfigError(
+                f"checkpoint.keep_best={best} needs a validation pass at each checkpoint, and "
+                f"train.eval_every={self.train.eval_every} has none at some multiples of "
+                f"checkpoint.every={every}; train.eval_every={every} would work."
+            )
 
 
 def largest_divisor(number: int, at_most: int) -> int:

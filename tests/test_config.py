@@ -47,7 +47,8 @@ train train.steps train.seed train.init_from train.z_loss train.router_balance_l
 train.accumulate train.skip_spikes_above train.log_every train.eval_every train.hang_seconds
 train.heartbeat_seconds train.tensorboard
 train.wandb train.profile
-checkpoint checkpoint.every checkpoint.keep
+checkpoint checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best
+checkpoint.best_metric
 """.split()
 
 LADDER = ["grok-10m", "grok-100m", "grok-1b", "grok-8b", "grok-33b"]
@@ -183,7 +184,10 @@ def test_groups_round_trip(write):
         ("seed: 5", "there is no key seed; did you mean data.seed or train.seed?"),
         ("model: {peak_lr: 5}", "no key model.peak_lr; did you mean optimizer.peak_lr?"),
         ("train.steps: 5", "run.yaml:2: in a file, train.steps is written as steps inside train."),
-        ("checkpoint: {path: 5}", "no key checkpoint.path; checkpoint has every, keep."),
+        (
+            "checkpoint: {path: 5}",
+            "no key checkpoint.path; checkpoint has every, keep, keep_every, keep_best,",
+        ),
         ("model: {peaklr: 5}", "no key model.peaklr; did you mean optimizer.peak_lr?"),
         ("colour: red", "no key colour; the top level has model, folder, mesh,"),
         ("train:\n  steps: ten", 'run.yaml:3: train.steps must be a whole number, not "ten"'),
@@ -243,6 +247,16 @@ def test_groups_round_trip(write):
             "data: {datasets: [{path: a}], mixture_changes: [{from_step: 5, weights: [1]},"
             " {from_step: 5, weights: [1]}]}",
             "data.mixture_changes has from_step=5 after 5; steps that increase would work.",
+        ),
+        (
+            "checkpoint: {keep_every: 700}",
+            "checkpoint.keep_every=700 is no multiple of checkpoint.every=500; "
+            "checkpoint.keep_every=1000 would work.",
+        ),
+        ("checkpoint: {keep_best: 2}", "neither data.validation nor data.validation_dataset names"),
+        (
+            "checkpoint: {keep_best: 2}\ndata: {validation: [a]}\ntrain: {eval_every: 300}",
+            "multiples of checkpoint.every=500; train.eval_every=500 would work.",
         ),
         ("optimizer: {name: adam}", 'did you mean "adamw"?'),
         ("optimizer: {name: lion, epsilon: 1e-6}", "optimizer.epsilon=1e-08 would work."),

@@ -8,7 +8,6 @@ it had never stopped.
 
 import dataclasses
 import functools
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ import optax
 from jax.sharding import Mesh
 
 from grok import sharding
-from grok.checkpoint.keep import Keep
 from grok.checkpoint.manager import Checkpoints
 from grok.config import RunConfig, check_fits
 from grok.config_text import to_yaml
@@ -26,12 +24,14 @@ from grok.data.pipeline import global_batches, to_mesh
 from grok.data.shapes import Batch
 from grok.data.text import bits_per_byte
 from grok.errors import DONE, SAVED, ConfigError, SaveError
+from grok.storage import join
 from grok.train import hosts
 from grok.train.data import RunData, read_data
+from grok.train.folder import write_file
 from grok.train.initial import InitialWeights, initial_weights
 from grok.train.optimizer import make_optimizer
 from grok.train.reports import Reports
-from grok.train.saved import restore, save
+from grok.train.saved import keep_policy, restore, save
 from grok.train.state import TrainState, init_state
 from grok.train.step import eval_step, train_step
 from grok.train.stop import StopRequest
@@ -82,8 +82,7 @@ def open_run(config: RunConfig) -> Run:
     data = read_data(config)
     optimizer = make_optimizer(config)
     step = functools.partial(train_step, config=config, optimizer=optimizer)
-    folder = Path(config.folder)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=Keep(config.checkpoint.keep))
+    checkpoints = Checkpoints(join(config.folder, "checkpoints"), keep=keep_policy(config))
     notices: list[str] = []
     first = checkpoints.newest_good(notices.append) or 0
     return Run(
@@ -104,7 +103,7 @@ def open_run(config: RunConfig) -> Run:
 
 def first_state(run: Run) -> TrainState:
     """The state of the newest checkpoint, or a fresh one."""
-    folder, say = Path(run.config.folder), run.reports.say
+    say = run.reports.say
     say(describe(run.config, run.mesh))
     for notice in run.notices:
         say(notice)
@@ -124,9 +123,10 @@ def first_state(run: Run) -> TrainState:
         say("making the initial state")
         state = init_state(run.config, run.optimizer, run.mesh, model)
     if hosts.is_first():
-        (folder / "config.yaml").write_text(to_yaml(run.config))
+        write_file(run.config.folder, "config.yaml", to_yaml(run.config).encode())
         if not run.first:
-            shutil.copyfile(run.config.data.tokenizer, folder / "tokenizer.model")
+            tokenizer = Path(run.config.data.tokenizer).read_bytes()
+            write_file(run.config.folder, "tokenizer.model", tokenizer)
     return state
 
 
@@ -155,15 +155,16 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> int:
         last = step == config.train.steps
         if last or step % config.train.log_every == 0:
             report_step(run, step, metrics)
+        validated: dict[str, float] = {}
         if last or (config.train.eval_every and step % config.train.eval_every == 0):
-            report_validation(run, step, state)
+            validated = report_validation(run, step, state)
         if last or step % config.checkpoint.every == 0:
-            save_state(run, step, state)
+            save_state(run, step, state, validated)
             saved = step
         if stop.agreed():
             break
     if saved != step:
-        save_state(run, step, state)
+        save_state(run, step, state, {})
     return step
 
 
@@ -179,15 +180,16 @@ def report_step(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
     run.reports.step(step, told, tokens_seen=run.data.train.tokens_seen(step))
 
 
-def report_validation(run: Run, step: int, state: TrainState) -> None:
-    """A validation pass, where there is data for one."""
+def report_validation(run: Run, step: int, state: TrainState) -> dict[str, float]:
+    """A validation pass, where there is data for one; what was measured."""
     if run.data.validation is None:
-        return
+        return {}
     with run.reports.events.during("validate", step=step):
         values = validate(
             run.eval_function, state.model, run.data.validation, run.data.num_bytes, run.mesh
         )
     run.reports.validation(step, values)
+    return values
 
 
 def validate(
@@ -204,7 +206,7 @@ def validate(
     return values
 
 
-def save_state(run: Run, step: int, state: TrainState) -> None:
+def save_state(run: Run, step: int, state: TrainState, validated: dict[str, float]) -> None:
     """Starts a save, which goes on in the background. One that fails is reported, and the run goes
     on: older checkpoints are whole, and the next save may work."""
     with run.reports.events.during("save", step=step):
@@ -213,7 +215,7 @@ def save_state(run: Run, step: int, state: TrainState) -> None:
         except SaveError as error:
             run.reports.say(str(error))
         try:
-            save(run.checkpoints, step, state, run.config, run.data, run.initial)
+            save(run.checkpoints, step, state, run.config, run.data, run.initial, validated)
         except SaveError as error:
             run.reports.say(str(error))
     run.reports.saved(step)

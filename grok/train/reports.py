@@ -7,12 +7,12 @@ to people: the display. Of several processes the first alone does any of this.
 
 import contextlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from grok import storage
 from grok.config import GrokConfig, RunConfig
 from grok.errors import GrokError
 from grok.plan.chips import peak_flops
@@ -21,6 +21,7 @@ from grok.train.data import RunData
 from grok.train.display import Display
 from grok.train.events import Events
 from grok.train.flops import flops_per_token
+from grok.train.folder import RunFolder
 from grok.train.metrics import MetricsFile, plain
 from grok.train.profiler import Profiler
 from grok.train.record import Record
@@ -35,12 +36,15 @@ class Reports:
         this process did, seconds since 1970."""
         self._began = began
         self._config, self._mesh, self._data, self._step = config, mesh, data, first
-        self._folder = Path(config.folder) if jax.process_index() == 0 else None
+        self._run_folder = RunFolder(config.folder) if jax.process_index() == 0 else None
+        self._folder = self._run_folder.path if self._run_folder else None
         self.display = Display(config.train.steps, first, quiet=self._folder is None)
         self._compiled: set[tuple[int, int]] = set()
 
     def __enter__(self) -> "Reports":
         with contextlib.ExitStack() as exits:
+            if self._run_folder:
+                exits.enter_context(self._run_folder)
             path = None if self._folder is None else self._folder / "events.jsonl"
             self.events = exits.enter_context(Events(path, self._began))
             exits.enter_context(self.display)
@@ -57,7 +61,7 @@ class Reports:
             MetricsFile(None if folder is None else folder / "metrics.jsonl", self._step)
         )
         self._record = Record(
-            None if folder is None else str(folder), config, self._mesh, self._data
+            None if folder is None else config.folder, config, self._mesh, self._data
         )
         self._writers: list[Writer] = []
         if folder is not None:
@@ -128,7 +132,13 @@ class Reports:
     def saved(self, step: int) -> None:
         """A save of `step` was started."""
         self.events.steps_to(step)
-        self._record.saved(step)
+        try:
+            self._record.saved(step)
+            if self._run_folder:
+                self._run_folder.upload()
+        except OSError as error:
+            # The next save may find it mended, and the checkpoints tell for themselves.
+            self.say(f"{self._config.folder} cannot be written: {storage.reason(error)}")
 
     def ended(self, step: int, code: int) -> None:
         """The run leaves after `step` with exit code `code`; all saves are on disk."""

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from grok.checkpoint.keep import Keep
 from grok.checkpoint.manager import EMA, MODEL, OPTIMIZER, Checkpoints
 from grok.config import RunConfig
 from grok.config_files import flatten, to_dict
@@ -19,12 +20,20 @@ def save(
     config: RunConfig,
     data: RunData,
     initial: InitialWeights | None,
+    validated: dict[str, float],
 ) -> None:
-    """Starts saving everything a resumed run needs; batches are numbered by step."""
+    """Starts saving everything a resumed run needs; batches are numbered by step. `validated` is
+    what a validation pass of this step measured, if there was one."""
     meta = {"config": to_dict(config), "data": data.hashes}
     if initial is not None:
         meta["init_from"] = initial.identity
-    checkpoints.save(step, trees_of(state), meta)
+    checkpoints.save(step, trees_of(state), meta, validated)
+
+
+def keep_policy(config: RunConfig) -> Keep:
+    """Which checkpoints of the run stay."""
+    asked = config.checkpoint
+    return Keep(asked.keep, asked.keep_every, asked.keep_best, asked.best_metric)
 
 
 def trees_of(state: TrainState) -> dict:

@@ -12,18 +12,20 @@ import jax
 import numpy as np
 import pytest
 
-from grok import sharding
+from grok import sharding, storage
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
 from grok.config import MeshConfig, RunConfig, TrainConfig
 from grok.config_text import to_yaml
 from grok.errors import DONE, SAVED, CheckpointError, ConfigError, DataError
+from grok.train.events import read_events
 from grok.train.loop import run
 from grok.train.metrics import MetricsFile, read_metrics
 from grok.train.optimizer import make_optimizer
 from grok.train.state import abstract_state
+from tests.emulator import bucket
 
 
-def in_folder(config: RunConfig, folder: Path) -> RunConfig:
+def in_folder(config: RunConfig, folder: Path | str) -> RunConfig:
     return dataclasses.replace(config, folder=str(folder))
 
 
@@ -162,3 +164,28 @@ def test_what_is_missing_is_named(tiny_run: RunConfig, tmp_path):
     mesh = MeshConfig(data=3, expert=1, tensor=1)
     with pytest.raises(ConfigError, match=r"needs 3 devices, and there are 8"):
         run(dataclasses.replace(config, mesh=mesh, train=TrainConfig(steps=20)))
+
+
+def names_in(folder: str) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_a_run_in_a_bucket_is_as_one_on_this_machine(tiny_run, straight, tmp_path):
+    with bucket() as client:
+        config = in_folder(tiny_run, "gs://bucket/run")
+        assert run(config) == DONE
+        # As after a crash behind step 10: no later checkpoint, and a line that is done again.
+        storage.remove("gs://bucket/run/checkpoints/20")
+        assert run(config) == DONE
+        client.get("bucket/run", str(tmp_path / "run"), recursive=True)
+    copied = in_folder(tiny_run, tmp_path / "run")
+    assert steps_of(copied) == steps_of(straight)
+    once, again = saved_state(straight, 20), saved_state(copied, 20)
+    for name in once:
+        np.testing.assert_array_equal(once[name], again[name], err_msg=name)
+    ours, theirs = (
+        sorted(path.name for path in Path(c.folder).iterdir()) for c in (copied, straight)
+    )
+    assert ours == theirs
+    events = [line["event"] for line in read_events(tmp_path / "run" / "events.jsonl")]
+    assert events.count("began") == events.count("ended") == 2
