@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers import objects
 from gcp_storage_emulator.server import create_server
 
 from grok.storage import remote
@@ -19,9 +21,19 @@ def bucket() -> Iterator[Any]:
     # Port 0 took a free one.
     url = f"http://127.0.0.1:{server._api._httpd.server_port}"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objects, "download", _download)
         patch.setenv("STORAGE_EMULATOR_HOST", url)
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
         patch.setenv("GCE_METADATA_ROOT", "127.0.0.1:1")
         yield remote("gs://bucket")[0]
     server.stop()
+
+
+def _download(request, response, storage, download=objects.download) -> None:
+    """Google tells a file's generation with its content, which TensorStore asks for when it
+    replaces a file that it has read; the emulator does not."""
+    with contextlib.suppress(NotFound):
+        file = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        response["x-goog-generation"] = file["generation"]
+    download(request, response, storage)
