@@ -14,6 +14,7 @@ from grok.cli.export import export
 from grok.cli.import_ import import_
 from grok.cli.inspect import inspect
 from grok.cli.quickstart import quickstart
+from grok.cli.replay import replay
 from grok.cli.report import report
 from grok.cli.sample import sample
 from grok.cli.train import train
@@ -44,5 +45,17 @@ def main() -> None:
     """Grok-1 on TPUs: training and inference."""
 
 
-for command in (quickstart, config, train, report, sample, data, import_, export, inspect, verify):
+for command in (
+    quickstart,
+    config,
+    train,
+    replay,
+    report,
+    sample,
+    data,
+    import_,
+    export,
+    inspect,
+    verify,
+):
     main.add_command(command)

@@ -54,11 +54,16 @@ class Run:
     watchdog: Watchdog
     first: int  # the step that this process goes on from
     notices: tuple[str, ...]  # what was found wrong with later checkpoints
+    last: int  # and the one that it ends with
+    saves: bool  # whether it saves checkpoints
 
 
-def run(config: RunConfig) -> int:
-    """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop."""
-    parts = open_run(config)
+def run(config: RunConfig, replay_to: int | None = None) -> int:
+    """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop.
+
+    With `replay_to` only the steps up to that one are done, and nothing is saved.
+    """
+    parts = open_run(config, replay_to)
     with jax.set_mesh(parts.mesh), StopRequest(parts.mesh) as stop, parts.reports as reports:
         with reports.events.during("start"):
             state = first_state(parts)
@@ -69,7 +74,7 @@ def run(config: RunConfig) -> int:
         return farewell(parts, step)
 
 
-def open_run(config: RunConfig) -> Run:
+def open_run(config: RunConfig, replay_to: int | None) -> Run:
     """Devices, data and files: everything that can be wrong is found before anything compiles."""
     began = time.time()
     if config.model.param_dtype == "int8":
@@ -98,6 +103,8 @@ def open_run(config: RunConfig) -> Run:
         watchdog=Watchdog(config.train.hang_seconds, config.folder),
         first=first,
         notices=tuple(notices),
+        last=config.train.steps if replay_to is None else replay_to,
+        saves=replay_to is None,
     )
 
 
@@ -140,7 +147,7 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> int:
     step = saved = run.first
     batches = training_batches(run)
     metrics: dict[str, jax.Array] = {}
-    while step < config.train.steps:
+    while step < run.last:
         before = metrics
         with reports.events.waiting():
             batch = next(batches)
@@ -152,25 +159,25 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> int:
         if before:
             jax.block_until_ready(before)
         run.watchdog.beat(step - 1)
-        last = step == config.train.steps
+        last = step == run.last
         if last or step % config.train.log_every == 0:
             report_step(run, step, metrics)
         validated: dict[str, float] = {}
         if last or (config.train.eval_every and step % config.train.eval_every == 0):
             validated = report_validation(run, step, state)
-        if last or step % config.checkpoint.every == 0:
+        if run.saves and (last or step % config.checkpoint.every == 0):
             save_state(run, step, state, validated)
             saved = step
         if stop.agreed():
             break
-    if saved != step:
+    if run.saves and saved != step:
         save_state(run, step, state, {})
     return step
 
 
 def training_batches(run: Run) -> Iterator[dict[str, jax.Array]]:
     """The batches of all steps that remain."""
-    steps = range(run.first, run.config.train.steps)
+    steps = range(run.first, run.last)
     return global_batches(run.data.train, run.mesh, steps, run.config.data.prefetch)
 
 
@@ -223,11 +230,12 @@ def save_state(run: Run, step: int, state: TrainState, validated: dict[str, floa
 
 def farewell(run: Run, step: int) -> int:
     """Says how the run ended at `step`; the exit code."""
-    if step < run.config.train.steps:
+    if step < run.last:
         run.reports.say(f"stopped at step {step}, all saved; the same command goes on from there")
         code = SAVED
     else:
-        run.reports.say(f"done: {step} steps, in {run.config.folder}")
+        if run.saves:
+            run.reports.say(f"done: {step} steps, in {run.config.folder}")
         code = DONE
     run.reports.ended(step, code)
     return code
