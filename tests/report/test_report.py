@@ -1,0 +1,119 @@
+"""Reports of runs that went well, badly, or hardly at all."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grok.errors import GrokError
+from grok.report.curves import smooth, thin
+from grok.report.folder import read_run
+from grok.report.write import write_report
+
+
+def line(step: int, **more) -> dict:
+    rng = np.random.default_rng(step)
+    load = rng.dirichlet(np.full(4, 20.0), size=2).tolist()
+    return {
+        "step": step,
+        "loss": 3 + 4 * 0.99**step,
+        "grad_norm": 1.0,
+        "grad_norm/experts": 0.8,
+        "update_norm/experts": 0.01,
+        "learning_rate": 1e-3,
+        "router_entropy": 1.2,
+        "expert_load": np.mean(load, axis=0).tolist(),
+        "expert_load_layers": load,
+        "tokens_per_second": 1000.0 + step,
+        "mfu": 0.4,
+        "tokens_seen": {"text": 128 * step},
+        **more,
+    }
+
+
+def validation(step: int) -> dict:
+    return {"step": step, "validation_loss": 4.0, "validation_bits_per_byte": 1.7}
+
+
+EVENTS = [
+    {"time": 0, "event": "began"},
+    {"time": 0, "event": "compile", "seconds": 20},
+    {"time": 20, "event": "resumed", "step": 0},
+    {"time": 20, "event": "steps", "first": 0, "last": 300, "seconds": 60},
+]
+
+
+def folder_of(path: Path, lines: list[dict], events: list[dict] = EVENTS, config="") -> Path:
+    path.mkdir()
+    (path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    (path / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in events))
+    (path / "config.yaml").write_text(config)
+    return path
+
+
+LONG = [*(line(step) for step in range(2, 301, 2)), validation(300)]
+OLD = [
+    {"step": 10, "loss": 5.0, "expert_load": [0.5, 0.5], "grad_norm": 1.0},
+    {"event": "resumed", "step": 10},
+    {"step": 20, "loss": 4.0, "expert_load": [0.4, 0.6], "grad_norm": 1.0},
+]
+RUNS = {
+    "long": (LONG, ["75.0%", "MFU", "Router entropy", "Gradient norm of each group", "1.700"]),
+    "young": ([], ["No step has been logged yet"]),
+    "no number": ([line(2, loss="NaN", grad_norm="Infinity")], ["at the steps 2", "No validation"]),
+    "old lines": (OLD, ["process restarted"]),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_page_says_what_there_is(name, tmp_path):
+    lines, texts = RUNS[name]
+    folder = folder_of(tmp_path / "run", lines, config="train: {steps: 300}\n")
+    written = write_report([str(folder)], tmp_path / "page" / "report.html")
+    page = written[0].read_text()
+    for text in texts:
+        assert text in page
+    assert ("var(--s0)" in page) == bool(lines)
+    # Nothing from elsewhere: no address but the names of SVG's own elements.
+    assert not re.findall(r'(?:src|href)="(?!#|data:image/png)[^"]*"', page)
+    assert "<script" not in page
+    assert len(written) == (2 if lines else 1)
+
+
+def test_text_of_a_run_is_no_part_of_the_page(tmp_path):
+    folder = folder_of(tmp_path / "run", [line(1)], config='folder: "<script>alert(1)</script>"\n')
+    (page, _) = write_report([str(folder)], tmp_path / "report.html")
+    assert "<script>" not in page.read_text()
+    assert "&lt;script&gt;" in page.read_text()
+
+
+def test_runs_are_compared_by_tokens(tmp_path):
+    one = folder_of(tmp_path / "dense", LONG)
+    other = folder_of(tmp_path / "moe", [line(step) for step in range(1, 30)])
+    page, picture = write_report([str(one), str(other)], tmp_path / "compare.html")
+    assert "Loss by tokens seen" in page.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    young = folder_of(tmp_path / "young", [])
+    assert len(write_report([str(young), str(young)], tmp_path / "both.html")) == 1
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(GrokError, match=r"is no run's folder: it has neither metrics\.jsonl"):
+        read_run(tmp_path)
+
+
+def test_a_thinned_curve_keeps_spikes_and_gaps():
+    y_P = np.zeros(100_000)
+    y_P[31_415], y_P[50_000], y_P[70_000] = 9, -9, np.inf
+    x_P, thin_P = thin(np.arange(100_000.0), y_P)
+    assert len(x_P) < 1100
+    assert (np.nanmax(thin_P), np.nanmin(thin_P)) == (9, -9)
+    assert 70_000 in x_P[np.isnan(thin_P)]
+
+
+def test_smoothing_begins_without_bias_and_leaves_out_what_is_no_number():
+    smoothed = smooth(np.array([5.0, np.nan, 5.0, np.inf, 5.0]))
+    np.testing.assert_allclose(smoothed, 5.0)
+    assert np.isnan(smooth(np.array([np.nan]))).all()
