@@ -48,7 +48,8 @@ def test_the_event_log_accounts_for_the_time(finished: RunConfig):
     assert names[-1] == "ended"
     assert (events[-1]["step"], events[-1]["code"]) == (6, DONE)
     spans = [(event["first"], event["last"]) for event in events if event["event"] == "steps"]
-    assert spans == [(0, 2), (2, 4), (4, 6)]
+    assert {2, 4, 6} <= {last for _, last in spans}
+    assert [first for first, _ in spans] == [0, *(last for _, last in spans[:-1])]
     found = goodput.measure(events)
     assert 0 < found.share < 1
     assert found.seconds["lost"] == found.seconds["down"] == 0
