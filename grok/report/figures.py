@@ -63,7 +63,7 @@ def raw_and_smooth(name: str, x_P: np.ndarray, y_P: np.ndarray, color: int = 0) 
         return [Series(name, x_P, y_P, color, "dots")]
     return [
         Series("", x_P, y_P, color, "faint"),
-        Series(f"{name}, smoothed", x_P, smooth(y_P), color),
+        Series(f"{name}, smoothed" if name else "smoothed", x_P, smooth(y_P), color),
     ]
 
 
@@ -185,7 +185,7 @@ def _style(axes: Axes, x_label: str, y_label: str) -> None:
     axes.tick_params(colors=COLORS["muted"], labelsize=9, length=3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(COLORS["grid"])
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     if max(map(abs, axes.get_ylim())) >= 10000:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))

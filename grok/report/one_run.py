@@ -91,7 +91,7 @@ def curve(run: RunFolder, key: str, unit: str, marks: Marks) -> Callable[[Axes],
     if key == "learning_rate":
         series = [Series("", steps_P, values_P)]
     else:
-        series = raw_and_smooth("training" if key == "loss" else key, steps_P, values_P)
+        series = raw_and_smooth("training" if key == "loss" else "", steps_P, values_P)
     if key == "loss" and run.validation:
         series.append(Series("held-out", *run.series("validation_loss", "validation"), 1, "dots"))
     return lambda axes: draw_curves(axes, series, "step", unit, marks)
@@ -101,7 +101,7 @@ def drawn(title: str, draw: Callable[[Axes], None], size: tuple[int, int] = SMAL
     """A figure of the page; one of the page's width has a second form for phones."""
     if size == SMALL:
         return page.Figure(title, Markup(svg(*SMALL, draw, title)))
-    narrow = svg(SMALL[0], max(SMALL[1], size[1] * 3 // 4), draw, f"{title}, narrow")
+    narrow = svg(SMALL[0], max(120, min(SMALL[1], size[1])), draw, f"{title}, narrow")
     return page.Figure(title, Markup(svg(*size, draw, title)), Markup(narrow))
 
 

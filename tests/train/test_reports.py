@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from tensorboardX.proto.event_pb2 import Event
@@ -18,7 +20,7 @@ from grok.train import goodput
 from grok.train.events import read_events
 from grok.train.loop import run
 from grok.train.metrics import read_metrics
-from grok.train.replay import find_part, replay
+from grok.train.replay import Compared, Part, find_part, replay
 
 
 @pytest.fixture(scope="module")
@@ -113,16 +115,27 @@ def test_a_part_done_again_is_equal_to_the_last_bit(finished: RunConfig, copied:
     assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["4", "6"]
 
 
-def test_one_bit_of_difference_is_found(copied: Path):
-    path = copied / "metrics.jsonl"
-    lines = read_metrics(path)
-    line = next(line for line in lines if line["step"] == 5)
-    line["grad_norm"] *= 1 + 2**-22
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result = CliRunner().invoke(main, ["replay", str(copied), "--from", "4", "--steps", "1"])
-    assert result.exit_code == 1
-    assert "different: 1 of " in result.stdout
-    assert "first grad_norm of step 5" in result.stdout
+@pytest.mark.parametrize(("flip", "code"), [(False, 0), (True, 1)])
+def test_the_verdict_is_an_exit_code(finished: RunConfig, monkeypatch, flip, code):
+    def repeated(part: Part) -> list[Compared]:
+        norm = part.logged[0]["grad_norm"]
+        again = norm * (1 + 2**-22) if flip else norm
+        return [Compared(5, "loss", 2.0, 2.0), Compared(5, "grad_norm", norm, again)]
+
+    monkeypatch.setattr("grok.train.replay.replay", repeated)
+    result = CliRunner().invoke(main, ["replay", finished.folder, "--from", "4", "--steps", "1"])
+    assert result.exit_code == code
+    if flip:
+        assert "different: 1 of 2 numbers, first grad_norm of step 5" in result.stdout
+    else:
+        assert "equal: 2 numbers of 1 logged steps, 5 to 5," in result.stdout
+
+
+def test_numbers_are_compared_as_bits():
+    assert Compared(1, "loss", math.nan, math.nan).equal
+    assert not Compared(1, "loss", 1.0, math.nan).equal
+    assert Compared(1, "loss", 0.1, float(np.float32(0.1))).equal
+    assert not Compared(1, "loss", 1.0, 1.0 + 2**-23).equal
 
 
 @pytest.mark.parametrize(
