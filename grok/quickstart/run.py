@@ -89,7 +89,8 @@ def prepare(folder: Path, console: Console) -> Path:
         if last_step(folder / "metrics.jsonl") < steps:
             return config_path
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        (folder / "metrics.jsonl").unlink()
+        for name in ("metrics.jsonl", "events.jsonl", "run.json"):
+            (folder / name).unlink(missing_ok=True)
     elif folder.is_dir() and any(folder.iterdir()):
         raise GrokError(
             f"{folder} holds other files; --folder with a new name would keep them safe."
@@ -175,10 +176,11 @@ def sample(folder: Path, prompt: str) -> int:
 
 
 def next_steps(folder: Path, config_path: Path) -> str:
-    """Three commands to try, as they work in the shell that this was started from."""
+    """Four commands to try, as they work in the shell that this was started from."""
     grok = "grok" if shutil.which("grok") else os.path.relpath(Path(sys.executable).parent / "grok")
     return (
         f'{grok} sample {folder} --prompt "Python is" --temperature 1\n'
+        f"{grok} report {folder}\n"
         f"{grok} train {config_path} train.steps=1200 folder={folder}-longer\n"
         f"{grok} config grok-1"
     )
