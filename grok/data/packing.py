@@ -7,11 +7,12 @@ of its own.
 N documents, T tokens of a row, R rows of an epoch.
 """
 
-import functools
 import hashlib
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from grok.data.epochs import EpochPlans
 
 
 class Piece(NamedTuple):
@@ -52,12 +53,26 @@ def efficiency(layout: Layout, sequence_length: int) -> float:
 def permutation(count: int, *key: object) -> np.ndarray:
     """Order of `count` things, drawn by `key`: int64 (count,).
 
-    Sorted by the raw words of a counter-based generator: both are fixed for good, where NumPy may
-    change how it shuffles from version to version.
+    Sorted by the raw words of a counter-based generator, but for as many of their low bits as a
+    place takes: both are fixed for good, where NumPy may change how it shuffles from version to
+    version.
     """
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     words = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
-    return np.argsort(words, kind="stable")
+    return sorted_places(words >> np.uint64(count.bit_length()))
+
+
+def sorted_places(values_N: np.ndarray) -> np.ndarray:
+    """The stable argsort of whole numbers from 0 to 2**64 / 2**(bits of N): int64 (N,).
+
+    Sorts the values with their places in the low bits, which takes a fraction of argsort's time.
+    """
+    bits = np.uint64(len(values_N).bit_length())
+    keys_N = values_N.astype(np.uint64) << bits
+    keys_N |= np.arange(len(values_N), dtype=np.uint64)
+    keys_N.sort()
+    keys_N &= (np.uint64(1) << bits) - np.uint64(1)
+    return keys_N.view(np.int64)
 
 
 class Continued:
@@ -75,13 +90,12 @@ class Continued:
         self._key = key
         self._num_tokens = int(self._lengths_N.sum())
         self.rows_per_epoch = -(-self._num_tokens // sequence_length)
-        # Two, since a batch may hold the end of one epoch and the beginning of the next.
-        self._order_of = functools.lru_cache(maxsize=2)(self._order)
+        self._orders = EpochPlans(self._order)
 
     def pieces(self, row: int) -> list[Piece]:
         """What lies in row `row`, counted over all epochs."""
         epoch, row = divmod(row, self.rows_per_epoch)
-        order_N, ends_N = self._order_of(epoch)
+        order_N, ends_N = self._orders.at(epoch, row / self.rows_per_epoch)
         place = row * self._sequence_length
         stop = min(place + self._sequence_length, self._num_tokens)
         first = np.searchsorted(ends_N, place, side="right")
@@ -128,24 +142,24 @@ class Cut:
         self._key = key
         self.rows_per_epoch = int(row_N.max(initial=-1)) + 1
         # Documents by row; those without a place (row -1) come first and are left out.
-        by_row_N = np.argsort(row_N, kind="stable")
-        self._documents_N = shuffled_N[by_row_N]
-        self._starts_R = np.searchsorted(row_N[by_row_N], np.arange(self.rows_per_epoch + 1))
+        self._documents_N = shuffled_N[sorted_places(row_N + 1)]
+        documents_R = np.bincount(row_N + 1, minlength=self.rows_per_epoch + 1)
+        self._starts_R = np.cumsum(documents_R)
         before_N = np.concatenate([[0], np.cumsum(self._sizes_N[self._documents_N])])
         self._tokens_R = np.diff(before_N[self._starts_R])
-        self._order_of = functools.lru_cache(maxsize=2)(self._order)
+        self._orders = EpochPlans(self._order)
 
     def pieces(self, row: int) -> list[Piece]:
         """What lies in row `row`, counted over all epochs."""
         epoch, row = divmod(row, self.rows_per_epoch)
-        row = self._order_of(epoch)[0][row]
+        row = self._orders.at(epoch, row / self.rows_per_epoch)[0][row]
         documents = self._documents_N[self._starts_R[row] : self._starts_R[row + 1]]
         return [Piece(int(d), 0, int(self._sizes_N[d])) for d in documents]
 
     def tokens_before(self, row: int) -> int:
         """Inputs, without padding, of all rows before row `row`, counted over all epochs."""
         epoch, row = divmod(row, self.rows_per_epoch)
-        return epoch * int(self._tokens_R.sum()) + int(self._order_of(epoch)[1][row])
+        return epoch * int(self._tokens_R.sum()) + int(self._orders.at(epoch, 0)[1][row])
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows in the order of an epoch, and the tokens before each."""
@@ -171,10 +185,11 @@ def pack(sizes_N: np.ndarray, capacity: int) -> np.ndarray:
             rows_with[room].append(rows)
             num_with[room] += len(rows)
 
-    by_size_N = np.argsort(-sizes_N, kind="stable")
-    sizes, counts = np.unique(sizes_N, return_counts=True)
-    ends = np.cumsum(counts[::-1])
-    for size, end, count in zip(sizes[::-1].tolist(), ends.tolist(), counts[::-1], strict=True):
+    by_size_N = sorted_places(capacity - sizes_N)
+    num_of = np.bincount(sizes_N, minlength=1)
+    sizes = np.flatnonzero(num_of)[::-1]
+    ends = np.cumsum(num_of[sizes])
+    for size, end, count in zip(sizes.tolist(), ends.tolist(), num_of[sizes], strict=True):
         waiting = by_size_N[end - count : end] if size else by_size_N[:0]
         while len(waiting):
             fitting = np.flatnonzero(num_with[size:])

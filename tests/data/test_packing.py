@@ -1,9 +1,21 @@
 """Layouts of documents in rows: every token in its place, once an epoch, and little padding."""
 
+import threading
+
 import numpy as np
 import pytest
 
-from grok.data.packing import Continued, Cut, Piece, efficiency, make_layout, pack, permutation
+from grok.data.epochs import EpochPlans
+from grok.data.packing import (
+    Continued,
+    Cut,
+    Piece,
+    efficiency,
+    make_layout,
+    pack,
+    permutation,
+    sorted_places,
+)
 from tests.data.fake_documents import random_lengths
 
 LENGTHS = np.array(random_lengths(300, largest=200), np.uint32)
@@ -98,3 +110,35 @@ def test_pack_fills_rows(sizes, num_rows):
     full_R = np.bincount(row_N[row_N >= 0], sizes_N[row_N >= 0], minlength=num_rows)
     assert len(full_R) == num_rows
     assert (full_R <= 10).all() and (full_R > 0).all()
+
+
+def test_the_order_of_the_next_epoch_is_made_in_the_background():
+    made, going = [], threading.Event()
+
+    def order(epoch: int) -> int:
+        assert epoch == 0 or going.wait(60)
+        made.append(epoch)
+        return 10 * epoch
+
+    orders = EpochPlans(order)
+    assert [orders.at(0, share) for share in (0, 0.4, 0.5, 0.9)] == [0] * 4
+    assert made == [0]  # the next has been begun, and nothing waited for it
+    going.set()
+    assert orders.at(1, 0) == 10
+    assert orders.at(0, 0.9) == 0
+    assert made == [0, 1]
+
+
+def test_orders_of_far_epochs_are_dropped_and_made_again():
+    made = []
+    orders = EpochPlans(made.append)
+    for epoch in (0, 1, 2, 7, 2, 0):
+        orders.at(epoch, 0)
+    assert made == [0, 1, 2, 7, 0]
+
+
+@pytest.mark.parametrize("values", [[], [0], [3, 0, 3, 1, 0, 2**40, 1]])
+def test_sorted_places_are_those_of_a_stable_argsort(values):
+    values_N = np.array(values, np.int64)
+    wanted = np.argsort(values_N, kind="stable")
+    np.testing.assert_array_equal(sorted_places(values_N), wanted)
