@@ -28,6 +28,7 @@ from grok.storage import join
 from grok.train import hosts
 from grok.train.data import RunData, read_data
 from grok.train.folder import write_file
+from grok.train.groups import merge
 from grok.train.initial import InitialWeights, initial_weights
 from grok.train.optimizer import make_optimizer
 from grok.train.reports import Reports
@@ -188,13 +189,16 @@ def report_step(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
 
 
 def report_validation(run: Run, step: int, state: TrainState) -> dict[str, float]:
-    """A validation pass, where there is data for one; what was measured."""
+    """A validation pass, where there is data for one, and a second with the averaged weights; what
+    was measured."""
     if run.data.validation is None:
         return {}
+    against = (run.data.validation, run.data.num_bytes, run.mesh)
     with run.reports.events.during("validate", step=step):
-        values = validate(
-            run.eval_function, state.model, run.data.validation, run.data.num_bytes, run.mesh
-        )
+        values = validate(run.eval_function, state.model, *against)
+        if state.ema is not None:
+            averaged = validate(run.eval_function, merge(state.ema, state.model), *against)
+            values |= {f"ema_{name}": value for name, value in averaged.items()}
     run.reports.validation(step, values)
     return values
 

@@ -15,16 +15,19 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from grok import sharding
+from grok.checkpoint.manager import Checkpoints
 from grok.config import GrokConfig, OptimizerConfig, OptimizerGroup, RunConfig, TrainConfig
 from grok.errors import ConfigError
 from grok.model.names import MATRICES, rows_and_columns
 from grok.model.weights import abstract, from_arrays, to_arrays
 from grok.train.adafactor import column_axes, row_axes
 from grok.train.groups import names, reported_group
+from grok.train.guard import Guard
 from grok.train.muon import orthogonalize
 from grok.train.optimizer import keep_as, make_optimizer
+from grok.train.saved import trees_of
 from grok.train.schedule import make_schedule
-from grok.train.state import abstract_state
+from grok.train.state import TrainState, abstract_state
 
 MODEL_CONFIG = GrokConfig(
     vocab_size=32,
@@ -198,6 +201,27 @@ def test_factors_are_split_as_the_matrix_is():
         assert (found.shape, found.sharding.spec) == (column_shape, column_places)
     assert "layers/moe/router_DE" not in columns
     assert rows["layers/moe/router_DE"].shape == (2, 16, 8)
+
+
+@each_optimizer
+def test_saved_and_read_again_every_bit_is_the_same(name, tmp_path):
+    config, mesh = run_config(name=name, ema_decay=0.9), sharding.make_mesh(2, 2, 2)
+    params, opt_state = after_two_updates(name, on_mesh=True)
+    with jax.set_mesh(mesh):
+        guard = jax.device_put(Guard(jnp.int32(1), jnp.int32(2), jnp.float32(0.3)), P())
+        state = TrainState(jax.device_put(jnp.int32(4), P()), params, opt_state, guard, params)
+    wanted = abstract_state(config, make_optimizer(config), mesh)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(4, trees_of(state), {})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    read = checkpoints.restore(4, trees_of(wanted))
+    checkpoints.close()
+    saved = jax.tree.leaves_with_path(trees_of(state))
+    for (path, before), after in zip(saved, jax.tree.leaves(read), strict=True):
+        where = jax.tree_util.keystr(path)
+        assert before.sharding.is_equivalent_to(after.sharding, before.ndim), where
+        np.testing.assert_array_equal(before, after, err_msg=where)
 
 
 def name_in(path) -> str:
