@@ -222,12 +222,13 @@ def test_each_microbatch_is_balanced_by_itself_and_weighs_what_its_tokens_do():
     report = gradients_in(4, balance=0.0)[1]
     whole = jax.device_get(batch())
     alone = jax.jit(lambda model, part: batch_loss(model, part, CONFIG.train)[1]["router_balance"])
-    model = jax.device_put(first_state(CONFIG).model, jax.devices()[0])
+    rows = NamedSharding(mesh(), sharding.spec("batch", "length"))
     shares, balances = [], []
     for first in range(4):
         part = {name: array_BT[first::4] for name, array_BT in whole.items()}
         shares.append(part["segment_ids_BT"].sum() / whole["segment_ids_BT"].sum())
-        balances.append(float(alone(model, part)))
+        with jax.set_mesh(mesh()):
+            balances.append(float(alone(first_state(CONFIG).model, jax.device_put(part, rows))))
     assert len(set(shares)) > 1
     assert report["router_balance"] == pytest.approx(np.dot(shares, balances), rel=1e-5)
 
