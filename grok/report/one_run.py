@@ -245,6 +245,9 @@ def history_section(run: RunFolder) -> page.Section | None:
         lines.append(f"{len(bad)} updates skipped or not finite, at the steps {shown}.")
     elif run.training:
         lines.append("No update was skipped at a logged step.")
+    for event in run.events:
+        if event["event"] == "returned":
+            lines.append(f"The run went back to the checkpoint of step {event['step']}.")
     if not rows and not lines:
         return None
     head = ("began", "ended", "steps", "how", "devices", "commit")

@@ -42,6 +42,7 @@ EVENTS = [
     {"time": 0, "event": "compile", "seconds": 20},
     {"time": 20, "event": "resumed", "step": 0},
     {"time": 20, "event": "steps", "first": 0, "last": 300, "seconds": 60},
+    {"time": 80, "event": "returned", "step": 300},
 ]
 
 
@@ -62,7 +63,10 @@ OLD = [
 RUNS = {
     "long": (LONG, ["75.0%", "MFU", "Router entropy", "Gradient norm of each group", "1.700"]),
     "young": ([], ["No step has been logged yet"]),
-    "no number": ([line(2, loss="NaN", grad_norm="Infinity")], ["at the steps 2", "No validation"]),
+    "no number": (
+        [line(2, loss="NaN", grad_norm="Infinity")],
+        ["at the steps 2", "No validation", "went back to"],
+    ),
     "old lines": (OLD, ["process restarted"]),
 }
 
