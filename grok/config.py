@@ -476,6 +476,36 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, trained in place of the weights that train.init_from names."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    rank: Annotated[
+        CountOrZero, Field(description="columns of an adapter's first factor; 0: no adapters")
+    ] = 0
+    alpha: Annotated[
+        Positive, Field(description="what adapters add is multiplied by alpha/rank")
+    ] = 16.0
+    targets: Annotated[
+        tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...],
+        Field(description="matrices with adapters: of attention, and gate, up, down of experts"),
+    ] = ("query", "key", "value", "out")
+
+    def __post_init__(self) -> None:
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ConfigError(
+                f"lora.targets={list(self.targets)} should name matrices, each once; "
+                "lora.targets=[query, value] would work."
+            )
+
+    @property
+    def scale(self) -> float:
+        """Factor on what an adapter adds."""
+        return self.alpha / max(1, self.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When checkpoints are saved and how many stay."""
 
@@ -519,6 +549,9 @@ class RunConfig:
         OptimizerConfig()
     )
     train: Annotated[TrainConfig, Field(description="length, losses, reports")] = TrainConfig()
+    lora: Annotated[LoraConfig, Field(description="adapters in place of all weights")] = (
+        LoraConfig()
+    )
     checkpoint: Annotated[CheckpointConfig, Field(description="saves")] = CheckpointConfig()
 
     def __post_init__(self) -> None:
@@ -543,6 +576,16 @@ class RunConfig:
             )
         if self.checkpoint.keep_best:
             self._check_validated()
+        if self.lora.rank and not self.train.init_from:
+            raise ConfigError(
+                f"lora.rank={self.lora.rank} adapts weights that are there already, and "
+                "train.init_from names none; train.init_from=WEIGHTS, or lora.rank=0, would work."
+            )
+        if self.lora.rank and self.optimizer.name == "muon":
+            raise ConfigError(
+                f"optimizer.name=muon makes updates of whole matrices orthogonal, and lora.rank="
+                f"{self.lora.rank} trains factors of them; optimizer.name=adamw would work."
+            )
         if self.mesh.simulated_devices:
             check_fits(self, self.mesh.simulated_devices)
 

@@ -40,6 +40,15 @@ def from_dict(data: Mapping[str, Any], source: str = "stored config") -> RunConf
     return _check(data, {}, source)
 
 
+def with_overrides(config: RunConfig, overrides: Sequence[str], source: str) -> RunConfig:
+    """`config` under overrides like those of `load_config`; `source` names it in errors."""
+    data: dict[str, Any] = to_dict(config)
+    places: Places = {}
+    for override in overrides:
+        data = _merge(data, _read_override(override, places))
+    return _check(data, places, source)
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The whole config as plain data that JSON can hold."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -47,6 +47,7 @@ train train.steps train.seed train.init_from train.z_loss train.router_balance_l
 train.accumulate train.skip_spikes_above train.log_every train.eval_every train.hang_seconds
 train.heartbeat_seconds train.tensorboard
 train.wandb train.profile
+lora lora.rank lora.alpha lora.targets
 checkpoint checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best
 checkpoint.best_metric
 """.split()
@@ -89,7 +90,7 @@ def test_every_key_has_a_meaning_of_one_line():
 
 def test_describe_gives_every_setting_with_value_and_meaning():
     rows = describe(load_config("grok-10m", ["train.steps=500"]))
-    sections = {"model", "mesh", "data", "optimizer", "train", "checkpoint"}
+    sections = {"model", "mesh", "data", "optimizer", "train", "lora", "checkpoint"}
     assert [key for key, _, _ in rows] == [key for key in KEYS if key not in sections]
     assert ("train.steps", 500, "optimizer steps of the whole run") in rows
 
@@ -189,7 +190,7 @@ def test_groups_round_trip(write):
             "no key checkpoint.path; checkpoint has every, keep, keep_every, keep_best,",
         ),
         ("model: {peaklr: 5}", "no key model.peaklr; did you mean optimizer.peak_lr?"),
-        ("colour: red", "no key colour; the top level has model, folder, mesh,"),
+        ("wheels: red", "no key wheels; the top level has model, folder, mesh,"),
         ("train:\n  steps: ten", 'run.yaml:3: train.steps must be a whole number, not "ten"'),
         ("train:\n  steps: ten", "the default is 1000."),
         ('train: {steps: "50"}', 'a whole number, not "50"; did you mean 50?'),

@@ -38,8 +38,9 @@ ALLOWED = {
     "infer": RUNS,
     "plan": (*RUNS, "train", "infer"),
     "report": (*BASE, "yaml_data", "train"),
+    "evaluate": (*RUNS, "train", "infer"),
     "quickstart": (*RUNNERS, "report"),
-    "cli": (*RUNNERS, "quickstart", "report"),
+    "cli": (*RUNNERS, "evaluate", "quickstart", "report"),
     "__main__": ("cli",),
 }
 

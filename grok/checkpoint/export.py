@@ -11,8 +11,9 @@ from grok import storage
 from grok.checkpoint.convert import converted
 from grok.checkpoint.importer import Imported, Progress, import_weights
 from grok.checkpoint.measured import MeasuredQuantized
+from grok.checkpoint.open import open_source
 from grok.checkpoint.orbax_files import read_meta
-from grok.checkpoint.orbax_source import OrbaxSource
+from grok.checkpoint.orbax_source import step_folder
 from grok.config_files import from_dict
 from grok.errors import CheckpointError
 from grok.storage import StrPath, join
@@ -30,13 +31,14 @@ def export_params(
     `dtype` is what matrices become (int8, bfloat16, float32), by default what they are. Raises
     CheckpointError where `src` holds no whole checkpoint of ours, or `dst` is in use.
     """
-    source = OrbaxSource(src)
-    meta = read_meta(source.step)
+    step = step_folder(os.fspath(src))
+    source = open_source(step)
+    meta = read_meta(step)
     if "config" not in meta:
-        raise CheckpointError(f"{source.step}: does not say what run it is of.")
-    run = from_dict(meta["config"], join(source.step, "meta", "metadata"))
+        raise CheckpointError(f"{step}: does not say what run it is of.")
+    run = from_dict(meta["config"], join(step, "meta", "metadata"))
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = _tokenizer(source.step, Path(folder))
+        tokenizer = _tokenizer(step, Path(folder))
         if dtype == "int8" and source.dtype != "int8":
             return import_weights(MeasuredQuantized(source), dst, run, tokenizer, progress)
         wanted = converted(source, dtype or source.dtype)

@@ -26,7 +26,7 @@ from grok.checkpoint.zarr_store import reason
 from grok.errors import CheckpointError, DamageError, SaveError
 from grok.storage import StrPath, join
 
-MODEL, OPTIMIZER, EMA, META = "model", "optimizer", "ema", "meta"
+MODEL, LORA, OPTIMIZER, EMA, META = "model", "lora", "optimizer", "ema", "meta"
 # Folder of the checkpoints that were found damaged.
 ASIDE = "damaged"
 # In place of a step.
@@ -57,6 +57,7 @@ class Checkpoints:
                 item_handlers={
                     MODEL: ocp.StandardCheckpointHandler(),
                     OPTIMIZER: ocp.StandardCheckpointHandler(),
+                    LORA: ocp.StandardCheckpointHandler(),
                     EMA: ocp.StandardCheckpointHandler(),
                     META: ocp.JsonCheckpointHandler(),
                 },
@@ -113,7 +114,7 @@ class Checkpoints:
         meta: dict,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts saving `trees` (MODEL, OPTIMIZER, EMA -> pytree) and plain data as `step`.
+        """Starts saving `trees` (MODEL or LORA, OPTIMIZER, EMA) and plain data as `step`.
 
         `metrics` are those that decide which checkpoints are the best. Waits for the save before,
         and raises SaveError, with nothing started, where that one failed, or where this one cannot

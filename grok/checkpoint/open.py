@@ -4,10 +4,13 @@ import os
 
 from grok.checkpoint import storage
 from grok.checkpoint.huggingface import HuggingFaceSource
-from grok.checkpoint.orbax_source import OrbaxSource
+from grok.checkpoint.lora_source import LoraSource
+from grok.checkpoint.orbax_files import LORA, read_meta
+from grok.checkpoint.orbax_source import OrbaxSource, step_folder
 from grok.checkpoint.release import ReleaseSource, implied_config
 from grok.checkpoint.source import Source
 from grok.config import GrokConfig
+from grok.config_files import from_dict
 from grok.errors import CheckpointError
 
 
@@ -25,6 +28,9 @@ def open_source(path: str | os.PathLike[str], config: GrokConfig | None = None) 
         return HuggingFaceSource(path, config)
     ours = ("checkpoints", "config.yaml", "_CHECKPOINT_METADATA", ".import")
     if any(name in present for name in ours) or _has_steps(present):
+        step = step_folder(os.fspath(path))
+        if LORA in storage.listing(step):
+            return _merged(step, config)
         return OrbaxSource(path, config)
     if "ckpt-0" in present:
         raise CheckpointError(
@@ -34,6 +40,21 @@ def open_source(path: str | os.PathLike[str], config: GrokConfig | None = None) 
         f"{path}: is neither a ckpt-0 folder (tensor00000_000, ...), nor a Hugging Face folder "
         "(config.json, *.safetensors), nor a checkpoint of grok (checkpoints/)."
     )
+
+
+def _merged(step: str, config: GrokConfig | None) -> Source:
+    """The weights that a run with adapters started from, with the adapters of `step` added."""
+    meta = read_meta(step)
+    run = from_dict(meta["config"], storage.join(step, "meta", "metadata"))
+    started = meta["init_from"]
+    try:
+        base = open_source(started["path"], config or run.model)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{step}: has adapters alone, and the weights that they belong to cannot be opened: "
+            f"{error}"
+        ) from error
+    return LoraSource(step, run, base, started["checksum"])
 
 
 def stated_config(path: str | os.PathLike[str]) -> GrokConfig | None:

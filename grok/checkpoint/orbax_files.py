@@ -14,7 +14,7 @@ from grok.checkpoint import storage
 from grok.checkpoint.zarr_store import Array
 from grok.errors import CheckpointError
 
-MODEL, META = "model", "meta"
+MODEL, LORA, META = "model", "lora", "meta"
 METADATA = "_METADATA"
 # Orbax's mark of a checkpoint that is whole, where folders cannot be renamed.
 COMMITTED = "commit_success.txt"

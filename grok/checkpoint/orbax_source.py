@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from grok.checkpoint import storage
-from grok.checkpoint.orbax_files import COMMITTED, METADATA, MODEL, Tree, read_meta, read_tree
+from grok.checkpoint.orbax_files import COMMITTED, LORA, METADATA, MODEL, Tree, read_meta, read_tree
 from grok.checkpoint.source import Part, Source, TensorSpec
 from grok.checkpoint.whole import UNFINISHED
 from grok.checkpoint.zarr_store import open_array, wait
@@ -37,12 +37,12 @@ class OrbaxSource(Source):
 
     def __init__(self, path: str | os.PathLike[str], config: GrokConfig | None = None):
         self.path = os.fspath(path)
-        self.step = _step_folder(self.path)
+        self.step = step_folder(self.path)
         meta = read_meta(self.step)
         self.config = config or _config(self.step, meta)
         self.checksums = _checksums(meta)
         self._folder = storage.join(self.step, MODEL)
-        self._arrays = _Arrays(self._folder, read_tree(self._folder))
+        self._arrays = Arrays(self._folder, read_tree(self._folder))
         self.tensors: Mapping[str, TensorSpec] = {
             name: self._arrays.spec(name, shape)
             for name, shape in names.shapes(self.config).items()
@@ -59,7 +59,7 @@ class OrbaxSource(Source):
         return self._arrays.read(f"{name}/scales", part)
 
 
-class _Arrays:
+class Arrays:
     """The arrays of a tree in `folder`, by names with slashes, opened at once."""
 
     def __init__(self, folder: str, tree: Tree):
@@ -89,7 +89,10 @@ class _Arrays:
             )
         return spec
 
-    def check_none_left(self, wanted: Mapping[str, TensorSpec]) -> None:
+    def __contains__(self, name: str) -> bool:
+        return name in self._stores
+
+    def check_none_left(self, wanted: Collection[str]) -> None:
         """Refuses arrays that are not of the tensors `wanted`."""
         for name in self._stores:
             if name not in wanted and name.rpartition("/")[0] not in wanted:
@@ -130,12 +133,12 @@ class _Arrays:
             ) from error
 
 
-def _step_folder(path: str) -> str:
+def step_folder(path: str) -> str:
     """The folder of the step that `path` means. Raises CheckpointError where none is finished."""
     present = storage.listing(path)
     if "checkpoints" in present:
-        return _step_folder(storage.join(path, "checkpoints"))
-    if MODEL in present or "_CHECKPOINT_METADATA" in present:
+        return step_folder(storage.join(path, "checkpoints"))
+    if MODEL in present or LORA in present or "_CHECKPOINT_METADATA" in present:
         if not _is_finished(path):
             raise CheckpointError(f"{path}: is a checkpoint that was not finished.")
         return path
@@ -154,7 +157,8 @@ def _is_finished(step: str) -> bool:
     # Where folders cannot be renamed, Orbax writes a file last.
     if storage.is_remote(step):
         return storage.exists(storage.join(step, COMMITTED))
-    return UNFINISHED not in Path(step).name and Path(step, MODEL, METADATA).is_file()
+    trees = (Path(step, name, METADATA) for name in (MODEL, LORA))
+    return UNFINISHED not in Path(step).name and any(tree.is_file() for tree in trees)
 
 
 def _config(step: str, meta: dict[str, Any]) -> GrokConfig:

@@ -10,6 +10,7 @@ import click
 from grok import __version__
 from grok.cli.config import config
 from grok.cli.data import data
+from grok.cli.eval_ import eval_
 from grok.cli.export import export
 from grok.cli.import_ import import_
 from grok.cli.inspect import inspect
@@ -52,6 +53,7 @@ for command in (
     replay,
     report,
     sample,
+    eval_,
     data,
     import_,
     export,

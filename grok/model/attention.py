@@ -11,7 +11,7 @@ from flax import nnx
 from grok import sharding
 from grok.config import GrokConfig
 from grok.model.cache import KVCache
-from grok.model.layers import matrix, normal, rotate
+from grok.model.layers import normal, product, rotate
 from grok.ops.attention import attention
 
 
@@ -79,9 +79,8 @@ class Attention(nnx.Module):
         kv = sharding.kv_axis(self.config.num_kv_heads)
 
         def project(subscripts, param, head_axis):
-            w = matrix(param, ("embed", head_axis, None), x_BTD.dtype)
             axes = ("batch", "length", head_axis, None)
-            return sharding.einsum(subscripts, x_BTD, w, axes=axes)
+            return product(subscripts, x_BTD, param, ("embed", head_axis, None), axes)
 
         q_BTNH = project("btd,dnh->btnh", self.w_query_DNH, "heads")
         k_BTKH = project("btd,dkh->btkh", self.w_key_DKH, kv)
@@ -110,6 +109,5 @@ class Attention(nnx.Module):
         )
 
     def _output(self, o_BTNH):
-        w_NHD = matrix(self.w_out_NHD, ("heads", None, "embed"), o_BTNH.dtype)
         axes = ("batch", "length", "act_embed")
-        return sharding.einsum("btnh,nhd->btd", o_BTNH, w_NHD, axes=axes)
+        return product("btnh,nhd->btd", o_BTNH, self.w_out_NHD, ("heads", None, "embed"), axes)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from grok import sharding
+from grok.ops.lora import LoraArray
 from grok.ops.quant import QuantizedArray
 from grok.sharding import Axes
 
@@ -44,6 +45,30 @@ def matrix(param: nnx.Param, axes: Axes, dtype) -> jax.Array:
         return dataclasses.replace(w, values=values, scales=scales).dequantize(dtype)
 
     return sharding.shard_map(local, (whole, whole_scales), whole)(values, scales)
+
+
+def product(subscripts: str, x: jax.Array, param: nnx.Param, w_axes: Axes, axes: Axes) -> jax.Array:
+    """`einsum(subscripts, x, w)` of a matrix that is kept in `w_axes`, split as `axes` says.
+
+    What an adapter adds is computed beside it: x goes through the rank, and never a whole matrix.
+    """
+    w = param.get_value()
+    if not isinstance(w, LoraArray):
+        return sharding.einsum(subscripts, x, matrix(param, w_axes, x.dtype), axes=axes)
+    w = w.scaled(x.dtype)
+    inputs, out = subscripts.split("->")
+    x_letters, w_letters = inputs.split(",")
+    rows = "".join(letter for letter in w_letters if letter not in out)
+    columns = w_letters.removeprefix(rows)
+    kept = out.removesuffix(columns)
+    base, a, b = (
+        sharding.gather(w.base, *w_axes),
+        sharding.gather(w.a, *w_axes[: len(rows)], None),
+        sharding.gather(w.b, None, *w_axes[len(rows) :]),
+    )
+    low = sharding.einsum(f"{x_letters},{rows}r->{kept}r", x, a, axes=(*axes[: len(kept)], None))
+    added = sharding.einsum(f"{kept}r,r{columns}->{out}", low, b, axes=axes)
+    return sharding.einsum(subscripts, x, base, axes=axes) + added
 
 
 def quantized_axes(w: QuantizedArray, axes: Axes) -> Axes:

@@ -13,6 +13,7 @@ from grok import sharding
 from grok.config import GrokConfig
 from grok.model.layers import normal, quantized_axes
 from grok.ops.experts import experts_tiled, tile_rows
+from grok.ops.lora import LoraArray
 from grok.ops.quant import QuantizedArray
 
 
@@ -76,6 +77,10 @@ class MoE(nnx.Module):
         axes: list[sharding.Axes] = []
         for place, w_axes in enumerate((w_in, w_in, w_out)):
             w = weights[place]
+            if isinstance(w, LoraArray):
+                weights[place] = w.scaled(x_BTD.dtype)
+                axes += [w_axes, (*w_axes[:2], None), (w_axes[0], None, w_axes[2])]
+                continue
             if not isinstance(w, QuantizedArray):
                 weights[place] = w.astype(x_BTD.dtype)
                 axes.append(w_axes)

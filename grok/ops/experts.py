@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from grok import sharding
+from grok.ops.lora import LoraArray, product, product_transposed, trained_part, weight_gradient
 from grok.ops.quant import QuantizedArray
+
+Weight = jax.Array | LoraArray
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -21,12 +24,10 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-def expert_mlp(
-    x_RD: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array
-) -> jax.Array:
+def expert_mlp(x_RD: jax.Array, w_gate_DF: Weight, w_up_DF: Weight, w_down_FD: Weight) -> jax.Array:
     """One expert on rows: (gelu(x w_gate) * (x w_up)) w_down, summed in float32, y_RD float32."""
-    hidden_RF = gelu(_dot(x_RD, w_gate_DF)) * _dot(x_RD, w_up_DF)
-    return _dot(hidden_RF.astype(x_RD.dtype), w_down_FD)
+    hidden_RF = gelu(product(x_RD, w_gate_DF)) * product(x_RD, w_up_DF)
+    return product(hidden_RF.astype(x_RD.dtype), w_down_FD)
 
 
 def expert_mlp_gradients(x_RD, gate_R, dy_RD, w_gate_DF, w_up_DF, w_down_FD):
@@ -34,24 +35,24 @@ def expert_mlp_gradients(x_RD, gate_R, dy_RD, w_gate_DF, w_up_DF, w_down_FD):
 
     The hidden layer is computed again; the output is not, since <dy, h w_down> = <dy w_down^T, h>.
     """
-    branch_RF, pull_gelu = jax.vjp(gelu, _dot(x_RD, w_gate_DF))
-    up_RF = _dot(x_RD, w_up_DF)
+    branch_RF, pull_gelu = jax.vjp(gelu, product(x_RD, w_gate_DF))
+    up_RF = product(x_RD, w_up_DF)
     hidden_RF = branch_RF * up_RF
-    dhidden_RF = _dot(dy_RD.astype(x_RD.dtype), w_down_FD.T)
+    dy_RD = dy_RD.astype(x_RD.dtype)
+    dhidden_RF = product_transposed(dy_RD, w_down_FD)
     dgate_R = jnp.sum(dhidden_RF * hidden_RF, axis=-1)
     dhidden_RF *= gate_R[:, None]
     (dbranch_RF,) = pull_gelu(dhidden_RF * up_RF)
     dbranch_RF = dbranch_RF.astype(x_RD.dtype)
     dup_RF = (dhidden_RF * branch_RF).astype(x_RD.dtype)
-    dx_RD = _dot(dbranch_RF, w_gate_DF.T) + _dot(dup_RF, w_up_DF.T)
+    dx_RD = product_transposed(dbranch_RF, w_gate_DF) + product_transposed(dup_RF, w_up_DF)
     scaled_RF = (hidden_RF * gate_R[:, None]).astype(x_RD.dtype)
-    dw_down_FD = _dot(scaled_RF.T, dy_RD.astype(x_RD.dtype))
-    return dx_RD, dgate_R, (_dot(x_RD.T, dbranch_RF), _dot(x_RD.T, dup_RF), dw_down_FD)
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b, summed in float32."""
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+    dweights = (
+        weight_gradient(x_RD, dbranch_RF, w_gate_DF),
+        weight_gradient(x_RD, dup_RF, w_up_DF),
+        weight_gradient(scaled_RF, dy_RD, w_down_FD),
+    )
+    return dx_RD, dgate_R, dweights
 
 
 def experts_reference(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD):
@@ -68,16 +69,16 @@ def experts_tiled(
     x_RD: jax.Array,
     gate_RC: jax.Array,
     chosen_RC: jax.Array,
-    w_gate_EDF: jax.Array | QuantizedArray,
-    w_up_EDF: jax.Array | QuantizedArray,
-    w_down_EFD: jax.Array | QuantizedArray,
+    w_gate_EDF: Weight | QuantizedArray,
+    w_up_EDF: Weight | QuantizedArray,
+    w_down_EFD: Weight | QuantizedArray,
     tile: int,
 ) -> jax.Array:
     """Sum over each row's chosen experts of gate * expert(row), y_RD in float32.
 
     `chosen_RC` int32 holds experts in [0, E); a value outside is an expert that is not here and
-    adds nothing. `gate_RC` is float32. Gradients flow to the rows, the gates and float weights;
-    int8 weights serve the forward pass only.
+    adds nothing. `gate_RC` is float32. Gradients flow to the rows, the gates and float weights, of
+    a LoraArray to its factors alone; int8 weights serve the forward pass only.
     `tile` rows are multiplied at a time; see `tile_rows`.
     """
     return _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile)[0]
@@ -172,12 +173,13 @@ def _backward(tile, saved, dy_RD):
             return (
                 dx_RD.at[rows].add(dx_MD, mode="drop"),
                 dgate.at[pairs].add(dgate_M, mode="drop"),
-                [total + part for total, part in zip(dlocal, dw, strict=True)],
+                jax.tree.map(jnp.add, dlocal, dw),
             )
 
-        carry = (*carry, [_zeros(w.shape) for w in local])
+        trained = tuple(map(trained_part, local))
+        carry = (*carry, jax.tree.map(lambda w: _zeros(w.shape), trained))
         dx_RD, dgate, dlocal = _for_each_tile(one_tile, carry, order, start_E[e], count_E[e], tile)
-        return (dx_RD, dgate), [d.astype(w.dtype) for d, w in zip(dlocal, local, strict=True)]
+        return (dx_RD, dgate), jax.tree.map(lambda d, w: d.astype(w.dtype), dlocal, trained)
 
     carry = (_zeros(x_RD.shape), _zeros((R * C,)))
     (dx_RD, dgate), dweights = jax.lax.scan(expert, carry, jnp.arange(E))

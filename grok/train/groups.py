@@ -14,6 +14,7 @@ import jax
 from grok.config import OptimizerConfig, OptimizerGroup, RunConfig
 from grok.errors import ConfigError
 from grok.model.grok import Grok
+from grok.model.lora import is_adapter
 from grok.model.weights import name_of, to_arrays
 
 # What metrics call the groups of tensors that the config does not name: by part of the name.
@@ -32,9 +33,11 @@ def names(model: Grok) -> list[str]:
 
 
 def trained(config: RunConfig) -> Callable[[str], bool]:
-    """Tells by a tensor's name whether the run trains it."""
+    """Tells by a tensor's name whether the run trains it: with adapters, those alone."""
 
     def is_trained(name: str) -> bool:
+        if config.lora.rank and not is_adapter(name):
+            return False
         group = group_of(config.optimizer, name)
         return group is None or not group.frozen
 

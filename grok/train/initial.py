@@ -1,7 +1,8 @@
 """The weights that a run starts from, where its config names some with train.init_from.
 
 They are read at step 0 of a fresh run alone; a run that resumes goes on from its own checkpoint.
-What they were stays in the meta of every checkpoint.
+(With adapters they are read again: its checkpoints hold the adapters alone.) What they were stays
+in the meta of every checkpoint.
 """
 
 import dataclasses
@@ -47,6 +48,8 @@ def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeigh
     newest = checkpoints.latest()
     if newest:
         kept = checkpoints.meta(newest).get("init_from")
+        if kept and config.lora.rank:
+            return _open_again(kept, config, f"{checkpoints.folder}/{newest}")
         return InitialWeights(kept) if kept else None
     if newest == 0:
         raise CheckpointError(
@@ -54,6 +57,17 @@ def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeigh
             f"train.init_from={config.folder} with another folder would work."
         )
     return open_initial(config.train.init_from, config.model) if config.train.init_from else None
+
+
+def _open_again(kept: dict[str, str], config: RunConfig, checkpoint: str) -> InitialWeights:
+    """The weights that adapters in a checkpoint belong to, which may have moved meanwhile."""
+    found = open_initial(config.train.init_from, config.model)
+    if found.identity["checksum"] != kept["checksum"]:
+        raise CheckpointError(
+            f"{checkpoint} has adapters of the weights that were at {kept['path']}, and "
+            f"train.init_from={config.train.init_from} holds others; the same weights would work."
+        )
+    return found
 
 
 def open_initial(path: str, model: GrokConfig) -> InitialWeights:

@@ -20,7 +20,7 @@ from grok import sharding
 from grok.checkpoint.manager import Checkpoints
 from grok.config import RunConfig, check_fits
 from grok.config_text import to_yaml
-from grok.data.pipeline import global_batches, to_mesh
+from grok.data.pipeline import global_batches
 from grok.data.shapes import Batch
 from grok.data.text import bits_per_byte
 from grok.errors import DONE, SAVED, ConfigError, SaveError
@@ -36,6 +36,7 @@ from grok.train.saved import keep_policy, restore, save
 from grok.train.state import TrainState, init_state
 from grok.train.step import eval_step, train_step
 from grok.train.stop import StopRequest
+from grok.train.validation import total_loss
 from grok.train.watchdog import Watchdog
 
 
@@ -119,7 +120,13 @@ def first_state(run: Run) -> TrainState:
         say(f"resuming from the checkpoint of step {run.first}")
         with run.reports.events.during("restore", step=run.first):
             state, changes = restore(
-                run.checkpoints, run.first, run.config, run.data, run.optimizer, run.mesh
+                run.checkpoints,
+                run.first,
+                run.config,
+                run.data,
+                run.optimizer,
+                run.mesh,
+                run.initial,
             )
         for change in changes:
             say(f"changed since then: {change}")
@@ -207,10 +214,7 @@ def validate(
     eval_function, model, batches: Iterable[Batch], num_bytes: int | None, mesh
 ) -> dict[str, float]:
     """Loss of a validation pass in nats a token, and in bits per byte where bytes are known."""
-    nats = num_tokens = 0.0
-    for batch in batches:
-        nats += float(eval_function(model, to_mesh(batch, mesh)))
-        num_tokens += float(batch["mask_BT"].sum(dtype="float64"))
+    nats, num_tokens = total_loss(eval_function, model, batches, mesh)
     values = {"validation_loss": nats / num_tokens}
     if num_bytes is not None:
         values["validation_bits_per_byte"] = bits_per_byte(nats, num_bytes)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from grok.config import OptimizerConfig, RunConfig
-from grok.model.names import MATRICES, shapes
+from grok.model.lora import tensor_names
+from grok.model.names import MATRICES
 from grok.train.adafactor import scale_by_factored_second_moment
 from grok.train.groups import check_groups, group_of, map_named
 from grok.train.muon import scale_by_muon
@@ -23,7 +24,7 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
 
     Raises ConfigError when the config's groups are not about tensors of its model.
     """
-    check_groups(run, list(shapes(run.model)))
+    check_groups(run, tensor_names(run.model, run.lora))
     config = run.optimizer
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

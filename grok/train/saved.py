@@ -3,14 +3,20 @@
 import dataclasses
 from typing import Any
 
+import jax
+import optax
+from jax.sharding import Mesh
+
 from grok.checkpoint.keep import Keep
-from grok.checkpoint.manager import EMA, MODEL, OPTIMIZER, Checkpoints
+from grok.checkpoint.manager import EMA, LORA, MODEL, OPTIMIZER, Checkpoints
 from grok.config import RunConfig
 from grok.config_files import flatten, to_dict
 from grok.errors import CheckpointError
+from grok.model.lora import is_adapter
 from grok.train.data import RunData, check_unchanged
+from grok.train.groups import merge, select
 from grok.train.initial import InitialWeights
-from grok.train.state import TrainState, abstract_state, start_state
+from grok.train.state import TrainState, abstract_state, init_state, start_state
 
 
 def save(
@@ -37,13 +43,21 @@ def keep_policy(config: RunConfig) -> Keep:
 
 
 def trees_of(state: TrainState) -> dict:
-    """The state as the trees of a checkpoint."""
-    trees = {MODEL: state.model, OPTIMIZER: (state.step, state.opt_state, state.guard)}
+    """The state as the trees of a checkpoint: of a model with adapters, those without the rest."""
+    adapters = select(state.model, is_adapter)
+    trees = {LORA: adapters} if jax.tree.leaves(adapters) else {MODEL: state.model}
+    trees |= {OPTIMIZER: (state.step, state.opt_state, state.guard)}
     return trees if state.ema is None else trees | {EMA: state.ema}
 
 
 def restore(
-    checkpoints: Checkpoints, step: int, config: RunConfig, data: RunData, optimizer, mesh
+    checkpoints: Checkpoints,
+    step: int,
+    config: RunConfig,
+    data: RunData,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    initial: InitialWeights | None,
 ) -> tuple[TrainState, list[str]]:
     """The state saved at `step`, placed on `mesh`, and what the config says differently now.
 
@@ -66,11 +80,16 @@ def restore(
             )
         changes.append(f"{key} from {before} to {value}")
     wanted = abstract_state(config, optimizer, mesh)
-    if wanted.ema is not None and not stored.get("optimizer.ema_decay"):
-        read = checkpoints.restore(step, trees_of(dataclasses.replace(wanted, ema=None)))
+    new_ema = wanted.ema is not None and not stored.get("optimizer.ema_decay")
+    if new_ema:
+        wanted = dataclasses.replace(wanted, ema=None)
+    read = checkpoints.restore(step, trees_of(wanted))
+    if LORA in read:
+        assert initial is not None
+        base = init_state(config, optimizer, mesh, initial.load(mesh)).model
+        read[MODEL] = merge(read[LORA], base)
+    if new_ema:
         read[EMA] = start_state(config, optimizer, read[MODEL]).ema
-    else:
-        read = checkpoints.restore(step, trees_of(wanted))
     steps_done, opt_state, guard = read[OPTIMIZER]
     return TrainState(steps_done, read[MODEL], opt_state, guard, read.get(EMA)), changes
 
@@ -85,7 +104,7 @@ def may_change(key: str, before: Any, now: Any) -> bool:
         return frozen == frozen_now
     if key == "optimizer.beta1":
         return bool(before) == bool(now)
-    if key == "optimizer.name":
+    if key == "optimizer.name" or key.startswith("lora."):
         return False
     if key.startswith("model."):
         return key in ("model.compute_dtype", "model.remat")

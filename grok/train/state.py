@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from grok import sharding
 from grok.config import RunConfig
 from grok.model.grok import Grok
+from grok.model.lora import adapted
 from grok.train.groups import select, trained
 from grok.train.guard import Guard, fresh_guard
 
@@ -35,7 +36,8 @@ def init_state(
 ):
     """A fresh TrainState, every array made on the devices that hold it.
 
-    Its parameters are those of `model`, which is given up to it, or else drawn from the seed.
+    Its parameters are those of `model`, which is given up to it, or else drawn from the seed, and
+    fresh adapters where the config has some.
     """
     make = _make(config, optimizer)
     placements = jax.tree.map(lambda leaf: leaf.sharding, sharding.abstract(make, mesh))
@@ -63,7 +65,10 @@ def start_state(
 
 def _make(config: RunConfig, optimizer: optax.GradientTransformation):
     def make(model: Grok | None = None) -> TrainState:
-        model = model or Grok(config.model, jax.random.key(config.train.seed))
+        key = jax.random.key(config.train.seed)
+        model = model or Grok(config.model, key)
+        if config.lora.rank:
+            model = adapted(model, config.lora, key)
         return start_state(config, optimizer, model)
 
     return make

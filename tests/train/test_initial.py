@@ -4,6 +4,7 @@ Letters: B rows, T tokens.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -83,6 +84,21 @@ def test_exported_and_imported_again_the_loss_is_the_same(tuned: RunConfig, tmp_
     lines = read_metrics(Path(tuned.folder) / "metrics.jsonl")
     (told,) = [line["validation_loss"] for line in lines if "validation_loss" in line]
     assert validation_loss(tmp_path / "back", tuned) == told
+
+
+def test_grok_eval_tells_the_same_loss(tuned: RunConfig):
+    mesh = ("mesh.data=2", "mesh.expert=2", "mesh.tensor=2")
+    command = ["eval", tuned.folder, *mesh, "--data", tuned.data.validation[0]]
+    done = CliRunner().invoke(main, [*command, "--json"])
+    assert done.exit_code == 0, done.output
+    (found,) = json.loads(done.output)["data"]
+    lines = read_metrics(Path(tuned.folder) / "metrics.jsonl")
+    (told,) = [line for line in lines if "validation_loss" in line]
+    assert found["loss"] == told["validation_loss"]
+    assert found["bits_per_byte"] == told["validation_bits_per_byte"]
+    assert found["bytes"] == Path(tuned.data.validation[0]).stat().st_size
+    table = CliRunner().invoke(main, command).output
+    assert f"{found['loss']:.4f}" in table and "bits/byte" in table
 
 
 def test_what_the_weights_were_stays_in_the_checkpoint(tuned: RunConfig):

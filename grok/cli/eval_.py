@@ -1,0 +1,113 @@
+"""`grok eval`."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from grok.cli.tables import make_console, make_table
+from grok.errors import ConfigError
+
+if TYPE_CHECKING:
+    from grok.evaluate.losses import Loss
+
+
+@click.command("eval")
+@click.argument("checkpoint")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="PATH",
+    help="Text file, or dataset of `grok data prepare`; may be given several times.",
+)
+@click.option(
+    "--tasks", multiple=True, metavar="TASK", help="Task of lm-eval; may be given several times."
+)
+@click.option(
+    "--tasks-folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with YAML files of more tasks.",
+)
+@click.option(
+    "--fewshot", type=click.IntRange(0), help="Examples before each question; default: the task's."
+)
+@click.option("--limit", type=click.IntRange(1), help="Questions of each task.")
+@click.option(
+    "--config", metavar="CONFIG", help="Preset or YAML file of the model that CHECKPOINT holds."
+)
+@click.option("--tokenizer", metavar="FILE", help="SentencePiece model of these weights.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def eval_(
+    checkpoint, overrides, data, tasks, tasks_folder, fewshot, limit, config, tokenizer, as_json
+) -> None:
+    """Measure the weights at CHECKPOINT: loss and bits per byte on texts, and tasks of lm-eval.
+
+    CHECKPOINT, local or gs://, is a ckpt-0 folder, a Hugging Face folder, or a checkpoint of grok.
+    One device is used unless KEY=VALUE says otherwise, as in mesh.tensor=4; data.batch_size and
+    data.sequence_length are the shape of a batch.
+    """
+    if not data and not tasks:
+        raise click.UsageError("--data PATH or --tasks TASK says what to measure.")
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "--tasks needs EleutherAI's lm-eval, which is not installed; the package's extra "
+            "`eval` (pip install 'grok[eval]') has it."
+        )
+    from grok.evaluate.weights import config_of, find_tokenizer, load_weights
+
+    run = config_of(checkpoint, config, overrides)
+
+    from grok.devices import prepare
+
+    prepare(run.mesh.simulated_devices)
+
+    from grok.config import check_fits
+    from grok.infer.load import make_run_mesh
+
+    mesh = make_run_mesh(run)
+    check_fits(run, mesh.size)
+    tokenizer = find_tokenizer(checkpoint, tokenizer, run, data)
+    model = load_weights(checkpoint, run, mesh)
+    losses = _losses(model, mesh, data, tokenizer, run, as_json)
+    results = _tasks(model, mesh, tasks, tokenizer, run, tasks_folder, fewshot, limit, as_json)
+    if as_json:
+        click.echo(json.dumps({"checkpoint": checkpoint, "data": losses, "tasks": results}))
+
+
+def _losses(model, mesh, data, tokenizer, run, as_json: bool) -> list[dict[str, Any]]:
+    from grok.evaluate.losses import evaluate
+
+    found = list(evaluate(model, mesh, data, tokenizer, run)) if data else []
+    if found and not as_json:
+        table = make_table("data", "tokens", "bytes", "nats/token", "bits/byte", right=4)
+        for loss in found:
+            figures = f"{loss.nats_per_token:.4f}", f"{loss.bits_per_byte:.4f}"
+            table.add_row(loss.data, f"{loss.tokens:,}", f"{loss.bytes:,}", *figures)
+        make_console().print(table)
+    return [_plain(loss) for loss in found]
+
+
+def _plain(loss: "Loss") -> dict[str, Any]:
+    counts = {"data": loss.data, "tokens": loss.tokens, "bytes": loss.bytes}
+    return counts | {"loss": loss.nats_per_token, "bits_per_byte": loss.bits_per_byte}
+
+
+def _tasks(model, mesh, tasks, tokenizer, run, folder, fewshot, limit, as_json) -> dict[str, Any]:
+    if not tasks:
+        return {}
+    from grok.data.tokenizer import Tokenizer
+    from grok.evaluate.harness import HarnessModel, run_tasks
+
+    harness = HarnessModel(model, Tokenizer.load(tokenizer), mesh, run.data.batch_size)
+    found = run_tasks(harness, tasks, folder, fewshot, limit)
+    if not as_json:
+        table = make_table("task", "metric", "value", right=1)
+        for task, metrics in found.items():
+            for metric, value in metrics.items():
+                if isinstance(value, float):
+                    table.add_row(task, metric, f"{value:.4f}")
+        make_console().print(table)
+    return found

@@ -1,0 +1,134 @@
+"""A model as EleutherAI's lm-eval asks for one. Only `grok eval --tasks` imports this file, since
+lm-eval is an extra."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from grok.data.tokenizer import Tokenizer
+from grok.errors import DataError
+from grok.evaluate.scores import Scorer
+from grok.infer.engine import Engine, SamplingOptions
+from grok.model.grok import Grok
+
+MAX_NEW_TOKENS = 256
+
+
+class HarnessModel(TemplateLM):
+    """A model, its tokenizer and its mesh behind lm-eval's three kinds of request."""
+
+    def __init__(self, model: Grok, tokenizer: Tokenizer, mesh: Mesh, rows: int):
+        super().__init__()
+        self._scorer = Scorer(model, mesh, rows)
+        self._engine = Engine(model, mesh)
+        self._pieces = tokenizer
+        self._rows = rows
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends documents, and stands before a text without context."""
+        return self._pieces.eos_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **others: Any
+    ) -> list[int]:
+        """Ids of a text; special tokens are never added."""
+        return self._pieces.encode(string)
+
+    def _loglikelihood_tokens(self, requests, **others: Any) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        return [(score.log_probability, score.greedy) for score in self._scorer.score(pairs)]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, each token predicted once, in windows of the context."""
+        found = []
+        for request in requests:
+            (text,) = request.args
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self._scorer.context_length,
+                context_len=1,
+            )
+            scores = self._scorer.score([make_disjoint_window(window) for window in windows])
+            found.append(sum(score.log_probability for score in scores))
+        return found
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations, each up to the first of its `until` texts."""
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].args[0]))
+        texts = [""] * len(requests)
+        for first in range(0, len(order), self._rows):
+            places = order[first : first + self._rows]
+            found = self._generate([requests[place].args for place in places])
+            for place, text in zip(places, found, strict=True):
+                texts[place] = text
+        return texts
+
+    def _generate(self, asked: list[tuple[str, dict[str, Any]]]) -> list[str]:
+        until = [_as_list(options.get("until")) for _, options in asked]
+        limits = [int(options.get("max_gen_toks", MAX_NEW_TOKENS)) for _, options in asked]
+        room = self._scorer.context_length - max(limits)
+        prompts = [(self.tok_encode(text) or [self.eot_token_id])[-room:] for text, _ in asked]
+        new: list[list[int]] = [[] for _ in asked]
+        texts, done = [""] * len(asked), [False] * len(asked)
+        options = SamplingOptions(max_tokens=max(limits), temperature=0)
+        for tokens in self._engine.generate(prompts, options, self.eot_token_id):
+            for row, token in enumerate(tokens):
+                if token is None or done[row]:
+                    done[row] = True
+                    continue
+                new[row].append(token)
+                # Decoded behind the prompt, so that a leading space stays.
+                whole = self._pieces.decode([*prompts[row], *new[row]])
+                texts[row] = whole[len(self._pieces.decode(prompts[row])) :]
+                ends = [texts[row].find(stop) for stop in until[row] if stop in texts[row]]
+                if ends:
+                    texts[row] = texts[row][: min(ends)]
+                done[row] = bool(ends) or len(new[row]) == limits[row]
+            if all(done):
+                break
+        return texts
+
+
+def run_tasks(
+    model: HarnessModel,
+    tasks: Sequence[str],
+    folder: Path | None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """lm-eval's results on tasks of its own or of YAML files in `folder`, by task: metrics by name.
+
+    `limit` is how many examples of each task are run. Raises DataError for a task that there is
+    none of.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        where = f", and {folder} none of this name" if folder else "; --tasks-folder names others"
+        raise DataError(f"lm-eval has no task {unknown[0]}{where}.")
+    found = simple_evaluate(
+        model=model,
+        tasks=list(tasks),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=1000,
+        log_samples=False,
+    )
+    return {task: dict(found["results"][task]) for task in found["results"]}
+
+
+def _as_list(until: str | list[str] | None) -> list[str]:
+    if isinstance(until, str):
+        return [until]
+    return [stop for stop in until or [] if stop]

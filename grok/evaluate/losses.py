@@ -1,0 +1,73 @@
+"""Loss and bits per byte of weights on held-out texts: `grok eval --data`."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from grok.config import RunConfig
+from grok.data.documents import MANIFEST
+from grok.data.packed import PackedValidation
+from grok.data.pipeline import ValidationBatches
+from grok.data.shapes import Batch
+from grok.data.text import bits_per_byte, read_stream
+from grok.data.tokenizer import Tokenizer, token_bytes
+from grok.errors import DataError
+from grok.model.grok import Grok
+from grok.train.data import open_dataset
+from grok.train.step import eval_step
+from grok.train.validation import total_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What a text costs: `nats` for all its `tokens`, which stand for `bytes` of UTF-8."""
+
+    data: str
+    tokens: int
+    bytes: int
+    nats: float
+
+    @property
+    def nats_per_token(self) -> float:
+        """Cross-entropy, what training calls the loss."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The same free of the tokenizer's choices."""
+        return bits_per_byte(self.nats, self.bytes)
+
+
+def evaluate(
+    model: Grok, mesh: Mesh, paths: Sequence[str], tokenizer: str, config: RunConfig
+) -> Iterable[Loss]:
+    """The loss on each of these text files and prepared datasets, one after the other.
+
+    Rows have the shape that `config.data` says, and are split over the mesh. Raises DataError for
+    what cannot be read, has nothing to predict, or is not for this tokenizer, before any is run.
+    """
+    held_out = [(path, *_open(path, tokenizer, config)) for path in paths]
+    eval_function = jax.jit(eval_step)
+    for path, batches, num_bytes in held_out:
+        with jax.set_mesh(mesh):
+            nats, tokens = total_loss(eval_function, model, batches, mesh)
+        yield Loss(path, tokens, num_bytes, nats)
+
+
+def _open(path: str, tokenizer: str, config: RunConfig) -> tuple[Iterable[Batch], int]:
+    """The batches of a text, and its bytes."""
+    data = dataclasses.replace(config.data, tokenizer=tokenizer)
+    shape = {"sequence_length": data.sequence_length, "batch_size": data.batch_size}
+    pieces = Tokenizer.load(tokenizer)
+    if not (Path(path) / MANIFEST).exists():
+        stream = read_stream([path], pieces, config.model.vocab_size)
+        return ValidationBatches(stream, **shape), stream.num_bytes
+    documents = open_dataset(path, dataclasses.replace(config, data=data))
+    packed = PackedValidation(documents, **shape)
+    num_bytes = packed.num_bytes(token_bytes(pieces))
+    if not num_bytes:
+        raise DataError(f"dataset {path} has no text to predict; one with text would work.")
+    return packed, num_bytes

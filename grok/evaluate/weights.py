@@ -1,0 +1,62 @@
+"""What `grok eval` runs: the config of weights in any format, their tokenizer, and the model."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from grok.checkpoint.convert import converted
+from grok.checkpoint.load import DTYPES, place
+from grok.checkpoint.open import open_source
+from grok.config import DataConfig, RunConfig
+from grok.config_files import load_config, with_overrides
+from grok.data.manifest import TOKENIZER
+from grok.errors import DataError
+from grok.infer.load import ONE_DEVICE
+from grok.model.grok import Grok
+
+ALONE = (*ONE_DEVICE, "mesh.simulated_devices=0")
+
+
+def config_of(path: str, config: str | None, overrides: Sequence[str]) -> RunConfig:
+    """The config to run the weights at `path` with, on one device unless overrides say otherwise.
+
+    It is the preset or file `config`, or the config.yaml of a run's folder, or made of what the
+    files at `path` say of their model and type. Raises ConfigError and CheckpointError.
+    """
+    changes = (*ALONE, *overrides)
+    own = Path(path) / "config.yaml"
+    if config or own.is_file():
+        return load_config(config or own, changes)
+    source = open_source(path)
+    dtype: Any = source.dtype if source.dtype in DTYPES else "float32"
+    length = min(DataConfig.sequence_length, source.config.context_length)
+    run = RunConfig(
+        model=dataclasses.replace(source.config, param_dtype=dtype),
+        data=DataConfig(sequence_length=length),
+    )
+    return with_overrides(run, changes, path)
+
+
+def find_tokenizer(path: str, given: str | None, config: RunConfig, data: Sequence[str]) -> str:
+    """The tokenizer's file: the one `given`, or beside the weights, or the config's, or that of the
+    first prepared dataset. Raises DataError where there is none of these."""
+    folder = Path(path)
+    # Of one step of a run, the run's folder is two above.
+    beside = [each / TOKENIZER for each in (folder, folder.parent, folder.parent.parent)]
+    of_data = [Path(each) / TOKENIZER for each in data]
+    places = [*beside, *([Path(config.data.tokenizer)] if config.data.tokenizer else []), *of_data]
+    found = given or next((str(place) for place in places if place.is_file()), None)
+    if found is None:
+        raise DataError(
+            f"there is no {TOKENIZER} beside {path}; --tokenizer FILE would name that of these "
+            "weights."
+        )
+    return found
+
+
+def load_weights(path: str, config: RunConfig, mesh: Mesh) -> Grok:
+    """The model at `path` on `mesh`, matrices in `config.model.param_dtype`."""
+    return place(converted(open_source(path, config.model), config.model.param_dtype), mesh)

@@ -1,0 +1,151 @@
+"""Adapters beside frozen matrices: nothing at first, then what the sum of both would be.
+
+Letters: B rows, T tokens.
+"""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grok
+from grok.checkpoint.load import place
+from grok.checkpoint.random_source import RandomSource
+from grok.config import GrokConfig, LoraConfig
+from grok.model.grok import Grok
+from grok.model.lora import TARGETS, adapted, is_adapter, tensor_names
+from grok.model.names import MATRICES, shapes
+from grok.model.weights import from_arrays, to_arrays
+from grok.ops.experts import experts_reference, experts_tiled
+from grok.ops.lora import LoraArray, merged
+
+CONFIG = GrokConfig(
+    vocab_size=64,
+    num_layers=2,
+    embed_dim=16,
+    mlp_dim=24,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    num_experts=4,
+    compute_dtype="float32",
+    remat="none",
+)
+LORA = LoraConfig(rank=3, alpha=6.0, targets=tuple(TARGETS))
+TOKENS = np.random.default_rng(0).integers(1, 64, (8, 16))
+each_mesh = pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=str)
+
+
+def base_model(sizes) -> Grok:
+    return place(RandomSource(CONFIG, dtype="float32"), sizes and grok.make_mesh(*sizes))
+
+
+@functools.cache
+def fresh(sizes) -> Grok:
+    """The base with adapters as a run begins with them."""
+    base = base_model(sizes)
+    with jax.set_mesh(grok.make_mesh(*sizes)) if sizes else contextlib.nullcontext():
+        return jax.jit(lambda base: adapted(base, LORA, jax.random.key(1)))(base)
+
+
+@functools.cache
+def trained(sizes) -> Grok:
+    """The same with adapters that add something."""
+    random, model = np.random.default_rng(1), fresh(sizes)
+
+    def noise(name: str, leaf: jax.Array) -> jax.Array:
+        values = 0.3 * random.standard_normal(leaf.shape, np.float32)
+        return jax.device_put(values, leaf.sharding) if name.endswith("/b") else leaf
+
+    leaves = [noise(name, leaf) for name, leaf in to_arrays(model).items()]
+    return jax.tree.unflatten(jax.tree.structure(model), leaves)
+
+
+def merged_model(model: Grok) -> Grok:
+    """A plain model of the same function."""
+    parts = {name: np.asarray(array) for name, array in to_arrays(model).items()}
+    arrays = {}
+    for name, array in parts.items():
+        matrix, _, part = name.rpartition("/")
+        if part == "base":
+            shape = MATRICES[matrix]
+            w = LoraArray(array, parts[f"{matrix}/a"], parts[f"{matrix}/b"], LORA.scale)
+            arrays[matrix] = merged(w, shape.row_dims, shape.col_dims)
+        elif not is_adapter(name):
+            arrays[name] = array
+    return from_arrays(CONFIG, arrays)
+
+
+@each_mesh
+def test_fresh_adapters_change_no_bit(sizes):
+    expected = np.asarray(base_model(sizes)(TOKENS))
+    np.testing.assert_array_equal(fresh(sizes)(TOKENS), expected)
+
+
+@each_mesh
+def test_adapters_do_what_the_merged_weights_do(sizes):
+    model = trained(sizes)
+    ours, expected = np.asarray(model(TOKENS)), np.asarray(merged_model(model)(TOKENS))
+    change = np.abs(expected - np.asarray(base_model(None)(TOKENS))).max()
+    error = np.abs(ours - expected).max() / np.abs(expected).max()
+    print(f"\n{sizes}: {error:.1e} from merged, which are {change:.2f} from the base")
+    assert change > 0.5
+    assert error < 1e-5
+
+
+def test_gradients_of_experts_are_those_through_the_merged_weights():
+    random = np.random.default_rng(2)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape, np.float32))
+
+    R, C, E, D, F, r = 24, 2, 4, 8, 12, 3
+    x_RD, gate_RC, dy_RD = draw(R, D), draw(R, C), draw(R, D)
+    chosen_RC = jnp.asarray(random.integers(0, E, (R, C)), jnp.int32)
+    bases = draw(E, D, F), draw(E, D, F), draw(E, F, D)
+    factors = [(draw(E, *w.shape[1:2], r), draw(E, r, *w.shape[2:])) for w in bases]
+
+    def beside(x_RD, gate_RC, factors):
+        weights = [LoraArray(w, a, b) for w, (a, b) in zip(bases, factors, strict=True)]
+        return experts_tiled(x_RD, gate_RC, chosen_RC, *weights, 8)
+
+    def inside(x_RD, gate_RC, factors):
+        weights = [
+            merged(LoraArray(w, a, b), 1, 1) for w, (a, b) in zip(bases, factors, strict=True)
+        ]
+        return experts_reference(x_RD, gate_RC, chosen_RC, *weights)
+
+    def gradients(form):
+        return jax.jit(jax.grad(lambda *args: jnp.sum(form(*args) * dy_RD), argnums=(0, 1, 2)))(
+            x_RD, gate_RC, factors
+        )
+
+    ours, expected = (jax.tree.leaves(gradients(form)) for form in (beside, inside))
+    assert len(ours) == 8
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_tensors_have_the_names_that_configs_match():
+    assert sorted(tensor_names(CONFIG, LORA)) == sorted(to_arrays(fresh(None)))
+    assert list(tensor_names(CONFIG, LoraConfig())) == list(shapes(CONFIG))
+
+
+def test_factors_are_split_as_rows_and_columns_are():
+    model = fresh((2, 2, 2))
+    part = {
+        name: array.sharding.shard_shape(array.shape) for name, array in to_arrays(model).items()
+    }
+    # 16 of embed over data and expert; 4 heads, 2 kv heads and 24 of mlp over tensor.
+    assert part["layers/attention/w_query_DNH/a"] == (2, 4, 3)
+    assert part["layers/attention/w_query_DNH/b"] == (2, 3, 2, 4)
+    assert part["layers/attention/w_out_NHD/a"] == (2, 2, 4, 3)
+    assert part["layers/attention/w_out_NHD/b"] == (2, 3, 4)
+    # 4 experts over expert; of their matrices embed is over data alone.
+    assert part["layers/moe/w_gate_EDF/a"] == (2, 2, 8, 3)
+    assert part["layers/moe/w_gate_EDF/b"] == (2, 2, 3, 12)
+    assert part["layers/moe/w_down_EFD/a"] == (2, 2, 12, 3)
+    assert part["layers/moe/w_down_EFD/b"] == (2, 2, 3, 8)

@@ -1,0 +1,141 @@
+"""A run that trains adapters on open weights: what it changes, what it saves, what comes out."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from grok.checkpoint.open import open_source
+from grok.checkpoint.random_source import RandomSource
+from grok.checkpoint.release_writer import write_release
+from grok.cli.main import main
+from grok.config import CheckpointConfig, LoraConfig, RunConfig
+from grok.errors import DONE, CheckpointError, ConfigError
+from grok.train.initial import initial_weights
+from grok.train.loop import open_run, run
+from grok.train.metrics import read_metrics
+from tests.train.test_initial import RELEASE, golden_run, validation_loss
+
+STEPS = 6
+LORA = LoraConfig(rank=4, alpha=8, targets=("query", "value", "out", "gate", "down"))
+ADAPTED = {
+    "layers/attention/w_query_DNH",
+    "layers/attention/w_value_DKH",
+    "layers/attention/w_out_NHD",
+    "layers/moe/w_gate_EDF",
+    "layers/moe/w_down_EFD",
+}
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
+    """Six steps without a stop, checkpoints at 3 and 6."""
+    config = golden_run(tiny_run, tmp_path_factory.mktemp("lora") / "run", RELEASE)
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, steps=STEPS),
+        optimizer=dataclasses.replace(config.optimizer, peak_lr=3e-2),
+        lora=LORA,
+        checkpoint=CheckpointConfig(every=3),
+    )
+    assert run(config) == DONE
+    return config
+
+
+def lines_of(config: RunConfig) -> list[dict]:
+    return [
+        {key: line[key] for key in line if key in ("step", "loss", "grad_norm", "validation_loss")}
+        for line in read_metrics(Path(config.folder) / "metrics.jsonl")
+        if "event" not in line
+    ]
+
+
+def told(config: RunConfig) -> float:
+    (loss,) = [line["validation_loss"] for line in lines_of(config) if "validation_loss" in line]
+    return loss
+
+
+def test_the_loss_falls_by_adapters_alone(tuned: RunConfig):
+    losses = [line["loss"] for line in lines_of(tuned) if "loss" in line]
+    print(f"\nlosses {losses}")
+    assert losses[-1] < losses[0] - 0.5
+    release, merged = (open_source(path, tuned.model) for path in (RELEASE, tuned.folder))
+    for name, spec in merged.tensors.items():
+        before, after = release.read(name, spec.whole), merged.read(name, spec.whole)
+        if release.tensors[name].groups is None:
+            np.testing.assert_array_equal(after, before.astype(np.float32))
+
+
+def test_checkpoints_hold_adapters_and_their_moments_alone(tuned: RunConfig):
+    step = Path(tuned.folder) / "checkpoints" / str(STEPS)
+    assert not (step / "model").exists()
+    tree = json.loads((step / "lora" / "_METADATA").read_text())["tree_metadata"]
+    names = {"/".join(key["key"] for key in entry["key_metadata"]) for entry in tree.values()}
+    assert names == {f"{name}/{part}" for name in ADAPTED for part in "ab"}
+    whole = sum(file.stat().st_size for file in step.rglob("*") if file.is_file())
+    # A quarter of what the weights alone would take.
+    assert whole < tuned.model.num_parameters()
+
+
+def test_resumed_every_bit_is_the_same(tuned: RunConfig, tmp_path):
+    shutil.copytree(tuned.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    again = dataclasses.replace(tuned, folder=str(tmp_path / "run"))
+    assert run(again) == DONE
+    assert lines_of(again) == lines_of(tuned)
+
+
+def test_merged_weights_have_the_loss_of_the_adapters(tuned: RunConfig, tmp_path):
+    merged = validation_loss(Path(tuned.folder), tuned)
+    print(f"\nadapters {told(tuned):.7f}, merged {merged:.7f}")
+    assert merged == pytest.approx(told(tuned), rel=1e-6)
+    commands = (
+        ("export", "params", tuned.folder, tmp_path / "params"),
+        ("export", "hf", tuned.folder, tmp_path / "hf", "--dtype", "float32"),
+        ("import", "hf", tmp_path / "hf", tmp_path / "back", "--dtype", "float32"),
+    )
+    for command in commands:
+        done = CliRunner().invoke(main, [str(word) for word in command])
+        assert done.exit_code == 0, done.output
+    assert validation_loss(tmp_path / "back", tuned) == merged
+    assert validation_loss(tmp_path / "params", tuned) == merged
+
+
+def test_adapters_of_other_weights_are_refused(tuned: RunConfig, tmp_path):
+    shutil.copytree(tuned.folder, tmp_path / "run")
+    shutil.copytree(RELEASE, tmp_path / "ckpt-0")
+    moved = dataclasses.replace(
+        tuned,
+        folder=str(tmp_path / "run"),
+        train=dataclasses.replace(tuned.train, init_from=str(tmp_path / "ckpt-0")),
+    )
+    parts = open_run(moved)
+    assert parts.initial.identity["path"] == str(tmp_path / "ckpt-0")
+    shutil.rmtree(tmp_path / "ckpt-0")
+    write_release(RandomSource(tuned.model), tmp_path / "ckpt-0")
+    with pytest.raises(CheckpointError, match=r"adapters of the weights that were at .*holds othe"):
+        initial_weights(moved, parts.checkpoints)
+    meta = tmp_path / "run" / "checkpoints" / str(STEPS) / "meta" / "metadata"
+    meta.write_text(meta.read_text().replace(str(RELEASE), str(tmp_path / "ckpt-0")))
+    with pytest.raises(CheckpointError, match=r"and others are there now"):
+        open_source(tmp_path / "run")
+    shutil.rmtree(tmp_path / "ckpt-0")
+    with pytest.raises(CheckpointError, match=r"the weights that they belong to cannot be opened"):
+        open_source(tmp_path / "run")
+
+
+def test_other_adapters_are_refused_by_name(tuned: RunConfig):
+    other = dataclasses.replace(tuned, lora=dataclasses.replace(LORA, rank=8))
+    with pytest.raises(CheckpointError, match=r"lora\.(rank=4|alpha=8\.0) and the config says"):
+        run(other)
+
+
+def test_adapters_of_nothing_are_refused(tuned: RunConfig):
+    with pytest.raises(ConfigError, match=r"train\.init_from names none"):
+        dataclasses.replace(tuned, train=dataclasses.replace(tuned.train, init_from=""))
+    with pytest.raises(ConfigError, match=r"should name matrices, each once"):
+        LoraConfig(rank=4, targets=("query", "query"))
