@@ -78,7 +78,7 @@ check_ssh_key() {
     finding "gcloud has made no ssh key yet" "gcloud compute config-ssh --project=$LAUNCH_PROJECT, then ssh-add $key"
     return
   fi
-  fingerprint=$(ssh-keygen -lf "$key" 2>/dev/null | cut -d ' ' -f 2)
+  fingerprint=$(ssh-keygen -lf "$key" 2>/dev/null | cut -d ' ' -f 2 || true)
   if ssh-add -l 2>/dev/null | grep -qF -- "${fingerprint:-none}"; then
     good "the ssh key is in the agent"
   elif ((workers == 1)); then

@@ -34,6 +34,9 @@ def main(argv: list[str]) -> int:
         bucket = STUB / "bucket" / argv[3].removeprefix("gs://")
         sys.stdout.write(bucket.read_text() if bucket.exists() else "")
         return 0 if bucket.exists() else 1
+    if argv[2:3] == ["tpu-vm"] and argv[-1:] and "list" in argv:
+        print("it is there")
+        return 0
     if argv[:2] != ["compute", "tpus"]:
         return answer(" ".join(word for word in argv if not word.startswith("-")))
     action = " ".join(argv[2:4])

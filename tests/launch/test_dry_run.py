@@ -1,0 +1,74 @@
+"""What the worked runs would do, word for word; to accept a change: UPDATE_GOLDEN=1 pytest ..."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.launch.cloud import LAUNCH, Cloud, git
+
+GOLDEN = Path(__file__).parent / "golden"
+RUNS = ("continue-v5p", "pretrain-v5e", "batch-v6e")
+VERBS = ("up", "setup", "sync", "status", "logs", "stop", "down", "cost", "doctor")
+
+
+def dry_run(cloud: Cloud, *words: str) -> str:
+    example = str(cloud.checkout / "launch" / "settings.env.example")
+    done = cloud.launch(*words, "--dry-run", "--settings", example, LAUNCH_STATE="STATE")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    commit = git(cloud.checkout, "rev-parse", "HEAD")
+    text = done.stdout.replace(str(cloud.checkout), "CHECKOUT")
+    return text.replace(commit, "COMMIT").replace(commit[:12], "STAMP")
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_dry_run_of_a_worked_run(cloud: Cloud, run: str) -> None:
+    text = dry_run(cloud, f"runs/{run}")
+    golden = GOLDEN / f"{run}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+    assert cloud.calls() == []
+    assert not (cloud.checkout / "STATE").exists()
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_any_verb_with_the_settings_of_a_worked_run(cloud: Cloud, run: str) -> None:
+    name = re.search(r"LAUNCH_NAME=(\S+)", (LAUNCH / "runs" / f"{run}.sh").read_text())
+    assert name
+    text = dry_run(cloud, f"runs/{run}", "logs", "--follow")
+    assert f"queued-resources ssh {name[1]} " in text
+    assert "worker.sh logs 20 follow" in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_dry_run_calls_nothing_and_prints_what_a_shell_reads_back(cloud: Cloud, verb: str) -> None:
+    text = dry_run(cloud, verb)
+    assert cloud.calls() == []
+    if verb != "cost":
+        assert all(shlex.split(line)[0] in ("gcloud", "git") for line in text.splitlines())
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "run", "babysit", *(f"runs/{run}" for run in RUNS)])
+def test_help_says_how_it_is_used(cloud: Cloud, verb: str) -> None:
+    done = cloud.launch(verb, "--help", LAUNCH_SETTINGS="/nowhere")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"Usage: launch/{verb}.sh")
+    assert "--dry-run" in done.stdout
+
+
+@pytest.mark.parametrize("run", ["continue-v5p", "pretrain-v5e"])
+def test_the_commands_of_worked_runs_are_configs_that_hold(cloud: Cloud, run: str) -> None:
+    from grok.config_files import load_config
+
+    text = dry_run(cloud, f"runs/{run}")
+    line = next(line for line in text.splitlines() if line.startswith("# command.sh: exec "))
+    words = shlex.split(line.removeprefix("# command.sh: exec "))
+    assert words[:2] == ["grok", "train"]
+    config = load_config(words[2], words[3:])
+    chips = {"continue-v5p": 128, "pretrain-v5e": 8}[run]
+    assert config.mesh.data * config.mesh.expert * config.mesh.tensor == chips
+    assert config.folder.startswith("gs://my-bucket/runs/")

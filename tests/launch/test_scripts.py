@@ -1,0 +1,174 @@
+"""The scripts themselves: their form, and their settings."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.cloud import LAUNCH, Cloud
+
+SCRIPTS = sorted(str(path) for path in [*LAUNCH.glob("*.sh"), *LAUNCH.glob("runs/*.sh")])
+SETTINGS = [str(LAUNCH / name) for name in ("settings.env.example", "prices.env")]
+
+
+def program(name: str) -> str:
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not found:
+        pytest.skip(f"{name} is not installed: it is in {name}-py on PyPI")
+    return found
+
+
+def test_shellcheck_finds_nothing() -> None:
+    done = subprocess.run(
+        [program("shellcheck"), *SCRIPTS, *SETTINGS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_shfmt_changes_nothing() -> None:
+    done = subprocess.run(
+        [program("shfmt"), "--diff", "--indent", "2", "--case-indent", *SCRIPTS],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", [Path(path).name for path in SCRIPTS])
+def test_scripts_that_are_run_stop_at_the_first_error(script: str) -> None:
+    [path] = LAUNCH.rglob(script)
+    text = path.read_text()
+    if os.access(path, os.X_OK) or script == "worker.sh":
+        assert text.startswith("#!/usr/bin/env bash\n# ")
+        assert "\nset -euo pipefail\n" in text
+    else:
+        assert text.startswith("# shellcheck shell=bash\n")
+
+
+def test_only_the_provider_calls_gcloud() -> None:
+    for path in SCRIPTS:
+        lines = [line.split("#")[0].strip() for line in Path(path).read_text().splitlines()]
+        calls = [
+            line for line in lines if line.startswith(("gcloud ", "limited gcloud", "ask gcloud"))
+        ]
+        assert not calls or path.endswith("provider.sh")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("LAUNCH_PROJECT", "", "LAUNCH_PROJECT is not set"),
+        ("LAUNCH_NAME", "My Run", "lower-case letters, digits and inner hyphens"),
+        ("LAUNCH_ZONE", "us-east5", "a zone is written like us-east5-a"),
+        ("LAUNCH_ACCELERATOR", "a100", "it is v4-N, v5litepod-N, v5p-N or v6e-N"),
+        ("LAUNCH_ACCELERATOR", "v5p-4", "N of v5p counts cores: 8, 16, 32"),
+        ("LAUNCH_PROVISIONING", "cheap", "it is spot, reserved or on-demand"),
+        ("LAUNCH_NODE_COUNT", "0", "it is the number of slices, 1 or more"),
+        ("LAUNCH_BUCKET", "bucket", "a bucket is written like gs://my-bucket"),
+        ("LAUNCH_MOUNT", "yes", "LAUNCH_MOUNT is yes, and LAUNCH_BUCKET names no bucket"),
+        ("LAUNCH_IAP", "true", "it is yes or no"),
+        ("LAUNCH_ENV", "KEY=secret", "it lists names of variables and no values"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_is_called(
+    cloud: Cloud, setting: str, value: str, said: str
+) -> None:
+    done = cloud.launch("up", **{setting: value})
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert said in done.stderr
+
+
+def test_without_settings_the_way_to_get_them_is_said(cloud: Cloud) -> None:
+    done = cloud.launch("up", LAUNCH_SETTINGS="/nowhere/settings.env")
+    assert done.returncode == 2
+    assert "settings.env.example /nowhere/settings.env, and edit that" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "verb", ["up", "setup", "status", "logs", "stop", "down", "cost", "doctor"]
+)
+def test_an_unknown_word_is_refused(cloud: Cloud, verb: str) -> None:
+    done = cloud.launch(verb, "--nonsense")
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert "what is '--nonsense'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "workers", "chips"),
+    [
+        ("v4-8", 1, 4), ("v5p-256", 32, 128), ("v5litepod-1", 1, 1), ("v5litepod-8", 1, 8),
+        ("v5litepod-16", 4, 16), ("v6e-8", 1, 8), ("v6e-16", 4, 16), ("v6e-256", 64, 256),
+    ],
+)  # fmt: skip
+def test_hosts_and_chips_of_an_accelerator(
+    cloud: Cloud, accelerator: str, workers: int, chips: int
+) -> None:
+    cloud.settings(LAUNCH_ACCELERATOR=accelerator)
+    cloud.existing("ACTIVE")
+    assert f"{workers} workers, {chips} chips" in cloud.launch("up").stderr
+
+
+def test_cost_adds_up_the_lives_of_slices(cloud: Cloud) -> None:
+    state = cloud.folder / "state" / "t"
+    state.mkdir(parents=True)
+    (state / "history").write_text(
+        "begin 1000 x\nbegin 1000 x\nend 4600 x\nbegin 10000 x\nend 17200 x\n"
+    )
+    said = cloud.launch("cost").stdout
+    # 1 h and 2 h of 8 chips, at 0.25 to 0.60 a chip-hour.
+    assert "so far   24.0 chip-hours, USD 6.00 to 14.40" in said
+    assert "a day    USD 48.00 to 115.20" in said
+    assert "8 chips, down now" in said
+    assert "2026-11-22" in said
+
+
+def test_cost_takes_prices_of_the_user(cloud: Cloud) -> None:
+    prices = cloud.folder / "prices"
+    prices.write_text("PRICES_DATE=today\nPRICE_v5e_on_demand_LOW=2 PRICE_v5e_on_demand_HIGH=2\n")
+    environment = {"LAUNCH_PRICES": str(prices), "LAUNCH_PROVISIONING": "on-demand"}
+    said = cloud.launch("cost", **environment).stdout
+    assert "prices   USD 2.00 a chip-hour, today" in said
+    missing = cloud.launch("cost", LAUNCH_PRICES=str(prices))
+    assert (missing.returncode, "PRICE_v5e_spot_LOW" in missing.stderr) == (2, True)
+
+
+ANSWERS = {
+    "help compute tpus queued-resources ssh": "NAME",
+    "auth list": "me@example.com",
+    "projects describe p": "ACTIVE",
+    "services list": "tpu.googleapis.com",
+    "storage buckets describe gs://b": "US-EAST5",
+}
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        (None, ""),
+        ("auth list", "nobody is logged in\n       gcloud auth login"),
+        ("projects describe p", "project p cannot be seen\n       correct LAUNCH_PROJECT"),
+        ("services list", "gcloud services enable tpu.googleapis.com --project=p"),
+        (
+            "storage buckets describe gs://b",
+            "gcloud storage buckets create gs://b --location=us-east5",
+        ),
+        ("help compute tpus queued-resources ssh", "gcloud components update"),
+    ],
+)
+def test_doctor_has_a_remedy_for_each_finding(cloud: Cloud, missing: str | None, said: str) -> None:
+    for question, answer in ANSWERS.items():
+        if question != missing:
+            name = question.replace(" ", "_").replace("/", "_")
+            (cloud.stub / "answers" / name).write_text(f"0\n{answer}\n")
+    key = cloud.folder / ".ssh" / "google_compute_engine"
+    key.parent.mkdir()
+    key.touch()
+    done = cloud.launch("doctor", LAUNCH_BUCKET="gs://b")
+    assert done.returncode == (1 if missing else 0), done.stdout
+    assert said in done.stdout
+    assert done.stdout.count("FIX") == (1 if missing else 0)
+    assert "preemptible v5e chips" in done.stdout
