@@ -78,11 +78,11 @@ class Cloud:
         self.stub = folder / "stub"
         for name in ("bin", "worker-bin/venv", "plans", "workers", "answers", "bucket"):
             (self.stub / name).mkdir(parents=True)
-        self._program(
+        self.program(
             "bin/gcloud", f'exec {sys.executable} -I -S -c {shlex.quote(STUB_GCLOUD)} "$@"'
         )
         for name, body in WORKER_PROGRAMS.items():
-            self._program(f"worker-bin/{name}", body.replace("{python}", sys.executable))
+            self.program(f"worker-bin/{name}", body.replace("{python}", sys.executable))
         self.run_folder = folder / "run"
         self.devices(8)
         self.plan(last="step 1; exit 0")
@@ -101,7 +101,8 @@ class Cloud:
             "LAUNCH_STATE": str(folder / "state"),
         }
 
-    def _program(self, name: str, body: str) -> None:
+    def program(self, name: str, body: str) -> None:
+        """Makes a program of the laptop's (bin/) or the workers' (worker-bin/)."""
         path = self.stub / name
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(0o755)

@@ -179,6 +179,7 @@ def workers_of(cloud: dict, slice_: dict) -> list[tuple[str, Path, dict]]:
                 "STUB": str(STUB),
                 "STUB_WORKER": str(i * cloud["hosts"] + host),
                 "STUB_HOSTNAME": name,
+                "GROK_PROCESS_ID": str(i * cloud["hosts"] + host),
                 "LAUNCH_WORKER_POLL": "0.02",
                 "LAUNCH_DEVICES": str(home / "dev" / "*"),
                 "LAUNCH_LIBTPU_LOCK": str(home / "libtpu_lockfile"),

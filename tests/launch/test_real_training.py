@@ -1,6 +1,8 @@
-"""The babysitter with real `grok train` processes as the workers, taken away three times."""
+"""The babysitter with real `grok train` processes on two workers, taken away three times."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,36 +10,47 @@ from pathlib import Path
 import pytest
 
 from grok.config import RunConfig
-from grok.config_files import save_config
+from grok.config_files import to_dict
 from tests.launch.cloud import ROOT, Cloud
+
+TRAIN = [sys.executable, "-c", "from grok.cli.main import main; main()", "train"]
 
 
 @pytest.mark.prove
 def test_three_preemptions_of_a_real_run(cloud: Cloud, tiny_run: RunConfig) -> None:
     config = cloud.folder / "tiny.yaml"
-    save_config(tiny_run, config)
-    words = [f"folder={cloud.run_folder}", "train.steps=60", "checkpoint.every=5"]
-    cloud._program(
-        "worker-bin/venv/grok",
-        f'exec {sys.executable} -c "from grok.cli.main import main; main()" "$@"',
-    )
-    cloud.script(
-        preempt_at=[6, 21, 42],
-        worker_environment={
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "XDG_CACHE_HOME": str(cloud.folder / "cache"),
-        },
-    )
-    done = cloud.launch("babysit", "--", "grok", "train", str(config), *words, timeout=600)
+    config.write_text(json.dumps(to_dict(tiny_run)))
+    words = [str(config), "train.steps=60", "checkpoint.every=5", f"folder={cloud.run_folder}"]
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XDG_CACHE_HOME": str(cloud.folder / "cache"),
+        "GROK_COORDINATOR": free_address(),
+        "GROK_NUM_PROCESSES": "2",
+    }
+    cloud.several_hosts(2)
+    cloud.program("worker-bin/venv/grok", f'exec {sys.executable} -c "{TRAIN[2]}" "$@"')
+    cloud.script(preempt_at=[6, 21, 42], worker_environment=environment)
+    done = cloud.launch("babysit", "--", "grok", "train", *words, timeout=900)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the slice is SUSPENDED") == 3, done.stderr
+    assert "all 2 workers ended with exit code 0" in done.stderr
     assert "done, at step 60" in done.stderr
 
     undisturbed = cloud.folder / "undisturbed"
-    command = ["train", str(config), f"folder={undisturbed}", *words[1:]]
-    subprocess.run([Path(sys.executable).parent / "grok", *command], check=True, timeout=300)
+    words[-1] = f"folder={undisturbed}"
+    places = [{"GROK_PROCESS_ID": str(place)} for place in range(2)]
+    processes = [
+        subprocess.Popen([*TRAIN, *words], env=os.environ | environment | place) for place in places
+    ]
+    assert [process.wait(600) for process in processes] == [0, 0]
     assert losses(cloud.run_folder) == losses(undisturbed)
+
+
+def free_address() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{found.getsockname()[1]}"
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -1,0 +1,58 @@
+"""The JobSet manifests are the worked runs."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.launch.cloud import LAUNCH, ROOT
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def manifest(run: str) -> dict[str, Any]:
+    return YAML(typ="safe").load((LAUNCH / "gke" / f"{run}.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("run", "topology", "nodes", "chips"),
+    [("continue-v5p", "4x4x8", 32, 4), ("pretrain-v5e", "2x4", 1, 8), ("batch-v6e", "4x4", 4, 4)],
+)
+def test_a_manifest_runs_the_command_of_the_worked_run(
+    run: str, topology: str, nodes: int, chips: int
+) -> None:
+    jobset = manifest(run)
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    [job] = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert (spec["parallelism"], spec["completions"], job["replicas"]) == (nodes, nodes, 1)
+    pod = spec["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology
+    assert ("cloud.google.com/gke-spot" in pod["nodeSelector"]) == (run == "pretrain-v5e")
+    [container] = pod["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": chips}
+    golden = (GOLDEN / f"{run}.txt").read_text().splitlines()
+    [line] = [line for line in golden if line.startswith("# command.sh: exec ")]
+    assert container["command"] == shlex.split(line.removeprefix("# command.sh: exec "))
+    assert f"--node-id={jobset['metadata']['name']} " in golden[1]
+
+
+@pytest.mark.parametrize("run", ["continue-v5p", "pretrain-v5e", "batch-v6e"])
+def test_a_manifest_keeps_the_contract_of_exit_codes(run: str) -> None:
+    spec = manifest(run)["spec"]
+    [rule] = spec["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    [fail] = job["podFailurePolicy"]["rules"]
+    assert (fail["action"], fail["onExitCodes"]["values"]) == ("FailJob", [2, 65])
+    assert fail["onExitCodes"]["containerName"] == "grok"
+    assert (job["backoffLimit"], job["template"]["spec"]["restartPolicy"]) == (0, "Never")
+
+
+def test_the_image_has_the_uv_of_the_makefile() -> None:
+    [line] = [
+        line for line in (ROOT / "Makefile").read_text().splitlines() if "UV_VERSION :=" in line
+    ]
+    assert f"uv=={line.split()[-1]}" in (LAUNCH / "gke" / "Dockerfile").read_text()
