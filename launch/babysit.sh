@@ -145,7 +145,7 @@ judge_silence() {
   if grep -qv ' READY ' <<<"$nodes"; then
     verdict="silent $(awk '$2 != "READY" { print "node", $1, "is", $2; exit }' <<<"$nodes")"
   elif ((${#reports[@]})); then
-    verdict="silent ${#reports[@]} of $workers workers answer"
+    verdict="silent ${#reports[@]} of $(counted "$workers" worker) answer"
   else
     verdict="unreachable no worker answers"
   fi
@@ -191,7 +191,7 @@ babysit() {
 }
 
 parse_common "$@"
-no_more_args
+((${#args[@]} == 0)) || refuse "what to run comes after --, as in: launch/babysit.sh -- grok train grok-1b"
 load_settings
 if [[ $dry_run ]]; then
   ((${#command[@]})) || refuse "what to run comes after --, as in: launch/babysit.sh -- grok train grok-1b"

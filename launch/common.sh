@@ -47,6 +47,9 @@ parse_common() {
 
 no_more_args() { ((${#args[@]} == 0)) || refuse "what is '${args[0]}'? See $verb.sh --help"; }
 
+# "1 worker", "4 workers".
+counted() { if (($1 == 1)); then echo "1 $2"; else echo "$1 $2s"; fi; }
+
 # Calls another verb with the same settings.
 call_verb() {
   "$launch_dir/$1.sh" --settings "$settings" ${dry_run:+--dry-run} "${@:2}"
@@ -175,7 +178,8 @@ worked_run() {
   local called=${args[0]:-babysit}
   case $called in
     babysit | run) call_verb "$called" -- "${command[@]}" ;;
-    *) call_verb "${args[@]}" ;;
+    up | setup | sync | logs | status | stop | down | cost | doctor) call_verb "${args[@]}" ;;
+    *) refuse "there is no verb '$called': see the table in launch/README.md" ;;
   esac
 }
 

@@ -39,7 +39,8 @@ check_gcloud() {
   if ask_account; then
     good "logged in as $answer"
   else
-    finding "nobody is logged in" "gcloud auth login"
+    finding "nobody is logged in" "gcloud auth login, then doctor again: the cloud was not asked"
+    [[ $dry_run ]]
   fi
 }
 

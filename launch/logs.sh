@@ -28,5 +28,5 @@ if [[ $dry_run ]]; then
 elif [[ $follow ]]; then
   exec "${gcloud[@]}"
 else
-  limited "${gcloud[@]}" 2> >(without_chatter) | sed '/^\[[^]]*\] @ ok$/d; s/ @ failed=/ /'
+  limited "${gcloud[@]}" 2> >(tell_errors) | sed '/^\[[^]]*\] @ ok$/d; s/ @ failed=/ /'
 fi

@@ -90,14 +90,18 @@ on_workers() {
   about_slice queued-resources ssh "$LAUNCH_NAME" "${everywhere[@]}" --command="$*"
 }
 
-# What gcloud says on the way to workers that answer.
-without_chatter() { grep -v -e '^S[CS][PH]: Attempting to connect' -e '^Using s[cs][ph] batch size' >&2 || true; }
+# Shows what gcloud says on the way to workers, without the lines of every time.
+tell_errors() {
+  sed -e '/^S[CS][PH]: Attempting to connect/d' -e '/^Using s[cs][ph] batch size/d' \
+    -e "s|^.*NOT_FOUND.*|there is no slice $LAUNCH_NAME in $LAUNCH_ZONE: launch/up.sh makes it|" \
+    -e 's|^bash: .*worker.sh: No such file.*|a worker is not set up: launch/setup.sh does that|' >&2
+}
 
 # Copies files into a folder of every worker: FOLDER FILE...
 copy_to_workers() {
   reach_everywhere
   about_slice queued-resources scp "${@:2}" "$LAUNCH_NAME:$1" "${everywhere[@]}"
-  run "${gcloud[@]}" 2> >(without_chatter)
+  run "${gcloud[@]}" 2> >(tell_errors)
 }
 
 # Prints the end of a file at gs://, or nothing where there is none yet.

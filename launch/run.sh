@@ -42,8 +42,7 @@ refuse_a_second_run() {
 }
 
 parse_common "$@"
-no_more_args
-((${#command[@]})) || refuse "what to run comes after --, as in: launch/run.sh -- grok train grok-1b"
+((${#command[@]} && ${#args[@]} == 0)) || refuse "what to run comes after --, as in: launch/run.sh -- grok train grok-1b"
 load_settings
 outgoing=$state_dir/outgoing
 trap 'rm -rf "$outgoing"' EXIT
@@ -52,4 +51,4 @@ refuse_a_second_run
 copy_to_workers grok-launch/incoming/ "$outgoing/command.sh" "$outgoing/env" "$outgoing/folder" ||
   fail "not all workers could be reached; nothing was started, the same command may be repeated"
 all_workers start
-say "started on $workers workers; see launch/logs.sh --follow and launch/status.sh"
+say "started on $(counted "$workers" worker); see launch/logs.sh --follow and launch/status.sh"

@@ -16,11 +16,11 @@ uv_version=$(sed -n 's/^UV_VERSION := //p' "$root/Makefile")
 python_version=$(<"$root/.python-version")
 
 on_workers mkdir -p grok-launch/incoming
-run "${gcloud[@]}" 2> >(without_chatter) ||
+run "${gcloud[@]}" 2> >(tell_errors) ||
   fail "not all workers could be reached; is $LAUNCH_NAME up? See launch/status.sh"
 copy_to_workers grok-launch/ "$launch_dir/worker.sh" "$root/requirements.lock" ||
   fail "not all workers could be reached; the same command may be repeated"
 mounted=
 [[ $LAUNCH_MOUNT == no ]] || mounted=${LAUNCH_BUCKET#gs://}
 all_workers setup "$uv_version" "$python_version" "$chips_per_host" ${mounted:+"$mounted"}
-say "$workers workers are set up, $chips_per_host devices each"
+say "$(counted "$workers" worker) set up, $(counted "$chips_per_host" device) each"

@@ -22,7 +22,7 @@ stamp_the_tree() {
     say "the tree has changes that are not committed; they go too, as $stamp"
   fi
   untracked=$(git -C "$root" ls-files --others --exclude-standard | wc -l)
-  ((untracked == 0)) || say "$((untracked)) files that git does not know stay here (git add them)"
+  ((untracked == 0)) || say "$(counted $((untracked)) file) unknown to git stay here (git add them)"
 }
 
 parse_common "$@"
@@ -40,4 +40,4 @@ fi
 copy_to_workers grok-launch/incoming/ "$state_dir/grok-$stamp.tar.gz" ||
   fail "not all workers could be reached (was setup.sh run?); the same command may be repeated"
 all_workers unpack "$stamp"
-say "$workers workers have $stamp"
+say "$(counted "$workers" worker) at $stamp"

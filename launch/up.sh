@@ -85,5 +85,5 @@ if [[ $dry_run ]]; then
   look_at_nodes
 else
   wait_until_ready
-  say "$LAUNCH_NAME is ready: $LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR, $workers workers, $((chips * LAUNCH_NODE_COUNT)) chips"
+  say "$LAUNCH_NAME is ready: $LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR, $(counted "$workers" worker), $(counted $((chips * LAUNCH_NODE_COUNT)) chip)"
 fi

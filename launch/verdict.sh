@@ -26,14 +26,14 @@ judge_reports() {
   elif ((running == workers)); then
     verdict=running
   elif ((running)) && [[ $other ]]; then
-    verdict="partial $running of $workers workers run, but $other"
+    verdict="partial $running of $(counted "$workers" worker) run, but $other"
   elif ((running)); then
-    verdict="leaving $running of $workers workers run, the others have saved and left"
+    verdict="leaving $running of $(counted "$workers" worker) run, the others have saved and left"
   elif ((zero == workers)); then
-    verdict="done all $workers workers ended with exit code 0"
+    verdict="done exit code 0 of $(counted "$workers" worker)"
   elif [[ $other ]]; then
     verdict="failed $other"
   else
-    verdict="saved $saved of $workers workers saved and were asked to stop"
+    verdict="saved $saved of $(counted "$workers" worker) saved, being asked to stop"
   fi
 }

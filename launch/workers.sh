@@ -18,8 +18,8 @@ ask_workers() {
     fi
   done < <(limited "${gcloud[@]}" 2>"$errors" </dev/null)
   if ((${#reports[@]} < workers)); then
-    say "${#reports[@]} of $workers workers answered"
-    tail -n 5 "$errors" 2>/dev/null | without_chatter
+    complain "${#reports[@]} of $(counted "$workers" worker) answered"
+    tell_errors <"$errors"
   fi
   rm -f "$errors"
   ((${#reports[@]} == workers))
@@ -31,10 +31,10 @@ all_workers() {
   ask_workers "$@" || bad=1
   for report in "${reports[@]}"; do
     [[ $report == *' failed='* ]] || continue
-    say "${report%% *}: ${report#* failed=}"
+    complain "${report%% *}: ${report#* failed=}"
     bad=1
   done
-  ((bad == 0)) || fail "'$1' was not done on all $workers workers; the same command may be repeated"
+  ((bad == 0)) || fail "'$1' was not done on all workers; the same command may be repeated"
 }
 
 # The value of a key in a report.

@@ -16,7 +16,7 @@ def test_from_nothing_to_a_finished_run(cloud: Cloud) -> None:
     cloud.plan("step 7; exit 0")
     done = babysit(cloud)
     assert (done.returncode, cloud.starts()) == (0, 1), done.stderr
-    assert "all 1 workers ended with exit code 0" in done.stderr
+    assert "exit code 0 of 1 worker" in done.stderr
     assert "done, at step 7" in done.stderr
 
 
@@ -42,7 +42,7 @@ def test_saved_without_being_asked_by_us_is_started_again_at_once(cloud: Cloud) 
     cloud.plan("step 1; exit 75", "step 2; exit 0")
     done = babysit(cloud)
     assert (done.returncode, cloud.starts()) == (0, 2)
-    assert "1 of 1 workers saved and were asked to stop" in done.stderr
+    assert "1 of 1 worker saved, being asked to stop" in done.stderr
     assert "before the next start" not in done.stderr
 
 

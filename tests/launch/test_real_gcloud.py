@@ -77,5 +77,5 @@ def test_ssh_of_the_real_gcloud_takes_our_options(cloud: Cloud, tmp_path: Path) 
         }
         done = cloud.launch("logs", timeout=300, LAUNCH_IAP="yes", **environment)
     assert done.returncode == 1
-    assert "NOT_FOUND" in done.stderr
+    assert "there is no slice t in us-east5-a" in done.stderr
     assert [url for _, url, _ in api.requests] == [f"/v2/{PARENT}/queuedResources/t?alt=json"]

@@ -98,18 +98,20 @@ def test_an_unknown_word_is_refused(cloud: Cloud, verb: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "workers", "chips"),
+    ("accelerator", "hosts", "chips"),
     [
-        ("v4-8", 1, 4), ("v5p-256", 32, 128), ("v5litepod-1", 1, 1), ("v5litepod-8", 1, 8),
-        ("v5litepod-16", 4, 16), ("v6e-8", 1, 8), ("v6e-16", 4, 16), ("v6e-256", 64, 256),
+        ("v4-8", "1 worker", "4 chips"), ("v5p-256", "32 workers", "128 chips"),
+        ("v5litepod-1", "1 worker", "1 chip"), ("v5litepod-8", "1 worker", "8 chips"),
+        ("v5litepod-16", "4 workers", "16 chips"), ("v6e-8", "1 worker", "8 chips"),
+        ("v6e-16", "4 workers", "16 chips"), ("v6e-256", "64 workers", "256 chips"),
     ],
 )  # fmt: skip
 def test_hosts_and_chips_of_an_accelerator(
-    cloud: Cloud, accelerator: str, workers: int, chips: int
+    cloud: Cloud, accelerator: str, hosts: str, chips: str
 ) -> None:
     cloud.settings(LAUNCH_ACCELERATOR=accelerator)
     cloud.existing("ACTIVE")
-    assert f"{workers} workers, {chips} chips" in cloud.launch("up").stderr
+    assert f"{hosts}, {chips}" in cloud.launch("up").stderr
 
 
 def test_cost_adds_up_the_lives_of_slices(cloud: Cloud) -> None:
@@ -149,7 +151,7 @@ ANSWERS = {
     ("missing", "said"),
     [
         (None, ""),
-        ("auth list", "nobody is logged in\n       gcloud auth login"),
+        ("auth list", "nobody is logged in\n       gcloud auth login, then doctor again"),
         ("projects describe p", "project p cannot be seen\n       correct LAUNCH_PROJECT"),
         ("services list", "gcloud services enable tpu.googleapis.com --project=p"),
         (
@@ -172,3 +174,29 @@ def test_doctor_has_a_remedy_for_each_finding(cloud: Cloud, missing: str | None,
     assert said in done.stdout
     assert done.stdout.count("FIX") == (1 if missing else 0)
     assert "preemptible v5e chips" in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["setup", "logs", "stop", "run"])
+def test_without_a_slice_the_way_to_get_one_is_said(cloud: Cloud, verb: str) -> None:
+    command = ["--", "grok"] if verb == "run" else []
+    done = cloud.launch(verb, *command)
+    assert done.returncode == 1
+    assert "there is no slice t in us-east5-a: launch/up.sh makes it" in done.stderr
+
+
+def test_without_setup_the_need_of_it_is_said(cloud: Cloud) -> None:
+    cloud.existing("ACTIVE")
+    assert "launch/setup.sh does that" in cloud.launch("status").stderr
+
+
+@pytest.mark.parametrize("words", [["grok", "train"], []])
+def test_a_command_without_dashes_is_pointed_to_them(cloud: Cloud, words: list[str]) -> None:
+    done = cloud.launch("run", *words)
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert "what to run comes after --, as in: launch/run.sh -- grok train" in done.stderr
+
+
+def test_a_worked_run_knows_its_verbs(cloud: Cloud) -> None:
+    done = cloud.launch("runs/batch-v6e", "fly", LAUNCH_BUCKET="gs://b")
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert "there is no verb 'fly'" in done.stderr

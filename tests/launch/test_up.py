@@ -35,7 +35,7 @@ def test_up_ends_with_a_slice_that_is_ready(
     cloud.script(lives=lives)
     done = cloud.launch("up")
     assert done.returncode == 0, done.stderr
-    assert "t is ready: 1 x v5litepod-8, 1 workers, 8 chips" in done.stderr
+    assert "t is ready: 1 x v5litepod-8, 1 worker, 8 chips" in done.stderr
     assert len(cloud.calls("queued-resources create")) == creations
     deleted = cloud.calls("queued-resources delete")
     assert len(deleted) == deletions

@@ -98,7 +98,7 @@ def test_an_ssh_that_hangs_is_cut_off(cloud: Cloud) -> None:
     cloud.ready()
     cloud.script(ssh={"t1v-t-w-0": ["hang"]})
     done = cloud.launch("status", LAUNCH_CALL_SECONDS="1")
-    assert "0 of 1 workers answered" in done.stderr
+    assert "0 of 1 worker answered" in done.stderr
 
 
 def test_a_run_survives_the_connection_that_started_it(cloud: Cloud) -> None:
@@ -223,7 +223,7 @@ def test_changes_that_are_not_committed_travel_and_are_named(cloud: Cloud) -> No
     stamp = source.resolve().name
     assert stamp.startswith(git(cloud.checkout, "rev-parse", "HEAD")[:12] + "-dirty-")
     assert f"they go too, as {stamp}" in done.stderr
-    assert "1 files that git does not know stay here" in done.stderr
+    assert "1 file unknown to git stay here" in done.stderr
     assert (source / "Makefile").read_text() == "# changed\n"
     assert not (source / "unknown").exists()
     assert git(cloud.checkout, "status", "--short") == "M Makefile\n?? unknown"
