@@ -437,6 +437,13 @@ class TrainConfig:
         PositiveOrZero,
         Field(description="skip steps with a gradient this many times its usual norm; 0: none"),
     ] = 0.0
+    stop_after_bad: Annotated[
+        Count, Field(description="bad steps in a row after which the run gives up")
+    ] = 10
+    return_after_bad: Annotated[
+        bool,
+        Field(description="go back to the last good checkpoint then, and leave those batches out"),
+    ] = False
     log_every: Annotated[Count, Field(description="steps between lines of metrics.jsonl")] = 10
     eval_every: Annotated[
         CountOrZero, Field(description="steps between validation passes; 0: only at the end")

@@ -48,9 +48,14 @@ class SaveError(CheckpointError):
 
 
 class Diverged(GrokError):
-    """Gradients or losses that stayed bad: the same run would go the same way again."""
+    """Gradients or losses that stayed bad from step `first` to step `last`: the same run would go
+    the same way again."""
 
     exit_code = DIVERGED
+
+    def __init__(self, message: str, first: int, last: int):
+        super().__init__(message)
+        self.first, self.last = first, last
 
 
 class Lost(GrokError):

@@ -44,8 +44,8 @@ optimizer.warmup_steps optimizer.decay_steps optimizer.beta1 optimizer.beta2 opt
 optimizer.muon_momentum optimizer.moments_dtype optimizer.weight_decay optimizer.clip_norm
 optimizer.groups optimizer.ema_decay
 train train.steps train.seed train.init_from train.z_loss train.router_balance_loss
-train.accumulate train.skip_spikes_above train.log_every train.eval_every train.hang_seconds
-train.heartbeat_seconds train.tensorboard
+train.accumulate train.skip_spikes_above train.stop_after_bad train.return_after_bad
+train.log_every train.eval_every train.hang_seconds train.heartbeat_seconds train.tensorboard
 train.wandb train.profile
 lora lora.rank lora.alpha lora.targets
 checkpoint checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best

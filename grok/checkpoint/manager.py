@@ -165,6 +165,16 @@ class Checkpoints:
         read = self._read(step, ocp.args.Composite(**items))
         return {name: from_names(tree, read[name]) for name, tree in trees.items()}
 
+    def steps(self) -> list[int]:
+        """All steps that were saved whole, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of steps after `step`."""
+        for each in self.steps():
+            if each > step:
+                self._manager.delete(each)
+
     def saving(self) -> bool:
         """Whether a save is going on in the background."""
         return self._manager.is_saving_in_progress()

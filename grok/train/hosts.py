@@ -125,11 +125,8 @@ def leave(code: int, sentence: str) -> NoReturn:
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         os._exit(code)
     print(f"[process {number()}] error: {sentence}", file=sys.stderr, flush=True)
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        # Where another process was first, its reason stays.
-        word = {"process": number(), "code": code, "sentence": sentence}
-        _store().key_value_set(_END, json.dumps(word))
-    _go(code)
+    word = {"process": number(), "code": code, "sentence": sentence}
+    _go(code, json.dumps(word))
 
 
 def _place() -> tuple[str, int, int] | None:
@@ -232,14 +229,22 @@ def _fail(error: BaseException) -> NoReturn:
     leave(1, f"{type(error).__name__}: {error}")
 
 
-def _go(code: int) -> NoReturn:
-    """Leaves without the goodbye that JAX would wait for. Process 0 keeps the store, so it goes
-    when the others have read why, or cannot any more."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _store().key_value_set(f"{_END}/read/{number()}", "")
-    deadline = time.monotonic() + GOODBYE_SECONDS
-    others = set(range(1, count())) if is_first() else set()
-    while others and time.monotonic() < deadline:
-        others = {each for each in others if _read(f"{_END}/read/{each}") is None}
-        time.sleep(0.1)
+def _go(code: int, word: str | None = None) -> NoReturn:
+    """Leaves without the goodbye that JAX would wait for, having told the others `word`."""
+    # Nobody may answer, so that is done in a thread, and left alone after a while.
+    goodbye = threading.Thread(target=_say_goodbye, args=[word], daemon=True)
+    goodbye.start()
+    goodbye.join(GOODBYE_SECONDS)
     os._exit(code)
+
+
+def _say_goodbye(word: str | None) -> None:
+    """Process 0 keeps the store, so it waits until the others have read why all leave."""
+    for key, value in ((_END, word), (f"{_END}/read/{number()}", "")):
+        # Where another process was first, its reason stays.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            if value is not None:
+                _store().key_value_set(key, value)
+    others = set(range(1, count())) if is_first() else set()
+    while others := {each for each in others if _read(f"{_END}/read/{each}") is None}:
+        time.sleep(0.1)

@@ -11,6 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import optax
@@ -23,21 +24,32 @@ from grok.config_text import to_yaml
 from grok.data.pipeline import global_batches
 from grok.data.shapes import Batch
 from grok.data.text import bits_per_byte
-from grok.errors import DONE, SAVED, ConfigError, SaveError
+from grok.errors import DONE, SAVED, ConfigError, Diverged, SaveError
 from grok.storage import join
 from grok.train import hosts
 from grok.train.data import RunData, read_data
 from grok.train.folder import write_file
-from grok.train.groups import merge
+from grok.train.groups import merge, names
 from grok.train.initial import InitialWeights, initial_weights
 from grok.train.optimizer import make_optimizer
 from grok.train.reports import Reports
-from grok.train.saved import keep_policy, restore, save
+from grok.train.saved import keep_policy, restore, save, skipped_batches
 from grok.train.state import TrainState, init_state
 from grok.train.step import eval_step, train_step
 from grok.train.stop import StopRequest
+from grok.train.trouble import Skipped, batch_number, in_trouble, skip, stop_if_bad, way_back
 from grok.train.validation import total_loss
 from grok.train.watchdog import Watchdog
+
+
+class Start(NamedTuple):
+    """Where the steps begin: after how many, with which state, which batches having been left out
+    before; `returned`: whether the run went back to here."""
+
+    step: int
+    state: TrainState
+    skipped: Skipped = ()
+    returned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +80,9 @@ def run(config: RunConfig, replay_to: int | None = None) -> int:
     parts = open_run(config, replay_to)
     with jax.set_mesh(parts.mesh), StopRequest(parts.mesh) as stop, parts.reports as reports:
         with reports.events.during("start"):
-            state = first_state(parts)
+            start = first_state(parts)
         with parts.watchdog:
-            step = train(parts, state, stop)
+            step = train_on(parts, start, stop)
         with reports.events.during("save"):
             parts.checkpoints.close()
         return farewell(parts, step)
@@ -110,51 +122,84 @@ def open_run(config: RunConfig, replay_to: int | None) -> Run:
     )
 
 
-def first_state(run: Run) -> TrainState:
-    """The state of the newest checkpoint, or a fresh one."""
+def first_state(run: Run) -> Start:
+    """Where the run begins: at the newest checkpoint, or with a fresh state."""
     say = run.reports.say
     say(describe(run.config, run.mesh))
     for notice in run.notices:
         say(notice)
     if run.first:
         say(f"resuming from the checkpoint of step {run.first}")
-        with run.reports.events.during("restore", step=run.first):
-            state, changes = restore(
-                run.checkpoints,
-                run.first,
-                run.config,
-                run.data,
-                run.optimizer,
-                run.mesh,
-                run.initial,
-            )
-        for change in changes:
-            say(f"changed since then: {change}")
+        start = from_checkpoint(run, run.first)
     else:
         model = None
         if run.initial is not None:
             say(f"reading the weights at {run.initial.identity['path']}")
             model = run.initial.load(run.mesh)
         say("making the initial state")
-        state = init_state(run.config, run.optimizer, run.mesh, model)
+        start = Start(0, init_state(run.config, run.optimizer, run.mesh, model))
     if hosts.is_first():
         write_file(run.config.folder, "config.yaml", to_yaml(run.config).encode())
         if not run.first:
             tokenizer = Path(run.config.data.tokenizer).read_bytes()
             write_file(run.config.folder, "tokenizer.model", tokenizer)
-    return state
+    return start
 
 
-def train(run: Run, state: TrainState, stop: StopRequest) -> int:
+def from_checkpoint(run: Run, step: int) -> Start:
+    """The state saved at `step`; says what the config says differently now."""
+    with run.reports.events.during("restore", step=step):
+        state, changes = restore(
+            run.checkpoints, step, run.config, run.data, run.optimizer, run.mesh, run.initial
+        )
+    for change in changes:
+        run.reports.say(f"changed since then: {change}")
+    return Start(step, state, skipped_batches(run.checkpoints, step))
+
+
+def train_on(run: Run, start: Start, stop: StopRequest) -> int:
+    """`train`; where the config says so, a run whose numbers stay bad goes back and on."""
+    while True:
+        try:
+            return train(run, start, stop)
+        except Diverged as error:
+            run.watchdog.rest()
+            run.checkpoints.wait()
+            if not (run.config.train.return_after_bad and run.saves):
+                raise
+            start = go_back(run, start, error)
+
+
+def go_back(run: Run, start: Start, error: Diverged) -> Start:
+    """The last good checkpoint, from which the run leaves out the batches up to the bad ones.
+
+    Raises `error` again where there is none.
+    """
+    step = way_back(run.checkpoints.steps(), error, start.step, start.returned)
+    run.checkpoints.delete_after(step)
+    good = from_checkpoint(run, step)
+    skipped = skip(good.skipped, step, error, start.skipped)
+    first, last = skipped[-1]
+    run.reports.returned(step, skipped_batches=[first, last], reason=str(error))
+    run.reports.say(
+        f"{error} Back to the checkpoint of step {step}, and on without batches {first} to {last}."
+    )
+    return Start(step, good.state, skipped, returned=True)
+
+
+def train(run: Run, start: Start, stop: StopRequest) -> int:
     """Steps, reports, validations and saves, to the last step or until asked to stop.
 
-    Returns the last step done, which is saved.
+    Returns the last step done, which is saved. Raises Diverged after too many bad steps.
     """
     config, reports = run.config, run.reports
-    reports.began(run.first)
-    step = saved = run.first
-    batches = training_batches(run)
+    tensors, limit = names(start.state.model), config.train.stop_after_bad
+    reports.began(start.step)
+    step = saved = start.step
+    state = start.state
+    batches = training_batches(run, start)
     metrics: dict[str, jax.Array] = {}
+    owed = False
     while step < run.last:
         before = metrics
         with reports.events.waiting():
@@ -165,34 +210,42 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> int:
         reports.display.advance(step, saved if run.checkpoints.saving() else None)
         # Devices have this step when the host looks at the one before: none waits for the other.
         if before:
-            jax.block_until_ready(before)
+            stop_if_bad(step - 1, before, tensors, limit)
         run.watchdog.beat(step - 1)
         last = step == run.last
         if last or step % config.train.log_every == 0:
-            report_step(run, step, metrics)
+            report_step(run, step, metrics, start.skipped)
         validated: dict[str, float] = {}
         if last or (config.train.eval_every and step % config.train.eval_every == 0):
             validated = report_validation(run, step, state)
-        if run.saves and (last or step % config.checkpoint.every == 0):
-            save_state(run, step, state, validated)
-            saved = step
+        owed = owed or step % config.checkpoint.every == 0
+        if last:
+            stop_if_bad(step, metrics, tensors, limit)
+        # What is saved on the way comes from a good step: one to go back to.
+        if run.saves and (last or (owed and not in_trouble(metrics))):
+            save_state(run, step, state, validated, start.skipped)
+            saved, owed = step, False
         if stop.agreed():
             break
     if run.saves and saved != step:
-        save_state(run, step, state, {})
+        stop_if_bad(step, metrics, tensors, limit)
+        save_state(run, step, state, {}, start.skipped)
     return step
 
 
-def training_batches(run: Run) -> Iterator[dict[str, jax.Array]]:
+def training_batches(run: Run, start: Start) -> Iterator[dict[str, jax.Array]]:
     """The batches of all steps that remain."""
-    steps = range(run.first, run.last)
-    return global_batches(run.data.train, run.mesh, steps, run.config.data.prefetch)
+    first, last = (batch_number(step, start.skipped) for step in (start.step, run.last))
+    return global_batches(run.data.train, run.mesh, range(first, last), run.config.data.prefetch)
 
 
-def report_step(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Waits for the step's metrics, and writes and shows them."""
+def report_step(run: Run, step: int, metrics: dict[str, jax.Array], skipped: Skipped) -> None:
+    """Waits for the step's metrics, and writes and shows them; tokens of batches that were left
+    out count as seen."""
     told = {name: value for name, value in metrics.items() if name != "bad_tensors"}
-    run.reports.step(step, told, tokens_seen=run.data.train.tokens_seen(step))
+    run.reports.step(
+        step, told, tokens_seen=run.data.train.tokens_seen(batch_number(step, skipped))
+    )
 
 
 def report_validation(run: Run, step: int, state: TrainState) -> dict[str, float]:
@@ -221,7 +274,9 @@ def validate(
     return values
 
 
-def save_state(run: Run, step: int, state: TrainState, validated: dict[str, float]) -> None:
+def save_state(
+    run: Run, step: int, state: TrainState, validated: dict[str, float], skipped: Skipped
+) -> None:
     """Starts a save, which goes on in the background. One that fails is reported, and the run goes
     on: older checkpoints are whole, and the next save may work."""
     with run.reports.events.during("save", step=step):
@@ -230,7 +285,9 @@ def save_state(run: Run, step: int, state: TrainState, validated: dict[str, floa
         except SaveError as error:
             run.reports.say(str(error))
         try:
-            save(run.checkpoints, step, state, run.config, run.data, run.initial, validated)
+            save(
+                run.checkpoints, step, state, run.config, run.data, run.initial, validated, skipped
+            )
         except SaveError as error:
             run.reports.say(str(error))
     run.reports.saved(step)

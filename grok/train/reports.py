@@ -140,6 +140,13 @@ class Reports:
             # The next save may find it mended, and the checkpoints tell for themselves.
             self.say(f"{self._config.folder} cannot be written: {storage.reason(error)}")
 
+    def returned(self, step: int, **facts: Any) -> None:
+        """The run has gone back to an earlier `step`; what was measured since is forgotten."""
+        self.events.steps_to(self._step)
+        self.events.note("returned", step=step, **facts)
+        self.metrics.forget(step)
+        self._step = step
+
     def ended(self, step: int, code: int) -> None:
         """The run leaves after `step` with exit code `code`; all saves are on disk."""
         self.events.steps_to(step)

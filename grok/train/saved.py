@@ -17,6 +17,7 @@ from grok.train.data import RunData, check_unchanged
 from grok.train.groups import merge, select
 from grok.train.initial import InitialWeights
 from grok.train.state import TrainState, abstract_state, init_state, start_state
+from grok.train.trouble import Skipped
 
 
 def save(
@@ -27,10 +28,11 @@ def save(
     data: RunData,
     initial: InitialWeights | None,
     validated: dict[str, float],
+    skipped: Skipped = (),
 ) -> None:
-    """Starts saving everything a resumed run needs; batches are numbered by step. `validated` is
-    what a validation pass of this step measured, if there was one."""
-    meta = {"config": to_dict(config), "data": data.hashes}
+    """Starts saving everything a resumed run needs; batches are numbered by step, those `skipped`
+    left out. `validated` is what a validation pass of this step measured, if there was one."""
+    meta = {"config": to_dict(config), "data": data.hashes, "skipped_batches": skipped}
     if initial is not None:
         meta["init_from"] = initial.identity
     checkpoints.save(step, trees_of(state), meta, validated)
@@ -40,6 +42,12 @@ def keep_policy(config: RunConfig) -> Keep:
     """Which checkpoints of the run stay."""
     asked = config.checkpoint
     return Keep(asked.keep, asked.keep_every, asked.keep_best, asked.best_metric)
+
+
+def skipped_batches(checkpoints: Checkpoints, step: int) -> Skipped:
+    """What the run that saved `step` had left out until then."""
+    stored = checkpoints.meta(step).get("skipped_batches", [])
+    return tuple((first, last) for first, last in stored)
 
 
 def trees_of(state: TrainState) -> dict:

@@ -1,0 +1,60 @@
+"""Real processes of `grok train` on this machine, as if each were a host."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from grok.train.hosts import VARIABLES
+
+
+class Hosts:
+    """Processes that were started together, each with its own log."""
+
+    def __init__(self, commands: list[list[str]], folder: Path, environment: dict | None = None):
+        """Starts `grok train COMMAND` for each of `commands`; logs go to `folder`."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / f"host-{number}.log" for number in range(len(commands))]
+        self.processes = []
+        for number, command in enumerate(commands):
+            place = zip(VARIABLES, (address, str(len(commands)), str(number)), strict=True)
+            with self.logs[number].open("w") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "grok", "train", *command],
+                    env={**os.environ, **(environment or {}), **dict(place)},
+                    stdout=log,
+                    stderr=log,
+                )
+            self.processes.append(process)
+
+    def codes(self, timeout: float | None = None) -> list[int]:
+        """Waits for all processes; their exit codes."""
+        return [process.wait(timeout) for process in self.processes]
+
+    def wait_until(self, reached: Callable[[], bool]) -> bool:
+        """Waits for a condition; whether it came before one of the processes ended."""
+        while not reached():
+            if any(process.poll() is not None for process in self.processes):
+                return reached()
+            time.sleep(0.02)
+        return True
+
+    def said(self, number: int) -> str:
+        """What a process has printed so far."""
+        return self.logs[number].read_text(errors="replace")
+
+    def running(self) -> bool:
+        """Whether any of the processes still runs."""
+        return any(process.poll() is None for process in self.processes)
+
+    def kill(self) -> None:
+        """Ends what is left."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
