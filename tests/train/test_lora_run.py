@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from grok.checkpoint.manager import Checkpoints
 from grok.checkpoint.open import open_source
 from grok.checkpoint.random_source import RandomSource
 from grok.checkpoint.release_writer import write_release
@@ -16,7 +17,7 @@ from grok.cli.main import main
 from grok.config import CheckpointConfig, LoraConfig, RunConfig
 from grok.errors import DONE, CheckpointError, ConfigError
 from grok.train.initial import initial_weights
-from grok.train.loop import open_run, run
+from grok.train.loop import run
 from grok.train.metrics import read_metrics
 from tests.train.test_initial import RELEASE, golden_run, validation_loss
 
@@ -113,12 +114,12 @@ def test_adapters_of_other_weights_are_refused(tuned: RunConfig, tmp_path):
         folder=str(tmp_path / "run"),
         train=dataclasses.replace(tuned.train, init_from=str(tmp_path / "ckpt-0")),
     )
-    parts = open_run(moved)
-    assert parts.initial.identity["path"] == str(tmp_path / "ckpt-0")
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert initial_weights(moved, checkpoints).identity["path"] == str(tmp_path / "ckpt-0")
     shutil.rmtree(tmp_path / "ckpt-0")
     write_release(RandomSource(tuned.model), tmp_path / "ckpt-0")
     with pytest.raises(CheckpointError, match=r"adapters of the weights that were at .*holds othe"):
-        initial_weights(moved, parts.checkpoints)
+        initial_weights(moved, checkpoints)
     meta = tmp_path / "run" / "checkpoints" / str(STEPS) / "meta" / "metadata"
     meta.write_text(meta.read_text().replace(str(RELEASE), str(tmp_path / "ckpt-0")))
     with pytest.raises(CheckpointError, match=r"and others are there now"):
