@@ -144,15 +144,18 @@ def _checkpoint(folder: Path, first: int | None, logged: list[dict[str, Any]]) -
 def _as_it_was(record: dict[str, Any], first: int) -> tuple[RunConfig, dict[str, Any], int | None]:
     """The config that the steps after `first` were done with, the process that did them, and the
     step at which another config or other devices took over, if any did."""
-    starts = [start for start in record["starts"] if start["first_step"] is not None]
+    starts = record["starts"]
     # Where processes did the same steps, the lines of the last are in the log.
-    covering = [i for i, start in enumerate(starts) if start["first_step"] <= first]
+    covering = [i for i, start in enumerate(starts) if (start["first_step"] or 0) <= first]
+    covering = [i for i in covering if starts[i]["first_step"] is not None]
     number = covering[-1] if covering else 0
     changes = [start.get("config_before") for start in starts[number + 1 :]]
     config = next((each for each in changes if each is not None), record["config"])
-    limit = None
+    limit, changed = None, False
     for start in starts[number + 1 :]:
-        if "config_before" in start or start["devices"] != starts[number]["devices"]:
+        changed |= "config_before" in start or start["devices"] != starts[number]["devices"]
+        # One that died before its first step changed the config all the same.
+        if changed and start["first_step"] is not None:
             limit = start["first_step"]
             break
     return from_dict(config, "run.json"), starts[number], limit
