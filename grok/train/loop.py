@@ -277,19 +277,23 @@ def validate(
 def save_state(
     run: Run, step: int, state: TrainState, validated: dict[str, float], skipped: Skipped
 ) -> None:
-    """Starts a save, which goes on in the background. One that fails is reported, and the run goes
-    on: older checkpoints are whole, and the next save may work."""
+    """Starts a save, which goes on in the background.
+
+    One that fails is reported, and the run goes on: older checkpoints are whole, and the next save
+    may work. Of several hosts it ends all: the others wait for this one in the midst of the save.
+    """
+
+    def begin() -> None:
+        save(run.checkpoints, step, state, run.config, run.data, run.initial, validated, skipped)
+
     with run.reports.events.during("save", step=step):
-        try:
-            run.checkpoints.wait()
-        except SaveError as error:
-            run.reports.say(str(error))
-        try:
-            save(
-                run.checkpoints, step, state, run.config, run.data, run.initial, validated, skipped
-            )
-        except SaveError as error:
-            run.reports.say(str(error))
+        for part in (run.checkpoints.wait, begin):
+            try:
+                part()
+            except SaveError as error:
+                if hosts.count() > 1:
+                    raise
+                run.reports.say(str(error))
     run.reports.saved(step)
 
 
