@@ -200,9 +200,10 @@ if [[ $dry_run ]]; then
   exit
 fi
 make_state_dir
-take_command
 only_one_babysitter
 trap 'rm -f "$state_dir/babysit.pid"' EXIT
+# After stop.sh and down.sh a new beginning is meant, and another command may be.
+[[ ! -e $state_dir/stopped ]] || rm -f "$state_dir/stopped" "$state_dir/babysit"
+take_command
 recall
-[[ -f $state_dir/babysit ]] || rm -f "$state_dir/stopped"
 babysit

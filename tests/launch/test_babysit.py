@@ -261,6 +261,10 @@ def test_another_command_while_one_is_unfinished_is_refused(cloud: Cloud) -> Non
     assert done.returncode == 2
     assert "t is at another command (grok train tiny folder=" in done.stderr
 
+    cloud.launch("stop")
+    cloud.plan(last="exit 0")
+    assert cloud.launch("babysit", "--", "grok", "other").returncode == 0
+
 
 def test_without_a_command_there_is_nothing_to_go_on_with(cloud: Cloud) -> None:
     done = cloud.launch("babysit")
