@@ -46,11 +46,7 @@ from tests.train.several_hosts import Hosts
 STEPS, EVERY, FIRST = 60, 10, 10
 HANG_SECONDS = 10
 MOST_STARTS = 5
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    # Half of the time of a start would be optimisation of code that runs for seconds.
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}
 CONFIG = """
 model: {{vocab_size: 320, num_layers: 1, embed_dim: 32, mlp_dim: 64, num_heads: 4, num_kv_heads: 2,
   head_dim: 8, context_length: 64, compute_dtype: float32, remat: none}}

@@ -174,8 +174,6 @@ def _progress() -> Iterator[Callable[["Progress"], None]]:
     columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     name_column = TextColumn("{task.description}", markup=False)
     watched = console.is_terminal
-    if not watched:
-        click.echo("reading the sources once for their SHA-256", err=True)
     with Bar(*columns, name_column, console=console, disable=not watched) as bar:
         task = bar.add_task("SHA-256 of the sources", total=1.0)
         began = said = time.monotonic()

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok.checkpoint import storage
+from grok import storage
 from grok.checkpoint.random_source import RandomSource
 from grok.checkpoint.release import ReleaseSource
 from grok.checkpoint.release_writer import write_release

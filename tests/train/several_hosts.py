@@ -10,6 +10,11 @@ from pathlib import Path
 
 from grok.train.hosts import VARIABLES
 
+# Half of the time of a start would be optimisation of code that runs for seconds.
+QUICK_TO_COMPILE = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+}
+
 
 class Hosts:
     """Processes that were started together, each with its own log."""
@@ -27,7 +32,7 @@ class Hosts:
             with self.logs[number].open("w") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "grok", "train", *command],
-                    env={**os.environ, **(environment or {}), **dict(place)},
+                    env={**os.environ, **QUICK_TO_COMPILE, **(environment or {}), **dict(place)},
                     stdout=log,
                     stderr=log,
                 )
