@@ -15,7 +15,6 @@ from grok.config_files import load_config
 from grok.errors import DONE, GrokError
 from grok.quickstart.run import prepare, run
 from grok.train.metrics import read_metrics
-from tests.train.several_hosts import QUICK_TO_COMPILE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,7 +82,7 @@ def test_the_commands_of_readme_work_one_after_the_other(home: Path):
         done = subprocess.run(
             [sys.executable, "-m", *arguments],
             cwd=home,
-            env={**os.environ, **QUICK_TO_COMPILE, "JAX_NUM_CPU_DEVICES": "1"},
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
             capture_output=True,
             text=True,
         )
