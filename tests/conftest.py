@@ -66,3 +66,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         train=TrainConfig(steps=20, router_balance_loss=0.01, log_every=1),
         checkpoint=CheckpointConfig(every=10, keep=3),
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file comes first, lest one worker be left alone with it at the end."""
+    items.sort(key=lambda item: "quickstart/test_run.py" not in item.nodeid)
