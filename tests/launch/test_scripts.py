@@ -17,7 +17,7 @@ SETTINGS = [str(LAUNCH / name) for name in ("settings.env.example", "prices.env"
 def program(name: str) -> str:
     found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if not found:
-        pytest.skip(f"{name} is not installed: it is in {name}-py on PyPI")
+        pytest.skip(f"{name} is not installed; make env installs it")
     return found
 
 
