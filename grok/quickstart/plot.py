@@ -15,6 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from grok.errors import DataError
+from grok.report.folder import as_one_run
 
 # Okabe and Ito's palette, which readers with any form of colour blindness can tell apart.
 EXPERT_COLORS = (
@@ -36,7 +37,7 @@ def plot_run(
     in nats per token, without baselines. Right: share of the tokens that each expert got. A dashed
     vertical line marks where another process took the run over. DataError without training lines.
     """
-    lines, restarts = _as_one_run(metrics_lines)
+    lines, restarts = as_one_run(metrics_lines)
     training = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "validation_loss" in line]
     if not training:
@@ -58,19 +59,6 @@ def plot_run(
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=4, frameon=False)
     figure.savefig(path)
-
-
-def _as_one_run(metrics_lines: Sequence[dict]) -> tuple[list[dict], list[int]]:
-    """Lines without those that a restarted process did again, and the steps of the restarts."""
-    lines: list[dict] = []
-    restarts: list[int] = []
-    for line in metrics_lines:
-        if line.get("event") == "resumed":
-            restarts.append(line["step"])
-            lines = [earlier for earlier in lines if earlier["step"] <= line["step"]]
-        elif "step" in line:
-            lines.append(line)
-    return lines, restarts
 
 
 def _draw_loss(

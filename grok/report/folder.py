@@ -1,6 +1,7 @@
 """A run as its folder tells it, whatever of it is there: young, dead, old or finished."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from grok.yaml_data import parse
 
 
 @dataclasses.dataclass(frozen=True)
-class RunFolder:
+class RecordedRun:
     """What a run's folder holds, empty where a file is missing.
 
     training and validation: lines of `metrics.jsonl`, in order; restarts: the steps at which
@@ -83,7 +84,7 @@ class RunFolder:
         return sorted({*told, *seen})
 
 
-def read_run(folder: str | Path) -> RunFolder:
+def read_run(folder: str | Path) -> RecordedRun:
     """Reads the folder of a run; GrokError where it is none."""
     folder = Path(folder)
     paths = {name: folder / name for name in ("metrics.jsonl", "events.jsonl", "config.yaml")}
@@ -98,7 +99,7 @@ def read_run(folder: str | Path) -> RunFolder:
     config = record.get("config")
     if config is None and paths["config.yaml"].exists():
         config = parse(paths["config.yaml"].read_text(), str, {})
-    return RunFolder(
+    return RecordedRun(
         name=folder.resolve().name,
         folder=folder,
         training=[line for line in lines if "loss" in line],
@@ -110,7 +111,7 @@ def read_run(folder: str | Path) -> RunFolder:
     )
 
 
-def as_one_run(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
+def as_one_run(lines: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
     """Lines without those that a restarted process did again, and the steps of the restarts."""
     kept: list[dict[str, Any]] = []
     restarts: list[int] = []

@@ -21,7 +21,7 @@ from grok.report.figures import (
     short,
     svg,
 )
-from grok.report.folder import RunFolder
+from grok.report.folder import RecordedRun
 from grok.train.display import duration
 
 SMALL, BROAD = (470, 280), (1000, 340)
@@ -40,7 +40,7 @@ KIND_COLORS = {
 }  # fmt: skip
 
 
-def one_run(run: RunFolder) -> str:
+def one_run(run: RecordedRun) -> str:
     """The page of a run."""
     marks = Marks(run.restarts, run.bad_steps())
     sections = [
@@ -61,7 +61,7 @@ def one_run(run: RunFolder) -> str:
     )
 
 
-def one_run_png(run: RunFolder) -> bytes | None:
+def one_run_png(run: RecordedRun) -> bytes | None:
     """The main curves as a picture; None before the first step was logged."""
     if not run.training:
         return None
@@ -83,7 +83,7 @@ def one_run_png(run: RunFolder) -> bytes | None:
     return png(drawings, titles)
 
 
-def curve(run: RunFolder, key: str, unit: str, marks: Marks) -> Callable[[Axes], None] | None:
+def curve(run: RecordedRun, key: str, unit: str, marks: Marks) -> Callable[[Axes], None] | None:
     """A drawing of the training lines' `key`, with the validation loss where that is its own."""
     steps_P, values_P = run.series(key)
     if not len(steps_P):
@@ -105,7 +105,7 @@ def drawn(title: str, draw: Callable[[Axes], None], size: tuple[int, int] = SMAL
     return page.Figure(title, Markup(svg(*size, draw, title)), Markup(narrow))
 
 
-def loss_section(run: RunFolder, marks: Marks) -> page.Section:
+def loss_section(run: RecordedRun, marks: Marks) -> page.Section:
     """Training and held-out loss."""
     draw = curve(run, "loss", "nats per token", marks)
     if draw is None:
@@ -114,7 +114,7 @@ def loss_section(run: RunFolder, marks: Marks) -> page.Section:
     return page.Section("Loss", lines, [drawn("Loss", draw, BROAD)])
 
 
-def curves_section(run: RunFolder, marks: Marks) -> page.Section | None:
+def curves_section(run: RecordedRun, marks: Marks) -> page.Section | None:
     """Held-out bits per byte, learning rate, norms, router, speed."""
     figures = []
     steps_P, bits_P = run.series("validation_bits_per_byte", "validation")
@@ -161,7 +161,7 @@ def log_curves(axes: Axes, series: list[Series], marks: Marks) -> None:
         axes.set_yscale("log")
 
 
-def load_section(run: RunFolder) -> page.Section | None:
+def load_section(run: RecordedRun) -> page.Section | None:
     """How evenly the router used its experts: at the end, and on the way."""
     steps_P, load_PLE = run.loads()
     if not len(steps_P):
@@ -196,7 +196,7 @@ def load_section(run: RunFolder) -> page.Section | None:
     return page.Section("Load of the experts", lines, figures, heat=True)
 
 
-def time_section(run: RunFolder) -> page.Section | None:
+def time_section(run: RecordedRun) -> page.Section | None:
     """What the wall time went to."""
     goodput = run.goodput
     if goodput is None or not goodput.total:
@@ -223,7 +223,7 @@ def time_section(run: RunFolder) -> page.Section | None:
     return page.Section("Goodput", [line], tables=[table], bar=bar)
 
 
-def history_section(run: RunFolder) -> page.Section | None:
+def history_section(run: RecordedRun) -> page.Section | None:
     """The processes that worked on the run, and the updates that were skipped."""
     rows = []
     for start in run.record.get("starts", ()):
@@ -256,7 +256,7 @@ def history_section(run: RunFolder) -> page.Section | None:
     )
 
 
-def checkpoints_section(run: RunFolder) -> page.Section | None:
+def checkpoints_section(run: RecordedRun) -> page.Section | None:
     """Every checkpoint that was written, and whether it is still there."""
     folder = run.folder / "checkpoints"
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -278,7 +278,7 @@ def checkpoints_section(run: RunFolder) -> page.Section | None:
     return page.Section("Checkpoints", tables=[page.Table(rows, head, (0, 1, 2))])
 
 
-def config_section(run: RunFolder) -> page.Section:
+def config_section(run: RecordedRun) -> page.Section:
     """The config, the data and the software."""
     config = [[page.Cell(key, code=True), page.Cell(value)] for key, value in run.config.items()]
     tables = [page.Table(config, ("key", "value"), closed=f"config, {len(config)} keys")]
@@ -296,7 +296,7 @@ def config_section(run: RunFolder) -> page.Section:
     return page.Section("What it is", tables=tables)
 
 
-def status(run: RunFolder) -> page.Status:
+def status(run: RecordedRun) -> page.Status:
     """Whether the run is done, as far as its folder tells."""
     starts = run.record.get("starts", ())
     done = last_step(run)
@@ -311,7 +311,7 @@ def status(run: RunFolder) -> page.Status:
     return page.Status(f"{meaning(code)}, {where}", tone)
 
 
-def facts(run: RunFolder) -> list[str]:
+def facts(run: RecordedRun) -> list[str]:
     """What was trained, on what."""
     lines = []
     get = run.config.get
@@ -332,7 +332,7 @@ def facts(run: RunFolder) -> list[str]:
     return lines
 
 
-def tiles(run: RunFolder) -> list[page.Tile]:
+def tiles(run: RecordedRun) -> list[page.Tile]:
     """The figures to read first."""
     found = []
     _, loss_P = run.series("loss")
@@ -358,7 +358,7 @@ def tiles(run: RunFolder) -> list[page.Tile]:
     return found
 
 
-def last_step(run: RunFolder) -> int:
+def last_step(run: RecordedRun) -> int:
     """The last step that is known of."""
     logged = [line["step"] for line in (*run.training, *run.validation)]
     told = [start["last_step"] or 0 for start in run.record.get("starts", ())]

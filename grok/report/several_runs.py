@@ -9,12 +9,12 @@ from matplotlib.axes import Axes
 from grok.report import page
 from grok.report.curves import smooth
 from grok.report.figures import Series, draw_curves, png, short
-from grok.report.folder import RunFolder
+from grok.report.folder import RecordedRun
 from grok.report.one_run import BROAD, drawn, final, last_step
 from grok.train.display import duration
 
 
-def several_runs(runs: Sequence[RunFolder]) -> str:
+def several_runs(runs: Sequence[RecordedRun]) -> str:
     """The page of several runs."""
     figures = [
         drawn(title, functools.partial(draw, series=series, unit=unit), BROAD)
@@ -32,7 +32,7 @@ def several_runs(runs: Sequence[RunFolder]) -> str:
     )
 
 
-def several_runs_png(runs: Sequence[RunFolder]) -> bytes | None:
+def several_runs_png(runs: Sequence[RecordedRun]) -> bytes | None:
     """The curves as a picture; None where there are none yet."""
     found = list(curves(runs))
     if not found:
@@ -46,7 +46,7 @@ def draw(axes: Axes, series: Sequence[Series], unit: str) -> None:
     draw_curves(axes, series, "tokens seen", unit)
 
 
-def curves(runs: Sequence[RunFolder]) -> list[tuple[str, str, list[Series]]]:
+def curves(runs: Sequence[RecordedRun]) -> list[tuple[str, str, list[Series]]]:
     """Title, unit and one curve of each run that has it."""
     training, held_out = [], []
     for number, run in enumerate(runs):
@@ -65,7 +65,7 @@ def curves(runs: Sequence[RunFolder]) -> list[tuple[str, str, list[Series]]]:
     return [(title, unit, series) for title, unit, series in found if series]
 
 
-def table(runs: Sequence[RunFolder]) -> page.Table:
+def table(runs: Sequence[RecordedRun]) -> page.Table:
     """A row for each run: how far it came, and its figures there."""
     rows = []
     for number, run in enumerate(runs):

@@ -6,6 +6,7 @@ import pytest
 
 from grok.errors import DataError
 from grok.quickstart import plot
+from grok.report.folder import as_one_run
 
 BASELINES = {"unigram": 2.63, "bigram": 1.92, "gzip": 2.16}
 
@@ -44,7 +45,7 @@ def test_picture_has_its_size_and_is_not_empty(lines, tmp_path):
 
 
 def test_lines_done_again_after_a_restart_count_once():
-    lines, restarts = plot._as_one_run(long_run())
+    lines, restarts = as_one_run(long_run())
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(10, 1001, 10))
     assert restarts == [500]
