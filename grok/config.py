@@ -541,6 +541,38 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How inference uses memory: slots for answers, and a cache of keys and values in pages.
+
+    Slots and pages are of all groups of devices together that see other tokens.
+    """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    slots: Annotated[Count, Field(description="answers that are continued at a time")] = 8
+    page_size: Annotated[Count, Field(description="tokens of a page of the cache")] = 32
+    pages: Annotated[
+        CountOrZero,
+        Field(description="pages of the cache; 0: as many as all slots need at full length"),
+    ] = 0
+    prefill_chunk: Annotated[
+        Count, Field(description="tokens of prompts that one step takes in, on each data replica")
+    ] = 256
+    cache_dtype: Annotated[
+        Literal["compute", "float32", "bfloat16", "int8"],
+        Field(description="type of cached keys and values; compute: as model.compute_dtype"),
+    ] = "compute"
+
+    def __post_init__(self) -> None:
+        if self.prefill_chunk % self.page_size:
+            raise ConfigError(
+                f"engine.prefill_chunk={self.prefill_chunk} is no multiple of engine.page_size="
+                f"{self.page_size}; engine.prefill_chunk={_up(self.prefill_chunk, self.page_size)} "
+                "would work."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run; what `grok train`, `grok config` and `grok.load_config` work with."""
 
@@ -560,6 +592,7 @@ class RunConfig:
         LoraConfig()
     )
     checkpoint: Annotated[CheckpointConfig, Field(description="saves")] = CheckpointConfig()
+    engine: Annotated[EngineConfig, Field(description="inference: slots, cache")] = EngineConfig()
 
     def __post_init__(self) -> None:
         if self.data.sequence_length > self.model.context_length:

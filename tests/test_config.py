@@ -50,6 +50,7 @@ train.wandb train.profile
 lora lora.rank lora.alpha lora.targets
 checkpoint checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best
 checkpoint.best_metric
+engine engine.slots engine.page_size engine.pages engine.prefill_chunk engine.cache_dtype
 """.split()
 
 LADDER = ["grok-10m", "grok-100m", "grok-1b", "grok-8b", "grok-33b"]
@@ -90,7 +91,7 @@ def test_every_key_has_a_meaning_of_one_line():
 
 def test_describe_gives_every_setting_with_value_and_meaning():
     rows = describe(load_config("grok-10m", ["train.steps=500"]))
-    sections = {"model", "mesh", "data", "optimizer", "train", "lora", "checkpoint"}
+    sections = {"model", "mesh", "data", "optimizer", "train", "lora", "checkpoint", "engine"}
     assert [key for key, _, _ in rows] == [key for key in KEYS if key not in sections]
     assert ("train.steps", 500, "optimizer steps of the whole run") in rows
 
