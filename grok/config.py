@@ -573,6 +573,23 @@ class EngineConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What `grok plan` compiles, and for which slice."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    program: Annotated[
+        Literal["train", "prefill", "decode"],
+        Field(description="the training step, a step over prompts, a step of one token a row"),
+    ] = "train"
+    topology: Annotated[str, Field(description="slice, such as v5p:4x4x8; --topology wins")] = ""
+    batch_size: Annotated[Count, Field(description="rows of a prefill or decode step")] = 8
+    tokens: Annotated[
+        Count, Field(description="tokens a row: of a prompt, or in the cache when decoding")
+    ] = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run; what `grok train`, `grok config` and `grok.load_config` work with."""
 
@@ -593,6 +610,7 @@ class RunConfig:
     )
     checkpoint: Annotated[CheckpointConfig, Field(description="saves")] = CheckpointConfig()
     engine: Annotated[EngineConfig, Field(description="inference: slots, cache")] = EngineConfig()
+    plan: Annotated[PlanConfig, Field(description="what `grok plan` compiles")] = PlanConfig()
 
     def __post_init__(self) -> None:
         if self.data.sequence_length > self.model.context_length:
@@ -626,8 +644,26 @@ class RunConfig:
                 f"optimizer.name=muon makes updates of whole matrices orthogonal, and lora.rank="
                 f"{self.lora.rank} trains factors of them; optimizer.name=adamw would work."
             )
+        self._check_planned()
         if self.mesh.simulated_devices:
             check_fits(self, self.mesh.simulated_devices)
+
+    def _check_planned(self) -> None:
+        """Refuses what `grok plan` would not read, and rows longer than the model's context."""
+        if self.plan.program == "train":
+            for key, instead in {"batch_size": "batch_size", "tokens": "sequence_length"}.items():
+                value = getattr(self.plan, key)
+                if value != PlanConfig.__dataclass_fields__[key].default:
+                    raise ConfigError(
+                        f"plan.{key}={value} is of plan.program=prefill or decode, and a training "
+                        f"step has data.{instead}={getattr(self.data, instead)}; "
+                        f"data.{instead}={value} would work."
+                    )
+        elif self.plan.tokens > self.model.context_length:
+            raise ConfigError(
+                f"plan.tokens={self.plan.tokens} is more than model.context_length="
+                f"{self.model.context_length}; plan.tokens={self.model.context_length} would work."
+            )
 
     def _check_validated(self) -> None:
         """Refuses to look for the best checkpoint among some that nothing is known of."""
@@ -716,6 +752,15 @@ def check_fits(config: RunConfig, num_devices: int) -> dict[str, int]:
                 f"split over slice*data*expert*train.accumulate={rows}; {up} would work."
             )
     return sizes
+
+
+def check_trainable(config: RunConfig) -> None:
+    """Refuse, as ConfigError, to train a model that cannot be trained."""
+    if config.model.param_dtype == "int8":
+        raise ConfigError(
+            "model.param_dtype=int8 is for inference, and int8 matrices have no gradient; "
+            "model.param_dtype=float32 would work."
+        )
 
 
 def check_model_fits(model: GrokConfig, sizes: dict[str, int]) -> None:

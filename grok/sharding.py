@@ -16,9 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grok.config import MESH_AXES, MeshConfig, resolve_mesh
+from grok.errors import ConfigError
 
 BATCH_AXES = ("slice", "data", "expert")
 
@@ -59,7 +62,9 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over `devices` (default: all of them); one size may be -1, the rest of the devices.
 
-    Raises ConfigError when the sizes do not multiply to the number of devices.
+    Each axis follows the wires between chips as far as they go; slices differ along `slice` alone.
+    Raises ConfigError when the sizes do not multiply to the number of devices, or `slice` is not
+    the number of slices where there are several.
     """
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = resolve_mesh(
@@ -67,7 +72,23 @@ def make_mesh(
     )
     shape = tuple(sizes[axis] for axis in MESH_AXES)
     kinds = (AxisType.Explicit,) * len(MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
+    return Mesh(_arranged(shape, devices), MESH_AXES, axis_types=kinds)
+
+
+def _arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """The devices in the shape of the mesh, neighbours along its axes being near each other."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] != slices:
+        raise ConfigError(
+            f"mesh.slice={shape[0]} and the devices are of {slices} slices; mesh.slice={slices} "
+            "would work."
+        )
+    inside, across = (1, *shape[1:]), (slices, *[1] * (len(shape) - 1))
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, allow_split_physical_axes=True
+    )
 
 
 def spec(*axes: str | None) -> PartitionSpec:

@@ -51,6 +51,7 @@ lora lora.rank lora.alpha lora.targets
 checkpoint checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best
 checkpoint.best_metric
 engine engine.slots engine.page_size engine.pages engine.prefill_chunk engine.cache_dtype
+plan plan.program plan.topology plan.batch_size plan.tokens
 """.split()
 
 LADDER = ["grok-10m", "grok-100m", "grok-1b", "grok-8b", "grok-33b"]
@@ -91,7 +92,17 @@ def test_every_key_has_a_meaning_of_one_line():
 
 def test_describe_gives_every_setting_with_value_and_meaning():
     rows = describe(load_config("grok-10m", ["train.steps=500"]))
-    sections = {"model", "mesh", "data", "optimizer", "train", "lora", "checkpoint", "engine"}
+    sections = {
+        "plan",
+        "model",
+        "mesh",
+        "data",
+        "optimizer",
+        "train",
+        "lora",
+        "checkpoint",
+        "engine",
+    }
     assert [key for key, _, _ in rows] == [key for key in KEYS if key not in sections]
     assert ("train.steps", 500, "optimizer steps of the whole run") in rows
 

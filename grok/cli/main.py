@@ -14,6 +14,7 @@ from grok.cli.eval_ import eval_
 from grok.cli.export import export
 from grok.cli.import_ import import_
 from grok.cli.inspect import inspect
+from grok.cli.plan import plan
 from grok.cli.quickstart import quickstart
 from grok.cli.replay import replay
 from grok.cli.report import report
@@ -50,6 +51,7 @@ for command in (
     quickstart,
     config,
     train,
+    plan,
     replay,
     report,
     sample,

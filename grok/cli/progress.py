@@ -53,3 +53,25 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
                 )
 
         yield tell
+
+
+@contextlib.contextmanager
+def phases(title: str) -> Iterator[Callable[[str], None]]:
+    """Gives a function to call with what begins now: a line with the time on a terminal, and a
+    line for each elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as bar:
+        task = bar.add_task(f"{title}: starting", total=None)
+
+        def tell(phase: str) -> None:
+            bar.update(task, description=f"{title}: {phase}")
+            if not console.is_terminal:
+                click.echo(f"{title}: {phase}", err=True)
+
+        yield tell

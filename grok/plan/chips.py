@@ -1,7 +1,7 @@
 """What each TPU generation has: the plain facts that speeds and sizes are held against.
 
-From Google's published specifications. A chip of the seventh generation shows itself to JAX as two
-devices, each with half of what the table says.
+From Google's published specifications; of the seventh generation partly from the press. A chip of
+that one shows itself to JAX as two devices, each with half of what the table says.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,10 @@ class Chip(NamedTuple):
     """One chip.
 
     flops: peak of bfloat16 products, FLOP/s; hbm: memory, bytes; bandwidth: of that memory,
-    bytes/s; devices: how many JAX devices it is; kinds: what JAX calls them.
+    bytes/s; devices: how many JAX devices it is; kinds: what JAX calls them; link: one wire to a
+    neighbouring chip, one way, bytes/s; dimensions: of the grid that chips are wired in; ring: a
+    side of the grid whose length is a multiple of this closes to a ring; network: a chip's share of
+    its host's way to other slices, bytes/s.
     """
 
     flops: float
@@ -19,16 +22,20 @@ class Chip(NamedTuple):
     bandwidth: float
     devices: int
     kinds: tuple[str, ...]
+    link: float
+    dimensions: int
+    ring: int
+    network: float
 
 
 GIB = 2**30
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1200e9, 1, ("TPU v4",)),
-    "v5e": Chip(197e12, 16 * GIB, 810e9, 1, ("TPU v5 lite", "TPU v5e")),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1, ("TPU v5", "TPU v5p")),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 1, ("TPU v6 lite", "TPU v6e")),
-    "7x": Chip(2307e12, 192 * GIB, 7300e9, 2, ("TPU7x",)),
+    "v4": Chip(275e12, 32 * GIB, 1200e9, 1, ("TPU v4",), 45e9, 3, 4, 6.25e9),
+    "v5e": Chip(197e12, 16 * GIB, 810e9, 1, ("TPU v5 lite", "TPU v5e"), 45e9, 2, 16, 3.125e9),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1, ("TPU v5", "TPU v5p"), 90e9, 3, 4, 6.25e9),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 1, ("TPU v6 lite", "TPU v6e"), 90e9, 2, 16, 12.5e9),
+    "7x": Chip(2307e12, 192 * GIB, 7300e9, 2, ("TPU7x",), 100e9, 3, 4, 12.5e9),
 }
 
 

@@ -19,12 +19,12 @@ from jax.sharding import Mesh
 
 from grok import sharding
 from grok.checkpoint.manager import Checkpoints
-from grok.config import RunConfig, check_fits
+from grok.config import RunConfig, check_fits, check_trainable
 from grok.config_text import to_yaml
 from grok.data.pipeline import global_batches
 from grok.data.shapes import Batch
 from grok.data.text import bits_per_byte
-from grok.errors import DONE, SAVED, ConfigError, Diverged, SaveError
+from grok.errors import DONE, SAVED, Diverged, SaveError
 from grok.storage import join
 from grok.train import hosts
 from grok.train.data import RunData, read_data
@@ -91,11 +91,7 @@ def run(config: RunConfig, replay_to: int | None = None) -> int:
 def open_run(config: RunConfig, replay_to: int | None) -> Run:
     """Devices, data and files: everything that can be wrong is found before anything compiles."""
     began = time.time()
-    if config.model.param_dtype == "int8":
-        raise ConfigError(
-            "model.param_dtype=int8 is for inference, and int8 matrices have no gradient; "
-            "model.param_dtype=float32 would work."
-        )
+    check_trainable(config)
     sizes = check_fits(config, jax.device_count())
     mesh = sharding.make_mesh(sizes["data"], sizes["expert"], sizes["tensor"], sizes["slice"])
     data = read_data(config)

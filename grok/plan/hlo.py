@@ -1,0 +1,112 @@
+"""The text of a compiled XLA program, read into computations and instructions.
+
+Only what costs are counted from is kept: types, dimensions and memory of results, operands, and
+attributes as text.
+"""
+
+import dataclasses
+import math
+import re
+
+BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,
+    "s64": 8, "u64": 8, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "f8e4m3fn": 1,
+    "f8e5m2": 1,
+}  # fmt: skip
+
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z\-]*)\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array in the program: type, dimensions, and whether it lies in HBM."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    in_hbm: bool
+
+    @property
+    def size(self) -> float:
+        """Bytes, without padding."""
+        return math.prod(self.shape) * BYTES.get(self.dtype, 4)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]  # the result: one, or those of a tuple in order
+    operands: tuple[str, ...]
+    attributes: str  # what follows the operands
+    is_root: bool
+
+    def called(self, key: str) -> list[str]:
+        """Computations that an attribute names."""
+        found = re.search(rf"\b{key}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
+        if not found:
+            return []
+        return [name.strip().lstrip("%") for name in (found[1] or found[2]).split(",")]
+
+
+Computation = dict[str, Instruction]
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a program by name, and the name of the one that it enters."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            found = _COMPUTATION.match(line)
+            if found:
+                current = computations.setdefault(found[2], {})
+                entry = found[2] if found[1] else entry
+        elif line.startswith("}"):
+            current = None
+        else:
+            found = _INSTRUCTION.match(line)
+            if found:
+                current[found[2]] = _instruction(found[2], found[3], bool(found[1]))
+    return computations, entry
+
+
+def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
+    opcode = _OPCODE.search(rest)
+    assert opcode, rest
+    end = _closing(rest, opcode.end() - 1)
+    operands = tuple(re.findall(r"%([\w.\-]+)", rest[opcode.end() : end]))
+    if opcode[1] in ("constant", "parameter"):
+        operands = (rest[opcode.end() : end],)
+    return Instruction(
+        name, opcode[1], _arrays(rest[: opcode.start() + 1]), operands, rest[end + 1 :], is_root
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Place of the bracket that closes the one at `start`."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if depth == 0:
+            return place
+    return len(text)
+
+
+def _arrays(text: str) -> tuple[Array, ...]:
+    return tuple(
+        Array(
+            dtype,
+            tuple(int(n) for n in dims.split(",") if n),
+            # Memory space 0, the default, is HBM; VMEM is 1, and flags and scalars lie elsewhere.
+            not re.search(r"S\([1-9]", layout),
+        )
+        for dtype, dims, layout in _ARRAY.findall(text)
+    )

@@ -1,0 +1,32 @@
+"""Prices of a chip-hour, from one dated file that people correct: launch/prices.env."""
+
+import re
+from pathlib import Path
+
+from grok.config_files import configs_folder
+from grok.errors import ConfigError
+from grok.plan.figures import Price
+
+
+def prices_file() -> Path:
+    """The file that came with the project: beside the presets of the package, or in launch/."""
+    folder = configs_folder()
+    inside = folder / "prices.env"
+    return inside if inside.is_file() else folder.parent / "launch" / "prices.env"
+
+
+def price_of(generation: str, file: Path) -> Price | None:
+    """The lowest price on demand; None where the file has none.
+
+    Raises ConfigError where the file cannot be read.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read as prices: {error}.") from None
+    date = re.search(r'^PRICES_DATE="?([^"\n]*)', text, re.MULTILINE)
+    price = re.search(rf"\bPRICE_{generation}_on_demand_LOW=([\d.]+)", text)
+    if price is None:
+        return None
+    dated = date[1] if date else "without a date"
+    return Price(float(price[1]), f"on demand, {file.name} {dated}")

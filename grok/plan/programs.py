@@ -1,0 +1,91 @@
+"""The programs that a plan compiles: the real steps, with arguments of shapes and placements alone.
+
+Letters: B rows, T new tokens a row, S tokens in the cache.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from grok import sharding
+from grok.checkpoint.convert import RELEASE_GROUPS
+from grok.config import RunConfig
+from grok.model import names, weights
+from grok.model.cache import init_cache
+from grok.plan.figures import batch_of
+from grok.train.optimizer import make_optimizer
+from grok.train.state import abstract_state
+from grok.train.step import train_step
+
+
+class Program(NamedTuple):
+    """A function to compile; `arguments` are abstract, and `donate` is the place of the one that
+    the function may overwrite."""
+
+    function: Callable
+    arguments: dict[str, Any]  # by name, in order
+    donate: int
+
+
+def make_program(config: RunConfig, mesh: Mesh) -> Program:
+    """The step that `config.plan.program` names, on `mesh`, which must be the ambient one."""
+    if config.plan.program == "train":
+        return train_program(config, mesh)
+    return inference_program(config, mesh)
+
+
+def train_program(config: RunConfig, mesh: Mesh) -> Program:
+    """`train_step` as the loop of `grok train` compiles it, at its batches' largest shape."""
+    optimizer = make_optimizer(config)
+    B, T = batch_of(config)
+    dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
+    if config.data.datasets:
+        dtypes |= {"segment_ids_BT": jnp.int32, "positions_BT": jnp.int32}
+    batch = {name: _rows((B, T), dtype, mesh) for name, dtype in dtypes.items()}
+    step = functools.partial(train_step, config=config, optimizer=optimizer)
+    state = abstract_state(config, optimizer, mesh)
+    return Program(step, {"state": state, "batch": batch}, donate=0)
+
+
+def inference_program(config: RunConfig, mesh: Mesh) -> Program:
+    """One step of the model with its cache: a prompt of T tokens a row, or a token a row after S.
+
+    What serving compiles is decided here alone.
+    """
+    B, S = batch_of(config)
+    T = S if config.plan.program == "prefill" else 1
+    groups = {name: RELEASE_GROUPS.get(name, 1) for name in names.MATRICES}
+    model = weights.abstract(
+        config.model, mesh, groups if config.model.param_dtype == "int8" else None
+    )
+    cache = sharding.abstract(functools.partial(init_cache, config.model, B, S), mesh)
+    count_B = jax.ShapeDtypeStruct(
+        (B,), jnp.int32, sharding=NamedSharding(mesh, sharding.spec("batch"))
+    )
+
+    def step(model, cache, tokens_BT, count_B):
+        return model.step(tokens_BT, cache, count_B)
+
+    tokens_BT = _rows((B, T), jnp.int32, mesh)
+    arguments = {"model": model, "cache": cache, "tokens_BT": tokens_BT, "count_B": count_B}
+    return Program(step, arguments, donate=1)
+
+
+def bytes_per_device(arguments: dict[str, Any]) -> dict[str, int]:
+    """Bytes that each abstract array of the arguments takes on one device, by its path."""
+    return {
+        name + jax.tree_util.keystr(path): math.prod(leaf.sharding.shard_shape(leaf.shape))
+        * leaf.dtype.itemsize
+        for name, argument in arguments.items()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(argument)[0]
+    }
+
+
+def _rows(shape: tuple[int, int], dtype, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    parts = NamedSharding(mesh, sharding.spec("batch", "length"))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=parts)

@@ -1,0 +1,76 @@
+"""`grok plan` as its user sees it, as far as nothing must be compiled; tests/prove compiles."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from grok.cli.main import main
+
+
+def run(*args):
+    return CliRunner().invoke(main, ["plan", *args])
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (["grok-10m"], "grok-10m names no slice in plan.topology; --topology v5p:4x4x8 would"),
+        (["grok-10m", "--topology", "v9:4x4"], "topology v9:4x4 is of no generation known here"),
+        (["grok-10m", "--topology", "v5p:4x4"], "topology v5p:4x4 should have 3 sides"),
+        (["grok-10m", "plan.topology=v5p:4x4"], "topology v5p:4x4 should have 3 sides"),
+        (["grok-10m", "plan.batch_size=4"], "data.batch_size=4 would work"),
+        (["grok-10m", "plan.program=decode"], "model.context_length=1024; plan.tokens=1024 would"),
+        (
+            ["grok-10m", "--topology", "v5e:2x2", "--dump", "nowhere/program.txt"],
+            "nowhere/program.txt cannot be written: there is no folder nowhere.",
+        ),
+        (
+            ["grok-10m", "--topology", "v5e:2x2", "--prices", "nowhere.env"],
+            "nowhere.env cannot be read as prices",
+        ),
+        (
+            ["grok-10m", "--topology", "v5e:2x2", "--search", "3", "--json"],
+            "--search compiles several programs",
+        ),
+    ],
+)
+def test_refusals(args, problem):
+    result = run(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and problem in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_libtpu_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run("grok-10m", "--topology", "v5e:2x2")
+    assert result.exit_code == 2
+    assert "`pip install 'grok[tpu]'` brings it" in result.stderr
+
+
+needs_libtpu = pytest.mark.skipif(
+    sys.platform != "linux", reason="libtpu is there for Linux on x86-64 alone"
+)
+
+
+@needs_libtpu
+def test_a_slice_too_small_is_told_from_the_state_alone():
+    command = [sys.executable, "-m", "grok", "plan", "grok-1", "--topology", "v5p:2x2x2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["fits"] is False
+    # 12 bytes a parameter, over eight chips.
+    assert answer["hbm_gib_per_chip"]["state"] == pytest.approx(315.7e9 * 12 / 8 / 2**30, rel=1e-3)
+    assert answer["seconds"] is None
+
+
+@needs_libtpu
+def test_a_mesh_that_cannot_be_is_refused_before_anything_compiles():
+    result = run("grok-10m", "--topology", "v5e:2x2", "mesh.expert=3")
+    assert result.exit_code == 2
+    assert "mesh.expert=3" in result.stderr or "expert=3" in result.stderr
+    assert "would work." in result.stderr

@@ -1,0 +1,89 @@
+"""What a compiled program costs, against counts by hand of one that was written for this.
+
+`program.txt` has a loop over four layers (a slice of weights, a product, a reduce-scatter), a loop
+whose count is data around a kernel, and a gather, on a mesh of 2 x 2 x 2.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from grok.plan.collectives import replica_groups
+from grok.plan.cost import CompiledProgram
+
+TEXT = (Path(__file__).parent / "program.txt").read_text()
+MESH = {"slice": 1, "data": 2, "expert": 2, "tensor": 2}
+
+
+@pytest.fixture(scope="module")
+def cost():
+    return CompiledProgram(TEXT, MESH, 3).cost()
+
+
+def test_bodies_count_as_often_as_they_run(cost):
+    products = 4 * (2 * 128 * 256 * 512)
+    kernels = 3 * 1000
+    assert cost.flops == products + kernels
+    assert list(cost.loops) == ["jit(step)/experts/while"]
+    assert list(cost.kernels) == ["jit(step)/gmm"]
+
+
+def test_bytes_of_hbm_are_what_is_read_there_and_written_there(cost):
+    x, w, y = 128 * 256 * 2, 256 * 512 * 2, 128 * 512 * 2
+    # A layer: of the weights one slice (float32) is read and written narrow; x is in VMEM.
+    layer = (2 * w + w) + (w + y) + y
+    scalars = 3 * 4  # the layer's number at the slice, and with a constant at the sum
+    kernels = 3 * 500
+    assert cost.hbm == x + 4 * (layer + scalars) + kernels + y
+
+
+def test_collectives_by_axes_and_kind_are_bytes_that_a_device_sends(cost):
+    y = 128 * 512 * 2
+    assert cost.collectives == {
+        ("tensor", "reduce-scatter"): 4 * y / 2,
+        ("data", "all-gather"): y / 2,
+    }
+
+
+def test_largest_arrays_are_those_made_in_hbm():
+    program = CompiledProgram(TEXT, MESH, 3)
+    shape, maker, size = program.largest_arrays(1)[0]
+    assert (shape, maker, size) == ("bf16[256,512]", "jit(step)/while/body/w", 256 * 512 * 2)
+
+
+PUT = """
+%fused (array: f32[4096,8], rows: s32[16,1], new: f32[16,8]) -> f32[4096,8] {
+  %array = f32[4096,8]{1,0} parameter(0)
+  %rows = s32[16,1]{1,0} parameter(1)
+  %new = f32[16,8]{1,0} parameter(2)
+  ROOT %put = f32[4096,8]{1,0} scatter(%array, %rows, %new), to_apply=%add
+}
+
+ENTRY %main (array.1: f32[4096,8], rows.1: s32[16,1], new.1: f32[16,8]) -> f32[4096,8] {
+  %array.1 = f32[4096,8]{1,0} parameter(0)
+  %rows.1 = s32[16,1]{1,0} parameter(1)
+  %new.1 = f32[16,8]{1,0} parameter(2)
+  ROOT %put.1 = f32[4096,8]{1,0} fusion(%array.1, %rows.1, %new.1), kind=kCustom, calls=%fused
+}
+"""
+
+
+def test_rows_that_are_added_in_place_are_all_that_is_moved():
+    part, indices = 16 * 8 * 4, 16 * 4
+    # Read: the rows as they were, their numbers, what is added. Written: the rows.
+    assert CompiledProgram(PUT, MESH).cost().hbm == 3 * part + indices
+
+
+@pytest.mark.parametrize(
+    ("attributes", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("dimensions={0}", [[0, 1, 2, 3]]),
+    ],
+)
+def test_replica_groups_in_every_form(attributes, groups):
+    assert replica_groups(attributes, 4).tolist() == groups

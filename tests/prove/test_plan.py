@@ -1,0 +1,55 @@
+"""A real step compiled for real slices by `grok plan`: its figures hang together."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from grok.config_files import load_config
+from grok.train.flops import flops_per_token
+
+
+def plan(*args, **options):
+    command = [sys.executable, "-m", "grok", "plan", *args, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.prove
+def test_a_training_step_on_two_slices(tmp_path):
+    overrides = ["data.sequence_length=1024", "data.batch_size=16"]
+    mesh = ["mesh.expert=2", "mesh.tensor=2"]
+    files = ["--dump", str(tmp_path / "program.txt"), "--save", str(tmp_path / "program.bin")]
+    answer = plan("grok-10m", *overrides, *mesh, "--topology", "v5p:2x2x2", "--slices", "2", *files)
+    assert answer["fits"]
+    model = 1024 * flops_per_token(load_config("grok-10m").model, 1024)
+    flops = answer["flops_per_chip_per_step"]
+    assert flops["model"] == pytest.approx(model)
+    assert 1 < flops["compiled"] / flops["model"] < 2  # all is computed again in the backward pass
+    # Gradients alone cross slices, in bfloat16 or float32.
+    between = answer["collective_bytes_per_chip_per_step"]["slice"]
+    assert list(between) == ["all-reduce"]
+    shard = load_config("grok-10m").model.num_parameters() / 8
+    assert shard < between["all-reduce"] < 6 * shard
+    assert "ENTRY" in (tmp_path / "program.txt").read_text()
+    assert (tmp_path / "program.bin").stat().st_size > 100_000
+
+
+@pytest.mark.prove
+def test_a_decoding_step_of_an_int8_model():
+    answer = plan(
+        "grok-10m",
+        "plan.program=decode",
+        "plan.tokens=1024",
+        "plan.batch_size=16",
+        "model.param_dtype=int8",
+        "mesh.expert=4",
+        "mesh.tensor=4",
+        "--topology",
+        "v6e:4x4",
+    )
+    assert answer["fits"]
+    seconds = answer["seconds"]
+    assert seconds["overlapped"] == max(seconds[k] for k in ("compute", "hbm", "interconnect"))
