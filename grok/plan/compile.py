@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -72,6 +73,7 @@ def _run_worker(request: dict[str, Any], tell: Callable[[str], None]) -> dict[st
             text=True,
         )
         assert process.stdin and process.stdout
+        message: dict[str, Any] = {}
         try:
             with process.stdin, process.stdout:
                 json.dump(request, process.stdin)
@@ -80,6 +82,7 @@ def _run_worker(request: dict[str, Any], tell: Callable[[str], None]) -> dict[st
                     message = json.loads(line)
                     if "phase" in message:
                         tell(message["phase"])
+            code = process.wait()
         finally:
             # A compiler does not hear an interrupt.
             process.kill()
@@ -90,8 +93,13 @@ def _run_worker(request: dict[str, Any], tell: Callable[[str], None]) -> dict[st
         error = GrokError(message["error"])
         error.exit_code = message["code"]
         raise error
+    if code == -signal.SIGKILL:
+        raise GrokError(
+            "the process that compiles was killed, as when this machine's memory runs out; one "
+            "with more would work."
+        )
     if "found" not in message:
-        raise RuntimeError(f"the process that compiles ended with:\n{last}")
+        raise RuntimeError(f"the process that compiles ended with code {code}:\n{last}")
     return message["found"]
 
 

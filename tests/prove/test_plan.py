@@ -18,6 +18,17 @@ def plan(*args, **options):
 
 
 @pytest.mark.prove
+def test_the_training_step_of_grok_1_fits():
+    """314 B parameters and moments in float32, 64 layers, one sequence of 8192 tokens a chip."""
+    overrides = ["data.sequence_length=8192", "data.batch_size=128", "mesh.expert=8"]
+    answer = plan("grok-1", *overrides, "--topology", "v5p:4x4x8")
+    print(json.dumps(answer))
+    memory = answer["hbm_gib_per_chip"]
+    assert memory["state"] == pytest.approx(315.7e9 * 12 / 128 / 2**30, rel=2e-3)
+    assert memory["total"] < 60
+
+
+@pytest.mark.prove
 def test_a_training_step_on_two_slices(tmp_path):
     overrides = ["data.sequence_length=1024", "data.batch_size=16"]
     mesh = ["mesh.expert=2", "mesh.tensor=2"]
