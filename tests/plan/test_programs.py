@@ -1,0 +1,65 @@
+"""The programs that a plan compiles, on simulated devices in place of a slice."""
+
+import dataclasses
+
+import jax
+import pytest
+
+import grok
+from grok.config import PlanConfig
+from grok.config_files import load_config
+from grok.errors import ConfigError
+from grok.plan.programs import bytes_per_device, make_program
+from grok.plan.worker import balanced, mesh_sizes
+
+MESH = {"slice": 1, "data": 2, "expert": 2, "tensor": 2}
+
+
+def planned(run, **plan):
+    dtype = "int8" if plan else "float32"
+    model = dataclasses.replace(run.model, param_dtype=dtype)
+    return dataclasses.replace(run, model=model, plan=PlanConfig(**plan))
+
+
+def test_the_training_program_has_the_state_of_a_run(tiny_run):
+    mesh = grok.make_mesh(**MESH)
+    with jax.set_mesh(mesh):
+        program = make_program(planned(tiny_run), mesh)
+    parts = bytes_per_device(program.arguments)
+    state = sum(size for name, size in parts.items() if name.startswith("state"))
+    whole = 12 * tiny_run.model.num_parameters()
+    assert whole / 8 < state < whole / 4  # norms and router are on every device
+    assert program.arguments["batch"]["tokens_BT"].shape == (
+        tiny_run.data.batch_size,
+        tiny_run.data.sequence_length,
+    )
+
+
+@pytest.mark.parametrize(("program", "new_tokens"), [("prefill", 16), ("decode", 1)])
+def test_inference_programs_answer_with_logits_and_the_cache(tiny_run, program, new_tokens):
+    config = planned(tiny_run, program=program, batch_size=8, tokens=16)
+    mesh = grok.make_mesh(**MESH)
+    with jax.set_mesh(mesh):
+        made = make_program(config, mesh)
+        logits, cache = jax.eval_shape(made.function, *made.arguments.values())
+    assert logits.shape == (8, config.model.vocab_size)
+    assert cache.k_LBSKH.shape == made.arguments["cache"].k_LBSKH.shape
+    assert made.arguments["tokens_BT"].shape == (8, new_tokens)
+
+
+def test_rows_that_cannot_be_split_are_refused(tiny_run):
+    config = planned(tiny_run, program="decode", batch_size=6, tokens=16)
+    with pytest.raises(ConfigError, match=r"plan\.batch_size=6 .* plan\.batch_size=8 would work"):
+        mesh_sizes(config, 8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sizes", "tiles", "chosen"),
+    [
+        (["data.sequence_length=8192", "data.batch_size=128"], {"data": 16, "expert": 8}, 32, 1),
+        (["plan.program=decode", "plan.batch_size=1"], {"tensor": 8}, 1, 0.25),
+    ],
+)
+def test_what_balanced_routing_makes_of_loops(overrides, sizes, tiles, chosen):
+    sizes = {"slice": 1, "data": 1, "expert": 1, "tensor": 1} | sizes
+    assert balanced(load_config("grok-1", overrides), sizes) == (tiles, pytest.approx(chosen))
