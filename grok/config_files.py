@@ -1,7 +1,8 @@
-"""YAML files and dotted overrides -> a checked `RunConfig`, and a `RunConfig` -> plain data.
+"""YAML files and dotted overrides -> a checked config, and a config -> plain data.
 
-The files that a file `extends` go underneath, overrides on top, and pydantic checks the result.
-Every refusal is a `ConfigError`, one sentence: where, which key, what is wrong, what would work.
+A config is a `RunConfig`, or another dataclass made like it, which a caller names. The files that
+a file `extends` go underneath, overrides on top, and pydantic checks the result. Every refusal is a
+`ConfigError`, one sentence: where, which key, what is wrong, what would work.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -23,33 +24,51 @@ from grok.errors import ConfigError
 from grok.yaml_data import Places, parse
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+@overload
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig: ...
+
+
+@overload
+def load_config[Kind](path: str | Path, overrides: Sequence[str], kind: type[Kind]) -> Kind: ...
+
+
+def load_config(path: Any, overrides: Any = (), kind: Any = RunConfig) -> Any:
     """The checked config of a YAML file or bare preset name, under overrides like `train.steps=50`.
 
-    Raises ConfigError, one sentence for a person, when anything in it cannot work.
+    `kind` is the dataclass that says which keys there are. Raises ConfigError, one sentence for a
+    person, when anything in it cannot work.
     """
-    file = _find(str(path), Path())
-    data, places = _read_file(file, ())
+    file = _find(str(path), Path(), kind)
+    data, places = _read_file(file, (), kind)
+    return checked(data, overrides, kind, str(file), places)
+
+
+def checked(
+    data: dict[str, Any],
+    overrides: Sequence[str],
+    kind: type,
+    source: str,
+    places: Places | None = None,
+) -> Any:
+    """Plain data under overrides, as a config of this `kind`; `source` names it in errors, and
+    `places` says of keys where they were set."""
+    places = {} if places is None else places
     for override in overrides:
         data = _merge(data, _read_override(override, places))
-    return _check(data, places, str(file))
+    return _check(data, places, source, kind)
 
 
 def from_dict(data: Mapping[str, Any], source: str = "stored config") -> RunConfig:
     """The checked config in plain data, inverse of `to_dict`; `source` names it in errors."""
-    return _check(data, {}, source)
+    return checked(dict(data), (), RunConfig, source)
 
 
 def with_overrides(config: RunConfig, overrides: Sequence[str], source: str) -> RunConfig:
     """`config` under overrides like those of `load_config`; `source` names it in errors."""
-    data: dict[str, Any] = to_dict(config)
-    places: Places = {}
-    for override in overrides:
-        data = _merge(data, _read_override(override, places))
-    return _check(data, places, source)
+    return checked(to_dict(config), overrides, RunConfig, source)
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
+def to_dict(config: Any) -> dict[str, Any]:
     """The whole config as plain data that JSON can hold."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
@@ -72,8 +91,8 @@ class Setting(typing.NamedTuple):
 
 
 @functools.cache
-def schema() -> dict[str, Setting]:
-    """Every dotted key that a config may have, sections included, in order."""
+def schema(kind: type = RunConfig) -> dict[str, Setting]:
+    """Every dotted key that a config of this kind may have, sections included, in order."""
 
     def settings(section: type, prefix: str) -> Iterator[tuple[str, Setting]]:
         hints = typing.get_type_hints(section, include_extras=True)
@@ -85,14 +104,15 @@ def schema() -> dict[str, Setting]:
             if isinstance(kind, type) and dataclasses.is_dataclass(kind):
                 yield from settings(kind, f"{prefix}{field.name}.")
 
-    return dict(settings(RunConfig, ""))
+    return dict(settings(kind, ""))
 
 
-def describe(config: RunConfig) -> list[tuple[str, Any, str]]:
+def describe(config: Any) -> list[tuple[str, Any, str]]:
     """Every setting of the config, in order: its dotted key, its value, its one-line meaning."""
+    kind: type = type(config)
     return [
         (key, functools.reduce(getattr, key.split("."), config), setting.meaning)
-        for key, setting in schema().items()
+        for key, setting in schema(kind).items()
         if not dataclasses.is_dataclass(setting.kind)
     ]
 
@@ -104,18 +124,26 @@ def configs_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def _find(name: str, beside: Path) -> Path:
+def presets(kind: type = RunConfig) -> dict[str, Path]:
+    """The presets of this kind of config, by name: of a `BatchConfig` those in configs/batch."""
+    section = kind.__name__.removesuffix("Config").lower()
+    folder = configs_folder() if kind is RunConfig else configs_folder() / section
+    return {preset.stem: preset for preset in sorted(folder.glob("*.yaml"))}
+
+
+def _find(name: str, beside: Path, kind: type) -> Path:
     """The file `name`, relative to `beside`, or else the preset called `name`."""
     file = beside / name
     if file.is_file():
         return file
-    presets = {preset.stem: preset for preset in sorted(configs_folder().glob("*.yaml"))}
-    if name in presets:
-        return presets[name]
-    raise ConfigError(f"there is no config file {file}; the presets are {', '.join(presets)}.")
+    known = presets(kind)
+    if name in known:
+        return known[name]
+    names = f"the presets are {', '.join(known)}" if known else "one would work"
+    raise ConfigError(f"there is no config file {file}; {names}.")
 
 
-def _read_file(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], Places]:
+def _read_file(file: Path, above: tuple[Path, ...], kind: type) -> tuple[dict[str, Any], Places]:
     """A file's data on top of what it extends; `above` are the files that extend this one."""
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -127,7 +155,7 @@ def _read_file(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], Pla
         raise ConfigError(f"{file}:1: a config must be a mapping, such as `train: {{steps: 50}}`.")
     # A section is empty, not null, when all its lines are commented out.
     data = {
-        name: {} if value is None and _keys_of(name) else value
+        name: {} if value is None and _keys_of(name, kind) else value
         for name, value in (data or {}).items()
     }
     if "extends" not in data:
@@ -136,13 +164,13 @@ def _read_file(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], Pla
     if not isinstance(base, str):
         raise ConfigError(f"{place}: extends must name one file or preset, such as grok-1.")
     try:
-        base_file = _find(base, file.parent)
+        base_file = _find(base, file.parent, kind)
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
     above = (*above, file.resolve())
     if base_file.resolve() in above:
         raise ConfigError(f"{place}: extends {base} leads back to itself; drop one `extends`.")
-    base_data, base_places = _read_file(base_file, above)
+    base_data, base_places = _read_file(base_file, above, kind)
     return _merge(base_data, data), base_places | places
 
 
@@ -173,10 +201,10 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _check(data: Mapping[str, Any], places: Places, source: str) -> RunConfig:
-    """Plain data as a RunConfig; of several errors, the one to mend first is raised."""
+def _check(data: Mapping[str, Any], places: Places, source: str, kind: type) -> Any:
+    """Plain data as a config; of several errors, the one to mend first is raised."""
     try:
-        return TypeAdapter(RunConfig).validate_json(json.dumps(data), strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(data), strict=True)
     except TypeError as error:
         raise ConfigError(f"{source} is not plain data: {error}.") from None
     except ValidationError as error:
@@ -192,13 +220,12 @@ def _check(data: Mapping[str, Any], places: Places, source: str) -> RunConfig:
         if of_items:
             place = places.get(tuple(map(str, of_items[0][:-1])), source)
             raise ConfigError(f"{place}: {names} must be set.")
-        raise ConfigError(
-            f"{source}: {names} must be set, or taken from a preset as in `extends: grok-1`."
-        )
+        preset = ", or taken from a preset as in `extends: grok-1`" if kind is RunConfig else ""
+        raise ConfigError(f"{source}: {names} must be set{preset}.")
     if first["type"] == "value_error":
         sentence = str(first["ctx"]["error"])
         raise ConfigError(f"{_blame(sentence, places, source)}: {sentence}")
-    problem = _unknown(".".join(loc)) if first["type"] == order[0] else _wrong(first)
+    problem = _unknown(".".join(loc), kind) if first["type"] == order[0] else _wrong(first, kind)
     raise ConfigError(f"{places.get(loc, source)}: {problem}")
 
 
@@ -210,19 +237,19 @@ def _blame(sentence: str, places: Places, source: str) -> str:
     return min(found, key=lambda p: [p.startswith(o) for o in order].index(True), default=source)
 
 
-def _unknown(key: str) -> str:
+def _unknown(key: str, kind: type) -> str:
     """A sentence on a key that does not exist: the nearest that does, or the section's keys."""
     if key == "extends":
         return "extends is a key of config files alone."
     section, _, name = key.rpartition(".")
-    siblings = _keys_of(section) + ([] if section else ["extends"])
+    siblings = _keys_of(section, kind) + ([] if section else ["extends"])
     near = difflib.get_close_matches(name, siblings, 1)
     if near:
         found = [f"{section}.{near[0]}" if section else near[0]]
     else:
-        last = {known: known.rpartition(".")[2] for known in schema()}
+        last = {known: known.rpartition(".")[2] for known in schema(kind)}
         near = difflib.get_close_matches(name, last.values(), 1, cutoff=0.8)
-        found = [known for known in schema() if last[known] in near]
+        found = [known for known in schema(kind) if last[known] in near]
     if key in found:
         section, _, name = found[0].rpartition(".")
         return f"in a file, {key} is written as {name} inside {section}."
@@ -250,7 +277,7 @@ _WANTED = {  # pydantic's kind of error -> what it wanted, in words
 }
 
 
-def _wrong(error: Mapping[str, Any]) -> str:
+def _wrong(error: Mapping[str, Any], config: type) -> str:
     """A sentence on a value of the wrong type or size: what was wanted, given, and could be."""
     loc, kind, value = error["loc"], error["type"], error["input"]
     key = _name(loc)
@@ -261,11 +288,11 @@ def _wrong(error: Mapping[str, Any]) -> str:
     given = given if len(given) <= 60 else f"{given[:60]}..."
     sentence = f"{key or 'a config'} must be {wanted}, not {given}"
     if kind == "dataclass_type":
-        return f"{sentence}; its keys are {', '.join(_keys_of(key))}."
+        return f"{sentence}; its keys are {', '.join(_keys_of(key, config))}."
     meant = _meant(kind, value, wanted)
     if meant is not None:
         return f"{sentence}; did you mean {json.dumps(meant, ensure_ascii=False)}?"
-    default = schema()[key].default if key in schema() else None
+    default = schema(config)[key].default if key in schema(config) else None
     return sentence + ("." if default is None else f"; the default is {json.dumps(default)}.")
 
 
@@ -288,15 +315,15 @@ def _meant(kind: str, value: Any, wanted: str) -> Any:
     return None
 
 
-def _keys_of(section: str) -> list[str]:
+def _keys_of(section: str, kind: type) -> list[str]:
     """Names of the keys directly in a section, such as data or data.datasets[0]; of the top level,
     for an empty name."""
     if item := re.fullmatch(r"(.+?)(\.\d+|\[\d+\])", section):
-        kind, _ = typing.get_args(schema()[item[1]].kind)
-        return [field.name for field in dataclasses.fields(kind)]
+        each, _ = typing.get_args(schema(kind)[item[1]].kind)
+        return [field.name for field in dataclasses.fields(each)]
     prefix = f"{section}." if section else ""
     return [
         key.removeprefix(prefix)
-        for key in schema()
+        for key in schema(kind)
         if key.startswith(prefix) and "." not in key.removeprefix(prefix)
     ]

@@ -9,19 +9,22 @@ from grok.config import RunConfig
 from grok.config_files import describe, schema
 
 
-def to_yaml(config: RunConfig) -> str:
-    """The whole resolved config, a comment behind each key, parameter counts in the last line."""
+def to_yaml(config: Any) -> str:
+    """The whole resolved config, a comment behind each key; of a run, parameter counts in the last
+    line."""
     rows, section = [], ""
+    sections = schema(config.__class__)
     for key, value, meaning in describe(config):
         parent, _, name = key.rpartition(".")
         if parent and parent != section:
-            rows.append((f"{parent}:", schema()[parent].meaning))
+            rows.append((f"{parent}:", sections[parent].meaning))
         section = parent
         rows.append((f"{'  ' if parent else ''}{name}: {_scalar(value)}", meaning))
-    total, active = config.model.num_parameters(), config.model.num_active_parameters()
     width = max(len(line) for line, _ in rows if len(line) <= 48)
     lines = [f"{line:{width}}  # {meaning}" for line, meaning in rows]
-    lines.append(f"# {total:,} parameters, {active:,} active per token")
+    if isinstance(config, RunConfig):
+        total, active = config.model.num_parameters(), config.model.num_active_parameters()
+        lines.append(f"# {total:,} parameters, {active:,} active per token")
     return "\n".join(lines) + "\n"
 
 

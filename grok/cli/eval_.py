@@ -56,7 +56,7 @@ def eval_(
             "--tasks needs EleutherAI's lm-eval, which is not installed; the package's extra "
             "`eval` (pip install 'grok[eval]') has it."
         )
-    from grok.evaluate.weights import config_of, find_tokenizer, load_weights
+    from grok.infer.weights import config_of, find_tokenizer, load_weights
 
     run = config_of(checkpoint, config, overrides)
 

@@ -20,7 +20,7 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
 
     with hosts.ending_together():
         checked = load_config(config, overrides)
-        hosts.join(checked)
+        hosts.join(checked, checked.train.heartbeat_seconds)
         prepare(checked.mesh.simulated_devices // hosts.count())
 
         from grok.train.loop import run

@@ -94,6 +94,10 @@ class Tokenizer:
         decoder = StreamDecoder(self)
         return "".join([decoder.push(i) for i in ids]) + decoder.flush()
 
+    def piece(self, token_id: int) -> str:
+        """The name that one id has in the model, such as `</s>` of a control piece."""
+        return self._pieces.id_to_piece(token_id)
+
     def piece_bytes(self, token_id: int, *, first: bool = False) -> bytes:
         """UTF-8 bytes that one id stands for; `first`: as the first of a text.
 

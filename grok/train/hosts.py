@@ -25,7 +25,6 @@ import jax
 # JAX's store of keys and values that all processes see has no public name; Orbax uses it likewise.
 from jax._src import distributed
 
-from grok.config import RunConfig
 from grok.config_files import flatten, to_dict
 from grok.devices import has_tpu
 from grok.errors import RESTART, ConfigError, GrokError, Lost
@@ -72,13 +71,14 @@ def ending_together() -> Iterator[None]:
         jax.distributed.shutdown()
 
 
-def join(config: RunConfig) -> None:
-    """Waits for the other processes, where there are some, and checks that all have this config.
+def join(config: Any, heartbeat_seconds: int = 60) -> None:
+    """Waits for the other processes, where there are some, and checks that all have this config
+    (a dataclass with a mesh). One that is silent for `heartbeat_seconds` ends the others.
 
     Raises ConfigError where the environment or another config makes that impossible, and
     GrokError with code RESTART when the others do not come.
     """
-    _connect(config.train.heartbeat_seconds)
+    _connect(heartbeat_seconds)
     ours = dict(flatten(to_dict(config)))
     theirs = from_first(lambda: ours)
     for key, value in ours.items():
@@ -111,9 +111,13 @@ def compile_together(function: Any, *arguments: Any) -> None:
     """Compiles what `function`, of jax.jit, will run on `arguments`, in every process before any
     runs it: a CPU waits half a minute for another in its first exchange, and no longer."""
     function.lower(*arguments).compile()
+    meet()
+
+
+def meet() -> None:
+    """Waits, however long, until every process has come here."""
     if count() > 1:
-        name = f"grok/compiled/{next(_agreements)}"
-        _store().wait_at_barrier(name, FOREVER_SECONDS * 1000)
+        _store().wait_at_barrier(f"grok/meeting/{next(_agreements)}", FOREVER_SECONDS * 1000)
 
 
 def leave(code: int, sentence: str) -> NoReturn:
@@ -129,27 +133,27 @@ def leave(code: int, sentence: str) -> NoReturn:
     _go(code, json.dumps(word))
 
 
-def _place() -> tuple[str, int, int] | None:
+def place() -> tuple[str, int, int] | None:
     """Coordinator, number of processes and own number, from the environment; None without."""
     values = [os.environ.get(name, "") for name in VARIABLES]
     if not any(values):
         return None
-    address, processes, place = values
+    address, processes, own = values
     if not all(values):
         missing = ", ".join(name for name in VARIABLES if not os.environ.get(name))
         raise ConfigError(
             f"the environment has only some of {', '.join(VARIABLES)}; with {missing} as well, or "
             "with none of them, it would work."
         )
-    if not (processes.isdecimal() and place.isdecimal() and int(place) < int(processes)):
+    if not (processes.isdecimal() and own.isdecimal() and int(own) < int(processes)):
         raise ConfigError(
-            f"GROK_NUM_PROCESSES={processes} and GROK_PROCESS_ID={place} are no number of "
+            f"GROK_NUM_PROCESSES={processes} and GROK_PROCESS_ID={own} are no number of "
             "processes and one of them counted from 0; 2 and 0, and 2 and 1 on the other host, "
             "would work."
         )
     if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdecimal():
         raise ConfigError(f"GROK_COORDINATOR={address} is no address; 10.0.0.1:8476 would work.")
-    return address, int(processes), int(place)
+    return address, int(processes), int(own)
 
 
 def _joined() -> bool:
@@ -164,8 +168,8 @@ def _store() -> Any:
 def _connect(heartbeat_seconds: int) -> None:
     """Joins the other processes, where there are some, and from then on listens for one that
     ends the run."""
-    place = _place()
-    if not place and not has_tpu():
+    own = place()
+    if not own and not has_tpu():
         return
     # Its signal handler would take SIGTERM away from Python's.
     jax.config.update("jax_enable_preemption_service", False)
@@ -175,12 +179,12 @@ def _connect(heartbeat_seconds: int) -> None:
         heartbeat_timeout_seconds=heartbeat_seconds,
     )
     try:
-        if place:
-            initialize(*place, cluster_detection_method="deactivate")
+        if own:
+            initialize(*own, cluster_detection_method="deactivate")
         else:
             initialize()
     except ValueError:
-        if place:
+        if own:
             raise
         return  # a TPU that is part of no cluster
     except jax.errors.JaxRuntimeError as error:

@@ -1,4 +1,4 @@
-"""What `grok eval` runs: the config of weights in any format, their tokenizer, and the model."""
+"""Weights in any format, to be asked: their config, their tokenizer, and the model."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -51,8 +51,8 @@ def find_tokenizer(path: str, given: str | None, config: RunConfig, data: Sequen
     found = given or next((str(place) for place in places if place.is_file()), None)
     if found is None:
         raise DataError(
-            f"there is no {TOKENIZER} beside {path}; --tokenizer FILE would name that of these "
-            "weights."
+            f"there is no {TOKENIZER} beside {path}; naming the tokenizer of these weights, as in "
+            "--tokenizer FILE or tokenizer=FILE, would work."
         )
     return found
 
