@@ -39,8 +39,10 @@ ALLOWED = {
     "plan": (*RUNS, "train", "infer"),
     "report": (*BASE, "yaml_data", "train"),
     "evaluate": (*RUNS, "train", "infer"),
+    "batch": (*RUNS, "devices", "train", "infer"),
+    "serve": (*RUNS, "devices", "infer"),
     "quickstart": (*RUNNERS, "report"),
-    "cli": (*RUNNERS, "evaluate", "quickstart", "report"),
+    "cli": (*RUNNERS, "evaluate", "batch", "serve", "quickstart", "report"),
     "__main__": ("cli",),
 }
 

@@ -9,7 +9,15 @@ import click
 @click.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def config(config: str, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--of",
+    "command",
+    type=click.Choice(["train", "batch", "serve"]),
+    default="train",
+    show_default=True,
+    help="The command that CONFIG is for.",
+)
+def config(config: str, overrides: tuple[str, ...], command: str) -> None:
     """Print every setting of CONFIG, a YAML file or a preset's name, as YAML.
 
     KEY=VALUE sets one key, as in train.steps=50. The output is itself a config file.
@@ -17,7 +25,22 @@ def config(config: str, overrides: tuple[str, ...]) -> None:
     from grok.config_files import load_config
     from grok.config_text import to_yaml
 
-    text = to_yaml(load_config(config, overrides))
+    text = to_yaml(load_config(config, overrides, _kind(command)))
     dimmed = re.sub(r"# .*$", lambda comment: click.style(comment[0], dim=True), text, flags=re.M)
     # Styles are dropped where the output is no terminal.
     click.echo(dimmed, nl=False, color=False if os.environ.get("NO_COLOR") else None)
+
+
+def _kind(command: str) -> type:
+    """The dataclass of a command's configs."""
+    if command == "batch":
+        from grok.batch.config import BatchConfig
+
+        return BatchConfig
+    if command == "serve":
+        from grok.serve.config import ServeConfig
+
+        return ServeConfig
+    from grok.config import RunConfig
+
+    return RunConfig

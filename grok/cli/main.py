@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from grok import __version__
+from grok.cli.batch import batch
 from grok.cli.config import config
 from grok.cli.data import data
 from grok.cli.eval_ import eval_
@@ -19,6 +20,7 @@ from grok.cli.quickstart import quickstart
 from grok.cli.replay import replay
 from grok.cli.report import report
 from grok.cli.sample import sample
+from grok.cli.serve import serve
 from grok.cli.train import train
 from grok.cli.verify import verify
 from grok.errors import GrokError
@@ -55,6 +57,8 @@ for command in (
     replay,
     report,
     sample,
+    batch,
+    serve,
     eval_,
     data,
     import_,

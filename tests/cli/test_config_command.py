@@ -3,8 +3,10 @@
 import pytest
 from click.testing import CliRunner
 
+from grok.batch.config import BatchConfig
 from grok.cli.main import main
 from grok.config_files import describe, load_config
+from grok.serve.config import ServeConfig
 
 
 def grok_config(*args, **kwargs):
@@ -28,6 +30,19 @@ def test_the_output_is_a_config_that_says_the_same(overrides, tmp_path):
     saved = tmp_path / "saved.yaml"
     saved.write_text(result.stdout, encoding="utf-8")
     assert load_config(saved) == load_config("grok-10m", overrides)
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [("batch", BatchConfig), ("serve", ServeConfig)], ids=["batch", "serve"]
+)
+def test_configs_of_other_commands(command, kind, tmp_path):
+    file, saved = tmp_path / "job.yaml", tmp_path / "saved.yaml"
+    file.write_text("weights: w\n" + ("input: [a]\noutput: b\n" if command == "batch" else ""))
+    overrides = ["sampling.temperature=0", "chat_template='{{ a }}\n'"]
+    result = grok_config("--of", command, str(file), *overrides)
+    assert result.exit_code == 0, result.output
+    saved.write_text(result.stdout, encoding="utf-8")
+    assert load_config(saved, (), kind) == load_config(file, overrides, kind)
 
 
 def test_every_setting_is_printed_with_its_meaning():

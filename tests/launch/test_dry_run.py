@@ -60,6 +60,19 @@ def test_help_says_how_it_is_used(cloud: Cloud, verb: str) -> None:
     assert "--dry-run" in done.stdout
 
 
+def test_the_command_of_the_batch_run_is_a_config_that_holds(cloud: Cloud) -> None:
+    from grok.batch.config import BatchConfig
+    from grok.config_files import load_config
+
+    text = dry_run(cloud, "runs/batch-v6e")
+    line = next(line for line in text.splitlines() if line.startswith("# command.sh: exec "))
+    words = shlex.split(line.removeprefix("# command.sh: exec "))
+    assert words[:2] == ["grok", "batch"]
+    config = load_config(words[2], words[3:], BatchConfig)
+    assert config.mesh.data * config.mesh.expert * config.mesh.tensor == 16
+    assert (config.replica, config.output) == ("all", "gs://my-bucket/answers")
+
+
 @pytest.mark.parametrize("run", ["continue-v5p", "pretrain-v5e"])
 def test_the_commands_of_worked_runs_are_configs_that_hold(cloud: Cloud, run: str) -> None:
     from grok.config_files import load_config

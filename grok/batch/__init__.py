@@ -1,0 +1,1 @@
+"""`grok batch`: files of requests in, files of answers out, killed and continued at will."""

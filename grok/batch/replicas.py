@@ -1,0 +1,48 @@
+"""Which hosts hold a whole model together, and which part of a job is theirs."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+from grok.batch.config import BatchConfig
+from grok.devices import has_tpu, prepare
+from grok.train import hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class Replica:
+    """A model on the devices of one host or of all: the `number`-th of `count`.
+
+    `writes`: this process is the one of its replica that writes and speaks. `everywhere`: the mesh
+    spans all hosts, which then do the same work in step.
+    """
+
+    number: int
+    count: int
+    writes: bool
+    everywhere: bool
+
+
+@contextlib.contextmanager
+def starting(config: BatchConfig) -> Iterator[Replica]:
+    """The replica that this process is of.
+
+    Replicas of one host each need nothing of each other: they do not connect, and one that fails
+    leaves the others to their shares. Only hosts of one TPU slice start and end together, as its
+    runtime wants it, and so do hosts that a mesh spans.
+    """
+    place = hosts.place()
+    if config.replica == "host" and (place or not has_tpu()):
+        prepare(config.mesh.simulated_devices)
+        _, count, number = place or ("", 1, 0)
+        yield Replica(number, count, True, False)
+        return
+    with hosts.ending_together():
+        hosts.join(config)
+        everywhere = config.replica == "all"
+        prepare(config.mesh.simulated_devices // (hosts.count() if everywhere else 1))
+        if everywhere:
+            yield Replica(0, 1, hosts.is_first(), hosts.count() > 1)
+        else:
+            yield Replica(hosts.number(), hosts.count(), True, False)
+        hosts.meet()

@@ -1,0 +1,26 @@
+"""`grok batch`."""
+
+import click
+
+
+@click.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def batch(config: str, overrides: tuple[str, ...]) -> None:
+    """Answer the requests in files of JSON lines or Parquet, as CONFIG says.
+
+    CONFIG is a YAML file or a preset's name. Killed at any moment, the same command goes on with
+    what is missing; Ctrl-C leaves with exit code 75. On several hosts, start the same command on
+    each.
+    """
+    from grok.batch.config import BatchConfig
+    from grok.config_files import load_config
+
+    checked = load_config(config, overrides, BatchConfig)
+
+    from grok.batch.replicas import starting
+
+    with starting(checked) as replica:
+        from grok.batch.run import run
+
+        run(checked, replica)

@@ -1,0 +1,42 @@
+"""`grok serve`."""
+
+import importlib.util
+
+import click
+
+from grok.errors import ConfigError
+
+NEEDED = ("starlette", "uvicorn", "prometheus_client")
+
+
+@click.command()
+@click.argument("run_or_config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
+    """Answer over HTTP, in the words of OpenAI's completions interface.
+
+    RUN_OR_CONFIG is the folder of a run or of other weights, or a YAML file that names them. Only
+    this machine is answered unless host says otherwise; keys are read from GROK_API_KEYS or
+    api_keys_file. http://127.0.0.1:8000 is a page to try it.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"`grok serve` needs {', '.join(missing)}; the package's extra `serve` "
+            "(pip install 'grok[serve]') has it."
+        )
+    from grok.config_files import checked, load_config
+    from grok.serve.config import ServeConfig
+
+    if run_or_config.endswith((".yaml", ".yml")):
+        config = load_config(run_or_config, overrides, ServeConfig)
+    else:
+        config = checked({"weights": run_or_config}, overrides, ServeConfig, run_or_config)
+
+    from grok.devices import prepare
+
+    prepare(config.mesh.simulated_devices)
+
+    from grok.serve.run import run
+
+    run(config)

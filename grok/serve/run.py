@@ -1,0 +1,81 @@
+"""From a config to a server that answers."""
+
+import os
+from pathlib import Path
+
+import click
+import uvicorn
+
+from grok import storage
+from grok.errors import ConfigError, GrokError
+from grok.infer.start import Model
+from grok.serve.app import App
+from grok.serve.config import ServeConfig
+from grok.serve.worker import Worker
+
+KEYS = "GROK_API_KEYS"
+# A request that is under way when the server is asked to stop has so long.
+STOP_SECONDS = 30
+
+
+def run(config: ServeConfig) -> None:
+    """Serves until it is asked to stop. Raises ConfigError, DataError and CheckpointError for what
+    cannot work, and GrokError where the engine breaks down."""
+    keys = read_keys(config)
+    model = Model(config)
+    name = config.name or Path(config.weights.rstrip("/")).name
+    engine = model.engine(lambda text: click.echo(text, err=True))
+    broken: list[BaseException] = []
+
+    def stop(error: BaseException) -> None:
+        broken.append(error)
+        server.should_exit = True
+
+    worker = Worker(engine, stop)
+    reader = model.reader(config.max_choices)
+    app = App(config, name, worker, reader, model.tokenizer, keys)
+    server = make_server(app, config)
+    click.echo(f"{name} answers at http://{config.host}:{config.port}", err=True)
+    server.run()
+    if broken:
+        raise GrokError(f"the engine broke down: {broken[0]}") from broken[0]
+    if not server.started:
+        raise GrokError(f"host={config.host} port={config.port} cannot be listened on.")
+
+
+def make_server(app: App, config: ServeConfig) -> uvicorn.Server:
+    """The HTTP server of an application."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app.asgi,
+            host=config.host,
+            port=config.port,
+            log_level="warning",
+            timeout_graceful_shutdown=STOP_SECONDS,
+            server_header=False,
+        )
+    )
+
+
+def read_keys(config: ServeConfig) -> list[str]:
+    """The keys of the file and of the environment. Raises ConfigError where the file cannot be
+    read, or others could reach the server and there are none."""
+    keys = os.environ.get(KEYS, "").split()
+    if config.api_keys_file:
+        try:
+            text = storage.read_bytes(config.api_keys_file).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = storage.reason(error) if isinstance(error, OSError) else str(error)
+            raise ConfigError(f"api_keys_file={config.api_keys_file}: {reason}.") from None
+        found = [line.strip() for line in text.splitlines() if not line.startswith("#")]
+        keys += [key for key in found if key]
+        if not keys:
+            raise ConfigError(
+                f"api_keys_file={config.api_keys_file} has no keys; one a line would work."
+            )
+    if not config.local and not keys and not config.allow_anyone:
+        raise ConfigError(
+            f"host={config.host} lets other machines in, and there are no keys; "
+            f"api_keys_file=FILE, keys in {KEYS}, or allow_anyone=true would work."
+        )
+    return keys

@@ -1,0 +1,280 @@
+"""`grok batch`: what is asked is answered, line for line, and what is wrong is said of its line."""
+
+import dataclasses
+import gzip
+import json
+import random
+import signal
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from grok import storage
+from grok.batch.config import BatchConfig
+from grok.checkpoint.huggingface_export import export_huggingface
+from grok.checkpoint.random_source import RandomSource
+from grok.config import MeshConfig
+from grok.config_files import load_config
+from grok.errors import SAVED, ConfigError, DataError
+from grok.infer.config import SamplingConfig
+from tests.batch.jobs import Killed, Process, answer, lines, write_lines
+from tests.emulator import bucket
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_run, tmp_path_factory) -> str:
+    """A Hugging Face folder of the tiny model, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("weights") / "hf"
+    export_huggingface(RandomSource(tiny_run.model, dtype="float32"), folder, "float32")
+    (folder / "tokenizer.model").write_bytes(Path(tiny_run.data.tokenizer).read_bytes())
+    return str(folder)
+
+
+@pytest.fixture
+def config(weights, tmp_path) -> BatchConfig:
+    return BatchConfig(
+        weights=weights,
+        mesh=MeshConfig(data=2, expert=2, tensor=2),
+        input=(str(tmp_path / "in.jsonl"),),
+        output=str(tmp_path / "out"),
+        sampling=SamplingConfig(max_tokens=5),
+        chat_template=TEMPLATE,
+        shard_size=4,
+        seed=3,
+    )
+
+
+def test_requests_are_answered_in_order_with_their_ids(config, tmp_path, monkeypatch):
+    records = [
+        {"id": "a", "prompt": "The number 4"},
+        {"prompt": [40, 41, 42], "max_tokens": 2, "n": 2},
+        {"id": {"row": 7}, "prompt": "The", "logprobs": 1, "echo": True, "max_tokens": 1},
+        {"id": "a", "prompt": ["The number 4", "The square"], "seed": 9, "stop": "zzz"},
+        {"id": None, "messages": [{"role": "user", "content": "4?"}], "temperature": 0},
+    ]
+    write_lines(tmp_path / "in.jsonl", records)
+    found = answer(config, monkeypatch)
+    assert [line["index"] for line in found] == [0, 1, 2, 3, 4]
+    assert [line["id"] for line in found] == ["a", None, {"row": 7}, "a", None]
+    assert [len(line["choices"]) for line in found] == [1, 2, 1, 2, 1]
+    assert [choice["finish_reason"] for choice in found[1]["choices"]] == ["length"] * 2
+    assert found[1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    scored = found[2]["choices"][0]
+    assert scored["text"].startswith("The")
+    tokens = scored["logprobs"]["tokens"]
+    assert "".join(tokens).startswith("The")
+    assert scored["logprobs"]["token_logprobs"] == [None] + [-0.5] * (len(tokens) - 1)
+    assert found[4]["choices"][0]["message"]["role"] == "assistant"
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    counts = (summary["requests"], summary["answered"], summary["failed"], summary["shards"])
+    assert counts == (5, 5, 0, 2)
+    assert summary["finish_reasons"] == {"length": 7}
+    assert summary["completion_tokens"] == sum(len_of(line) for line in found)
+
+
+def len_of(line: dict) -> int:
+    return line["usage"]["completion_tokens"]
+
+
+def test_what_is_wrong_with_a_request_is_said_of_it_and_the_job_goes_on(
+    config, tmp_path, monkeypatch
+):
+    bad = {
+        b'{"prompt": "The", "temprature": 1}': ("temprature", "there is no parameter"),
+        b'{"prompt": "The", "temperature": "hot"}': ("temperature", "should be a number from 0"),
+        b'{"prompt": "The", "max_tokens": 3.5}': ("max_tokens", "should be a whole number from 1"),
+        b'{"prompt": "The", "max_tokens": 500}': ("max_tokens", "longer than the model's context"),
+        b'{"prompt": ""}': ("prompt", "the prompt is empty"),
+        b'{"id": 4}': ("prompt", "should be a text"),
+        b'{"prompt": [1, 320]}': ("prompt", "not from 0 to 319"),
+        b'{"prompt": ["The", ""]}': ("prompt", "the prompt is empty"),
+        b'{"prompt": "\\ud800"}': ("prompt", "half of a surrogate pair"),
+        b'{"prompt": "The \xff"}': ("record", "is not UTF-8 at byte 16 (0xff)"),
+        b'{"prompt": "The"': ("record", "is not JSON"),
+        b"[1]": ("record", "is no JSON object but a list"),
+        b'{"prompt": "The", "stream": true}': ("stream", "the answers go to a file"),
+        b'{"prompt": "The", "n": 1000}': ("n", "128 would work"),
+        b'{"messages": [{"role": "user"}]}': ("messages", "content of a message should be text"),
+        b'{"custom_id": "x", "method": "POST", "url": "/v1/embeddings", "body": {}}': (
+            "url",
+            "should be /v1/completions or /v1/chat/completions",
+        ),
+    }
+    good = b'{"prompt": "The"}'
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join([*bad, good]))
+    found = answer(config, monkeypatch)
+    assert len(found) == len(bad) + 1
+    for line, (parameter, words) in zip(found, bad.values(), strict=False):
+        error = line.get("error") or line["response"]["body"]["error"]
+        assert (error["param"], error["type"]) == (parameter, "invalid_request_error")
+        assert words in error["message"]
+    assert found[-1]["choices"][0]["text"]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["answered"], summary["failed"]) == (1, len(bad))
+    assert summary["failures"]["record"] == 3
+    assert summary["failures"]["unknown parameter"] == 1
+
+
+def test_batch_files_of_openai(config, tmp_path, monkeypatch):
+    message = {"model": "grok", "messages": [{"role": "user", "content": "4?"}], "n": 2}
+    write_lines(
+        tmp_path / "in.jsonl",
+        [
+            envelope("a", "/v1/completions", {"model": "grok", "prompt": "The", "logprobs": 2}),
+            envelope("b", "/v1/chat/completions", message),
+            envelope("c", "/v1/completions", {"prompt": "The", "logit_bias": {}}),
+        ],
+    )
+    first, second, third = answer(config, monkeypatch)
+    assert [each["custom_id"] for each in (first, second, third)] == ["a", "b", "c"]
+    assert [each["response"]["status_code"] for each in (first, second, third)] == [200, 200, 400]
+    completion = first["response"]["body"]
+    assert (completion["object"], completion["model"]) == ("text_completion", "grok")
+    assert len(completion["choices"][0]["logprobs"]["top_logprobs"][0]) == 2
+    assert len(second["response"]["body"]["choices"]) == 2
+    assert third["response"]["body"]["error"]["param"] == "logit_bias"
+
+
+def envelope(name: str, url: str, body: dict) -> dict:
+    return {"custom_id": name, "method": "POST", "url": url, "body": body}
+
+
+def test_files_of_all_kinds_and_a_bucket_give_the_same_answers(config, tmp_path, monkeypatch):
+    records = [{"id": n, "prompt": f"The number {n}", "max_tokens": 1 + n % 3} for n in range(10)]
+    write_lines(tmp_path / "in.jsonl", records)
+    expected = answer(config, monkeypatch)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    write_lines(parts / "a.jsonl", records[:3])
+    with gzip.open(parts / "b.jsonl.gz", "wt") as file:
+        file.write("".join(f"{json.dumps(record)}\n" for record in records[3:5]))
+    parquet.write_table(pyarrow.Table.from_pylist(records[5:]), parts / "c.parquet")
+    (parts / "notes.txt").write_text("not read")
+    several = dataclasses.replace(
+        config, input=(str(parts / "*.jsonl*"), str(parts)), output=str(tmp_path / "several")
+    )
+    doubled = answer(several, monkeypatch)
+    assert [line["id"] for line in doubled] == [0, 1, 2, 3, 4, *range(10)]
+    with bucket():
+        for file in parts.iterdir():
+            storage.copy(file, f"gs://bucket/in/{file.name}")
+        remote = dataclasses.replace(
+            config, input=("gs://bucket/in/*.[jp]*",), output="gs://bucket/out"
+        )
+        answer(remote, monkeypatch)
+        text = b"".join(
+            storage.read_bytes(f"gs://bucket/out/answers/{number:06d}.jsonl") for number in range(3)
+        )
+    assert [json.loads(line) for line in text.splitlines()] == expected
+
+
+@pytest.fixture
+def job(config, tmp_path) -> BatchConfig:
+    """A job of forty requests, not yet begun."""
+    records = [{"id": n, "prompt": f"The number {n}", "max_tokens": 1 + n % 7} for n in range(40)]
+    write_lines(tmp_path / "in.jsonl", records)
+    return config
+
+
+def answers_and_counts(output: str) -> tuple[list[dict], dict]:
+    summary = json.loads((Path(output) / "summary.json").read_text())
+    times = ("seconds", "prompt_tokens_per_second", "completion_tokens_per_second")
+    return lines(Path(output)), {key: summary[key] for key in summary if key not in times}
+
+
+def test_a_job_killed_ten_times_answers_each_request_once(job, tmp_path, monkeypatch):
+    answer(job, monkeypatch)
+    broken = dataclasses.replace(job, output=str(tmp_path / "broken"))
+    draw = random.Random(0)
+    done = []
+    for _ in range(10):
+        with pytest.raises(Killed):
+            answer(broken, monkeypatch, draw.randrange(1, 12))
+        done.append(len(lines(Path(broken.output))))
+    assert sorted(done) == done
+    assert 0 < done[-1] < 40
+    answer(broken, monkeypatch)
+    assert answers_and_counts(broken.output) == answers_and_counts(job.output)
+
+
+def test_processes_that_are_stopped_or_killed_leave_whole_shards(job, tmp_path, monkeypatch):
+    answer(job, monkeypatch)
+    both = dataclasses.replace(job, output=str(tmp_path / "both"))
+    words = [
+        *(str(job_file(tmp_path, both)), "mesh.data=2", "mesh.expert=2", "mesh.tensor=2"),
+        *("sampling.max_tokens=5", "shard_size=4", "seed=3"),
+    ]
+    stopped = Process(words, 0, 2, at=9, signal=signal.SIGTERM)
+    killed = Process(words, 1, 2, at=12)
+    code, said = stopped.end()
+    assert code == SAVED, said
+    assert "asked to stop; the same command goes on" in said
+    assert killed.end()[0] == -signal.SIGKILL
+    assert 0 < len(lines(tmp_path / "both")) < 40
+    # One process goes on with what two have left.
+    answer(both, monkeypatch)
+    assert answers_and_counts(both.output) == answers_and_counts(job.output)
+
+
+def job_file(folder: Path, config: BatchConfig) -> Path:
+    file = folder / "job.yaml"
+    template = json.dumps(config.chat_template)
+    text = (
+        f"weights: {config.weights}\ninput: {json.dumps(config.input)}\noutput: {config.output}\n"
+    )
+    file.write_text(f"{text}chat_template: {template}\n")
+    return file
+
+
+def test_another_job_in_the_same_folder_is_refused(config, tmp_path, monkeypatch):
+    write_lines(tmp_path / "in.jsonl", [{"prompt": "The"}] * 3)
+    answer(config, monkeypatch)
+    hotter = dataclasses.replace(config, sampling=SamplingConfig(max_tokens=5, temperature=0.5))
+    with pytest.raises(ConfigError, match=r"sampling.temperature was 1.0 and is 0.5; what it was"):
+        answer(hotter, monkeypatch)
+    answer(dataclasses.replace(config, mesh=MeshConfig(data=1, expert=2, tensor=4)), monkeypatch)
+    write_lines(tmp_path / "in.jsonl", [{"prompt": "The"}] * 2 + [{"prompt": "A"}])
+    with pytest.raises(ConfigError, match=r"another job: input.sha256 was"):
+        answer(config, monkeypatch)
+    (tmp_path / "out" / "job.json").unlink()
+    with pytest.raises(ConfigError, match=r"has answers and no job.json"):
+        answer(config, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("in.txt", "The", "is neither JSON lines nor Parquet by its name"),
+        ("in.jsonl", "\n", "has no requests"),
+        ("other.jsonl", "{}", "in.jsonl does not exist"),
+    ],
+)
+def test_input_that_cannot_be_used(config, tmp_path, monkeypatch, name, text, words):
+    (tmp_path / name).write_text(text)
+    given = name if name == "in.txt" else "in.jsonl"
+    with pytest.raises(DataError, match=words):
+        answer(dataclasses.replace(config, input=(str(tmp_path / given),)), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("sampling.temperature=-1", "sampling.temperature must be at least 0, not -1"),
+        ("sampling.min_tokens=500", "sampling.min_tokens=500 is more than max_tokens=128"),
+        ("sampling.temprature=1", "did you mean sampling.temperature"),
+        ("replica=hosts", "replica must be 'host' or 'all'"),
+        ("output=3", 'output must be text, not 3; did you mean "3"'),
+    ],
+)
+def test_refused_configs(tmp_path, override, words):
+    file = tmp_path / "job.yaml"
+    file.write_text("weights: w\ninput: [in.jsonl]\noutput: out\n")
+    with pytest.raises(ConfigError, match=words):
+        load_config(file, [override], BatchConfig)
+    file.write_text("weights: w\n")
+    with pytest.raises(ConfigError, match=r"input, output must be set\."):
+        load_config(file, [], BatchConfig)

@@ -1,0 +1,94 @@
+"""An engine without a model: its tokens are a hash of prompt, seed and place, so they depend on the
+request alone, as the real one's do."""
+
+import hashlib
+from collections import deque
+
+from grok.data.tokenizer import StreamDecoder, Tokenizer
+from grok.infer.request import EngineStats, Output, Request, RequestError, TokenLogprobs
+
+
+class FakeEngine:
+    def __init__(self, tokenizer: Tokenizer, context_length: int = 128, slots: int = 4):
+        self._tokenizer, self._context_length, self._slots = tokenizer, context_length, slots
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []
+        self._tokens_in = self._tokens_out = 0
+        self._cancelled: list[Output] = []
+
+    @property
+    def unfinished(self) -> int:
+        return len({each.request.id for each in [*self._waiting, *self._running]})
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            self._tokens_in, 0, self._tokens_out, 0, len(self._running), len(self._waiting), 0, 0, 0
+        )
+
+    def submit(self, request: Request) -> None:
+        length, new = len(request.prompt), request.params.max_tokens
+        if length + new > self._context_length:
+            raise RequestError(
+                "max_tokens",
+                f"a prompt of {length} tokens with {new} new ones is longer than the model's "
+                f"context of {self._context_length}.",
+            )
+        for choice in range(request.params.n):
+            self._waiting.append(_Sequence(request, choice, self._tokenizer))
+
+    def cancel(self, request_id: str) -> None:
+        for each in [*self._waiting, *self._running]:
+            if each.request.id == request_id:
+                self._cancelled.append(Output(request_id, each.choice, finish_reason="cancelled"))
+        self._waiting = deque(each for each in self._waiting if each.request.id != request_id)
+        self._running = [each for each in self._running if each.request.id != request_id]
+
+    def step(self) -> list[Output]:
+        outputs, self._cancelled = self._cancelled, []
+        while self._waiting and len(self._running) < self._slots:
+            self._running.append(self._waiting.popleft())
+            self._tokens_in += len(self._running[-1].request.prompt)
+        outputs += [each.step() for each in self._running]
+        self._tokens_out += len(self._running)
+        self._running = [each for each in self._running if not each.finished]
+        return outputs
+
+
+class _Sequence:
+    def __init__(self, request: Request, choice: int, tokenizer: Tokenizer):
+        self.request, self.choice = request, choice
+        self._tokenizer = tokenizer
+        self._decoder = StreamDecoder(tokenizer, after=request.prompt)
+        self._made = 0
+        self.finished = False
+
+    def step(self) -> Output:
+        params = self.request.params
+        key = f"{self.request.prompt} {params.seed} {self.choice} {self._made}"
+        token = 4 + int.from_bytes(hashlib.blake2b(key.encode()).digest()[:4]) % (
+            self._tokenizer.vocab_size - 4
+        )
+        self._made += 1
+        self.finished = self._made == params.max_tokens
+        text = self._decoder.push(token) + (self._decoder.flush() if self.finished else "")
+        return Output(
+            self.request.id,
+            self.choice,
+            (token,),
+            text,
+            (_logprobs(token, params.logprobs),) if params.logprobs is not None else None,
+            self._of_prompt() if self._made == 1 and self.choice == 0 else None,
+            "length" if self.finished else None,
+        )
+
+    def _of_prompt(self) -> tuple[TokenLogprobs | None, ...] | None:
+        count = self.request.params.prompt_logprobs
+        if count is None:
+            return None
+        return (None, *(_logprobs(token, count) for token in self.request.prompt[1:]))
+
+
+def _logprobs(token: int, count: int) -> TokenLogprobs:
+    top = tuple((token + place, -0.5 - place) for place in range(count))
+    return TokenLogprobs(token, -0.5, top)

@@ -1,0 +1,330 @@
+"""`grok serve` over loopback, asked by OpenAI's client and by others that mean no good."""
+
+import contextlib
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import httpx
+import openai
+import pytest
+
+from grok.config_files import checked
+from grok.data.tokenizer import Tokenizer
+from grok.errors import ConfigError
+from grok.infer.chat import make_renderer
+from grok.infer.openai import BodyReader
+from grok.serve.app import App
+from grok.serve.config import ServeConfig
+from grok.serve.run import make_server, read_keys
+from grok.serve.worker import Worker
+from tests.infer.fake_engine import FakeEngine
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+KEY = "correct horse"
+
+
+class Gated(FakeEngine):
+    """Steps only while its gate is open, and breaks down on demand."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__(tokenizer)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.broken = False
+        self.cancelled: set[str] = set()
+
+    def step(self):
+        if self.broken:
+            raise RuntimeError("out of memory")
+        return super().step() if self.gate.wait(0.01) else []
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.add(request_id)
+        super().cancel(request_id)
+
+
+@contextlib.contextmanager
+def serving(tokenizer: Tokenizer, keys: list[str], **settings) -> Iterator[SimpleNamespace]:
+    config = ServeConfig(weights="runs/tiny", port=0, **settings)
+    engine = Gated(tokenizer)
+    failures: list[BaseException] = []
+    worker = Worker(engine, failures.append)
+    reader = BodyReader(
+        tokenizer,
+        config.sampling,
+        128,
+        make_renderer(TEMPLATE, tokenizer),
+        config.max_choices,
+    )
+    app = App(config, "tiny", worker, reader, tokenizer, keys)
+    server = make_server(app, config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    client = openai.OpenAI(api_key=KEY, base_url=f"{url}/v1", max_retries=0)
+    http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"})
+    with client, http:
+        yield SimpleNamespace(client=client, http=http, engine=engine, worker=worker, url=url)
+        engine.gate.set()
+    server.should_exit = True
+    thread.join()
+
+
+def wait_until(reached) -> None:
+    until = time.monotonic() + 20
+    while not reached():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_run) -> Tokenizer:
+    return Tokenizer.load(tiny_run.data.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer):
+    limits = {"max_body_bytes": 4000, "max_prompt_tokens": 100, "max_choices": 4, "max_queue": 2}
+    with serving(tokenizer, [KEY, "another"], **limits) as found:
+        yield found
+
+
+# ---- what is asked as OpenAI's client asks it
+
+
+def test_a_completion(server):
+    asked = {"model": "tiny", "prompt": "The number 4", "max_tokens": 6, "seed": 5}
+    answer = server.client.completions.create(**asked, n=2, logprobs=2, echo=True)
+    assert (answer.object, answer.model) == ("text_completion", "tiny")
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert all(choice.text.startswith("The number 4") for choice in answer.choices)
+    logprobs = answer.choices[0].logprobs
+    assert "".join(logprobs.tokens).startswith("The number 4")
+    assert logprobs.token_logprobs[0] is None
+    assert logprobs.text_offset[:2] == [0, len(logprobs.tokens[0])]
+    assert len(logprobs.top_logprobs[-1]) == 2
+    assert answer.usage.completion_tokens == 12
+    assert answer.usage.total_tokens == 12 + answer.usage.prompt_tokens
+    assert server.client.completions.create(**asked).choices[0].finish_reason == "length"
+
+
+def test_a_stream_adds_up_to_what_is_not_streamed(server):
+    asked = {"model": "tiny", "prompt": ["The", "A"], "max_tokens": 20, "seed": 5, "logprobs": 0}
+    whole = server.client.completions.create(**asked)
+    texts, tokens, usage = ["", ""], [[], []], None
+    stream = server.client.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    )
+    for part in stream:
+        usage = part.usage or usage
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+            tokens[choice.index] += choice.logprobs.tokens
+    assert texts == [choice.text for choice in whole.choices]
+    assert tokens == [choice.logprobs.tokens for choice in whole.choices]
+    assert usage == whole.usage
+
+
+def test_chat(server):
+    messages = [{"role": "user", "content": "How many?"}]
+    asked = {"model": "tiny", "messages": messages, "max_completion_tokens": 7, "seed": 1}
+    answer = server.client.chat.completions.create(**asked, logprobs=True, top_logprobs=3)
+    assert answer.choices[0].message.role == "assistant"
+    (first, *_) = answer.choices[0].logprobs.content
+    assert (first.logprob, len(first.top_logprobs)) == (-0.5, 3)
+    text = ""
+    for part in server.client.chat.completions.create(**asked, stream=True):
+        assert part.object == "chat.completion.chunk"
+        text += part.choices[0].delta.content or ""
+    assert text == answer.choices[0].message.content
+    prompt = "user: How many?\nassistant:"
+    plain = server.client.completions.create(model="tiny", prompt=prompt, max_tokens=7, seed=1)
+    assert plain.choices[0].text == text
+
+
+def test_scores_of_a_text_alone(server):
+    answer = server.client.completions.create(
+        model="tiny", prompt="The number 4", max_tokens=0, echo=True, logprobs=1
+    )
+    (choice,) = answer.choices
+    assert choice.text == "The number 4"
+    assert len(choice.logprobs.tokens) == answer.usage.prompt_tokens
+    assert answer.usage.completion_tokens == 0
+
+
+def test_without_a_seed_each_answer_is_another(server):
+    asked = {"model": "tiny", "prompt": "The", "max_tokens": 20}
+    texts = {server.client.completions.create(**asked).choices[0].text for _ in range(2)}
+    assert len(texts) == 2
+
+
+def test_models_health_metrics_and_page(server):
+    assert [model.id for model in server.client.models.list()] == ["tiny"]
+    assert server.client.models.retrieve("tiny").owned_by == "grok"
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    server.client.completions.create(model="tiny", prompt="The", max_tokens=3)
+    metrics = server.http.get("/metrics").text
+    found = re.search(r'grok_requests_total\{code="200",path="/v1/completions"\} (\S+)', metrics)
+    assert found
+    assert float(found[1]) >= 1
+    assert float(re.search(r"\ngrok_tokens_out_total (\S+)", metrics)[1]) >= 3
+    assert "grok_time_to_first_token_seconds_count" in metrics
+    page = httpx.get(server.url)
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert not re.search(r"(src|href)=\"(?!data:)", page.text)
+
+
+# ---- what is refused
+
+GOOD = {"model": "tiny", "prompt": "The", "max_tokens": 2}
+
+
+def body(**changes) -> dict:
+    return {"json": {**GOOD, **changes}}
+
+
+BAD = {
+    "no key": (401, "Bearer KEY", {"headers": {"Authorization": ""}, **body()}),
+    "a wrong key": (401, "Bearer KEY", {"headers": {"Authorization": "Bearer x"}, **body()}),
+    "another scheme": (401, "Bearer KEY", {"headers": {"Authorization": f"Basic {KEY}"}, **body()}),
+    "another host": (400, None, {"headers": {"Host": "evil.example"}, **body()}),
+    "no such route": (404, "/v1/embeddings", {"path": "/v1/embeddings", **body()}),
+    "another method": (405, "Method Not Allowed", {"method": "GET"}),
+    "no JSON type": (415, "should be application/json", {"content": b"{}"}),
+    "no JSON": (400, "not JSON", {"data": b'{"prompt": '}),
+    "not UTF-8": (400, "not UTF-8 at byte 12", {"data": b'{"prompt": "\xff"}'}),
+    "nested too deeply": (400, "not JSON", {"data": b"[" * 3900}),
+    "no object": (400, "should be a JSON object", {"json": [GOOD]}),
+    "too large": (413, "larger than 4000 bytes", body(prompt="x" * 4000)),
+    "another model": (404, "there is no model 'gpt-4'", body(model="gpt-4")),
+    "no prompt": (400, "prompt should be a text", {"json": {"model": "tiny"}}),
+    "an empty prompt": (400, "the prompt is empty", body(prompt="")),
+    "a prompt of another kind": (400, "prompt should be a text", body(prompt={"text": "The"})),
+    "a token that is none": (400, "not from 0 to 319", body(prompt=[320])),
+    "too long a prompt": (400, "100 at most are read", body(prompt=[40] * 101)),
+    "too long an answer": (400, "longer than the model's context", body(max_tokens=128)),
+    "too many answers": (400, "4 would work", body(n=5)),
+    "a parameter out of range": (400, "top_p=1.5 should be a number from 0", body(top_p=1.5)),
+    "a parameter of another type": (400, "temperature='hot' should be", body(temperature="hot")),
+    "not a number": (
+        400,
+        "temperature=nan should be",
+        {"data": b'{"prompt": "The", "temperature": NaN}'},
+    ),
+    "an unknown parameter": (400, "there is no parameter 'suffix'", body(suffix="x")),
+    "a stream of the best": (400, "cannot be streamed", body(stream=True, best_of=2)),
+    "half a surrogate": (400, "half of a surrogate", {"data": b'{"prompt": "\\ud800"}'}),
+    "chat without messages": (
+        400,
+        "messages should be a list",
+        {"path": "/v1/chat/completions", "json": {"model": "tiny"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_requests(server, kind):
+    status, words, request = BAD[kind]
+    request = {"method": "POST", "path": "/v1/completions", **request}
+    if "data" in request:
+        request["content"] = request.pop("data")
+        request["headers"] = {"Content-Type": "application/json"}
+    answer = server.http.request(request.pop("method"), request.pop("path"), **request)
+    assert answer.status_code == status, answer.text
+    if words is not None:
+        error = answer.json()["error"]
+        assert words in error["message"]
+        assert error["type"]
+    assert server.worker.live == 0
+    good = server.http.post("/v1/completions", json=GOOD)
+    assert good.status_code == 200
+
+
+def test_what_the_client_makes_of_refusals(server):
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client.completions.create(**{**GOOD, "temperature": -1})
+    assert (caught.value.param, caught.value.type) == ("temperature", "invalid_request_error")
+    with pytest.raises(openai.NotFoundError):
+        server.client.models.retrieve("gpt-4")
+
+
+def test_more_requests_than_the_queue_holds_are_sent_away(server):
+    server.engine.gate.clear()
+    streams = [server.client.completions.create(**GOOD, stream=True) for _ in range(2)]
+    with pytest.raises(openai.RateLimitError, match="try again in a moment") as caught:
+        server.client.completions.create(**GOOD)
+    assert caught.value.response.headers["retry-after"] == "1"
+    server.engine.gate.set()
+    assert [len(list(stream)) for stream in streams] == [2, 2]
+    wait_until(lambda: server.worker.live == 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(server, stream):
+    server.engine.gate.clear()
+    server.engine.cancelled.clear()
+    request = {"json": {**GOOD, "max_tokens": 100, "stream": stream}, "timeout": 0.3}
+    leaving = server.http.stream("POST", "/v1/completions", **request)
+    with contextlib.suppress(httpx.ReadTimeout), leaving as answer:
+        next(answer.iter_bytes())
+    wait_until(lambda: server.worker.live == 0)
+    server.engine.gate.set()
+    wait_until(lambda: server.engine.cancelled and server.engine.unfinished == 0)
+
+
+def test_time_is_limited(tokenizer):
+    with serving(tokenizer, [], max_seconds=0.3) as server:
+        server.engine.gate.clear()
+        with pytest.raises(openai.InternalServerError, match=r"more than the 0.3 s") as caught:
+            server.client.completions.create(**GOOD)
+        assert caught.value.status_code == 504
+        with pytest.raises(openai.APIError, match=r"more than the 0.3 s"):
+            list(server.client.completions.create(**GOOD, stream=True))
+
+
+def test_an_engine_that_breaks_down(tokenizer):
+    with serving(tokenizer, []) as server:
+        server.engine.broken = True
+        with pytest.raises(openai.InternalServerError, match="broken down"):
+            server.client.completions.create(**GOOD)
+        answer = httpx.get(f"{server.url}/health")
+        assert (answer.status_code, answer.json()) == (503, {"status": "failed"})
+        with pytest.raises(openai.InternalServerError, match="broken down"):
+            server.client.completions.create(**GOOD)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("host=0.0.0.0", "lets other machines in, and there are no keys"),
+        ("port=70000", "port=70000 is no port"),
+        ("api_keys_file=missing.txt", "missing.txt: No such file"),
+        ("max_queue=0", "max_queue must be more than 0"),
+    ],
+)
+def test_refused_configs(monkeypatch, override, words):
+    monkeypatch.delenv("GROK_API_KEYS", raising=False)
+    with pytest.raises(ConfigError, match=words):
+        read_keys(checked({"weights": "w"}, [override], ServeConfig, "w"))
+
+
+def test_keys_of_the_environment_and_of_a_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("GROK_API_KEYS", "one two")
+    file = tmp_path / "keys"
+    file.write_text("# of the team\nthree four\n\nfive\n")
+    config = ServeConfig(weights="w", host="0.0.0.0", api_keys_file=str(file))
+    assert read_keys(config) == ["one", "two", "three four", "five"]
+
+
+def test_what_comes_out_is_json_line_by_line(server):
+    with server.http.stream("POST", "/v1/completions", json={**GOOD, "stream": True}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = answer.read().decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    for event in events[:-2]:
+        assert json.loads(event.removeprefix("data: "))["object"] == "text_completion"
