@@ -10,8 +10,8 @@ from typing import Literal
 
 from grok.config import RunConfig, check_fits, check_model_fits
 from grok.errors import ConfigError
-from grok.plan.figures import Plan
-from grok.plan.remedies import BYTES, SHARE_FOR_STATE, state_bytes
+from grok.plan.figures import Plan, batch_of
+from grok.plan.remedies import BYTES, state_bytes
 from grok.plan.slices import Slice
 
 REMAT: tuple[Literal["dots", "full"], ...] = ("dots", "full")
@@ -36,8 +36,8 @@ def candidates(config: RunConfig, slice_: Slice) -> list[Candidate]:
     found = [each for each in _legal(config, slice_) if _holds(each.config, slice_)]
     if not found:
         raise ConfigError(
-            f"no mesh on {slice_} leaves {1 - SHARE_FOR_STATE:.0%} of its memory beside the state; "
-            "a larger slice, or optimizer.moments_dtype=bfloat16, would work."
+            f"no mesh on {slice_} has room for the state and a row on each of its chips; a larger "
+            "slice, or fewer bytes a parameter as with optimizer.moments_dtype=bfloat16, may work."
         )
     return sorted(found, key=lambda each: each.seconds)
 
@@ -102,12 +102,23 @@ def _divisors(number: int) -> list[int]:
 
 
 def _holds(config: RunConfig, slice_: Slice) -> bool:
-    """Whether the state leaves room for the rest."""
-    shards = slice_.num_chips // slice_.count
+    """Whether state and a rough count of the rest fit a chip: what is kept of each layer for the
+    backward pass, a layer's weights and their gradients, rows on their way, the table."""
+    model, mesh = config.model, config.mesh
+    shards = mesh.data * mesh.expert * mesh.tensor / slice_.chip.devices
+    state = state_bytes(config) * model.num_parameters() / shards
+    rows, length = batch_of(config)
+    tokens = rows / (mesh.slice * mesh.data * mesh.expert * config.train.accumulate)
+    tokens *= 1 if config.plan.program == "decode" else length
+    layer = 2 * model.num_parameters() / model.num_layers / (mesh.expert * mesh.tensor)
+    table = 2 * model.vocab_size * model.embed_dim / mesh.tensor
+    moving = 4 * tokens * mesh.expert * model.embed_dim
+    kept = {"none": 16, "dots": 4, "full": 1}[model.remat] * tokens * model.embed_dim
     if config.plan.program != "train":
-        shards = min(shards, config.mesh.data * config.mesh.expert * config.mesh.tensor)
-    state = state_bytes(config) * config.model.num_parameters() / shards
-    return state <= 0.8 * slice_.chip.hbm
+        temporaries = 2 * table + 3 * moving
+    else:
+        temporaries = 2 * kept * model.num_layers + 8 * layer + 3 * table + 3 * moving
+    return state + temporaries <= slice_.chip.hbm
 
 
 def _guess(config: RunConfig, sizes: dict[str, int], slice_: Slice) -> float:
