@@ -13,7 +13,7 @@ from collections import defaultdict
 import numpy as np
 
 from grok.plan.collectives import COLLECTIVES, bytes_sent, cuts, replica_groups
-from grok.plan.hlo import Array, Computation, Instruction, parse
+from grok.plan.hlo import Array, Computation, Instruction, inlined, parse
 from grok.plan.products import flops, stated
 
 # Names, views and bookkeeping: nothing is read or written.
@@ -25,6 +25,10 @@ FREE = {
 
 # What puts a part into an array, in place, and which operand the part is.
 PUTS = {"dynamic-update-slice": 1, "scatter": 2}
+
+
+# What passes each element on: inside a fusion, only those that are asked for.
+SAME = ("bitcast", "convert", "copy", "reshape", "transpose")
 
 
 @dataclasses.dataclass
@@ -71,6 +75,7 @@ class CompiledProgram:
         self._loop_count = loop_count
         self._branch_share = branch_share
         self._costs: dict[str, Cost] = {}
+        self._inlined: dict[str, Computation] = {}
 
     def cost(self) -> Cost:
         """Of one run of the whole program."""
@@ -108,7 +113,7 @@ class CompiledProgram:
         if "_xla_megascale_transfer_type" in one.attributes:
             return self._between_slices(inside, one, total)
         if one.opcode == "fusion":
-            inside = self._computations[one.called("calls")[0]]
+            inside = self._fused(one)
         for each in inside.values() if one.opcode == "fusion" else [one]:
             total.flops += flops(inside, each)
             kind = each.opcode.removesuffix("-start")
@@ -176,6 +181,12 @@ class CompiledProgram:
             return int(one.operands[0])
         return None
 
+    def _fused(self, one: Instruction) -> Computation:
+        (name,) = one.called("calls")
+        if name not in self._inlined:
+            self._inlined[name] = inlined(self._computations, name)
+        return self._inlined[name]
+
     # ---- bytes of HBM
 
     def _bytes(self, inside: Computation, one: Instruction) -> float:
@@ -202,7 +213,7 @@ class CompiledProgram:
 
     def _fusion_bytes(self, one: Instruction, operands: list[Instruction]) -> float:
         """Operands and results, but of what is only cut out of or put into: the part alone."""
-        fused = self._computations[one.called("calls")[0]]
+        fused = self._fused(one)
         users: dict[str, list[Instruction]] = {}
         for each in fused.values():
             for name in each.operands:
@@ -217,7 +228,7 @@ class CompiledProgram:
         if roots[0].opcode == "tuple":
             roots = [fused[name] for name in roots[0].operands]
         for root, result in zip(roots, one.arrays, strict=True):
-            while root.opcode in ("bitcast", "convert") and root.operands[0] in fused:
+            while root.opcode in SAME and root.operands[0] in fused:
                 root = fused[root.operands[0]]
             if result.in_hbm:
                 place = PUTS.get(root.opcode)
@@ -275,7 +286,7 @@ def _read(
     for user in users.get(parameter.name, []):
         if user.opcode in ("dynamic-slice", "gather", "slice"):
             total += user.arrays[0].size
-        elif user.opcode == "bitcast":
+        elif user.opcode in SAME:
             total += _read(fused, user, users, size)
         elif user.opcode == "scatter" and user.operands[0] == parameter.name:
             total += fused[user.operands[PUTS["scatter"]]].arrays[0].size

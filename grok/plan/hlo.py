@@ -78,6 +78,33 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     return computations, entry
 
 
+def inlined(computations: dict[str, Computation], name: str) -> Computation:
+    """A computation with the fusions inside it replaced by what they fuse."""
+    result: Computation = {}
+    for one in computations[name].values():
+        if one.opcode != "fusion":
+            result[one.name] = one
+            continue
+        inner = inlined(computations, one.called("calls")[0])
+        for each in inner.values():
+            operands = tuple(f"{one.name}/{o}" if o in inner else o for o in each.operands)
+            new = dataclasses.replace(
+                each, name=f"{one.name}/{each.name}", operands=operands, is_root=False
+            )
+            if each.opcode == "parameter":
+                given = one.operands[int(each.operands[0])]
+                new = dataclasses.replace(new, opcode="bitcast", operands=(given,))
+            result[new.name] = new
+            if each.is_root:
+                several = each.opcode == "tuple"
+                result[one.name] = dataclasses.replace(
+                    one,
+                    opcode="tuple" if several else "bitcast",
+                    operands=operands if several else (new.name,),
+                )
+    return result
+
+
 def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
     opcode = _OPCODE.search(rest)
     assert opcode, rest

@@ -74,6 +74,46 @@ def test_rows_that_are_added_in_place_are_all_that_is_moved():
     assert CompiledProgram(PUT, MESH).cost().hbm == 3 * part + indices
 
 
+NESTED = """
+%other_layout (p: s8[64,128,256]) -> s8[64,128,256] {
+  %p = s8[64,128,256]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %same = s8[64,128,256]{2,1,0:T(8,128)(4,1)} copy(%p)
+}
+
+%product (x: bf16[8,128], w: bf16[128,256]) -> f32[8,256] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %w = bf16[128,256]{1,0} parameter(1)
+  ROOT %y = f32[8,256]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+}
+
+%fused (w.1: s8[64,128,256], layer: s32[], x.1: bf16[8,128]) -> f32[8,256] {
+  %w.1 = s8[64,128,256]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %layer = s32[]{:T(128)S(6)} parameter(1)
+  %x.1 = bf16[8,128]{1,0} parameter(2)
+  %laid_out = s8[64,128,256]{2,1,0:T(8,128)(4,1)} fusion(%w.1), kind=kLoop, calls=%other_layout
+  %zero = s32[] constant(0)
+  %part = s8[1,128,256]{2,1,0} dynamic-slice(%laid_out, %layer, %zero, %zero)
+  %flat = s8[128,256]{1,0} bitcast(%part)
+  %wide = bf16[128,256]{1,0} convert(%flat)
+  ROOT %y.1 = f32[8,256]{1,0} fusion(%x.1, %wide), kind=kOutput, calls=%product
+}
+
+ENTRY %main (w.2: s8[64,128,256], layer.1: s32[], x.2: bf16[8,128]) -> f32[8,256] {
+  %w.2 = s8[64,128,256]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %layer.1 = s32[]{:T(128)S(6)} parameter(1)
+  %x.2 = bf16[8,128]{1,0} parameter(2)
+  ROOT %y.2 = f32[8,256]{1,0} fusion(%w.2, %layer.1, %x.2), kind=kOutput, calls=%fused
+}
+"""
+
+
+def test_fusions_inside_fusions_are_looked_through():
+    cost = CompiledProgram(NESTED, MESH).cost()
+    assert cost.flops == 2 * 8 * 128 * 256
+    # One layer of the int8 weights as int8, the rows, the result.
+    assert cost.hbm == 128 * 256 + 8 * 128 * 2 + 8 * 256 * 4
+
+
 @pytest.mark.parametrize(
     ("attributes", "groups"),
     [
