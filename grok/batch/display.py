@@ -18,7 +18,9 @@ class Display:
         """Of a job, or a process's share of it, that has `requests`, `done` of them before."""
         self._console = Console(quiet=quiet)
         self._watched = self._console.is_terminal
-        self._requests, self._before = requests, done
+        self._requests = requests
+        # Requests, tokens and time since when the pace is taken: the first steps are compiled.
+        self._since: tuple[int, int, int, float] | None = None
         self._progress = Progress(
             TextColumn("requests"),
             MofNCompleteColumn(),
@@ -28,7 +30,7 @@ class Display:
             disable=quiet or not self._watched,
         )
         self._task = self._progress.add_task("", total=requests, completed=done, note="")
-        self._began = self._said = time.monotonic()
+        self._said = time.monotonic()
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -40,16 +42,26 @@ class Display:
     def update(self, done: int, tokens_in: int, tokens_out: int) -> None:
         """Shows how many requests are done, and tokens since the start of this process."""
         now = time.monotonic()
-        seconds = max(now - self._began, 1e-9)
-        note = f"{tokens_in / seconds:,.0f} tokens/s in  {tokens_out / seconds:,.0f} tokens/s out"
-        new = done - self._before
-        if new:
-            left = (self._requests - done) * seconds / new
-            note += f"  {duration(left)} left"
+        note = self._pace(done, tokens_in, tokens_out, now)
         self._progress.update(self._task, completed=done, note=note)
         if not self._watched and now - self._said >= SECONDS:
             self._said = now
             say(f"requests {done:,}/{self._requests:,}  {note}", self._console)
+
+    def _pace(self, done: int, tokens_in: int, tokens_out: int, now: float) -> str:
+        if self._since is None:
+            if tokens_out:
+                self._since = done, tokens_in, tokens_out, now
+            return "compiling"
+        first, before_in, before_out, began = self._since
+        seconds = max(now - began, 1e-9)
+        note = (
+            f"{(tokens_in - before_in) / seconds:,.0f} tokens/s in  "
+            f"{(tokens_out - before_out) / seconds:,.0f} tokens/s out"
+        )
+        if done == first:
+            return note
+        return f"{note}  {duration((self._requests - done) * seconds / (done - first))} left"
 
 
 def say(text: str, console: Console | None = None) -> None:

@@ -1,6 +1,7 @@
 """From a config to a model that answers: what `grok batch` and `grok serve` start with."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from grok.checkpoint.checksums import sample_checksum
 from grok.checkpoint.convert import converted
 from grok.checkpoint.load import place
 from grok.checkpoint.open import open_source
-from grok.config import RunConfig, check_model_fits, resolve_mesh
+from grok.config import MESH_AXES, RunConfig, check_model_fits, resolve_mesh
 from grok.config_files import to_dict
 from grok.data.manifest import TOKENIZER
 from grok.data.tokenizer import Tokenizer
@@ -45,6 +46,10 @@ class Model:
                 "model was trained with would work."
             )
         devices = jax.devices() if everywhere else jax.local_devices()
+        wanted = [getattr(config.mesh, axis) for axis in MESH_AXES]
+        if -1 not in wanted and not everywhere:
+            # A host may have more devices than are asked for.
+            devices = devices[: math.prod(wanted)]
         sizes = resolve_mesh(config.mesh, len(devices), self.config)
         check_model_fits(self.config, sizes)
         self.mesh = sharding.make_mesh(

@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 import uvicorn
 
 from grok import storage
 from grok.errors import ConfigError, GrokError
+from grok.infer.request import Request, SamplingParams
 from grok.infer.start import Model
 from grok.serve.app import App
 from grok.serve.config import ServeConfig
@@ -25,6 +27,8 @@ def run(config: ServeConfig) -> None:
     model = Model(config)
     name = config.name or Path(config.weights.rstrip("/")).name
     engine = model.engine(lambda text: click.echo(text, err=True))
+    click.echo("compiling", err=True)
+    warm_up(engine)
     broken: list[BaseException] = []
 
     def stop(error: BaseException) -> None:
@@ -41,6 +45,13 @@ def run(config: ServeConfig) -> None:
         raise GrokError(f"the engine broke down: {broken[0]}") from broken[0]
     if not server.started:
         raise GrokError(f"host={config.host} port={config.port} cannot be listened on.")
+
+
+def warm_up(engine: Any) -> None:
+    """Has the engine answer once, so that its programs are compiled before anyone waits."""
+    engine.submit(Request("warm-up", (0,), SamplingParams(max_tokens=2, ignore_eos=True)))
+    while engine.unfinished:
+        engine.step()
 
 
 def make_server(app: App, config: ServeConfig) -> uvicorn.Server:
