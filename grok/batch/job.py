@@ -184,7 +184,7 @@ def _identity(config: BatchConfig, of_model: dict[str, Any], found: Input) -> di
     return {
         "format": FORMAT,
         **{key: settings[key] for key in ("shard_size", "seed", "sampling", "chat_template")},
-        # How many answers are made at a time changes none of them.
+        # How many answers are made at a time is left out: no more than rounding hangs on it.
         "engine": {
             key: value for key, value in settings["engine"].items() if key not in ("slots", "pages")
         },

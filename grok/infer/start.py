@@ -17,9 +17,9 @@ from grok.config_files import to_dict
 from grok.data.manifest import TOKENIZER
 from grok.data.tokenizer import Tokenizer
 from grok.errors import ConfigError, DataError
+from grok.infer.calls import BodyReader
 from grok.infer.chat import make_renderer
 from grok.infer.config import InferConfig
-from grok.infer.openai import BodyReader
 from grok.infer.weights import config_of, find_tokenizer
 
 

@@ -19,7 +19,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from grok.data.tokenizer import Tokenizer
-from grok.infer.openai import Answers, BodyReader, Call, error_body
+from grok.infer.answers import Answers, error_body
+from grok.infer.calls import BodyReader, Call
 from grok.infer.request import RequestError
 from grok.serve.config import ServeConfig
 from grok.serve.metrics import Metrics

@@ -15,8 +15,8 @@ import pytest
 from grok.config_files import checked
 from grok.data.tokenizer import Tokenizer
 from grok.errors import ConfigError
+from grok.infer.calls import BodyReader
 from grok.infer.chat import make_renderer
-from grok.infer.openai import BodyReader
 from grok.serve.app import App
 from grok.serve.config import ServeConfig
 from grok.serve.run import make_server, read_keys
