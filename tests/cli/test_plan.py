@@ -8,6 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from grok.cli.main import main
+from grok.plan.figures import make_plan
+from tests.plan.test_figures import FOUND
 
 
 def run(*args):
@@ -49,6 +51,41 @@ def test_libtpu_is_asked_for_where_it_is_missing(monkeypatch):
     result = run("grok-10m", "--topology", "v5e:2x2")
     assert result.exit_code == 2
     assert "`pip install 'grok[tpu]'` brings it" in result.stderr
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Nothing is compiled: every config is found to do the same."""
+
+    def compile_plan(config, slice_, price, tell, dump=None, save=None):
+        tell("compiling")
+        return make_plan(config, slice_, FOUND, price)
+
+    monkeypatch.setattr("grok.plan.compile.compile_plan", compile_plan)
+
+
+def test_the_answer_is_text_or_json_and_progress_goes_elsewhere(compiled):
+    text = run("grok-10m", "--topology", "v5p:4x4x4", "--price", "1.5")
+    assert text.exit_code == 0
+    assert text.stdout.startswith("program")
+    assert "a chip-hour costs 1.5 USD (--price)" in text.stdout
+    assert text.stderr == "train step for v5p:4x4x4: compiling\n"
+    answer = json.loads(run("grok-10m", "--topology", "v5p:4x4x4", "--json").stdout)
+    assert answer["fits"] is True
+
+
+def test_slices_are_counted_by_the_option_or_the_config(compiled):
+    option = run("grok-10m", "--topology", "v5p:4x4x4", "--slices", "2")
+    config = run("grok-10m", "--topology", "v5p:4x4x4", "mesh.slice=2")
+    assert "2 slices of v5p:4x4x4, 128 chips" in option.stdout
+    assert option.stdout == config.stdout
+
+
+def test_a_search_compiles_so_many_and_prints_overrides_of_the_best(compiled):
+    result = run("grok-10m", "--topology", "v5e:2x2", "--search", "2")
+    assert result.exit_code == 0
+    assert result.stderr.count("compiling") == 2
+    assert "the best, as overrides:\nmesh.slice=1\nmesh.data=" in result.stdout
 
 
 needs_libtpu = pytest.mark.skipif(
