@@ -12,7 +12,7 @@ from typing import Any
 
 from grok.data.records import BadRecord, parse
 from grok.data.sources import RawRecord
-from grok.infer.answers import Answers, error_body
+from grok.infer.bodies import Answers, error_body
 from grok.infer.calls import CHAT, COMPLETION, BodyReader, Call
 from grok.infer.request import Request, RequestError
 

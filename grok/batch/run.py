@@ -13,7 +13,7 @@ from grok.batch.replicas import Replica
 from grok.data.sources import RawRecord
 from grok.data.tokenizer import Tokenizer
 from grok.errors import SAVED, GrokError
-from grok.infer.answers import Answers
+from grok.infer.bodies import Answers
 from grok.infer.calls import BodyReader
 from grok.infer.request import Output, RequestError
 from grok.infer.start import Model

@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from grok.data.tokenizer import Tokenizer
-from grok.infer.answers import Answers, error_body
+from grok.infer.bodies import Answers, error_body
 from grok.infer.calls import BodyReader, Call
 from grok.infer.request import RequestError
 from grok.serve.config import ServeConfig
