@@ -117,7 +117,7 @@ class MeshConfig:
 
     slice: Annotated[int, Field(description="replicas joined by the data-centre network")] = 1
     data: Annotated[int, Field(description="batch, and parameters sharded over it; -1: rest")] = -1
-    expert: Annotated[int, Field(description="experts are split over it, and the batch")] = 1
+    expert: Annotated[int, Field(description="width of the experts, and the batch")] = 1
     tensor: Annotated[int, Field(description="heads, expert width and vocabulary")] = 1
     simulated_devices: Annotated[
         CountOrZero, Field(description="CPU devices to simulate, over all hosts; 0: real ones")
@@ -775,9 +775,8 @@ def _misfit(model: GrokConfig, sizes: dict[str, int]) -> str:
     """Which axis of the model cannot be split over the mesh; empty when all can."""
     tensor, expert, shards = sizes["tensor"], sizes["expert"], sizes["data"] * sizes["expert"]
     rules = (
-        ("num_experts", model.num_experts, "mesh.expert", expert),
         ("num_heads", model.num_heads, "mesh.tensor", tensor),
-        ("mlp_dim", model.mlp_dim, "mesh.tensor", tensor),
+        ("mlp_dim", model.mlp_dim, "mesh.expert*mesh.tensor", expert * tensor),
         ("vocab_size", model.vocab_size, "mesh.tensor", tensor),
         ("embed_dim", model.embed_dim, "mesh.data*mesh.expert", shards),
     )

@@ -32,8 +32,10 @@ Axes = tuple[str | None, ...]
 class AxisRules:
     """Mesh axes that each logical axis is split over.
 
-    `embed` of most weights is split ZeRO-3 fashion over every chip that sees other tokens;
-    expert weights have `experts` over the expert axis already and split `expert_embed` over data.
+    `embed` of most weights is split ZeRO-3 fashion over every chip that sees other tokens. Of the
+    experts each device has a slice of every one, `mlp` being split over the expert axis too: the
+    devices of a `group` share their tokens, and their work is even however tokens are routed.
+    `expert_embed` is split over data alone.
     """
 
     batch: tuple[str, ...] = BATCH_AXES
@@ -44,9 +46,11 @@ class AxisRules:
     heads: tuple[str, ...] = ("tensor",)
     kv_heads: tuple[str, ...] = ("tensor",)
     head_dim: tuple[str, ...] = ()
-    experts: tuple[str, ...] = ("expert",)
+    group: tuple[str, ...] = ("expert",)
+    experts: tuple[str, ...] = ()
     expert_embed: tuple[str, ...] = ("data",)
-    mlp: tuple[str, ...] = ("tensor",)
+    mlp: tuple[str, ...] = ("expert", "tensor")
+    mlp_rest: tuple[str, ...] = ("tensor",)
     act_embed: tuple[str, ...] = ()
 
 
@@ -107,6 +111,14 @@ def ambient_mesh():
     """The abstract mesh in force, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
+
+
+def platform() -> str:
+    """What a program traced now is for, as "cpu" or "tpu": the mesh's devices, which need not be
+    this machine's, or else the default backend."""
+    mesh = ambient_mesh()
+    device = None if mesh is None else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 @contextlib.contextmanager
@@ -196,10 +208,18 @@ def einsum(subscripts: str, *operands: jax.Array, axes: Axes, **options) -> jax.
     return jnp.einsum(subscripts, *operands, **options)
 
 
-def shard_map(f: Callable, in_axes: Sequence[Axes], out_axes: Axes | tuple[Axes, ...]) -> Callable:
+def shard_map(
+    f: Callable,
+    in_axes: Sequence[Axes],
+    out_axes: Axes | tuple[Axes, ...],
+    *,
+    check_vma: bool = True,
+) -> Callable:
     """`f` run by each device on its own part; plain `f` when there is no mesh.
 
     `in_axes` holds the logical axes of each argument, `out_axes` those of the result or results.
+    With `check_vma` JAX checks that what should be alike on several devices is; kernels that say
+    nothing of it need it off.
     """
     if ambient_mesh() is None:
         return f
@@ -208,7 +228,8 @@ def shard_map(f: Callable, in_axes: Sequence[Axes], out_axes: Axes | tuple[Axes,
         several = bool(axes) and isinstance(axes[0], tuple)
         return tuple(spec(*each) for each in axes) if several else spec(*axes)
 
-    return jax.shard_map(f, in_specs=specs(tuple(in_axes)), out_specs=specs(out_axes))
+    in_specs, out_specs = specs(tuple(in_axes)), specs(out_axes)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
 
 # Collectives, for use inside `shard_map`: over the mesh axes of one logical axis.
@@ -234,6 +255,12 @@ def psum(x: jax.Array, axis: str) -> jax.Array:
     """The sum of `x` over the devices along `axis`."""
     names = _mesh_axes(axis)
     return jax.lax.psum(x, names) if names else x
+
+
+def pmax(x: jax.Array, axis: str) -> jax.Array:
+    """The largest of `x` over the devices along `axis`."""
+    names = _mesh_axes(axis)
+    return jax.lax.pmax(x, names) if names else x
 
 
 def psum_scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:

@@ -13,6 +13,7 @@ from grok.config import GrokConfig
 from grok.model.cache import KVCache
 from grok.model.layers import normal, product, rotate
 from grok.ops.attention import attention
+from grok.ops.flash import flash_attention, suits
 
 
 class Attention(nnx.Module):
@@ -34,14 +35,21 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array, segment_BT: jax.Array, positions_BT: jax.Array):
         """Attention of the rows over themselves, y_BTD."""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions_BT)
-        kv = sharding.kv_axis(self.config.num_kv_heads)
+        c = self.config
+        kv = sharding.kv_axis(c.num_kv_heads)
+        flash = sharding.platform() == "tpu" and suits(x_BTD.shape[1], c.head_dim)
 
         def local(q, k, v, segment):
+            if flash:
+                k, v = self._own_kv_heads(q, k, v)
+                factors = {"multiplier": c.attn_output_multiplier, "cap": c.attn_logit_softcap}
+                return flash_attention(q, k, v, segment, **factors)
             index = jnp.broadcast_to(jnp.arange(q.shape[1])[None, :], segment.shape)
             return self._attend(q, k, v, index, segment, segment)
 
         q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", None, kv, None)
-        form = sharding.shard_map(local, (q_axes, kv_axes, kv_axes, ("batch", None)), q_axes)
+        in_axes = (q_axes, kv_axes, kv_axes, ("batch", None))
+        form = sharding.shard_map(local, in_axes, q_axes, check_vma=not flash)
         return self._output(form(q_BTNH, k_BTKH, v_BTKH, segment_BT))
 
     def step(self, x_BTD: jax.Array, cache: KVCache, layer: jax.Array):
@@ -91,12 +99,7 @@ class Attention(nnx.Module):
     def _attend(self, q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS):
         """The operation on one device's heads."""
         c = self.config
-        group, heads = c.num_heads // c.num_kv_heads, q_BTNH.shape[2]
-        if heads < k_BSKH.shape[2] * group:
-            # This device has all kv heads and fewer query heads than share one of them.
-            first = sharding.index("heads") * heads // group
-            k_BSKH = jax.lax.dynamic_slice_in_dim(k_BSKH, first, 1, axis=2)
-            v_BSKH = jax.lax.dynamic_slice_in_dim(v_BSKH, first, 1, axis=2)
+        k_BSKH, v_BSKH = self._own_kv_heads(q_BTNH, k_BSKH, v_BSKH)
         return attention(
             q_BTNH,
             k_BSKH,
@@ -107,6 +110,15 @@ class Attention(nnx.Module):
             multiplier=c.attn_output_multiplier,
             cap=c.attn_logit_softcap,
         )
+
+    def _own_kv_heads(self, q_BTNH, k_BSKH, v_BSKH):
+        """Keys and values of the query heads that this device has."""
+        group, heads = self.config.num_heads // self.config.num_kv_heads, q_BTNH.shape[2]
+        if heads == k_BSKH.shape[2] * group:
+            return k_BSKH, v_BSKH
+        # This device has all kv heads and fewer query heads than share one of them.
+        first = sharding.index("heads") * heads // group
+        return (jax.lax.dynamic_slice_in_dim(a, first, 1, axis=2) for a in (k_BSKH, v_BSKH))
 
     def _output(self, o_BTNH):
         axes = ("batch", "length", "act_embed")

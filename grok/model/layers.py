@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from grok import sharding
+from grok.ops.cross_entropy import cross_entropy
 from grok.ops.lora import LoraArray
 from grok.ops.quant import QuantizedArray
 from grok.sharding import Axes
@@ -131,6 +132,22 @@ class TokenTable(nnx.Module):
         axes = ("batch", "length"), ("vocab", "embed")
         form = sharding.shard_map(local, axes, ("batch", "length", "act_embed"))
         return form(tokens_BT, self.table_VD[...].astype(dtype))
+
+    def cross_entropy(self, x_BTD, targets_BT, multiplier: float):
+        """Cross-entropy and log-partition of every token, (B, T) float32 each, of the scores times
+        `multiplier`; those of all tokens never exist at once."""
+
+        def local(x_BTD, targets_BT, table_VD):
+            table_VD = sharding.all_gather(table_VD, "embed", dim=1)
+            x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
+            arrays = jax.tree.map(sharding.vary, (x_RD, table_VD, targets_BT.reshape(-1)))
+            losses = cross_entropy(*arrays, multiplier)
+            return tuple(loss_R.reshape(targets_BT.shape) for loss_R in losses)
+
+        tokens = ("batch", "length")
+        axes = (*tokens, "act_embed"), tokens, ("vocab", "embed")
+        form = sharding.shard_map(local, axes, (tokens, tokens))
+        return form(x_BTD, targets_BT, self.table_VD[...].astype(x_BTD.dtype))
 
     def unembed(self, x_BTD: jax.Array, dtype: str) -> jax.Array:
         """Scores of all tokens, logits_BTV in float32."""

@@ -13,6 +13,7 @@ from grok import sharding
 from grok.config import GrokConfig
 from grok.model.layers import normal, quantized_axes
 from grok.ops.experts import experts_tiled, tile_rows
+from grok.ops.experts_grouped import experts_grouped
 from grok.ops.lora import LoraArray
 from grok.ops.quant import QuantizedArray
 
@@ -68,8 +69,8 @@ class MoE(nnx.Module):
         return jax.nn.softmax(logits_BTE, axis=-1)
 
     def _experts(self, x_BTD, gate_BTC, chosen_BTC):
-        """Tokens travel to the experts: each device collects those of its expert group, runs the
-        experts it has on the rows that chose them, and hands the partial sums back."""
+        """Tokens travel to the experts: each device collects those of its group, runs its slice of
+        every expert on the rows that chose it, and hands the partial sums back."""
         C = self.config.num_selected_experts
 
         weights = [w.get_value() for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)]
@@ -97,14 +98,16 @@ class MoE(nnx.Module):
         def local(x, gate, chosen, *parts):
             whole = [_collect(part, part_axes) for part, part_axes in zip(parts, axes, strict=True)]
             w_gate_EDF, w_up_EDF, w_down_EFD = jax.tree.unflatten(kinds, whole)
-            first = sharding.index("experts") * w_gate_EDF.shape[0]
-            x, gate, chosen = (sharding.all_gather(a, "experts", dim=0) for a in (x, gate, chosen))
-            rows = (x.reshape(-1, x.shape[-1]), gate.reshape(-1, C), chosen.reshape(-1, C) - first)
-            tile = tile_rows(rows[1].size, self.config.num_experts)
+            x, gate, chosen = (sharding.all_gather(a, "group", dim=0) for a in (x, gate, chosen))
+            rows = (x.reshape(-1, x.shape[-1]), gate.reshape(-1, C), chosen.reshape(-1, C))
             arguments = (*rows, w_gate_EDF, w_up_EDF, w_down_EFD)
-            y_RD = experts_tiled(*jax.tree.map(sharding.vary, arguments), tile)
-            y = sharding.psum(y_RD.astype(x.dtype).reshape(x.shape), "mlp")
-            return sharding.psum_scatter(y, "experts", dim=0)
+            arguments = jax.tree.map(sharding.vary, arguments)
+            if sharding.platform() == "tpu":
+                y_RD = experts_grouped(*arguments)
+            else:
+                y_RD = experts_tiled(*arguments, tile_rows(rows[1].size, self.config.num_experts))
+            y = y_RD.astype(x.dtype).reshape(x.shape)
+            return sharding.psum(sharding.psum_scatter(y, "group", dim=0), "mlp_rest")
 
         tokens = ("batch", "length", None)
         form = sharding.shard_map(local, (tokens, tokens, tokens, *axes), tokens)

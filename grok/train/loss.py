@@ -1,6 +1,6 @@
 """Losses of a batch: cross-entropy, z-loss, and the router's balance loss.
 
-Letters: B batch, T length, D embed, V vocab, c tokens of a chunk.
+Letters: B batch, T length, D embed, V vocab.
 """
 
 from typing import NamedTuple
@@ -8,42 +8,31 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from grok import sharding
 from grok.config import TrainConfig
 from grok.model.grok import Grok
 from grok.model.moe import RouterStats
-
-CHUNK = 512
+from grok.ops.cross_entropy import LOGITS
 
 
 def token_losses(model: Grok, x_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy in nats and squared log-partition of every token, (B, T) float32 each.
 
-    Works through chunks of tokens and computes each again in backward, so that logits of
-    (B, T, V) never exist at once.
+    Where there are many logits they never exist all at once, in backward neither.
     """
-
-    def one_chunk(x_BcD, targets_Bc):
-        logits_BcV = model.unembed(x_BcD)
-        log_z = jax.nn.logsumexp(logits_BcV, axis=-1)
-        # A sum under a mask, not an index: the vocabulary is split over devices.
-        is_target = jnp.arange(logits_BcV.shape[-1])[None, None, :] == targets_Bc[:, :, None]
-        target = jnp.sum(jnp.where(is_target, logits_BcV, 0), axis=-1)
-        return log_z - target, jnp.square(log_z)
-
-    B, T = targets_BT.shape
-    if T <= CHUNK or T % CHUNK:
-        return one_chunk(x_BTD, targets_BT)
-
-    def split(x):
-        return jnp.moveaxis(x.reshape(B, T // CHUNK, CHUNK, *x.shape[2:]), 1, 0)
-
-    def join(x):
-        return jnp.moveaxis(x, 0, 1).reshape(B, T)
-
-    losses = jax.lax.map(
-        lambda chunk: jax.checkpoint(one_chunk)(*chunk), (split(x_BTD), split(targets_BT))
-    )
-    return join(losses[0]), join(losses[1])
+    with sharding.mesh_of(model.embed.table_VD[...]):
+        vocab = model.config.vocab_size // sharding.size("vocab")
+        if targets_BT.size // sharding.size("batch") * vocab > LOGITS:
+            entropy_BT, log_z_BT = model.embed.cross_entropy(
+                x_BTD, targets_BT, model.config.output_multiplier
+            )
+            return entropy_BT, jnp.square(log_z_BT)
+    logits_BTV = model.unembed(x_BTD)
+    log_z = jax.nn.logsumexp(logits_BTV, axis=-1)
+    # A sum under a mask, not an index: the vocabulary is split over devices.
+    is_target = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[:, :, None]
+    target = jnp.sum(jnp.where(is_target, logits_BTV, 0), axis=-1)
+    return log_z - target, jnp.square(log_z)
 
 
 def hidden(model: Grok, batch: dict) -> tuple[jax.Array, RouterStats]:

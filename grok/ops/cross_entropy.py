@@ -1,0 +1,107 @@
+"""Cross-entropy of many tokens over a large vocabulary, some tokens at a time.
+
+Letters: R rows (tokens), c rows of a chunk, D embed, V vocab (of which a device may have a part).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from grok import sharding
+
+# Logits that exist at a time, 256 MiB of float32.
+LOGITS = 2**26
+
+
+def cross_entropy_reference(x_RD, table_VD, targets_R, multiplier: float):
+    """Cross-entropy in nats and log-partition of each row, (R,) float32, all logits at once.
+
+    Logits are `multiplier * x table^T`, in float32.
+    """
+    logits_RV = _logits(x_RD, table_VD, multiplier)
+    log_z_R = jax.nn.logsumexp(logits_RV, axis=-1)
+    target_R = jnp.take_along_axis(logits_RV, targets_R[:, None], axis=-1)[:, 0]
+    return log_z_R - target_R, log_z_R
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def cross_entropy(x_RD, table_VD, targets_R, multiplier: float):
+    """What `cross_entropy_reference` computes, in chunks of rows; backward computes logits again.
+
+    For use inside `shard_map`, where `table_VD` is the device's part of the vocabulary; results
+    are of the whole one. The gradient of the table is summed in float32, whatever its type; that
+    of x is of this part of the vocabulary alone.
+    """
+    return _forward(x_RD, table_VD, targets_R, multiplier)[0]
+
+
+def _forward(x_RD, table_VD, targets_R, multiplier):
+    first = sharding.index("vocab") * table_VD.shape[0]
+
+    def one_chunk(chunk):
+        x_cD, targets_c = chunk
+        logits_cV = _logits(x_cD, table_VD, multiplier)
+        largest_c = sharding.pmax(jnp.max(logits_cV, axis=-1), "vocab")
+        sum_c = jnp.sum(jnp.exp(logits_cV - largest_c[:, None]), axis=-1)
+        log_z_c = largest_c + jnp.log(sharding.psum(sum_c, "vocab"))
+        # A sum under a mask, not an index: the target may be in the part of another device.
+        is_target_cV = _is(targets_c - first, logits_cV.shape[1])
+        target_c = sharding.psum(jnp.sum(jnp.where(is_target_cV, logits_cV, 0), axis=-1), "vocab")
+        return log_z_c - target_c, log_z_c
+
+    entropy_R, log_z_R = (
+        _joined(a, len(x_RD))
+        for a in jax.lax.map(one_chunk, _chunks((x_RD, targets_R), table_VD.shape[0]))
+    )
+    return (entropy_R, log_z_R), (x_RD, table_VD, targets_R, log_z_R)
+
+
+def _backward(multiplier, saved, cotangents):
+    x_RD, table_VD, targets_R, log_z_R = saved
+    dentropy_R, dlog_z_R = cotangents
+    first = sharding.index("vocab") * table_VD.shape[0]
+
+    def one_chunk(dtable_VD, chunk):
+        x_cD, targets_c, log_z_c, dtarget_c, dlog_z_c = chunk
+        logits_cV = _logits(x_cD, table_VD, multiplier)
+        dlogits_cV = jnp.exp(logits_cV - log_z_c[:, None]) * dlog_z_c[:, None]
+        dlogits_cV -= jnp.where(_is(targets_c - first, logits_cV.shape[1]), dtarget_c[:, None], 0)
+        dlogits_cV = (multiplier * dlogits_cV).astype(x_cD.dtype)
+        dx_cD = jnp.dot(dlogits_cV, table_VD, preferred_element_type=jnp.float32)
+        dtable_VD += jnp.dot(dlogits_cV.T, x_cD, preferred_element_type=jnp.float32)
+        return dtable_VD, dx_cD.astype(x_cD.dtype)
+
+    # The entropy is log_z - target.
+    rows = (x_RD, targets_R, log_z_R, dentropy_R, dentropy_R + dlog_z_R)
+    zeros_VD = sharding.vary(jnp.zeros(table_VD.shape, jnp.float32))
+    dtable_VD, dx = jax.lax.scan(one_chunk, zeros_VD, _chunks(rows, table_VD.shape[0]))
+    return _joined(dx, len(x_RD)), dtable_VD.astype(table_VD.dtype), None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _logits(x_RD, table_VD, multiplier: float) -> jax.Array:
+    return multiplier * jnp.dot(x_RD, table_VD.T, preferred_element_type=jnp.float32)
+
+
+def _is(targets_c, vocab: int) -> jax.Array:
+    """Where in a part of the vocabulary each row's target is."""
+    return jnp.arange(vocab)[None, :] == targets_c[:, None]
+
+
+def _chunks(arrays, vocab: int):
+    """Arrays (R, ...) as (chunks, c, ...), the last filled up with zeros."""
+    rows = len(arrays[0])
+    c = min(rows, max(1, LOGITS // vocab))
+    filled = -rows % c
+    return tuple(
+        jnp.pad(a, ((0, filled), *[(0, 0)] * (a.ndim - 1))).reshape(-1, c, *a.shape[1:])
+        for a in arrays
+    )
+
+
+def _joined(chunks, rows: int):
+    """The opposite, of one array."""
+    return chunks.reshape(-1, *chunks.shape[2:])[:rows]

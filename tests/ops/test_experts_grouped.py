@@ -1,0 +1,126 @@
+"""The TPU form of the experts, interpreted, against the reference that runs all on every row.
+
+Letters: R rows, C chosen experts of a row, D embed, F mlp, E experts.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import grok.ops.experts_grouped
+from grok import sharding
+from grok.ops.experts import experts_reference
+from grok.ops.experts_grouped import experts_grouped
+from grok.ops.grouped_matmul import grouped_matmul_reference, weight_gradient_reference
+from grok.ops.lora import LoraArray
+from grok.ops.quant import QuantizedArray, quantize
+from tests.model import test_meshes
+from tests.ops.test_experts import (
+    TOLERANCE,
+    C,
+    E,
+    R,
+    arrays,
+    assert_near,
+    routing,
+    run_reference,
+    value_and_gradients,
+)
+
+RACES = pltpu.InterpretParams(detect_races=True)
+
+run_grouped = value_and_gradients(lambda *inputs: experts_grouped(*inputs, RACES))
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch) -> None:
+    """The references in place of the kernels, which tests/ops/test_grouped_matmul.py compares."""
+
+    def matmul(xs, ws, tiles_E, tile, *, dtype, transposed=False, interpret=False):
+        ws = [jnp.swapaxes(w, 1, 2) if transposed else w for w in ws]
+        parts = (grouped_matmul_reference(x, w, tiles_E, tile) for x, w in zip(xs, ws, strict=True))
+        return functools.reduce(jnp.add, parts).astype(dtype)
+
+    def gradient(x, dy, tiles_E, tile, *, dtype, interpret=False):
+        return weight_gradient_reference(x, dy, tiles_E, tile).astype(dtype)
+
+    monkeypatch.setattr(grok.ops.experts_grouped, "grouped_matmul", matmul)
+    monkeypatch.setattr(grok.ops.experts_grouped, "grouped_weight_gradient", gradient)
+
+
+def even(kind: str) -> np.ndarray:
+    """Experts that all have as many rows, or nearly."""
+    return (np.arange(R)[:, None] + np.arange(C)[None, :]) % E if kind == "even" else routing(kind)
+
+
+@pytest.mark.parametrize("kind", ["even", "random", "all to the same two", "empty first and last"])
+def test_values_and_gradients_equal_the_references(kind):
+    chosen = even(kind)
+    assert_near(run_grouped(arrays(R), chosen), run_reference(arrays(R), chosen), TOLERANCE)
+
+
+def test_bfloat16_is_near_the_reference(plain_kernels):
+    inputs, chosen = arrays(R, jnp.bfloat16), routing("random")
+    run = value_and_gradients(experts_grouped)
+    found, expected = run(inputs, chosen), run_reference(inputs, chosen)
+    assert found.pop("y").dtype == jnp.bfloat16
+    expected.pop("y")
+    # Products are rounded to 8 bits, some three one after the other.
+    assert_near(found, expected, 2**-6)
+
+
+def test_one_expert_a_row_and_all_rows_on_one_expert():
+    x, gate, *weights = arrays(R)
+    chosen = jnp.full((R, 1), 3, jnp.int32)
+    found = jax.jit(experts_grouped, static_argnums=6)(x, gate[:, :1], chosen, *weights, RACES)
+    expected = experts_reference(x, gate[:, :1], chosen, *weights)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+
+
+def test_int8_weights():
+    x, gate, *weights = arrays(R)
+    int8 = [QuantizedArray(*quantize(w, 2)) for w in weights]
+    chosen = jnp.asarray(routing("random"), jnp.int32)
+    found = jax.jit(experts_grouped, static_argnums=6)(x, gate, chosen, *int8, RACES)
+    expected = experts_reference(x, gate, chosen, *(w.dequantize(jnp.float32) for w in int8))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+
+
+def test_adapters_have_the_gradients_of_what_they_add_up_to(plain_kernels):
+    x, gate, *weights = arrays(R)
+    chosen, keys = jnp.asarray(routing("random"), jnp.int32), jax.random.split(jax.random.key(2), 6)
+    factors = [
+        (
+            jax.random.normal(keys[2 * i], (*w.shape[:2], 3)),
+            jax.random.normal(keys[2 * i + 1], (E, 3, w.shape[2])),
+        )
+        for i, w in enumerate(weights)
+    ]
+
+    def loss(factors, beside: bool):
+        pairs = zip(weights, factors, strict=True)
+        if beside:
+            adapted = [LoraArray(w, a, b) for w, (a, b) in pairs]
+            y = experts_grouped(x, gate, chosen, *adapted)
+        else:
+            y = experts_reference(x, gate, chosen, *(w + a @ b for w, (a, b) in pairs))
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape)))
+
+    run = jax.jit(jax.grad(loss), static_argnums=1)
+    for ours, expected in zip(
+        jax.tree.leaves(run(factors, True)), jax.tree.leaves(run(factors, False)), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * abs(expected).max())
+
+
+def test_a_mesh_has_the_losses_and_gradients_of_one_device(plain_kernels, monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    find = test_meshes.loss_and_gradients.__wrapped__
+    (losses, ours), (right_losses, right) = find((2, 2, 2, 1)), test_meshes.loss_and_gradients(None)
+    for name, expected in (right_losses | right).items():
+        error = np.abs((losses | ours)[name] - expected).max() / np.abs(expected).max()
+        assert error < test_meshes.TOLERANCE, name

@@ -1,0 +1,57 @@
+"""The TPU form of attention, interpreted, against the plain reference.
+
+Letters: B rows, T length, N heads, K kv heads, H head_dim.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok.ops.attention import attention_reference
+from grok.ops.flash import flash_attention, suits
+
+B, T, N, K, H = 1, 256, 4, 2, 128
+OPTIONS = {"multiplier": 0.3, "cap": 5.0}  # logits of several units: the cap matters
+
+# Sums of at most 256 products and a softmax in two orders: some units of 2^-24 = 6e-8.
+TOLERANCE = 5e-6
+
+
+@pytest.fixture(scope="module")
+def inputs() -> tuple[jax.Array, ...]:
+    """q, k, v, factors of the result, and segments: three documents, then padding."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    heads = (N, K, K, N)
+    arrays = [jax.random.normal(k, (B, T, n, H)) for k, n in zip(keys, heads, strict=True)]
+    places = jnp.arange(T)[None, :]
+    segment_BT = jnp.select([places < 90, places < 130, places < 240], [1, 2, 3], 0)
+    return *arrays, segment_BT
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def value_and_gradients(q, k, v, factor, segment, form):
+    def loss(q, k, v):
+        if form == "flash":
+            o = flash_attention(q, k, v, segment, **OPTIONS, interpret=True)
+        else:
+            index = jnp.arange(T)[None, :]
+            o = attention_reference(q, k, v, index, segment, segment, **OPTIONS)
+        return jnp.sum(o * factor), o
+
+    gradients, o = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    return {"o": o, "dq": gradients[0], "dk": gradients[1], "dv": gradients[2]}
+
+
+def test_values_and_gradients_equal_the_references(inputs):
+    found = value_and_gradients(*inputs, "flash")
+    for name, expected in value_and_gradients(*inputs, "reference").items():
+        error = np.abs(found[name] - expected).max() / np.abs(expected).max()
+        assert error < TOLERANCE, name
+
+
+def test_which_shapes_it_takes():
+    assert suits(8192, 128) and suits(128, 256)
+    assert not suits(8192, 64) and not suits(100, 128)

@@ -1,0 +1,138 @@
+"""The TPU kernels, interpreted with a look-out for races, against their plain references.
+
+Letters: R rows, C chosen experts of a row, E experts, M rows of a tile, P places, K contracted
+axis, N columns.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from grok.ops import grouped_matmul as kernels
+from grok.ops.places import place, tile_rows, visits
+from grok.ops.quant import QuantizedArray, quantize
+
+R, C, E, K, N, M = 40, 2, 4, 32, 24, 48
+RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+
+# Sums of at most 96 products, in another order: some units of 2^-24 = 6e-8.
+TOLERANCE = 2e-6
+
+TILES = [[1, 2, 0, 1], [0, 0, 5, 0], [0, 1, 0, 0]]  # of each expert; 5 at most
+each_routing = pytest.mark.parametrize("tiles", TILES, ids=str)
+
+
+@pytest.fixture(scope="module")
+def arrays() -> tuple[jax.Array, ...]:
+    """x_PK, dy_PN, w_EKN for five tiles of 16 rows."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (80, K), (80, N), (E, K, N)
+    return tuple(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+
+
+def assert_near(found, expected, tiles) -> None:
+    """Equal in the tiles that there are."""
+    found, expected = np.asarray(found)[: 16 * sum(tiles)], np.asarray(expected)[: 16 * sum(tiles)]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+
+
+@functools.cache
+def product(transposed: bool = False, pairs: int = 1):
+    def run(x, w, tiles_E):
+        w = jnp.swapaxes(w, 1, 2) if transposed else w
+        return kernels.grouped_matmul(
+            (x,) * pairs,
+            (w,) * pairs,
+            tiles_E,
+            16,
+            dtype=jnp.float32,
+            transposed=transposed,
+            interpret=RACES,
+        )
+
+    return jax.jit(run)
+
+
+def reference(x, w, tiles) -> jax.Array:
+    return kernels.grouped_matmul_reference(x, w, jnp.asarray(tiles, jnp.int32), 16)
+
+
+@each_routing
+def test_product(arrays, tiles):
+    x, _, w = arrays
+    found = product()(x, w, jnp.asarray(tiles, jnp.int32))
+    assert_near(found, reference(x, w, tiles), tiles)
+    assert np.isnan(np.asarray(found)[16 * sum(tiles) :]).all()  # nothing is done there
+
+
+def test_sum_of_two_products_with_transposed_matrices(arrays):
+    x, _, w = arrays
+    found = product(True, 2)(x, w, jnp.asarray(TILES[0], jnp.int32))
+    assert_near(found, 2 * reference(x, w, TILES[0]), TILES[0])
+
+
+def test_blocks_of_rows_and_columns_of_the_weights(arrays, monkeypatch):
+    """A matrix too large for one block, as int8 with groups of rows and as floats."""
+    monkeypatch.setattr(kernels, "_blocks", lambda K, N, itemsize: (8, 12))
+    x, _, w = arrays
+    tiles_E = jnp.asarray(TILES[0], jnp.int32)
+    run = functools.partial(
+        kernels.grouped_matmul, tiles_E=tiles_E, tile=16, dtype=jnp.float32, interpret=RACES
+    )
+    assert_near(run((x,), (w,)), reference(x, w, TILES[0]), TILES[0])
+    q = QuantizedArray(*quantize(w, 2))
+    assert_near(run((x,), (q,)), reference(x, q, TILES[0]), TILES[0])
+
+
+def test_int8_matrices_of_one_layer_of_several(arrays):
+    x, _, w = arrays
+    values, scales = quantize(w, 4)
+    several = QuantizedArray(
+        jnp.stack([0 * values, values]), jnp.stack([scales, scales]), layer=jnp.int32(1)
+    )
+    tiles_E = jnp.asarray(TILES[0], jnp.int32)
+    found = kernels.grouped_matmul(
+        (x,), (several,), tiles_E, 16, dtype=jnp.float32, interpret=RACES
+    )
+    assert_near(found, reference(x, QuantizedArray(values, scales), TILES[0]), TILES[0])
+
+
+@each_routing
+def test_weight_gradient_is_zero_for_experts_without_rows(arrays, tiles):
+    x, dy, _ = arrays
+    tiles_E = jnp.asarray(tiles, jnp.int32)
+    found = gradient(x, dy, tiles_E)
+    expected = kernels.weight_gradient_reference(x, dy, tiles_E, 16)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+
+
+@jax.jit
+def gradient(x, dy, tiles_E):
+    return kernels.grouped_weight_gradient(x, dy, tiles_E, 16, dtype=jnp.float32, interpret=RACES)
+
+
+def test_places_are_in_tiles_of_one_expert():
+    rng = np.random.default_rng(1)
+    for chosen in (np.argsort(rng.random((R, E)))[:, :C], np.tile([2, 0], (R, 1))):
+        places = place(jnp.asarray(chosen, jnp.int32), E)
+        pair_P, place_RC = np.asarray(places.pair_P), np.asarray(places.place_RC)
+        tile = tile_rows(R, C, E)
+        assert tile == M
+        np.testing.assert_array_equal(pair_P[place_RC], np.arange(R * C).reshape(R, C))
+        assert (pair_P < R * C).sum() == R * C
+        steps = visits(places.tiles_E, len(pair_P) // tile)
+        of_place = np.repeat(np.asarray(steps.expert_I), tile)
+        np.testing.assert_array_equal(of_place[place_RC], chosen)
+        assert place_RC.max() < steps.count[0] * tile
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen", "experts", "tile"),
+    [(1, 2, 8, 16), (64, 2, 8, 64), (300, 2, 8, 128), (8192, 2, 8, 256), (65536, 2, 8, 512)],
+)
+def test_tiles_are_an_eighth_of_a_fair_share_between_128_and_512(rows, chosen, experts, tile):
+    assert tile_rows(rows, chosen, experts) == tile
