@@ -61,8 +61,11 @@ class GrokConfig:
         Literal["float32", "bfloat16"], Field(description="type of activations and products")
     ] = "bfloat16"
     remat: Annotated[
-        Literal["none", "dots", "full"],
-        Field(description="recompute in backward: nothing, all but matrix products, whole blocks"),
+        Literal["none", "dots", "attention", "experts", "full"],
+        Field(
+            description="recompute in backward: nothing, all but matrix products, all but what "
+            "attention gave, all but what the experts gave, whole blocks"
+        ),
     ] = "full"
 
     def __post_init__(self) -> None:

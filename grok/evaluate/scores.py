@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from grok import sharding
 from grok.data.pipeline import to_mesh
 from grok.model.grok import Grok
-from grok.train.loss import CHUNK, hidden
+from grok.train.loss import hidden
 
 SHORTEST = 16
+CHUNK = 512  # tokens of a row that have logits at a time
 
 
 class Score(NamedTuple):

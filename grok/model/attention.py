@@ -7,6 +7,7 @@ H head_dim.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from grok import sharding
 from grok.config import GrokConfig
@@ -50,7 +51,8 @@ class Attention(nnx.Module):
         q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", None, kv, None)
         in_axes = (q_axes, kv_axes, kv_axes, ("batch", None))
         form = sharding.shard_map(local, in_axes, q_axes, check_vma=not flash)
-        return self._output(form(q_BTNH, k_BTKH, v_BTKH, segment_BT))
+        o_BTNH = checkpoint_name(form(q_BTNH, k_BTKH, v_BTKH, segment_BT), "attention")
+        return self._output(o_BTNH)
 
     def step(self, x_BTD: jax.Array, cache: KVCache, layer: jax.Array):
         """Attention over the cache and the new tokens, whose keys and values are put in it.

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from grok import sharding
@@ -22,6 +23,8 @@ from grok.model.moe import MoE, RouterStats
 from grok.ops.quant import QuantizedArray
 
 REMAT_POLICIES = {
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "experts": jax.checkpoint_policies.save_only_these_names("experts"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -45,6 +48,7 @@ class Block(nnx.Module):
         a_BTD = self.attention(self.pre_attn_norm(x_BTD), segment_BT, positions_BT)
         x_BTD = x_BTD + self.post_attn_norm(a_BTD)
         m_BTD, stats = self.moe(self.pre_moe_norm(x_BTD), segment_BT > 0)
+        m_BTD = checkpoint_name(m_BTD, "experts")
         return x_BTD + self.post_moe_norm(m_BTD), stats
 
     def step(self, x_BTD, cache: KVCache, layer) -> tuple[jax.Array, KVCache]:

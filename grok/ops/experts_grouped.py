@@ -7,6 +7,7 @@ Letters: R rows (tokens), C chosen experts of a row, D embed, F mlp, E experts, 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, interpr
     (R, C), E = chosen_RC.shape, w_gate_EDF.shape[0]
     places = place(chosen_RC, E)
     tiles = {"tiles_E": places.tiles_E, "tile": tile_rows(R, C, E), "interpret": interpret}
-    times = functools.partial(_times, **tiles, dtype=x_RD.dtype)
+    times: Callable = functools.partial(_times, **tiles, dtype=x_RD.dtype)
     x_PD = _spread(x_RD, places)
     branch_PF, up_PF = times([x_PD], [w_gate_EDF]), times([x_PD], [w_up_EDF])
     y_PD = times([_hidden(branch_PF, up_PF).astype(x_RD.dtype)], [w_down_EFD])
@@ -57,8 +58,8 @@ def _backward(interpret, saved, dy_RD):
     w_gate_EDF, w_up_EDF, w_down_EFD = weights
     (R, C), E, dtype = gate_RC.shape, w_gate_EDF.shape[0], x_RD.dtype
     tiles = {"tiles_E": places.tiles_E, "tile": tile_rows(R, C, E), "interpret": interpret}
-    times = functools.partial(_times, **tiles, dtype=dtype)
-    gradient = functools.partial(_gradient, **tiles)
+    times: Callable = functools.partial(_times, **tiles, dtype=dtype)
+    gradient: Callable = functools.partial(_gradient, **tiles)
 
     dy_PD = _spread(dy_RD.astype(dtype), places)
     dhidden_PF = times([dy_PD], [w_down_EFD], transposed=True).astype(jnp.float32)
@@ -68,6 +69,8 @@ def _backward(interpret, saved, dy_RD):
     dbranch_PF, dup_PF = pull(dhidden_PF * gate_P[:, None])
     scaled_PF = (hidden_PF * gate_P[:, None]).astype(dtype)
     dw_down = gradient(scaled_PF, dy_PD, w_down_EFD)
+    # Rows of x only after those of dy are done with: memory for both is much.
+    x_RD, dw_down = jax.lax.optimization_barrier((x_RD, dw_down))
     x_PD = _spread(x_RD, places)
     dw_gate, dw_up = gradient(x_PD, dbranch_PF, w_gate_EDF), gradient(x_PD, dup_PF, w_up_EDF)
     dx_PD = times([dbranch_PF, dup_PF], [w_gate_EDF, w_up_EDF], transposed=True)
@@ -101,7 +104,7 @@ def _joined(y_PD, places: Places, factor_RC) -> jax.Array:
 
 def _times(xs, ws, *, dtype, transposed: bool = False, **tiles) -> jax.Array:
     """Sum of rows times the matrix of their expert, `transposed` or not, over pairs of both."""
-    run = functools.partial(grouped_matmul, **tiles, transposed=transposed)
+    run: Callable = functools.partial(grouped_matmul, **tiles, transposed=transposed)
     bases = tuple(w.base if isinstance(w, LoraArray) else w for w in ws)
     adapted = [(x, w) for x, w in zip(xs, ws, strict=True) if isinstance(w, LoraArray)]
     y = run(tuple(xs), bases, dtype=jnp.float32 if adapted else dtype)
@@ -113,10 +116,10 @@ def _times(xs, ws, *, dtype, transposed: bool = False, **tiles) -> jax.Array:
 
 def _gradient(x, dy, w: Weight, **tiles) -> Weight:
     """Gradient of the sum of <dy, x w>, as `w` in structure; a LoraArray's base has none."""
-    run = functools.partial(grouped_weight_gradient, **tiles)
+    run: Callable = functools.partial(grouped_weight_gradient, **tiles)
     if not isinstance(w, LoraArray):
         return run(x, dy, dtype=w.dtype)
-    times = functools.partial(grouped_matmul, **tiles, dtype=x.dtype)
+    times: Callable = functools.partial(grouped_matmul, **tiles, dtype=x.dtype)
     da = run(x, times((dy,), (w.b,), transposed=True), dtype=w.a.dtype)
     db = run(times((x,), (w.a,)), dy, dtype=w.b.dtype)
     return LoraArray(None, da, db)

@@ -50,6 +50,7 @@ def flash_attention(
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=cap,
+        residual_checkpoint_name="attention",
         interpret=interpret,
     )
 

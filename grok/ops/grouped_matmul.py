@@ -42,10 +42,10 @@ def weight_gradient_reference(x_PK, dy_PN, tiles_E, tile: int) -> jax.Array:
 
 def _shares(tiles_E, most: int) -> jax.Array:
     """1 where a tile is an expert's."""
-    steps = visits(tiles_E, most)
+    visit = visits(tiles_E, most)
     experts = jnp.arange(tiles_E.size)
-    here_I = jnp.arange(most) < steps.count
-    is_IE = (steps.expert_I[:, None] == experts[None, :]) & here_I[:, None]
+    here_I = jnp.arange(most) < visit.steps
+    is_IE = (visit.expert_I[:, None] == experts[None, :]) & here_I[:, None]
     return is_IE.astype(jnp.float32)
 
 
@@ -76,8 +76,8 @@ def grouped_matmul(
     group = K // scales[0].shape[2] if scales else K
     if scales and tk % group and group % tk:
         tk = math.gcd(tk, group)
-    steps = visits(tiles_E, P // M)
-    prefetch = (steps.expert_I, steps.tile_I, jnp.asarray(layer, jnp.int32).reshape(1))
+    visit = visits(tiles_E, P // M)
+    prefetch = (visit.expert_I, visit.tile_I, jnp.asarray(layer, jnp.int32).reshape(1))
 
     def w_block(n, i, k, expert, tile, layer):
         return layer[0], expert[i], *((n, k) if transposed else (k, n))
@@ -108,7 +108,7 @@ def grouped_matmul(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetch),
-            grid=(N // tn, steps.count[0], K // tk),
+            grid=(N // tn, visit.steps[0], K // tk),
             in_specs=[
                 *[pl.BlockSpec((M, tk), lambda n, i, k, expert, tile, layer: (tile[i], k))]
                 * len(xs),
@@ -153,7 +153,7 @@ def grouped_weight_gradient(
     """Sum over each expert's rows of x^T dy, (E, K, N), in float32 and then `dtype`."""
     (P, K), N, M, E = x_PK.shape, dy_PN.shape[1], tile, tiles_E.size
     tk, tn = (_divisor(size, most) for size, most in zip((K, N), GRADIENT_BLOCK, strict=True))
-    steps = visits(tiles_E, P // M + E, empty=1)
+    visit = visits(tiles_E, P // M + E, empty=1)
 
     def kernel(expert, tile, live, count, x_ref, dy_ref, dw_ref, sum_ref):
         i = pl.program_id(2)
@@ -183,8 +183,8 @@ def grouped_weight_gradient(
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(steps),
-            grid=(K // tk, N // tn, steps.count[0]),
+            num_scalar_prefetch=len(visit),
+            grid=(K // tk, N // tn, visit.steps[0]),
             in_specs=[
                 pl.BlockSpec((M, tk), lambda k, n, i, expert, tile, *_: (tile[i], k)),
                 pl.BlockSpec((M, tn), lambda k, n, i, expert, tile, *_: (tile[i], n)),
@@ -206,7 +206,7 @@ def grouped_weight_gradient(
         ),
         interpret=interpret,
         name="grouped_weight_gradient",
-    )(*steps, x_PK, dy_PN)
+    )(*visit, x_PK, dy_PN)
 
 
 def _all_layers(w: QuantizedArray):
@@ -229,7 +229,8 @@ def _dot_int8(x_ref, w_ref, scale_ref, row, group: int) -> jax.Array:
     Scales multiply the sum of their group: an int8 is exact in the type of x, so that nothing is
     rounded but what a product with floats rounds.
     """
-    rows, y_MN = w_ref.shape[0], 0.0
+    rows = w_ref.shape[0]
+    y_MN = jnp.zeros((x_ref.shape[0], w_ref.shape[1]), jnp.float32)
     scale_GN = scale_ref[...].astype(jnp.float32)
     groups_GN = jax.lax.broadcasted_iota(jnp.int32, scale_GN.shape, 0)
     for start in range(0, rows, min(group, rows)):

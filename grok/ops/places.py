@@ -29,7 +29,7 @@ class Visits(NamedTuple):
     expert_I: jax.Array
     tile_I: jax.Array
     live_I: jax.Array  # 0 where the expert has no rows
-    count: jax.Array  # how many steps there are, (1,)
+    steps: jax.Array  # how many there are, (1,)
 
 
 def tile_rows(rows: int, chosen: int, experts: int) -> int:

@@ -8,8 +8,10 @@ import optax
 
 from grok import sharding
 from grok.config import OptimizerConfig, RunConfig, TrainConfig
+from grok.model.names import MATRICES
 from grok.model.weights import to_arrays
-from grok.train.groups import merge, names, reported_group, select, trained
+from grok.ops.cast import CastArray
+from grok.train.groups import map_named, merge, names, reported_group, select, trained
 from grok.train.guard import count, find_bad, norm_of, sums_of_squares, unless
 from grok.train.loss import batch_loss, count_tokens, hidden, token_losses
 from grok.train.schedule import make_schedule
@@ -68,12 +70,13 @@ def gradients(params, model, batch: dict, config: TrainConfig) -> tuple[jax.Arra
     With accumulation the batch goes through the model in parts, and their gradients, each weighted
     by its share of the tokens, add up to that of the batch.
     """
+    wanted = seats(params, model.config.compute_dtype) if sharding.platform() == "tpu" else params
 
-    def loss(params, part, whole):
-        return batch_loss(merge(params, model), part, config, whole)
+    def loss(wanted, part, whole):
+        return batch_loss(seated(merge(params, model), wanted), part, config, whole)
 
     def of_part(part):
-        (total, report), grads = jax.value_and_grad(loss, has_aux=True)(params, part, whole)
+        (total, report), grads = jax.value_and_grad(loss, has_aux=True)(wanted, part, whole)
         return total, report, as_float32(grads)
 
     whole = count_tokens(batch)
@@ -87,6 +90,28 @@ def gradients(params, model, batch: dict, config: TrainConfig) -> tuple[jax.Arra
     first = {name: array_nBT[0] for name, array_nBT in parts.items()}
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, first))
     return jax.lax.scan(add, zeros, parts)[0]
+
+
+def seats(params, dtype):
+    """What a gradient is taken of to stay small: seats for matrices of layers that are of another
+    type than that of computation, which their gradients are made in, and `params` for the rest."""
+
+    def seat(name: str, w):
+        cast = name in MATRICES and name.startswith("layers/") and w.dtype != jnp.dtype(dtype)
+        return jnp.zeros_like(w, dtype) if cast else w
+
+    return map_named(seat, params)
+
+
+def seated(model, wanted):
+    """The model with each tensor out of `wanted`, or with its seat beside it."""
+
+    def one(mine, w):
+        if mine is None:
+            return w
+        return mine if mine.dtype == w.dtype else CastArray(w, mine)
+
+    return jax.tree.map(one, wanted, model, is_leaf=lambda x: x is None)
 
 
 def microbatches(array_BT: jax.Array, number: int) -> jax.Array:

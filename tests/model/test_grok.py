@@ -144,7 +144,7 @@ def gradients(remat: str) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, to_arrays(jax.jit(jax.grad(loss))(model(remat=remat))))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "experts", "full"])
 def test_what_is_recomputed_does_not_change_gradients(remat):
     for name, expected in gradients("none").items():
         # The same operations, which the compiler may fuse, and so round, otherwise.
@@ -158,7 +158,8 @@ def test_remat_holds_less_between_forward_and_backward():
         _, pull = jax.eval_shape(lambda m: jax.vjp(lambda m: m.hidden(TOKENS)[0], m), m)
         return sum(leaf.size for leaf in jax.tree.leaves(pull))
 
-    assert saved("full") < saved("dots") < saved("none")
+    assert saved("full") < saved("attention") < saved("dots") < saved("none")
+    assert saved("full") < saved("experts") < saved("dots")
 
 
 def test_parameters_in_bfloat16_compute_what_their_values_would_in_float32():

@@ -124,10 +124,10 @@ def test_places_are_in_tiles_of_one_expert():
         assert tile == M
         np.testing.assert_array_equal(pair_P[place_RC], np.arange(R * C).reshape(R, C))
         assert (pair_P < R * C).sum() == R * C
-        steps = visits(places.tiles_E, len(pair_P) // tile)
-        of_place = np.repeat(np.asarray(steps.expert_I), tile)
+        visit = visits(places.tiles_E, len(pair_P) // tile)
+        of_place = np.repeat(np.asarray(visit.expert_I), tile)
         np.testing.assert_array_equal(of_place[place_RC], chosen)
-        assert place_RC.max() < steps.count[0] * tile
+        assert place_RC.max() < visit.steps[0] * tile
 
 
 @pytest.mark.parametrize(

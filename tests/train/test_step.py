@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+import grok
 from grok import sharding
 from grok.config import GrokConfig, OptimizerConfig, OptimizerGroup, RunConfig, TrainConfig
 from grok.model.weights import to_arrays
@@ -21,7 +22,7 @@ from grok.train.guard import find_bad, fresh_guard
 from grok.train.loss import batch_loss
 from grok.train.optimizer import make_optimizer
 from grok.train.state import TrainState, init_state
-from grok.train.step import gradients, microbatches, train_step
+from grok.train.step import gradients, microbatches, seated, seats, train_step
 
 CONFIG = RunConfig(
     model=GrokConfig(
@@ -243,3 +244,21 @@ def test_rows_of_microbatches_stay_on_their_devices():
     text = split.as_text()
     for move in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
         assert move not in text
+
+
+def test_gradients_left_in_the_type_of_computation_are_the_same_numbers():
+    """What a TPU does, where a matrix's gradient stays bfloat16 until the optimizer has it."""
+    config = dataclasses.replace(CONFIG.model, compute_dtype="bfloat16")
+    model = grok.init(config, jax.random.key(0))
+    data = {name: np.asarray(array) for name, array in batch().items()}
+
+    def loss(wanted):
+        return batch_loss(seated(model, wanted), data, CONFIG.train)[0]
+
+    small = jax.jit(jax.grad(loss))(seats(model, "bfloat16"))
+    kept = {name: array.dtype.name for name, array in to_arrays(small).items()}
+    assert kept["layers/moe/w_gate_EDF"] == kept["layers/attention/w_out_NHD"] == "bfloat16"
+    assert kept["embed/table_VD"] == kept["layers/moe/router_DE"] == "float32"
+    expected = to_arrays(jax.jit(jax.grad(loss))(model))
+    for name, array in to_arrays(small).items():
+        np.testing.assert_array_equal(array.astype("float32"), expected[name], err_msg=name)
