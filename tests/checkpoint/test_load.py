@@ -130,11 +130,11 @@ def test_every_device_has_its_part_of_values_and_scales():
     parts = {
         name: array.sharding.shard_shape(array.shape) for name, array in to_arrays(model).items()
     }
-    # 8 experts over 2, 344 rows over 4; the release's two groups became four, one for each.
-    assert parts["layers/moe/w_down_EFD/values"] == (3, 4, 86, 64)
-    assert parts["layers/moe/w_down_EFD/scales"] == (3, 4, 1, 64)
-    assert parts["layers/moe/w_gate_EDF/values"] == (3, 4, 64, 86)
-    assert parts["layers/moe/w_gate_EDF/scales"] == (3, 4, 1, 86)
+    # 344 rows of each of 8 experts over 2 x 4; the release's two groups became eight.
+    assert parts["layers/moe/w_down_EFD/values"] == (3, 8, 43, 64)
+    assert parts["layers/moe/w_down_EFD/scales"] == (3, 8, 1, 64)
+    assert parts["layers/moe/w_gate_EDF/values"] == (3, 8, 64, 43)
+    assert parts["layers/moe/w_gate_EDF/scales"] == (3, 8, 1, 43)
     assert model.config.param_dtype == "int8"
     assert model.layers.moe.w_up_EDF.get_value().values.dtype == np.int8
 
@@ -173,8 +173,8 @@ def test_unknown_dtype_is_refused():
 
 
 def test_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(ConfigError, match="experts=4 cannot be split over"):
-        place(RandomSource(ODD), grok.make_mesh(1, 8, 1))
+    with pytest.raises(ConfigError, match="heads=6 cannot be split over"):
+        place(RandomSource(ODD), grok.make_mesh(1, 1, 8))
 
 
 def test_fresh_int8_parameters_are_refused():
