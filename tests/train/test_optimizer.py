@@ -192,9 +192,9 @@ def test_factors_are_split_as_the_matrix_is():
         (
             "layers/moe/w_down_EFD",
             (2, 8, 24),
-            P(None, "expert", "tensor"),
+            P(None, None, ("expert", "tensor")),
             (2, 8, 16),
-            P(None, "expert", "data"),
+            P(None, None, "data"),
         ),
     ]:
         assert (rows[tensor].shape, rows[tensor].sharding.spec) == (shape, places)
