@@ -12,8 +12,8 @@ import click
     "--prompt",
     "prompts",
     multiple=True,
-    required=True,
-    help="Text to continue; may be given several times.",
+    help="Text to continue; may be given several times. None: texts are asked for, one after the "
+    "other, each continued with all before it.",
 )
 @click.option(
     "--max-tokens",
@@ -36,12 +36,34 @@ import click
     type=click.FloatRange(0, 1),
     help="Share of probability that the nucleus keeps.",
 )
+@click.option(
+    "--top-k",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Likeliest tokens; 0: all.",
+)
+@click.option(
+    "--min-p",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Least probability, relative to the likeliest token's.",
+)
+@click.option(
+    "--repetition-penalty", default=1.0, show_default=True, help="Above 1: fewer repetitions."
+)
+@click.option("--stop", multiple=True, help="Text that ends an answer; may be given several times.")
+@click.option("--n", default=1, show_default=True, type=click.IntRange(1), help="Answers a prompt.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the draws.")
-def sample(checkpoint, overrides, prompts, max_tokens, temperature, top_p, seed) -> None:
+def sample(checkpoint, overrides, prompts, **chosen) -> None:
     """Continue text with the newest checkpoint in CHECKPOINT, the folder of a run.
 
     One device is used unless KEY=VALUE says otherwise, as in mesh.tensor=4.
     """
+    from grok.infer.request import SamplingParams
+
+    params = SamplingParams(**chosen)
     from grok.config_files import load_config
     from grok.infer.load import ONE_DEVICE, config_file
 
@@ -52,11 +74,23 @@ def sample(checkpoint, overrides, prompts, max_tokens, temperature, top_p, seed)
 
     prepare(config.mesh.simulated_devices)
 
-    from grok.infer.engine import Engine, SamplingOptions
+    from grok.infer.engine import Engine
     from grok.infer.load import load_run, make_run_mesh
-    from grok.infer.stream import stream
+    from grok.infer.stream import converse, stream
 
     mesh = make_run_mesh(config)
     model, tokenizer = load_run(checkpoint, config, mesh)
-    options = SamplingOptions(max_tokens, temperature, top_p, seed)
-    stream(Engine(model, mesh), tokenizer, prompts, options, click.echo)
+    engine = Engine(model, tokenizer, mesh, config.engine)
+    if prompts:
+        stream(engine, tokenizer, prompts, params, click.echo)
+    else:
+        converse(engine, tokenizer, params, _ask, click.echo)
+
+
+def _ask() -> str | None:
+    """A line from the user; None at the end of input."""
+    try:
+        return click.prompt("", prompt_suffix="> ")
+    except click.Abort:
+        click.echo("")
+        return None

@@ -12,10 +12,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from grok.config import EngineConfig
 from grok.data.tokenizer import Tokenizer
 from grok.errors import DataError
 from grok.evaluate.scores import Scorer
-from grok.infer.engine import Engine, SamplingOptions
+from grok.infer.engine import Engine
+from grok.infer.request import Request, SamplingParams
 from grok.model.grok import Grok
 
 MAX_NEW_TOKENS = 256
@@ -27,9 +29,8 @@ class HarnessModel(TemplateLM):
     def __init__(self, model: Grok, tokenizer: Tokenizer, mesh: Mesh, rows: int):
         super().__init__()
         self._scorer = Scorer(model, mesh, rows)
-        self._engine = Engine(model, mesh)
+        self._engine = Engine(model, tokenizer, mesh, EngineConfig(slots=rows))
         self._pieces = tokenizer
-        self._rows = rows
 
     @property
     def eot_token_id(self) -> int:
@@ -63,39 +64,18 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations, each up to the first of its `until` texts."""
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].args[0]))
-        texts = [""] * len(requests)
-        for first in range(0, len(order), self._rows):
-            places = order[first : first + self._rows]
-            found = self._generate([requests[place].args for place in places])
-            for place, text in zip(places, found, strict=True):
-                texts[place] = text
+        asked = [self._request(str(i), *request.args) for i, request in enumerate(requests)]
+        texts = [""] * len(asked)
+        for output in self._engine.generate(asked):
+            texts[int(output.request_id)] += output.text
         return texts
 
-    def _generate(self, asked: list[tuple[str, dict[str, Any]]]) -> list[str]:
-        until = [_as_list(options.get("until")) for _, options in asked]
-        limits = [int(options.get("max_gen_toks", MAX_NEW_TOKENS)) for _, options in asked]
-        room = self._scorer.context_length - max(limits)
-        prompts = [(self.tok_encode(text) or [self.eot_token_id])[-room:] for text, _ in asked]
-        new: list[list[int]] = [[] for _ in asked]
-        texts, done = [""] * len(asked), [False] * len(asked)
-        options = SamplingOptions(max_tokens=max(limits), temperature=0)
-        for tokens in self._engine.generate(prompts, options, self.eot_token_id):
-            for row, token in enumerate(tokens):
-                if token is None or done[row]:
-                    done[row] = True
-                    continue
-                new[row].append(token)
-                # Decoded behind the prompt, so that a leading space stays.
-                whole = self._pieces.decode([*prompts[row], *new[row]])
-                texts[row] = whole[len(self._pieces.decode(prompts[row])) :]
-                ends = [texts[row].find(stop) for stop in until[row] if stop in texts[row]]
-                if ends:
-                    texts[row] = texts[row][: min(ends)]
-                done[row] = bool(ends) or len(new[row]) == limits[row]
-            if all(done):
-                break
-        return texts
+    def _request(self, name: str, context: str, options: dict[str, Any]) -> Request:
+        limit = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
+        room = self._scorer.context_length - limit
+        prompt = (self.tok_encode(context) or [self.eot_token_id])[-room:]
+        stop = tuple(_as_list(options.get("until")))
+        return Request(name, tuple(prompt), SamplingParams(limit, temperature=0, stop=stop))
 
 
 def run_tasks(

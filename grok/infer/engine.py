@@ -1,113 +1,262 @@
-"""Generation: a prompt goes through the model once, then each new token goes through alone.
+"""The engine: requests in, tokens out, many at a time.
 
-Letters: B rows, T tokens of a prompt, S places of the cache.
+A request's tokens depend on it and its seed alone, never on what runs beside it: its prompt goes
+through one program and its answer through another, whatever the load; rows of a product, tiles of
+an expert, attention and the draw compute each token by itself; page numbers do not matter. This is
+exact in every type where a program's rows are computed alike wherever they stand, as those of XLA
+on CPU and TPU are. Engines of other slots, chunks or meshes round otherwise.
+
+Letters: B groups of devices, U blocks of a step, Q tokens of a block, T = U*Q, D embed.
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from grok import sharding
-from grok.errors import DataError
-from grok.infer.sampling import sample
-from grok.model.cache import KVCache, init_cache
+from grok.config import EngineConfig
+from grok.data.tokenizer import Tokenizer
+from grok.infer.answer import Answer
+from grok.infer.request import EngineStats, Output, Request, RequestError, TokenLogprobs
+from grok.infer.rows import Rows
+from grok.infer.sampling import Chosen
+from grok.infer.scheduler import Scheduler, Sequence, Step
+from grok.infer.step import advance, score
+from grok.model.cache import init_cache
 from grok.model.grok import Grok
 
+DEFAULTS = EngineConfig()
 
-@dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are chosen. Temperature 0 takes the likeliest token."""
 
-    max_tokens: int = 128
-    temperature: float = 0.7
-    top_p: float = 0.95
-    seed: int = 0
+@dataclasses.dataclass
+class _Job:
+    """A request in flight: its answers, and those of them that still run."""
+
+    answers: list[Answer]
+    open: dict[int, Sequence]
 
 
 class Engine:
-    """A model on its mesh with compiled steps: prompts in, tokens out."""
+    """A model on its mesh, a cache in pages, and the requests in flight.
 
-    def __init__(self, model: Grok, mesh: Mesh):
-        self._model, self._mesh = model, mesh
-        self._advance = jax.jit(_advance, donate_argnums=1)
+    One thread makes all calls. Where the mesh has several processes, each makes the same calls in
+    the same order.
+    """
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], options: SamplingOptions, eos_id: int = -1
-    ) -> Iterator[list[int | None]]:
-        """Yields, for each new place, one token a prompt; None where a prompt is finished.
+    def __init__(
+        self,
+        model: Grok,
+        tokenizer: Tokenizer | None,
+        mesh: Mesh,
+        options: EngineConfig = DEFAULTS,
+    ):
+        """Makes the cache; slots and pages are rounded up to as many for every group of devices.
+        Without a tokenizer answers have no text, and no end but their length or stop_token_ids."""
+        self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
+        self._config = config = model.config
+        self._page_size = size = options.page_size
+        with jax.set_mesh(mesh):
+            groups = sharding.size("batch")
+            slots = -(-options.slots // groups)
+            self._longest = -(-config.context_length // size)
+            self._pages = -(-options.pages // groups) or slots * self._longest
+            same = options.cache_dtype == "compute"
+            dtype = config.compute_dtype if same else options.cache_dtype
+            make = jax.jit(lambda: init_cache(config, groups * self._pages, size, dtype))
+            self._cache = make()
+        self._scheduler = Scheduler(groups, slots, self._pages, size, options.prefill_chunk // size)
+        self._jobs: dict[str, _Job] = {}
+        self._told: list[Output] = []
+        self._tokens_in = self._tokens_out = 0
+        self._rows = Rows(config, tokenizer, mesh)
 
-        A row ends with `eos_id` (which is not yielded) or after `max_tokens`. Its tokens depend
-        on its prompt, its place in the list and the seed. Raises DataError for a prompt that is
-        empty, or longer with its answer than the model's context.
-        """
-        config = self._model.config
-        for prompt in prompts:
-            _check_prompt(prompt, options, config.context_length, config.vocab_size)
-        longest = max(len(prompt) for prompt in prompts)
+    @property
+    def unfinished(self) -> int:
+        """Answers of which the last Output is still to come."""
+        return sum(len(job.open) for job in self._jobs.values()) + len(self._told)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts of tokens, answers and pages."""
+        pools = self._scheduler.pools
+        return EngineStats(
+            tokens_in=self._tokens_in,
+            tokens_shared=self._scheduler.shared,
+            tokens_out=self._tokens_out,
+            preempted=self._scheduler.preempted,
+            running=len(self._scheduler.running()),
+            waiting=len(self._scheduler.waiting),
+            pages_used=sum(pool.used for pool in pools),
+            pages_kept=sum(pool.kept for pool in pools),
+            pages_free=sum(pool.free for pool in pools),
+        )
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises RequestError where it could never be run."""
+        self._check(request)
+        params = request.params
+        answers = [Answer(request, c, self._tokenizer) for c in range(params.best_of or params.n)]
+        job = _Job(answers, {})
+        for choice in range(len(answers)):
+            # Logits of all its tokens are wanted, so all have to be run.
+            whole = choice == 0 and params.prompt_logprobs is not None
+            job.open[choice] = Sequence(request, choice, list(request.prompt), whole)
+            self._scheduler.add(job.open[choice])
+        self._jobs[request.id] = job
+        self._tokens_in += len(request.prompt)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request, whose pages are free at once; one that is not in flight is no matter."""
+        job = self._jobs.pop(request_id, None)
+        if job is None:
+            return
+        for choice, sequence in job.open.items():
+            self._scheduler.remove(sequence)
+            job.answers[choice].cancel()
+        n = job.answers[0].request.params.n
+        ranked = len(job.answers) > n  # of which none was told yet
+        told = job.answers[:n] if ranked else [job.answers[choice] for choice in job.open]
+        self._told += [answer.tell() for answer in told]
+
+    def step(self) -> list[Output]:
+        """Runs one step on the devices, a prefill or a decode, and tells what came of it."""
+        told, self._told = self._told, []
+        step = self._scheduler.next_step()
+        if step is None:
+            return told
+        chosen, x_BTD = self._run(step)
+        if step.prefill:
+            self._score_prompts(step, x_BTD)
+        for block, row in step.blocks():
+            sequence = block.sequence
+            if block.start + block.count == len(sequence.tokens):
+                told += self._take(sequence, chosen, row)
+        return told
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Output]:
+        """Runs requests to their ends, beside whatever else is in flight."""
+        for request in requests:
+            self.submit(request)
+        while self.unfinished:
+            yield from self.step()
+
+    def _run(self, step: Step) -> tuple[Chosen, jax.Array]:
+        """One step on the devices."""
+        size = self._page_size if step.prefill else 1
+        tokens_BT, places = self._rows.places(step, size, self._longest)
         with jax.set_mesh(self._mesh):
-            rows = sharding.size("batch")
-            B = -(-len(prompts) // rows) * rows
-            # Powers of two: prompts of many lengths share a few compiled programs.
-            tokens_BT = np.zeros((B, _power_of_two(longest)), np.int32)
-            count_B = np.ones((B,), np.int32)
-            for row, prompt in enumerate(prompts):
-                tokens_BT[row, : len(prompt)] = prompt
-                count_B[row] = len(prompt)
-            cache = init_cache(config, B, _power_of_two(longest + options.max_tokens))
-            advance = functools.partial(
-                self._advance,
-                keys_B=jax.random.split(jax.random.key(options.seed), B),
-                temperature_B=jnp.full((B,), options.temperature, jnp.float32),
-                top_p_B=jnp.full((B,), options.top_p, jnp.float32),
+            chosen, x_BTD, self._cache = advance(
+                self._model, self._cache, tokens_BT, places, self._rows.settings(step)
             )
-            alive = [True] * len(prompts)
-            for _ in range(options.max_tokens):
-                tokens_B, cache = advance(self._model, cache, tokens_BT, count_B)
-                new = np.asarray(tokens_B)
-                alive = [on and new[row] != eos_id for row, on in enumerate(alive)]
-                if not any(alive):
-                    return
-                yield [int(new[row]) if on else None for row, on in enumerate(alive)]
-                tokens_BT, count_B = tokens_B[:, None], np.ones((B,), np.int32)
+        return jax.tree.map(np.asarray, chosen), x_BTD
+
+    def _score_prompts(self, step: Step, x_BTD: jax.Array) -> None:
+        """Collects log-probabilities of the prompts' tokens, where they are wanted."""
+        wanted = [(block, row) for block, row in step.blocks() if block.sequence.whole]
+        if not wanted:
+            return
+        next_BUQ = np.zeros((*step.shape, self._page_size), np.int32)
+        for block, row in wanted:
+            first = block.start + 1
+            after = block.sequence.request.prompt[first : first + block.count]
+            next_BUQ[row][: len(after)] = after
+        with jax.set_mesh(self._mesh):
+            found = [np.asarray(part) for part in score(self._model, x_BTD, next_BUQ)]
+        for block, row in wanted:
+            sequence = block.sequence
+            top = sequence.request.params.prompt_logprobs or 0
+            if block.start == 0:
+                sequence.scores = [None]
+            for offset in range(block.count):
+                at = *row, offset
+                if block.start + offset + 1 < sequence.prompt_length:
+                    token = sequence.request.prompt[block.start + offset + 1]
+                    sequence.scores.append(_logprobs(token, top, *(part[at] for part in found)))
+            if len(sequence.scores) == sequence.prompt_length:
+                answer = self._jobs[sequence.request.id].answers[sequence.choice]
+                answer.prompt_logprobs = tuple(sequence.scores)
+                # Run again after a preemption, the prompt may be shared and is not told twice.
+                sequence.whole = False
+
+    def _take(self, sequence: Sequence, chosen: Chosen, row: tuple[int, int]) -> list[Output]:
+        """Gives a sequence its new token; what is to be told of it."""
+        job, params = self._jobs[sequence.request.id], sequence.request.params
+        answer = job.answers[sequence.choice]
+        token = int(chosen.token_B[row])
+        parts = chosen.logprob_B[row], chosen.top_BX[row], chosen.top_logprob_BX[row]
+        answer.add(_logprobs(token, params.logprobs or 0, *parts))
+        sequence.tokens.append(token)
+        self._tokens_out += 1
+        if answer.finish_reason is not None:
+            self._scheduler.remove(sequence)
+            del job.open[sequence.choice]
+            if not job.open:
+                del self._jobs[sequence.request.id]
+        if len(job.answers) == params.n:
+            return [answer.tell()]
+        return [] if job.open else _best(job.answers, params.n)
+
+    def _check(self, request: Request) -> None:
+        """Refuses, as RequestError, what could not be run."""
+        params, prompt = request.params, request.prompt
+        V, N = self._config.vocab_size, self._config.context_length
+        if request.id in self._jobs:
+            raise RequestError(
+                "id", f"id={request.id!r} is that of a request in flight; another one would work."
+            )
+        if not prompt:
+            raise RequestError(
+                "prompt", "the prompt is empty; one token at least is needed to continue from."
+            )
+        lists = ("stop_token_ids", "allowed_token_ids", "banned_token_ids")
+        for name, ids in (("prompt", prompt), *((name, getattr(params, name)) for name in lists)):
+            if ids and not 0 <= min(ids) <= max(ids) < V:
+                wrong = min(ids) if min(ids) < 0 else max(ids)
+                raise RequestError(
+                    name,
+                    f"{name} has token {wrong} and the model's vocabulary {V} tokens; the "
+                    "tokenizer must be the one the model was trained with.",
+                )
+        length = len(prompt) + params.max_tokens
+        if length > N:
+            raise RequestError(
+                "max_tokens" if len(prompt) < N else "prompt",
+                f"a prompt of {len(prompt)} tokens with {params.max_tokens} new ones is longer "
+                f"than the model's context of {N}; at most {max(0, N - len(prompt))} new tokens "
+                "fit.",
+            )
+        if length > self._pages * self._page_size:
+            raise RequestError(
+                "max_tokens",
+                f"a prompt of {len(prompt)} tokens with {params.max_tokens} new ones needs more "
+                f"than the {self._pages} pages of {self._page_size} tokens that there are; "
+                f"engine.pages={-(-length // self._page_size) * len(self._scheduler.pools)} "
+                "would work.",
+            )
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop", "stop texts need a tokenizer, and this engine has none.")
+        if self._rows.bans(params, early=params.min_tokens > 0).all():
+            raise RequestError(
+                "allowed_token_ids",
+                f"allowed_token_ids={list(params.allowed_token_ids)} leaves no token that is "
+                "neither banned nor an end; another token would work.",
+            )
 
 
-def _advance(model: Grok, cache: KVCache, tokens_BT, count_B, keys_B, temperature_B, top_p_B):
-    """Runs new tokens and chooses the one after them, tokens_B."""
-    logits_BV, cache = model.step(tokens_BT, cache, sharding.shard(count_B, "batch"))
-
-    def local(keys_B, length_B, logits_BV, temperature_B, top_p_B):
-        keys_B = jax.vmap(jax.random.fold_in)(keys_B, length_B)
-        return sample(keys_B, logits_BV, temperature_B, top_p_B)
-
-    row, rows = ("batch",), ("batch", None)
-    form = sharding.shard_map(local, (row, row, rows, row, row), row)
-    keys_B, temperature_B, top_p_B = (
-        sharding.shard(a, "batch") for a in (keys_B, temperature_B, top_p_B)
-    )
-    logits_BV = sharding.shard(logits_BV, "batch", None)
-    return form(keys_B, cache.length_B, logits_BV, temperature_B, top_p_B), cache
+def _logprobs(token: int, top: int, logprob, top_X, top_logprob_X) -> TokenLogprobs:
+    pairs = zip(top_X[:top].tolist(), top_logprob_X[:top].tolist(), strict=True)
+    return TokenLogprobs(token, float(logprob), tuple(pairs))
 
 
-def _power_of_two(number: int, least: int = 16) -> int:
-    return max(least, 1 << (number - 1).bit_length())
-
-
-def _check_prompt(prompt, options: SamplingOptions, context_length: int, vocab_size: int) -> None:
-    if not prompt:
-        raise DataError("the prompt is empty; one token at least is needed to continue from.")
-    if max(prompt) >= vocab_size:
-        raise DataError(
-            f"the prompt has token {max(prompt)} and the model's vocabulary {vocab_size} tokens; "
-            "the tokenizer must be the one the model was trained with."
-        )
-    if len(prompt) + options.max_tokens > context_length:
-        raise DataError(
-            f"a prompt of {len(prompt)} tokens with {options.max_tokens} new ones is longer than "
-            f"the model's context of {context_length}; at most "
-            f"{max(0, context_length - len(prompt))} new tokens fit."
-        )
+def _best(answers: list[Answer], n: int) -> list[Output]:
+    """The n answers of highest mean log-probability, from the best."""
+    best = sorted(answers, key=lambda answer: -answer.mean_logprob)[:n]
+    scores = answers[0].prompt_logprobs
+    answers[0].prompt_logprobs = None
+    best[0].prompt_logprobs = scores
+    for place, answer in enumerate(best):
+        answer.choice = place
+    return [answer.tell() for answer in best]

@@ -1,7 +1,13 @@
-"""From logits to the next token: temperature, nucleus, greedy.
+"""From logits to the next token: penalties, bans, temperature, filters, log-probabilities.
 
-Letters: B rows, V vocab.
+What only some requests ask for is computed in a branch, taken when any row asks; the values of the
+other rows are the same either way.
+
+Letters: B rows, V vocab, N tokens of a sequence, W bytes of V bits, X likeliest tokens.
 """
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +33,28 @@ def nucleus(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
     return jnp.where(logits_BV >= threshold_B1, logits_BV, REMOVED)
 
 
+def top_k(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
+    """Logits with all but each row's k largest, and ties with the k-th, set to -1e10; 0: all."""
+    descending_BV = -jnp.sort(-logits_BV, axis=-1)
+    place_B = jnp.clip(top_k_B - 1, 0, logits_BV.shape[-1] - 1)
+    threshold_B1 = jnp.take_along_axis(descending_BV, place_B[:, None], axis=-1)
+    keep_BV = (top_k_B[:, None] == 0) | (logits_BV >= threshold_B1)
+    return jnp.where(keep_BV, logits_BV, REMOVED)
+
+
+def min_p(logits_BV: jax.Array, min_p_B: jax.Array) -> jax.Array:
+    """Logits of tokens less likely than min_p times the likeliest set to -1e10."""
+    threshold_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(min_p_B)[:, None]
+    return jnp.where(logits_BV >= threshold_B1, logits_BV, REMOVED)
+
+
 def sample(
-    keys_B: jax.Array, logits_BV: jax.Array, temperature_B: jax.Array, top_p_B: jax.Array
+    keys_B: jax.Array,
+    logits_BV: jax.Array,
+    temperature_B: jax.Array,
+    top_p_B: jax.Array,
+    top_k_B: jax.Array | None = None,
+    min_p_B: jax.Array | None = None,
 ) -> jax.Array:
     """One token a row, tokens_B int32: the likeliest where temperature is 0, drawn elsewhere.
 
@@ -36,7 +62,112 @@ def sample(
     """
     logits_BV = logits_BV.astype(jnp.float32)
     greedy_B = jnp.argmax(logits_BV, axis=-1)
-    heat_B = jnp.where(temperature_B > 0, temperature_B, 1)
-    kept_BV = nucleus(logits_BV / heat_B[:, None], top_p_B)
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
+
+    def draw() -> jax.Array:
+        kept_BV = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1)[:, None]
+        if top_k_B is not None:
+            kept_BV = _where_any(top_k_B > 0, lambda x: top_k(x, top_k_B), kept_BV)
+        kept_BV = _where_any(top_p_B < 1, lambda x: nucleus(x, top_p_B), kept_BV)
+        if min_p_B is not None:
+            kept_BV = _where_any(min_p_B > 0, lambda x: min_p(x, min_p_B), kept_BV)
+        return jax.vmap(jax.random.categorical)(keys_B, kept_BV)
+
+    drawn_B = jax.lax.cond(jnp.any(temperature_B > 0), draw, lambda: greedy_B)
     return jnp.where(temperature_B > 0, drawn_B, greedy_B).astype(jnp.int32)
+
+
+def _where_any(asked_B, change, x):
+    """`change(x)` if any row asks for it, else x."""
+    return jax.lax.cond(jnp.any(asked_B), change, lambda x: x, x)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Settings:
+    """What each row asks for, as `SamplingParams` has it; leading axes may be more
+    than B. NumPy or JAX arrays."""
+
+    key_B2: Any  # the seed's two words, uint32
+    choice_B: Any
+    position_B: Any  # of the new token in its sequence
+    temperature_B: Any
+    top_k_B: Any
+    top_p_B: Any
+    min_p_B: Any
+    repetition_B: Any
+    presence_B: Any
+    frequency_B: Any
+    prompt_length_B: Any
+    top_logprobs_B: Any  # whether any are wanted
+    tokens_BN: Any  # prompt and answer of rows with penalties; V where there is none
+    banned_BW: Any  # a bit for each token of the vocabulary, the lowest first
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Chosen:
+    """The new token of each row, its log-probability, and the likeliest tokens with theirs."""
+
+    token_B: jax.Array
+    logprob_B: jax.Array
+    top_BX: jax.Array
+    top_logprob_BX: jax.Array
+
+
+def choose(logits_BV: jax.Array, settings: Settings, top: int) -> Chosen:
+    """The next token of every row, drawn by (seed, choice, position); log-probabilities are those
+    of the logits as they came."""
+    s = settings
+    keys_B = jax.vmap(_key)(s.key_B2, s.choice_B, s.position_B)
+    scores_BV = penalized(logits_BV, s)
+    V = logits_BV.shape[-1]
+    bits_BW8 = (s.banned_BW[:, :, None] >> jnp.arange(8, dtype=jnp.uint8)[None, None, :]) & 1
+    banned_BV = bits_BW8.reshape(len(bits_BW8), -1)[:, :V] > 0
+    scores_BV = jnp.where(banned_BV, REMOVED, scores_BV)
+    token_B = sample(keys_B, scores_BV, s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B)
+    return Chosen(token_B, *logprobs(logits_BV, token_B, jnp.any(s.top_logprobs_B), top))
+
+
+def logprobs(logits_BV: jax.Array, token_B: jax.Array, want_top, top: int):
+    """Log-probability of each row's token; the `top` likeliest tokens and theirs, zeros unless
+    `want_top`."""
+    sum_B = jax.nn.logsumexp(logits_BV, axis=-1)
+    logprob_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0] - sum_B
+
+    def likeliest():
+        value_BX, token_BX = jax.lax.top_k(logits_BV, top)
+        return token_BX, value_BX - sum_B[:, None]
+
+    def none():
+        zero_BX = jnp.zeros((1, top), jnp.float32) * sum_B[:, None]
+        return jnp.zeros((1, top), jnp.int32) * token_B[:, None], zero_BX
+
+    return logprob_B, *jax.lax.cond(want_top, likeliest, none)
+
+
+def penalized(logits_BV: jax.Array, s: Settings) -> jax.Array:
+    """Logits after penalties. Repetition (Keskar et al. 2019) is of tokens in prompt or answer:
+    positive logits are divided by it, negative ones multiplied. Presence and frequency are of the
+    answer's tokens, taken off once and for each time."""
+
+    def change(logits_BV):
+        row_B1 = jnp.arange(len(logits_BV))[:, None]
+        none_BV = jnp.zeros_like(logits_BV)
+        answer_BN = jnp.arange(s.tokens_BN.shape[1])[None, :] >= s.prompt_length_B[:, None]
+        seen_BV = none_BV.at[row_B1, s.tokens_BN].set(1.0, mode="drop")
+        times_BV = none_BV.at[row_B1, s.tokens_BN].add(
+            answer_BN.astype(logits_BV.dtype), mode="drop"
+        )
+        factor_B1 = s.repetition_B[:, None]
+        changed_BV = jnp.where(logits_BV > 0, logits_BV / factor_B1, logits_BV * factor_B1)
+        logits_BV = jnp.where(seen_BV > 0, changed_BV, logits_BV)
+        logits_BV -= s.frequency_B[:, None] * times_BV
+        return logits_BV - s.presence_B[:, None] * (times_BV > 0)
+
+    asked_B = (s.repetition_B != 1) | (s.presence_B != 0) | (s.frequency_B != 0)
+    return _where_any(asked_B, change, logits_BV)
+
+
+def _key(words_2, choice, position):
+    key = jax.random.wrap_key_data(words_2, impl="threefry2x32")
+    return jax.random.fold_in(jax.random.fold_in(key, choice), position)

@@ -1,24 +1,71 @@
 """Prompts in text, answers as they come."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
-from grok.data.tokenizer import StreamDecoder, Tokenizer
-from grok.infer.engine import Engine, SamplingOptions
+from grok.data.tokenizer import Tokenizer
+from grok.infer.engine import Engine
+from grok.infer.request import Request, SamplingParams
+
+_numbers = itertools.count()
 
 
 def stream(
     engine: Engine,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
-    options: SamplingOptions,
+    params: SamplingParams,
+    echo: Callable[..., None],
+) -> list[str]:
+    """Writes each prompt and its continuation through `echo(text, nl=...)`; returns the latter.
+
+    All prompts run at once. The first is written piece by piece as its tokens come, each other one
+    as soon as those before it are written.
+    """
+    names = [f"stream-{next(_numbers)}" for _ in prompts]
+    requests = [
+        Request(name, tuple(tokenizer.encode(prompt)), params)
+        for name, prompt in zip(names, prompts, strict=True)
+    ]
+    turns = [(place, choice) for place in range(len(prompts)) for choice in range(params.n)]
+    pieces: dict[tuple[int, int], list[str]] = {turn: [] for turn in turns}
+    ended, shown, current = set(), 0, 0
+    for output in engine.generate(requests):
+        turn = names.index(output.request_id), output.choice
+        pieces[turn].append(output.text)
+        if output.finish_reason is not None:
+            ended.add(turn)
+        while current < len(turns):
+            if shown == 0:
+                echo(prompts[turns[current][0]], nl=False)
+                pieces[turns[current]].insert(0, "")
+                shown = 1
+            echo("".join(pieces[turns[current]][shown:]), nl=False)
+            shown = len(pieces[turns[current]])
+            if turns[current] not in ended:
+                break
+            echo("\n")
+            current, shown = current + 1, 0
+    return ["".join(pieces[turn]) for turn in turns]
+
+
+def converse(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    params: SamplingParams,
+    ask: Callable[[], str | None],
     echo: Callable[..., None],
 ) -> None:
-    """Writes each prompt and its continuation, piece by piece, through `echo(text, nl=...)`."""
-    for prompt in prompts:
-        ids = tokenizer.encode(prompt)
-        decoder = StreamDecoder(tokenizer, after=ids)
-        echo(prompt, nl=False)
-        for (token,) in engine.generate([ids], options, tokenizer.eos_id):
-            if token is not None:
-                echo(decoder.push(token), nl=False)
-        echo(decoder.flush() + "\n")
+    """Continues what is typed, with all of what was typed and written before in front of it,
+    until `ask` gives None. Pages of what came before are not computed again."""
+    text = ""
+    while (line := ask()) is not None:
+        prompt = text + line
+        request = Request(f"stream-{next(_numbers)}", tuple(tokenizer.encode(prompt)), params)
+        answer = ""
+        for output in engine.generate([request]):
+            if output.choice == 0:
+                echo(output.text, nl=False)
+                answer += output.text
+        echo("")
+        text = prompt + answer + "\n"

@@ -11,10 +11,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from grok import sharding
 from grok.config import GrokConfig
-from grok.model.cache import KVCache
+from grok.model.cache import PagedCache, Places
 from grok.model.layers import normal, product, rotate
 from grok.ops.attention import attention
 from grok.ops.flash import flash_attention, suits
+from grok.ops.paged_attention import paged_attention, write_pages
 
 
 class Attention(nnx.Module):
@@ -54,36 +55,60 @@ class Attention(nnx.Module):
         o_BTNH = checkpoint_name(form(q_BTNH, k_BTKH, v_BTKH, segment_BT), "attention")
         return self._output(o_BTNH)
 
-    def step(self, x_BTD: jax.Array, cache: KVCache, layer: jax.Array):
+    def step(self, x_BTD: jax.Array, cache: PagedCache, places: Places, layer: jax.Array):
         """Attention over the cache and the new tokens, whose keys and values are put in it.
 
-        Token t of row b takes place length_B[b] + t; `cache.length_B` is left to the caller, who
-        knows how many of the T are padding. Returns y_BTD and the cache.
+        Tokens are in U blocks of Q, as `places` says. Returns y_BTD and the cache.
         """
-        T = x_BTD.shape[1]
-        index_BT = cache.length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, index_BT)
+        Q = x_BTD.shape[1] // places.start_BU.shape[1]
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, places.positions(Q))
         kv = sharding.kv_axis(self.config.num_kv_heads)
+        c, group = self.config, self.config.num_heads // self.config.num_kv_heads
 
-        def local(q, k, v, k_LBSKH, v_LBSKH, index, layer):
-            row = jnp.arange(q.shape[0])[:, None]
-            k_LBSKH = k_LBSKH.at[layer, row, index].set(k, mode="drop")
-            v_LBSKH = v_LBSKH.at[layer, row, index].set(v, mode="drop")
-            k_BSKH, v_BSKH = k_LBSKH[layer], v_LBSKH[layer]
-            one_BT, one_BS = jnp.zeros_like(index), jnp.zeros(k_BSKH.shape[:2], index.dtype)
-            return self._attend(q, k_BSKH, v_BSKH, index, one_BT, one_BS), k_LBSKH, v_LBSKH
+        def local(q, k, v, kv_pages, scales, table_BUM, start_BU, count_BU, layer):
+            # Each device has the tokens of one group.
+            new = jnp.stack([k, v], axis=3).reshape(-1, Q, *k.shape[2:3], 2, k.shape[3])
+            table_UM, start_U = table_BUM[0], start_BU[0]
+            # With all kv heads and fewer query heads than share one, it is the same for all.
+            fewer = q.shape[2] < k.shape[2] * group
+            shared = sharding.index("heads") * q.shape[2] // group if fewer else None
+            kv_pages, scales = write_pages(
+                kv_pages, scales, layer, new, table_UM, start_U, count_BU[0]
+            )
+            o_UQNH = paged_attention(
+                q.reshape(-1, Q, *q.shape[2:]),
+                kv_pages,
+                scales,
+                layer,
+                table_UM,
+                start_U,
+                multiplier=c.attn_output_multiplier,
+                cap=c.attn_logit_softcap,
+                kv_head=shared,
+            )
+            return o_UQNH.reshape(q.shape), kv_pages, scales
 
         q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", None, kv, None)
-        cache_axes = ("layers", *kv_axes)
+        scale_axes = () if cache.scale_LPSK2 is None else ("layers", "batch", None, kv, None)
+        cache_axes = ("layers", "batch", None, kv, None, None)
+        rows = ("batch", None)
         form = sharding.shard_map(
             local,
-            (q_axes, kv_axes, kv_axes, cache_axes, cache_axes, ("batch", None), ()),
-            (q_axes, cache_axes, cache_axes),
+            (q_axes, kv_axes, kv_axes, cache_axes, scale_axes, (*rows, None), rows, rows, ()),
+            (q_axes, cache_axes, scale_axes),
         )
-        o_BTNH, k_LBSKH, v_LBSKH = form(
-            q_BTNH, k_BTKH, v_BTKH, cache.k_LBSKH, cache.v_LBSKH, index_BT, layer
+        o_BTNH, kv_pages, scales = form(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            cache.kv_LPSK2H,
+            cache.scale_LPSK2,
+            places.table_BUM,
+            places.start_BU,
+            places.count_BU,
+            layer,
         )
-        return self._output(o_BTNH), KVCache(k_LBSKH, v_LBSKH, cache.length_B)
+        return self._output(o_BTNH), PagedCache(kv_pages, scales)
 
     def _project(self, x_BTD, positions_BT):
         kv = sharding.kv_axis(self.config.num_kv_heads)

@@ -17,7 +17,7 @@ from grok import sharding
 from grok.config import GrokConfig, check_model_fits
 from grok.errors import ConfigError
 from grok.model.attention import Attention
-from grok.model.cache import KVCache
+from grok.model.cache import PagedCache, Places
 from grok.model.layers import RMSNorm, TokenTable
 from grok.model.moe import MoE, RouterStats
 from grok.ops.quant import QuantizedArray
@@ -51,12 +51,11 @@ class Block(nnx.Module):
         m_BTD = checkpoint_name(m_BTD, "experts")
         return x_BTD + self.post_moe_norm(m_BTD), stats
 
-    def step(self, x_BTD, cache: KVCache, layer) -> tuple[jax.Array, KVCache]:
-        """The same for new tokens that see what is in the cache."""
-        a_BTD, cache = self.attention.step(self.pre_attn_norm(x_BTD), cache, layer)
+    def step(self, x_BTD, cache: PagedCache, places: Places, real_BT, layer):
+        """The same for new tokens that see what is in the cache: x_BTD and the cache."""
+        a_BTD, cache = self.attention.step(self.pre_attn_norm(x_BTD), cache, places, layer)
         x_BTD = x_BTD + self.post_attn_norm(a_BTD)
-        real_BT = sharding.shard(jnp.ones(x_BTD.shape[:2], bool), "batch", "length")
-        m_BTD, _ = self.moe(self.pre_moe_norm(x_BTD), real_BT)
+        m_BTD = self.moe.step(self.pre_moe_norm(x_BTD), real_BT)
         return x_BTD + self.post_moe_norm(m_BTD), cache
 
 
@@ -100,26 +99,36 @@ class Grok(nnx.Module):
             logits_BTV = self.embed.unembed(x_BTD, self.config.compute_dtype)
             return logits_BTV * self.config.output_multiplier
 
-    def step(self, tokens_BT, cache: KVCache, count_B) -> tuple[jax.Array, KVCache]:
-        """Runs T new tokens a row, of which the first `count_B` are real, against the cache.
+    def step(self, tokens_BT, cache: PagedCache, places: Places) -> tuple[jax.Array, PagedCache]:
+        """Runs new tokens, of many sequences, against the cache: prefill and decode alike.
 
-        Returns logits_BV after each row's last real token (float32), and the cache with the new
-        tokens in it. Prefill is this with a prompt, decode with T = 1.
+        Row b holds the tokens of one group of devices (there are as many rows as parts of the
+        batch), in U blocks of Q = T/U tokens. Returns x_BTD after the final norm, for `unembed`,
+        and the cache with the new tokens in it.
         """
         with sharding.mesh_of(self.embed.table_VD[...]):
             tokens_BT = sharding.shard(tokens_BT, "batch", "length")
+            places = jax.tree.map(
+                lambda a: sharding.shard(a, "batch", *(None,) * (a.ndim - 1)), places
+            )
+            real_BT = places.real(tokens_BT.shape[1] // places.start_BU.shape[1])
 
             def block(carry, xs):
                 x_BTD, cache = carry
-                return self._layer(*xs).step(x_BTD, cache, xs[1]), None
+                return self._layer(*xs).step(x_BTD, cache, places, real_BT, xs[1]), None
 
             carry = (self._embed(tokens_BT), cache)
             (x_BTD, cache), _ = jax.lax.scan(block, carry, self._per_layer())
-            last_BT = jnp.arange(tokens_BT.shape[1])[None, :] == count_B[:, None] - 1
-            x_BTD = jnp.where(last_BT[:, :, None], x_BTD, 0).sum(1, keepdims=True)
-            logits_BTV = self.unembed(self.final_norm(x_BTD))
-            cache = KVCache(cache.k_LBSKH, cache.v_LBSKH, cache.length_B + count_B)
-            return logits_BTV[:, 0], cache
+            return self.final_norm(x_BTD), cache
+
+    def next_logits(self, x_BTD: jax.Array, count_BU) -> jax.Array:
+        """Logits after the last real token of each block, logits_BUV, from what `step` returned."""
+        with sharding.mesh_of(self.embed.table_VD[...]):
+            B, U = count_BU.shape
+            count_BU = sharding.shard(count_BU, "batch", None)
+            x_BUQD = x_BTD.reshape(B, U, -1, x_BTD.shape[-1])
+            last_BUQ = jnp.arange(x_BUQD.shape[2])[None, None, :] == count_BU[:, :, None] - 1
+            return self.unembed(jnp.where(last_BUQ[..., None], x_BUQD, 0).sum(2))
 
     def _per_layer(self):
         """What a scan over the layers hands to `_layer`: parameters, and the layer's number.

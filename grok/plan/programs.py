@@ -1,6 +1,6 @@
 """The programs that a plan compiles: the real steps, with arguments of shapes and placements alone.
 
-Letters: B rows, T new tokens a row, S tokens in the cache.
+Letters: B rows, T new tokens, S tokens of a row in the cache, Q tokens of a block.
 """
 
 import functools
@@ -16,7 +16,7 @@ from grok import sharding
 from grok.checkpoint.convert import RELEASE_GROUPS
 from grok.config import RunConfig
 from grok.model import names, weights
-from grok.model.cache import init_cache
+from grok.model.cache import Places, init_cache
 from grok.plan.figures import batch_of
 from grok.train.optimizer import make_optimizer
 from grok.train.state import abstract_state
@@ -53,26 +53,41 @@ def train_program(config: RunConfig, mesh: Mesh) -> Program:
 
 
 def inference_program(config: RunConfig, mesh: Mesh) -> Program:
-    """One step of the model with its cache: a prompt of T tokens a row, or a token a row after S.
+    """One step of the model with its cache in pages: a prompt of S tokens a row, or a token a row
+    after S - 1.
 
     What serving compiles is decided here alone.
     """
     B, S = batch_of(config)
-    T = S if config.plan.program == "prefill" else 1
+    size = config.engine.page_size
+    pages = -(-S // size)
+    parts = sharding.size("batch")
+    prefill = config.plan.program == "prefill"
+    blocks, Q = (B // parts * pages, size) if prefill else (B // parts, 1)
     groups = {name: RELEASE_GROUPS.get(name, 1) for name in names.MATRICES}
     model = weights.abstract(
         config.model, mesh, groups if config.model.param_dtype == "int8" else None
     )
-    cache = sharding.abstract(functools.partial(init_cache, config.model, B, S), mesh)
-    count_B = jax.ShapeDtypeStruct(
-        (B,), jnp.int32, sharding=NamedSharding(mesh, sharding.spec("batch"))
-    )
+    same = config.engine.cache_dtype == "compute"
+    dtype = config.model.compute_dtype if same else config.engine.cache_dtype
+    make = functools.partial(init_cache, config.model, B * pages, size, dtype)
+    cache = sharding.abstract(make, mesh)
 
-    def step(model, cache, tokens_BT, count_B):
-        return model.step(tokens_BT, cache, count_B)
+    def placed(*shape: int) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, sharding.spec("batch", *(None,) * (len(shape) - 1)))
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
 
-    tokens_BT = _rows((B, T), jnp.int32, mesh)
-    arguments = {"model": model, "cache": cache, "tokens_BT": tokens_BT, "count_B": count_B}
+    def step(model, cache, tokens_BT, places):
+        x_BTD, cache = model.step(tokens_BT, cache, places)
+        return model.next_logits(x_BTD, places.count_BU), cache
+
+    places = Places(placed(parts, blocks, pages), placed(parts, blocks), placed(parts, blocks))
+    arguments = {
+        "model": model,
+        "cache": cache,
+        "tokens_BT": placed(parts, blocks * Q),
+        "places": places,
+    }
     return Program(step, arguments, donate=1)
 
 

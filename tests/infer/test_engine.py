@@ -1,4 +1,4 @@
-"""Generation as its caller sees it."""
+"""The engine as its caller sees it: the same tokens whatever runs beside, and pages given back."""
 
 import dataclasses
 
@@ -7,74 +7,201 @@ import numpy as np
 import pytest
 
 import grok
-from grok.errors import DataError
-from grok.infer.engine import Engine, SamplingOptions
+from grok.config import EngineConfig
+from grok.data.tokenizer import Tokenizer
+from grok.infer.engine import Engine
+from grok.infer.request import Request, RequestError, SamplingParams
 
-PROMPTS = [[5, 9, 200, 31], [17], list(range(40, 61))]
-GREEDY = SamplingOptions(max_tokens=8, temperature=0)
+OPTIONS = EngineConfig(slots=8, page_size=16, prefill_chunk=32, pages=32)
+SHARED = tuple(range(10, 50))
+KINDS = [
+    {"temperature": 0.0},
+    {},
+    {"top_k": 5, "n": 2},
+    {"top_p": 0.7, "min_p": 0.1, "temperature": 1.5},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+    {"allowed_token_ids": (5, 6, 7, 8), "prompt_logprobs": 1},
+    {"min_tokens": 3, "stop_token_ids": tuple(range(4, 160)), "logprobs": 2},
+]
+
+
+def requests(count: int, top: int = 40) -> list[Request]:
+    """Prompts and answers of mixed lengths; each third prompt begins alike."""
+    random, found = np.random.default_rng(0), []
+    for i in range(count):
+        prompt = tuple(random.integers(4, 320, random.integers(1, 50)).tolist())
+        if i % 3 == 0:
+            prompt = SHARED + prompt[:10]
+        params = SamplingParams(
+            max_tokens=int(random.integers(4, top)), seed=i, **KINDS[i % len(KINDS)]
+        )
+        found.append(Request(f"request-{i}", prompt, params))
+    return found
+
+
+def answers(engine: Engine, asked: list[Request]) -> dict[tuple[str, int], tuple]:
+    """Tokens, log-probabilities and end of every answer."""
+    found: dict[tuple[str, int], list] = {}
+    for output in engine.generate(asked):
+        whole = found.setdefault((output.request_id, output.choice), [(), (), None, None])
+        whole[0] += output.token_ids
+        whole[1] += output.logprobs or ()
+        whole[2] = output.prompt_logprobs or whole[2]
+        whole[3] = output.finish_reason
+    return {key: tuple(whole) for key, whole in found.items()}
+
+
+@pytest.fixture(scope="module", params=["one device", "2x2x2"])
+def engine(tiny_run, request):
+    if request.param == "2x2x2":
+        mesh = grok.make_mesh(data=2, expert=2, tensor=2)
+    else:
+        mesh = grok.make_mesh(devices=jax.devices()[:1])
+    return Engine(grok.init(tiny_run.model, jax.random.key(3), mesh), None, mesh, OPTIONS)
 
 
 @pytest.fixture(scope="module")
-def mesh():
-    return grok.make_mesh(data=2, expert=2, tensor=2)
+def alone(engine):
+    """What each request gets when nothing else runs."""
+    found = {}
+    for request in requests(21):
+        found |= answers(engine, [request])
+    return found
 
 
-@pytest.fixture(scope="module")
-def model(tiny_run, mesh):
-    return grok.init(tiny_run.model, jax.random.key(3), mesh)
+def test_many_at_once_get_the_tokens_that_each_gets_alone(engine, alone):
+    """Half of the pages that 8 slots could fill, so that some are preempted as well."""
+    assert answers(engine, requests(21)) == alone
+    stats = engine.stats
+    assert stats.pages_used == 0
+    assert (stats.running, stats.waiting, engine.unfinished) == (0, 0, 0)
+    assert stats.pages_kept + stats.pages_free == 32
+    assert stats.tokens_shared > 0
 
 
-@pytest.fixture(scope="module")
-def engine(model, mesh):
-    return Engine(model, mesh)
-
-
-def columns(places: list[list[int | None]]) -> list[list[int | None]]:
-    return [list(row) for row in zip(*places, strict=True)]
-
-
-def test_greedy_tokens_are_those_of_the_full_forward(engine, model):
-    generated = columns(list(engine.generate(PROMPTS, GREEDY)))
-    for prompt, tokens in zip(PROMPTS, generated, strict=True):
-        assert len(tokens) == 8
+def test_greedy_tokens_are_those_of_the_full_forward(engine, alone):
+    for request in requests(21):
+        if request.params.temperature:
+            continue
+        tokens = alone[request.id, 0][0]
         # One forward pass over prompt and answer scores every place at once.
-        row = np.zeros((4, 32), np.int32)
-        row[0, : len(prompt) + 8] = prompt + tokens
-        scores = np.asarray(model(row))[0]
-        likeliest = scores[len(prompt) - 1 : len(prompt) + 7].argmax(-1)
-        assert tokens == likeliest.tolist()
+        rows = np.zeros((4, 128), np.int32)
+        rows[0, : len(request.prompt) + len(tokens)] = request.prompt + tokens
+        scores = np.asarray(engine._model(rows))[0]
+        first = len(request.prompt) - 1
+        assert tokens == tuple(scores[first : first + len(tokens)].argmax(-1).tolist())
 
 
-def test_a_prompts_tokens_do_not_depend_on_the_others(engine):
-    together = columns(list(engine.generate(PROMPTS, GREEDY)))
-    alone = columns(list(engine.generate(PROMPTS[:1], GREEDY)))
-    assert together[0] == alone[0]
+def test_log_probabilities_are_those_of_the_full_forward(engine):
+    params = SamplingParams(max_tokens=5, logprobs=3, prompt_logprobs=2, temperature=0.5)
+    prompt = tuple(range(30, 70))
+    ((tokens, logprobs, before, reason),) = answers(engine, [Request("a", prompt, params)]).values()
+    assert (len(tokens), reason) == (5, "length")
+    rows = np.zeros((4, 128), np.int32)
+    rows[0, :45] = prompt + tokens
+    scores = np.asarray(jax.nn.log_softmax(engine._model(rows)[0]))
+    assert before[0] is None
+    for place, told in enumerate((*before[1:], *logprobs)):
+        assert told.token == rows[0, place + 1]
+        np.testing.assert_allclose(told.logprob, scores[place, told.token], atol=1e-4)
+        likeliest = np.argsort(-scores[place], kind="stable")[: len(told.top)]
+        assert [token for token, _ in told.top] == likeliest.tolist()
+        np.testing.assert_allclose(
+            [value for _, value in told.top], scores[place][likeliest], atol=1e-4
+        )
+        assert len(told.top) == (2 if place < 39 else 3)
 
 
-def test_the_seed_decides_the_draw(engine):
-    hot = SamplingOptions(max_tokens=8, temperature=1.0, top_p=1.0, seed=1)
-    first = list(engine.generate(PROMPTS, hot))
-    assert first == list(engine.generate(PROMPTS, hot))
-    assert first != list(engine.generate(PROMPTS, dataclasses.replace(hot, seed=2)))
+def test_few_pages_give_the_same_tokens(engine, alone):
+    preempted = engine.stats.preempted
+    pools = engine._scheduler.pools
+    held = [[pool.take() for _ in range(32 // len(pools) - 8)] for pool in pools]
+    assert answers(engine, requests(21)) == alone
+    assert len(pools) > 1 or engine.stats.preempted > preempted
+    for pool, pages in zip(pools, held, strict=True):
+        pool.give_back(pages)
 
 
-def test_a_row_ends_at_eos_and_the_others_go_on(engine):
-    free = columns(list(engine.generate(PROMPTS, GREEDY)))
-    eos = free[0][3]
-    stopped = columns(list(engine.generate(PROMPTS, GREEDY, eos_id=eos)))
-    for tokens, uncut in zip(stopped, free, strict=True):
-        end = uncut.index(eos) if eos in uncut else len(uncut)
-        assert [token for token in tokens if token is not None] == uncut[:end]
+def test_a_cancelled_request_gives_its_pages_back(engine, alone):
+    first, *others = requests(21)[:6]
+    engine.submit(first)
+    for request in others:
+        engine.submit(request)
+    engine.step()
+    engine.cancel(first.id)
+    engine.cancel("unknown")
+    told = []
+    while engine.unfinished:
+        told += engine.step()
+    ends = {output.request_id: output.finish_reason for output in told if output.finish_reason}
+    assert ends[first.id] == "cancelled"
+    assert engine.stats.pages_used == 0
+    for request in others:
+        tokens = sum((o.token_ids for o in told if (o.request_id, o.choice) == (request.id, 0)), ())
+        whole = alone[request.id, 0][0]
+        assert tokens == whole[len(whole) - len(tokens) :]
+
+
+def test_the_best_of_several_is_told(engine):
+    params = SamplingParams(max_tokens=4, n=4, logprobs=0, seed=5)
+    every = answers(engine, [Request("a", (5, 6, 7), params)])
+    best = answers(engine, [Request("a", (5, 6, 7), dataclasses.replace(params, n=2, best_of=4))])
+
+    def mean(answer):
+        return np.mean([told.logprob for told in answer[1]])
+
+    ranked = sorted(every.values(), key=mean, reverse=True)
+    assert [best["a", place] for place in (0, 1)] == ranked[:2]
+
+
+def test_stop_texts_are_cut_and_never_shown_in_part(tiny_run, engine):
+    tokenizer = Tokenizer.load(tiny_run.data.tokenizer)
+    spoken = Engine(engine._model, tokenizer, engine._mesh, OPTIONS)
+    params = SamplingParams(max_tokens=30, seed=2, ignore_eos=True)
+    prompt = tuple(tokenizer.encode("The number 12"))
+    whole = "".join(o.text for o in spoken.generate([Request("a", prompt, params)]))
+    stop = whole[10:14]
+    cut = dataclasses.replace(params, stop=("never here", stop))
+    told = list(spoken.generate([Request("a", prompt, cut)]))
+    text = "".join(output.text for output in told)
+    assert text == whole[: whole.index(stop)]
+    assert told[-1].finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
-    ("prompt", "words"),
+    ("prompt", "params", "parameter", "words"),
     [
-        ([], "the prompt is empty"),
-        ([320], r"token 320 and the model's vocabulary 320"),
-        ([1] * 125, r"125 tokens with 8 new ones .* context of 128; at most 3 new tokens"),
+        ((), {}, "prompt", "the prompt is empty"),
+        ((320,), {}, "prompt", "token 320 and the model's vocabulary 320"),
+        ((1,) * 125, {"max_tokens": 8}, "max_tokens", "at most 3 new tokens"),
+        ((1,), {"stop": ("x",)}, "stop", "need a tokenizer"),
+        ((1,), {"allowed_token_ids": (5,), "banned_token_ids": (5,)}, "allowed_token_ids", "leav"),
     ],
 )
-def test_prompts_that_cannot_work_are_refused(engine, prompt, words):
-    with pytest.raises(DataError, match=words):
-        next(engine.generate([prompt], GREEDY))
+def test_requests_that_cannot_work_are_refused(engine, prompt, params, parameter, words):
+    with pytest.raises(RequestError, match=words) as caught:
+        engine.submit(Request("a", prompt, SamplingParams(**{"max_tokens": 4} | params)))
+    assert caught.value.parameter == parameter
+    assert engine.unfinished == 0
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_p", 1.5),
+        ("stop", "text"),
+        ("stop", ("",)),
+        ("n", True),
+        ("logprobs", 21),
+        ("seed", -1),
+        ("min_tokens", 500),
+    ],
+)
+def test_parameters_that_cannot_be_are_refused(parameter, value):
+    with pytest.raises(RequestError, match=parameter) as caught:
+        SamplingParams(**{parameter: value})
+    assert caught.value.parameter == parameter

@@ -35,16 +35,17 @@ def test_the_training_program_has_the_state_of_a_run(tiny_run):
     )
 
 
-@pytest.mark.parametrize(("program", "new_tokens"), [("prefill", 16), ("decode", 1)])
+@pytest.mark.parametrize(("program", "new_tokens"), [("prefill", 64), ("decode", 2)])
 def test_inference_programs_answer_with_logits_and_the_cache(tiny_run, program, new_tokens):
     config = planned(tiny_run, program=program, batch_size=8, tokens=16)
     mesh = grok.make_mesh(**MESH)
     with jax.set_mesh(mesh):
         made = make_program(config, mesh)
         logits, cache = jax.eval_shape(made.function, *made.arguments.values())
-    assert logits.shape == (8, config.model.vocab_size)
-    assert cache.k_LBSKH.shape == made.arguments["cache"].k_LBSKH.shape
-    assert made.arguments["tokens_BT"].shape == (8, new_tokens)
+    # Eight rows on four groups of devices, each in one page of 32 tokens.
+    assert logits.shape == (4, 2, config.model.vocab_size)
+    assert cache.kv_LPSK2H.shape == made.arguments["cache"].kv_LPSK2H.shape
+    assert made.arguments["tokens_BT"].shape == (4, new_tokens)
 
 
 def test_rows_that_cannot_be_split_are_refused(tiny_run):
