@@ -2,9 +2,10 @@
 
 A request's tokens depend on it and its seed alone, never on what runs beside it: its prompt goes
 through one program and its answer through another, whatever the load; rows of a product, tiles of
-an expert, attention and the draw compute each token by itself; page numbers do not matter. This is
-exact in every type where a program's rows are computed alike wherever they stand, as those of XLA
-on CPU and TPU are. Engines of other slots, chunks or meshes round otherwise.
+an expert, attention and the draw compute each token by itself; page numbers do not matter. In
+float32 on CPU this holds to the bit, and tests say so. Elsewhere, and in bfloat16, it holds as far
+as a compiled program computes a row alike wherever it stands; where it does not, a near-tie between
+tokens or experts may fall the other way. Engines of other slots, chunks or meshes round otherwise.
 
 Letters: B groups of devices, U blocks of a step, Q tokens of a block, T = U*Q, D embed.
 """

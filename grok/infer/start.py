@@ -86,8 +86,7 @@ class Model:
         say(f"reading the weights at {self._settings.weights}, {self.config.param_dtype}")
         model = place(converted(source, self.config.param_dtype), self.mesh)
         say(f"mesh {dict(self.mesh.shape)}; compiling as shapes come")
-        make: Any = Engine
-        return make(model, self.tokenizer, self.mesh, self._settings.engine)
+        return Engine(model, self.tokenizer, self.mesh, self._settings.engine)
 
 
 def _read_tokenizer(config: InferConfig, run: RunConfig) -> tuple[str, bytes]:

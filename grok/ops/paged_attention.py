@@ -43,7 +43,7 @@ def paged_attention_reference(
 
     Each kv head serves N/K queries in turn; with `kv_head`, that one serves them all.
     """
-    k_UCKH, v_UCKH = _pages(kv, scale, layer, table_UM, kv_head, q_UQNH.dtype)
+    k_UCKH, v_UCKH = (_pages(kv, scale, layer, table_UM, i, kv_head, q_UQNH.dtype) for i in (0, 1))
     index_UQ = start_U[:, None] + jnp.arange(q_UQNH.shape[1])[None, :]
     ones_UC = jnp.ones(k_UCKH.shape[:2], jnp.int32)
     form = functools.partial(attention_reference, multiplier=multiplier, cap=cap)
@@ -53,10 +53,11 @@ def paged_attention_reference(
 def paged_attention(
     q_UQNH, kv, scale, layer, table_UM, start_U, *, multiplier: float, cap: float, kv_head=None
 ) -> jax.Array:
-    """What `paged_attention_reference` computes, in a loop over pages with an online softmax
-    (Milakov & Gimelshein 2018), as far as the longest sequence here.
+    """What `paged_attention_reference` computes, with its roundings, a few pages at a time as far
+    as the longest sequence here: first the softmax's maximum and sum (Milakov & Gimelshein 2018),
+    then the weights, which are rounded when they are whole, and their products.
 
-    The order of a token's sums depends on its own position only: further turns of the loop, which
+    The order of a token's sums depends on its own position only: further turns of the loops, which
     longer neighbours need, multiply by 1 and add 0.
     """
     U, Q, N, H = q_UQNH.shape
@@ -66,51 +67,55 @@ def paged_attention(
     index_UQ = start_U[:, None] + jnp.arange(Q, dtype=jnp.int32)[None, :]
     table_UM = jnp.pad(table_UM, ((0, 0), (0, -table_UM.shape[1] % turn)))
 
-    def body(i, carry):
-        most, total, sum_H = carry
+    def part(i, which):
+        """Keys (0) or values (1) of a turn, and their positions."""
         pages = jax.lax.dynamic_slice_in_dim(table_UM, i * turn, turn, axis=1)
-        k_UCKH, v_UCKH = _pages(kv, scale, layer, pages, kv_head, q_UQNH.dtype)
         index_C = i * turn * S + jnp.arange(turn * S, dtype=jnp.int32)
-        # What an earlier owner left in the page may be no number, and 0 times that is none.
-        past_UC = index_C[None, :] > index_UQ[:, -1:]
-        v_UCKH = jnp.where(past_UC[:, :, None, None], 0, v_UCKH)
+        return _pages(kv, scale, layer, pages, which, kv_head, q_UQNH.dtype), index_C
+
+    def masked_logits(i):
+        k_UCKH, index_C = part(i, 0)
         logits = jnp.einsum(
             "uqkgh,uckh->ukgqc", q_UQKGH, k_UCKH, preferred_element_type=jnp.float32
         )
-        logits = softcap(logits * multiplier, cap)
         seen_UQC = index_C[None, None, :] <= index_UQ[:, :, None]
-        logits = jnp.where(seen_UQC[:, None, None], logits, MASKED)
+        return jnp.where(seen_UQC[:, None, None], softcap(logits * multiplier, cap), MASKED)
+
+    def measure(i, carry):
+        most, total = carry
+        logits = masked_logits(i)
         new_most = jnp.maximum(most, jnp.max(logits, axis=-1))
-        weights = jnp.exp(logits - new_most[..., None])
-        kept = jnp.exp(most - new_most)
-        added_H = jnp.einsum(
+        added = jnp.sum(jnp.exp(logits - new_most[..., None]), axis=-1)
+        return new_most, total * jnp.exp(most - new_most) + added
+
+    def add(i, sum_H):
+        weights = jnp.exp(masked_logits(i) - most[..., None]) / total[..., None]
+        v_UCKH, index_C = part(i, 1)
+        # What an earlier owner left in the page may be no number, and 0 times that is none.
+        past_UC = index_C[None, :] > index_UQ[:, -1:]
+        v_UCKH = jnp.where(past_UC[:, :, None, None], 0, v_UCKH)
+        return sum_H + jnp.einsum(
             "ukgqc,uckh->ukgqh",
             weights.astype(v_UCKH.dtype),
             v_UCKH,
             preferred_element_type=jnp.float32,
         )
-        return (
-            new_most,
-            total * kept + jnp.sum(weights, axis=-1),
-            sum_H * kept[..., None] + added_H,
-        )
 
-    # From q, so that they are typed as different on every device, as what the loop makes is.
+    # From q, so that they are typed as different on every device, as what the loops make is.
     zeros = jnp.moveaxis(q_UQKGH, 1, 3).astype(jnp.float32) * 0
-    carry = (zeros[..., 0] + MASKED, zeros[..., 0], zeros)
     turns = jnp.max(index_UQ) // (turn * S) + 1
-    _, total, sum_H = jax.lax.fori_loop(0, turns, body, carry)
-    o_UKGQH = (sum_H / total[..., None]).astype(q_UQNH.dtype)
+    most, total = jax.lax.fori_loop(0, turns, measure, (zeros[..., 0] + MASKED, zeros[..., 0]))
+    o_UKGQH = jax.lax.fori_loop(0, turns, add, zeros).astype(q_UQNH.dtype)
     return jnp.moveaxis(o_UKGQH, 3, 1).reshape(U, Q, N, H)
 
 
-def _pages(kv, scale, layer, pages_UM, kv_head, dtype):
-    """Keys and values of some pages of each block, one after the other: (U, C, K, H) both."""
-    found = kv.at[layer, pages_UM].get(mode="clip")
+def _pages(kv, scale, layer, pages_UM, which, kv_head, dtype):
+    """Keys (`which` = 0) or values (1) of some pages of each block, one after the other, UCKH."""
+    found = kv.at[layer, pages_UM, :, :, which].get(mode="clip")
     if scale is not None:
-        found = found.astype(jnp.float32) * scale.at[layer, pages_UM].get(mode="clip")[..., None]
+        factor = scale.at[layer, pages_UM, :, :, which].get(mode="clip")
+        found = found.astype(jnp.float32) * factor[..., None]
     if kv_head is not None:
         found = jax.lax.dynamic_slice_in_dim(found, kv_head, 1, axis=3)
-    U, M, S, K = found.shape[:4]
-    found = found.astype(dtype).reshape(U, M * S, K, 2, -1)
-    return found[..., 0, :], found[..., 1, :]
+    U, M, S, K, H = found.shape
+    return found.astype(dtype).reshape(U, M * S, K, H)

@@ -13,9 +13,11 @@ from pyarrow import parquet
 
 from grok import storage
 from grok.batch.config import BatchConfig
+from grok.batch.replicas import Replica
+from grok.batch.run import run
 from grok.checkpoint.huggingface_export import export_huggingface
 from grok.checkpoint.random_source import RandomSource
-from grok.config import MeshConfig
+from grok.config import EngineConfig, MeshConfig
 from grok.config_files import load_config
 from grok.errors import SAVED, ConfigError, DataError
 from grok.infer.config import SamplingConfig
@@ -228,6 +230,21 @@ def job_file(folder: Path, config: BatchConfig) -> Path:
     )
     file.write_text(f"{text}chat_template: {template}\n")
     return file
+
+
+def test_a_shard_that_a_model_does_again_is_the_same(config, tmp_path):
+    records = [{"prompt": f"The number {n}", "max_tokens": 2 + n % 4} for n in range(7)]
+    write_lines(tmp_path / "in.jsonl", [{**record, "logprobs": 1} for record in records])
+    one_device = dataclasses.replace(
+        config, mesh=MeshConfig(data=1), engine=EngineConfig(slots=4, prefill_chunk=32)
+    )
+    run(one_device, Replica(0, 1, True, False))
+    shard = tmp_path / "out" / "answers" / "000001.jsonl"
+    before = shard.read_bytes()
+    shard.unlink()
+    run(one_device, Replica(0, 1, True, False))
+    assert shard.read_bytes() == before
+    assert len({line["choices"][0]["text"] for line in lines(tmp_path / "out")}) == 7
 
 
 def test_another_job_in_the_same_folder_is_refused(config, tmp_path, monkeypatch):
