@@ -132,6 +132,7 @@ def _say(sentence: str) -> None:
     """A last word, where it can be said: the log may lie on the disk that is full."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
+    with contextlib.suppress(OSError):
         print(sentence, file=sys.stderr, flush=True)
 
 
