@@ -10,6 +10,8 @@ CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache" / f"grok-{WORKER}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
+# Most programs of tests run for less time than it would take to optimise them.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
 
 import jax
 import pytest

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +27,10 @@ from grok.checkpoint.zarr_store import reason
 from grok.errors import CheckpointError, DamageError, SaveError
 from grok.storage import StrPath, join
 
-MODEL, LORA, OPTIMIZER, EMA, META = "model", "lora", "optimizer", "ema", "meta"
+TREES = MODEL, LORA, OPTIMIZER, EMA = "model", "lora", "optimizer", "ema"
+META = "meta"
+# Between looks at a save that is waited for, in seconds.
+LOOK_SECONDS = 0.05
 # Folder of the checkpoints that were found damaged.
 ASIDE = "damaged"
 # In place of a step.
@@ -49,17 +53,18 @@ class Checkpoints:
             os.fspath(folder) if storage.is_remote(folder) else str(Path(folder).absolute())
         )
         self._saving: int | None = None
+        self._failures: list[Exception] = []
         self._metrics: dict[int, Mapping[str, float]] = {}
         with self._explained("checkpoints cannot be kept there"):
             storage.prepare(folder)
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 item_handlers={
-                    MODEL: ocp.StandardCheckpointHandler(),
-                    OPTIMIZER: ocp.StandardCheckpointHandler(),
-                    LORA: ocp.StandardCheckpointHandler(),
-                    EMA: ocp.StandardCheckpointHandler(),
-                    META: ocp.JsonCheckpointHandler(),
+                    **{
+                        name: _telling(ocp.StandardCheckpointHandler(), self._failures)
+                        for name in TREES
+                    },
+                    META: _telling(ocp.JsonCheckpointHandler(), self._failures),
                 },
                 options=ocp.CheckpointManagerOptions(
                     create=keep is not None,
@@ -96,17 +101,6 @@ class Checkpoints:
             )
         return None if found == NONE_YET else found
 
-    def set_aside(self, step: int, why: str) -> str:
-        """Moves the checkpoint of `step` to the folder `damaged`; a sentence that says so, in the
-        first process. `why` is a verb with its object. Raises CheckpointError where it cannot."""
-        said = ""
-        if jax.process_index() == 0:
-            with self._explained(f"the damaged checkpoint {step} cannot be moved"):
-                said = self._move_aside(step, why)
-        _from_first(0)
-        self._manager.reload()
-        return said
-
     def save(
         self,
         step: int,
@@ -127,13 +121,23 @@ class Checkpoints:
             for name, tree in names.items()
         }
         self._saving, self._metrics[step] = step, metrics or {}
+        self._failures.clear()
         kept = meta | ({"metrics": dict(metrics)} if metrics else {})
         args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(kept))
         self._saved(lambda: self._manager.save(step, args=args))
 
     def wait(self) -> None:
         """Waits until the last save is on disk. Raises SaveError where it failed, once."""
-        self._saved(self._manager.wait_until_finished)
+        self._saved(self._finished)
+
+    def _finished(self) -> None:
+        """Waits; raises what failed in this process without waiting for the others, who would wait
+        for this one in turn until Orbax gives up, after 20 minutes."""
+        while self._manager.is_saving_in_progress():
+            if self._failures and jax.process_count() > 1:
+                raise self._failures[0]
+            time.sleep(LOOK_SECONDS)
+        self._manager.wait_until_finished()
 
     def _saved(self, do: Callable[[], object]) -> None:
         try:
@@ -181,6 +185,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until the last save is on disk. Raises SaveError where it failed."""
+        self._saved(self._finished)
         self._saved(self._manager.close)
 
     def path(self, step: int) -> str:
@@ -263,6 +268,33 @@ class _Preserving:
         steps = [checkpoint.step for checkpoint in checkpoints]
         staying = self._keep.staying(steps, self._metrics)
         return [step in staying for step in steps]
+
+
+class _Watched:
+    """A part of a save in the background, as Orbax's Future, that notes its failure."""
+
+    def __init__(self, part, failures: list[Exception]):
+        self._part, self._failures = part, failures
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Waits for the part."""
+        try:
+            return self._part.result(timeout)
+        except Exception as error:
+            self._failures.append(error)
+            raise
+
+
+def _telling(handler, failures: list[Exception]):
+    """`handler`, whose failures to save appear in `failures` at once."""
+    save = handler.async_save
+
+    async def async_save(*args, **options):
+        return [_Watched(part, failures) for part in await save(*args, **options) or ()]
+
+    # Orbax knows handlers by their exact class, so this one cannot have its own.
+    handler.async_save = async_save
+    return handler
 
 
 def _in_matrices(path, leaf) -> ocp.SaveArgs:

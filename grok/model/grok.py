@@ -179,9 +179,17 @@ def _inputs(tokens_BT, segment_ids, positions):
     return tuple(sharding.shard(a, "batch", "length") for a in arrays)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _init(config: GrokConfig, key: jax.Array) -> Grok:
-    return Grok(config, key)
+def quick_to_compile() -> dict[str, int]:
+    """Options of `jax.jit` for a program that runs once and only draws and fills arrays.
+
+    On CPU, LLVM would take several times as long to optimise it as it runs; no bit depends on it.
+    """
+    return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
+
+
+@functools.cache
+def _init():
+    return jax.jit(Grok, static_argnums=0, compiler_options=quick_to_compile())
 
 
 def init(config: GrokConfig, key: jax.Array, mesh: Mesh | None = None) -> Grok:
@@ -196,10 +204,10 @@ def init(config: GrokConfig, key: jax.Array, mesh: Mesh | None = None) -> Grok:
             "model.param_dtype=float32 would work."
         )
     if mesh is None:
-        return _init(config, key)
+        return _init()(config, key)
     check_mesh(config, mesh)
     with jax.set_mesh(mesh):
-        return _init(config, key)
+        return _init()(config, key)
 
 
 def check_mesh(config: GrokConfig, mesh: Mesh) -> None:

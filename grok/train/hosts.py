@@ -124,13 +124,20 @@ def leave(code: int, sentence: str) -> NoReturn:
     """Ends every process at once with exit code `code`, from any thread; `sentence` says why."""
     if not _leaving.acquire(blocking=False):
         threading.Event().wait()  # another thread of this process is ending it already
-    sys.stdout.flush()
     if not _joined():
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        _say(f"error: {sentence}")
         os._exit(code)
-    print(f"[process {number()}] error: {sentence}", file=sys.stderr, flush=True)
+    _say(f"[process {number()}] error: {sentence}")
     word = {"process": number(), "code": code, "sentence": sentence}
     _go(code, json.dumps(word))
+
+
+def _say(sentence: str) -> None:
+    """A last word, where it can be said: the log may lie on the disk that is full."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def place() -> tuple[str, int, int] | None:
@@ -201,12 +208,7 @@ def _listen() -> None:
         word = _read(_END)
         if word is not None and _leaving.acquire(blocking=False):
             word = json.loads(word)
-            sys.stdout.flush()
-            print(
-                f"[process {number()}] ended by process {word['process']}: {word['sentence']}",
-                file=sys.stderr,
-                flush=True,
-            )
+            _say(f"[process {number()}] ended by process {word['process']}: {word['sentence']}")
             _go(word["code"])
         time.sleep(1)
 

@@ -1,6 +1,7 @@
 """Everything a step changes: step number, parameters, the optimizer's moments, and what watches."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from grok import sharding
 from grok.config import RunConfig
-from grok.model.grok import Grok
+from grok.model.grok import Grok, quick_to_compile
 from grok.model.lora import adapted
 from grok.train.groups import select, trained
 from grok.train.guard import Guard, fresh_guard
@@ -41,10 +42,13 @@ def init_state(
     """
     make = _make(config, optimizer)
     placements = jax.tree.map(lambda leaf: leaf.sharding, sharding.abstract(make, mesh))
+    compiled = functools.partial(
+        jax.jit, out_shardings=placements, compiler_options=quick_to_compile()
+    )
     with jax.set_mesh(mesh):
         if model is None:
-            return jax.jit(make, out_shardings=placements)()
-        return jax.jit(make, out_shardings=placements, donate_argnums=0)(model)
+            return compiled(make)()
+        return compiled(make, donate_argnums=0)(model)
 
 
 def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh):

@@ -1,6 +1,7 @@
 """Runs of two processes, each as if on a host of its own."""
 
 import dataclasses
+import resource
 import signal
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from grok.config import RunConfig
 from grok.config_text import to_yaml
-from grok.errors import DONE, REFUSED, SAVED, ConfigError
+from grok.errors import DONE, REFUSED, RESTART, SAVED, ConfigError
 from grok.train import hosts
 from grok.train.events import read_events
 from grok.train.loop import run
@@ -68,6 +69,22 @@ def test_what_one_host_refuses_ends_all_of_them(config: RunConfig, tmp_path):
     assert time.monotonic() - began < hosts.JOIN_SECONDS
     assert "ended by process 1: override `train.steps=many`" in both.said(0)
     assert "Traceback" not in both.said(0) + both.said(1)
+
+
+def test_one_host_that_cannot_save_ends_both_at_once(config: RunConfig, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config))
+    many = ["checkpoint.every=5", "train.steps=1000"]
+    both = Hosts([[str(file), *many]] * 2, tmp_path / "logs")
+    try:
+        assert both.wait_until(lambda: "\nstep 1 " in both.said(0)), both.said(0) + both.said(1)
+        # From now on its files, its log among them, may not become larger; the other's may.
+        resource.prlimit(both.processes[1].pid, resource.RLIMIT_FSIZE, (32768, 32768))
+        # Far less than the 20 minutes for which the other would wait for its part.
+        assert both.codes(timeout=300) == [RESTART, RESTART]
+    finally:
+        both.kill()
+    assert "ended by process 1: the checkpoint of step " in both.said(0)
 
 
 @pytest.mark.parametrize(
