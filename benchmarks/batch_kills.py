@@ -5,7 +5,7 @@
 From the root of the repository. A random tiny model answers prompts of many lengths and parameters,
 some of them bad: once undisturbed in one process, and once in two, of which one or the other gets a
 SIGKILL at a random moment and is started again. Prints how many requests are answered, how often
-each, and whether the lines are the same; ends with a line of JSON.
+each, and whether the lines are the same; ends with a line of JSON. Progress goes to stderr.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import collections
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,8 +44,9 @@ output: {folder}/answers
 mesh: {{data: 1, simulated_devices: 1}}
 engine: {{slots: 32}}
 compute_dtype: float32
-shard_size: 100
+shard_size: {shard}
 """
+SHARD = 50
 
 
 def main() -> None:
@@ -58,15 +60,16 @@ def main() -> None:
         folder = Path(name)
         prepare(folder, options.prompts, options.seed)
         began = time.monotonic()
-        assert start(folder, "straight", 0, 1).wait() == 0
-        seconds = time.monotonic() - began
-        kills = disturbed(folder, options.kills, random.Random(options.seed), seconds)
+        wait(folder, "straight", [start(folder, "straight", 0, 1)])
+        seconds = [time.monotonic() - began]
+        kills = disturbed(folder, options.prompts, options.kills, random.Random(options.seed))
+        seconds.append(time.monotonic() - began - seconds[0])
         straight, broken = (read(folder / name) for name in ("straight", "broken"))
         times = collections.Counter(collections.Counter(line["index"] for line in broken).values())
         found = {
             "prompts": options.prompts,
             "kills": kills,
-            "seconds_undisturbed": round(seconds, 1),
+            "seconds_undisturbed_and_killed": [round(each, 1) for each in seconds],
             "answered": sum("choices" in line for line in broken),
             "failed": sum("error" in line for line in broken),
             "times_each": dict(times),
@@ -90,7 +93,7 @@ def prepare(folder: Path, prompts: int, seed: int) -> None:
             if number % 50 == 7:
                 record["temprature"] = 1
             file.write(f"{json.dumps(record)}\n")
-    (folder / "job.yaml").write_text(CONFIG.format(folder=folder))
+    (folder / "job.yaml").write_text(CONFIG.format(folder=folder, shard=SHARD))
 
 
 def start(folder: Path, output: str, number: int, count: int) -> subprocess.Popen:
@@ -112,27 +115,49 @@ def start(folder: Path, output: str, number: int, count: int) -> subprocess.Pope
         )
 
 
-def disturbed(folder: Path, kills: int, draw: random.Random, seconds: float) -> int:
-    """The job in two processes, killed up to so many times; how often one was killed at work."""
+def disturbed(folder: Path, prompts: int, kills: int, draw: random.Random) -> int:
+    """The job in two processes, of which one is killed so many times, soon after shards drawn at
+    random; how often one was at work when it was killed."""
+    shards = -(-prompts // SHARD)
+    moments = sorted(draw.randrange(shards) for _ in range(kills))
     hosts = [start(folder, "broken", number, 2) for number in range(2)]
-    done = 0
-    for _ in range(kills):
-        time.sleep(draw.uniform(0.1, 1) * seconds / 4)
-        victim = draw.randrange(2)
-        if hosts[victim].poll() is None:
-            hosts[victim].kill()
-            done += 1
-        hosts[victim].wait()
+    at_work = 0
+    for moment in moments:
+        while len(done(folder, "broken")) < moment and any(host.poll() is None for host in hosts):
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0, 1))
+        alive = [number for number, host in enumerate(hosts) if host.poll() is None]
+        if not alive:
+            break
+        victim = draw.choice(alive)
+        hosts[victim].kill()
+        at_work += hosts[victim].wait() == -signal.SIGKILL
+        whole = len(done(folder, "broken"))
+        print(f"process {victim} killed, {whole} of {shards} shards done", file=sys.stderr)
         hosts[victim] = start(folder, "broken", victim, 2)
-    assert [host.wait() for host in hosts] == [0, 0]
-    return done
+    wait(folder, "broken", hosts)
+    return at_work
+
+
+def wait(folder: Path, output: str, hosts: list[subprocess.Popen]) -> None:
+    """Waits for processes, telling every ten seconds how far they are; ends where one failed."""
+    while None in [host.poll() for host in hosts]:
+        time.sleep(10)
+        print(f"{output}: {len(done(folder, output))} shards done", file=sys.stderr)
+    for number, host in enumerate(hosts):
+        if host.returncode:
+            sys.exit((folder / f"{output}-{number}.log").read_text())
+
+
+def done(folder: Path, output: str) -> list[Path]:
+    """Files of answers, which are whole, in their order."""
+    return sorted((folder / output / "answers").glob("[0-9]*.jsonl"))
 
 
 def read(folder: Path) -> list[dict]:
     """All lines of the answers, in order of the files."""
-    files = sorted((folder / "answers").iterdir())
-    names = [file for file in files if file.suffix == ".jsonl" and file.name[0] != "."]
-    return [json.loads(line) for file in names for line in file.read_text().splitlines()]
+    files = done(folder.parent, folder.name)
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 if __name__ == "__main__":

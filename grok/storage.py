@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,7 +97,8 @@ def read_bytes(path: StrPath) -> bytes:
 
 
 def write_bytes(path: StrPath, data: bytes) -> None:
-    """Makes or replaces a small file, and the folders it is in: all of it, or nothing."""
+    """Makes or replaces a small file, and the folders it is in: all of it, or nothing, also where
+    several processes write it at once."""
     if is_remote(path):
         with errors(path):
             system, inside = remote(path)
@@ -104,7 +106,7 @@ def write_bytes(path: StrPath, data: bytes) -> None:
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.unfinished")
     try:
         with unfinished.open("wb") as file:
             file.write(data)

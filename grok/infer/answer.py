@@ -1,5 +1,7 @@
 """One answer as it grows: its tokens, its text without stop texts, and how it ended."""
 
+import numpy as np
+
 from grok.data.tokenizer import StreamDecoder, Tokenizer
 from grok.infer.request import Output, Request, TokenLogprobs
 
@@ -17,8 +19,9 @@ class Answer:
         self._ends = frozenset((*params.stop_token_ids, *end))
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._experts: list[list[list[int]]] = []
         self._text = ""
-        self._told_tokens = self._told_text = 0
+        self._told_tokens = self._told_experts = self._told_text = 0
         self._sum = 0.0
 
     @property
@@ -40,6 +43,10 @@ class Answer:
         if self.finish_reason is None and len(self._tokens) == params.max_tokens:
             self._finish("length")
 
+    def add_experts(self, experts_LC: np.ndarray) -> None:
+        """Takes the experts that the next of its tokens without any went to."""
+        self._experts.append(experts_LC.tolist())
+
     def cancel(self) -> None:
         """Ends it here."""
         self._finish("cancelled")
@@ -48,9 +55,11 @@ class Answer:
         """What is new since the last time."""
         tokens = tuple(self._tokens[self._told_tokens :])
         logprobs = tuple(self._logprobs[self._told_tokens :])
+        experts = tuple(self._experts[self._told_experts :])
         safe = len(self._text) - (self._held_back() if self.finish_reason is None else 0)
         text = self._text[self._told_text : safe]
         self._told_tokens, self._told_text = len(self._tokens), max(safe, self._told_text)
+        self._told_experts = len(self._experts)
         prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
         return Output(
             self.request.id,
@@ -60,6 +69,7 @@ class Answer:
             None if self.request.params.logprobs is None else logprobs,
             prompt_logprobs,
             self.finish_reason,
+            experts if self.request.params.experts else None,
         )
 
     def _finish(self, reason: str) -> None:

@@ -17,7 +17,16 @@ class _Part:
     text: str = ""
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    experts: list[list[list[int]]] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
+
+    def extend(self, new: "_Part") -> None:
+        """Adds what is new."""
+        self.text += new.text
+        self.tokens += new.tokens
+        self.logprobs += new.logprobs
+        self.experts += new.experts
+        self.finish_reason = new.finish_reason or self.finish_reason
 
 
 class Answers:
@@ -29,24 +38,36 @@ class Answers:
         self._answers = [_Part() for _ in range(count)]
         self._prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = {}
         self._offsets = [0] * count
+        self._untold: dict[int, _Part] = {}
+        self._begun: set[int] = set()
 
-    def add(self, output: Output) -> dict[str, Any]:
-        """Takes an output of one of the call's requests; its part of a stream, one choice."""
+    def add(self, output: Output) -> list[dict[str, Any]]:
+        """Takes an output of one of the call's requests; what a stream tells of it, as choices.
+
+        That is one, but for the parts of answers that were ahead of their prompt's
+        log-probabilities, which have to come first: none until then, and then all.
+        """
         prompt = int(output.request_id.rpartition("/")[2])
         index = prompt * self.call.params.n + output.choice
-        answer = self._answers[index]
-        first = not (answer.tokens or answer.text)
         if output.prompt_logprobs is not None:
             self._prompt_logprobs[prompt] = output.prompt_logprobs
-        answer.finish_reason = output.finish_reason or answer.finish_reason
         new = _Part(finish_reason=output.finish_reason)
         if not self.call.scores_only:
             new.text, new.tokens = output.text, list(output.token_ids)
-            new.logprobs = list(output.logprobs or ())
-        answer.text += new.text
-        answer.tokens += new.tokens
-        answer.logprobs += new.logprobs
-        return self._choice(index, new, first and self.call.echo)
+            new.logprobs, new.experts = list(output.logprobs or ()), list(output.experts or ())
+        self._answers[index].extend(new)
+        self._untold.setdefault(index, _Part()).extend(new)
+        params = self.call.params
+        if params.prompt_logprobs is not None and prompt not in self._prompt_logprobs:
+            return []
+        siblings = range(prompt * params.n, (prompt + 1) * params.n)
+        return [self._told(each) for each in siblings if each in self._untold]
+
+    def _told(self, index: int) -> dict[str, Any]:
+        """What is new of an answer, as a choice; in front of the first the prompt, if wanted."""
+        with_prompt = self.call.echo and index not in self._begun
+        self._begun.add(index)
+        return self._choice(index, self._untold.pop(index), with_prompt)
 
     @property
     def finished(self) -> bool:
@@ -83,7 +104,9 @@ class Answers:
     def _choice(
         self, index: int, part: _Part, with_prompt: bool, whole: bool = False
     ) -> dict[str, Any]:
-        common = {"index": index, "finish_reason": part.finish_reason}
+        common: dict[str, Any] = {"index": index, "finish_reason": part.finish_reason}
+        if self.call.params.experts:
+            common["experts"] = part.experts
         if self.call.chat:
             logprobs = None
             if self.call.params.logprobs is not None:

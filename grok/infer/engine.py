@@ -7,7 +7,8 @@ float32 on CPU this holds to the bit, and tests say so. Elsewhere, and in bfloat
 as a compiled program computes a row alike wherever it stands; where it does not, a near-tie between
 tokens or experts may fall the other way. Engines of other slots, chunks or meshes round otherwise.
 
-Letters: B groups of devices, U blocks of a step, Q tokens of a block, T = U*Q, D embed.
+Letters: B groups of devices, U blocks of a step, Q tokens of a block, T = U*Q, D embed, L layers,
+C chosen experts.
 """
 
 import dataclasses
@@ -128,13 +129,17 @@ class Engine:
         step = self._scheduler.next_step()
         if step is None:
             return told
-        chosen, x_BTD = self._run(step)
+        chosen, x_BTD, experts_LBTC = self._run(step)
         if step.prefill:
             self._score_prompts(step, x_BTD)
         for block, row in step.blocks():
             sequence = block.sequence
-            if block.start + block.count == len(sequence.tokens):
-                told += self._take(sequence, chosen, row)
+            if block.start + block.count < len(sequence.tokens):
+                continue
+            if sequence.request.params.experts and not step.prefill:
+                answer = self._jobs[sequence.request.id].answers[sequence.choice]
+                answer.add_experts(np.asarray(experts_LBTC)[:, *row])
+            told += self._take(sequence, chosen, row)
         return told
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Output]:
@@ -144,15 +149,15 @@ class Engine:
         while self.unfinished:
             yield from self.step()
 
-    def _run(self, step: Step) -> tuple[Chosen, jax.Array]:
+    def _run(self, step: Step) -> tuple[Chosen, jax.Array, jax.Array]:
         """One step on the devices."""
         size = self._page_size if step.prefill else 1
         tokens_BT, places = self._rows.places(step, size, self._longest)
         with jax.set_mesh(self._mesh):
-            chosen, x_BTD, self._cache = advance(
+            chosen, x_BTD, experts_LBTC, self._cache = advance(
                 self._model, self._cache, tokens_BT, places, self._rows.settings(step)
             )
-        return jax.tree.map(np.asarray, chosen), x_BTD
+        return jax.tree.map(np.asarray, chosen), x_BTD, experts_LBTC
 
     def _score_prompts(self, step: Step, x_BTD: jax.Array) -> None:
         """Collects log-probabilities of the prompts' tokens, where they are wanted."""
@@ -239,6 +244,12 @@ class Engine:
             )
         if params.stop and self._tokenizer is None:
             raise RequestError("stop", "stop texts need a tokenizer, and this engine has none.")
+        if params.experts and self._mesh.is_multi_process:
+            raise RequestError(
+                "experts",
+                "experts are told only where one process has all of the mesh; experts=false "
+                "would work.",
+            )
         if self._rows.bans(params, early=params.min_tokens > 0).all():
             raise RequestError(
                 "allowed_token_ids",

@@ -50,6 +50,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same of the prompt's tokens
     seed: int = 0
     ignore_eos: bool = False
+    experts: bool = False  # tell the experts that the answer's tokens went to
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "allowed_token_ids", "banned_token_ids"):
@@ -109,6 +110,7 @@ _RIGHT = {
     "prompt_logprobs": (_OR_NONE, _COUNT_OF_TOP, lambda v: v is None or 0 <= v <= MOST_LOGPROBS),
     "seed": (_INT, "a whole number from 0 to 2^64 - 1", lambda v: 0 <= v < 1 << 64),
     "ignore_eos": ((bool,), "true or false", lambda v: True),
+    "experts": ((bool,), "true or false", lambda v: True),
 }
 
 
@@ -140,6 +142,9 @@ class Output:
     `token_ids` leave out the token that ended the answer. `text` never holds part of a character,
     nor what may still turn out to begin a stop text: joined, the texts of an answer are the whole
     of it. `finish_reason` is "stop", "length" or "cancelled" in the last Output of an answer.
+    `experts`, if asked, are those of further tokens of the answer in order, (L, C) each: a token
+    goes to them when the one after it is computed, so joined they lack those of the last token
+    where nothing was computed after it.
     """
 
     request_id: str
@@ -150,6 +155,7 @@ class Output:
     # One for each token of the prompt, the first of which has none; given once, by choice 0.
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: str | None = None
+    experts: tuple[list[list[int]], ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The programs of inference: what one step computes, compiled once for each of its two shapes.
 
-Letters: B groups of devices, U blocks of a step, Q tokens of a block, T = U*Q, D embed, V vocab.
+Letters: B groups of devices, U blocks of a step, Q tokens of a block, T = U*Q, D embed, V vocab,
+L layers, C chosen experts.
 """
 
 import functools
@@ -18,13 +19,13 @@ from grok.model.grok import Grok
 @functools.partial(jax.jit, donate_argnums=1)
 def advance(
     model: Grok, cache: PagedCache, tokens_BT, places: Places, settings: Settings
-) -> tuple[Chosen, jax.Array, PagedCache]:
+) -> tuple[Chosen, jax.Array, jax.Array, PagedCache]:
     """Runs new tokens and chooses one after each block's last real one.
 
     `settings` has rows (B, U). Returns what was chosen, (B, U), on every device, x_BTD after the
-    final norm, and the cache.
+    final norm, the experts that tokens went to, experts_LBTC, and the cache.
     """
-    x_BTD, cache = model.step(tokens_BT, cache, places)
+    x_BTD, cache, experts_LBTC = model.step(tokens_BT, cache, places)
     logits_BUV = model.next_logits(x_BTD, places.count_BU)
     U = logits_BUV.shape[1]
     fields, kind = jax.tree.flatten(settings)
@@ -40,7 +41,7 @@ def advance(
     form = sharding.shard_map(local, (three, *axes), (two, two, three, three))
     parts = form(sharding.shard(logits_BUV, *three), *fields)
     everywhere = [sharding.shard(part, *(None,) * part.ndim) for part in parts]
-    return Chosen(*everywhere), x_BTD, cache
+    return Chosen(*everywhere), x_BTD, experts_LBTC, cache
 
 
 @jax.jit

@@ -1,7 +1,7 @@
 """Grok: token table -> scan over blocks -> final norm -> the same table.
 
-Letters: B batch, T length, D embed, V vocab, E experts, L layers. Parameters of a block have a
-leading L axis; `jax.lax.scan` hands each layer its own slice.
+Letters: B batch, T length, D embed, V vocab, E experts, C chosen experts, L layers. Parameters
+of a block have a leading L axis; `jax.lax.scan` hands each layer its own slice.
 """
 
 import dataclasses
@@ -52,11 +52,11 @@ class Block(nnx.Module):
         return x_BTD + self.post_moe_norm(m_BTD), stats
 
     def step(self, x_BTD, cache: PagedCache, places: Places, real_BT, layer):
-        """The same for new tokens that see what is in the cache: x_BTD and the cache."""
+        """The same for new tokens that see what is in the cache: x_BTD, cache, chosen_BTC."""
         a_BTD, cache = self.attention.step(self.pre_attn_norm(x_BTD), cache, places, layer)
         x_BTD = x_BTD + self.post_attn_norm(a_BTD)
-        m_BTD = self.moe.step(self.pre_moe_norm(x_BTD), real_BT)
-        return x_BTD + self.post_moe_norm(m_BTD), cache
+        m_BTD, chosen_BTC = self.moe.step(self.pre_moe_norm(x_BTD), real_BT)
+        return x_BTD + self.post_moe_norm(m_BTD), cache, chosen_BTC
 
 
 class Grok(nnx.Module):
@@ -99,12 +99,14 @@ class Grok(nnx.Module):
             logits_BTV = self.embed.unembed(x_BTD, self.config.compute_dtype)
             return logits_BTV * self.config.output_multiplier
 
-    def step(self, tokens_BT, cache: PagedCache, places: Places) -> tuple[jax.Array, PagedCache]:
+    def step(
+        self, tokens_BT, cache: PagedCache, places: Places
+    ) -> tuple[jax.Array, PagedCache, jax.Array]:
         """Runs new tokens, of many sequences, against the cache: prefill and decode alike.
 
         Row b holds the tokens of one group of devices (there are as many rows as parts of the
         batch), in U blocks of Q = T/U tokens. Returns x_BTD after the final norm, for `unembed`,
-        and the cache with the new tokens in it.
+        the cache with the new tokens in it, and the experts that tokens went to, chosen_LBTC.
         """
         with sharding.mesh_of(self.embed.table_VD[...]):
             tokens_BT = sharding.shard(tokens_BT, "batch", "length")
@@ -115,11 +117,13 @@ class Grok(nnx.Module):
 
             def block(carry, xs):
                 x_BTD, cache = carry
-                return self._layer(*xs).step(x_BTD, cache, places, real_BT, xs[1]), None
+                layer = self._layer(*xs)
+                x_BTD, cache, chosen_BTC = layer.step(x_BTD, cache, places, real_BT, xs[1])
+                return (x_BTD, cache), chosen_BTC
 
             carry = (self._embed(tokens_BT), cache)
-            (x_BTD, cache), _ = jax.lax.scan(block, carry, self._per_layer())
-            return self.final_norm(x_BTD), cache
+            (x_BTD, cache), chosen_LBTC = jax.lax.scan(block, carry, self._per_layer())
+            return self.final_norm(x_BTD), cache, chosen_LBTC
 
     def next_logits(self, x_BTD: jax.Array, count_BU) -> jax.Array:
         """Logits after the last real token of each block, logits_BUV, from what `step` returned."""

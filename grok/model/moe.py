@@ -57,12 +57,13 @@ class MoE(nnx.Module):
         gate_BTC, chosen_BTC = jax.lax.top_k(probs_BTE, self.config.num_selected_experts)
         return self._experts(x_BTD, gate_BTC, chosen_BTC), _stats(probs_BTE, chosen_BTC, real_BT)
 
-    def step(self, x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
-        """y_BTD alone; tokens that are not real go to no expert, so that none is read for them."""
+    def step(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """y_BTD, and the experts chosen_BTC, the likeliest first; tokens that are not real go to no
+        expert, so that none is read for them."""
         gate_BTC, chosen_BTC = jax.lax.top_k(self.route(x_BTD), self.config.num_selected_experts)
         if sharding.platform() != "tpu":  # whose kernels know no such choice
             chosen_BTC = jnp.where(real_BT[:, :, None], chosen_BTC, self.config.num_experts)
-        return self._experts(x_BTD, gate_BTC, chosen_BTC)
+        return self._experts(x_BTD, gate_BTC, chosen_BTC), chosen_BTC
 
     def route(self, x_BTD: jax.Array) -> jax.Array:
         """Router probabilities of all experts, probs_BTE, in float32 whatever the type of x."""

@@ -78,7 +78,7 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
 
     def step(model, cache, tokens_BT, places):
-        x_BTD, cache = model.step(tokens_BT, cache, places)
+        x_BTD, cache, _ = model.step(tokens_BT, cache, places)
         return model.next_logits(x_BTD, places.count_BU), cache
 
     places = Places(placed(parts, blocks, pages), placed(parts, blocks), placed(parts, blocks))

@@ -185,8 +185,9 @@ class App:
         try:
             while not answers.finished:
                 async with asyncio.timeout_at(self._deadline(began)):
-                    choice = self._add(await flight.next(), answers, began)
-                yield _event({**head, "choices": [choice], **usage})
+                    choices = self._add(await flight.next(), answers, began)
+                if choices:
+                    yield _event({**head, "choices": choices, **usage})
         except TimeoutError:
             yield _event(error_body(None, self._too_long(), "timeout_error"))
         except EngineFailed:
@@ -195,15 +196,15 @@ class App:
             yield _event({**head, "choices": [], "usage": answers.usage()})
         yield "data: [DONE]\n\n"
 
-    def _add(self, output: Any, answers: Answers, began: float) -> dict[str, Any]:
+    def _add(self, output: Any, answers: Answers, began: float) -> list[dict[str, Any]]:
         seconds = time.monotonic() - began
         first = answers.tokens == 0 and not any(answers.finish_reasons)
-        choice = answers.add(output)
+        choices = answers.add(output)
         if first:
             self._metrics.first_token.observe(seconds)
         if answers.finished:
             self._metrics.duration.observe(seconds)
-        return choice
+        return choices
 
     async def _unless_left(self, request: Request, work: Any) -> None:
         """Does `work`, and gives it up where the client leaves first. Raises ClientDisconnect."""

@@ -80,6 +80,8 @@ class _Sequence:
             (_logprobs(token, params.logprobs),) if params.logprobs is not None else None,
             self._of_prompt() if self._made == 1 and self.choice == 0 else None,
             "length" if self.finished else None,
+            # Of the token before, as the real one.
+            ([[token % 8, 1]],) * (self._made > 1) if params.experts else None,
         )
 
     def _of_prompt(self) -> tuple[TokenLogprobs | None, ...] | None:

@@ -112,6 +112,25 @@ def test_log_probabilities_are_those_of_the_full_forward(engine):
         assert len(told.top) == (2 if place < 39 else 3)
 
 
+def test_experts_of_an_answer_are_those_of_the_full_forward(engine):
+    prompt = tuple(range(30, 70))
+    params = SamplingParams(max_tokens=9, experts=True, temperature=0)
+    outputs = list(engine.generate([Request("a", prompt, params)]))
+    tokens = prompt + sum((output.token_ids for output in outputs), ())
+    experts_TLC = np.asarray(sum((output.experts for output in outputs), ()))
+    assert experts_TLC.shape == (8, 2, 2)  # the last token was not run
+    counts = []
+    for length in (len(prompt), len(tokens) - 1):
+        rows, real = np.zeros((2, 4, 128), np.int32)
+        rows[0, :length], real[0, :length] = tokens[:length], 1
+        _, stats = jax.jit(grok.Grok.hidden)(engine._model, rows, real)
+        load_LE = np.asarray(stats.load_E)
+        counts.append(np.rint(load_LE * length * 2).astype(int))
+    for layer in range(2):
+        told = np.bincount(experts_TLC[:, layer].ravel(), minlength=8)
+        assert told.tolist() == (counts[1] - counts[0])[layer].tolist()
+
+
 def test_few_pages_give_the_same_tokens(engine, alone):
     preempted = engine.stats.preempted
     pools = engine._scheduler.pools

@@ -64,7 +64,7 @@ def traced(name: str, on_mesh: bool) -> dict[str, np.ndarray]:
 
 def last_logits(model: Grok, tokens_BT, cache, places):
     """Logits after the last real token of each block, (B, U, V), and the cache."""
-    x_BTD, cache = model.step(tokens_BT, cache, places)
+    x_BTD, cache, _ = model.step(tokens_BT, cache, places)
     return model.next_logits(x_BTD, places.count_BU), cache
 
 
@@ -188,7 +188,7 @@ def log_probabilities(name: str, cache_dtype: str) -> np.ndarray:
     @jax.jit
     def run(model, tokens_BT, places):
         cache = init_cache(model.config, 8 * 4, 32, cache_dtype)
-        x_BTD, _ = model.step(tokens_BT, cache, places)
+        x_BTD, _, _ = model.step(tokens_BT, cache, places)
         return jax.nn.log_softmax(model.unembed(x_BTD), axis=-1)
 
     places = Places(table_BUM, start_BU, np.full_like(start_BU, 32))

@@ -15,8 +15,11 @@ import pytest
 from grok.config_files import checked
 from grok.data.tokenizer import Tokenizer
 from grok.errors import ConfigError
+from grok.infer.bodies import Answers
 from grok.infer.calls import BodyReader
 from grok.infer.chat import make_renderer
+from grok.infer.config import SamplingConfig
+from grok.infer.request import Output, TokenLogprobs
 from grok.serve.app import App
 from grok.serve.config import ServeConfig
 from grok.serve.run import make_server, read_keys
@@ -128,6 +131,40 @@ def test_a_stream_adds_up_to_what_is_not_streamed(server):
     assert texts == [choice.text for choice in whole.choices]
     assert tokens == [choice.logprobs.tokens for choice in whole.choices]
     assert usage == whole.usage
+
+
+def test_log_probabilities_of_a_prompt_come_before_answers_that_were_faster(server, tokenizer):
+    reader = BodyReader(tokenizer, SamplingConfig(), 128)
+    call = reader.completion({"prompt": [40, 41], "n": 3, "echo": True, "logprobs": 0})
+    answers = Answers(call, tokenizer)
+
+    def output(choice: int, token: int, prompt: tuple | None = None) -> Output:
+        found = (TokenLogprobs(token, -1.0),)
+        return Output("key/0", choice, (token,), "x", found, prompt)
+
+    assert answers.add(output(1, 50)) == []
+    assert answers.add(output(1, 51)) == []
+    told = answers.add(output(0, 60, (None, TokenLogprobs(41, -2.0))))
+    assert [choice["index"] for choice in told] == [0, 1]
+    assert [choice["text"] for choice in told] == [call.texts[0] + text for text in ("x", "xx")]
+    known = [choice["logprobs"]["token_logprobs"] for choice in told]
+    assert known == [[None, -2.0, -1.0], [None, -2.0, -1.0, -1.0]]
+    (last,) = answers.add(output(2, 70))
+    assert last["logprobs"]["token_logprobs"] == [None, -2.0, -1.0]
+    (more,) = answers.add(output(2, 71))
+    assert more["logprobs"]["token_logprobs"] == [-1.0]
+
+
+def test_experts_that_tokens_went_to(server):
+    asked = {"model": "tiny", "prompt": "The", "max_tokens": 5, "extra_body": {"experts": True}}
+    (choice,) = server.client.completions.create(**asked, seed=1).choices
+    assert len(choice.experts) == 4  # the last token was not run
+    told = []
+    for part in server.client.completions.create(**asked, seed=1, stream=True):
+        told += part.choices[0].experts
+    assert told == choice.experts
+    (without,) = server.client.completions.create(**GOOD).choices
+    assert "experts" not in without.model_extra
 
 
 def test_chat(server):
