@@ -18,6 +18,7 @@ def batch(config: str, overrides: tuple[str, ...]) -> None:
 
     checked = load_config(config, overrides, BatchConfig)
 
+    click.echo("loading JAX", err=True)
     from grok.batch.replicas import starting
 
     with starting(checked) as replica:

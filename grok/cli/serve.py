@@ -33,6 +33,7 @@ def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
     else:
         config = checked({"weights": run_or_config}, overrides, ServeConfig, run_or_config)
 
+    click.echo("loading JAX", err=True)
     from grok.devices import prepare
 
     prepare(config.mesh.simulated_devices)

@@ -1,6 +1,7 @@
 """From a config to a server that answers."""
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ STOP_SECONDS = 30
 def run(config: ServeConfig) -> None:
     """Serves until it is asked to stop. Raises ConfigError, DataError and CheckpointError for what
     cannot work, and GrokError where the engine breaks down."""
-    keys = read_keys(config)
+    keys, place = read_keys(config), bind(config)
     model = Model(config)
     name = config.name or Path(config.weights.rstrip("/")).name
     engine = model.engine(lambda text: click.echo(text, err=True))
@@ -38,13 +39,27 @@ def run(config: ServeConfig) -> None:
     worker = Worker(engine, stop)
     reader = model.reader(config.max_choices)
     app = App(config, name, worker, reader, model.tokenizer, keys)
-    server = make_server(app, config)
-    click.echo(f"{name} answers at http://{config.host}:{config.port}", err=True)
-    server.run()
+    server = make_server(app)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    click.echo(f"{name} answers at http://{host}:{place.getsockname()[1]}", err=True)
+    server.run(sockets=[place])
     if broken:
         raise GrokError(f"the engine broke down: {broken[0]}") from broken[0]
-    if not server.started:
-        raise GrokError(f"host={config.host} port={config.port} cannot be listened on.")
+
+
+def bind(config: ServeConfig) -> socket.socket:
+    """The address, taken before anything slow. Raises ConfigError where it cannot be had."""
+    place = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind((config.host, config.port))
+    except OSError as error:
+        place.close()
+        raise ConfigError(
+            f"host={config.host} port={config.port} cannot be listened on: "
+            f"{storage.reason(error)}; port=0 takes any port that is free."
+        ) from None
+    return place
 
 
 def warm_up(engine: Any) -> None:
@@ -54,13 +69,11 @@ def warm_up(engine: Any) -> None:
         engine.step()
 
 
-def make_server(app: App, config: ServeConfig) -> uvicorn.Server:
-    """The HTTP server of an application."""
+def make_server(app: App) -> uvicorn.Server:
+    """The HTTP server of an application, to be run on a bound socket."""
     return uvicorn.Server(
         uvicorn.Config(
             app.asgi,
-            host=config.host,
-            port=config.port,
             log_level="warning",
             timeout_graceful_shutdown=STOP_SECONDS,
             server_header=False,

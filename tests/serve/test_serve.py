@@ -22,7 +22,7 @@ from grok.infer.config import SamplingConfig
 from grok.infer.request import Output, TokenLogprobs
 from grok.serve.app import App
 from grok.serve.config import ServeConfig
-from grok.serve.run import make_server, read_keys
+from grok.serve.run import bind, make_server, read_keys
 from grok.serve.worker import Worker
 from tests.infer.fake_engine import FakeEngine
 
@@ -64,11 +64,11 @@ def serving(tokenizer: Tokenizer, keys: list[str], **settings) -> Iterator[Simpl
         config.max_choices,
     )
     app = App(config, "tiny", worker, reader, tokenizer, keys)
-    server = make_server(app, config)
-    thread = threading.Thread(target=server.run)
+    server, place = make_server(app), bind(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
     thread.start()
     wait_until(lambda: server.started)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    url = f"http://127.0.0.1:{place.getsockname()[1]}"
     client = openai.OpenAI(api_key=KEY, base_url=f"{url}/v1", max_retries=0)
     http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"})
     with client, http:
@@ -348,6 +348,16 @@ def test_refused_configs(monkeypatch, override, words):
     monkeypatch.delenv("GROK_API_KEYS", raising=False)
     with pytest.raises(ConfigError, match=words):
         read_keys(checked({"weights": "w"}, [override], ServeConfig, "w"))
+
+
+def test_an_address_that_is_taken_or_none_is_refused_before_anything_slow():
+    taken = bind(ServeConfig(weights="w", port=0))
+    port = taken.getsockname()[1]
+    taken.listen()
+    with taken, pytest.raises(ConfigError, match=rf"port={port} cannot be listened on: Address al"):
+        bind(ServeConfig(weights="w", port=port))
+    with pytest.raises(ConfigError, match=r"host=203.0.113.1 port=0 cannot be listened on"):
+        bind(ServeConfig(weights="w", host="203.0.113.1", port=0))
 
 
 def test_keys_of_the_environment_and_of_a_file(monkeypatch, tmp_path):
