@@ -124,12 +124,18 @@ class Folder:
         job = json.loads(json.dumps(_identity(config, of_model, found)))
         path = storage.join(self._path, JOB)
         if not storage.exists(path):
-            if self.done():
+            try:
+                if self.done():
+                    raise ConfigError(
+                        f"output={self._path} has answers and no {JOB} that says of what; an empty "
+                        "or new folder would work."
+                    )
+                storage.write_bytes(path, _json(job))
+            except OSError as error:
                 raise ConfigError(
-                    f"output={self._path} has answers and no {JOB} that says of what; an empty or "
-                    "new folder would work."
-                )
-            storage.write_bytes(path, _json(job))
+                    f"output={self._path} cannot be written: {storage.reason(error)}; a folder, "
+                    "there or not yet, would work."
+                ) from None
             return
         try:
             there = json.loads(storage.read_bytes(path))

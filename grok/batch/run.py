@@ -166,7 +166,7 @@ def run(config: BatchConfig, replica: Replica) -> None:
     done = set(hosts.from_first(prepare_folder) if replica.everywhere else prepare_folder())
     share = range(replica.number, len(found.starts), replica.count)
     missing = [shard for shard in share if shard not in done]
-    tell(f"{found.requests:,} requests in {len(found.starts):,} shards, {len(done):,} of them done")
+    tell(f"{found.requests:,} requests; {len(done):,} of {len(found.starts):,} shards are done")
     if missing:
         requests = sum(found.size(shard) for shard in share)
         before = requests - sum(found.size(shard) for shard in missing)

@@ -48,11 +48,14 @@ def run(config: ServeConfig) -> None:
 
 
 def bind(config: ServeConfig) -> socket.socket:
-    """The address, taken before anything slow. Raises ConfigError where it cannot be had."""
+    """The address, taken before anything slow; who connects waits until the server runs. Raises
+    ConfigError where it cannot be had."""
     place = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         place.bind((config.host, config.port))
+        # Two that only bind it could both have it.
+        place.listen()
     except OSError as error:
         place.close()
         raise ConfigError(

@@ -277,6 +277,12 @@ def test_input_that_cannot_be_used(config, tmp_path, monkeypatch, name, text, wo
         answer(dataclasses.replace(config, input=(str(tmp_path / given),)), monkeypatch)
 
 
+def test_an_output_that_is_a_file_is_refused(config, tmp_path, monkeypatch):
+    write_lines(tmp_path / "in.jsonl", [{"prompt": "The"}])
+    with pytest.raises(ConfigError, match=r"in.jsonl cannot be written: File exists; a folder"):
+        answer(dataclasses.replace(config, output=config.input[0]), monkeypatch)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

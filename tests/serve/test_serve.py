@@ -353,7 +353,6 @@ def test_refused_configs(monkeypatch, override, words):
 def test_an_address_that_is_taken_or_none_is_refused_before_anything_slow():
     taken = bind(ServeConfig(weights="w", port=0))
     port = taken.getsockname()[1]
-    taken.listen()
     with taken, pytest.raises(ConfigError, match=rf"port={port} cannot be listened on: Address al"):
         bind(ServeConfig(weights="w", port=port))
     with pytest.raises(ConfigError, match=r"host=203.0.113.1 port=0 cannot be listened on"):
