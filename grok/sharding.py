@@ -32,29 +32,44 @@ Axes = tuple[str | None, ...]
 class AxisRules:
     """Mesh axes that each logical axis is split over.
 
-    `embed` of most weights is split ZeRO-3 fashion over every chip that sees other tokens. Of the
-    experts each device has a slice of every one, `mlp` being split over the expert axis too: the
-    devices of a `group` share their tokens, and their work is even however tokens are routed.
-    `expert_embed` is split over data alone.
+    Weights are split ZeRO-3 fashion over every chip that sees other tokens, and collected before
+    use: `kept_*` are axes as they are kept, which become those of `WHOLE`. Of the experts each
+    device has a slice of every one, `mlp` being split over the expert axis too: the devices of a
+    `group` share their tokens, and their work is even however tokens are routed.
+
+    A TPU keeps an array's last axis in lanes of 128. Parts of it that are no whole lanes would be
+    collected as a sum of arrays that are zero elsewhere, at twice the bytes; so axes that come
+    earlier take part of the split.
     """
 
     batch: tuple[str, ...] = BATCH_AXES
     length: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ("tensor",)
-    embed: tuple[str, ...] = ("data", "expert")
+    kept_vocab: tuple[str, ...] = ("tensor", "data", "expert")
+    kept_embed: tuple[str, ...] = ("data",)
+    kept_embed_alone: tuple[str, ...] = ("data", "expert")
     heads: tuple[str, ...] = ("tensor",)
+    kept_heads: tuple[str, ...] = ("tensor", "expert")
     kv_heads: tuple[str, ...] = ("tensor",)
+    kept_kv_heads: tuple[str, ...] = ("tensor", "expert")
     head_dim: tuple[str, ...] = ()
     group: tuple[str, ...] = ("expert",)
     experts: tuple[str, ...] = ()
-    expert_embed: tuple[str, ...] = ("data",)
     mlp: tuple[str, ...] = ("expert", "tensor")
     mlp_rest: tuple[str, ...] = ("tensor",)
     act_embed: tuple[str, ...] = ()
 
 
 RULES = AxisRules()
+# What the axes of a weight are when it is collected.
+WHOLE = {
+    "kept_vocab": "vocab",
+    "kept_embed": None,
+    "kept_embed_alone": None,
+    "kept_heads": "heads",
+    "kept_kv_heads": "kv_heads",
+}
 
 
 def make_mesh(
@@ -155,27 +170,57 @@ def kv_axis(num_kv_heads: int) -> str | None:
     return None if num_kv_heads % size("kv_heads") else "kv_heads"
 
 
+def table_axes(vocab_size: int) -> Axes:
+    """Axes that the token table is kept in: split by rows where these can be."""
+    if vocab_size % size("kept_vocab"):
+        return "vocab", "kept_embed_alone"
+    return "kept_vocab", None
+
+
+def kept_head_axes(axis: str | None, number: int) -> tuple[str, str | None]:
+    """Axes that `embed` and the heads of a matrix of attention are kept in: `axis`, "heads" or
+    "kv_heads" or None, is that of the `number` heads when collected."""
+    kept = f"kept_{axis}"
+    if axis is None or number % size(kept):
+        return "kept_embed_alone", axis
+    return "kept_embed", kept
+
+
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` split as its logical axes say."""
     return x if ambient_mesh() is None else jax.sharding.reshard(x, spec(*axes))
 
 
 def gather(w: jax.Array, *axes: str | None) -> jax.Array:
-    """A weight with its ZeRO-3 axis collected, as its users need it: `embed` is whole.
+    """A weight collected, as its users need it.
 
     Its gradient comes back as a sum still to be made over the chips that see other tokens, so
-    the transposed move is one reduce-scatter.
+    the transposed moves are reduce-scatters. One mesh axis at a time: for several at once XLA sums
+    arrays that are zero elsewhere, at twice the bytes.
     """
-    mesh = ambient_mesh()
-    if mesh is None:
+    if ambient_mesh() is None:
         return w
-    parts = spec(*whole(axes)).update(reduced=frozenset(BATCH_AXES))
-    return jax.sharding.reshard(w, parts)
+    left = whole(axes)
+    for place in range(len(BATCH_AXES) - 1, -1, -1):
+        collected = BATCH_AXES[place:]
+        parts = [
+            () if axis is None else _without(axis, keep, collected)
+            for axis, keep in zip(axes, left, strict=True)
+        ]
+        reduced = PartitionSpec(*(part or None for part in parts), reduced=frozenset(collected))
+        w = jax.sharding.reshard(w, reduced)
+    return w
+
+
+def _without(axis: str, keep: str | None, collected: tuple[str, ...]) -> tuple[str, ...]:
+    """Mesh axes of a weight's axis that are left when these are collected."""
+    kept = () if keep is None else getattr(RULES, keep)
+    return tuple(name for name in getattr(RULES, axis) if name in kept or name not in collected)
 
 
 def whole(axes: Axes) -> Axes:
-    """The axes of a weight when its ZeRO-3 axis is collected."""
-    return tuple(None if axis in ("embed", "expert_embed") else axis for axis in axes)
+    """The axes of a weight when it is collected."""
+    return tuple(None if axis is None else WHOLE.get(axis, axis) for axis in axes)
 
 
 def on_whole(f: Callable, x: jax.Array, lead: int) -> jax.Array:
@@ -233,6 +278,16 @@ def shard_map(
 
 
 # Collectives, for use inside `shard_map`: over the mesh axes of one logical axis.
+
+
+def collect(w: jax.Array, axes: Axes) -> jax.Array:
+    """A weight that is kept in `axes`, collected from all devices, as `gather` does it."""
+    for name in reversed(BATCH_AXES):
+        for dim, (axis, keep) in enumerate(zip(axes, whole(axes), strict=True)):
+            kept = () if keep is None else _mesh_axes(keep)
+            if axis is not None and name in _split_axes(axis) and name not in kept:
+                w = jax.lax.all_gather(w, name, axis=dim, tiled=True)
+    return w
 
 
 def _mesh_axes(axis: str) -> tuple[str, ...]:

@@ -150,8 +150,10 @@ def _presets_of_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, GrokConf
 
 
 def _presets() -> dict[str, GrokConfig]:
+    """The configs that are of a model alone, for no slice that it would run on."""
     files = sorted(configs_folder().glob("*.yaml"))
-    return {file.stem: load_config(file).model for file in files}
+    configs = {file.stem: load_config(file) for file in files}
+    return {name: each.model for name, each in configs.items() if not each.plan.topology}
 
 
 def _origins(source: Source, config: GrokConfig | None) -> dict[str, str]:

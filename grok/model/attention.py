@@ -4,6 +4,8 @@ Letters: L layers, B batch, T query length, S key length, D embed, N heads, K kv
 H head_dim.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +15,7 @@ from grok import sharding
 from grok.config import GrokConfig
 from grok.model.cache import PagedCache, Places
 from grok.model.layers import normal, product, rotate
+from grok.ops import ragged_attention as ragged
 from grok.ops.attention import attention
 from grok.ops.flash import flash_attention, suits
 from grok.ops.paged_attention import paged_attention, write_pages
@@ -25,13 +28,16 @@ class Attention(nnx.Module):
         c = config
         L, D, N, K, H = c.num_layers, c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
         kv, dtype = sharding.kv_axis(K), c.float_dtype
-        q_axes, kv_axes = ("layers", "embed", "heads", None), ("layers", "embed", kv, None)
+        q_embed, q_heads = sharding.kept_head_axes("heads", N)
+        kv_embed, kv_heads = sharding.kept_head_axes(kv, K)
+        q_axes = ("layers", q_embed, q_heads, None)
+        kv_axes = ("layers", kv_embed, kv_heads, None)
         keys = jax.random.split(key, 4)
         self.config = c
         self.w_query_DNH = normal(keys[0], (L, D, N, H), q_axes, dtype, fan_in=D)
         self.w_key_DKH = normal(keys[1], (L, D, K, H), kv_axes, dtype, fan_in=D)
         self.w_value_DKH = normal(keys[2], (L, D, K, H), kv_axes, dtype, fan_in=D)
-        o_axes = ("layers", "heads", None, "embed")
+        o_axes = ("layers", q_heads, None, q_embed)
         self.w_out_NHD = normal(keys[3], (L, N, H, D), o_axes, dtype, fan_in=N * H)
 
     def __call__(self, x_BTD: jax.Array, segment_BT: jax.Array, positions_BT: jax.Array):
@@ -64,28 +70,26 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, places.positions(Q))
         kv = sharding.kv_axis(self.config.num_kv_heads)
         c, group = self.config, self.config.num_heads // self.config.num_kv_heads
+        factors = (c.attn_output_multiplier, c.attn_logit_softcap)
+        # With all kv heads and fewer query heads than share one, it is the same for all.
+        fewer = c.num_heads // sharding.size("heads") < group
+        kernel = sharding.platform() == "tpu" and not fewer
+        kernel = kernel and ragged.suits(cache.kv_LPSK2H, c.head_dim)
 
         def local(q, k, v, kv_pages, scales, table_BUM, start_BU, count_BU, layer):
             # Each device has the tokens of one group.
             new = jnp.stack([k, v], axis=3).reshape(-1, Q, *k.shape[2:3], 2, k.shape[3])
             table_UM, start_U = table_BUM[0], start_BU[0]
-            # With all kv heads and fewer query heads than share one, it is the same for all.
-            fewer = q.shape[2] < k.shape[2] * group
             shared = sharding.index("heads") * q.shape[2] // group if fewer else None
             kv_pages, scales = write_pages(
                 kv_pages, scales, layer, new, table_UM, start_U, count_BU[0]
             )
-            o_UQNH = paged_attention(
-                q.reshape(-1, Q, *q.shape[2:]),
-                kv_pages,
-                scales,
-                layer,
-                table_UM,
-                start_U,
-                multiplier=c.attn_output_multiplier,
-                cap=c.attn_logit_softcap,
-                kv_head=shared,
-            )
+            q_UQNH, where = q.reshape(-1, Q, *q.shape[2:]), (layer, table_UM, start_U)
+            if kernel:
+                o_UQNH = ragged.ragged_attention(q_UQNH, kv_pages, *where, *factors)
+            else:
+                form = functools.partial(paged_attention, kv_head=shared)
+                o_UQNH = form(q_UQNH, kv_pages, scales, *where, *factors)
             return o_UQNH.reshape(q.shape), kv_pages, scales
 
         q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", None, kv, None)
@@ -96,6 +100,7 @@ class Attention(nnx.Module):
             local,
             (q_axes, kv_axes, kv_axes, cache_axes, scale_axes, (*rows, None), rows, rows, ()),
             (q_axes, cache_axes, scale_axes),
+            check_vma=not kernel,
         )
         o_BTNH, kv_pages, scales = form(
             q_BTNH,
@@ -113,13 +118,13 @@ class Attention(nnx.Module):
     def _project(self, x_BTD, positions_BT):
         kv = sharding.kv_axis(self.config.num_kv_heads)
 
-        def project(subscripts, param, head_axis):
-            axes = ("batch", "length", head_axis, None)
-            return product(subscripts, x_BTD, param, ("embed", head_axis, None), axes)
+        def project(subscripts, param, axis, heads):
+            kept = (*sharding.kept_head_axes(axis, heads), None)
+            return product(subscripts, x_BTD, param, kept, ("batch", "length", axis, None))
 
-        q_BTNH = project("btd,dnh->btnh", self.w_query_DNH, "heads")
-        k_BTKH = project("btd,dkh->btkh", self.w_key_DKH, kv)
-        v_BTKH = project("btd,dkh->btkh", self.w_value_DKH, kv)
+        q_BTNH = project("btd,dnh->btnh", self.w_query_DNH, "heads", self.config.num_heads)
+        k_BTKH = project("btd,dkh->btkh", self.w_key_DKH, kv, self.config.num_kv_heads)
+        v_BTKH = project("btd,dkh->btkh", self.w_value_DKH, kv, self.config.num_kv_heads)
         theta = self.config.rope_theta
         return rotate(q_BTNH, positions_BT, theta), rotate(k_BTKH, positions_BT, theta), v_BTKH
 
@@ -148,5 +153,6 @@ class Attention(nnx.Module):
         return (jax.lax.dynamic_slice_in_dim(a, first, 1, axis=2) for a in (k_BSKH, v_BSKH))
 
     def _output(self, o_BTNH):
+        embed, heads = sharding.kept_head_axes("heads", self.config.num_heads)
         axes = ("batch", "length", "act_embed")
-        return product("btnh,nhd->btd", o_BTNH, self.w_out_NHD, ("heads", None, "embed"), axes)
+        return product("btnh,nhd->btd", o_BTNH, self.w_out_NHD, (heads, None, embed), axes)

@@ -29,7 +29,7 @@ def normal(key: jax.Array, shape: tuple[int, ...], axes: Axes, dtype: str, fan_i
 
 
 def matrix(param: nnx.Param, axes: Axes, dtype) -> jax.Array:
-    """A matrix in the type of computation, with its ZeRO-3 axis collected.
+    """A matrix in the type of computation, collected from the devices that share it.
 
     `axes` are the logical axes it is kept in. An int8 matrix travels as int8 and is multiplied by
     its scales where it arrives; only a float one has a gradient.
@@ -115,43 +115,47 @@ class TokenTable(nnx.Module):
     """The one table that embeds tokens and, transposed, scores them."""
 
     def __init__(self, key: jax.Array, vocab_size: int, embed_dim: int, dtype: str):
-        shape, axes = (vocab_size, embed_dim), ("vocab", "embed")
+        shape, axes = (vocab_size, embed_dim), sharding.table_axes(vocab_size)
         self.table_VD = normal(key, shape, axes, dtype, fan_in=embed_dim)
 
     def embed(self, tokens_BT: jax.Array, dtype: str) -> jax.Array:
         """Rows of the table, x_BTD. Each device looks up the part of the vocabulary it has."""
+        table_VD = self.table_VD[...].astype(dtype)
+        table_axes = sharding.table_axes(len(table_VD))
 
         def local(tokens_BT, table_VD):
-            table_VD = sharding.vary(sharding.all_gather(table_VD, "embed", dim=1))
+            table_VD = sharding.vary(sharding.collect(table_VD, table_axes))
             here_BT = tokens_BT - sharding.index("vocab") * table_VD.shape[0]
             # Out of range on either side reads zeros; negative indices would count from the end.
             here_BT = jnp.where(here_BT < 0, table_VD.shape[0], here_BT)
             x_BTD = table_VD.at[here_BT].get(mode="fill", fill_value=0)
             return sharding.psum(x_BTD, "vocab")
 
-        axes = ("batch", "length"), ("vocab", "embed")
+        axes = ("batch", "length"), table_axes
         form = sharding.shard_map(local, axes, ("batch", "length", "act_embed"))
-        return form(tokens_BT, self.table_VD[...].astype(dtype))
+        return form(tokens_BT, table_VD)
 
     def cross_entropy(self, x_BTD, targets_BT, multiplier: float):
         """Cross-entropy and log-partition of every token, (B, T) float32 each, of the scores times
         `multiplier`; those of all tokens never exist at once."""
+        table_VD = self.table_VD[...].astype(x_BTD.dtype)
+        table_axes = sharding.table_axes(len(table_VD))
 
         def local(x_BTD, targets_BT, table_VD):
-            table_VD = sharding.all_gather(table_VD, "embed", dim=1)
+            table_VD = sharding.collect(table_VD, table_axes)
             x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
             arrays = jax.tree.map(sharding.vary, (x_RD, table_VD, targets_BT.reshape(-1)))
             losses = cross_entropy(*arrays, multiplier)
             return tuple(loss_R.reshape(targets_BT.shape) for loss_R in losses)
 
         tokens = ("batch", "length")
-        axes = (*tokens, "act_embed"), tokens, ("vocab", "embed")
-        form = sharding.shard_map(local, axes, (tokens, tokens))
-        return form(x_BTD, targets_BT, self.table_VD[...].astype(x_BTD.dtype))
+        axes = (*tokens, "act_embed"), tokens, table_axes
+        return sharding.shard_map(local, axes, (tokens, tokens))(x_BTD, targets_BT, table_VD)
 
     def unembed(self, x_BTD: jax.Array, dtype: str) -> jax.Array:
         """Scores of all tokens, logits_BTV in float32."""
-        table_VD = sharding.gather(self.table_VD[...].astype(dtype), "vocab", "embed")
+        table_VD = self.table_VD[...].astype(dtype)
+        table_VD = sharding.gather(table_VD, *sharding.table_axes(len(table_VD)))
         return sharding.einsum(
             "btd,vd->btv",
             x_BTD,

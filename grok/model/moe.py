@@ -42,8 +42,8 @@ class MoE(nnx.Module):
     def __init__(self, key: jax.Array, config: GrokConfig):
         c = config
         L, D, F, E, dtype = c.num_layers, c.embed_dim, c.mlp_dim, c.num_experts, c.float_dtype
-        in_axes = ("layers", "experts", "expert_embed", "mlp")
-        out_axes = ("layers", "experts", "mlp", "expert_embed")
+        in_axes = ("layers", "experts", "kept_embed", "mlp")
+        out_axes = ("layers", "experts", "mlp", "kept_embed")
         keys = jax.random.split(key, 4)
         self.config = c
         self.router_DE = normal(keys[0], (L, D, E), (None, None, None), dtype, fan_in=D)
@@ -82,7 +82,7 @@ class MoE(nnx.Module):
         C = self.config.num_selected_experts
 
         weights = [w.get_value() for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)]
-        w_in, w_out = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
+        w_in, w_out = ("experts", "kept_embed", "mlp"), ("experts", "mlp", "kept_embed")
         axes: list[sharding.Axes] = []
         for place, w_axes in enumerate((w_in, w_in, w_out)):
             w = weights[place]
@@ -94,7 +94,7 @@ class MoE(nnx.Module):
                 weights[place] = w.astype(x_BTD.dtype)
                 axes.append(w_axes)
                 continue
-            if sharding.size("expert_embed") > 1:
+            if sharding.size("kept_embed") > 1:
                 # What is collected from other devices should be one layer.
                 w = weights[place] = w.sliced()
             lead = () if w.layer is None else (None,)
@@ -104,7 +104,7 @@ class MoE(nnx.Module):
         kinds = jax.tree.structure(weights)
 
         def local(x, gate, chosen, *parts):
-            whole = [_collect(part, part_axes) for part, part_axes in zip(parts, axes, strict=True)]
+            whole = [sharding.collect(*each) for each in zip(parts, axes, strict=True)]
             w_gate_EDF, w_up_EDF, w_down_EFD = jax.tree.unflatten(kinds, whole)
             x, gate, chosen = (sharding.all_gather(a, "group", dim=0) for a in (x, gate, chosen))
             rows = (x.reshape(-1, x.shape[-1]), gate.reshape(-1, C), chosen.reshape(-1, C))
@@ -120,13 +120,6 @@ class MoE(nnx.Module):
         tokens = ("batch", "length", None)
         form = sharding.shard_map(local, (tokens, tokens, tokens, *axes), tokens)
         return form(x_BTD, gate_BTC, chosen_BTC, *parts)
-
-
-def _collect(w: jax.Array, axes: sharding.Axes) -> jax.Array:
-    """A weight, or its scales, with the ZeRO-3 axis joined from all devices."""
-    if "expert_embed" not in axes:
-        return w
-    return sharding.all_gather(w, "expert_embed", dim=axes.index("expert_embed"))
 
 
 def _stats(probs_BTE, chosen_BTC, real_BT) -> RouterStats:

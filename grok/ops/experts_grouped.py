@@ -68,7 +68,7 @@ def _backward(interpret, saved, dy_RD):
     dgate_RC = jnp.sum(dhidden_PF * hidden_PF, axis=-1)[places.place_RC]
     dbranch_PF, dup_PF = pull(dhidden_PF * gate_P[:, None])
     scaled_PF = (hidden_PF * gate_P[:, None]).astype(dtype)
-    dw_down = gradient(scaled_PF, dy_PD, w_down_EFD)
+    dw_down = gradient(scaled_PF, dy_PD, w_down_EFD, embed_first=True)
     # Rows of x only after those of dy are done with: memory for both is much.
     x_RD, dw_down = jax.lax.optimization_barrier((x_RD, dw_down))
     x_PD = _spread(x_RD, places)
@@ -114,10 +114,16 @@ def _times(xs, ws, *, dtype, transposed: bool = False, **tiles) -> jax.Array:
     return y.astype(dtype)
 
 
-def _gradient(x, dy, w: Weight, **tiles) -> Weight:
-    """Gradient of the sum of <dy, x w>, as `w` in structure; a LoraArray's base has none."""
+def _gradient(x, dy, w: Weight, *, embed_first: bool = False, **tiles) -> Weight:
+    """Gradient of the sum of <dy, x w>, as `w` in structure; a LoraArray's base has none.
+
+    With `embed_first` the columns, which are those that devices share, lie first in memory: a sum
+    of which each device keeps some columns would be made whole everywhere.
+    """
     run: Callable = functools.partial(grouped_weight_gradient, **tiles)
     if not isinstance(w, LoraArray):
+        if embed_first:
+            return jnp.swapaxes(run(dy, x, dtype=w.dtype), 1, 2)
         return run(x, dy, dtype=w.dtype)
     times: Callable = functools.partial(grouped_matmul, **tiles, dtype=x.dtype)
     da = run(x, times((dy,), (w.b,), transposed=True), dtype=w.a.dtype)

@@ -18,8 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from grok.ops.places import LANES, visits
 from grok.ops.quant import QuantizedArray
 
-# Bytes of a block of weights; two are in a core's vector memory at a time, one being read.
-WEIGHT_BLOCK = 12 * 2**20
+# Bytes of weights in a core's vector memory.
+WEIGHTS = 24 * 2**20
 # Largest sides of a block of a weights' gradient, which is summed up in float32.
 GRADIENT_BLOCK = (2048, 2048)
 
@@ -71,8 +71,14 @@ def grouped_matmul(
     else:
         values = [w[None] for w in ws]
     (P, K), M = xs[0].shape, tile
-    N = values[0].shape[2 if transposed else 3]
-    tk, tn = _blocks(K, N, sum(w.dtype.itemsize for w in values))
+    (E, _, _), N = values[0].shape[1:], values[0].shape[2 if transposed else 3]
+    itemsizes = sum(w.dtype.itemsize for w in values)
+    # Where a block stays for many tiles, the time to read the next is little beside theirs, and a
+    # wider block reads the rows less often. Else one is read while another is used.
+    buffers = 1 if P // M >= 4 * E else 2
+    tk, tn = _blocks(K, N, itemsizes, WEIGHTS // buffers)
+    if tk < K:
+        buffers, (tk, tn) = 2, _blocks(K, N, itemsizes, WEIGHTS // 2)
     group = K // scales[0].shape[2] if scales else K
     if scales and tk % group and group % tk:
         tk = math.gcd(tk, group)
@@ -103,7 +109,7 @@ def grouped_matmul(
     w_shape = (None, None, *((tn, tk) if transposed else (tk, tn)))
     x_bytes, w_bytes = (sum(a.dtype.itemsize for a in arrays) for arrays in (xs, values))
     itemsize = jnp.dtype(dtype).itemsize
-    blocks = 2 * (M * tk * x_bytes + tk * tn * w_bytes + M * tn * itemsize) + 12 * M * tn
+    blocks = 2 * M * (tk * x_bytes + tn * itemsize) + buffers * tk * tn * w_bytes + 8 * M * tn
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -112,7 +118,7 @@ def grouped_matmul(
             in_specs=[
                 *[pl.BlockSpec((M, tk), lambda n, i, k, expert, tile, layer: (tile[i], k))]
                 * len(xs),
-                *[pl.BlockSpec(w_shape, w_block)] * len(values),
+                *[pl.BlockSpec(w_shape, w_block, pipeline_mode=pl.Buffered(buffers))] * len(values),
                 *(
                     pl.BlockSpec(
                         (None, None, a.shape[2], tn),
@@ -241,10 +247,10 @@ def _dot_int8(x_ref, w_ref, scale_ref, row, group: int) -> jax.Array:
     return y_MN
 
 
-def _blocks(K: int, N: int, itemsize: int) -> tuple[int, int]:
-    """Sides of a block of weights: all of K, where that leaves some 512 columns."""
-    tk = _divisor(K, WEIGHT_BLOCK // (4 * LANES * itemsize))
-    return tk, _divisor(N, max(LANES, WEIGHT_BLOCK // (tk * itemsize)))
+def _blocks(K: int, N: int, itemsize: int, size: int) -> tuple[int, int]:
+    """Sides of a block of weights of `size` bytes: all of K, where that leaves some 512 columns."""
+    tk = _divisor(K, size // (4 * LANES * itemsize))
+    return tk, _divisor(N, max(LANES, size // (tk * itemsize)))
 
 
 def _divisor(size: int, most: int) -> int:

@@ -51,7 +51,7 @@ def paged_attention_reference(
 
 
 def paged_attention(
-    q_UQNH, kv, scale, layer, table_UM, start_U, *, multiplier: float, cap: float, kv_head=None
+    q_UQNH, kv, scale, layer, table_UM, start_U, multiplier: float, cap: float, *, kv_head=None
 ) -> jax.Array:
     """What `paged_attention_reference` computes, with its roundings, a few pages at a time as far
     as the longest sequence here: first the softmax's maximum and sum (Milakov & Gimelshein 2018),

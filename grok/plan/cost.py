@@ -14,7 +14,8 @@ import numpy as np
 
 from grok.plan.collectives import COLLECTIVES, bytes_sent, cuts, replica_groups
 from grok.plan.hlo import Array, Computation, Instruction, inlined, parse
-from grok.plan.products import flops, stated
+from grok.plan.kernels import kernel_bytes, kernel_flops
+from grok.plan.products import flops
 
 # Names, views and bookkeeping: nothing is read or written.
 FREE = {
@@ -37,7 +38,7 @@ class Cost:
 
     flops: of matrix products; hbm: bytes read and written; collectives: bytes that the device sends
     in each, by mesh axes and kind; loops: those whose count was taken from the caller; kernels:
-    custom calls with the cost that their authors stated.
+    custom calls of known cost.
     """
 
     flops: float = 0.0
@@ -65,15 +66,12 @@ class CompiledProgram:
         text: str,
         mesh_axes: dict[str, int],
         loop_count: float = 1,
-        branch_share: float = 1.0,
     ):
-        """Reads `text`. `mesh_axes` are the sizes of the mesh, in order; `loop_count` is how
-        often a loop runs whose count the text does not have; `branch_share` is
-        how often, of all times, a conditional takes its dearest branch, and not the cheapest."""
+        """Reads `text`. `mesh_axes` are the sizes of the mesh, in order; `loop_count` is how often
+        a loop runs whose count the text does not have. Conditionals take their dearest branch."""
         self._computations, self._entry = parse(text)
         self._axes = mesh_axes
         self._loop_count = loop_count
-        self._branch_share = branch_share
         self._costs: dict[str, Cost] = {}
         self._inlined: dict[str, Computation] = {}
 
@@ -100,10 +98,8 @@ class CompiledProgram:
                 *one.called("true_computation"),
                 *one.called("false_computation"),
             ]
-            costs = [self._of(branch) for branch in branches]
-            costs.sort(key=lambda cost: (cost.flops, cost.hbm))
-            total.add(costs[-1], self._branch_share)
-            total.add(costs[0], 1 - self._branch_share)
+            costs = (self._of(branch) for branch in branches)
+            total.add(max(costs, key=lambda cost: (cost.flops, cost.hbm)))
             return total
         if one.opcode in ("call", "call-start", "async-start"):
             for called in one.called("to_apply") or one.called("calls"):
@@ -124,7 +120,7 @@ class CompiledProgram:
                     kind = "reduce-scatter"
                 sent = bytes_sent(inside, each, kind, groups.shape[1])
                 total.collectives[self._across(groups), kind] += sent
-        if stated(one, "flops") is not None:
+        if one.opcode == "custom-call" and kernel_flops(inside, one):
             total.kernels[_op_name(one)] += 1
         return total
 
@@ -199,8 +195,8 @@ class CompiledProgram:
         operands = [inside[name] for name in one.operands if name in inside]
         if one.opcode == "send":
             return _hbm(operands[0].arrays)
-        if one.opcode == "custom-call" and (given := stated(one, "bytes_accessed")) is not None:
-            return given
+        if one.opcode == "custom-call" and (known := kernel_bytes(inside, one)) is not None:
+            return known
         if one.opcode == "fusion":
             return self._fusion_bytes(one, operands)
         if one.opcode == "dynamic-slice":

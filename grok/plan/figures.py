@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from grok.config import RunConfig
 from grok.plan.chips import GIB
 from grok.plan.slices import Slice
-from grok.train.flops import flops_per_token
+from grok.train.flops import attention_flops, flops_per_token
 
 
 class Price(NamedTuple):
@@ -174,10 +174,15 @@ def model_work(config: RunConfig, rows: int, length: int) -> tuple[int, float]:
 
 
 def recomputed_flops(plan: Plan) -> float:
-    """FLOPs of a chip and step for the forward pass of the blocks that remat=full does again; 0
-    with another policy, which states no such figure."""
+    """FLOPs of a chip and step for what of the blocks' forward pass is done again as `model.remat`
+    says; 0 with `dots`, which keeps what the compiler makes products of."""
     model = plan.config.model
-    if plan.config.plan.program != "train" or model.remat != "full":
+    if plan.config.plan.program != "train" or model.remat in ("none", "dots"):
         return 0.0
     table = 2 * model.vocab_size * model.embed_dim
-    return plan.tokens * (flops_per_token(model, plan.batch[1]) / 3 - table)
+    again = flops_per_token(model, plan.batch[1]) / 3 - table
+    if model.remat == "attention":
+        again -= attention_flops(model, plan.batch[1])
+    if model.remat == "experts":
+        again -= 2 * model.num_layers * model.num_selected_experts * model.embed_dim * model.mlp_dim
+    return plan.tokens * again

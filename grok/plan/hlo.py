@@ -17,6 +17,7 @@ BYTES = {
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_END = re.compile(r"^\}(, |$)")  # a kernel's metadata may have lines that begin with a bracket
 _OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z\-]*)\(")
 
 
@@ -69,7 +70,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             if found:
                 current = computations.setdefault(found[2], {})
                 entry = found[2] if found[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             current = None
         else:
             found = _INSTRUCTION.match(line)

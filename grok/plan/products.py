@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from grok.plan.hlo import Computation, Instruction
+from grok.plan.kernels import kernel_flops
 
 
 def flops(inside: Computation, one: Instruction) -> float:
-    """Two for every product and sum of a matrix product; of a kernel, what its author stated."""
+    """Two for every product and sum of a matrix product; of a kernel, what is known of it."""
     if one.opcode == "dot":
         left = inside[one.operands[0]].arrays[0]
         found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
@@ -19,7 +20,7 @@ def flops(inside: Computation, one: Instruction) -> float:
     if one.opcode == "convolution":
         return _convolution_flops(inside, one)
     if one.opcode == "custom-call":
-        return stated(one, "flops") or 0.0
+        return kernel_flops(inside, one)
     return 0.0
 
 
@@ -71,9 +72,3 @@ def _valid(
 def _chunks(size: int) -> Iterator[np.ndarray]:
     for start in range(0, size, 4096):
         yield np.arange(start, min(start + 4096, size))
-
-
-def stated(one: Instruction, what: str) -> float | None:
-    """A number of the cost estimate that a kernel's author gave, if any."""
-    found = re.search(rf'"cost_estimate":\{{[^}}]*"{what}":"?(\d+)', one.attributes)
-    return float(found[1]) if found else None

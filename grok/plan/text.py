@@ -52,7 +52,7 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
     again = recomputed_flops(plan)
     if again:
         ratio = plan.flops / (plan.model_flops + again)
-        text += f"; {ratio:.2f} x with the blocks that remat=full computes again"
+        text += f"; {ratio:.2f} x with what remat={plan.config.model.remat} computes again"
     yield "FLOPs", f"{text}), a chip and step"
     text = f"{_amount(plan.hbm)}B read and written"
     if plan.config.plan.program != "train":
@@ -96,8 +96,8 @@ def assumptions(plan: Plan) -> Iterator[str]:
         yield f"a chip's share of the network between slices is {chip.network / 1e9:g} GB/s"
     if plan.fits:
         yield (
-            "compiled FLOPs are those of matrix products and of kernels as their authors state "
-            "them; HBM bytes are operands and results that the compiler placed there"
+            "compiled FLOPs are those of matrix products and of kernels; HBM bytes are operands "
+            "and results that the compiler placed there"
         )
         yield (
             "collectives send what ring algorithms send, at full speed of the links along their "
@@ -106,11 +106,14 @@ def assumptions(plan: Plan) -> Iterator[str]:
         yield "state stays where it is between steps, and the input never makes a step wait"
         if found["loops"]:
             yield (
-                f"{len(found['loops'])} loops over tiles of experts run as often as tokens spread "
-                "evenly over experts need, and experts that none chose are not read"
+                f"{len(found['loops'])} loops over the cache run as far as "
+                f"{plan.config.plan.tokens} tokens are long"
             )
         if found["kernels"]:
-            yield f"{len(found['kernels'])} kernels cost what their authors state"
+            yield (
+                f"{len(found['kernels'])} kernels cost what their authors state, or those of "
+                "attention what their shapes say"
+            )
     if plan.price is None:
         yield "no price of the chip is known; --price gives one"
     else:

@@ -28,9 +28,8 @@ from grok.config import (
 )
 from grok.config_files import from_dict
 from grok.errors import ConfigError, GrokError
-from grok.ops.experts import tile_rows
+from grok.ops.paged_attention import SPAN
 from grok.plan.cost import CompiledProgram
-from grok.plan.figures import batch_of
 from grok.plan.programs import bytes_per_device, make_program
 from grok.plan.slices import Slice, parse_slice
 
@@ -80,7 +79,7 @@ def plan(config: RunConfig, slice_: Slice, request: dict[str, Any]) -> dict[str,
     if "save" in request:
         Path(request["save"]).write_bytes(serialize_executable.serialize(compiled)[0])
     found |= {"state": memory.argument_size_in_bytes, "peak": memory.peak_memory_in_bytes}
-    return found | counted(CompiledProgram(text, sizes, *balanced(config, sizes)), mesh, slice_)
+    return found | counted(CompiledProgram(text, sizes, turns(config)), mesh, slice_)
 
 
 def counted(program: CompiledProgram, mesh: Mesh, slice_: Slice) -> dict[str, Any]:
@@ -125,19 +124,10 @@ def mesh_sizes(config: RunConfig, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def balanced(config: RunConfig, sizes: dict[str, int]) -> tuple[int, float]:
-    """What the compiled program leaves open, where tokens are spread evenly over experts: how many
-    tiles of rows an expert has, and how likely it is to have any."""
-    rows, length = batch_of(config)
-    tokens = rows * (1 if config.plan.program == "decode" else length)
-    if config.plan.program == "train":
-        tokens //= config.train.accumulate
-    model = config.model
-    tokens //= sizes["slice"] * sizes["data"]
-    assignments = tokens * model.num_selected_experts
-    tile = tile_rows(assignments, model.num_experts)
-    missed = 1 - model.num_selected_experts / model.num_experts
-    return -(-assignments // (model.num_experts * tile)), 1 - missed**tokens
+def turns(config: RunConfig) -> int:
+    """How often a loop over the cache runs, the only one whose count a program leaves open: as far
+    as the rows are long."""
+    return -(-config.plan.tokens // max(SPAN, config.engine.page_size))
 
 
 def wires(mesh: Mesh, across: str, slice_: Slice) -> dict[str, Any]:

@@ -18,5 +18,9 @@ def flops_per_token(model: GrokConfig, sequence_length: int) -> int:
     """
     norms = (4 * model.num_layers + 1) * model.embed_dim
     matrices = model.num_active_parameters() - norms
-    attention = 2 * model.num_layers * model.num_heads * model.head_dim * sequence_length
-    return 3 * (2 * matrices + attention)
+    return 3 * (2 * matrices + attention_flops(model, sequence_length))
+
+
+def attention_flops(model: GrokConfig, sequence_length: int) -> int:
+    """Of these, attention's two products in the forward pass."""
+    return 2 * model.num_layers * model.num_heads * model.head_dim * sequence_length

@@ -93,14 +93,14 @@ def test_losses_and_gradients_are_those_of_one_device(sizes):
 
 
 # Who holds which part of every parameter, written out again beside the rules.
-EMBED = ("data", "expert")
+HEADS = ("tensor", "expert")
 PLACES = {
-    "embed/table_VD": P("tensor", EMBED),
+    "embed/table_VD": P(("tensor", "data", "expert"), None),
     "final_norm/scale_D": P(None),
-    "layers/attention/w_query_DNH": P(None, EMBED, "tensor", None),
-    "layers/attention/w_key_DKH": P(None, EMBED, "tensor", None),
-    "layers/attention/w_value_DKH": P(None, EMBED, "tensor", None),
-    "layers/attention/w_out_NHD": P(None, "tensor", None, EMBED),
+    "layers/attention/w_query_DNH": P(None, "data", HEADS, None),
+    "layers/attention/w_key_DKH": P(None, "data", HEADS, None),
+    "layers/attention/w_value_DKH": P(None, "data", HEADS, None),
+    "layers/attention/w_out_NHD": P(None, HEADS, None, "data"),
     "layers/moe/router_DE": P(None, None, None),
     "layers/moe/w_gate_EDF": P(None, None, "data", ("expert", "tensor")),
     "layers/moe/w_up_EDF": P(None, None, "data", ("expert", "tensor")),
@@ -138,7 +138,7 @@ def test_fresh_parameters_are_the_same_on_a_mesh():
 
 def test_a_device_draws_only_its_own_part_of_a_parameter():
     def draw(key):
-        axes = ("layers", "experts", "expert_embed", "mlp")
+        axes = ("layers", "experts", "kept_embed", "mlp")
         return normal(key, (2, 8, 64, 64), axes, "float32", fan_in=64)
 
     with jax.set_mesh(grok.make_mesh(2, 2, 2)):
@@ -150,7 +150,7 @@ def test_a_device_draws_only_its_own_part_of_a_parameter():
 
 def test_kv_heads_too_few_to_split_are_on_every_device():
     key = to_arrays(model((2, 1, 4, 1)))["layers/attention/w_key_DKH"]
-    assert key.sharding.spec == P(None, EMBED, None, None)
+    assert key.sharding.spec == P(None, ("data", "expert"), None, None)
 
 
 def test_logits_are_split_over_rows_and_vocabulary():

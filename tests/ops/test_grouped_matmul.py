@@ -77,7 +77,7 @@ def test_sum_of_two_products_with_transposed_matrices(arrays):
 
 def test_blocks_of_rows_and_columns_of_the_weights(arrays, monkeypatch):
     """A matrix too large for one block, as int8 with groups of rows and as floats."""
-    monkeypatch.setattr(kernels, "_blocks", lambda K, N, itemsize: (8, 12))
+    monkeypatch.setattr(kernels, "_blocks", lambda *_: (8, 12))
     x, _, w = arrays
     tiles_E = jnp.asarray(TILES[0], jnp.int32)
     run = functools.partial(

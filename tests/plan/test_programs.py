@@ -10,7 +10,7 @@ from grok.config import PlanConfig
 from grok.config_files import load_config
 from grok.errors import ConfigError
 from grok.plan.programs import bytes_per_device, make_program
-from grok.plan.worker import balanced, mesh_sizes
+from grok.plan.worker import mesh_sizes, turns
 
 MESH = {"slice": 1, "data": 2, "expert": 2, "tensor": 2}
 
@@ -54,13 +54,7 @@ def test_rows_that_cannot_be_split_are_refused(tiny_run):
         mesh_sizes(config, 8)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "sizes", "tiles", "chosen"),
-    [
-        (["data.sequence_length=8192", "data.batch_size=128"], {"data": 16, "expert": 8}, 32, 1),
-        (["plan.program=decode", "plan.batch_size=1"], {"tensor": 8}, 1, 0.25),
-    ],
-)
-def test_what_balanced_routing_makes_of_loops(overrides, sizes, tiles, chosen):
-    sizes = {"slice": 1, "data": 1, "expert": 1, "tensor": 1} | sizes
-    assert balanced(load_config("grok-1", overrides), sizes) == (tiles, pytest.approx(chosen))
+def test_loops_over_the_cache_run_as_far_as_rows_are_long():
+    overrides = ["plan.program=decode", "plan.tokens=2000"]
+    assert turns(load_config("grok-1", overrides)) == 16
+    assert turns(load_config("grok-1", [*overrides, "engine.page_size=256"])) == 8

@@ -174,20 +174,17 @@ def test_moments_lie_where_their_parameters_do(name):
             assert moment.sharding == tensors[tensor].sharding, tensor
 
 
-EMBED = ("data", "expert")
-
-
 def test_factors_are_split_as_the_matrix_is():
     factors = after_two_updates("adafactor", on_mesh=True)[1][1][0]
     rows, columns = to_arrays(factors.rows), to_arrays(factors.columns)
     for tensor, shape, places, column_shape, column_places in [
-        ("embed/table_VD", (32,), P("tensor"), (16,), P(EMBED)),
+        ("embed/table_VD", (32,), P(("tensor", "data", "expert")), (16,), P(None)),
         (
             "layers/attention/w_query_DNH",
             (2, 16),
-            P(None, EMBED),
+            P(None, "data"),
             (2, 4, 8),
-            P(None, "tensor", None),
+            P(None, ("tensor", "expert"), None),
         ),
         (
             "layers/moe/w_down_EFD",
