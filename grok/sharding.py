@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grok.config import MESH_AXES, MeshConfig, resolve_mesh
@@ -58,7 +59,7 @@ class AxisRules:
     experts: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ("expert", "tensor")
     mlp_rest: tuple[str, ...] = ("tensor",)
-    act_embed: tuple[str, ...] = ()
+    stream_length: tuple[str, ...] = ("tensor",)
 
 
 RULES = AxisRules()
@@ -136,6 +137,21 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """The kind of the devices that a program traced now is for, such as "TPU v6 lite"."""
+    mesh = ambient_mesh()
+    device = None if mesh is None else mesh.abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def embed_last(x: jax.Array) -> jax.Array:
+    """`x`, and its gradient, with the last axis in a TPU's lanes. What follows might want another
+    layout, and XLA would have it where tokens of a whole group are, in place of one device's."""
+    if platform() != "tpu":
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
 @contextlib.contextmanager
 def mesh_of(array: jax.Array):
     """Makes the mesh that `array` lives on the ambient one, if there is none yet."""
@@ -170,17 +186,29 @@ def kv_axis(num_kv_heads: int) -> str | None:
     return None if num_kv_heads % size("kv_heads") else "kv_heads"
 
 
-def table_axes(vocab_size: int) -> Axes:
-    """Axes that the token table is kept in: split by rows where these can be."""
+def stream_axes(length: int) -> Axes:
+    """Axes of the residual stream of rows of this length: between blocks the devices that share
+    heads and experts each keep some of the tokens (Korthikanti et al. 2022), where these divide."""
+    return "batch", None if length % size("stream_length") else "stream_length", None
+
+
+def table_axes(vocab_size: int, dtype: str) -> Axes:
+    """Axes that the token table is kept in, of a model with parameters in `dtype`: split by rows
+    where these can be. Beside int8 matrices, which only serve, few devices share it, since each
+    token would collect it again."""
+    if dtype == "int8":
+        return "vocab", "kept_embed"
     if vocab_size % size("kept_vocab"):
         return "vocab", "kept_embed_alone"
     return "kept_vocab", None
 
 
-def kept_head_axes(axis: str | None, number: int) -> tuple[str, str | None]:
+def kept_head_axes(axis: str | None, number: int, dtype: str) -> tuple[str, str | None]:
     """Axes that `embed` and the heads of a matrix of attention are kept in: `axis`, "heads" or
-    "kv_heads" or None, is that of the `number` heads when collected."""
+    "kv_heads" or None, is that of the `number` heads when collected. See `table_axes`."""
     kept = f"kept_{axis}"
+    if dtype == "int8":
+        return "kept_embed", axis
     if axis is None or number % size(kept):
         return "kept_embed_alone", axis
     return "kept_embed", kept

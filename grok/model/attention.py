@@ -28,8 +28,8 @@ class Attention(nnx.Module):
         c = config
         L, D, N, K, H = c.num_layers, c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
         kv, dtype = sharding.kv_axis(K), c.float_dtype
-        q_embed, q_heads = sharding.kept_head_axes("heads", N)
-        kv_embed, kv_heads = sharding.kept_head_axes(kv, K)
+        q_embed, q_heads = sharding.kept_head_axes("heads", N, c.param_dtype)
+        kv_embed, kv_heads = sharding.kept_head_axes(kv, K, c.param_dtype)
         q_axes = ("layers", q_embed, q_heads, None)
         kv_axes = ("layers", kv_embed, kv_heads, None)
         keys = jax.random.split(key, 4)
@@ -41,7 +41,8 @@ class Attention(nnx.Module):
         self.w_out_NHD = normal(keys[3], (L, N, H, D), o_axes, dtype, fan_in=N * H)
 
     def __call__(self, x_BTD: jax.Array, segment_BT: jax.Array, positions_BT: jax.Array):
-        """Attention of the rows over themselves, y_BTD."""
+        """Attention of the rows over themselves, y_BTD; x and y are split as the stream is."""
+        x_BTD = sharding.shard(x_BTD, "batch", "length", None)
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions_BT)
         c = self.config
         kv = sharding.kv_axis(c.num_kv_heads)
@@ -59,7 +60,7 @@ class Attention(nnx.Module):
         in_axes = (q_axes, kv_axes, kv_axes, ("batch", None))
         form = sharding.shard_map(local, in_axes, q_axes, check_vma=not flash)
         o_BTNH = checkpoint_name(form(q_BTNH, k_BTKH, v_BTKH, segment_BT), "attention")
-        return self._output(o_BTNH)
+        return sharding.shard(self._output(o_BTNH), *sharding.stream_axes(x_BTD.shape[1]))
 
     def step(self, x_BTD: jax.Array, cache: PagedCache, places: Places, layer: jax.Array):
         """Attention over the cache and the new tokens, whose keys and values are put in it.
@@ -119,7 +120,7 @@ class Attention(nnx.Module):
         kv = sharding.kv_axis(self.config.num_kv_heads)
 
         def project(subscripts, param, axis, heads):
-            kept = (*sharding.kept_head_axes(axis, heads), None)
+            kept = (*sharding.kept_head_axes(axis, heads, self.config.param_dtype), None)
             return product(subscripts, x_BTD, param, kept, ("batch", "length", axis, None))
 
         q_BTNH = project("btd,dnh->btnh", self.w_query_DNH, "heads", self.config.num_heads)
@@ -153,6 +154,7 @@ class Attention(nnx.Module):
         return (jax.lax.dynamic_slice_in_dim(a, first, 1, axis=2) for a in (k_BSKH, v_BSKH))
 
     def _output(self, o_BTNH):
-        embed, heads = sharding.kept_head_axes("heads", self.config.num_heads)
-        axes = ("batch", "length", "act_embed")
+        c = self.config
+        embed, heads = sharding.kept_head_axes("heads", c.num_heads, c.param_dtype)
+        axes = ("batch", "length", None)
         return product("btnh,nhd->btd", o_BTNH, self.w_out_NHD, (heads, None, embed), axes)

@@ -65,7 +65,7 @@ class Grok(nnx.Module):
     def __init__(self, config: GrokConfig, key: jax.Array):
         keys = jax.random.split(key, 2)
         self.config = config
-        self.embed = TokenTable(keys[0], config.vocab_size, config.embed_dim, config.float_dtype)
+        self.embed = TokenTable(keys[0], config)
         self.layers = Block(keys[1], config)
         self.final_norm = RMSNorm((config.embed_dim,), config.float_dtype)
 
@@ -90,8 +90,11 @@ class Grok(nnx.Module):
                 policy = REMAT_POLICIES[self.config.remat]
                 # Inside scan nothing can be merged with the forward pass: the guard is not needed.
                 block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-            x_BTD, stats = jax.lax.scan(block, self._embed(tokens_BT), self._per_layer())
-            return self.final_norm(x_BTD), stats
+            x_BTD = sharding.shard(
+                self._embed(tokens_BT), *sharding.stream_axes(tokens_BT.shape[1])
+            )
+            x_BTD, stats = jax.lax.scan(block, x_BTD, self._per_layer())
+            return sharding.shard(self.final_norm(x_BTD), "batch", "length", None), stats
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """Logits of all tokens from x after the final norm, logits_BTV, float32."""

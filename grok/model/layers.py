@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from grok import sharding
+from grok.config import GrokConfig
 from grok.ops.cross_entropy import cross_entropy
 from grok.ops.lora import LoraArray
 from grok.ops.quant import QuantizedArray
@@ -114,14 +115,16 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
 class TokenTable(nnx.Module):
     """The one table that embeds tokens and, transposed, scores them."""
 
-    def __init__(self, key: jax.Array, vocab_size: int, embed_dim: int, dtype: str):
-        shape, axes = (vocab_size, embed_dim), sharding.table_axes(vocab_size)
-        self.table_VD = normal(key, shape, axes, dtype, fan_in=embed_dim)
+    def __init__(self, key: jax.Array, config: GrokConfig):
+        c = config
+        self.config, shape = c, (c.vocab_size, c.embed_dim)
+        axes = sharding.table_axes(c.vocab_size, c.param_dtype)
+        self.table_VD = normal(key, shape, axes, c.float_dtype, fan_in=c.embed_dim)
 
     def embed(self, tokens_BT: jax.Array, dtype: str) -> jax.Array:
         """Rows of the table, x_BTD. Each device looks up the part of the vocabulary it has."""
         table_VD = self.table_VD[...].astype(dtype)
-        table_axes = sharding.table_axes(len(table_VD))
+        table_axes = sharding.table_axes(len(table_VD), self.config.param_dtype)
 
         def local(tokens_BT, table_VD):
             table_VD = sharding.vary(sharding.collect(table_VD, table_axes))
@@ -132,14 +135,14 @@ class TokenTable(nnx.Module):
             return sharding.psum(x_BTD, "vocab")
 
         axes = ("batch", "length"), table_axes
-        form = sharding.shard_map(local, axes, ("batch", "length", "act_embed"))
+        form = sharding.shard_map(local, axes, ("batch", "length", None))
         return form(tokens_BT, table_VD)
 
     def cross_entropy(self, x_BTD, targets_BT, multiplier: float):
         """Cross-entropy and log-partition of every token, (B, T) float32 each, of the scores times
         `multiplier`; those of all tokens never exist at once."""
         table_VD = self.table_VD[...].astype(x_BTD.dtype)
-        table_axes = sharding.table_axes(len(table_VD))
+        table_axes = sharding.table_axes(len(table_VD), self.config.param_dtype)
 
         def local(x_BTD, targets_BT, table_VD):
             table_VD = sharding.collect(table_VD, table_axes)
@@ -149,13 +152,15 @@ class TokenTable(nnx.Module):
             return tuple(loss_R.reshape(targets_BT.shape) for loss_R in losses)
 
         tokens = ("batch", "length")
-        axes = (*tokens, "act_embed"), tokens, table_axes
+        axes = (*tokens, None), tokens, table_axes
         return sharding.shard_map(local, axes, (tokens, tokens))(x_BTD, targets_BT, table_VD)
 
     def unembed(self, x_BTD: jax.Array, dtype: str) -> jax.Array:
         """Scores of all tokens, logits_BTV in float32."""
         table_VD = self.table_VD[...].astype(dtype)
-        table_VD = sharding.gather(table_VD, *sharding.table_axes(len(table_VD)))
+        table_VD = sharding.gather(
+            table_VD, *sharding.table_axes(len(table_VD), self.config.param_dtype)
+        )
         return sharding.einsum(
             "btd,vd->btv",
             x_BTD,

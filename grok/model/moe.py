@@ -52,31 +52,36 @@ class MoE(nnx.Module):
         self.w_down_EFD = normal(keys[3], (L, E, F, D), out_axes, dtype, fan_in=F)
 
     def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
-        """y_BTD, and statistics over the tokens where `real_BT` holds."""
-        probs_BTE = self.route(x_BTD)
+        """y_BTD, and statistics over the tokens where `real_BT` holds; x and y are split as the
+        stream is."""
+        axes = sharding.stream_axes(x_BTD.shape[1])
+        probs_BTE = self.route(x_BTD, axes)
         gate_BTC, chosen_BTC = jax.lax.top_k(probs_BTE, self.config.num_selected_experts)
-        return self._experts(x_BTD, gate_BTC, chosen_BTC), _stats(probs_BTE, chosen_BTC, real_BT)
+        stats = _stats(probs_BTE, chosen_BTC, sharding.shard(real_BT, *axes[:2]))
+        return self._experts(x_BTD, gate_BTC, chosen_BTC, axes), stats
 
     def step(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """y_BTD, and the experts chosen_BTC, the likeliest first; tokens that are not real go to no
         expert, so that none is read for them."""
-        gate_BTC, chosen_BTC = jax.lax.top_k(self.route(x_BTD), self.config.num_selected_experts)
+        axes = ("batch", "length", None)
+        probs_BTE = self.route(x_BTD, axes)
+        gate_BTC, chosen_BTC = jax.lax.top_k(probs_BTE, self.config.num_selected_experts)
         if sharding.platform() != "tpu":  # whose kernels know no such choice
             chosen_BTC = jnp.where(real_BT[:, :, None], chosen_BTC, self.config.num_experts)
-        return self._experts(x_BTD, gate_BTC, chosen_BTC), chosen_BTC
+        return self._experts(x_BTD, gate_BTC, chosen_BTC, axes), chosen_BTC
 
-    def route(self, x_BTD: jax.Array) -> jax.Array:
+    def route(self, x_BTD: jax.Array, axes: sharding.Axes) -> jax.Array:
         """Router probabilities of all experts, probs_BTE, in float32 whatever the type of x."""
         logits_BTE = sharding.einsum(
             "btd,de->bte",
             x_BTD.astype(jnp.float32),
             self.router_DE[...].astype(jnp.float32),
-            axes=("batch", "length", None),
+            axes=axes,
             precision=jax.lax.Precision.HIGHEST,
         )
         return jax.nn.softmax(logits_BTE, axis=-1)
 
-    def _experts(self, x_BTD, gate_BTC, chosen_BTC):
+    def _experts(self, x_BTD, gate_BTC, chosen_BTC, stream: sharding.Axes):
         """Tokens travel to the experts: each device collects those of its group, runs its slice of
         every expert on the rows that chose it, and hands the partial sums back."""
         C = self.config.num_selected_experts
@@ -107,6 +112,7 @@ class MoE(nnx.Module):
             whole = [sharding.collect(*each) for each in zip(parts, axes, strict=True)]
             w_gate_EDF, w_up_EDF, w_down_EFD = jax.tree.unflatten(kinds, whole)
             x, gate, chosen = (sharding.all_gather(a, "group", dim=0) for a in (x, gate, chosen))
+            x = sharding.embed_last(x)
             rows = (x.reshape(-1, x.shape[-1]), gate.reshape(-1, C), chosen.reshape(-1, C))
             arguments = (*rows, w_gate_EDF, w_up_EDF, w_down_EFD)
             arguments = jax.tree.map(sharding.vary, arguments)
@@ -114,12 +120,15 @@ class MoE(nnx.Module):
                 y_RD = experts_grouped(*arguments)
             else:
                 y_RD = experts_tiled(*arguments, tile_rows(rows[1].size, self.config.num_experts))
-            y = sharding.psum_scatter(y_RD.reshape(x.shape), "group", dim=0)
+            y = sharding.embed_last(y_RD.reshape(x.shape))
+            y = sharding.embed_last(sharding.psum_scatter(y, "group", dim=0))
+            if stream[1] == "stream_length":
+                return sharding.psum_scatter(y, "stream_length", dim=1).astype(x.dtype)
             return sharding.psum(y, "mlp_rest").astype(x.dtype)
 
         tokens = ("batch", "length", None)
-        form = sharding.shard_map(local, (tokens, tokens, tokens, *axes), tokens)
-        return form(x_BTD, gate_BTC, chosen_BTC, *parts)
+        form = sharding.shard_map(local, (tokens, tokens, tokens, *axes), stream)
+        return form(*(sharding.shard(a, *tokens) for a in (x_BTD, gate_BTC, chosen_BTC)), *parts)
 
 
 def _stats(probs_BTE, chosen_BTC, real_BT) -> RouterStats:

@@ -15,13 +15,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from grok import sharding
 from grok.ops.places import LANES, visits
 from grok.ops.quant import QuantizedArray
 
-# Bytes of weights in a core's vector memory.
-WEIGHTS = 24 * 2**20
-# Largest sides of a block of a weights' gradient, which is summed up in float32.
-GRADIENT_BLOCK = (2048, 2048)
+# Bytes of a core's vector memory that weights may take, and the largest sides of a block of a
+# weights' gradient, which is summed up in float32; and both where that memory is twice as large.
+WEIGHTS, GRADIENT_BLOCK = 24 * 2**20, (2048, 2048)
+LARGE_WEIGHTS, LARGE_GRADIENT_BLOCK = 48 * 2**20, (3072, 4096)
+LARGE = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
 
 
 def grouped_matmul_reference(x_PK, w_EKN, tiles_E, tile: int) -> jax.Array:
@@ -76,9 +78,10 @@ def grouped_matmul(
     # Where a block stays for many tiles, the time to read the next is little beside theirs, and a
     # wider block reads the rows less often. Else one is read while another is used.
     buffers = 1 if P // M >= 4 * E else 2
-    tk, tn = _blocks(K, N, itemsizes, WEIGHTS // buffers)
+    room = LARGE_WEIGHTS if sharding.device_kind() in LARGE else WEIGHTS
+    tk, tn = _blocks(K, N, itemsizes, room // buffers)
     if tk < K:
-        buffers, (tk, tn) = 2, _blocks(K, N, itemsizes, WEIGHTS // 2)
+        buffers, (tk, tn) = 2, _blocks(K, N, itemsizes, room // 2)
     group = K // scales[0].shape[2] if scales else K
     if scales and tk % group and group % tk:
         tk = math.gcd(tk, group)
@@ -158,7 +161,8 @@ def grouped_weight_gradient(
 ) -> jax.Array:
     """Sum over each expert's rows of x^T dy, (E, K, N), in float32 and then `dtype`."""
     (P, K), N, M, E = x_PK.shape, dy_PN.shape[1], tile, tiles_E.size
-    tk, tn = (_divisor(size, most) for size, most in zip((K, N), GRADIENT_BLOCK, strict=True))
+    sides = LARGE_GRADIENT_BLOCK if sharding.device_kind() in LARGE else GRADIENT_BLOCK
+    tk, tn = (_divisor(size, most) for size, most in zip((K, N), sides, strict=True))
     visit = visits(tiles_E, P // M + E, empty=1)
 
     def kernel(expert, tile, live, count, x_ref, dy_ref, dw_ref, sum_ref):

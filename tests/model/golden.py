@@ -92,7 +92,7 @@ def trace(model: Grok, tokens_BT, segment_BT) -> dict[str, jax.Array]:
             return x_BTD, {
                 "attention_exact": a_BTD,
                 "moe_exact": layer.moe(h_BTD, segment_BT > 0)[0],
-                "router_probs_exact": layer.moe.route(h_BTD),
+                "router_probs_exact": layer.moe.route(h_BTD, ("batch", "length", None)),
                 "hidden_exact": x_BTD,
             }
 

@@ -20,15 +20,15 @@ NAME = "pub_a"  # grouped queries
 right_experts, right_attention = MoE._experts, grok.model.attention.attention
 
 
-def renormalised(self, x_BTD, gate_BTC, chosen_BTC):
+def renormalised(self, x_BTD, gate_BTC, chosen_BTC, axes):
     """Gates divided by their sum."""
-    return right_experts(self, x_BTD, gate_BTC / gate_BTC.sum(-1, keepdims=True), chosen_BTC)
+    return right_experts(self, x_BTD, gate_BTC / gate_BTC.sum(-1, keepdims=True), chosen_BTC, axes)
 
 
-def softmax_after_top_k(self, x_BTD, gate_BTC, chosen_BTC):
+def softmax_after_top_k(self, x_BTD, gate_BTC, chosen_BTC, axes):
     """The softmax over the chosen experts' logits only."""
     # The logarithm of a probability is the logit less a constant, which a softmax ignores.
-    return right_experts(self, x_BTD, jax.nn.softmax(jnp.log(gate_BTC), axis=-1), chosen_BTC)
+    return right_experts(self, x_BTD, jax.nn.softmax(jnp.log(gate_BTC), axis=-1), chosen_BTC, axes)
 
 
 def softcapped_router(self, x_BTD):
