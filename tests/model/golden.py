@@ -85,6 +85,8 @@ def trace(model: Grok, tokens_BT, segment_BT) -> dict[str, jax.Array]:
         segment_BT = sharding.shard(jnp.asarray(segment_BT), "batch", "length")
         positions_BT = jnp.zeros_like(tokens_BT) + jnp.arange(tokens_BT.shape[1])[None, :]
 
+        stream = sharding.stream_axes(tokens_BT.shape[1])
+
         def block(x_BTD, layer):
             a_BTD = layer.attention(layer.pre_attn_norm(x_BTD), segment_BT, positions_BT)
             h_BTD = layer.pre_moe_norm(x_BTD + layer.post_attn_norm(a_BTD))
@@ -92,12 +94,14 @@ def trace(model: Grok, tokens_BT, segment_BT) -> dict[str, jax.Array]:
             return x_BTD, {
                 "attention_exact": a_BTD,
                 "moe_exact": layer.moe(h_BTD, segment_BT > 0)[0],
-                "router_probs_exact": layer.moe.route(h_BTD, ("batch", "length", None)),
+                "router_probs_exact": layer.moe.route(h_BTD, stream),
                 "hidden_exact": x_BTD,
             }
 
-        x_BTD, parts = jax.lax.scan(block, model._embed(tokens_BT), model.layers)
-        return parts | {"logits_exact": model.unembed(model.final_norm(x_BTD))}
+        x_BTD = sharding.shard(model._embed(tokens_BT), *stream)
+        x_BTD, parts = jax.lax.scan(block, x_BTD, model.layers)
+        x_BTD = sharding.shard(model.final_norm(x_BTD), "batch", "length", None)
+        return parts | {"logits_exact": model.unembed(x_BTD)}
 
 
 def relative_error(name: str, array: str, ours) -> float:

@@ -92,14 +92,15 @@ def test_losses_and_gradients_are_those_of_one_device(sizes):
     assert differences[worst] < TOLERANCE
 
 
-# Who holds which part of every parameter, written out again beside the rules.
+# Who holds which part of every parameter, written out again beside the rules. There are heads for
+# expert x tensor, and kv heads for tensor alone.
 HEADS = ("tensor", "expert")
 PLACES = {
     "embed/table_VD": P(("tensor", "data", "expert"), None),
     "final_norm/scale_D": P(None),
     "layers/attention/w_query_DNH": P(None, "data", HEADS, None),
-    "layers/attention/w_key_DKH": P(None, "data", HEADS, None),
-    "layers/attention/w_value_DKH": P(None, "data", HEADS, None),
+    "layers/attention/w_key_DKH": P(None, ("data", "expert"), "tensor", None),
+    "layers/attention/w_value_DKH": P(None, ("data", "expert"), "tensor", None),
     "layers/attention/w_out_NHD": P(None, HEADS, None, "data"),
     "layers/moe/router_DE": P(None, None, None),
     "layers/moe/w_gate_EDF": P(None, None, "data", ("expert", "tensor")),

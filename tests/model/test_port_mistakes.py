@@ -31,7 +31,7 @@ def softmax_after_top_k(self, x_BTD, gate_BTC, chosen_BTC, axes):
     return right_experts(self, x_BTD, jax.nn.softmax(jnp.log(gate_BTC), axis=-1), chosen_BTC, axes)
 
 
-def softcapped_router(self, x_BTD):
+def softcapped_router(self, x_BTD, axes):
     """Router logits capped at 30 as attention's are."""
     logits_BTE = jnp.einsum("btd,de->bte", x_BTD, self.router_DE[...])
     return jax.nn.softmax(30 * jnp.tanh(logits_BTE / 30), axis=-1)
