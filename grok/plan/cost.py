@@ -108,12 +108,14 @@ class CompiledProgram:
         total.hbm = self._bytes(inside, one)
         if "_xla_megascale_transfer_type" in one.attributes:
             return self._between_slices(inside, one, total)
+        going_on = False
         if one.opcode == "fusion":
             inside = self._fused(one)
+            going_on = _is_part(inside) and not one.name.startswith("async-collective-start")
         for each in inside.values() if one.opcode == "fusion" else [one]:
             total.flops += flops(inside, each)
             kind = each.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and not going_on:
                 groups = self._groups(each)
                 # A TPU has a reduce-scatter as an all-reduce fused with what cuts out a part.
                 if kind == "all-reduce" and cuts(inside):
@@ -210,6 +212,13 @@ class CompiledProgram:
     def _fusion_bytes(self, one: Instruction, operands: list[Instruction]) -> float:
         """Operands and results, but of what is only cut out of or put into: the part alone."""
         fused = self._fused(one)
+        if _is_part(fused):
+            # What it goes on with, and hands on, was counted at its start.
+            outputs, places = _aliased(one)
+            read = sum(_hbm(o.arrays) for i, o in enumerate(operands) if i not in places)
+            return read + sum(
+                a.size for i, a in enumerate(one.arrays) if a.in_hbm and i not in outputs
+            )
         users: dict[str, list[Instruction]] = {}
         for each in fused.values():
             for name in each.operands:
@@ -268,6 +277,19 @@ class CompiledProgram:
 def _op_name(one: Instruction) -> str:
     found = re.search(r'op_name="([^"]*)"', one.attributes)
     return found[1] if found else one.name
+
+
+def _is_part(fused: Computation) -> bool:
+    """Whether a fusion does a part of a collective that runs beside other work: its start, its end,
+    or some work and the collective meanwhile. The collective stands in each of these."""
+    opcodes = {each.opcode for each in fused.values()}
+    return "custom-call" in opcodes and not opcodes.isdisjoint(COLLECTIVES)
+
+
+def _aliased(one: Instruction) -> tuple[set[int], set[int]]:
+    """Which results of a fusion are operands as they came, and which operands these are."""
+    pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", one.attributes)
+    return {int(result or 0) for result, _ in pairs}, {int(operand) for _, operand in pairs}
 
 
 def _hbm(arrays: tuple[Array, ...]) -> float:
