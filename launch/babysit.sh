@@ -11,17 +11,18 @@
 #   75      saved and asked to stop: started again, unless launch/stop.sh or down.sh asked (then 75)
 #   other   started again after a wait that doubles
 #
-# It gives up, with 1, after LAUNCH_MAX_STALLS starts in a row that brought no new step. Killed and
-# called again, without the command or with the same, it goes on where it was: run it in tmux, or
-# under anything that restarts it. Restarts use the code of the first start, not today's tree.
+# It gives up, with 1, after LAUNCH_MAX_STALLS starts in a row that brought no new step (of a batch: no
+# new shard of answers), which it reads where folder= or output= of the command says. Killed and called
+# again, without the command or with the same, it goes on where it was: run it in tmux, or under
+# anything that restarts it. Restarts use the code of the first start, not today's tree.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
 source "$launch_dir/workers.sh"
 source "$launch_dir/verdict.sh"
 
-# What it remembers, in $state_dir/babysit: which slice is set up, starts so far, starts without a
-# new step, the newest step, and whether a run is under way.
+# What it remembers, in $state_dir/babysit: which slice is set up, starts so far, starts without
+# progress, the newest step or the number of shards, and whether a run is under way.
 remember() {
   printf 'prepared=%q\nstarts=%q\nstalls=%q\nbest=%q\nunder_way=%q\n' \
     "$prepared" "$starts" "$stalls" "$best" "$under_way" >"$state_dir/babysit.new"
@@ -29,7 +30,7 @@ remember() {
 }
 
 recall() {
-  prepared='' starts=0 stalls=0 best=-1 under_way='' pause=''
+  prepared='' starts=0 stalls=0 best=0 under_way='' pause=''
   # shellcheck source=/dev/null
   [[ ! -f $state_dir/babysit ]] || source "$state_dir/babysit"
 }
@@ -64,7 +65,7 @@ finish() {
 
 # What stop.sh and down.sh leave.
 end_if_asked() {
-  [[ ! -e $state_dir/stopped ]] || finish 75 "asked to stop; the newest step is $best"
+  [[ ! -e $state_dir/stopped ]] || finish 75 "asked to stop, $(reached)"
 }
 
 # One try of each verb that a fresh slice needs; true when the slice is ready for a run.
@@ -80,12 +81,27 @@ prepare_slice() {
   remember
 }
 
-# A start counts as stalled until a new step is seen.
+# A start counts as stalled until a new step or shard is seen.
 note_progress() {
-  newest_metrics
-  [[ $step != - ]] && ((step > best)) || return 0
-  best=$step stalls=0
+  look_at_progress
+  [[ $progress != - ]] && ((progress > best)) || return 0
+  best=$progress stalls=0
   remember
+}
+
+reached() {
+  case $(cat "$state_dir/progress" 2>/dev/null || true) in
+    shard*) echo "with $(counted "$best" shard)" ;;
+    *) echo "at step $best" ;;
+  esac
+}
+
+# What to do where spot slices go sooner than anything is saved.
+advice() {
+  case $(cat "$state_dir/progress" 2>/dev/null || true) in
+    shard*) echo "before a shard is whole, lower shard_size (and take another output)" ;;
+    *) echo "before the run has saved, lower checkpoint.every" ;;
+  esac
 }
 
 wait_before_start() {
@@ -98,7 +114,7 @@ wait_before_start() {
 
 start_run() {
   ((stalls < LAUNCH_MAX_STALLS)) ||
-    finish 1 "gave up: $stalls starts in a row brought no step after $best. See launch/logs.sh --lines 100; where a spot slice is taken away before the run has saved, lower checkpoint.every"
+    finish 1 "gave up $(reached): $(counted "$stalls" start) in a row brought nothing new. See launch/logs.sh --lines 100; where a spot slice is taken away $(advice)"
   if [[ $pause ]] || ((stalls)); then wait_before_start; fi
   end_if_asked
   starts=$((starts + 1)) stalls=$((stalls + 1)) under_way=1 pause=''
@@ -155,7 +171,7 @@ judge_silence() {
 act_on() {
   say "${verdict#* }"
   case $verdict in
-    done*) finish 0 "done, at step $best" ;;
+    done*) finish 0 "done, $(reached)" ;;
     refused*) finish "$exit_code" "not started again: something must be changed first, see launch/logs.sh" ;;
     lost*) if [[ $slice_state == ACTIVE ]]; then delete_lost_slice; fi ;;
     partial* | leaving*)

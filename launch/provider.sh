@@ -111,6 +111,11 @@ read_end_of() {
   limited "${cat[@]}" 2>/dev/null || true
 }
 
+# Prints the names at gs:// that match, or nothing.
+list_files() {
+  limited gcloud storage ls "$1" --project="$LAUNCH_PROJECT" 2>/dev/null || true
+}
+
 # What doctor asks: true with an answer, which is in `answer`.
 ask() {
   if [[ $dry_run ]]; then quoted "$@" && return 1; fi

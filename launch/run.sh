@@ -10,10 +10,17 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
 source "$launch_dir/workers.sh"
 
-# The files that travel: the command, the variables, and where metrics will be.
+# The files that travel: the command, the variables, and where to look for its progress.
 write_what_travels() {
-  local name word folder=
-  for word in "${command[@]}"; do [[ $word != folder=* ]] || folder=${word#folder=}; done
+  local name word progress=
+  for word in "${command[@]}"; do
+    case $word in
+      folder=*) progress="step ${word#folder=}" ;;
+      output=*) progress="shard ${word#output=}" ;;
+    esac
+  done
+  [[ $progress ]] ||
+    say "the command has no folder= or output=: status shows no progress, and to babysit no start brings any"
   for name in $LAUNCH_ENV; do
     [[ -n ${!name+set} ]] || refuse "LAUNCH_ENV names $name, which is not set here: export it, or leave it out"
   done
@@ -28,7 +35,7 @@ write_what_travels() {
     mkdir -p "$outgoing"
     printf '%s\n' "exec $(quoted "${command[@]}")" >"$outgoing/command.sh"
     for name in $LAUNCH_ENV; do printf '%s=%s\n' "$name" "$(quoted "${!name}")"; done >"$outgoing/env"
-    printf '%s\n' "$folder" | tee "$outgoing/folder" >"$state_dir/folder"
+    printf '%s\n' "$progress" | tee "$outgoing/progress" >"$state_dir/progress"
   )
 }
 
@@ -48,7 +55,7 @@ outgoing=$state_dir/outgoing
 trap 'rm -rf "$outgoing"' EXIT
 write_what_travels
 refuse_a_second_run
-copy_to_workers grok-launch/incoming/ "$outgoing/command.sh" "$outgoing/env" "$outgoing/folder" ||
+copy_to_workers grok-launch/incoming/ "$outgoing/command.sh" "$outgoing/env" "$outgoing/progress" ||
   fail "not all workers could be reached; nothing was started, the same command may be repeated"
 all_workers start
 say "started on $(counted "$workers" worker); see launch/logs.sh --follow and launch/status.sh"

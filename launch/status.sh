@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Usage: launch/status.sh
 #
-# What there is now: the slice and its nodes, what runs on the workers, the newest step and loss.
+# What there is now: the slice and its nodes, what runs on the workers, the newest step and loss, or
+# how many shards of a batch are whole.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
@@ -46,5 +47,10 @@ show_nodes
 ask_workers status || true
 ((${#reports[@]})) || exit 0
 show_workers
-newest_metrics
-line run "step $step, loss $loss$(sed 's/^./, in &/' "$state_dir/folder" 2>/dev/null || true)"
+look_at_progress
+where=$(sed -n 's/^[a-z]* /, in /p' "$state_dir/progress" 2>/dev/null || true)
+if [[ $unit == shard ]]; then
+  line run "$progress of $total shards$where"
+else
+  line run "step $progress, loss $loss$where"
+fi

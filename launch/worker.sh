@@ -6,6 +6,8 @@ set -euo pipefail
 home=$HOME/grok-launch
 run=$home/run
 export PATH="$home/.venv/bin:$HOME/.local/bin:$PATH"
+# shellcheck source=launch/progress.sh
+source "$home/progress.sh"
 # Without this JAX would go on with the CPU where it finds no TPU.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
 
@@ -78,7 +80,7 @@ start() {
   exec 9>>"$run/lock"
   flock -n 9 || failed "a run is live here (pid $(cat "$run/pid")): stop it first"
   rm -f "$run/exit" "$run/pid"
-  mv "$home/incoming/command.sh" "$home/incoming/env" "$home/incoming/folder" "$run/"
+  mv "$home/incoming/command.sh" "$home/incoming/env" "$home/incoming/progress" "$run/"
   chmod 600 "$run/env"
   setsid --fork bash "$home/worker.sh" supervise </dev/null >>"$run/log" 2>&1
   local tries=0
@@ -115,7 +117,7 @@ code_stamp() { basename "$(readlink "$home/src" 2>/dev/null || echo none)"; }
 
 # state is running, exited (with a code), lost (ended, leaving no code) or idle.
 status() {
-  local state=idle code=- pid=- step=- loss=- line folder
+  local state=idle code=- pid=- unit folder progress=- total=- loss=-
   if [[ -e $run/pid ]]; then
     pid=$(cat "$run/pid")
     state=lost
@@ -124,12 +126,15 @@ status() {
     elif run_is_live; then
       state=running
     fi
-    folder=$(cat "$run/folder")
-    line=$(cd "$home/src" && tail -n 100 "$folder/metrics.jsonl" 2>/dev/null | grep '"loss"' | tail -n 1 || true)
-    if [[ $line =~ \"step\":\ ?([0-9]+) ]]; then step=${BASH_REMATCH[1]}; fi
-    if [[ $line =~ \"loss\":\ ?([-+.0-9eE]+|NaN) ]]; then loss=${BASH_REMATCH[1]}; fi
+    cd "$home/src"
+    read -r unit folder <"$run/progress" || true
+    if [[ $unit == shard ]]; then
+      read_answers "$(ls "$folder/answers" 2>/dev/null)" "$(cat "$folder/job.json" 2>/dev/null)"
+    elif [[ $folder ]]; then
+      read_metrics "$(tail -n 100 "$folder/metrics.jsonl" 2>/dev/null)"
+    fi
   fi
-  report "state=$state code=$code pid=$pid step=$step loss=$loss stamp=$(code_stamp) ${1:-}"
+  report "state=$state code=$code pid=$pid progress=$progress total=$total loss=$loss stamp=$(code_stamp) ${1:-}"
 }
 
 # logs LINES [follow]

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Asking the workers: a verb of worker.sh on all of them at once. Sourced after provider.sh.
 # shellcheck disable=SC2034,SC2154 # what it sets and reads belongs to the scripts that source it
+source "$launch_dir/progress.sh"
 
 # Runs a verb of worker.sh with plain words on all workers. Shows their lines as they come, and keeps
 # what each reports at its end in `reports`: lines `WORKER KEY=VALUE ...`. True when all answered.
@@ -42,19 +43,22 @@ value_of() {
   if [[ " $2 " =~ \ $1=([^ ]*)\  ]]; then echo "${BASH_REMATCH[1]}"; else echo -; fi
 }
 
-# Sets step and loss from the newest line of metrics: from a worker's report, or from gs://.
-newest_metrics() {
-  local report folder line
-  step=- loss=-
-  folder=$(cat "$state_dir/folder" 2>/dev/null || true)
-  if [[ $folder == gs://* ]]; then
-    line=$(read_end_of "$folder/metrics.jsonl" | grep '"loss"' | tail -n 1 || true)
-    if [[ $line =~ \"step\":\ ?([0-9]+) ]]; then step=${BASH_REMATCH[1]}; fi
-    if [[ $line =~ \"loss\":\ ?([-+.0-9eE]+|NaN) ]]; then loss=${BASH_REMATCH[1]}; fi
-    return
+# Sets unit (step or shard), progress, total and loss of the run: from gs://, or what the worker that
+# is farthest reports.
+look_at_progress() {
+  local report folder at
+  unit=step progress=- total=- loss=-
+  [[ -f $state_dir/progress ]] || return 0
+  read -r unit folder <"$state_dir/progress"
+  if [[ $folder == gs://* && $unit == shard ]]; then
+    read_answers "$(list_files "$folder/answers/*.jsonl")" "$(read_end_of "$folder/job.json")"
+  elif [[ $folder == gs://* ]]; then
+    read_metrics "$(read_end_of "$folder/metrics.jsonl")"
+  else
+    for report in "${reports[@]}"; do
+      at=$(value_of progress "$report")
+      if [[ $at == - ]] || ((at <= ${progress/-/-1})); then continue; fi
+      progress=$at total=$(value_of total "$report") loss=$(value_of loss "$report")
+    done
   fi
-  for report in "${reports[@]}"; do
-    [[ $(value_of step "$report") != - ]] || continue
-    step=$(value_of step "$report") loss=$(value_of loss "$report")
-  done
 }

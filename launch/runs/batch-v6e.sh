@@ -10,8 +10,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 parse_common "$@"
 export LAUNCH_NAME=grok-batch LAUNCH_ACCELERATOR=v6e-16 LAUNCH_RUNTIME='' LAUNCH_NODE_COUNT=1
-# babysit counts steps of training, and here there are none: every start would seem to have stalled.
-export LAUNCH_MAX_STALLS=100
 load_settings
 
 command=(

@@ -38,10 +38,14 @@ WORKER_PROGRAMS = {
         echo "$start" >"$STUB/starts-$STUB_WORKER"
         printf '%s\\0' "$@" >"$STUB/arguments-$STUB_WORKER"
         env -0 >"$STUB/environment-$STUB_WORKER"
-        for word in "$@"; do [[ $word != folder=* ]] || folder=${word#folder=}; done
+        for word in "$@"; do case $word in folder=* | output=*) folder=${word#*=} ;; esac; done
         step() {
           mkdir -p "$folder" && printf '{"step": %s, "loss": %s}\\n' "$1" "0.$1" \\
             >>"$folder/metrics.jsonl"
+        }
+        shard() {
+          mkdir -p "$folder/answers" && touch "$folder/answers/00000$1.jsonl"
+          printf '{\n "shard_size": 10,\n "input": {\n  "requests": 25\n }\n}' >"$folder/job.json"
         }
         until_asked() { trap 'exit 75' TERM; while :; do sleep 0.02; done; }
         forever() { trap '' TERM; while :; do sleep 0.02; done; }
@@ -177,7 +181,8 @@ class Cloud:
             (launch / "incoming").mkdir(parents=True)
             (launch / "code" / "abc").mkdir(parents=True)
             (launch / "src").symlink_to(launch / "code" / "abc")
-            (launch / "worker.sh").write_text((LAUNCH / "worker.sh").read_text())
+            for name in ("worker.sh", "progress.sh"):
+                shutil.copy(LAUNCH / name, launch)
             (launch / ".venv" / "bin").mkdir(parents=True)
             for program in (self.stub / "worker-bin" / "venv").iterdir():
                 target = launch / ".venv" / "bin" / program.name

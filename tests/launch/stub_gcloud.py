@@ -34,6 +34,10 @@ def main(argv: list[str]) -> int:
         bucket = STUB / "bucket" / argv[3].removeprefix("gs://")
         sys.stdout.write(bucket.read_text() if bucket.exists() else "")
         return 0 if bucket.exists() else 1
+    if argv[:2] == ["storage", "ls"]:
+        found = sorted((STUB / "bucket").glob(argv[2].removeprefix("gs://")))
+        print("".join(f"gs://{path.relative_to(STUB / 'bucket')}\n" for path in found), end="")
+        return 0 if found else 1
     if argv[2:3] == ["tpu-vm"] and argv[-1:] and "list" in argv:
         print("it is there")
         return 0

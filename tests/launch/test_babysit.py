@@ -154,13 +154,22 @@ def test_it_gives_up_without_progress(cloud: Cloud) -> None:
     cloud.plan(last="step 5; exit 69")
     done = babysit(cloud, LAUNCH_MAX_STALLS="2")
     assert (done.returncode, cloud.starts()) == (1, 3)
-    assert "gave up: 2 starts in a row brought no step after 5" in done.stderr
+    assert "gave up at step 5: 2 starts in a row brought nothing new" in done.stderr
 
 
 def test_progress_starts_the_count_again(cloud: Cloud) -> None:
     cloud.plan("exit 69", "step 1; exit 69", "exit 69", "step 2; exit 0")
     done = babysit(cloud, LAUNCH_MAX_STALLS="2")
     assert (done.returncode, cloud.starts()) == (0, 4), done.stderr
+
+
+def test_a_new_shard_is_progress_of_a_batch(cloud: Cloud) -> None:
+    batch = ("--", "grok", "batch", "x", f"output={cloud.run_folder}")
+    cloud.plan("shard 0; exit 69", "shard 1; exit 69", last="exit 69")
+    done = cloud.launch("babysit", *batch, LAUNCH_MAX_STALLS="1")
+    assert (done.returncode, cloud.starts()) == (1, 3), done.stderr
+    assert "gave up with 2 shards: 1 start in a row brought nothing new" in done.stderr
+    assert "before a shard is whole, lower shard_size" in done.stderr
 
 
 def test_waits_between_starts_double_up_to_a_limit(cloud: Cloud) -> None:

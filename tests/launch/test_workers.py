@@ -142,7 +142,7 @@ def test_a_machine_that_was_restarted_has_lost_its_run(cloud: Cloud) -> None:
     cloud.ready()
     [home] = cloud.homes()
     (home / "grok-launch" / "run").mkdir()
-    for name, text in (("pid", "999999999"), ("lock", ""), ("folder", "")):
+    for name, text in (("pid", "999999999"), ("lock", ""), ("progress", "")):
         (home / "grok-launch" / "run" / name).write_text(text)
     assert "workers  1 of 1 lost" in cloud.launch("status").stdout
 
@@ -207,6 +207,25 @@ def test_metrics_are_read_from_the_bucket(cloud: Cloud) -> None:
     metrics.parent.mkdir(parents=True)
     metrics.write_text('{"step": 120, "loss": 2.5}\n{"step": 130, "validation": 1}\n')
     assert "run      step 120, loss 2.5, in gs://b/runs/x" in cloud.launch("status").stdout
+
+
+@pytest.mark.parametrize("where", ["the workers", "the bucket"])
+def test_progress_of_a_batch_is_its_shards(cloud: Cloud, where: str) -> None:
+    cloud.ready()
+    output = "gs://b/out" if where == "the bucket" else str(cloud.run_folder)
+    there = cloud.stub / "bucket" / "b" / "out" if where == "the bucket" else cloud.run_folder
+    cloud.plan(last=f"folder={there}; shard 0; shard 1; exit 0")
+    assert cloud.launch("run", "--", "grok", "batch", "x", f"output={output}").returncode == 0
+    [home] = cloud.homes()
+    cloud.wait_for(home / "grok-launch" / "run" / "exit")
+    assert f"run      2 of 3 shards, in {output}" in cloud.launch("status").stdout
+
+
+def test_a_command_whose_progress_cannot_be_seen_is_named(cloud: Cloud) -> None:
+    cloud.ready()
+    done = cloud.launch("run", *COMMAND)
+    assert (done.returncode, "the command has no folder= or output=" in done.stderr) == (0, True)
+    assert "run      step -, loss -\n" in cloud.launch("status").stdout
 
 
 def test_status_without_a_slice(cloud: Cloud) -> None:

@@ -1,0 +1,25 @@
+# shellcheck shell=bash
+# How far a run has come, by what it has written: the newest step of a training, the whole shards of a
+# batch. Sourced on this machine and on the workers, never run.
+# shellcheck disable=SC2034 # the scripts that source this use what it sets
+
+# Sets progress (the newest step) and loss from the end of metrics.jsonl.
+read_metrics() {
+  local line
+  progress=- loss=- total=-
+  line=$(grep '"loss"' <<<"$1" | tail -n 1 || true)
+  if [[ $line =~ \"step\":\ ?([0-9]+) ]]; then progress=${BASH_REMATCH[1]}; fi
+  if [[ $line =~ \"loss\":\ ?([-+.0-9eE]+|NaN) ]]; then loss=${BASH_REMATCH[1]}; fi
+}
+
+# Sets progress (shards that are whole) and total from the names of answers and from job.json.
+read_answers() {
+  local requests shard_size
+  progress=- loss=- total=-
+  [[ $2 =~ \"requests\":\ ?([0-9]+) ]] || return 0
+  requests=${BASH_REMATCH[1]}
+  [[ $2 =~ \"shard_size\":\ ?([0-9]+) ]] || return 0
+  shard_size=${BASH_REMATCH[1]}
+  total=$(((requests + shard_size - 1) / shard_size))
+  progress=$(grep -c '[0-9]\.jsonl$' <<<"$1" || true)
+}
