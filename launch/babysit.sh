@@ -132,7 +132,7 @@ watch_run() {
     look_at_slice
     case $slice_state in
       ACTIVE) ;;
-      UNKNOWN) say "gcloud does not answer: ${slice_message##*$'\n'}" && continue ;;
+      UNKNOWN) say "gcloud does not answer: $slice_message" && continue ;;
       *) verdict="lost the slice is $slice_state" && return ;;
     esac
     if ask_workers status; then

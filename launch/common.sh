@@ -105,14 +105,16 @@ check_form() { [[ ${!1} =~ $2 ]] || refuse "$1 is '${!1}'; $3"; }
 # Sets generation, chips, hosts and chips_per_host of one slice, and its default_runtime.
 accelerator_facts() {
   [[ $LAUNCH_ACCELERATOR =~ ^(v4|v5litepod|v5p|v6e)-([1-9][0-9]*)$ ]] ||
-    refuse "LAUNCH_ACCELERATOR is '$LAUNCH_ACCELERATOR'; it is v4-N, v5litepod-N, v5p-N or v6e-N"
+    refuse "LAUNCH_ACCELERATOR is '$LAUNCH_ACCELERATOR'; it is v4-N, v5litepod-N (v5e), v5p-N or v6e-N"
   generation=${BASH_REMATCH[1]} chips=${BASH_REMATCH[2]} chips_per_host=4
   if [[ $generation == v4 || $generation == v5p ]]; then
     ((chips % 8 == 0)) ||
       refuse "LAUNCH_ACCELERATOR is '$LAUNCH_ACCELERATOR'; N of $generation counts cores: 8, 16, 32, ..."
     chips=$((chips / 2))
-  elif ((chips <= 8)); then
-    chips_per_host=$chips
+  else
+    [[ $chips =~ ^(1|4|8|16|32|64|128|256)$ ]] ||
+      refuse "LAUNCH_ACCELERATOR is '$LAUNCH_ACCELERATOR'; N of $generation counts chips: 1, 4, 8, 16, 32, ... 256"
+    ((chips > 8)) || chips_per_host=$chips
   fi
   hosts=$((chips / chips_per_host))
   workers=$((hosts * LAUNCH_NODE_COUNT))

@@ -29,7 +29,10 @@ look_at_slice() {
   if answer=$(limited "${gcloud[@]}" 2>"$errors"); then
     IFS='|' read -r slice_state slice_accelerator slice_message <<<"$answer"
   elif ! grep -q NOT_FOUND "$errors"; then
-    slice_state=UNKNOWN slice_message=$(tail -n 2 "$errors")
+    # Of an error of many lines the first says what it is.
+    slice_state=UNKNOWN slice_message=$(sed -n 's/^ERROR: ([^)]*) //p' "$errors" | head -n 1)
+    : "${slice_message:=$(tail -n 1 "$errors")}"
+    ! grep -q 'gcloud auth login' "$errors" || slice_message+=' (gcloud auth login)'
   fi
   rm -f "$errors"
 }

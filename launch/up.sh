@@ -69,7 +69,7 @@ wait_until_ready() {
         ;;
       UNKNOWN)
         ((++unanswered < LAUNCH_BAD_POLLS)) || fail "gcloud does not answer: $slice_message"
-        waiting_for="no answer (${slice_message##*$'\n'})"
+        waiting_for="no answer ($slice_message)"
         ;;
     esac
     wait_for "$LAUNCH_NAME to be ready" "$waiting_for" "$since"

@@ -136,7 +136,7 @@ class Cloud:
             "LAUNCH_PROJECT": "p", "LAUNCH_ZONE": "us-east5-a", "LAUNCH_NAME": "t",
             "LAUNCH_ACCELERATOR": "v5litepod-8",
             "LAUNCH_POLL_SECONDS": "0", "LAUNCH_BACKOFF_SECONDS": "0",
-            "LAUNCH_CALL_SECONDS": "30", "LAUNCH_STOP_SECONDS": "5", **values,
+            "LAUNCH_CALL_SECONDS": "120", "LAUNCH_STOP_SECONDS": "5", **values,
         }  # fmt: skip
         self.accelerator = values["LAUNCH_ACCELERATOR"]
         lines = [f"{name}='{value}'\n" for name, value in values.items()]
@@ -160,7 +160,7 @@ class Cloud:
         self.devices(4)
 
     def launch(
-        self, verb: str, *words: str, timeout: float = 60, **environment: str
+        self, verb: str, *words: str, timeout: float = 300, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Runs a verb; its lines are in stdout (the verb's) and stderr (messages)."""
         return subprocess.run(

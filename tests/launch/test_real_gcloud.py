@@ -19,6 +19,7 @@ def test_requests_that_the_real_gcloud_makes(cloud: Cloud, tmp_path: Path) -> No
     with serve(["PROVISIONING", "ACTIVE"]) as api:
         environment = {
             "PATH": os.environ["PATH"],
+            "LAUNCH_CALL_SECONDS": "250",
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": f"http://127.0.0.1:{api.port}/",
             "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true",
             "CLOUDSDK_CONFIG": str(tmp_path / "config"),
@@ -71,6 +72,7 @@ def test_ssh_of_the_real_gcloud_takes_our_options(cloud: Cloud, tmp_path: Path) 
     with serve(["ACTIVE"]) as api:
         environment = {
             "PATH": os.environ["PATH"],
+            "LAUNCH_CALL_SECONDS": "250",
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": f"http://127.0.0.1:{api.port}/",
             "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true",
             "CLOUDSDK_CONFIG": str(tmp_path / "config"),

@@ -1,6 +1,7 @@
 """The babysitter with real `grok train` processes on two workers, taken away three times."""
 
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ def test_three_preemptions_of_a_real_run(cloud: Cloud, tiny_run: RunConfig) -> N
     environment = {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XDG_CACHE_HOME": str(cloud.folder / "cache"),
+        # What these tests compile, and how, as in their own process.
+        **{name: os.environ[name] for name in ("XDG_CACHE_HOME", "XLA_FLAGS")},
         "GROK_COORDINATOR": free_address(),
         "GROK_NUM_PROCESSES": "2",
     }
@@ -33,7 +35,7 @@ def test_three_preemptions_of_a_real_run(cloud: Cloud, tiny_run: RunConfig) -> N
     cloud.script(preempt_at=[6, 16, 26], worker_environment=environment)
     command = ["--", "grok", "train", str(config), *words]
     # A look costs processor time that the run needs.
-    done = cloud.launch("babysit", *command, timeout=900, LAUNCH_POLL_SECONDS="0.5")
+    done = cloud.launch("babysit", *command, timeout=1800, LAUNCH_POLL_SECONDS="0.5")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the slice is SUSPENDED") == 3, done.stderr
     assert "exit code 0 of 2 workers" in done.stderr

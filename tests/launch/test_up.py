@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from tests.launch.cloud import Cloud
@@ -42,7 +44,7 @@ def test_up_ends_with_a_slice_that_is_ready(
 def test_up_says_what_it_waits_for_and_for_how_long(cloud: Cloud) -> None:
     cloud.existing("WAITING_FOR_RESOURCES", "ACTIVE/t=REPAIRING", "ACTIVE/t=READY")
     said = cloud.launch("up").stderr
-    assert "waiting for t to be ready: WAITING_FOR_RESOURCES, 0 s so far" in said
+    assert re.search(r"waiting for t to be ready: WAITING_FOR_RESOURCES, \d+ s so far", said)
     assert "waiting for t to be ready: node t is REPAIRING, " in said
 
 
@@ -81,6 +83,18 @@ def test_a_cloud_that_does_not_answer_is_asked_three_times(
     assert done.returncode == code, done.stderr
     assert "UNAVAILABLE: try later" in done.stderr
     assert not cloud.calls("queued-resources create")
+
+
+def test_without_a_login_that_is_what_is_said(cloud: Cloud) -> None:
+    error = (
+        "You do not currently have an active account selected.\nPlease run:\n\n"
+        "  $ gcloud auth login\n\nto obtain new credentials."
+    )
+    cloud.script(failures={"queued-resources describe": [error] * 3})
+    done = cloud.launch("up")
+    assert done.returncode == 1
+    said = "You do not currently have an active account selected. (gcloud auth login)"
+    assert done.stderr.count(said) == 3, done.stderr
 
 
 def test_a_refused_creation_ends_with_what_gcloud_said(cloud: Cloud) -> None:
