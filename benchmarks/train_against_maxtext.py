@@ -1,0 +1,129 @@
+"""A training step on CPU, ours and MaxText's, in one run.
+
+    python benchmarks/train_against_maxtext.py
+    python benchmarks/train_against_maxtext.py --maxtext ENV/bin/python --turns 2
+
+A mixture of experts in Grok's shape: 512 wide, 4 layers, 8 experts of which a token goes to two,
+8 rows of 256 tokens, float32, one device. MaxText comes from the Python package index, in an
+environment of its own (`pip install maxtext==0.2.5`), and trains its mixtral block with the same
+sizes: capacity 1.25, which drops tokens, and its two dropless forms. They take turns, so that a
+busy machine is busy for all; prints medians of the steps of all turns, tokens a second, and ratios,
+and last, with --profile, where the time of our step goes.
+"""
+
+import argparse
+import functools
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from grok import sharding
+from grok.config import RunConfig
+from grok.config_files import load_config
+from grok.devices import prepare
+from grok.train.optimizer import make_optimizer
+from grok.train.state import init_state
+from grok.train.step import train_step
+
+ROWS, LENGTH = 8, 256
+OURS = [
+    "model.vocab_size=8192",
+    "model.embed_dim=512",
+    "model.num_layers=4",
+    "model.num_heads=8",
+    "model.num_kv_heads=2",
+    "model.head_dim=64",
+    "model.mlp_dim=2048",
+    "model.compute_dtype=float32",
+    f"data.sequence_length={LENGTH}",
+    f"data.batch_size={ROWS}",
+]
+MAXTEXT = (
+    "dataset_type=synthetic hardware=cpu skip_jax_distributed_system=true "
+    "enable_checkpointing=false enable_tensorboard=false decoder_block=mixtral base_emb_dim=512 "
+    "base_num_decoder_layers=4 base_num_query_heads=8 base_num_kv_heads=2 head_dim=64 "
+    "base_mlp_dim=2048 base_moe_mlp_dim=2048 num_experts=8 num_experts_per_tok=2 vocab_size=8192 "
+    f"max_target_length={LENGTH} per_device_batch_size={ROWS} dtype=float32 "
+    "weight_dtype=float32"
+).split()
+FORMS = {
+    "maxtext capacity 1.25": ["capacity_factor=1.25", "sparse_matmul=False"],
+    "maxtext dropless dense": ["sparse_matmul=False"],
+    "maxtext dropless ragged": ["sparse_matmul=True", "megablox=False"],
+}
+
+
+def ours(steps: int, remat: str, profile: Path | None) -> list[float]:
+    """Seconds of each step after the first two."""
+    config: RunConfig = load_config("grok-10m", [*OURS, f"model.remat={remat}"])
+    optimizer = make_optimizer(config)
+    tokens = np.random.default_rng(0).integers(0, 8192, (ROWS, LENGTH), np.int32)
+    batch = {
+        "tokens_BT": tokens,
+        "targets_BT": np.roll(tokens, -1, 1),
+        "mask_BT": np.ones((ROWS, LENGTH), np.float32),
+    }
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    times = []
+    with jax.set_mesh(mesh):
+        step = jax.jit(
+            functools.partial(train_step, config=config, optimizer=optimizer), donate_argnums=0
+        )
+        state = init_state(config, optimizer, mesh)
+        for number in range(steps + 2):
+            if profile is not None and number == 2:
+                jax.profiler.start_trace(str(profile))
+            began = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+            times.append(time.perf_counter() - began)
+        if profile is not None:
+            jax.profiler.stop_trace()
+    return times[2:]
+
+
+def maxtext(python: str, form: list[str], steps: int) -> list[float]:
+    """What it says of its steps after the first two."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [python, "-m", "maxtext.trainers.pre_train.train", "run_name=benchmark"]
+        command += [f"base_output_directory={folder}", f"steps={steps + 2}", *MAXTEXT, *form]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    told = re.findall(r"completed step: \d+, seconds: ([\d.]+)", done.stdout + done.stderr)
+    if len(told) < steps + 2:
+        sys.exit(f"MaxText ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
+    return [float(seconds) for seconds in told[2:]]
+
+
+def main() -> None:
+    """Takes the turns and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--maxtext", help="Python of an environment that has it")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help="of each in a turn")
+    parser.add_argument("--profile", type=Path, help="folder for a trace of our steps")
+    options = parser.parse_args()
+    prepare(1)
+    found: dict[str, list[float]] = {}
+    for turn in range(options.turns):
+        profile = options.profile if turn == 0 else None
+        for remat in ("none", "full"):
+            times = ours(options.steps, remat, profile if remat == "none" else None)
+            found.setdefault(f"ours, exact, remat {remat}", []).extend(times)
+        for name, form in FORMS.items() if options.maxtext else ():
+            found.setdefault(name, []).extend(maxtext(options.maxtext, form, options.steps))
+    first = statistics.median(next(iter(found.values())))
+    for name, times in found.items():
+        seconds = statistics.median(times)
+        rate = ROWS * LENGTH / seconds
+        print(f"{name:28} {seconds:7.2f} s  {rate:7.1f} tokens/s  {seconds / first:6.2f} x ours")
+
+
+if __name__ == "__main__":
+    main()
