@@ -1,17 +1,21 @@
-"""Tokens per second of the engine, in one run on one device, against two simpler ways.
+"""Tokens per second of the engine, in one run on one device, against simpler ways.
 
 (a) Static batching: as many requests as there are slots start together and the next ones start when
-the last of them has ended; same engine, same programs. (b) Experts in their plain form, every
-expert on every token. Then the time of a decode step against what its bytes would take at the
-bandwidth that a copy reaches here.
+the last of them has ended. A plain loop computes every row until then; one that leaves finished
+rows out reads fewer experts as rows end, and is shown beside it. Same engine, same programs.
+(b) Every expert on every token: in the release's form, and read in place as the engine's are, of
+which the difference is that of the bytes alone. Then the time of a decode step of one row and of
+all slots against what its bytes would take at the bandwidth that a sum reaches here.
 
     python benchmarks/decode.py
-    python benchmarks/decode.py --requests 64 --slots 16 --layers 4
+    python benchmarks/decode.py --requests 64 --slots 16 --layers 8
+    python benchmarks/decode.py --cpu-time  # on a busy machine: seconds of this process alone
 """
 
 import argparse
 import dataclasses
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +26,9 @@ from grok.config import EngineConfig, GrokConfig
 from grok.infer.engine import Engine
 from grok.infer.request import Request, SamplingParams
 from grok.model import moe
-from grok.ops.experts import experts_reference
+from grok.ops.experts import experts_reference, experts_tiled, few_tile_rows
+
+Clock = Callable[[], float]
 
 
 def main() -> None:
@@ -30,11 +36,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--embed", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--embed", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=50, help="decode steps to take the median of")
+    parser.add_argument("--cpu-time", action="store_true")
     asked = parser.parse_args()
+    clock = time.process_time if asked.cpu_time else time.perf_counter
     config = GrokConfig(
-        vocab_size=4096,
+        vocab_size=8192,
         num_layers=asked.layers,
         embed_dim=asked.embed,
         mlp_dim=4 * asked.embed,
@@ -46,53 +55,96 @@ def main() -> None:
     )
     mesh = grok.make_mesh(devices=jax.devices()[:1])
     model = grok.init(config, jax.random.key(0), mesh)
-    options = EngineConfig(slots=asked.slots, page_size=32, prefill_chunk=128)
-    requests = mixed(asked.requests)
+    speed = read_bytes_per_second(clock)
 
-    engine = Engine(model, None, mesh, options)
-    rate(engine, [requests])  # compiles
-    continuous = rate(engine, [requests])
-    batches = [requests[i : i + asked.slots] for i in range(0, len(requests), asked.slots)]
-    static = rate(engine, batches)
-    token = one_step(engine, asked.slots)
+    def engine(slots: int) -> Engine:
+        options = EngineConfig(slots=slots, page_size=32, prefill_chunk=128)
+        return Engine(model, None, mesh, options)
 
-    # The layer looks its form up by name when a program is traced, and a new model shape is traced.
-    plain = moe.experts_tiled
-    moe.experts_tiled = lambda *arguments: experts_reference(*arguments[:-1])
+    def steps(form: str) -> None:
+        for slots in (1, asked.slots):
+            seconds = one_step(engine(slots), slots, asked.steps, clock)
+            floor = 4 * read_parameters(config, slots) / speed
+            print(
+                f"{form}, a step of {slots}: {1e3 * seconds:.1f} ms; the chosen experts' bytes "
+                f"take {1e3 * floor:.1f} ms, {seconds / floor:.2f} times less"
+            )
+
+    print(f"memory is read at {speed / 1e9:.1f} GB/s")
+    steps("chosen experts")
+    # The layer looks its form up by name when a program is traced.
+    tiled = moe.experts_tiled
+    for form, function in (("all, in place", in_place), ("all, plain", plain)):
+        moe.experts_tiled = function
+        jax.clear_caches()
+        steps(form)
+    moe.experts_tiled = tiled
     jax.clear_caches()
-    other = Engine(model, None, mesh, options)
-    rate(other, [requests[:2]])
-    every = rate(other, [requests])
-    moe.experts_tiled = plain
 
-    # What a decode step must read: attention and table once, and of the experts those chosen.
-    experts = 3 * config.num_layers * config.embed_dim * config.mlp_dim
-    chosen = min(config.num_experts, asked.slots * config.num_selected_experts)
-    parameters = config.num_parameters() - experts * (config.num_experts - chosen)
-    floor = 4 * parameters / copied_bytes_per_second()
-    print(f"continuous batching {continuous:8.1f} tokens/s")
-    print(f"static batching     {static:8.1f} tokens/s   {continuous / static:.2f} times slower")
-    print(f"all experts         {every:8.1f} tokens/s   {continuous / every:.2f} times slower")
-    print(f"a decode step of {asked.slots}: {1e3 * token:.2f} ms; its bytes {1e3 * floor:.2f} ms")
+    running, requests = engine(asked.slots), mixed(asked.requests)
+    batches = [requests[i : i + asked.slots] for i in range(0, len(requests), asked.slots)]
+    rate(running, [requests[:2]], clock)  # compiles
+    continuous = rate(running, [requests], clock)
+    print(f"continuous batching {continuous:.1f} tokens/s")
+    for name, form in (("", padded(batches)), (", finished rows left out", batches)):
+        static = rate(running, form, clock) * total(batches) / total(form)
+        print(f"static batching{name} {static:.1f} tokens/s, {continuous / static:.2f} times less")
+
+
+def plain(x_RD, gate_RC, chosen_RC, *rest):
+    """Every expert on every row, of weights that are an array of their own."""
+    return experts_reference(x_RD, gate_RC, chosen_RC, *(w.sliced() for w in rest[:-1]))
+
+
+def in_place(x_RD, gate_RC, chosen_RC, *rest):
+    """The same without copies: each row has all experts, most of them with gate 0."""
+    E, R = rest[0].shape[0], len(x_RD)
+    every_RE = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None, :], (R, E))
+    is_RCE = chosen_RC[:, :, None] == every_RE[:, None, :]
+    gate_RE = jnp.sum(is_RCE * gate_RC[:, :, None], axis=1)
+    return experts_tiled(x_RD, gate_RE, every_RE, *rest[:-1], few_tile_rows(R, E, E))
+
+
+def read_parameters(config: GrokConfig, rows: int) -> float:
+    """Parameters that a step of so many rows has to read: all but the experts that no row chose,
+    were they chosen at random."""
+    E, share = config.num_experts, config.num_selected_experts / config.num_experts
+    expert = 3 * config.num_layers * config.embed_dim * config.mlp_dim
+    return config.num_parameters() - expert * E * (1 - share) ** rows
 
 
 def mixed(count: int) -> list[Request]:
-    """Prompts of 4 to 128 tokens, and answers of which most are short and some long."""
+    """Prompts of 4 to 128 tokens; answers of 64 on average, geometric as the lengths of texts
+    nearly are, and 256 at most."""
     random, found = np.random.default_rng(0), []
     for i in range(count):
         prompt = tuple(random.integers(4, 4096, random.integers(4, 128)).tolist())
-        length = int(random.choice([8, 16, 32, 256], p=[0.4, 0.3, 0.2, 0.1]))
+        length = min(256, int(random.geometric(1 / 64)))
         found.append(Request(f"{i}", prompt, SamplingParams(max_tokens=length, temperature=0)))
     return found
 
 
-def rate(engine: Engine, batches: list[list[Request]]) -> float:
+def padded(batches: list[list[Request]]) -> list[list[Request]]:
+    """The same, each answer as long as the longest of its batch."""
+    found = []
+    for batch in batches:
+        params = max((request.params for request in batch), key=lambda p: p.max_tokens)
+        found.append([dataclasses.replace(request, params=params) for request in batch])
+    return found
+
+
+def total(batches: list[list[Request]]) -> int:
+    """Tokens of all answers."""
+    return sum(request.params.max_tokens for batch in batches for request in batch)
+
+
+def rate(engine: Engine, batches: list[list[Request]], clock: Clock) -> float:
     """New tokens per second over batches, each begun when the one before has ended."""
-    before, started = engine.stats.tokens_out, time.perf_counter()
+    before, started = engine.stats.tokens_out, clock()
     for batch in batches:
         for _ in engine.generate([fresh(request) for request in batch]):
             pass
-    return (engine.stats.tokens_out - before) / (time.perf_counter() - started)
+    return (engine.stats.tokens_out - before) / (clock() - started)
 
 
 def fresh(request: Request) -> Request:
@@ -101,32 +153,30 @@ def fresh(request: Request) -> Request:
     return dataclasses.replace(request, prompt=(first, *request.prompt[1:]))
 
 
-def one_step(engine: Engine, slots: int) -> float:
-    """Seconds of a decode step with all slots busy, the median of 50."""
-    params = SamplingParams(max_tokens=100, temperature=0)
+def one_step(engine: Engine, slots: int, count: int, clock: Clock) -> float:
+    """Seconds of a decode step with all slots busy, the median of `count`."""
+    params = SamplingParams(max_tokens=count + 50, temperature=0)
     for i in range(slots):
         engine.submit(Request(f"step-{i}", (5 + i,), params))
-    while engine.stats.waiting:
+    while engine.stats.waiting or engine.stats.tokens_out < 4 * slots:
         engine.step()
     times = []
-    for _ in range(50):
-        started = time.perf_counter()
+    for _ in range(count):
+        started = clock()
         engine.step()
-        times.append(time.perf_counter() - started)
-    while engine.unfinished:
-        engine.step()
+        times.append(clock() - started)
     return float(np.median(times))
 
 
-def copied_bytes_per_second() -> float:
+def read_bytes_per_second(clock: Clock) -> float:
     """Bytes read by a sum over an array larger than the caches, the best of 5."""
-    array, total = jnp.ones(1 << 26, jnp.float32), jax.jit(jnp.sum)
-    total(array).block_until_ready()
+    array, sum_all = jnp.ones(1 << 26, jnp.float32), jax.jit(jnp.sum)
+    sum_all(array).block_until_ready()
     best = 0.0
     for _ in range(5):
-        started = time.perf_counter()
-        total(array).block_until_ready()
-        best = max(best, array.nbytes / (time.perf_counter() - started))
+        started = clock()
+        sum_all(array).block_until_ready()
+        best = max(best, array.nbytes / (clock() - started))
     return best
 
 

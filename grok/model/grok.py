@@ -19,8 +19,9 @@ from grok.errors import ConfigError
 from grok.model.attention import Attention
 from grok.model.cache import PagedCache, Places
 from grok.model.layers import RMSNorm, TokenTable
-from grok.model.moe import MoE, RouterStats
+from grok.model.moe import EXPERTS, MoE, RouterStats
 from grok.ops.quant import QuantizedArray
+from grok.ops.stacked import StackedArray
 
 REMAT_POLICIES = {
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
@@ -117,6 +118,7 @@ class Grok(nnx.Module):
                 lambda a: sharding.shard(a, "batch", *(None,) * (a.ndim - 1)), places
             )
             real_BT = places.real(tokens_BT.shape[1] // places.start_BU.shape[1])
+            tpu = sharding.platform() == "tpu"
 
             def block(carry, xs):
                 x_BTD, cache = carry
@@ -125,7 +127,8 @@ class Grok(nnx.Module):
                 return (x_BTD, cache), chosen_BTC
 
             carry = (self._embed(tokens_BT), cache)
-            (x_BTD, cache), chosen_LBTC = jax.lax.scan(block, carry, self._per_layer())
+            each = self._per_layer(stay=not tpu)
+            (x_BTD, cache), chosen_LBTC = jax.lax.scan(block, carry, each)
             return self.final_norm(x_BTD), cache, chosen_LBTC
 
     def next_logits(self, x_BTD: jax.Array, count_BU) -> jax.Array:
@@ -137,27 +140,34 @@ class Grok(nnx.Module):
             last_BUQ = jnp.arange(x_BUQD.shape[2])[None, None, :] == count_BU[:, :, None] - 1
             return self.unembed(jnp.where(last_BUQ[..., None], x_BUQD, 0).sum(2))
 
-    def _per_layer(self):
+    def _per_layer(self, stay: bool = False):
         """What a scan over the layers hands to `_layer`: parameters, and the layer's number.
 
-        Of an int8 model it is the number alone, so that a layer takes the experts that it needs
-        from all layers in place; sliced by the scan, all its experts would be copied first.
+        If they `stay`, as those of an int8 model do, it is the number alone, so that a layer takes
+        the experts that it needs from all layers in place; sliced by the scan, all its experts
+        would be copied first.
         """
         numbers = jnp.arange(self.config.num_layers)
-        return (None if self.config.param_dtype == "int8" else self.layers), numbers
+        return (None if stay or self.config.param_dtype == "int8" else self.layers), numbers
 
     def _layer(self, layer: Block | None, number: jax.Array) -> Block:
         """A block with the parameters of one layer."""
         if layer is not None:
             return layer
 
-        def one(param: nnx.Param) -> nnx.Variable:
+        def one(path, param: nnx.Param) -> nnx.Variable:
             w = param.get_value()
             if isinstance(w, QuantizedArray):
                 return param.replace(dataclasses.replace(w, layer=number))
-            return param.replace(jax.lax.dynamic_index_in_dim(w, number, keepdims=False))
+            if path[-1].name in EXPERTS and isinstance(w, jax.Array):
+                return param.replace(StackedArray(w, number))
+            index = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+            return param.replace(jax.tree.map(lambda a: index(a, number), w))
 
-        return jax.tree.map(one, self.layers, is_leaf=lambda node: isinstance(node, nnx.Param))
+        def is_param(node) -> bool:
+            return isinstance(node, nnx.Param)
+
+        return jax.tree_util.tree_map_with_path(one, self.layers, is_leaf=is_param)
 
     def _embed(self, tokens_BT):
         x_BTD = self.embed.embed(tokens_BT, self.config.compute_dtype).astype(jnp.float32)

@@ -12,10 +12,14 @@ from flax import nnx
 from grok import sharding
 from grok.config import GrokConfig
 from grok.model.layers import normal, quantized_axes
-from grok.ops.experts import experts_tiled, tile_rows
+from grok.ops.experts import experts_tiled, few_tile_rows, tile_rows
 from grok.ops.experts_grouped import experts_grouped
 from grok.ops.lora import LoraArray
 from grok.ops.quant import QuantizedArray
+from grok.ops.stacked import StackedArray
+
+# The matrices of which a token needs those of its experts alone.
+EXPERTS = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
 
 
 @jax.tree_util.register_dataclass
@@ -84,9 +88,9 @@ class MoE(nnx.Module):
     def _experts(self, x_BTD, gate_BTC, chosen_BTC, stream: sharding.Axes):
         """Tokens travel to the experts: each device collects those of its group, runs its slice of
         every expert on the rows that chose it, and hands the partial sums back."""
-        C = self.config.num_selected_experts
+        C, E = self.config.num_selected_experts, self.config.num_experts
 
-        weights = [w.get_value() for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)]
+        weights = [getattr(self, name).get_value() for name in EXPERTS]
         w_in, w_out = ("experts", "kept_embed", "mlp"), ("experts", "mlp", "kept_embed")
         axes: list[sharding.Axes] = []
         for place, w_axes in enumerate((w_in, w_in, w_out)):
@@ -95,13 +99,16 @@ class MoE(nnx.Module):
                 weights[place] = w.scaled(x_BTD.dtype)
                 axes += [w_axes, (*w_axes[:2], None), (w_axes[0], None, w_axes[2])]
                 continue
+            if sharding.size("kept_embed") > 1 and isinstance(w, StackedArray | QuantizedArray):
+                # What is collected from other devices should be one layer.
+                w = weights[place] = w.sliced()
+            if isinstance(w, StackedArray):
+                axes += [(None, *w_axes), ()]  # and the number of the layer
+                continue
             if not isinstance(w, QuantizedArray):
                 weights[place] = w.astype(x_BTD.dtype)
                 axes.append(w_axes)
                 continue
-            if sharding.size("kept_embed") > 1:
-                # What is collected from other devices should be one layer.
-                w = weights[place] = w.sliced()
             lead = () if w.layer is None else (None,)
             axes += [(*lead, *w_axes), (*lead, *quantized_axes(w, w_axes))]
             axes += [()] * len(lead)  # the number of the layer
@@ -119,7 +126,10 @@ class MoE(nnx.Module):
             if sharding.platform() == "tpu":
                 y_RD = experts_grouped(*arguments)
             else:
-                y_RD = experts_tiled(*arguments, tile_rows(rows[1].size, self.config.num_experts))
+                serving = isinstance(w_gate_EDF, StackedArray | QuantizedArray)
+                R = len(rows[1])
+                tile = few_tile_rows(R, C, E) if serving else tile_rows(R * C, E)
+                y_RD = experts_tiled(*arguments, tile)
             y = sharding.embed_last(y_RD.reshape(x.shape))
             y = sharding.embed_last(sharding.psum_scatter(y, "group", dim=0))
             if stream[1] == "stream_length":

@@ -15,8 +15,11 @@ import jax.numpy as jnp
 from grok import sharding
 from grok.ops.lora import LoraArray, product, product_transposed, trained_part, weight_gradient
 from grok.ops.quant import QuantizedArray
+from grok.ops.stacked import InPlace, StackedArray, product_in_place
 
 Weight = jax.Array | LoraArray
+# Rows up to which reading a matrix where it lies is faster than to copy and multiply it.
+FEW = 8
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -24,10 +27,19 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-def expert_mlp(x_RD: jax.Array, w_gate_DF: Weight, w_up_DF: Weight, w_down_FD: Weight) -> jax.Array:
+def expert_mlp(
+    x_RD: jax.Array,
+    w_gate_DF: Weight | InPlace,
+    w_up_DF: Weight | InPlace,
+    w_down_FD: Weight | InPlace,
+) -> jax.Array:
     """One expert on rows: (gelu(x w_gate) * (x w_up)) w_down, summed in float32, y_RD float32."""
-    hidden_RF = gelu(product(x_RD, w_gate_DF)) * product(x_RD, w_up_DF)
-    return product(hidden_RF.astype(x_RD.dtype), w_down_FD)
+
+    def times(x, w):
+        return product_in_place(x, w) if isinstance(w, InPlace) else product(x, w)
+
+    hidden_RF = gelu(times(x_RD, w_gate_DF)) * times(x_RD, w_up_DF)
+    return times(hidden_RF.astype(x_RD.dtype), w_down_FD)
 
 
 def expert_mlp_gradients(x_RD, gate_R, dy_RD, w_gate_DF, w_up_DF, w_down_FD):
@@ -69,17 +81,18 @@ def experts_tiled(
     x_RD: jax.Array,
     gate_RC: jax.Array,
     chosen_RC: jax.Array,
-    w_gate_EDF: Weight | QuantizedArray,
-    w_up_EDF: Weight | QuantizedArray,
-    w_down_EFD: Weight | QuantizedArray,
+    w_gate_EDF: Weight | QuantizedArray | StackedArray,
+    w_up_EDF: Weight | QuantizedArray | StackedArray,
+    w_down_EFD: Weight | QuantizedArray | StackedArray,
     tile: int,
 ) -> jax.Array:
     """Sum over each row's chosen experts of gate * expert(row), y_RD in float32.
 
     `chosen_RC` int32 holds experts in [0, E); a value outside is an expert that is not here and
     adds nothing. `gate_RC` is float32. Gradients flow to the rows, the gates and float weights, of
-    a LoraArray to its factors alone; int8 weights serve the forward pass only.
-    `tile` rows are multiplied at a time; see `tile_rows`.
+    a LoraArray to its factors alone; int8 and stacked weights serve the forward pass only.
+    `tile` rows are multiplied at a time; see `tile_rows`. On CPU up to FEW rows read the weights
+    of a layer of many in place.
     """
     return _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile)[0]
 
@@ -91,6 +104,13 @@ def tile_rows(assignments: int, num_experts: int) -> int:
     """
     half = assignments // (2 * num_experts)
     return min(512, max(8, -(-half // 8) * 8))
+
+
+def few_tile_rows(rows: int, chosen: int, num_experts: int) -> int:
+    """Rows of a tile for a step of this many rows: where they are few, twice an expert's fair
+    share, so that nearly always one tile holds them all and little of it is empty."""
+    usual, share = tile_rows(rows * chosen, num_experts), -(-rows * chosen // num_experts)
+    return usual if usual > FEW else min(rows, 2 * share, FEW)
 
 
 def _sorted_assignments(chosen_RC, num_experts, tile):
@@ -124,9 +144,14 @@ def _take(x, indices):
     return x.at[indices].get(mode="fill", fill_value=0)
 
 
-def _dense(w, dtype) -> jax.Array:
-    """One expert's matrix as floats; an int8 one is multiplied by its scales."""
-    return w.dequantize(dtype) if isinstance(w, QuantizedArray) else w
+def _expert(w, e, dtype, tile: int) -> Weight | InPlace:
+    """One expert's matrix as floats, or where it lies if the tile has few rows."""
+    stacked = isinstance(w, StackedArray) or (isinstance(w, QuantizedArray) and w.layer is not None)
+    if stacked and tile <= FEW and sharding.platform() == "cpu":
+        return InPlace(w, e)
+    if isinstance(w, QuantizedArray):
+        return w[e].dequantize(dtype)
+    return w[e].astype(dtype) if isinstance(w, StackedArray) else w[e]
 
 
 def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile):
@@ -135,7 +160,8 @@ def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile):
     gate = gate_RC.reshape(-1)
 
     def expert(y_RD, e):
-        weights = [_dense(w[e], x_RD.dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)]
+        matrices = w_gate_EDF, w_up_EDF, w_down_EFD
+        weights = [_expert(w, e, x_RD.dtype, tile) for w in matrices]
 
         def one_tile(pairs, y_RD):
             y_MD = expert_mlp(_take(x_RD, pairs // C), *weights)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import grok
 from grok.config import GrokConfig
 from grok.config_files import configs_folder
+from grok.model.cache import Places, init_cache
 from grok.model.grok import Grok
 from grok.model.weights import from_arrays, to_arrays
 
@@ -167,3 +168,16 @@ def test_parameters_in_bfloat16_compute_what_their_values_would_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
     full = model(param_dtype="float32", compute_dtype="bfloat16")
     np.testing.assert_array_equal(half(TOKENS), full(TOKENS))
+
+
+def test_a_decoding_step_copies_neither_experts_nor_cache():
+    config = dataclasses.replace(CONFIG, embed_dim=64, mlp_dim=512)
+    step = jax.jit(Grok.step, donate_argnums=2)
+    cache = jax.eval_shape(lambda: init_cache(config, 512, 16, "float32"))
+    row = np.zeros((1, 1), np.int32)
+    places = Places(np.zeros((1, 1, 8), np.int32), row, row + 1)
+    used = step.lower(abstract(config), row, cache, places).compile().memory_analysis()
+    (pages,) = jax.tree.leaves(cache)
+    assert used.alias_size_in_bytes == pages.size * 4
+    layer = 3 * config.num_experts * config.embed_dim * config.mlp_dim * 4
+    assert used.temp_size_in_bytes < min(layer / config.num_experts, pages.size * 4)
