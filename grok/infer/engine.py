@@ -12,7 +12,7 @@ C chosen experts.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Generator, Iterable
 
 import jax
 import numpy as np
@@ -98,7 +98,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises RequestError where it could never be run."""
-        self._check(request)
+        self._check(request, self._jobs)
         params = request.params
         answers = [Answer(request, c, self._tokenizer) for c in range(params.best_of or params.n)]
         job = _Job(answers, {})
@@ -112,16 +112,20 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Ends a request, whose pages are free at once; one that is not in flight is no matter."""
+        self._told += self._end(request_id)
+
+    def _end(self, request_id: str) -> list[Output]:
+        """The same; what there is to tell of it."""
         job = self._jobs.pop(request_id, None)
         if job is None:
-            return
+            return []
         for choice, sequence in job.open.items():
             self._scheduler.remove(sequence)
             job.answers[choice].cancel()
         n = job.answers[0].request.params.n
         ranked = len(job.answers) > n  # of which none was told yet
         told = job.answers[:n] if ranked else [job.answers[choice] for choice in job.open]
-        self._told += [answer.tell() for answer in told]
+        return [answer.tell() for answer in told]
 
     def step(self) -> list[Output]:
         """Runs one step on the devices, a prefill or a decode, and tells what came of it."""
@@ -142,12 +146,24 @@ class Engine:
             told += self._take(sequence, chosen, row)
         return told
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Output]:
-        """Runs requests to their ends, beside whatever else is in flight."""
+    def generate(self, requests: Iterable[Request]) -> Generator[Output, None, None]:
+        """Runs requests to their ends, beside whatever else is in flight.
+
+        Raises RequestError before any has begun where one could never be run. Left early, it ends
+        those that still run.
+        """
+        requests, names = list(requests), set(self._jobs)
         for request in requests:
-            self.submit(request)
-        while self.unfinished:
-            yield from self.step()
+            self._check(request, names)
+            names.add(request.id)
+        try:
+            for request in requests:
+                self.submit(request)
+            while self.unfinished:
+                yield from self.step()
+        finally:
+            for request in requests:
+                self._end(request.id)
 
     def _run(self, step: Step) -> tuple[Chosen, jax.Array, jax.Array]:
         """One step on the devices."""
@@ -205,11 +221,11 @@ class Engine:
             return [answer.tell()]
         return [] if job.open else _best(job.answers, params.n)
 
-    def _check(self, request: Request) -> None:
-        """Refuses, as RequestError, what could not be run."""
+    def _check(self, request: Request, others: Container[str]) -> None:
+        """Refuses, as RequestError, what could not be run beside requests of these ids."""
         params, prompt = request.params, request.prompt
         V, N = self._config.vocab_size, self._config.context_length
-        if request.id in self._jobs:
+        if request.id in others:
             raise RequestError(
                 "id", f"id={request.id!r} is that of a request in flight; another one would work."
             )

@@ -1,11 +1,13 @@
 """Prompts in text, answers as they come."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 
 from grok.data.tokenizer import Tokenizer
 from grok.infer.engine import Engine
-from grok.infer.request import Request, SamplingParams
+from grok.infer.request import Request, RequestError, SamplingParams
 
 _numbers = itertools.count()
 
@@ -57,15 +59,38 @@ def converse(
     echo: Callable[..., None],
 ) -> None:
     """Continues what is typed, with all of what was typed and written before in front of it,
-    until `ask` gives None. Pages of what came before are not computed again."""
+    until `ask` gives None; Ctrl-C ends an answer where it is. Pages of prompts that came before
+    are not computed again."""
     text = ""
     while (line := ask()) is not None:
         prompt = text + line
         request = Request(f"stream-{next(_numbers)}", tuple(tokenizer.encode(prompt)), params)
         answer = ""
-        for output in engine.generate([request]):
-            if output.choice == 0:
-                echo(output.text, nl=False)
-                answer += output.text
+        try:
+            with _interrupt() as interrupted:
+                outputs = engine.generate([request])
+                for output in itertools.takewhile(lambda _: not interrupted, outputs):
+                    if output.choice == 0:
+                        echo(output.text, nl=False)
+                        answer += output.text
+                outputs.close()
+        except RequestError as error:
+            echo(str(error))
+            if text:
+                echo("What came before is forgotten; the line may be typed again.")
+            text = ""
+            continue
         echo("")
         text = prompt + answer + "\n"
+
+
+@contextlib.contextmanager
+def _interrupt() -> Iterator[list[int]]:
+    """A list that Ctrl-C puts something in, between two steps: thrown inside one, it would leave
+    the engine without its cache."""
+    found: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: found.append(number))
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -13,6 +13,7 @@ from grok.infer.engine import Engine
 from grok.infer.request import Request, RequestError, SamplingParams
 
 OPTIONS = EngineConfig(slots=8, page_size=16, prefill_chunk=32, pages=32)
+FEW = SamplingParams(max_tokens=3)
 SHARED = tuple(range(10, 50))
 KINDS = [
     {"temperature": 0.0},
@@ -61,17 +62,23 @@ def engine(tiny_run, request):
 
 
 @pytest.fixture(scope="module")
-def alone(engine):
+def asked(engine) -> list[Request]:
+    """Every kind thrice on one device, and once on a mesh, where a step takes far longer."""
+    return requests(21 if engine._mesh.size == 1 else 7)
+
+
+@pytest.fixture(scope="module")
+def alone(engine, asked):
     """What each request gets when nothing else runs."""
     found = {}
-    for request in requests(21):
+    for request in asked:
         found |= answers(engine, [request])
     return found
 
 
-def test_many_at_once_get_the_tokens_that_each_gets_alone(engine, alone):
+def test_many_at_once_get_the_tokens_that_each_gets_alone(engine, asked, alone):
     """Half of the pages that 8 slots could fill, so that some are preempted as well."""
-    assert answers(engine, requests(21)) == alone
+    assert answers(engine, asked) == alone
     stats = engine.stats
     assert stats.pages_used == 0
     assert (stats.running, stats.waiting, engine.unfinished) == (0, 0, 0)
@@ -79,8 +86,8 @@ def test_many_at_once_get_the_tokens_that_each_gets_alone(engine, alone):
     assert stats.tokens_shared > 0
 
 
-def test_greedy_tokens_are_those_of_the_full_forward(engine, alone):
-    for request in requests(21):
+def test_greedy_tokens_are_those_of_the_full_forward(engine, asked, alone):
+    for request in asked:
         if request.params.temperature:
             continue
         tokens = alone[request.id, 0][0]
@@ -131,18 +138,18 @@ def test_experts_of_an_answer_are_those_of_the_full_forward(engine):
         assert told.tolist() == (counts[1] - counts[0])[layer].tolist()
 
 
-def test_few_pages_give_the_same_tokens(engine, alone):
+def test_few_pages_give_the_same_tokens(engine, asked, alone):
     preempted = engine.stats.preempted
     pools = engine._scheduler.pools
     held = [[pool.take() for _ in range(32 // len(pools) - 8)] for pool in pools]
-    assert answers(engine, requests(21)) == alone
+    assert answers(engine, asked) == alone
     assert len(pools) > 1 or engine.stats.preempted > preempted
     for pool, pages in zip(pools, held, strict=True):
         pool.give_back(pages)
 
 
-def test_a_cancelled_request_gives_its_pages_back(engine, alone):
-    first, *others = requests(21)[:6]
+def test_a_cancelled_request_gives_its_pages_back(engine, asked, alone):
+    first, *others = asked[:6]
     engine.submit(first)
     for request in others:
         engine.submit(request)
@@ -185,6 +192,31 @@ def test_stop_texts_are_cut_and_never_shown_in_part(tiny_run, engine):
     text = "".join(output.text for output in told)
     assert text == whole[: whole.index(stop)]
     assert told[-1].finish_reason == "stop"
+
+
+def test_one_refused_request_of_several_leaves_none_in_flight(engine):
+    good, long = (Request(name, (5,) * n, FEW) for name, n in (("good", 2), ("long", 200)))
+    for others in ([long], [good]):
+        with pytest.raises(RequestError):
+            list(engine.generate([good, *others]))
+        assert engine.unfinished == 0
+
+
+def test_requests_that_are_left_early_end(engine):
+    outputs = engine.generate([Request("left", (5, 6), FEW)])
+    next(outputs)
+    outputs.close()
+    assert (engine.unfinished, engine.stats.pages_used) == (0, 0)
+
+
+def test_a_step_writes_into_the_cache_that_it_was_given(engine):
+    def places() -> list[int]:
+        shards = engine._cache.kv_LPSK2H.addressable_shards
+        return [shard.data.unsafe_buffer_pointer() for shard in shards]
+
+    before = places()
+    answers(engine, [Request("a", (5, 6, 7), FEW)])
+    assert places() == before
 
 
 @pytest.mark.parametrize(
