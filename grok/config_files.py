@@ -140,7 +140,7 @@ def _find(name: str, beside: Path, kind: type) -> Path:
     if name in known:
         return known[name]
     if file.is_dir():
-        raise ConfigError(f"{file} is a folder, and a config is a YAML file; one would work.")
+        raise ConfigError(f"{file} is a folder, and a config is a YAML file.")
     names = f"the presets are {', '.join(known)}" if known else "one would work"
     raise ConfigError(f"there is no config file {file}; {names}.")
 

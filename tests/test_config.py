@@ -392,7 +392,7 @@ def test_a_missing_file_names_the_presets(write):
 
 
 def test_a_folder_or_a_binary_file_is_no_config(write, tmp_path):
-    assert "there is no config file" in refusal(tmp_path)
+    assert "is a folder, and a config is a YAML file" in refusal(tmp_path)
     Path("run.yaml").write_bytes(b"a: \xff")
     assert "run.yaml cannot be read as UTF-8 text" in refusal("run.yaml")
 
