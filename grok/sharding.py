@@ -38,9 +38,8 @@ class AxisRules:
     device has a slice of every one, `mlp` being split over the expert axis too: the devices of a
     `group` share their tokens, and their work is even however tokens are routed.
 
-    A TPU keeps an array's last axis in lanes of 128. Parts of it that are no whole lanes would be
-    collected as a sum of arrays that are zero elsewhere, at twice the bytes; so axes that come
-    earlier take part of the split.
+    A TPU keeps an array's last axis in lanes of 128 and fills up what is no whole number of them,
+    so that axes that come earlier take part of the split where they can.
     """
 
     batch: tuple[str, ...] = BATCH_AXES
