@@ -15,6 +15,8 @@ from grok.plan.remedies import BYTES, state_bytes
 from grok.plan.slices import Slice
 
 REMAT: tuple[Literal["dots", "full"], ...] = ("dots", "full")
+# Arrays of the residual stream's size that a layer keeps for the backward pass, roughly.
+KEPT = {"none": 16, "dots": 4, "attention": 2, "experts": 2, "full": 1}
 ROWS = (1, 2, 4)  # of each device's batch
 
 
@@ -113,7 +115,7 @@ def _holds(config: RunConfig, slice_: Slice) -> bool:
     layer = 2 * model.num_parameters() / model.num_layers / (mesh.expert * mesh.tensor)
     table = 2 * model.vocab_size * model.embed_dim / mesh.tensor
     moving = 4 * tokens * mesh.expert * model.embed_dim
-    kept = {"none": 16, "dots": 4, "full": 1}[model.remat] * tokens * model.embed_dim
+    kept = KEPT[model.remat] * tokens * model.embed_dim / mesh.tensor
     if config.plan.program != "train":
         temporaries = 2 * table + 3 * moving
     else:
