@@ -139,11 +139,13 @@ def test_factors_are_split_as_rows_and_columns_are():
     part = {
         name: array.sharding.shard_shape(array.shape) for name, array in to_arrays(model).items()
     }
-    # 16 of embed over data and expert; 4 heads and 2 kv heads over tensor.
-    assert part["layers/attention/w_query_DNH/a"] == (2, 4, 3)
-    assert part["layers/attention/w_query_DNH/b"] == (2, 3, 2, 4)
-    assert part["layers/attention/w_out_NHD/a"] == (2, 2, 4, 3)
-    assert part["layers/attention/w_out_NHD/b"] == (2, 3, 4)
+    # 16 of embed over data, 4 heads over expert and tensor; 2 kv heads over tensor, embed the rest.
+    assert part["layers/attention/w_query_DNH/a"] == (2, 8, 3)
+    assert part["layers/attention/w_query_DNH/b"] == (2, 3, 1, 4)
+    assert part["layers/attention/w_key_DKH/a"] == (2, 4, 3)
+    assert part["layers/attention/w_key_DKH/b"] == (2, 3, 1, 4)
+    assert part["layers/attention/w_out_NHD/a"] == (2, 1, 4, 3)
+    assert part["layers/attention/w_out_NHD/b"] == (2, 3, 8)
     # 24 of mlp over expert and tensor, of each of 4 experts; their embed is over data alone.
     assert part["layers/moe/w_gate_EDF/a"] == (2, 4, 8, 3)
     assert part["layers/moe/w_gate_EDF/b"] == (2, 4, 3, 6)
