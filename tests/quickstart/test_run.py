@@ -84,7 +84,7 @@ def test_the_commands_of_readme_work_one_after_the_other(home: Path):
         done = subprocess.run(
             [sys.executable, "-m", *arguments],
             cwd=home,
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""},
             capture_output=True,
             text=True,
         )
