@@ -7,8 +7,8 @@ A mixture of experts in Grok's shape: 512 wide, 4 layers, 8 experts of which a t
 8 rows of 256 tokens, float32, one device. MaxText comes from the Python package index, in an
 environment of its own (`pip install maxtext==0.2.5`), and trains its mixtral block with the same
 sizes: capacity 1.25, which drops tokens, and its two dropless forms. They take turns, so that a
-busy machine is busy for all; prints medians of the steps of all turns, tokens a second, and ratios,
-and last, with --profile, where the time of our step goes.
+busy machine is busy for all; prints medians of the steps of all turns, tokens a second, and ratios.
+With --profile a trace of our steps is written, which shows where their time goes.
 """
 
 import argparse
