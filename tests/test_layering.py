@@ -161,9 +161,9 @@ def test_layering() -> None:
 
 
 TREE = (
-    "__init__ __main__ errors config config_files sharding quickstart ops/__init__ ops/flash "
-    "model/grok data/pipeline train/loop train/step infer/engine checkpoint/manager "
-    "checkpoint/release plan/chips plan/report cli/main cli/train"
+    "__init__ __main__ errors config/__init__ config_files sharding quickstart "
+    "ops/__init__ ops/flash model/grok data/pipeline train/loop train/step infer/engine "
+    "checkpoint/manager checkpoint/release plan/chips plan/report cli/main cli/train"
 ).split()
 
 
@@ -182,7 +182,7 @@ def tree_with(root: Path, file: str, code: str) -> Path:
 @pytest.mark.parametrize(
     ("file", "code"),
     [
-        ("grok/config.py", "from grok.errors import ConfigError"),
+        ("grok/config/__init__.py", "from grok.errors import ConfigError"),
         ("grok/model/grok.py", "import jax\nfrom grok.ops import flash"),
         ("grok/train/loop.py", "from grok.train import step\nfrom grok.checkpoint import manager"),
         ("grok/train/loop.py", "from grok.plan import chips"),
@@ -203,7 +203,7 @@ def test_allowed_imports_pass(tmp_path: Path, file: str, code: str) -> None:
 @pytest.mark.parametrize(
     ("file", "code", "problem"),
     [
-        ("grok/config.py", "import grok.sharding", "config must not import sharding"),
+        ("grok/config/__init__.py", "import grok.sharding", "config must not import sharding"),
         ("grok/ops/flash.py", "from grok.model.grok import G", "ops must not import model"),
         ("grok/ops/flash.py", "from ..model.grok import Grok", "ops must not import model"),
         ("grok/ops/__init__.py", "from ..train import loop", "ops must not import train"),

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from grok.config import Count, CountOrZero
+from grok.config.numbers import Count, CountOrZero
 from grok.infer.config import InferConfig
 
 

@@ -5,15 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from grok.config import (
-    Count,
-    CountOrZero,
-    EngineConfig,
-    MeshConfig,
-    Positive,
-    PositiveOrZero,
-    Share,
-)
+from grok.config import EngineConfig, MeshConfig
+from grok.config.numbers import Count, CountOrZero, Positive, PositiveOrZero, Share
 from grok.errors import ConfigError
 from grok.infer.request import RequestError, SamplingParams
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from grok.config import Count, CountOrZero, Positive
+from grok.config.numbers import Count, CountOrZero, Positive
 from grok.errors import ConfigError
 from grok.infer.config import InferConfig
 

@@ -1,0 +1,172 @@
+"""Text, and how it becomes batches."""
+
+import dataclasses
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from grok.config.numbers import Count, CountOrZero, PositiveOrZero, largest_divisor, round_up
+from grok.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One dataset of the mixture."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    path: Annotated[str, Field(description="folder that `grok data prepare` wrote")]
+    weight: Annotated[PositiveOrZero, Field(description="rows from here, relative to the rest")] = (
+        1.0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureChange:
+    """Weights of the mixture from a step on."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    from_step: Annotated[Count, Field(description="first step with these weights")]
+    weights: Annotated[
+        tuple[PositiveOrZero, ...], Field(description="one for each of data.datasets")
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShapeChange:
+    """Shape of a batch from a step on; what is left out stays as it was."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    from_step: Annotated[CountOrZero, Field(description="first step, from 0, of this shape")]
+    batch_size: Annotated[Count | None, Field(description="rows of a batch (B)")] = None
+    sequence_length: Annotated[
+        Count | None, Field(description="tokens a row (T), a divisor of data.sequence_length")
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and the shape of a batch."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    train: Annotated[tuple[str, ...], Field(description="text files to train on (UTF-8)")] = ()
+    validation: Annotated[
+        tuple[str, ...], Field(description="text files held out for the validation pass")
+    ] = ()
+    datasets: Annotated[
+        tuple[DatasetConfig, ...],
+        Field(description="prepared datasets to train on, in place of text: {path, weight} each"),
+    ] = ()
+    mixture_changes: Annotated[
+        tuple[MixtureChange, ...],
+        Field(description="other weights from a step on: {from_step, weights} each"),
+    ] = ()
+    validation_dataset: Annotated[
+        str, Field(description="prepared dataset for the validation pass, in place of text")
+    ] = ""
+    packing: Annotated[
+        Literal["continue", "cut"],
+        Field(
+            description="what a document does that does not fit a row: goes on in the next, ends"
+        ),
+    ] = "continue"
+    allow_changed: Annotated[
+        bool, Field(description="resume although the prepared datasets are others than before")
+    ] = False
+    tokenizer: Annotated[str, Field(description="SentencePiece model file")] = ""
+    sequence_length: Annotated[Count, Field(description="tokens a row (T), at its longest")] = 1024
+    batch_size: Annotated[Count, Field(description="rows of a batch over all devices (B)")] = 8
+    shape_changes: Annotated[
+        tuple[ShapeChange, ...],
+        Field(description="others from a step on: {from_step, batch_size, sequence_length} each"),
+    ] = ()
+    seed: Annotated[CountOrZero, Field(description="seed of the order of rows")] = 0
+    prefetch: Annotated[
+        CountOrZero, Field(description="batches made ahead, each in a thread; 0: none")
+    ] = 2
+
+    def __post_init__(self) -> None:
+        if self.train and self.datasets:
+            raise ConfigError(
+                "data.train and data.datasets are both set, and a run reads text files or prepared "
+                "datasets; data.train=[] would work."
+            )
+        if self.validation and self.validation_dataset:
+            raise ConfigError(
+                "data.validation and data.validation_dataset are both set; data.validation=[] "
+                "would work."
+            )
+        paths = [dataset.path for dataset in self.datasets]
+        for path in paths:
+            if paths.count(path) > 1:
+                raise ConfigError(
+                    f"data.datasets names {path} twice; once, with the sum of the weights, would "
+                    "work."
+                )
+        if self.datasets and not any(dataset.weight for dataset in self.datasets):
+            raise ConfigError(
+                "data.datasets have no weight above 0; weight: 1 for one of them would work."
+            )
+        before = 0
+        for change in self.mixture_changes:
+            if len(change.weights) != len(paths) or not any(change.weights):
+                raise ConfigError(
+                    f"data.mixture_changes has {list(change.weights)} from step {change.from_step},"
+                    f" and data.datasets has {len(paths)} datasets; as many weights, one of them "
+                    "above 0, would work."
+                )
+            if change.from_step <= before:
+                raise ConfigError(
+                    f"data.mixture_changes has from_step={change.from_step} after {before}; steps "
+                    "that increase would work."
+                )
+            before = change.from_step
+        self._check_shapes()
+
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Every shape of a batch: the first step that has it, B and T."""
+        shapes = [(0, self.batch_size, self.sequence_length)]
+        for change in self.shape_changes:
+            _, batch_size, sequence_length = shapes[-1]
+            shapes.append(
+                (
+                    change.from_step,
+                    change.batch_size or batch_size,
+                    change.sequence_length or sequence_length,
+                )
+            )
+        return shapes
+
+    def _check_shapes(self) -> None:
+        before = -1
+        for change, (step, batch_size, length) in zip(
+            self.shape_changes, self.shapes()[1:], strict=True
+        ):
+            if step <= before:
+                raise ConfigError(
+                    f"data.shape_changes has from_step={step} after {before}; steps that increase "
+                    "would work."
+                )
+            before = step
+            if change.batch_size is None and change.sequence_length is None:
+                raise ConfigError(
+                    f"data.shape_changes changes nothing from step {step}; a batch_size, a "
+                    "sequence_length, or both would work."
+                )
+            if self.sequence_length % length:
+                near = largest_divisor(self.sequence_length, length)
+                raise ConfigError(
+                    f"data.shape_changes has sequence_length={length} from step {step}, which does "
+                    f"not divide the longest, data.sequence_length={self.sequence_length}; {near} "
+                    "would work."
+                )
+            parts = self.sequence_length // length
+            if batch_size % parts:
+                raise ConfigError(
+                    f"data.shape_changes has batches of {batch_size} x {length} tokens from step "
+                    f"{step}, which are no whole rows of data.sequence_length="
+                    f"{self.sequence_length}; batch_size={round_up(batch_size, parts)} would work."
+                )

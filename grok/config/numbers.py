@@ -1,0 +1,21 @@
+"""Numbers as configs have them, and the nearest one that would work."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+Count = Annotated[int, Field(gt=0)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` that is no more than `at_most`."""
+    return max(d for d in range(1, at_most + 1) if number % d == 0)
+
+
+def round_up(number: int, factor: int) -> int:
+    """The least multiple of `factor` that is no less than `number`."""
+    return -(-number // factor) * factor

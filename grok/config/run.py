@@ -1,0 +1,195 @@
+"""A whole run: all sections together, and what of them does not go together."""
+
+import dataclasses
+import math
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from grok.config.data import DataConfig
+from grok.config.mesh import MeshConfig, check_model_fits, resolve_mesh
+from grok.config.model import GrokConfig
+from grok.config.numbers import Count, CountOrZero, round_up
+from grok.config.training import CheckpointConfig, LoraConfig, OptimizerConfig, TrainConfig
+from grok.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How inference uses memory: slots for answers, and a cache of keys and values in pages.
+
+    Slots and pages are of all groups of devices together that see other tokens.
+    """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    slots: Annotated[Count, Field(description="answers that are continued at a time")] = 8
+    page_size: Annotated[Count, Field(description="tokens of a page of the cache")] = 32
+    pages: Annotated[
+        CountOrZero,
+        Field(description="pages of the cache; 0: as many as all slots need at full length"),
+    ] = 0
+    prefill_chunk: Annotated[
+        Count, Field(description="tokens of prompts that one step takes in, on each data replica")
+    ] = 256
+    cache_dtype: Annotated[
+        Literal["compute", "float32", "bfloat16", "int8"],
+        Field(description="type of cached keys and values; compute: as model.compute_dtype"),
+    ] = "compute"
+
+    def __post_init__(self) -> None:
+        if self.prefill_chunk % self.page_size:
+            raise ConfigError(
+                f"engine.prefill_chunk={self.prefill_chunk} is no multiple of engine.page_size="
+                f"{self.page_size}; engine.prefill_chunk="
+                f"{round_up(self.prefill_chunk, self.page_size)} would work."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What `grok plan` compiles, and for which slice."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    program: Annotated[
+        Literal["train", "prefill", "decode"],
+        Field(description="the training step, a step over prompts, a step of one token a row"),
+    ] = "train"
+    topology: Annotated[str, Field(description="slice, such as v5p:4x4x8; --topology wins")] = ""
+    batch_size: Annotated[Count, Field(description="rows of a prefill or decode step")] = 8
+    tokens: Annotated[
+        Count, Field(description="tokens a row: of a prompt, or in the cache when decoding")
+    ] = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run; what `grok train`, `grok config` and `grok.load_config` work with."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    model: Annotated[GrokConfig, Field(description="shape and arithmetic of the model")]
+    folder: Annotated[str, Field(description="the run's folder: checkpoints, metrics, config")] = (
+        "runs/default"
+    )
+    mesh: Annotated[MeshConfig, Field(description="devices along each axis")] = MeshConfig()
+    data: Annotated[DataConfig, Field(description="text and batches")] = DataConfig()
+    optimizer: Annotated[OptimizerConfig, Field(description="AdamW and its schedule")] = (
+        OptimizerConfig()
+    )
+    train: Annotated[TrainConfig, Field(description="length, losses, reports")] = TrainConfig()
+    lora: Annotated[LoraConfig, Field(description="adapters in place of all weights")] = (
+        LoraConfig()
+    )
+    checkpoint: Annotated[CheckpointConfig, Field(description="saves")] = CheckpointConfig()
+    engine: Annotated[EngineConfig, Field(description="inference: slots, cache")] = EngineConfig()
+    plan: Annotated[PlanConfig, Field(description="what `grok plan` compiles")] = PlanConfig()
+
+    def __post_init__(self) -> None:
+        if self.data.sequence_length > self.model.context_length:
+            raise ConfigError(
+                f"data.sequence_length={self.data.sequence_length} is longer than "
+                f"model.context_length={self.model.context_length}; "
+                f"data.sequence_length={self.model.context_length} would work."
+            )
+        if self.optimizer.warmup_steps >= self.train.steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
+                f"train.steps={self.train.steps}; "
+                f"optimizer.warmup_steps={self.train.steps // 10} would work."
+            )
+        stable = self.train.steps - self.optimizer.warmup_steps
+        if self.optimizer.decay_steps > stable:
+            raise ConfigError(
+                f"optimizer.decay_steps={self.optimizer.decay_steps} is more than the {stable} "
+                f"steps of train.steps={self.train.steps} after optimizer.warmup_steps="
+                f"{self.optimizer.warmup_steps}; optimizer.decay_steps={stable} would work."
+            )
+        if self.checkpoint.keep_best:
+            self._check_validated()
+        if self.lora.rank and not self.train.init_from:
+            raise ConfigError(
+                f"lora.rank={self.lora.rank} adapts weights that are there already, and "
+                "train.init_from names none; train.init_from=WEIGHTS, or lora.rank=0, would work."
+            )
+        if self.lora.rank and self.optimizer.name == "muon":
+            raise ConfigError(
+                f"optimizer.name=muon makes updates of whole matrices orthogonal, and lora.rank="
+                f"{self.lora.rank} trains factors of them; optimizer.name=adamw would work."
+            )
+        self._check_planned()
+        if self.mesh.simulated_devices:
+            check_fits(self, self.mesh.simulated_devices)
+
+    def _check_planned(self) -> None:
+        """Refuses what `grok plan` would not read, and rows longer than the model's context."""
+        if self.plan.program == "train":
+            for key, instead in {"batch_size": "batch_size", "tokens": "sequence_length"}.items():
+                value = getattr(self.plan, key)
+                if value != PlanConfig.__dataclass_fields__[key].default:
+                    raise ConfigError(
+                        f"plan.{key}={value} is of plan.program=prefill or decode, and a training "
+                        f"step has data.{instead}={getattr(self.data, instead)}; "
+                        f"data.{instead}={value} would work."
+                    )
+        elif self.plan.tokens > self.model.context_length:
+            raise ConfigError(
+                f"plan.tokens={self.plan.tokens} is more than model.context_length="
+                f"{self.model.context_length}; plan.tokens={self.model.context_length} would work."
+            )
+
+    def _check_validated(self) -> None:
+        """Refuses to look for the best checkpoint among some that nothing is known of."""
+        best, every = self.checkpoint.keep_best, self.checkpoint.every
+        if not (self.data.validation or self.data.validation_dataset):
+            raise ConfigError(
+                f"checkpoint.keep_best={best} needs validation passes, and neither data.validation "
+                "nor data.validation_dataset names data; checkpoint.keep_best=0 would work."
+            )
+        if not self.train.eval_every or every % self.train.eval_every:
+            raise ConfigError(
+                f"checkpoint.keep_best={best} needs a validation pass at each checkpoint, and "
+                f"train.eval_every={self.train.eval_every} has none at some multiples of "
+                f"checkpoint.every={every}; train.eval_every={every} would work."
+            )
+
+
+def check_fits(config: RunConfig, num_devices: int) -> dict[str, int]:
+    """Sizes of the mesh axes, after checking that model and batch can be split over them.
+
+    Raises ConfigError with the numbers and a value that would work.
+    """
+    sizes = resolve_mesh(config.mesh, num_devices, config.model)
+    check_model_fits(config.model, sizes)
+    rows = sizes["slice"] * sizes["data"] * sizes["expert"]
+    if config.data.batch_size % rows:
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size} cannot be split over slice*data*expert="
+            f"{rows}; data.batch_size={round_up(config.data.batch_size, rows)} would work."
+        )
+    rows *= config.train.accumulate
+    if config.data.batch_size % rows:
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size} cannot be split into train.accumulate="
+            f"{config.train.accumulate} microbatches over slice*data*expert="
+            f"{rows // config.train.accumulate}; data.batch_size="
+            f"{round_up(config.data.batch_size, rows)} would work."
+        )
+    for step, batch_size, length in config.data.shapes():
+        if batch_size % rows:
+            up = round_up(batch_size, math.lcm(rows, config.data.sequence_length // length))
+            raise ConfigError(
+                f"data.shape_changes has batch_size={batch_size} from step {step}, which cannot be "
+                f"split over slice*data*expert*train.accumulate={rows}; {up} would work."
+            )
+    return sizes
+
+
+def check_trainable(config: RunConfig) -> None:
+    """Refuse, as ConfigError, to train a model that cannot be trained."""
+    if config.model.param_dtype == "int8":
+        raise ConfigError(
+            "model.param_dtype=int8 is for inference, and int8 matrices have no gradient; "
+            "model.param_dtype=float32 would work."
+        )
