@@ -9,6 +9,9 @@ STAMP := .venv/.stamp
 
 export UV_PYTHON_DOWNLOADS := never
 export UV_SYSTEM_CERTS := 1
+# Python keeps what it compiles, whatever the machine says: each process that reads JAX's source
+# anew starts 7 s later, and the tests start hundreds.
+export PYTHONDONTWRITEBYTECODE :=
 
 # Prints the path of a Python that is new enough, or one sentence and failure.
 FIND_PYTHON = \
