@@ -93,7 +93,7 @@ start() {
 
 # What `start` leaves behind: waits for the command, and writes down how it ended.
 supervise() {
-  local child code=0
+  local child code
   cd "$home/src"
   printf '=== %s: code %s: %s\n' "$(date -u +%FT%TZ)" "$(code_stamp)" "$(tail -n 1 "$run/command.sh")"
   set -a
@@ -106,9 +106,9 @@ supervise() {
   bash "$run/command.sh" &
   child=$!
   echo "$child" >"$run/pid.new" && mv "$run/pid.new" "$run/pid"
-  while kill -0 "$child" 2>/dev/null; do
-    wait "$child" && code=0 || code=$?
-  done
+  # A signal ends a `wait` early; bash remembers the code of a child that has ended, however soon.
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+  wait "$child" && code=0 || code=$?
   printf '=== %s: exit code %s\n' "$(date -u +%FT%TZ)" "$code"
   echo "$code" >"$run/exit.new" && mv "$run/exit.new" "$run/exit"
 }

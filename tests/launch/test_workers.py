@@ -138,6 +138,16 @@ def test_the_exit_code_is_kept(cloud: Cloud, code: int) -> None:
     assert f"workers  1 of 1 exited with {code}" in cloud.launch("status").stdout
 
 
+def test_a_command_that_ends_before_it_is_waited_for_keeps_its_code(cloud: Cloud) -> None:
+    slow = '[[ $1 != */pid.new ]] || while kill -0 "$(cat "$1")"; do :; done 2>/dev/null'
+    cloud.program("worker-bin/mv", slow + '\nexec /bin/mv "$@"')
+    cloud.ready()
+    cloud.launch("run", "--", "no-such-command")
+    [home] = cloud.homes()
+    cloud.wait_for(home / "grok-launch" / "run" / "exit")
+    assert "workers  1 of 1 exited with 127" in cloud.launch("status").stdout
+
+
 def test_a_machine_that_was_restarted_has_lost_its_run(cloud: Cloud) -> None:
     cloud.ready()
     [home] = cloud.homes()
