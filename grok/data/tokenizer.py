@@ -160,7 +160,8 @@ def train_tokenizer(
     vocab_size: int,
     special: Sequence[str] = (),
 ) -> Tokenizer:
-    """Train a BPE tokenizer of exactly `vocab_size` pieces on text files, and write its model.
+    """Train a BPE tokenizer of exactly `vocab_size` pieces on text files, and write its model, in a
+    folder that is made where there is none.
 
     Ids 0 to 3 are padding, begin, end and unknown; then come runs of newlines, `special` texts that
     are one piece each, the 256 bytes (for characters too rare for a piece), and merges. Digits are
@@ -171,6 +172,7 @@ def train_tokenizer(
     texts = [read_text(path) for path in files]
     if not texts:
         raise DataError("no text files were given to train a tokenizer on; one would work.")
+    Path(out_path).parent.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -82,9 +82,10 @@ def test_training_twice_gives_the_same_bytes(source_file, tmp_path):
 
 
 def test_training_is_quiet_and_the_file_loads(source_file, tmp_path, capfd):
-    trained = train_tokenizer([source_file], tmp_path / "t.model", 600)
+    out = tmp_path / "new" / "t.model"
+    trained = train_tokenizer([source_file], out, 600)
     assert capfd.readouterr() == ("", "")
-    loaded = Tokenizer.load(tmp_path / "t.model")
+    loaded = Tokenizer.load(out)
     assert loaded.encode(SOURCE) == trained.encode(SOURCE)
 
 
