@@ -43,7 +43,7 @@ take_command() {
     eval "command=($before)" # written by `quoted`, below
   elif [[ $(quoted "${command[@]}") != "$before" ]]; then
     [[ ! -f $state_dir/babysit ]] ||
-      refuse "$LAUNCH_NAME is at another command ($before): go on with it by babysit.sh alone, or launch/stop.sh it"
+      refuse "$LAUNCH_NAME is at another command ($before): go on with it by $(typed babysit) alone, or $(typed stop) first"
     quoted "${command[@]}" >"$state_dir/command"
   fi
 }
@@ -51,7 +51,8 @@ take_command() {
 only_one_babysitter() {
   local other
   other=$(cat "$state_dir/babysit.pid" 2>/dev/null || true)
-  [[ -z $other ]] || ! kill -0 "$other" 2>/dev/null ||
+  # After a restart of this machine the number may be another process's.
+  [[ -z $other || $(ps -ww -o args= -p "$other") != *babysit.sh* ]] ||
     refuse "process $other on this machine babysits $LAUNCH_NAME already"
   echo $$ >"$state_dir/babysit.pid"
 }
@@ -114,7 +115,7 @@ wait_before_start() {
 
 start_run() {
   ((stalls < LAUNCH_MAX_STALLS)) ||
-    finish 1 "gave up $(reached): $(counted "$stalls" start) in a row brought nothing new. See launch/logs.sh --lines 100; where a spot slice is taken away $(advice)"
+    finish 1 "gave up $(reached): $(counted "$stalls" start) in a row brought nothing new. See $(typed logs) --lines 100; where a spot slice is taken away $(advice)"
   if [[ $pause ]] || ((stalls)); then wait_before_start; fi
   end_if_asked
   starts=$((starts + 1)) stalls=$((stalls + 1)) under_way=1 pause=''
@@ -172,7 +173,7 @@ act_on() {
   say "${verdict#* }"
   case $verdict in
     done*) finish 0 "done, $(reached)" ;;
-    refused*) finish "$exit_code" "not started again: something must be changed first, see launch/logs.sh" ;;
+    refused*) finish "$exit_code" "not started again: something must be changed first, see $(typed logs)" ;;
     lost*) if [[ $slice_state == ACTIVE ]]; then delete_lost_slice; fi ;;
     partial* | leaving*)
       ask_workers stop 0 || true

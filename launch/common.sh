@@ -47,6 +47,11 @@ parse_common() {
 
 no_more_args() { ((${#args[@]} == 0)) || refuse "what is '${args[0]}'? See $verb.sh --help"; }
 
+# How a verb is called here: by itself, or as a verb of the worked run that called this script.
+typed() {
+  if [[ ${LAUNCH_RUN:-} ]]; then echo "launch/runs/$LAUNCH_RUN.sh $1"; else echo "launch/$1.sh"; fi
+}
+
 # "1 worker", "4 workers".
 counted() { if (($1 == 1)); then echo "1 $2"; else echo "$1 $2s"; fi; }
 
@@ -56,13 +61,19 @@ call_verb() {
 }
 
 load_settings() {
-  [[ -f $settings ]] ||
-    refuse "no settings: cp $launch_dir/settings.env.example $settings, and edit that"
-  local name
+  local example=$launch_dir/settings.env.example name
   local -A given=()
+  [[ $settings == */* ]] || settings=./$settings # or `source` would search PATH for it
+  [[ -f $settings ]] || refuse "no settings: $(quoted cp "$example" "$settings"), and edit that"
   while read -r name; do given[$name]=${!name}; done < <(compgen -v LAUNCH_)
+  trap 'refuse "$settings cannot be read, see above; its lines are NAME=value, with no space around ="' EXIT
   # shellcheck source=launch/settings.env.example
   source "$settings"
+  trap - EXIT
+  while read -r name; do
+    [[ -n ${given[$name]+set} ]] || grep -q "^$name=" "$example" ||
+      refuse "$settings sets $name, which is no setting: see $example"
+  done < <(compgen -v LAUNCH_)
   for name in "${!given[@]}"; do printf -v "$name" %s "${given[$name]}"; done
   set_defaults
   check_settings
@@ -96,6 +107,11 @@ check_settings() {
   [[ $LAUNCH_MOUNT == no || -n $LAUNCH_BUCKET ]] || refuse "LAUNCH_MOUNT is yes, and LAUNCH_BUCKET names no bucket"
   check_form LAUNCH_INTERNAL_IPS '^(yes|no)$' 'it is yes or no'
   check_form LAUNCH_IAP '^(yes|no)$' 'it is yes or no'
+  for name in LAUNCH_WAIT_SECONDS LAUNCH_CALL_SECONDS LAUNCH_STOP_SECONDS LAUNCH_BAD_POLLS \
+    LAUNCH_BACKOFF_SECONDS LAUNCH_BACKOFF_MAX_SECONDS LAUNCH_MAX_STALLS; do
+    check_form "$name" '^(0|[1-9][0-9]*)$' 'it is a whole number'
+  done
+  check_form LAUNCH_POLL_SECONDS '^[0-9]+(\.[0-9]+)?$' 'it is a number of seconds'
   check_form LAUNCH_ENV '^[A-Za-z0-9_ ]*$' 'it lists names of variables and no values: "HF_TOKEN FOO"'
   accelerator_facts
 }
@@ -178,6 +194,7 @@ wait_for() {
 # Call after parse_common and after `command` is set.
 worked_run() {
   local called=${args[0]:-babysit}
+  export LAUNCH_RUN=$verb
   case $called in
     babysit | run) call_verb "$called" -- "${command[@]}" ;;
     up | setup | sync | logs | status | stop | down | cost | doctor) call_verb "${args[@]}" ;;
@@ -190,9 +207,9 @@ make_state_dir() {
   [[ $dry_run ]] || (umask 077 && mkdir -p "$state_dir")
 }
 
-# Lines `begin|end EPOCH ACCELERATOR SLICES PROVISIONING`, from which `cost` adds up.
+# Lines `begin|end EPOCH ACCELERATOR SLICES PROVISIONING ZONE`, from which `cost` adds up.
 note_history() {
   make_state_dir
-  local line="$1 $2 $LAUNCH_ACCELERATOR $LAUNCH_NODE_COUNT $LAUNCH_PROVISIONING"
+  local line="$1 $2 $LAUNCH_ACCELERATOR $LAUNCH_NODE_COUNT $LAUNCH_PROVISIONING $LAUNCH_ZONE"
   grep -qxF -- "$line" "$state_dir/history" 2>/dev/null || echo "$line" >>"$state_dir/history"
 }

@@ -7,13 +7,29 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# Adds up: every `begin` runs until the next `end`, or until now.
-chip_hours() {
-  awk -v now="$(date +%s)" -v chips="$((chips * LAUNCH_NODE_COUNT))" '
-    $1 == "begin" && !open { open = $2 }
-    $1 == "end" && open { seconds += $2 - open; open = 0 }
-    END { if (open) seconds += now - open; print seconds / 3600 * chips, open ? "up" : "down" }
-  ' "$state_dir/history" 2>/dev/null || echo 0 down
+# Prints `CHIPS LOW HIGH`: the chips of so many slices, and the prices of one chip for an hour.
+priced() {
+  local LAUNCH_ACCELERATOR=$1 LAUNCH_NODE_COUNT=$2 kind=on_demand low high
+  accelerator_facts
+  [[ $3 != spot ]] || kind=spot
+  low=PRICE_${generation}_${kind}_LOW high=PRICE_${generation}_${kind}_HIGH
+  [[ -n ${!low:-} && -n ${!high:-} ]] || refuse "$low and $high are not in $LAUNCH_PRICES"
+  echo "$((chips * LAUNCH_NODE_COUNT)) ${!low} ${!high}"
+}
+
+# Prints `up|down SECONDS CHIPS LOW HIGH` for every life of a slice: a `begin` and the next `end`.
+lives() {
+  local what at accelerator slices provisioning since='' price
+  while read -r what at accelerator slices provisioning _; do
+    if [[ $what == begin && -z $since ]]; then
+      since=$at
+      price=$(priced "$accelerator" "$slices" "$provisioning") || exit
+    elif [[ $what == end && $since ]]; then
+      echo "down $((at - since)) $price"
+      since=
+    fi
+  done <"$state_dir/history"
+  [[ -z $since ]] || echo "up $(($(date +%s) - since)) $price"
 }
 
 parse_common "$@"
@@ -22,22 +38,21 @@ load_settings
 [[ -f $LAUNCH_PRICES ]] || refuse "no prices at $LAUNCH_PRICES (LAUNCH_PRICES)"
 # shellcheck source=launch/prices.env
 source "$LAUNCH_PRICES"
-kind=on_demand
-[[ $LAUNCH_PROVISIONING != spot ]] || kind=spot
-low=PRICE_${generation}_${kind}_LOW high=PRICE_${generation}_${kind}_HIGH
-[[ -n ${!low:-} && -n ${!high:-} ]] || refuse "$low and $high are not in $LAUNCH_PRICES"
+now=$(priced "$LAUNCH_ACCELERATOR" "$LAUNCH_NODE_COUNT" "$LAUNCH_PROVISIONING")
+past=
+[[ ! -f $state_dir/history ]] || past=$(lives)
 
-read -r hours now < <(chip_hours)
-awk -v low="${!low}" -v high="${!high}" -v hours="$hours" -v chips="$((chips * LAUNCH_NODE_COUNT))" \
-  -v what="$LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR $LAUNCH_PROVISIONING" -v now="$now" \
+awk -v now="$now" -v what="$LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR $LAUNCH_PROVISIONING" \
   -v date="$PRICES_DATE" '
-  function usd(factor) {
-    return low == high ? sprintf("%.2f", low * factor) : sprintf("%.2f to %.2f", low * factor, high * factor)
+  function usd(low, high) {
+    return low == high ? sprintf("%.2f", low) : sprintf("%.2f to %.2f", low, high)
   }
-  BEGIN {
-    printf "slice    %s, %d chips, %s now\n", what, chips, now
-    printf "so far   %.1f chip-hours, USD %s\n", hours, usd(hours)
-    printf "a day    USD %s\n", usd(24 * chips)
-    printf "prices   USD %s a chip-hour, %s\n", usd(1), date
-  }'
+  NF { state = $1; hours += $2 * $3 / 3600; low += $2 * $3 / 3600 * $4; high += $2 * $3 / 3600 * $5 }
+  END {
+    split(now, price, " ")
+    printf "slice    %s, %d chips, %s now\n", what, price[1], state ? state : "down"
+    printf "so far   %.1f chip-hours, USD %s\n", hours, usd(low, high)
+    printf "a day    USD %s\n", usd(24 * price[1] * price[2], 24 * price[1] * price[3])
+    printf "prices   USD %s a chip-hour, %s\n", usd(price[2] + 0, price[3] + 0), date
+  }' <<<"$past"
 [[ $LAUNCH_PROVISIONING != reserved ]] || say "a reservation is paid for whether it is used or not"

@@ -21,6 +21,8 @@ check_programs() {
   for program in git tar awk ssh; do
     type -P "$program" >/dev/null || finding "there is no $program" "install it with the system's packages"
   done
+  git -C "$root" rev-parse --quiet --verify HEAD >/dev/null 2>&1 ||
+    finding "$root is no git repository" "git clone it: sync sends a commit"
   type -P timeout >/dev/null || type -P gtimeout >/dev/null ||
     finding "there is no timeout" "on a Mac: brew install coreutils"
   good "bash $BASH_VERSION"
@@ -106,10 +108,11 @@ check_bucket() {
 # What cannot be looked up in general: said, not checked.
 hints() {
   [[ $dry_run ]] && return
-  local kind="on-demand ${generation}"
-  [[ $LAUNCH_PROVISIONING != spot ]] || kind="preemptible ${generation}"
+  local kind=on-demand amount=$((chips * LAUNCH_NODE_COUNT)) unit=chips
+  [[ $LAUNCH_PROVISIONING != spot ]] || kind=preemptible
+  if [[ $generation == v4 || $generation == v5p ]]; then amount=$((amount * 2)) unit=cores; fi
   printf 'note %s\n       %s\n' \
-    "$((chips * LAUNCH_NODE_COUNT)) chips need as much quota for $kind chips (v4, v5p: cores) in $LAUNCH_ZONE" \
+    "this needs a quota of $amount $kind $generation $unit in $LAUNCH_ZONE, which is not looked up" \
     "gcloud alpha services quota list --service=tpu.googleapis.com --consumer=projects/$LAUNCH_PROJECT"
   [[ $LAUNCH_INTERNAL_IPS == no ]] ||
     printf 'note %s\n' "workers without external addresses need Cloud NAT to install packages"
@@ -140,3 +143,4 @@ fi
 check_ssh_key
 hints
 ((findings == 0)) || fail "$findings to fix"
+say "nothing to fix"

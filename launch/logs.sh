@@ -26,7 +26,7 @@ on_workers bash grok-launch/worker.sh logs "$lines" $follow
 if [[ $dry_run ]]; then
   quoted "${gcloud[@]}"
 elif [[ $follow ]]; then
-  exec "${gcloud[@]}"
+  exec "${gcloud[@]}" 2> >(tell_errors)
 else
   limited "${gcloud[@]}" 2> >(tell_errors) | sed '/^\[[^]]*\] @ ok$/d; s/ @ failed=/ /'
 fi

@@ -96,8 +96,8 @@ on_workers() {
 # Shows what gcloud says on the way to workers, without the lines of every time.
 tell_errors() {
   sed -e '/^S[CS][PH]: Attempting to connect/d' -e '/^Using s[cs][ph] batch size/d' \
-    -e "s|^.*NOT_FOUND.*|there is no slice $LAUNCH_NAME in $LAUNCH_ZONE: launch/up.sh makes it|" \
-    -e 's|^bash: .*worker.sh: No such file.*|a worker is not set up: launch/setup.sh does that|' >&2
+    -e "s|^.*NOT_FOUND.*|there is no slice $LAUNCH_NAME in $LAUNCH_ZONE: $(typed up) makes it|" \
+    -e "s|^bash: .*worker.sh: No such file.*|a worker is not set up: $(typed setup) does that|" >&2
 }
 
 # Copies files into a folder of every worker: FOLDER FILE...

@@ -41,10 +41,10 @@ write_what_travels() {
 
 refuse_a_second_run() {
   local report
-  ask_workers status || fail "all workers are needed; see launch/status.sh"
+  ask_workers status || fail "all workers are needed; see $(typed status)"
   for report in "${reports[@]}"; do
     [[ $(value_of state "$report") != running ]] ||
-      fail "a run is live on ${report%% *} (pid $(value_of pid "$report")): launch/stop.sh first"
+      fail "a run is live on ${report%% *} (pid $(value_of pid "$report")): $(typed stop) first"
   done
 }
 
@@ -58,4 +58,4 @@ refuse_a_second_run
 copy_to_workers grok-launch/incoming/ "$outgoing/command.sh" "$outgoing/env" "$outgoing/progress" ||
   fail "not all workers could be reached; nothing was started, the same command may be repeated"
 all_workers start
-say "started on $(counted "$workers" worker); see launch/logs.sh --follow and launch/status.sh"
+say "started on $(counted "$workers" worker); see $(typed logs) --follow and $(typed status)"

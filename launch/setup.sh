@@ -17,7 +17,7 @@ python_version=$(<"$root/.python-version")
 
 on_workers mkdir -p grok-launch/incoming
 run "${gcloud[@]}" 2> >(tell_errors) ||
-  fail "not all workers could be reached; is $LAUNCH_NAME up? See launch/status.sh"
+  fail "not all workers could be reached; is $LAUNCH_NAME up? See $(typed status)"
 copy_to_workers grok-launch/ "$launch_dir/worker.sh" "$launch_dir/progress.sh" "$root/requirements.lock" ||
   fail "not all workers could be reached; the same command may be repeated"
 mounted=

@@ -15,7 +15,7 @@ show_nodes() {
   while read -r node state health hosts_there created; do
     up=
     [[ -z $created ]] || up=", up $(duration $(($(date +%s) - created)))"
-    line node "$node $state $health, $hosts_there hosts$up"
+    line node "$node $state $health, $(counted "$hosts_there" host)$up"
   done < <(look_at_nodes)
 }
 

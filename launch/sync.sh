@@ -38,6 +38,6 @@ else
   [[ $dry_run ]] || echo "$stamp" >"$state_dir/stamp"
 fi
 copy_to_workers grok-launch/incoming/ "$state_dir/grok-$stamp.tar.gz" ||
-  fail "not all workers could be reached (was setup.sh run?); the same command may be repeated"
+  fail "not all workers could be reached (was $(typed setup) run?); the same command may be repeated"
 all_workers unpack "$stamp"
 say "$(counted "$workers" worker) at $stamp"

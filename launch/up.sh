@@ -28,7 +28,7 @@ replace() {
 nodes_are_ready() {
   local node state since nodes ready=1
   if [[ -n $slice_accelerator && $slice_accelerator != "$LAUNCH_ACCELERATOR" ]]; then
-    fail "$LAUNCH_NAME is a $slice_accelerator, not a $LAUNCH_ACCELERATOR: launch/down.sh first, or another LAUNCH_NAME"
+    fail "$LAUNCH_NAME is a $slice_accelerator, not a $LAUNCH_ACCELERATOR: $(typed down) first, or another LAUNCH_NAME"
   fi
   nodes=$(look_at_nodes)
   while read -r node state _ _ since; do

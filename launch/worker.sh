@@ -33,7 +33,7 @@ setup() {
   # All hosts of a slice do this at the same time: a TPU starts with all of them or not at all.
   local found
   found=$(timeout 300 python -c 'import jax; print(jax.local_device_count())') ||
-    failed "JAX found no TPU here in 300 s; 'launch/stop.sh --now' ends what may hold it"
+    failed "JAX found no TPU here in 300 s; 'stop --now' ends what may hold it"
   ((found == $3)) || failed "JAX sees $found devices here, expected $3"
   report "ok devices=$found python=$(python -c 'import platform; print(platform.python_version())')"
 }
@@ -51,7 +51,7 @@ install_gcsfuse() {
   curl --silent --show-error --fail "$at/doc/apt-key.gpg" | as_root tee "$keys" >/dev/null
   echo "deb [signed-by=$keys] $at gcsfuse-$(lsb_release -cs) main" |
     as_root tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-  as_root apt-get -qq update && as_root apt-get -qq install -y gcsfuse
+  as_root apt-get -qq update && as_root apt-get -qq -o DPkg::Lock::Timeout=300 install -y gcsfuse
 }
 
 install_code() {
@@ -63,7 +63,7 @@ install_code() {
 unpack() {
   local code=$home/code/$1
   not_under_a_run
-  [[ -x $home/.venv/bin/python ]] || failed "no environment here yet: launch/setup.sh makes it"
+  [[ -x $home/.venv/bin/python ]] || failed "no environment here yet: setup makes it"
   rm -rf "$home/code" && mkdir -p "$code" "$home/runs"
   tar -xzf "$home/incoming/grok-$1.tar.gz" -C "$code"
   rm -f "$home"/incoming/grok-*.tar.gz
@@ -75,7 +75,7 @@ unpack() {
 
 # start: runs incoming/command.sh detached, with the variables of incoming/env.
 start() {
-  [[ -e $home/src ]] || failed "no code here yet: launch/sync.sh brings it"
+  [[ -e $home/src ]] || failed "no code here yet: sync brings it"
   mkdir -p "$run"
   exec 9>>"$run/lock"
   flock -n 9 || failed "a run is live here (pid $(cat "$run/pid")): stop it first"
@@ -85,7 +85,7 @@ start() {
   setsid --fork bash "$home/worker.sh" supervise </dev/null >>"$run/log" 2>&1
   local tries=0
   until [[ -e $run/pid ]]; do
-    ((++tries < 200)) || failed "the run did not start: see launch/logs.sh"
+    ((++tries < 200)) || failed "the run did not start: see logs"
     sleep 0.05
   done
   report "ok pid=$(cat "$run/pid")"

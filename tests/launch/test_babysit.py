@@ -265,6 +265,17 @@ def test_two_babysitters_of_one_slice_are_refused(cloud: Cloud) -> None:
         cloud.launch("stop")
 
 
+def test_a_note_of_a_babysitter_before_a_restart_of_the_machine_holds_nobody_up(
+    cloud: Cloud,
+) -> None:
+    (cloud.folder / "state" / "t").mkdir(parents=True)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (cloud.folder / "state" / "t" / "babysit.pid").write_text(str(other.pid))
+        done = babysit(cloud)
+        other.kill()
+    assert done.returncode == 0, done.stderr
+
+
 def test_another_command_while_one_is_unfinished_is_refused(cloud: Cloud) -> None:
     cloud.plan(last="step 1; until_asked")
     with started(cloud) as process:

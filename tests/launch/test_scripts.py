@@ -73,6 +73,8 @@ def test_only_the_provider_calls_gcloud() -> None:
         ("LAUNCH_MOUNT", "yes", "LAUNCH_MOUNT is yes, and LAUNCH_BUCKET names no bucket"),
         ("LAUNCH_IAP", "true", "it is yes or no"),
         ("LAUNCH_ENV", "KEY=secret", "it lists names of variables and no values"),
+        ("LAUNCH_WAIT_SECONDS", "6h", "LAUNCH_WAIT_SECONDS is '6h'; it is a whole number"),
+        ("LAUNCH_POLL_SECONDS", "soon", "it is a number of seconds"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_anything_is_called(
@@ -84,9 +86,30 @@ def test_a_wrong_setting_is_refused_before_anything_is_called(
 
 
 def test_without_settings_the_way_to_get_them_is_said(cloud: Cloud) -> None:
-    done = cloud.launch("up", LAUNCH_SETTINGS="/nowhere/settings.env")
+    done = cloud.launch("up", LAUNCH_SETTINGS="/no where/settings.env")
     assert done.returncode == 2
-    assert "settings.env.example /nowhere/settings.env, and edit that" in done.stderr
+    assert "settings.env.example '/no where/settings.env', and edit that" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("LAUNCH_PROVISION=reserved", "sets LAUNCH_PROVISION, which is no setting: see "),
+        ("LAUNCH_LABELS = team=x", "its lines are NAME=value, with no space around ="),
+        ('LAUNCH_LABELS="team=x', "its lines are NAME=value, with no space around ="),
+    ],
+)
+def test_a_line_that_sets_nothing_is_refused(cloud: Cloud, line: str, said: str) -> None:
+    with cloud.settings_file.open("a") as settings:
+        settings.write(line + "\n")
+    done = cloud.launch("up")
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert said in done.stderr
+
+
+def test_settings_in_the_folder_of_the_call(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(cloud.folder)
+    assert cloud.launch("up", "--settings", cloud.settings_file.name).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -119,11 +142,13 @@ def test_cost_adds_up_the_lives_of_slices(cloud: Cloud) -> None:
     state = cloud.folder / "state" / "t"
     state.mkdir(parents=True)
     (state / "history").write_text(
-        "begin 1000 x\nbegin 1000 x\nend 4600 x\nbegin 10000 x\nend 17200 x\n"
+        "begin 1000 v5litepod-8 1 spot us-east5-a\nbegin 1000 v5litepod-8 1 spot us-east5-a\n"
+        "end 4600 v5litepod-8 1 spot us-east5-a\nbegin 10000 v5p-8 2 on-demand us-east5-a\n"
+        "end 17200 v5p-8 2 on-demand us-east5-a\n"
     )
     said = cloud.launch("cost").stdout
-    # 1 h and 2 h of 8 chips, at 0.25 to 0.60 a chip-hour.
-    assert "so far   24.0 chip-hours, USD 6.00 to 14.40" in said
+    # 1 h of 8 chips at 0.25 to 0.60 a chip-hour, and 2 h of twice 4 chips at 4.20.
+    assert "so far   24.0 chip-hours, USD 69.20 to 72.00" in said
     assert "a day    USD 48.00 to 115.20" in said
     assert "8 chips, down now" in said
     assert "2026-11-22" in said
@@ -174,20 +199,30 @@ def test_doctor_has_a_remedy_for_each_finding(cloud: Cloud, missing: str | None,
     assert done.returncode == (1 if missing else 0), done.stdout
     assert said in done.stdout
     assert done.stdout.count("FIX") == (1 if missing else 0)
+    assert ("1 to fix" if missing else "nothing to fix") in done.stderr
     assert "preemptible v5e chips" in done.stdout
 
 
 @pytest.mark.parametrize("verb", ["setup", "logs", "stop", "run"])
 def test_without_a_slice_the_way_to_get_one_is_said(cloud: Cloud, verb: str) -> None:
-    command = ["--", "grok"] if verb == "run" else []
+    command = {"run": ["--", "grok"], "logs": ["--follow"]}.get(verb, [])
     done = cloud.launch(verb, *command)
     assert done.returncode == 1
+    assert "NOT_FOUND" not in done.stderr
     assert "there is no slice t in us-east5-a: launch/up.sh makes it" in done.stderr
 
 
-def test_without_setup_the_need_of_it_is_said(cloud: Cloud) -> None:
-    cloud.existing("ACTIVE")
-    assert "launch/setup.sh does that" in cloud.launch("status").stderr
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("", "launch/setup.sh does that"),
+        ("runs/batch-v6e", "launch/runs/batch-v6e.sh setup does that"),
+    ],
+)
+def test_without_setup_the_need_of_it_is_said(cloud: Cloud, script: str, said: str) -> None:
+    cloud.existing("ACTIVE", name="grok-batch" if script else "t")
+    words = [script, "status"] if script else ["status"]
+    assert said in cloud.launch(*words, LAUNCH_BUCKET="gs://b").stderr
 
 
 @pytest.mark.parametrize("words", [["grok", "train"], []])

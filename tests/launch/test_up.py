@@ -155,6 +155,19 @@ def test_down_without_a_slice_says_so(cloud: Cloud) -> None:
     assert "there is no slice t in us-east5-a" in done.stderr
 
 
+def test_down_in_another_zone_than_up_names_the_slice_that_costs(cloud: Cloud) -> None:
+    assert cloud.launch("up").returncode == 0
+    absent = {"queued-resources describe": ["NOT_FOUND: Resource was not found"]}
+    cloud.script(failures=absent)
+    done = cloud.launch("down", LAUNCH_ZONE="us-central1-b")
+    assert done.returncode == 1
+    assert "the one made in us-east5-a may still cost: LAUNCH_ZONE=us-east5-a launch" in done.stderr
+
+    cloud.script(failures=absent)  # deleted in the console
+    assert cloud.launch("down").returncode == 0
+    assert "down now" in cloud.launch("cost").stdout
+
+
 def test_down_does_not_call_a_slice_gone_without_an_answer(cloud: Cloud) -> None:
     cloud.existing("ACTIVE")
     cloud.script(failures={"queued-resources describe": ["UNAVAILABLE"]})
