@@ -4,9 +4,9 @@
 #        launch/runs/continue-v5p.sh status
 #
 # Continued pretraining of the open weights on v5p 4x4x8: 128 chips, 32 hosts, a sequence of 8192 a
-# chip. The step was compiled for this slice ahead of time and fits; it has not been run on one. Reads
-# from the bucket: grok-1/ckpt-0, grok-1/tokenizer.model, data/train and data/held-out (prepared
-# datasets). Without a verb: babysit, until the run is done.
+# chip; on spot about USD 110 to 215 an hour. The step was compiled for this slice ahead of time and
+# fits; it has not been run on one. Reads from the bucket, in grok-1: ckpt-0, tokenizer.model, data/train
+# and data/held-out (datasets prepared with that tokenizer). Without a verb: babysit, until it is done.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
@@ -19,8 +19,8 @@ command=(
   grok train grok-1
   folder="$LAUNCH_BUCKET/runs/continue"
   train.init_from="$LAUNCH_BUCKET/grok-1/ckpt-0"
-  data.datasets='[{path: bucket/data/train, weight: 1}]'
-  data.validation_dataset=bucket/data/held-out
+  data.datasets='[{path: bucket/grok-1/data/train, weight: 1}]'
+  data.validation_dataset=bucket/grok-1/data/held-out
   data.tokenizer=bucket/grok-1/tokenizer.model
   data.sequence_length=8192 data.batch_size=128
   mesh.data=16 mesh.expert=8
