@@ -1,8 +1,13 @@
 """`grok sample`."""
 
+import contextlib
+import io
+import sys
 from pathlib import Path
 
 import click
+
+from grok.errors import ConfigError
 
 
 @click.command()
@@ -64,6 +69,10 @@ def sample(checkpoint, overrides, prompts, **chosen) -> None:
     from grok.infer.request import SamplingParams
 
     params = SamplingParams(**chosen)
+    if params.n > 1 and not prompts:
+        raise ConfigError(f"--n {params.n} needs --prompt: what is typed has one answer.")
+
+    _note("loading JAX")
     from grok.config_files import load_config
     from grok.infer.load import ONE_DEVICE, config_file
 
@@ -79,12 +88,27 @@ def sample(checkpoint, overrides, prompts, **chosen) -> None:
     from grok.infer.stream import converse, stream
 
     mesh = make_run_mesh(config)
+    _note(f"reading the weights at {checkpoint}, {config.model.param_dtype}")
     model, tokenizer = load_run(checkpoint, config, mesh)
     engine = Engine(model, tokenizer, mesh, config.engine)
+    _note("compiling")
     if prompts:
         stream(engine, tokenizer, prompts, params, click.echo)
     else:
+        engine.warm_up()
+        with contextlib.suppress(ImportError):
+            # Arrow keys move within what is typed, and a line may be of any length.
+            import readline  # noqa: F401
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # A stray byte does not end the conversation.
+            sys.stdin.reconfigure(errors="replace")
         converse(engine, tokenizer, params, _ask, click.echo)
+
+
+def _note(text: str) -> None:
+    """Says what takes time, where someone watches."""
+    if sys.stderr.isatty():
+        click.echo(text, err=True)
 
 
 def _ask() -> str | None:

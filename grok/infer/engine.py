@@ -22,7 +22,14 @@ from grok import sharding
 from grok.config import EngineConfig
 from grok.data.tokenizer import Tokenizer
 from grok.infer.answer import Answer
-from grok.infer.request import EngineStats, Output, Request, RequestError, TokenLogprobs
+from grok.infer.request import (
+    EngineStats,
+    Output,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenLogprobs,
+)
 from grok.infer.rows import Rows
 from grok.infer.sampling import Chosen
 from grok.infer.scheduler import Scheduler, Sequence, Step
@@ -108,7 +115,6 @@ class Engine:
             job.open[choice] = Sequence(request, choice, list(request.prompt), whole)
             self._scheduler.add(job.open[choice])
         self._jobs[request.id] = job
-        self._tokens_in += len(request.prompt)
 
     def cancel(self, request_id: str) -> None:
         """Ends a request, whose pages are free at once; one that is not in flight is no matter."""
@@ -165,6 +171,12 @@ class Engine:
             for request in requests:
                 self._end(request.id)
 
+    def warm_up(self) -> None:
+        """Answers once, so that its programs are compiled before anyone waits for them."""
+        request = Request("warm-up", (0,), SamplingParams(max_tokens=2, ignore_eos=True))
+        for _ in self.generate([request]):
+            pass
+
     def _run(self, step: Step) -> tuple[Chosen, jax.Array, jax.Array]:
         """One step on the devices."""
         size = self._page_size if step.prefill else 1
@@ -209,6 +221,8 @@ class Engine:
         answer = job.answers[sequence.choice]
         token = int(chosen.token_B[row])
         parts = chosen.logprob_B[row], chosen.top_BX[row], chosen.top_logprob_BX[row]
+        if len(sequence.tokens) == sequence.prompt_length and sequence.choice == 0:
+            self._tokens_in += sequence.prompt_length
         answer.add(_logprobs(token, params.logprobs or 0, *parts))
         sequence.tokens.append(token)
         self._tokens_out += 1
@@ -243,12 +257,17 @@ class Engine:
                     "tokenizer must be the one the model was trained with.",
                 )
         length = len(prompt) + params.max_tokens
+        if len(prompt) >= N:
+            raise RequestError(
+                "prompt",
+                f"a prompt of {len(prompt)} tokens leaves no room for a new one in the model's "
+                f"context of {N}; at most {N - 1} tokens fit.",
+            )
         if length > N:
             raise RequestError(
-                "max_tokens" if len(prompt) < N else "prompt",
+                "max_tokens",
                 f"a prompt of {len(prompt)} tokens with {params.max_tokens} new ones is longer "
-                f"than the model's context of {N}; at most {max(0, N - len(prompt))} new tokens "
-                "fit.",
+                f"than the model's context of {N}; at most {N - len(prompt)} new tokens fit.",
             )
         if length > self._pages * self._page_size:
             raise RequestError(

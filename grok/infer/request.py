@@ -162,7 +162,7 @@ class Output:
 class EngineStats:
     """What an engine has done since it was made, and holds now."""
 
-    tokens_in: int  # of prompts, those found in shared pages included
+    tokens_in: int  # of prompts that were read, those found in shared pages included
     tokens_shared: int  # of those, found in pages that were there already
     tokens_out: int
     preempted: int  # times that a sequence gave up its pages and was run again later

@@ -85,7 +85,7 @@ class Model:
         source = open_source(self._settings.weights, self.config)
         say(f"reading the weights at {self._settings.weights}, {self.config.param_dtype}")
         model = place(converted(source, self.config.param_dtype), self.mesh)
-        say(f"mesh {dict(self.mesh.shape)}; compiling as shapes come")
+        say(f"compiling for the mesh {dict(self.mesh.shape)}")
         return Engine(model, self.tokenizer, self.mesh, self._settings.engine)
 
 

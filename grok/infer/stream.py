@@ -60,28 +60,40 @@ def converse(
 ) -> None:
     """Continues what is typed, with all of what was typed and written before in front of it,
     until `ask` gives None; Ctrl-C ends an answer where it is. Pages of prompts that came before
-    are not computed again."""
-    text = ""
-    while (line := ask()) is not None:
-        prompt = text + line
-        request = Request(f"stream-{next(_numbers)}", tuple(tokenizer.encode(prompt)), params)
-        answer = ""
+    are not computed again; where they leave no room, what came before is forgotten."""
+    text, line = "", ask()
+    while line is not None:
         try:
-            with _interrupt() as interrupted:
-                outputs = engine.generate([request])
-                for output in itertools.takewhile(lambda _: not interrupted, outputs):
-                    if output.choice == 0:
-                        echo(output.text, nl=False)
-                        answer += output.text
-                outputs.close()
+            answer = _answer(engine, tokenizer, text + line, params, echo)
         except RequestError as error:
-            echo(str(error))
             if text:
-                echo("What came before is forgotten; the line may be typed again.")
-            text = ""
-            continue
-        echo("")
-        text = prompt + answer + "\n"
+                echo("What came before leaves no room for more, and is forgotten.")
+                text = ""
+                continue
+            echo(str(error))
+        else:
+            text += f"{line}{answer}\n"
+        line = ask()
+
+
+def _answer(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompt: str,
+    params: SamplingParams,
+    echo: Callable[..., None],
+) -> str:
+    """Writes the continuation of a prompt as it comes; all of it, or what came before Ctrl-C."""
+    request = Request(f"stream-{next(_numbers)}", tuple(tokenizer.encode(prompt)), params)
+    pieces = []
+    with _interrupt() as interrupted:
+        outputs = engine.generate([request])
+        for output in itertools.takewhile(lambda _: not interrupted, outputs):
+            echo(output.text, nl=False)
+            pieces.append(output.text)
+        outputs.close()
+    echo("")
+    return "".join(pieces)
 
 
 @contextlib.contextmanager

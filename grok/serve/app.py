@@ -279,7 +279,10 @@ class App:
 
     def _refuse_route(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return self._error(request, error.status_code, f"{error.detail}: {request.url.path:.200}")
+        message = f"{error.detail}: {request.url.path:.200}"
+        response = self._error(request, error.status_code, message)
+        response.headers.update(error.headers or {})
+        return response
 
     def _refuse_broken(self, request: Request, _: Exception) -> Response:
         return self._error(request, 503, "the engine has broken down.")

@@ -1,16 +1,16 @@
 """From a config to a server that answers."""
 
 import os
+import signal
 import socket
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 import click
 import uvicorn
 
 from grok import storage
 from grok.errors import ConfigError, GrokError
-from grok.infer.request import Request, SamplingParams
 from grok.infer.start import Model
 from grok.serve.app import App
 from grok.serve.config import ServeConfig
@@ -28,8 +28,7 @@ def run(config: ServeConfig) -> None:
     model = Model(config)
     name = config.name or Path(config.weights.rstrip("/")).name
     engine = model.engine(lambda text: click.echo(text, err=True))
-    click.echo("compiling", err=True)
-    warm_up(engine)
+    engine.warm_up()
     broken: list[BaseException] = []
 
     def stop(error: BaseException) -> None:
@@ -65,16 +64,25 @@ def bind(config: ServeConfig) -> socket.socket:
     return place
 
 
-def warm_up(engine: Any) -> None:
-    """Has the engine answer once, so that its programs are compiled before anyone waits."""
-    engine.submit(Request("warm-up", (0,), SamplingParams(max_tokens=2, ignore_eos=True)))
-    while engine.unfinished:
-        engine.step()
+class _Server(uvicorn.Server):
+    """Asked to stop once it answers what is under way, and says so; twice, the process ends."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Takes SIGINT or SIGTERM."""
+        super().handle_exit(sig, frame)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        # Straight to the descriptor: the signal may have come in the middle of a print.
+        os.write(
+            2,
+            b"\nstopping when requests under way are answered, in %d s at most; once more stops "
+            b"at once\n" % STOP_SECONDS,
+        )
 
 
 def make_server(app: App) -> uvicorn.Server:
     """The HTTP server of an application, to be run on a bound socket."""
-    return uvicorn.Server(
+    return _Server(
         uvicorn.Config(
             app.asgi,
             log_level="warning",

@@ -52,3 +52,7 @@ def test_sampling_from_what_is_no_run(tmp_path):
 def test_sampling_before_the_first_checkpoint(tiny_run, tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(tiny_run))
     assert "has no finished checkpoint" in refusal("sample", str(tmp_path), "--prompt", "x")
+
+
+def test_several_answers_to_what_is_typed():
+    assert "--n 2 needs --prompt" in refusal("sample", "run", "--n", "2")

@@ -209,6 +209,15 @@ def test_requests_that_are_left_early_end(engine):
     assert (engine.unfinished, engine.stats.pages_used) == (0, 0)
 
 
+def test_tokens_of_a_prompt_are_counted_when_it_is_read(engine):
+    before = engine.stats.tokens_in
+    engine.submit(Request("a", (5, 6, 7), dataclasses.replace(FEW, n=2)))
+    assert engine.stats.tokens_in == before
+    while engine.unfinished:
+        engine.step()
+    assert engine.stats.tokens_in == before + 3
+
+
 def test_a_step_writes_into_the_cache_that_it_was_given(engine):
     def places() -> list[int]:
         shards = engine._cache.kv_LPSK2H.addressable_shards
@@ -225,6 +234,7 @@ def test_a_step_writes_into_the_cache_that_it_was_given(engine):
         ((), {}, "prompt", "the prompt is empty"),
         ((320,), {}, "prompt", "token 320 and the model's vocabulary 320"),
         ((1,) * 125, {"max_tokens": 8}, "max_tokens", "at most 3 new tokens"),
+        ((1,) * 128, {}, "prompt", "at most 127 tokens fit"),
         ((1,), {"stop": ("x",)}, "stop", "need a tokenizer"),
         ((1,), {"allowed_token_ids": (5,), "banned_token_ids": (5,)}, "allowed_token_ids", "leav"),
     ],

@@ -59,14 +59,12 @@ def test_each_line_continues_all_before_it():
     assert engine.prompts == ["ab", "ab<2>\ncd"]
 
 
-def test_what_no_longer_fits_is_forgotten():
+def test_where_what_came_before_leaves_no_room_the_line_is_continued_without_it():
     engine = Lengths()
-    shown = conversation(engine, "abcdefgh", "ij", "kl", "m" * 11)
-    assert shown.startswith("<8>\nit is too long.\nWhat came before is forgotten")
-    assert shown.endswith(
-        "<2>\nit is too long.\nWhat came before is forgotten; the line may be typed again.\n"
-    )
-    assert engine.prompts == ["abcdefgh", "kl"]
+    shown = conversation(engine, "abcdefgh", "ij", "kl", "m" * 11, "n")
+    forgotten = "What came before leaves no room for more, and is forgotten.\n"
+    assert shown == f"<8>\n{forgotten}<2>\n<8>\n{forgotten}it is too long.\n<1>\n"
+    assert engine.prompts == ["abcdefgh", "ij", "ij<2>\nkl", "n"]
 
 
 def test_an_interrupt_ends_the_answer_and_not_the_conversation():

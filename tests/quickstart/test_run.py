@@ -1,6 +1,7 @@
 """The quickstart from end to end with few steps, and then the commands of README, as printed."""
 
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -90,6 +91,26 @@ def test_the_commands_of_readme_work_one_after_the_other(home: Path):
         )
         assert (done.returncode, done.stderr) == (0, ""), command
         assert done.stdout, command
+
+
+def test_a_conversation_says_what_takes_time_and_goes_on_after_a_stray_byte(home: Path):
+    terminal, end = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "grok", "sample", "runs/quickstart", "--max-tokens", "3"],
+        cwd=home,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict", "XLA_FLAGS": ""},
+        input=b"The\nstray \xff\nnext\n",
+        stdout=subprocess.PIPE,
+        stderr=end,
+    )
+    told = os.read(terminal, 4096).decode().split("\r\n")
+    assert told == [
+        "loading JAX",
+        "reading the weights at runs/quickstart, float32",
+        "compiling",
+        "",
+    ]
+    assert (done.returncode, done.stdout.decode().count("> ")) == (0, 4)
 
 
 def test_the_python_of_readme_works():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -72,7 +73,9 @@ def serving(tokenizer: Tokenizer, keys: list[str], **settings) -> Iterator[Simpl
     client = openai.OpenAI(api_key=KEY, base_url=f"{url}/v1", max_retries=0)
     http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"})
     with client, http:
-        yield SimpleNamespace(client=client, http=http, engine=engine, worker=worker, url=url)
+        yield SimpleNamespace(
+            client=client, http=http, engine=engine, worker=worker, url=url, app=app
+        )
         engine.gate.set()
     server.should_exit = True
     thread.join()
@@ -299,6 +302,21 @@ def test_more_requests_than_the_queue_holds_are_sent_away(server):
     server.engine.gate.set()
     assert [len(list(stream)) for stream in streams] == [2, 2]
     wait_until(lambda: server.worker.live == 0)
+
+
+def test_another_method_is_refused_with_the_right_one(server):
+    answer = server.http.get("/v1/completions")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+
+
+def test_asked_to_stop_it_says_so_and_asked_again_ends_at_once(server, monkeypatch, capfd):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    asked = make_server(server.app)
+    asked.handle_exit(signal.SIGTERM, None)
+    assert asked.should_exit
+    assert handlers == dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_DFL)
+    assert "stopping when requests under way are answered" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("stream", [True, False])
