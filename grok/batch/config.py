@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from grok.config.numbers import Count, CountOrZero
+from grok.errors import ConfigError
 from grok.infer.config import InferConfig
 
 
@@ -26,3 +27,7 @@ class BatchConfig(InferConfig):
     seed: Annotated[
         CountOrZero, Field(description="with its place it seeds a request that gives no seed")
     ] = 0
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise ConfigError("input names no files; input=[prompts.jsonl] would work.")

@@ -29,7 +29,7 @@ class Display:
             console=self._console,
             disable=quiet or not self._watched,
         )
-        self._task = self._progress.add_task("", total=requests, completed=done, note="")
+        self._task = self._progress.add_task("", total=requests, completed=done, note="compiling")
         self._said = time.monotonic()
 
     def __enter__(self) -> "Display":

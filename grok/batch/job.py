@@ -101,15 +101,25 @@ def _expand(patterns: Sequence[str]) -> list[str]:
             found.append(pattern)
             continue
         if storage.is_remote(pattern):
-            with storage.errors(pattern):
-                system, inside = storage.remote(pattern)
-                matches = [f"gs://{name}" for name in sorted(system.glob(inside))]
+            matches = _matches(pattern)
         else:
             matches = sorted(glob.glob(pattern, recursive=True))
         if not matches:
             raise DataError(f"input {pattern} matches no files; one that does would work.")
         found += matches
     return found
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files at gs:// that a pattern stands for; none where there is no such bucket."""
+    try:
+        with storage.errors(pattern):
+            system, inside = storage.remote(pattern)
+            return [f"gs://{name}" for name in sorted(system.glob(inside))]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"input {pattern} cannot be listed: {storage.reason(error)}.") from error
 
 
 class Folder:

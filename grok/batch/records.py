@@ -97,7 +97,12 @@ def _data(record: RawRecord) -> Mapping[str, Any]:
     if isinstance(record.data, bytes):
         return parse(record.data)
     # Of a Parquet file every row has every column; what is null is not there.
-    return {name: value for name, value in record.data.items() if value is not None}
+    return {name: _number(value) for name, value in record.data.items() if value is not None}
+
+
+def _number(value: Any) -> Any:
+    """A value of Parquet: pandas writes whole numbers as floats where the column has nulls."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _call(data: Mapping[str, Any], openai: bool, reader: BodyReader) -> Call:

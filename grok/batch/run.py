@@ -179,12 +179,21 @@ def run(config: BatchConfig, replica: Replica) -> None:
             work.run(missing, stop, display)
     if replica.writes and len(folder.done()) == len(found.starts):
         summary = folder.summarise(found)
-        tell(
-            f"{summary['answered']:,} of {summary['requests']:,} requests answered, "
-            f"{summary['failed']:,} failed: see {config.output}"
-        )
+        tell(_total(summary, config.output))
     else:
         tell("this share is done; other processes have theirs")
+
+
+def _total(summary: dict[str, Any], output: str) -> str:
+    """What came of a job, in a few words."""
+    failures = sorted(summary.get("failures", {}).items(), key=lambda pair: -pair[1])
+    reasons = [f"{name} {count:,}" for name, count in failures]
+    why = f" ({', '.join(reasons)})" if reasons else ""
+    return (
+        f"{summary['answered']:,} of {summary['requests']:,} requests answered, "
+        f"{summary['failed']:,} failed{why}; {summary['prompt_tokens']:,} tokens in, "
+        f"{summary['completion_tokens']:,} out: see {output}"
+    )
 
 
 def _silent(text: str) -> None:

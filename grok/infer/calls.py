@@ -2,6 +2,7 @@
 of the engine."""
 
 import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -173,10 +174,9 @@ class BodyReader:
 def _refuse_unknown(body: Mapping[str, Any], known: set[str]) -> None:
     for name in body:
         if name not in known:
-            raise RequestError(
-                name,
-                f"there is no parameter {name!r:.60} here; there are {', '.join(sorted(known))}.",
-            )
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.8)
+            right = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}."
+            raise RequestError(name, f"there is no parameter {name!r:.60} here; {right}")
 
 
 def _messages(given: Any) -> list[dict[str, Any]]:

@@ -83,10 +83,10 @@ def len_of(line: dict) -> int:
 
 
 def test_what_is_wrong_with_a_request_is_said_of_it_and_the_job_goes_on(
-    config, tmp_path, monkeypatch
+    config, tmp_path, monkeypatch, capsys
 ):
     bad = {
-        b'{"prompt": "The", "temprature": 1}': ("temprature", "there is no parameter"),
+        b'{"prompt": "The", "temprature": 1}': ("temprature", "did you mean temperature?"),
         b'{"prompt": "The", "temperature": "hot"}': ("temperature", "should be a number from 0"),
         b'{"prompt": "The", "max_tokens": 3.5}': ("max_tokens", "should be a whole number from 1"),
         b'{"prompt": "The", "max_tokens": 500}': ("max_tokens", "longer than the model's context"),
@@ -119,6 +119,11 @@ def test_what_is_wrong_with_a_request_is_said_of_it_and_the_job_goes_on(
     assert (summary["answered"], summary["failed"]) == (1, len(bad))
     assert summary["failures"]["record"] == 3
     assert summary["failures"]["unknown parameter"] == 1
+    said = capsys.readouterr().out
+    assert (
+        f"1 of {len(bad) + 1} requests answered, {len(bad)} failed (prompt 5, record 3, max" in said
+    )
+    assert f"; {summary['prompt_tokens']} tokens in, 5 out: see {config.output}\n" in said
 
 
 def test_batch_files_of_openai(config, tmp_path, monkeypatch):
@@ -171,7 +176,17 @@ def test_files_of_all_kinds_and_a_bucket_give_the_same_answers(config, tmp_path,
         text = b"".join(
             storage.read_bytes(f"gs://bucket/out/answers/{number:06d}.jsonl") for number in range(3)
         )
+        nowhere = dataclasses.replace(config, input=("gs://other/*.jsonl",))
+        with pytest.raises(DataError, match=r"gs://other/\*.jsonl matches no files"):
+            answer(nowhere, monkeypatch)
     assert [json.loads(line) for line in text.splitlines()] == expected
+
+
+def test_columns_of_parquet_with_nulls_have_floats(config, tmp_path, monkeypatch):
+    columns = {"prompt": ["The", "A"], "max_tokens": [2.0, None], "temperature": [0.5, 1.0]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet")
+    job = dataclasses.replace(config, input=(str(tmp_path / "in.parquet"),))
+    assert [len_of(line) for line in answer(job, monkeypatch)] == [2, 5]
 
 
 @pytest.fixture
@@ -290,6 +305,7 @@ def test_an_output_that_is_a_file_is_refused(config, tmp_path, monkeypatch):
         ("sampling.min_tokens=500", "sampling.min_tokens=500 is more than max_tokens=128"),
         ("sampling.temprature=1", "did you mean sampling.temperature"),
         ("replica=hosts", "replica must be 'host' or 'all'"),
+        ("input=[]", "input names no files"),
         ("output=3", 'output must be text, not 3; did you mean "3"'),
     ],
 )
