@@ -196,7 +196,10 @@ worked_run() {
   local called=${args[0]:-babysit}
   export LAUNCH_RUN=$verb
   case $called in
-    babysit | run) call_verb "$called" -- "${command[@]}" ;;
+    babysit | run)
+      [[ $LAUNCH_BUCKET ]] || refuse "LAUNCH_BUCKET names no bucket, where this run reads and writes"
+      call_verb "$called" -- "${command[@]}"
+      ;;
     up | setup | sync | logs | status | stop | down | cost | doctor) call_verb "${args[@]}" ;;
     *) refuse "there is no verb '$called': see the table in launch/README.md" ;;
   esac

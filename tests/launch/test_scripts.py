@@ -232,6 +232,12 @@ def test_a_command_without_dashes_is_pointed_to_them(cloud: Cloud, words: list[s
     assert "what to run comes after --, as in: launch/run.sh -- grok train" in done.stderr
 
 
+def test_a_worked_run_needs_a_bucket(cloud: Cloud) -> None:
+    done = cloud.launch("runs/batch-v6e")
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert "LAUNCH_BUCKET names no bucket, where this run reads and writes" in done.stderr
+
+
 def test_a_worked_run_knows_its_verbs(cloud: Cloud) -> None:
     done = cloud.launch("runs/batch-v6e", "fly", LAUNCH_BUCKET="gs://b")
     assert (done.returncode, cloud.calls()) == (2, [])
