@@ -43,7 +43,7 @@ take_command() {
     eval "command=($before)" # written by `quoted`, below
   elif [[ $(quoted "${command[@]}") != "$before" ]]; then
     [[ ! -f $state_dir/babysit ]] ||
-      refuse "$LAUNCH_NAME is at another command ($before): go on with it by $(typed babysit) alone, or $(typed stop) first"
+      refuse "$LAUNCH_NAME is at another command ($before): call it as before, or $(typed stop) first"
     quoted "${command[@]}" >"$state_dir/command"
   fi
 }

@@ -45,7 +45,10 @@ parse_common() {
   done
 }
 
-no_more_args() { ((${#args[@]} == 0)) || refuse "what is '${args[0]}'? See $verb.sh --help"; }
+no_more_args() {
+  local words=("${args[@]}" "${command[@]}")
+  ((${#words[@]} == 0)) || refuse "what is '${words[0]}'? See $verb.sh --help"
+}
 
 # How a verb is called here: by itself, or as a verb of the worked run that called this script.
 typed() {
@@ -190,17 +193,25 @@ wait_for() {
   sleep "$LAUNCH_POLL_SECONDS"
 }
 
-# What launch/runs/*.sh share: a verb with that run's settings and, where it takes one, its command.
-# Call after parse_common and after `command` is set.
+# What launch/runs/*.sh share: a verb with that run's settings and, where it takes one, its command,
+# which is given here, and what the user adds to it after --. Call after load_settings.
 worked_run() {
   local called=${args[0]:-babysit}
   export LAUNCH_RUN=$verb
   case $called in
     babysit | run)
+      ((${#args[@]} <= 1)) || refuse "what is '${args[1]}'? See $verb.sh --help"
+      local word
+      for word in "${command[@]}"; do
+        [[ $word == *=* ]] || refuse "what is '$word'? This run has its command, and takes KEY=VALUE after --"
+      done
       [[ $LAUNCH_BUCKET ]] || refuse "LAUNCH_BUCKET names no bucket, where this run reads and writes"
-      call_verb "$called" -- "${command[@]}"
+      call_verb "$called" -- "$@" "${command[@]}"
       ;;
-    up | setup | sync | logs | status | stop | down | cost | doctor) call_verb "${args[@]}" ;;
+    up | setup | sync | logs | status | stop | down | cost | doctor)
+      ((${#command[@]} == 0)) || refuse "only babysit and run take what comes after --"
+      call_verb "${args[@]}"
+      ;;
     *) refuse "there is no verb '$called': see the table in launch/README.md" ;;
   esac
 }

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Usage: launch/runs/pretrain-v5e.sh [VERB [OPTION]...]
-#        launch/runs/pretrain-v5e.sh
+# Usage: launch/runs/pretrain-v5e.sh [VERB [OPTION]...] [-- KEY=VALUE...]
+#        launch/runs/pretrain-v5e.sh -- train.steps=2000
 #        launch/runs/pretrain-v5e.sh logs --follow
 #
 # Pretraining the ladder's model of 1 B parameters on v5e-8 spot: one host, 8 chips, about USD 2 to 5
 # an hour. Reads from the bucket: data/tokenizer.model, data/train and data/held-out (prepared
-# datasets). Without a verb: babysit, until the run is done.
+# datasets). Without a verb: babysit, until the run is done. Keys after -- are added to its command.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
@@ -14,16 +14,14 @@ export LAUNCH_NAME=grok-pretrain LAUNCH_ACCELERATOR=v5litepod-8 LAUNCH_RUNTIME='
 export LAUNCH_PROVISIONING=spot LAUNCH_MOUNT=yes
 load_settings
 
-command=(
-  grok train grok-1b
-  folder="$LAUNCH_BUCKET/runs/pretrain"
-  data.datasets='[{path: bucket/data/train, weight: 1}]'
-  data.validation_dataset=bucket/data/held-out
-  data.tokenizer=bucket/data/tokenizer.model
-  data.sequence_length=4096 data.batch_size=32
-  mesh.data=8
-  optimizer.peak_lr=4e-4 optimizer.warmup_steps=1000
-  train.steps=50000 train.router_balance_loss=0.01 train.eval_every=1000
+worked_run \
+  grok train grok-1b \
+  folder="$LAUNCH_BUCKET/runs/pretrain" \
+  data.datasets='[{path: bucket/data/train, weight: 1}]' \
+  data.validation_dataset=bucket/data/held-out \
+  data.tokenizer=bucket/data/tokenizer.model \
+  data.sequence_length=4096 data.batch_size=32 \
+  mesh.data=8 \
+  optimizer.peak_lr=4e-4 optimizer.warmup_steps=1000 \
+  train.steps=50000 train.router_balance_loss=0.01 train.eval_every=1000 \
   checkpoint.every=200 checkpoint.keep=2
-)
-worked_run

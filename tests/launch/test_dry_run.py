@@ -14,9 +14,9 @@ RUNS = ("continue-v5p", "pretrain-v5e", "batch-v6e")
 VERBS = ("up", "setup", "sync", "status", "logs", "stop", "down", "cost", "doctor")
 
 
-def dry_run(cloud: Cloud, *words: str) -> str:
+def dry_run(cloud: Cloud, verb: str, *words: str) -> str:
     example = str(cloud.checkout / "launch" / "settings.env.example")
-    done = cloud.launch(*words, "--dry-run", "--settings", example, LAUNCH_STATE="STATE")
+    done = cloud.launch(verb, "--dry-run", "--settings", example, *words, LAUNCH_STATE="STATE")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     commit = git(cloud.checkout, "rev-parse", "HEAD")
@@ -42,6 +42,11 @@ def test_any_verb_with_the_settings_of_a_worked_run(cloud: Cloud, run: str) -> N
     text = dry_run(cloud, f"runs/{run}", "logs", "--follow")
     assert f"queued-resources ssh {name[1]} " in text
     assert "worker.sh logs 20 follow" in text
+
+
+def test_keys_are_added_to_the_command_of_a_worked_run(cloud: Cloud) -> None:
+    text = dry_run(cloud, "runs/pretrain-v5e", "run", "--", "train.steps=2000")
+    assert "checkpoint.keep=2 train.steps=2000\n" in text
 
 
 @pytest.mark.parametrize("verb", VERBS)

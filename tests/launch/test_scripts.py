@@ -232,6 +232,22 @@ def test_a_command_without_dashes_is_pointed_to_them(cloud: Cloud, words: list[s
     assert "what to run comes after --, as in: launch/run.sh -- grok train" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--", "grok", "train"], "what is 'grok'? This run has its command"),
+        (["run", "train.steps=9"], "what is 'train.steps=9'? See pretrain-v5e.sh --help"),
+        (["status", "--", "train.steps=9"], "only babysit and run take what comes after --"),
+    ],
+)
+def test_a_worked_run_refuses_what_it_would_not_heed(
+    cloud: Cloud, words: list[str], said: str
+) -> None:
+    done = cloud.launch("runs/pretrain-v5e", *words, LAUNCH_BUCKET="gs://b")
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert said in done.stderr
+
+
 def test_a_worked_run_needs_a_bucket(cloud: Cloud) -> None:
     done = cloud.launch("runs/batch-v6e")
     assert (done.returncode, cloud.calls()) == (2, [])
