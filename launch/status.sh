@@ -2,7 +2,7 @@
 # Usage: launch/status.sh
 #
 # What there is now: the slice and its nodes, what runs on the workers, the newest step and loss, or
-# how many shards of a batch are whole.
+# how many shards of a batch are whole. Exits with 0 where the cloud has answered.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
@@ -42,6 +42,7 @@ if [[ $dry_run ]]; then
   exit
 fi
 line slice "$LAUNCH_NAME $LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR $LAUNCH_PROVISIONING $LAUNCH_ZONE $slice_state${slice_message:+: $slice_message}"
+[[ $slice_state != UNKNOWN ]] || exit 1
 [[ $slice_state == ACTIVE ]] || exit 0
 show_nodes
 ask_workers status || true

@@ -90,7 +90,9 @@ def test_without_a_login_that_is_what_is_said(cloud: Cloud) -> None:
         "You do not currently have an active account selected.\nPlease run:\n\n"
         "  $ gcloud auth login\n\nto obtain new credentials."
     )
-    cloud.script(failures={"queued-resources describe": [error] * 3})
+    cloud.script(failures={"queued-resources describe": [error] * 4})
+    status = cloud.launch("status")
+    assert (status.returncode, "UNKNOWN: You do not " in status.stdout) == (1, True)
     done = cloud.launch("up")
     assert done.returncode == 1
     said = "You do not currently have an active account selected. (gcloud auth login)"
