@@ -32,7 +32,7 @@ def test_requests_that_the_real_gcloud_makes(cloud: Cloud, tmp_path: Path) -> No
         assert "waiting for t to be ready: PROVISIONING" in up.stderr
         assert "t is ready: 2 x v5p-32, 8 workers, 32 chips" in up.stderr
         history = (cloud.folder / "state" / "t" / "history").read_text()
-        assert history == "begin 1795334400 v5p-32 2 spot\n"
+        assert history == "begin 1795334400 v5p-32 2 spot us-east5-a\n"
         down = cloud.launch("down", timeout=300, **environment)
         assert down.returncode == 0, down.stderr
         status = cloud.launch("status", timeout=300, **environment)
