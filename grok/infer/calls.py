@@ -172,8 +172,9 @@ class BodyReader:
 
 
 def _refuse_unknown(body: Mapping[str, Any], known: set[str]) -> None:
-    for name in body:
-        if name not in known:
+    for name, value in body.items():
+        # Clients send null for what they leave open.
+        if name not in known and value is not None:
             near = difflib.get_close_matches(name, known, 1, cutoff=0.8)
             right = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}."
             raise RequestError(name, f"there is no parameter {name!r:.60} here; {right}")

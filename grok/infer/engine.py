@@ -286,10 +286,11 @@ class Engine:
                 "would work.",
             )
         if self._rows.bans(params, early=params.min_tokens > 0).all():
+            name = "allowed_token_ids" if params.allowed_token_ids else "banned_token_ids"
             raise RequestError(
-                "allowed_token_ids",
-                f"allowed_token_ids={list(params.allowed_token_ids)} leaves no token that is "
-                "neither banned nor an end; another token would work.",
+                name,
+                f"{name} leaves no token that is neither banned nor an end; one such token would "
+                "work.",
             )
 
 

@@ -237,6 +237,7 @@ def test_a_step_writes_into_the_cache_that_it_was_given(engine):
         ((1,) * 128, {}, "prompt", "at most 127 tokens fit"),
         ((1,), {"stop": ("x",)}, "stop", "need a tokenizer"),
         ((1,), {"allowed_token_ids": (5,), "banned_token_ids": (5,)}, "allowed_token_ids", "leav"),
+        ((1,), {"banned_token_ids": tuple(range(320))}, "banned_token_ids", "leaves no token"),
     ],
 )
 def test_requests_that_cannot_work_are_refused(engine, prompt, params, parameter, words):

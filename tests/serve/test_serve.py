@@ -304,6 +304,12 @@ def test_more_requests_than_the_queue_holds_are_sent_away(server):
     wait_until(lambda: server.worker.live == 0)
 
 
+def test_null_stands_for_a_parameter_that_is_not_there(server):
+    open_ones = {"logit_bias": None, "stop": None, "seed": None}
+    answer = server.http.post("/v1/completions", json={**GOOD, **open_ones})
+    assert answer.json()["usage"]["completion_tokens"] == 2
+
+
 def test_another_method_is_refused_with_the_right_one(server):
     answer = server.http.get("/v1/completions")
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
