@@ -94,7 +94,7 @@ class Cloud:
         self._cloud: dict[str, Any] = {
             "slice": None, "created": 0, "hosts": 1, "lives": [["ACTIVE"]], "failures": {},
             "ssh": {}, "message": "", "preempt_at": [], "worker_environment": {},
-            "metrics": str(self.run_folder / "metrics.jsonl"),
+            "metrics": str(self.run_folder / "metrics.jsonl"), "checkpoints": "",
         }  # fmt: skip
         self._save()
         self.environment = {

@@ -152,6 +152,10 @@ def describe(cloud: dict, slice_: dict) -> int:
 
 
 def newest_step(cloud: dict) -> int:
+    """The newest that is saved, where the test names a folder of checkpoints; else that is done."""
+    if cloud["checkpoints"]:
+        saved = (path.name for path in Path(cloud["checkpoints"]).glob("*"))
+        return max((int(name) for name in saved if name.isdecimal()), default=-1)
     path = Path(cloud["metrics"])
     lines = path.read_text().splitlines() if path.exists() else []
     steps = [json.loads(line)["step"] for line in lines if line.endswith("}") and "loss" in line]

@@ -21,7 +21,7 @@ def test_three_preemptions_of_a_real_run(cloud: Cloud, tiny_run: RunConfig) -> N
     config = cloud.folder / "tiny.yaml"
     config.write_text(json.dumps(to_dict(tiny_run)))
     mesh = ["mesh.data=2", "mesh.expert=1", "mesh.tensor=1", "mesh.simulated_devices=2"]
-    words = [*mesh, "train.steps=40", "checkpoint.every=5", f"folder={cloud.run_folder}"]
+    words = [*mesh, "train.steps=400", "checkpoint.every=20", f"folder={cloud.run_folder}"]
     environment = {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
@@ -32,17 +32,23 @@ def test_three_preemptions_of_a_real_run(cloud: Cloud, tiny_run: RunConfig) -> N
     }
     cloud.several_hosts(2)
     cloud.program("worker-bin/venv/grok", GROK)
-    cloud.script(preempt_at=[6, 16, 26], worker_environment=environment)
+    cloud.script(
+        # By what is saved, so that each start but the first resumes, and far enough apart that a
+        # run that is fast is not at the next of them when it is looked at.
+        checkpoints=str(cloud.run_folder / "checkpoints"),
+        preempt_at=[20, 120, 220],
+        worker_environment=environment,
+    )
     command = ["--", "grok", "train", str(config), *words]
     # A look costs processor time that the run needs.
     done = cloud.launch("babysit", *command, timeout=1800, LAUNCH_POLL_SECONDS="0.5")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the slice is SUSPENDED") == 3, done.stderr
     assert "exit code 0 of 2 workers" in done.stderr
-    assert "done, at step 40" in done.stderr
+    assert "done, at step 400" in done.stderr
 
     steps = [line["step"] for line in metrics(cloud.run_folder) if "loss" in line]
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, 401))
     assert sum(line.get("event") == "resumed" for line in metrics(cloud.run_folder)) >= 3
 
 
