@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grok import sharding
 from grok.ops.experts import Weight, gelu
+from grok.ops.grouped_hidden import grouped_hidden
 from grok.ops.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from grok.ops.lora import LoraArray
 from grok.ops.places import Places, place, tile_rows
@@ -36,18 +38,17 @@ def experts_grouped(
     float32 and kept in the type of x. Gradients as of `experts_tiled`. `interpret` runs the
     kernels without a TPU, as `pallas_call` has it.
     """
-    return _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, interpret)[0]
+    places, tiles = _tiled(x_RD, chosen_RC, w_gate_EDF, interpret)
+    hidden_PF, *_ = _hidden_layer(_spread(x_RD, places), w_gate_EDF, w_up_EDF, False, tiles)
+    y_PD = _down(hidden_PF, w_down_EFD, False, tiles)
+    return _joined(y_PD, places, gate_RC).astype(x_RD.dtype)
 
 
 def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, interpret):
-    (R, C), E = chosen_RC.shape, w_gate_EDF.shape[0]
-    places = place(chosen_RC, E)
-    tiles = {"tiles_E": places.tiles_E, "tile": tile_rows(R, C, E), "interpret": interpret}
-    times: Callable = functools.partial(_times, **tiles, dtype=x_RD.dtype)
+    places, tiles = _tiled(x_RD, chosen_RC, w_gate_EDF, interpret)
     x_PD = _spread(x_RD, places)
-    branch_PF, up_PF = times([x_PD], [w_gate_EDF]), times([x_PD], [w_up_EDF])
-    y_PD = times([_hidden(branch_PF, up_PF).astype(x_RD.dtype)], [w_down_EFD])
-    y_RD = _joined(y_PD, places, gate_RC).astype(x_RD.dtype)
+    hidden_PF, branch_PF, up_PF = _hidden_layer(x_PD, w_gate_EDF, w_up_EDF, True, tiles)
+    y_RD = _joined(_down(hidden_PF, w_down_EFD, False, tiles), places, gate_RC).astype(x_RD.dtype)
     weights = w_gate_EDF, w_up_EDF, w_down_EFD
     # The products are kept for backward, which would otherwise compute two of three again.
     return y_RD, (x_RD, gate_RC, places, branch_PF, up_PF, weights)
@@ -58,11 +59,10 @@ def _backward(interpret, saved, dy_RD):
     w_gate_EDF, w_up_EDF, w_down_EFD = weights
     (R, C), E, dtype = gate_RC.shape, w_gate_EDF.shape[0], x_RD.dtype
     tiles = {"tiles_E": places.tiles_E, "tile": tile_rows(R, C, E), "interpret": interpret}
-    times: Callable = functools.partial(_times, **tiles, dtype=dtype)
     gradient: Callable = functools.partial(_gradient, **tiles)
 
     dy_PD = _spread(dy_RD.astype(dtype), places)
-    dhidden_PF = times([dy_PD], [w_down_EFD], transposed=True).astype(jnp.float32)
+    dhidden_PF = _down(dy_PD, w_down_EFD, True, tiles).astype(jnp.float32)
     hidden_PF, pull = jax.vjp(_hidden, branch_PF, up_PF)
     gate_P = gate_RC.reshape(-1).at[places.pair_P].get(mode="fill", fill_value=0)
     dgate_RC = jnp.sum(dhidden_PF * hidden_PF, axis=-1)[places.place_RC]
@@ -73,12 +73,44 @@ def _backward(interpret, saved, dy_RD):
     x_RD, dw_down = jax.lax.optimization_barrier((x_RD, dw_down))
     x_PD = _spread(x_RD, places)
     dw_gate, dw_up = gradient(x_PD, dbranch_PF, w_gate_EDF), gradient(x_PD, dup_PF, w_up_EDF)
-    dx_PD = times([dbranch_PF, dup_PF], [w_gate_EDF, w_up_EDF], transposed=True)
+    both = [dbranch_PF, dup_PF], [w_gate_EDF, w_up_EDF]
+    dx_PD = _times(*both, dtype=dtype, transposed=True, **tiles)
     dx_RD = _joined(dx_PD, places, jnp.ones_like(gate_RC))
     return dx_RD.astype(dtype), dgate_RC, None, dw_gate, dw_up, dw_down
 
 
-experts_grouped.defvjp(_forward, _backward)
+# Under remat the first pass is the function itself, and nothing is written for a backward pass.
+experts_grouped.defvjp(_forward, _backward, optimize_remat=True)
+
+
+def _tiled(x_RD, chosen_RC, w_gate_EDF, interpret) -> tuple[Places, dict[str, Any]]:
+    """Where the pairs of rows and experts lie, and what kernels have to know of it."""
+    (R, C), E = chosen_RC.shape, w_gate_EDF.shape[0]
+    places = place(chosen_RC, E)
+    tile = tile_rows(R, C, E)
+    return places, {"tiles_E": places.tiles_E, "tile": tile, "interpret": interpret}
+
+
+def _hidden_layer(x_PD, w_gate_EDF, w_up_EDF, products: bool, tiles) -> tuple[jax.Array, ...]:
+    """hidden_PF, and with `products` branch_PF and up_PF, that it was made of, in the type of x."""
+    if isinstance(w_gate_EDF, jax.Array) and isinstance(w_up_EDF, jax.Array):
+        both = w_gate_EDF, w_up_EDF
+        return grouped_hidden(x_PD, *both, join=_hidden, products=products, **tiles)
+    branch_PF, up_PF = (
+        _times([x_PD], [w], dtype=x_PD.dtype, **tiles) for w in (w_gate_EDF, w_up_EDF)
+    )
+    return _hidden(branch_PF, up_PF).astype(x_PD.dtype), branch_PF, up_PF
+
+
+def _down(rows_P, w_down_EFD, transposed: bool, tiles) -> jax.Array:
+    """Rows times the down matrix of their expert, `transposed` or not.
+
+    What is collected from other devices along its columns has them first in memory, and is read
+    so: its copy would be written for every layer.
+    """
+    if sharding.size("kept_embed") > 1 and isinstance(w_down_EFD, jax.Array):
+        w_down_EFD, transposed = jnp.swapaxes(w_down_EFD, 1, 2), not transposed
+    return _times([rows_P], [w_down_EFD], dtype=rows_P.dtype, transposed=transposed, **tiles)
 
 
 def _hidden(branch_PF, up_PF) -> jax.Array:

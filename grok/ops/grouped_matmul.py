@@ -15,15 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from grok import sharding
-from grok.ops.places import LANES, visits
+from grok.ops.blocks import gradient_blocks, like, vmem_limit, weight_blocks
+from grok.ops.places import visits
 from grok.ops.quant import QuantizedArray
-
-# Bytes of a core's vector memory that weights may take, and the largest sides of a block of a
-# weights' gradient, which is summed up in float32; and both where that memory is twice as large.
-WEIGHTS, GRADIENT_BLOCK = 24 * 2**20, (2048, 2048)
-LARGE_WEIGHTS, LARGE_GRADIENT_BLOCK = 48 * 2**20, (3072, 4096)
-LARGE = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
 
 
 def grouped_matmul_reference(x_PK, w_EKN, tiles_E, tile: int) -> jax.Array:
@@ -75,13 +69,7 @@ def grouped_matmul(
     (P, K), M = xs[0].shape, tile
     (E, _, _), N = values[0].shape[1:], values[0].shape[2 if transposed else 3]
     itemsizes = sum(w.dtype.itemsize for w in values)
-    # Where a block stays for many tiles, the time to read the next is little beside theirs, and a
-    # wider block reads the rows less often. Else one is read while another is used.
-    buffers = 1 if P // M >= 4 * E else 2
-    room = LARGE_WEIGHTS if sharding.device_kind() in LARGE else WEIGHTS
-    tk, tn = _blocks(K, N, itemsizes, room // buffers)
-    if tk < K:
-        buffers, (tk, tn) = 2, _blocks(K, N, itemsizes, room // 2)
+    tk, tn, buffers = weight_blocks(K, N, itemsizes, P // M >= 4 * E)
     group = K // scales[0].shape[2] if scales else K
     if scales and tk % group and group % tk:
         tk = math.gcd(tk, group)
@@ -103,7 +91,7 @@ def grouped_matmul(
             if scales:
                 sum_ref[...] += _dot_int8(x_ref, w_ref, refs[2], k * tk, group)
             else:
-                sum_ref[...] += _dot(x_ref[...], w_ref[...], 1 if transposed else 0)
+                sum_ref[...] += dot(x_ref[...], w_ref[...], 1 if transposed else 0)
 
         @pl.when(k == K // tk - 1)
         def _():
@@ -133,10 +121,10 @@ def grouped_matmul(
             out_specs=pl.BlockSpec((M, tn), lambda n, i, k, expert, tile, layer: (tile[i], n)),
             scratch_shapes=[pltpu.VMEM((M, tn), jnp.float32)],
         ),
-        out_shape=_like(xs[0], (P, N), dtype),
+        out_shape=like(xs[0], (P, N), dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=_limit(blocks),
+            vmem_limit_bytes=vmem_limit(blocks),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * P * K * N * len(xs),
@@ -161,8 +149,7 @@ def grouped_weight_gradient(
 ) -> jax.Array:
     """Sum over each expert's rows of x^T dy, (E, K, N), in float32 and then `dtype`."""
     (P, K), N, M, E = x_PK.shape, dy_PN.shape[1], tile, tiles_E.size
-    sides = LARGE_GRADIENT_BLOCK if sharding.device_kind() in LARGE else GRADIENT_BLOCK
-    tk, tn = (_divisor(size, most) for size, most in zip((K, N), sides, strict=True))
+    tk, tn = gradient_blocks(K, N)
     visit = visits(tiles_E, P // M + E, empty=1)
 
     def kernel(expert, tile, live, count, x_ref, dy_ref, dw_ref, sum_ref):
@@ -202,10 +189,10 @@ def grouped_weight_gradient(
             out_specs=pl.BlockSpec((None, tk, tn), lambda k, n, i, expert, *_: (expert[i], k, n)),
             scratch_shapes=[pltpu.VMEM((tk, tn), jnp.float32)],
         ),
-        out_shape=_like(x_PK, (E, K, N), dtype),
+        out_shape=like(x_PK, (E, K, N), dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_limit(blocks),
+            vmem_limit_bytes=vmem_limit(blocks),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * P * K * N,
@@ -226,7 +213,7 @@ def _all_layers(w: QuantizedArray):
     return w.layer, ([w.values], [w.scales])
 
 
-def _dot(x_MK, w, dim: int) -> jax.Array:
+def dot(x_MK, w, dim: int) -> jax.Array:
     """x w, contracting dimension `dim` of w, in float32."""
     return jax.lax.dot_general(
         x_MK, w, (((1,), (dim,)), ((), ())), preferred_element_type=jnp.float32
@@ -247,27 +234,5 @@ def _dot_int8(x_ref, w_ref, scale_ref, row, group: int) -> jax.Array:
         part = slice(start, start + min(group, rows))
         here_GN = groups_GN == (row + start) // group
         scale_N = jnp.sum(jnp.where(here_GN, scale_GN, 0), axis=0, keepdims=True)
-        y_MN += _dot(x_ref[:, part], w_ref[part, :].astype(x_ref.dtype), 0) * scale_N
+        y_MN += dot(x_ref[:, part], w_ref[part, :].astype(x_ref.dtype), 0) * scale_N
     return y_MN
-
-
-def _blocks(K: int, N: int, itemsize: int, size: int) -> tuple[int, int]:
-    """Sides of a block of weights of `size` bytes: all of K, where that leaves some 512 columns."""
-    tk = _divisor(K, size // (4 * LANES * itemsize))
-    return tk, _divisor(N, max(LANES, size // (tk * itemsize)))
-
-
-def _divisor(size: int, most: int) -> int:
-    """The largest divisor of `size` up to `most` that is whole lanes, else all of `size`."""
-    whole = (d for d in range(most // LANES * LANES, 0, -LANES) if size % d == 0)
-    return size if size <= most else next(whole, size)
-
-
-def _limit(blocks: int) -> int:
-    """Vector memory to ask for: the blocks, and a quarter more for what the compiler adds."""
-    return max(16 * 2**20, blocks + blocks // 4)
-
-
-def _like(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    """A result that differs between devices where `x` does."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).mat)

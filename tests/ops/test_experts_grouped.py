@@ -15,6 +15,7 @@ import grok.ops.experts_grouped
 from grok import sharding
 from grok.ops.experts import experts_reference
 from grok.ops.experts_grouped import experts_grouped
+from grok.ops.grouped_hidden import grouped_hidden_reference
 from grok.ops.grouped_matmul import grouped_matmul_reference, weight_gradient_reference
 from grok.ops.lora import LoraArray
 from grok.ops.quant import QuantizedArray, quantize
@@ -48,6 +49,10 @@ def plain_kernels(monkeypatch) -> None:
     def gradient(x, dy, tiles_E, tile, *, dtype, interpret=False):
         return weight_gradient_reference(x, dy, tiles_E, tile).astype(dtype)
 
+    def hidden(*inputs, tiles_E, tile, join, products, interpret=False):
+        return grouped_hidden_reference(*inputs, tiles_E, tile, join=join)
+
+    monkeypatch.setattr(grok.ops.experts_grouped, "grouped_hidden", hidden)
     monkeypatch.setattr(grok.ops.experts_grouped, "grouped_matmul", matmul)
     monkeypatch.setattr(grok.ops.experts_grouped, "grouped_weight_gradient", gradient)
 

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from grok.ops import blocks
 from grok.ops import grouped_matmul as kernels
+from grok.ops.experts import gelu
+from grok.ops.grouped_hidden import grouped_hidden, grouped_hidden_reference
 from grok.ops.places import place, tile_rows, visits
 from grok.ops.quant import QuantizedArray, quantize
 
@@ -77,7 +80,7 @@ def test_sum_of_two_products_with_transposed_matrices(arrays):
 
 def test_blocks_of_rows_and_columns_of_the_weights(arrays, monkeypatch):
     """A matrix too large for one block, as int8 with groups of rows and as floats."""
-    monkeypatch.setattr(kernels, "_blocks", lambda *_: (8, 12))
+    monkeypatch.setattr(blocks, "_blocks", lambda *_: (8, 12))
     x, _, w = arrays
     tiles_E = jnp.asarray(TILES[0], jnp.int32)
     run = functools.partial(
@@ -99,6 +102,26 @@ def test_int8_matrices_of_one_layer_of_several(arrays):
         (x,), (several,), tiles_E, 16, dtype=jnp.float32, interpret=RACES
     )
     assert_near(found, reference(x, QuantizedArray(values, scales), TILES[0]), TILES[0])
+
+
+def joined(branch, up) -> jax.Array:
+    return gelu(branch.astype(jnp.float32)) * up.astype(jnp.float32)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@each_routing
+def test_hidden_layer_in_one_kernel(arrays, tiles, split, monkeypatch):
+    """With the products and without them, the matrices in one block or in several."""
+    if split:
+        monkeypatch.setattr(blocks, "_blocks", lambda *_: (8, 12))
+    x, _, w = arrays
+    inputs = x, w, w[:, ::-1], jnp.asarray(tiles, jnp.int32), 16
+    expected = grouped_hidden_reference(*inputs, join=joined)
+    for products in (True, False):
+        found = grouped_hidden(*inputs, join=joined, products=products, interpret=RACES)
+        assert len(found) == (3 if products else 1)
+        for ours, right in zip(found, expected, strict=False):
+            assert_near(ours, right, tiles)
 
 
 @each_routing
