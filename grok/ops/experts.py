@@ -42,21 +42,22 @@ def expert_mlp(
     return times(hidden_RF.astype(x_RD.dtype), w_down_FD)
 
 
-def expert_mlp_gradients(x_RD, gate_R, dy_RD, w_gate_DF, w_up_DF, w_down_FD):
+def join(branch_RF: jax.Array, up_RF: jax.Array) -> jax.Array:
+    """gelu(branch) * up in float32."""
+    return gelu(branch_RF.astype(jnp.float32)) * up_RF.astype(jnp.float32)
+
+
+def expert_mlp_gradients(x_RD, gate_R, dy_RD, branch_RF, up_RF, w_gate_DF, w_up_DF, w_down_FD):
     """Gradients of `gate * expert_mlp(x)` in float32: dx_RD, dgate_R, and those of the weights.
 
-    The hidden layer is computed again; the output is not, since <dy, h w_down> = <dy w_down^T, h>.
+    `branch_RF` is x w_gate and `up_RF` x w_up, in the type of x. The output is not needed, since
+    <dy, h w_down> = <dy w_down^T, h>.
     """
-    branch_RF, pull_gelu = jax.vjp(gelu, product(x_RD, w_gate_DF))
-    up_RF = product(x_RD, w_up_DF)
-    hidden_RF = branch_RF * up_RF
+    hidden_RF, pull = jax.vjp(join, branch_RF, up_RF)
     dy_RD = dy_RD.astype(x_RD.dtype)
     dhidden_RF = product_transposed(dy_RD, w_down_FD)
     dgate_R = jnp.sum(dhidden_RF * hidden_RF, axis=-1)
-    dhidden_RF *= gate_R[:, None]
-    (dbranch_RF,) = pull_gelu(dhidden_RF * up_RF)
-    dbranch_RF = dbranch_RF.astype(x_RD.dtype)
-    dup_RF = (dhidden_RF * branch_RF).astype(x_RD.dtype)
+    dbranch_RF, dup_RF = pull(dhidden_RF * gate_R[:, None])
     dx_RD = product_transposed(dbranch_RF, w_gate_DF) + product_transposed(dup_RF, w_up_DF)
     scaled_RF = (hidden_RF * gate_R[:, None]).astype(x_RD.dtype)
     dweights = (
@@ -94,7 +95,21 @@ def experts_tiled(
     `tile` rows are multiplied at a time; see `tile_rows`. On CPU up to FEW rows read the weights
     of a layer of many in place.
     """
-    return _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile)[0]
+    E, C = w_gate_EDF.shape[0], chosen_RC.shape[1]
+    order, start_E, count_E = _sorted_assignments(chosen_RC, E, tile)
+    gate = gate_RC.reshape(-1)
+
+    def expert(y_RD, e):
+        matrices = w_gate_EDF, w_up_EDF, w_down_EFD
+        weights = [_expert(w, e, x_RD.dtype, tile) for w in matrices]
+
+        def one_tile(_, pairs, y_RD):
+            y_MD = expert_mlp(_take(x_RD, pairs // C), *weights)
+            return y_RD.at[pairs // C].add(y_MD * _take(gate, pairs)[:, None], mode="drop")
+
+        return _for_each_tile(one_tile, y_RD, order, start_E[e], count_E[e], tile)
+
+    return _for_each_expert(expert, _zeros(x_RD.shape), count_E)
 
 
 def tile_rows(assignments: int, num_experts: int) -> int:
@@ -127,14 +142,25 @@ def _sorted_assignments(chosen_RC, num_experts, tile):
     return order, jnp.cumsum(count_E) - count_E, count_E
 
 
+def _for_each_expert(body, carry, count_E):
+    """Runs body(carry, e) for each expert that has rows."""
+
+    def one(e, carry):
+        return jax.lax.cond(count_E[e] > 0, lambda c: body(c, e), lambda c: c, carry)
+
+    return jax.lax.fori_loop(0, count_E.shape[0], one, carry)
+
+
 def _for_each_tile(body, carry, order, start, count, tile):
-    """Runs body(pairs_M, carry) on one expert's pairs; places past its end hold R*C."""
+    """Runs body(place, pairs_M, carry) on one expert's pairs, of which the first of a tile is at
+    `place` of the order; places past the expert's end hold R*C."""
     past = order.shape[0] - tile
 
     def step(i, carry):
-        pairs = jax.lax.dynamic_slice(order, (start + i * tile,), (tile,))
+        place = start + i * tile
+        pairs = jax.lax.dynamic_slice(order, (place,), (tile,))
         pairs = jnp.where(jnp.arange(tile) < count - i * tile, pairs, past)
-        return body(pairs, carry)
+        return body(place, pairs, carry)
 
     return jax.lax.fori_loop(0, (count + tile - 1) // tile, step, carry)
 
@@ -155,34 +181,43 @@ def _expert(w, e, dtype, tile: int) -> Weight | InPlace:
 
 
 def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile):
+    """y_RD, and what backward needs: also the products of all pairs in order of their expert,
+    which cost less to keep than to compute again."""
     E, C = w_gate_EDF.shape[0], chosen_RC.shape[1]
     order, start_E, count_E = _sorted_assignments(chosen_RC, E, tile)
     gate = gate_RC.reshape(-1)
 
-    def expert(y_RD, e):
-        matrices = w_gate_EDF, w_up_EDF, w_down_EFD
-        weights = [_expert(w, e, x_RD.dtype, tile) for w in matrices]
+    def expert(carry, e):
+        gate_DF, up_DF, down_FD = w_gate_EDF[e], w_up_EDF[e], w_down_EFD[e]
 
-        def one_tile(pairs, y_RD):
-            y_MD = expert_mlp(_take(x_RD, pairs // C), *weights)
-            return y_RD.at[pairs // C].add(y_MD * _take(gate, pairs)[:, None], mode="drop")
+        def one_tile(place, pairs, carry):
+            y_RD, *kept = carry
+            x_MD = _take(x_RD, pairs // C)
+            products = product(x_MD, gate_DF), product(x_MD, up_DF)
+            # Rows past an expert's end are the next one's, who writes them after it.
+            kept = [
+                jax.lax.dynamic_update_slice(all_PF, some_MF.astype(x_RD.dtype), (place, 0))
+                for all_PF, some_MF in zip(kept, products, strict=True)
+            ]
+            y_MD = product(join(*products).astype(x_RD.dtype), down_FD)
+            y_MD *= _take(gate, pairs)[:, None]
+            return y_RD.at[pairs // C].add(y_MD, mode="drop"), *kept
 
-        return _for_each_tile(one_tile, y_RD, order, start_E[e], count_E[e], tile)
+        return _for_each_tile(one_tile, carry, order, start_E[e], count_E[e], tile)
 
-    def one_expert(e, y_RD):
-        return jax.lax.cond(count_E[e] > 0, lambda y: expert(y, e), lambda y: y, y_RD)
+    shape = len(order), w_gate_EDF.shape[2]
+    kept = [_zeros(shape, x_RD.dtype) for _ in range(2)]
+    y_RD, *kept = _for_each_expert(expert, (_zeros(x_RD.shape), *kept), count_E)
+    return y_RD, (x_RD, gate_RC, chosen_RC, kept, w_gate_EDF, w_up_EDF, w_down_EFD)
 
-    y_RD = jax.lax.fori_loop(0, E, one_expert, _zeros(x_RD.shape))
-    return y_RD, (x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD)
 
-
-def _zeros(shape):
-    """Float32 zeros to add to; typed, like what is added, as different on every device."""
-    return sharding.vary(jnp.zeros(shape, jnp.float32))
+def _zeros(shape, dtype=jnp.float32):
+    """Zeros to add to; typed, like what is added, as different on every device."""
+    return sharding.vary(jnp.zeros(shape, dtype))
 
 
 def _backward(tile, saved, dy_RD):
-    x_RD, gate_RC, chosen_RC, *weights = saved
+    x_RD, gate_RC, chosen_RC, kept, *weights = saved
     E, (R, C) = weights[0].shape[0], chosen_RC.shape
     order, start_E, count_E = _sorted_assignments(chosen_RC, E, tile)
     gate = gate_RC.reshape(-1)
@@ -190,11 +225,12 @@ def _backward(tile, saved, dy_RD):
     def expert(carry, e):
         local = [w[e] for w in weights]
 
-        def one_tile(pairs, carry):
+        def one_tile(place, pairs, carry):
             dx_RD, dgate, dlocal = carry
             rows = pairs // C
+            products = (jax.lax.dynamic_slice_in_dim(all_PF, place, tile) for all_PF in kept)
             dx_MD, dgate_M, dw = expert_mlp_gradients(
-                _take(x_RD, rows), _take(gate, pairs), _take(dy_RD, rows), *local
+                _take(x_RD, rows), _take(gate, pairs), _take(dy_RD, rows), *products, *local
             )
             return (
                 dx_RD.at[rows].add(dx_MD, mode="drop"),
@@ -212,4 +248,5 @@ def _backward(tile, saved, dy_RD):
     return dx_RD.astype(x_RD.dtype), dgate.reshape(R, C), None, *dweights
 
 
-experts_tiled.defvjp(_forward, _backward)
+# Under remat the first pass is the function itself, and nothing is written for a backward pass.
+experts_tiled.defvjp(_forward, _backward, optimize_remat=True)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from grok import sharding
-from grok.ops.experts import Weight, gelu
+from grok.ops.experts import Weight, join
 from grok.ops.grouped_hidden import grouped_hidden
 from grok.ops.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from grok.ops.lora import LoraArray
@@ -63,7 +63,7 @@ def _backward(interpret, saved, dy_RD):
 
     dy_PD = _spread(dy_RD.astype(dtype), places)
     dhidden_PF = _down(dy_PD, w_down_EFD, True, tiles).astype(jnp.float32)
-    hidden_PF, pull = jax.vjp(_hidden, branch_PF, up_PF)
+    hidden_PF, pull = jax.vjp(join, branch_PF, up_PF)
     gate_P = gate_RC.reshape(-1).at[places.pair_P].get(mode="fill", fill_value=0)
     dgate_RC = jnp.sum(dhidden_PF * hidden_PF, axis=-1)[places.place_RC]
     dbranch_PF, dup_PF = pull(dhidden_PF * gate_P[:, None])
@@ -95,11 +95,11 @@ def _hidden_layer(x_PD, w_gate_EDF, w_up_EDF, products: bool, tiles) -> tuple[ja
     """hidden_PF, and with `products` branch_PF and up_PF, that it was made of, in the type of x."""
     if isinstance(w_gate_EDF, jax.Array) and isinstance(w_up_EDF, jax.Array):
         both = w_gate_EDF, w_up_EDF
-        return grouped_hidden(x_PD, *both, join=_hidden, products=products, **tiles)
+        return grouped_hidden(x_PD, *both, join=join, products=products, **tiles)
     branch_PF, up_PF = (
         _times([x_PD], [w], dtype=x_PD.dtype, **tiles) for w in (w_gate_EDF, w_up_EDF)
     )
-    return _hidden(branch_PF, up_PF).astype(x_PD.dtype), branch_PF, up_PF
+    return join(branch_PF, up_PF).astype(x_PD.dtype), branch_PF, up_PF
 
 
 def _down(rows_P, w_down_EFD, transposed: bool, tiles) -> jax.Array:
@@ -111,11 +111,6 @@ def _down(rows_P, w_down_EFD, transposed: bool, tiles) -> jax.Array:
     if sharding.size("kept_embed") > 1 and isinstance(w_down_EFD, jax.Array):
         w_down_EFD, transposed = jnp.swapaxes(w_down_EFD, 1, 2), not transposed
     return _times([rows_P], [w_down_EFD], dtype=rows_P.dtype, transposed=transposed, **tiles)
-
-
-def _hidden(branch_PF, up_PF) -> jax.Array:
-    """gelu(branch) * up in float32."""
-    return gelu(branch_PF.astype(jnp.float32)) * up_PF.astype(jnp.float32)
 
 
 def _spread(x_RD, places: Places) -> jax.Array:

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from grok.ops import blocks
 from grok.ops import grouped_matmul as kernels
-from grok.ops.experts import gelu
+from grok.ops.experts import join
 from grok.ops.grouped_hidden import grouped_hidden, grouped_hidden_reference
 from grok.ops.places import place, tile_rows, visits
 from grok.ops.quant import QuantizedArray, quantize
@@ -104,10 +104,6 @@ def test_int8_matrices_of_one_layer_of_several(arrays):
     assert_near(found, reference(x, QuantizedArray(values, scales), TILES[0]), TILES[0])
 
 
-def joined(branch, up) -> jax.Array:
-    return gelu(branch.astype(jnp.float32)) * up.astype(jnp.float32)
-
-
 @pytest.mark.parametrize("split", [False, True])
 @each_routing
 def test_hidden_layer_in_one_kernel(arrays, tiles, split, monkeypatch):
@@ -116,9 +112,9 @@ def test_hidden_layer_in_one_kernel(arrays, tiles, split, monkeypatch):
         monkeypatch.setattr(blocks, "_blocks", lambda *_: (8, 12))
     x, _, w = arrays
     inputs = x, w, w[:, ::-1], jnp.asarray(tiles, jnp.int32), 16
-    expected = grouped_hidden_reference(*inputs, join=joined)
+    expected = grouped_hidden_reference(*inputs, join=join)
     for products in (True, False):
-        found = grouped_hidden(*inputs, join=joined, products=products, interpret=RACES)
+        found = grouped_hidden(*inputs, join=join, products=products, interpret=RACES)
         assert len(found) == (3 if products else 1)
         for ours, right in zip(found, expected, strict=False):
             assert_near(ours, right, tiles)
