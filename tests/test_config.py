@@ -41,8 +41,8 @@ data.packing data.allow_changed data.tokenizer data.sequence_length data.batch_s
 data.shape_changes data.seed data.prefetch
 optimizer optimizer.name optimizer.peak_lr optimizer.schedule optimizer.final_lr_share
 optimizer.warmup_steps optimizer.decay_steps optimizer.beta1 optimizer.beta2 optimizer.epsilon
-optimizer.muon_momentum optimizer.moments_dtype optimizer.weight_decay optimizer.clip_norm
-optimizer.groups optimizer.ema_decay
+optimizer.muon_momentum optimizer.moments_dtype optimizer.offload optimizer.weight_decay
+optimizer.clip_norm optimizer.groups optimizer.ema_decay
 train train.steps train.seed train.init_from train.z_loss train.router_balance_loss
 train.accumulate train.skip_spikes_above train.stop_after_bad train.return_after_bad
 train.log_every train.eval_every train.hang_seconds train.heartbeat_seconds train.tensorboard

@@ -69,6 +69,9 @@ class OptimizerConfig:
         Literal["float32", "bfloat16"],
         Field(description="type that moments are kept in; adafactor's second is float32"),
     ] = "float32"
+    offload: Annotated[
+        bool, Field(description="moments stay in the hosts' memory between steps")
+    ] = False
     weight_decay: Annotated[
         PositiveOrZero, Field(description="decoupled decay of matrices (norm scales have none)")
     ] = 0.1

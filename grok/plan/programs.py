@@ -18,6 +18,7 @@ from grok.config import RunConfig
 from grok.model import names, weights
 from grok.model.cache import Places, init_cache
 from grok.plan.figures import batch_of
+from grok.train.offload import is_on_host
 from grok.train.optimizer import make_optimizer
 from grok.train.state import abstract_state
 from grok.train.step import train_step
@@ -92,12 +93,14 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
 
 
 def bytes_per_device(arguments: dict[str, Any]) -> dict[str, int]:
-    """Bytes that each abstract array of the arguments takes on one device, by its path."""
+    """Bytes that each abstract array of the arguments takes on one device, by its path; none where
+    it stays in the hosts' memory."""
     return {
         name + jax.tree_util.keystr(path): math.prod(leaf.sharding.shard_shape(leaf.shape))
         * leaf.dtype.itemsize
         for name, argument in arguments.items()
         for path, leaf in jax.tree_util.tree_flatten_with_path(argument)[0]
+        if not is_on_host(leaf)
     }
 
 

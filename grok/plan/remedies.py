@@ -63,6 +63,8 @@ def state_bytes(config: RunConfig) -> float:
     optimizer = config.optimizer
     first = 1 if optimizer.beta1 else 0
     moments = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": first}[optimizer.name]
+    if optimizer.offload:
+        moments = 0
     average = 4 if optimizer.ema_decay else 0
     return weights + moments * BYTES[optimizer.moments_dtype] + average
 
@@ -76,6 +78,7 @@ def _changes(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
         return
     smaller: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
         ("optimizer.moments_dtype=bfloat16", {"moments_dtype": "bfloat16"}, {}),
+        ("optimizer.offload=true", {"offload": True}, {}),
         ("optimizer.name=adafactor optimizer.beta1=0", {"name": "adafactor", "beta1": 0.0}, {}),
         (
             "optimizer.moments_dtype=bfloat16 model.param_dtype=bfloat16",

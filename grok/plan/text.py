@@ -104,6 +104,8 @@ def assumptions(plan: Plan) -> Iterator[str]:
             "mesh axes (two a side that closes to a ring, else one), one axis after the other"
         )
         yield "state stays where it is between steps, and the input never makes a step wait"
+        if plan.config.plan.program == "train" and plan.config.optimizer.offload:
+            yield "what moments take to go to the hosts and back is not counted"
         if found["loops"]:
             yield (
                 f"{len(found['loops'])} loops over the cache run as far as "
@@ -133,7 +135,8 @@ def describe_program(plan: Plan) -> str:
     parts = plan.config.train.accumulate
     return (
         f"train on {rows:,} x {length:,} tokens in {parts} part{'s' if parts > 1 else ''}, {size}, "
-        f"{plan.config.optimizer.name} with moments in {plan.config.optimizer.moments_dtype}, "
+        f"{plan.config.optimizer.name} with moments in {plan.config.optimizer.moments_dtype}"
+        f"{' on the hosts' if plan.config.optimizer.offload else ''}, "
         f"remat {model.remat}"
     )
 

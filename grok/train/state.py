@@ -15,6 +15,7 @@ from grok.model.grok import Grok, quick_to_compile
 from grok.model.lora import adapted
 from grok.train.groups import select, trained
 from grok.train.guard import Guard, fresh_guard
+from grok.train.offload import placed_on_host
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +42,8 @@ def init_state(
     fresh adapters where the config has some.
     """
     make = _make(config, optimizer)
-    placements = jax.tree.map(lambda leaf: leaf.sharding, sharding.abstract(make, mesh))
+    wanted = abstract_state(config, optimizer, mesh)
+    placements = jax.tree.map(lambda leaf: leaf.sharding, wanted)
     compiled = functools.partial(
         jax.jit, out_shardings=placements, compiler_options=quick_to_compile()
     )
@@ -53,7 +55,10 @@ def init_state(
 
 def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
     """Shapes, types and placements of `init_state`'s result, with nothing computed."""
-    return sharding.abstract(_make(config, optimizer), mesh)
+    state = sharding.abstract(_make(config, optimizer), mesh)
+    if config.optimizer.offload:
+        state.opt_state = placed_on_host(state.opt_state)
+    return state
 
 
 def start_state(

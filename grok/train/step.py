@@ -11,6 +11,7 @@ from grok.config import OptimizerConfig, RunConfig, TrainConfig
 from grok.model.names import MATRICES
 from grok.model.weights import to_arrays
 from grok.ops.cast import CastArray
+from grok.train import offload
 from grok.train.groups import map_named, merge, names, reported_group, select, trained
 from grok.train.guard import count, find_bad, norm_of, sums_of_squares, unless
 from grok.train.loss import batch_loss, count_tokens, hidden, token_losses
@@ -34,13 +35,14 @@ def train_step(
     """
     params = select(state.model, trained(config))
     loss, metrics, grads = gradients(params, state.model, batch, config.train)
-    updates, opt_state = optimizer.update(grads, state.opt_state, as_float32(params))
+    old_opt_state = offload.to_device(state.opt_state)
+    updates, opt_state = optimizer.update(grads, old_opt_state, as_float32(params))
 
     grad_squares = sums_of_squares(to_arrays(grads))
     bad, to_blame = find_bad(state.guard, loss, grad_squares, config.train)
     guard = count(state.guard, bad, norm_of(grad_squares))
     params = unless(bad, optax.apply_updates(params, updates), params)
-    opt_state = unless(bad, opt_state, state.opt_state)
+    opt_state = offload.back(unless(bad, opt_state, old_opt_state), state.opt_state)
     ema = state.ema
     if ema is not None:
         ema = unless(bad, moved(ema, params, config.optimizer.ema_decay), ema)

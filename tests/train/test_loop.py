@@ -20,6 +20,7 @@ from grok.errors import DONE, SAVED, CheckpointError, ConfigError, DataError
 from grok.train.events import read_events
 from grok.train.loop import run
 from grok.train.metrics import MetricsFile, read_metrics
+from grok.train.offload import is_on_host
 from grok.train.optimizer import make_optimizer
 from grok.train.state import abstract_state
 from tests.emulator import bucket
@@ -88,6 +89,22 @@ def test_resumed_from_the_middle_every_bit_is_the_same(straight: RunConfig, tmp_
     assert steps_of(resumed) == steps_of(straight)
     once, again = saved_state(straight, 20), saved_state(resumed, 20)
     assert once.keys() == again.keys()
+    for name in once:
+        np.testing.assert_array_equal(once[name], again[name], err_msg=name)
+
+
+def test_moments_on_the_hosts_change_no_bit(straight: RunConfig, tmp_path):
+    """Resumed with them there, and what was saved then read by a run without."""
+    optimizer = dataclasses.replace(straight.optimizer, offload=True)
+    there = dataclasses.replace(in_folder(straight, tmp_path / "run"), optimizer=optimizer)
+    wanted = abstract_state(there, make_optimizer(there), sharding.make_mesh(data=8)).opt_state
+    assert {is_on_host(leaf) for leaf in jax.tree.leaves(wanted) if leaf.ndim > 1} == {True}
+    shutil.copytree(straight.folder, there.folder)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
+    assert run(there) == DONE
+    assert steps_of(there) == steps_of(straight)
+    here = in_folder(straight, there.folder)
+    once, again = saved_state(straight, 20), saved_state(here, 20)
     for name in once:
         np.testing.assert_array_equal(once[name], again[name], err_msg=name)
 
