@@ -313,6 +313,10 @@ def collect(w: jax.Array, axes: Axes) -> jax.Array:
         for dim, (axis, keep) in enumerate(zip(axes, whole(axes), strict=True)):
             kept = () if keep is None else _mesh_axes(keep)
             if axis is not None and name in _split_axes(axis) and name not in kept:
+                if dim == w.ndim - 1:
+                    # It arrives with this axis first. Unless its part is told to lie otherwise,
+                    # XLA turns the parts of all layers round before the loop over them.
+                    w = embed_last(w)
                 w = jax.lax.all_gather(w, name, axis=dim, tiled=True)
     return w
 
