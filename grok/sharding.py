@@ -314,11 +314,23 @@ def collect(w: jax.Array, axes: Axes) -> jax.Array:
             kept = () if keep is None else _mesh_axes(keep)
             if axis is not None and name in _split_axes(axis) and name not in kept:
                 if dim == w.ndim - 1:
-                    # It arrives with this axis first. Unless its part is told to lie otherwise,
-                    # XLA turns the parts of all layers round before the loop over them.
-                    w = embed_last(w)
+                    w = _as_kept(w)
                 w = jax.lax.all_gather(w, name, axis=dim, tiled=True)
     return w
+
+
+@jax.custom_vjp
+def _as_kept(w: jax.Array) -> jax.Array:
+    """A part of a weight of which the last axis is to be collected.
+
+    What is collected has that axis first in memory; unless its part is told to lie as it is kept,
+    XLA turns the parts of all layers round before the loop over them. Its gradient may lie as it
+    comes from the sum over devices.
+    """
+    return embed_last(w)
+
+
+_as_kept.defvjp(lambda w: (embed_last(w), None), lambda _, dw: (dw,))
 
 
 def _mesh_axes(axis: str) -> tuple[str, ...]:
