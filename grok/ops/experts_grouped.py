@@ -87,8 +87,8 @@ def _tiled(x_RD, chosen_RC, w_gate_EDF, interpret) -> tuple[Places, dict[str, An
     """Where the pairs of rows and experts lie, and what kernels have to know of it."""
     (R, C), E = chosen_RC.shape, w_gate_EDF.shape[0]
     places = place(chosen_RC, E)
-    tile = tile_rows(R, C, E)
-    return places, {"tiles_E": places.tiles_E, "tile": tile, "interpret": interpret}
+    tiles = {"tiles_E": places.tiles_E, "tile": tile_rows(R, C, E), "interpret": interpret}
+    return places, tiles | {"most": R * C}
 
 
 def _hidden_layer(x_PD, w_gate_EDF, w_up_EDF, products: bool, tiles) -> tuple[jax.Array, ...]:

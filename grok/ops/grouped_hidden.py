@@ -39,18 +39,21 @@ def grouped_hidden(
     *,
     join: Callable,
     products: bool,
+    most: int | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, ...]:
     """`join(branch, up)` of each tile's products with its expert's matrices, hidden_PN, and with
     `products` also branch_PN and up_PN, all in the type of x.
 
     Products are summed in float32 and rounded to the type of x before `join`, which works on each
-    number by itself and returns float32. What lies beyond the last tile is not written.
+    number by itself and returns float32. What lies beyond the last tile is not written. `most` as
+    of `grouped_matmul`.
     """
     (P, K), (E, _, N), M, dtype = x_PK.shape, w_gate_EKN.shape, tile, x_PK.dtype
     itemsize = dtype.itemsize
     tk, tn, buffers = weight_blocks(K, N, 2 * w_gate_EKN.dtype.itemsize, P // M >= 4 * E)
     visit = visits(tiles_E, P // M)
+    steps = P // M if most is None else min(most, P // M)
 
     def kernel(expert, tile, x_ref, gate_ref, up_ref, *refs):
         *out_refs, branch_ref, sum_ref = refs
@@ -102,11 +105,11 @@ def grouped_hidden(
             vmem_limit_bytes=vmem_limit(blocks),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * 2 * P * K * N,
-            bytes_accessed=P * K * itemsize * (N // tn)
-            + 2 * K * N * w_gate_EKN.dtype.itemsize * (E if tk == K else P // M)
-            + outputs * P * N * itemsize,
-            transcendentals=P * N,
+            flops=2 * 2 * steps * M * K * N,
+            bytes_accessed=steps * M * K * itemsize * (N // tn)
+            + 2 * K * N * w_gate_EKN.dtype.itemsize * (min(E, steps) if tk == K else steps)
+            + outputs * steps * M * N * itemsize,
+            transcendentals=steps * M * N,
         ),
         interpret=interpret,
         name="grouped_hidden",

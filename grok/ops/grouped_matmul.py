@@ -53,9 +53,12 @@ def grouped_matmul(
     *,
     dtype,
     transposed: bool = False,
+    most: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """Sum over pairs of x_PK and w_EKN of each tile times its expert's matrix, y_PN in `dtype`.
+
+    At most `most` tiles have rows, if it is given, and the kernel is said to cost no more.
 
     `ws` are arrays, of shape (E, N, K) when `transposed`, or one QuantizedArray. Products are
     summed in float32. What lies beyond the last tile is not written.
@@ -74,6 +77,7 @@ def grouped_matmul(
     if scales and tk % group and group % tk:
         tk = math.gcd(tk, group)
     visit = visits(tiles_E, P // M)
+    steps = P // M if most is None else min(most, P // M)
     prefetch = (visit.expert_I, visit.tile_I, jnp.asarray(layer, jnp.int32).reshape(1))
 
     def w_block(n, i, k, expert, tile, layer):
@@ -127,10 +131,10 @@ def grouped_matmul(
             vmem_limit_bytes=vmem_limit(blocks),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * P * K * N * len(xs),
-            bytes_accessed=P * K * x_bytes * (N // tn)
-            + K * N * w_bytes * (values[0].shape[1] if tk == K else P // M)
-            + P * N * itemsize,
+            flops=2 * steps * M * K * N * len(xs),
+            bytes_accessed=steps * M * K * x_bytes * (N // tn)
+            + K * N * w_bytes * (min(E, steps) if tk == K else steps)
+            + steps * M * N * itemsize,
             transcendentals=0,
         ),
         interpret=interpret,

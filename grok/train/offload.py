@@ -24,14 +24,16 @@ def placed_on_host(tree: Any) -> Any:
 
 def to_device(tree: Any) -> Any:
     """The tree, in a traced program, with what hosts hold on the devices."""
-    return jax.tree.map(lambda x: _moved(x, jax.memory.Space.Device) if _on_host(x) else x, tree)
+    return jax.tree.map(
+        lambda x: jax.device_put(x, jax.memory.Space.Device) if _on_host(x) else x, tree
+    )
 
 
 def back(tree: Any, before: Any) -> Any:
     """The tree where it was as `before`, which is of the same structure."""
 
     def one(x: jax.Array, was: jax.Array) -> jax.Array:
-        return _moved(x, jax.memory.Space.Host) if _on_host(was) else x
+        return jax.device_put(x, jax.memory.Space.Host) if _on_host(was) else x
 
     return jax.tree.map(one, tree, before)
 
@@ -43,7 +45,3 @@ def is_on_host(leaf: Any) -> bool:
 
 def _on_host(x: jax.Array) -> bool:
     return jax.typeof(x).memory_space == jax.memory.Space.Host
-
-
-def _moved(x: jax.Array, space: jax.memory.Space) -> jax.Array:
-    return jax.device_put(x, space)

@@ -41,7 +41,7 @@ run_grouped = value_and_gradients(lambda *inputs: experts_grouped(*inputs, RACES
 def plain_kernels(monkeypatch) -> None:
     """The references in place of the kernels, which tests/ops/test_grouped_matmul.py compares."""
 
-    def matmul(xs, ws, tiles_E, tile, *, dtype, transposed=False, interpret=False):
+    def matmul(xs, ws, tiles_E, tile, *, dtype, transposed=False, most=None, interpret=False):
         ws = [jnp.swapaxes(w, 1, 2) if transposed else w for w in ws]
         parts = (grouped_matmul_reference(x, w, tiles_E, tile) for x, w in zip(xs, ws, strict=True))
         return functools.reduce(jnp.add, parts).astype(dtype)
@@ -49,7 +49,7 @@ def plain_kernels(monkeypatch) -> None:
     def gradient(x, dy, tiles_E, tile, *, dtype, interpret=False):
         return weight_gradient_reference(x, dy, tiles_E, tile).astype(dtype)
 
-    def hidden(*inputs, tiles_E, tile, join, products, interpret=False):
+    def hidden(*inputs, tiles_E, tile, join, products, most=None, interpret=False):
         return grouped_hidden_reference(*inputs, tiles_E, tile, join=join)
 
     monkeypatch.setattr(grok.ops.experts_grouped, "grouped_hidden", hidden)
