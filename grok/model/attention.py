@@ -46,7 +46,7 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions_BT)
         c = self.config
         kv = sharding.kv_axis(c.num_kv_heads)
-        flash = sharding.platform() == "tpu" and suits(x_BTD.shape[1], c.head_dim)
+        flash = sharding.platform() == "tpu" and suits(x_BTD.shape[1])
 
         def local(q, k, v, segment):
             if flash:

@@ -13,9 +13,9 @@ LANES = 128
 BLOCKS = (1024, 512, 256, 128)
 
 
-def suits(length: int, head_dim: int) -> bool:
-    """Whether the kernel takes rows of this length and heads of this width."""
-    return length % LANES == 0 and head_dim % LANES == 0
+def suits(length: int) -> bool:
+    """Whether the kernel takes rows of this length."""
+    return length % LANES == 0
 
 
 def flash_attention(
@@ -31,10 +31,13 @@ def flash_attention(
     """What `attention_reference` computes where queries and keys are the same tokens, o_BTNH.
 
     No array of T x T exists, and keys are not repeated for the heads that share them. Blocks of
-    keys behind all queries of a block are passed over. `suits` says which shapes it takes. Inside
-    `shard_map` it has to be one that does not check what varies between devices.
+    keys behind all queries of a block are passed over. `suits` says which lengths it takes. Heads
+    are filled up with zeros to whole lanes, which a TPU multiplies anyway. Inside `shard_map` it
+    has to be one that does not check what varies between devices.
     """
-    T, N = q_BTNH.shape[1:3]
+    T, N, H = q_BTNH.shape[1:]
+    fill = [(0, 0)] * 3 + [(0, -H % LANES)]
+    q_BTNH, k_BTKH, v_BTKH = (jnp.pad(x, fill) for x in (q_BTNH, k_BTKH, v_BTKH))
     block = next(size for size in BLOCKS if T % size == 0)
     sizes = splash.BlockSizes(
         block_q=block,
@@ -61,4 +64,4 @@ def flash_attention(
         o_NTH = kernel(*heads_first, segment_ids=splash.SegmentIds(segment_T, segment_T))
         return jnp.swapaxes(o_NTH, 0, 1)
 
-    return jax.vmap(one_row)(q_BTNH, k_BTKH, v_BTKH, segment_BT)
+    return jax.vmap(one_row)(q_BTNH, k_BTKH, v_BTKH, segment_BT)[..., :H]
