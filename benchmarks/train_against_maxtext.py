@@ -8,7 +8,6 @@ A mixture of experts in Grok's shape: 512 wide, 4 layers, 8 experts of which a t
 environment of its own (`pip install maxtext==0.2.5`), and trains its mixtral block with the same
 sizes: capacity 1.25, which drops tokens, and its two dropless forms. They take turns, so that a
 busy machine is busy for all; prints medians of the steps of all turns, tokens a second, and ratios.
-With --profile a trace of our steps is written, which shows where their time goes.
 """
 
 import argparse
@@ -19,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from grok import sharding
 from grok.config import RunConfig
@@ -60,8 +60,8 @@ FORMS = {
 }
 
 
-def ours(steps: int, remat: str, profile: Path | None) -> list[float]:
-    """Seconds of each step after the first two."""
+def prepared_step(remat: str) -> tuple[Any, Any, dict[str, np.ndarray], Mesh]:
+    """Our jitted step, its first state, a batch, and the mesh of one device that they are for."""
     config: RunConfig = load_config("grok-10m", [*OURS, f"model.remat={remat}"])
     optimizer = make_optimizer(config)
     tokens = np.random.default_rng(0).integers(0, 8192, (ROWS, LENGTH), np.int32)
@@ -71,21 +71,22 @@ def ours(steps: int, remat: str, profile: Path | None) -> list[float]:
         "mask_BT": np.ones((ROWS, LENGTH), np.float32),
     }
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    step = jax.jit(
+        functools.partial(train_step, config=config, optimizer=optimizer), donate_argnums=0
+    )
+    return step, init_state(config, optimizer, mesh), batch, mesh
+
+
+def ours(steps: int, remat: str) -> list[float]:
+    """Seconds of each step after the first two."""
+    step, state, batch, mesh = prepared_step(remat)
     times = []
     with jax.set_mesh(mesh):
-        step = jax.jit(
-            functools.partial(train_step, config=config, optimizer=optimizer), donate_argnums=0
-        )
-        state = init_state(config, optimizer, mesh)
-        for number in range(steps + 2):
-            if profile is not None and number == 2:
-                jax.profiler.start_trace(str(profile))
+        for _ in range(steps + 2):
             began = time.perf_counter()
             state, metrics = step(state, batch)
             jax.block_until_ready((state, metrics))
             times.append(time.perf_counter() - began)
-        if profile is not None:
-            jax.profiler.stop_trace()
     return times[2:]
 
 
@@ -107,15 +108,12 @@ def main() -> None:
     parser.add_argument("--maxtext", help="Python of an environment that has it")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6, help="of each in a turn")
-    parser.add_argument("--profile", type=Path, help="folder for a trace of our steps")
     options = parser.parse_args()
     prepare(1)
     found: dict[str, list[float]] = {}
-    for turn in range(options.turns):
-        profile = options.profile if turn == 0 else None
+    for _ in range(options.turns):
         for remat in ("none", "full"):
-            times = ours(options.steps, remat, profile if remat == "none" else None)
-            found.setdefault(f"ours, exact, remat {remat}", []).extend(times)
+            found.setdefault(f"ours, exact, remat {remat}", []).extend(ours(options.steps, remat))
         for name, form in FORMS.items() if options.maxtext else ():
             found.setdefault(name, []).extend(maxtext(options.maxtext, form, options.steps))
     first = statistics.median(next(iter(found.values())))
