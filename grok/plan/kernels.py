@@ -39,8 +39,8 @@ def _splash(inside: Computation, one: Instruction, products: int) -> tuple[float
     """Blocks above the diagonal are passed over; each other one reads its part of the side that is
     not held, twice: keys and values, or queries and the gradient of the output."""
     arrays = [inside[name].arrays[0] for name in one.operands]
-    (_, parts, _), (heads, length, width) = arrays[0].shape, arrays[2].shape
-    side, blocks = length // parts, heads * parts * (parts + 1) // 2
+    parts, (*rows, heads, length, width) = arrays[0].shape[-2], arrays[2].shape
+    side, blocks = length // parts, math.prod(rows) * heads * parts * (parts + 1) // 2
     flops = 2.0 * products * blocks * side**2 * width
     once = sum(a.size for a in (*arrays[5:], *one.arrays) if a.in_hbm) + arrays[2].size
     return flops, once + 2 * blocks * side * width * 2

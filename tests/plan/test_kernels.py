@@ -24,6 +24,13 @@ def test_splash_passes_over_what_the_diagonal_hides():
     assert cost.hbm == q + keys_and_values + q
 
 
+def test_splash_of_several_rows_costs_them_all():
+    rows = SPLASH.replace("4,256,128]", "3,4,256,128]").replace("{2,1,0} p", "{3,2,1,0} p")
+    rows = rows.replace("bf16[2,256,128]", "bf16[3,2,256,128]").replace("{2,1,0} c", "{3,2,1,0} c")
+    cost, one = CompiledProgram(rows, MESH).cost(), CompiledProgram(SPLASH, MESH).cost()
+    assert (cost.flops, cost.hbm) == (3 * one.flops, 3 * one.hbm)
+
+
 # Two sequences of three pages of eight tokens, two kv heads; one query each, or eight.
 RAGGED = """
 ENTRY %main (q: bf16[{queries},4,128], kv: bf16[12,8,4,128]) -> bf16[{queries},4,128] {{
