@@ -1,13 +1,14 @@
 """A training step on CPU, ours and MaxText's, in one run.
 
-    python benchmarks/train_against_maxtext.py
-    python benchmarks/train_against_maxtext.py --maxtext ENV/bin/python --turns 2
+    python -m benchmarks.train_against_maxtext
+    python -m benchmarks.train_against_maxtext --maxtext ENV/bin/python --turns 2
 
 A mixture of experts in Grok's shape: 512 wide, 4 layers, 8 experts of which a token goes to two,
 8 rows of 256 tokens, float32, one device. MaxText comes from the Python package index, in an
-environment of its own (`pip install maxtext==0.2.5`), and trains its mixtral block with the same
-sizes: capacity 1.25, which drops tokens, and its two dropless forms. They take turns, so that a
-busy machine is busy for all; prints medians of the steps of all turns, tokens a second, and ratios.
+environment of its own (`pip install 'maxtext[tpu]==0.2.5'`, which brings JAX and needs no TPU), and
+trains its mixtral block with the same sizes: capacity 1.25, which drops tokens, and its two dropless
+forms. They take turns, so that a busy machine is busy for all; prints medians of the steps of all
+turns, tokens a second, and ratios.
 """
 
 import argparse
