@@ -6,9 +6,9 @@
 A mixture of experts in Grok's shape: 512 wide, 4 layers, 8 experts of which a token goes to two,
 8 rows of 256 tokens, float32, one device. MaxText comes from the Python package index, in an
 environment of its own (`pip install 'maxtext[tpu]==0.2.5'`, which brings JAX and needs no TPU), and
-trains its mixtral block with the same sizes: capacity 1.25, which drops tokens, and its two dropless
-forms. They take turns, so that a busy machine is busy for all; prints medians of the steps of all
-turns, tokens a second, and ratios.
+trains its mixtral block with the same sizes: capacity 1.25, which drops tokens, and its two
+dropless forms. They take turns, so that a busy machine is busy for all; prints medians of the steps
+of all turns, tokens a second, and ratios.
 """
 
 import argparse
