@@ -319,7 +319,8 @@ def _object(call: Call) -> str:
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    # In ASCII: many clients split text into lines, and Unicode has more ends of lines than an event.
+    return f"data: {json.dumps(data)}\n\n"
 
 
 def _digest(key: str) -> bytes:

@@ -398,3 +398,12 @@ def test_what_comes_out_is_json_line_by_line(server):
     assert events[-2:] == ["data: [DONE]", ""]
     for event in events[:-2]:
         assert json.loads(event.removeprefix("data: "))["object"] == "text_completion"
+
+
+def test_a_stream_has_no_ends_of_lines_but_its_own(server):
+    prompt = "a\u2028b\x85c"  # where clients that split text into lines would split, too
+    asked = {**GOOD, "prompt": prompt, "echo": True, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=asked) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    texts = [json.loads(line)["choices"][0]["text"] for line in lines[:-1]]
+    assert "".join(texts).startswith(prompt)
