@@ -319,7 +319,7 @@ def _object(call: Call) -> str:
 
 
 def _event(data: dict[str, Any]) -> str:
-    # In ASCII: many clients split text into lines, and Unicode has more ends of lines than an event.
+    # In ASCII: many clients split text into lines, and Unicode has more ends of lines than events.
     return f"data: {json.dumps(data)}\n\n"
 
 
