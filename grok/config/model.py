@@ -49,10 +49,11 @@ class GrokConfig:
         Literal["float32", "bfloat16"], Field(description="type of activations and products")
     ] = "bfloat16"
     remat: Annotated[
-        Literal["none", "dots", "attention", "experts", "full"],
+        Literal["none", "dots", "attention", "experts", "offload", "full"],
         Field(
             description="recompute in backward: nothing, all but matrix products, all but what "
-            "attention gave, all but what the experts gave, whole blocks"
+            "attention gave, all but what the experts gave, the same with all that is kept in the "
+            "hosts' memory, whole blocks"
         ),
     ] = "full"
 

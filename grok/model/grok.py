@@ -27,6 +27,12 @@ REMAT_POLICIES = {
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "experts": jax.checkpoint_policies.save_only_these_names("experts"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["stream", "experts"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -46,6 +52,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, segment_BT, positions_BT) -> tuple[jax.Array, RouterStats]:
         """The residual stream after this block, and the router's statistics."""
+        x_BTD = checkpoint_name(x_BTD, "stream")
         a_BTD = self.attention(self.pre_attn_norm(x_BTD), segment_BT, positions_BT)
         x_BTD = x_BTD + self.post_attn_norm(a_BTD)
         m_BTD, stats = self.moe(self.pre_moe_norm(x_BTD), segment_BT > 0)

@@ -12,8 +12,9 @@ from flax import nnx
 from grok import sharding
 from grok.config import GrokConfig
 from grok.model.layers import normal, quantized_axes
+from grok.ops.blocks import LANES
 from grok.ops.experts import experts_tiled, few_tile_rows, tile_rows
-from grok.ops.experts_grouped import experts_grouped
+from grok.ops.experts_grouped import PARTS, experts_grouped, experts_in_parts
 from grok.ops.lora import LoraArray
 from grok.ops.quant import QuantizedArray
 from grok.ops.stacked import StackedArray
@@ -88,8 +89,7 @@ class MoE(nnx.Module):
     def _experts(self, x_BTD, gate_BTC, chosen_BTC, stream: sharding.Axes):
         """Tokens travel to the experts: each device collects those of its group, runs its slice of
         every expert on the rows that chose it, and hands the partial sums back."""
-        C, E = self.config.num_selected_experts, self.config.num_experts
-
+        C = self.config.num_selected_experts
         weights = [getattr(self, name).get_value() for name in EXPERTS]
         w_in, w_out = ("experts", "kept_embed", "mlp"), ("experts", "mlp", "kept_embed")
         axes: list[sharding.Axes] = []
@@ -116,20 +116,10 @@ class MoE(nnx.Module):
         kinds = jax.tree.structure(weights)
 
         def local(x, gate, chosen, *parts):
-            whole = [sharding.collect(*each) for each in zip(parts, axes, strict=True)]
-            w_gate_EDF, w_up_EDF, w_down_EFD = jax.tree.unflatten(kinds, whole)
             x, gate, chosen = (sharding.all_gather(a, "group", dim=0) for a in (x, gate, chosen))
             x = sharding.embed_last(x)
             rows = (x.reshape(-1, x.shape[-1]), gate.reshape(-1, C), chosen.reshape(-1, C))
-            arguments = (*rows, w_gate_EDF, w_up_EDF, w_down_EFD)
-            arguments = jax.tree.map(sharding.vary, arguments)
-            if sharding.platform() == "tpu":
-                y_RD = experts_grouped(*arguments)
-            else:
-                serving = isinstance(w_gate_EDF, StackedArray | QuantizedArray)
-                R = len(rows[1])
-                tile = few_tile_rows(R, C, E) if serving else tile_rows(R * C, E)
-                y_RD = experts_tiled(*arguments, tile)
+            y_RD = self._routed(rows, parts, kinds, axes)
             y = sharding.embed_last(y_RD.reshape(x.shape))
             y = sharding.embed_last(sharding.psum_scatter(y, "group", dim=0))
             if stream[1] == "stream_length":
@@ -139,6 +129,28 @@ class MoE(nnx.Module):
         tokens = ("batch", "length", None)
         form = sharding.shard_map(local, (tokens, tokens, tokens, *axes), stream)
         return form(*(sharding.shard(a, *tokens) for a in (x_BTD, gate_BTC, chosen_BTC)), *parts)
+
+    def _routed(self, rows, parts, kinds, axes) -> jax.Array:
+        """y_RD of rows (x_RD, gate_RC, chosen_RC), by this device's part of the experts' width."""
+
+        def collect(parts):
+            whole = [sharding.collect(*each) for each in zip(parts, axes, strict=True)]
+            return jax.tree.unflatten(kinds, whole)
+
+        rows = jax.tree.map(sharding.vary, rows)
+        tpu = sharding.platform() == "tpu"
+        # Where what they give is kept, the backward pass is what computes the hidden layer again.
+        kept = self.config.remat in ("experts", "offload")
+        plain = kinds == jax.tree.structure([*EXPERTS])
+        if tpu and kept and plain and parts[0].shape[-1] % (PARTS * LANES) == 0:
+            return experts_in_parts(*rows, tuple(map(sharding.vary, parts)), collect)
+        weights = jax.tree.map(sharding.vary, collect(parts))
+        if tpu:
+            return experts_grouped(*rows, *weights)
+        (R, C), E = rows[1].shape, self.config.num_experts
+        serving = isinstance(weights[0], StackedArray | QuantizedArray)
+        tile = few_tile_rows(R, C, E) if serving else tile_rows(R * C, E)
+        return experts_tiled(*rows, *weights, tile)
 
 
 def _stats(probs_BTE, chosen_BTC, real_BT) -> RouterStats:

@@ -21,6 +21,9 @@ from grok.ops.lora import LoraArray
 from grok.ops.places import Places, place, tile_rows
 from grok.ops.quant import QuantizedArray
 
+# Parts of the width of the experts, one after the other, where memory is little.
+PARTS = 2
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def experts_grouped(
@@ -38,14 +41,14 @@ def experts_grouped(
     float32 and kept in the type of x. Gradients as of `experts_tiled`. `interpret` runs the
     kernels without a TPU, as `pallas_call` has it.
     """
-    places, tiles = _tiled(x_RD, chosen_RC, w_gate_EDF, interpret)
+    places, tiles = _tiled(chosen_RC, w_gate_EDF, interpret)
     hidden_PF, *_ = _hidden_layer(_spread(x_RD, places), w_gate_EDF, w_up_EDF, False, tiles)
     y_PD = _down(hidden_PF, w_down_EFD, False, tiles)
     return _joined(y_PD, places, gate_RC).astype(x_RD.dtype)
 
 
 def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, interpret):
-    places, tiles = _tiled(x_RD, chosen_RC, w_gate_EDF, interpret)
+    places, tiles = _tiled(chosen_RC, w_gate_EDF, interpret)
     x_PD = _spread(x_RD, places)
     hidden_PF, branch_PF, up_PF = _hidden_layer(x_PD, w_gate_EDF, w_up_EDF, True, tiles)
     y_RD = _joined(_down(hidden_PF, w_down_EFD, False, tiles), places, gate_RC).astype(x_RD.dtype)
@@ -57,38 +60,127 @@ def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, interpr
 def _backward(interpret, saved, dy_RD):
     x_RD, gate_RC, places, branch_PF, up_PF, weights = saved
     w_gate_EDF, w_up_EDF, w_down_EFD = weights
-    (R, C), E, dtype = gate_RC.shape, w_gate_EDF.shape[0], x_RD.dtype
-    tiles = {"tiles_E": places.tiles_E, "tile": tile_rows(R, C, E), "interpret": interpret}
-    gradient: Callable = functools.partial(_gradient, **tiles)
-
+    dtype = x_RD.dtype
+    tiles = _tiles(gate_RC, places, interpret)
     dy_PD = _spread(dy_RD.astype(dtype), places)
-    dhidden_PF = _down(dy_PD, w_down_EFD, True, tiles).astype(jnp.float32)
-    hidden_PF, pull = jax.vjp(join, branch_PF, up_PF)
-    gate_P = gate_RC.reshape(-1).at[places.pair_P].get(mode="fill", fill_value=0)
-    dgate_RC = jnp.sum(dhidden_PF * hidden_PF, axis=-1)[places.place_RC]
-    dbranch_PF, dup_PF = pull(dhidden_PF * gate_P[:, None])
-    scaled_PF = (hidden_PF * gate_P[:, None]).astype(dtype)
-    dw_down = gradient(scaled_PF, dy_PD, w_down_EFD, embed_first=True)
+    gate_P = _gates(gate_RC, places)
+    dgate_P, dbranch_PF, dup_PF, dw_down = _pulled(
+        dy_PD, gate_P, branch_PF, up_PF, w_down_EFD, tiles
+    )
     # Rows of x only after those of dy are done with: memory for both is much.
     x_RD, dw_down = jax.lax.optimization_barrier((x_RD, dw_down))
-    x_PD = _spread(x_RD, places)
-    dw_gate, dw_up = gradient(x_PD, dbranch_PF, w_gate_EDF), gradient(x_PD, dup_PF, w_up_EDF)
-    both = [dbranch_PF, dup_PF], [w_gate_EDF, w_up_EDF]
-    dx_PD = _times(*both, dtype=dtype, transposed=True, **tiles)
+    dx_PD, dw_gate, dw_up = _pulled_rows(
+        _spread(x_RD, places), dbranch_PF, dup_PF, w_gate_EDF, w_up_EDF, tiles
+    )
     dx_RD = _joined(dx_PD, places, jnp.ones_like(gate_RC))
-    return dx_RD.astype(dtype), dgate_RC, None, dw_gate, dw_up, dw_down
+    return dx_RD.astype(dtype), dgate_P[places.place_RC], None, dw_gate, dw_up, dw_down
 
 
 # Under remat the first pass is the function itself, and nothing is written for a backward pass.
 experts_grouped.defvjp(_forward, _backward, optimize_remat=True)
 
 
-def _tiled(x_RD, chosen_RC, w_gate_EDF, interpret) -> tuple[Places, dict[str, Any]]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def experts_in_parts(
+    x_RD: jax.Array,
+    gate_RC: jax.Array,
+    chosen_RC: jax.Array,
+    shards: tuple[jax.Array, jax.Array, jax.Array],
+    collect: Callable,
+    interpret: Any = False,
+) -> jax.Array:
+    """As `experts_grouped` of the matrices that `collect` makes of `shards`, with F of each in it.
+
+    Nothing is kept for the backward pass, which computes the hidden layer again, one half of its
+    width after the other: matrices, their gradients, and all between them are half as large there.
+    """
+    return experts_grouped(x_RD, gate_RC, chosen_RC, *collect(shards), interpret)
+
+
+def _forward_whole(x_RD, gate_RC, chosen_RC, shards, collect, interpret):
+    y_RD = experts_in_parts(x_RD, gate_RC, chosen_RC, shards, collect, interpret)
+    return y_RD, (x_RD, gate_RC, chosen_RC, shards)
+
+
+def _backward_in_parts(collect, interpret, saved, dy_RD):
+    x_RD, gate_RC, chosen_RC, shards = saved
+    places, tiles = _tiled(chosen_RC, shards[0], interpret)
+    x_PD, dy_PD = _spread(x_RD, places), _spread(dy_RD.astype(x_RD.dtype), places)
+    gate_P = _gates(gate_RC, places)
+    dx_PD, dgate_P, dshards = None, jnp.zeros_like(gate_P), None
+    for part in range(PARTS):
+        if dx_PD is not None:  # one part after the other
+            x_PD, dx_PD = jax.lax.optimization_barrier((x_PD, dx_PD))
+        cut: Callable = functools.partial(_part, part=part)
+        weights, pull = jax.vjp(lambda shards, cut=cut: collect(cut(shards)), shards)
+        w_gate_EDF, w_up_EDF, w_down_EFD = weights
+        _, branch_PF, up_PF = _hidden_layer(x_PD, w_gate_EDF, w_up_EDF, True, tiles)
+        more_P, dbranch_PF, dup_PF, dw_down = _pulled(
+            dy_PD, gate_P, branch_PF, up_PF, w_down_EFD, tiles
+        )
+        dx_PD, dw_gate, dw_up = _pulled_rows(
+            x_PD, dbranch_PF, dup_PF, w_gate_EDF, w_up_EDF, tiles, dx_PD
+        )
+        dgate_P += more_P
+        (more,) = pull([dw_gate, dw_up, dw_down])
+        dshards = more if dshards is None else jax.tree.map(jnp.add, dshards, more)
+    dx_RD = _joined(dx_PD, places, jnp.ones_like(gate_RC))
+    return dx_RD.astype(x_RD.dtype), dgate_P[places.place_RC], None, dshards
+
+
+experts_in_parts.defvjp(_forward_whole, _backward_in_parts)
+
+
+def _part(shards, part: int):
+    """A half of the width of matrices that are in shards."""
+    w_gate_EDF, w_up_EDF, w_down_EFD = shards
+    width = w_gate_EDF.shape[2] // PARTS
+    half = slice(part * width, (part + 1) * width)
+    return w_gate_EDF[:, :, half], w_up_EDF[:, :, half], w_down_EFD[:, half]
+
+
+def _tiled(chosen_RC, w_gate_EDF, interpret) -> tuple[Places, dict[str, Any]]:
     """Where the pairs of rows and experts lie, and what kernels have to know of it."""
-    (R, C), E = chosen_RC.shape, w_gate_EDF.shape[0]
-    places = place(chosen_RC, E)
-    tiles = {"tiles_E": places.tiles_E, "tile": tile_rows(R, C, E), "interpret": interpret}
-    return places, tiles | {"most": R * C}
+    places = place(chosen_RC, w_gate_EDF.shape[0])
+    return places, _tiles(chosen_RC, places, interpret)
+
+
+def _tiles(pairs_RC, places: Places, interpret) -> dict[str, Any]:
+    """What kernels have to know of the places of so many pairs."""
+    (R, C), E = pairs_RC.shape, places.tiles_E.size
+    return {
+        "tiles_E": places.tiles_E,
+        "tile": tile_rows(R, C, E),
+        "most": R * C,
+        "interpret": interpret,
+    }
+
+
+def _gates(gate_RC, places: Places) -> jax.Array:
+    """The gate of the pair at each place, 0 where there is none."""
+    return gate_RC.reshape(-1).at[places.pair_P].get(mode="fill", fill_value=0)
+
+
+def _pulled(dy_PD, gate_P, branch_PF, up_PF, w_down_EFD, tiles):
+    """Gradients of gates, dgate_P, of both products of the hidden layer, and of the down matrix,
+    where those of what the experts gave before their gates are gate * dy."""
+    dhidden_PF = _down(dy_PD, w_down_EFD, True, tiles).astype(jnp.float32)
+    hidden_PF, pull = jax.vjp(join, branch_PF, up_PF)
+    dgate_P = jnp.sum(dhidden_PF * hidden_PF, axis=-1)
+    dbranch_PF, dup_PF = pull(dhidden_PF * gate_P[:, None])
+    scaled_PF = (hidden_PF * gate_P[:, None]).astype(dy_PD.dtype)
+    dw_down = _gradient(scaled_PF, dy_PD, w_down_EFD, tiles, embed_first=True)
+    return dgate_P, dbranch_PF, dup_PF, dw_down
+
+
+def _pulled_rows(x_PD, dbranch_PF, dup_PF, w_gate_EDF, w_up_EDF, tiles, start=None):
+    """Gradients of rows, added to `start`, and of the hidden layer's matrices."""
+    dw_gate = _gradient(x_PD, dbranch_PF, w_gate_EDF, tiles)
+    dw_up = _gradient(x_PD, dup_PF, w_up_EDF, tiles)
+    both = [dbranch_PF, dup_PF], [w_gate_EDF, w_up_EDF]
+    if start is not None:
+        tiles = tiles | {"start": start}
+    return _times(*both, dtype=x_PD.dtype, transposed=True, **tiles), dw_gate, dw_up
 
 
 def _hidden_layer(x_PD, w_gate_EDF, w_up_EDF, products: bool, tiles) -> tuple[jax.Array, ...]:
@@ -141,13 +233,14 @@ def _times(xs, ws, *, dtype, transposed: bool = False, **tiles) -> jax.Array:
     return y.astype(dtype)
 
 
-def _gradient(x, dy, w: Weight, *, embed_first: bool = False, **tiles) -> Weight:
+def _gradient(x, dy, w: Weight, tiles, *, embed_first: bool = False) -> Weight:
     """Gradient of the sum of <dy, x w>, as `w` in structure; a LoraArray's base has none.
 
     With `embed_first` the columns, which are those that devices share, lie first in memory: a sum
     of which each device keeps some columns would be made whole everywhere.
     """
-    run: Callable = functools.partial(grouped_weight_gradient, **tiles)
+    places = {name: tiles[name] for name in ("tiles_E", "tile", "interpret")}
+    run: Callable = functools.partial(grouped_weight_gradient, **places)
     if not isinstance(w, LoraArray):
         if embed_first:
             return jnp.swapaxes(run(dy, x, dtype=w.dtype), 1, 2)

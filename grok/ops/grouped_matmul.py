@@ -54,14 +54,15 @@ def grouped_matmul(
     dtype,
     transposed: bool = False,
     most: int | None = None,
+    start: jax.Array | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """Sum over pairs of x_PK and w_EKN of each tile times its expert's matrix, y_PN in `dtype`.
 
-    At most `most` tiles have rows, if it is given, and the kernel is said to cost no more.
-
     `ws` are arrays, of shape (E, N, K) when `transposed`, or one QuantizedArray. Products are
-    summed in float32. What lies beyond the last tile is not written.
+    summed in float32, from `start` on if it is given, an array like y_PN, whose memory y_PN takes
+    over. What lies beyond the last tile is not written. At most `most` tiles have rows, if it is
+    given, and the kernel is said to cost no more.
     """
     scales: list[jax.Array] = []
     layer: Any = 0
@@ -89,7 +90,7 @@ def grouped_matmul(
 
         @pl.when(k == 0)
         def _():
-            sum_ref[...] = jnp.zeros_like(sum_ref)
+            sum_ref[...] = refs[-3][...].astype(jnp.float32) if starts else jnp.zeros_like(sum_ref)
 
         for x_ref, w_ref in zip(refs, refs[len(xs) : 2 * len(xs)], strict=False):
             if scales:
@@ -104,7 +105,11 @@ def grouped_matmul(
     w_shape = (None, None, *((tn, tk) if transposed else (tk, tn)))
     x_bytes, w_bytes = (sum(a.dtype.itemsize for a in arrays) for arrays in (xs, values))
     itemsize = jnp.dtype(dtype).itemsize
-    blocks = 2 * M * (tk * x_bytes + tn * itemsize) + buffers * tk * tn * w_bytes + 8 * M * tn
+    starts = [] if start is None else [start]
+    moved = (1 + len(starts)) * M * itemsize  # of a column, to memory and from it
+    blocks = 2 * M * tk * x_bytes + 2 * moved * tn + buffers * tk * tn * w_bytes + 8 * M * tn
+    y_spec = pl.BlockSpec((M, tn), lambda n, i, k, expert, tile, layer: (tile[i], n))
+    before = len(prefetch) + len(xs) + len(values) + len(scales)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -121,8 +126,9 @@ def grouped_matmul(
                     )
                     for a in scales
                 ),
+                *[y_spec] * len(starts),
             ],
-            out_specs=pl.BlockSpec((M, tn), lambda n, i, k, expert, tile, layer: (tile[i], n)),
+            out_specs=y_spec,
             scratch_shapes=[pltpu.VMEM((M, tn), jnp.float32)],
         ),
         out_shape=like(xs[0], (P, N), dtype),
@@ -134,12 +140,13 @@ def grouped_matmul(
             flops=2 * steps * M * K * N * len(xs),
             bytes_accessed=steps * M * K * x_bytes * (N // tn)
             + K * N * w_bytes * (min(E, steps) if tk == K else steps)
-            + steps * M * N * itemsize,
+            + steps * moved * N,
             transcendentals=0,
         ),
+        input_output_aliases={before: 0} if starts else {},
         interpret=interpret,
         name="grouped_matmul",
-    )(*prefetch, *xs, *values, *scales)
+    )(*prefetch, *xs, *values, *scales, *starts)
 
 
 def grouped_weight_gradient(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-LANES = 128
+from grok.ops.blocks import LANES, has_large_memory
 
 
 class Places(NamedTuple):
@@ -34,9 +34,11 @@ class Visits(NamedTuple):
 
 def tile_rows(rows: int, chosen: int, experts: int) -> int:
     """Rows of a tile: an eighth of an expert's fair share, but between 128, below which a matrix
-    unit gains nothing, and 512; and no more than there are rows."""
+    unit gains nothing, and 512, or 256 where weights take most of a core's memory; and no more than
+    there are rows."""
     share = rows * chosen // (8 * experts) // LANES * LANES
-    return min(max(share, LANES), 4 * LANES, -(-rows // 16) * 16)
+    most = (2 if has_large_memory() else 4) * LANES
+    return min(max(share, LANES), most, -(-rows // 16) * 16)
 
 
 def place(chosen_RC: jax.Array, experts: int) -> Places:

@@ -28,6 +28,11 @@ FREE = {
 PUTS = {"dynamic-update-slice": 1, "scatter": 2}
 
 
+# What begins to cut a part out of an array with the host, or to put one in, and where in the result
+# the part is.
+HOST_PARTS = {"dynamic-slice-start": -2, "dynamic-update-slice-start": 1}
+
+
 # What passes each element on: inside a fusion, only those that are asked for.
 SAME = ("bitcast", "convert", "copy", "reshape", "transpose")
 
@@ -36,13 +41,14 @@ SAME = ("bitcast", "convert", "copy", "reshape", "transpose")
 class Cost:
     """What a program costs one device.
 
-    flops: of matrix products; hbm: bytes read and written; collectives: bytes that the device sends
-    in each, by mesh axes and kind; loops: those whose count was taken from the caller; kernels:
-    custom calls of known cost.
+    flops: of matrix products; hbm: bytes read and written; host: bytes to the host's memory and
+    from it; collectives: bytes that the device sends in each, by mesh axes and kind; loops: those
+    whose count was taken from the caller; kernels: custom calls of known cost.
     """
 
     flops: float = 0.0
     hbm: float = 0.0
+    host: float = 0.0
     collectives: dict[tuple[str, str], float] = dataclasses.field(
         default_factory=lambda: defaultdict(float)
     )
@@ -53,6 +59,7 @@ class Cost:
         """Adds another cost, so many times."""
         self.flops += times * other.flops
         self.hbm += times * other.hbm
+        self.host += times * other.host
         for name in ("collectives", "loops", "kernels"):
             for key, value in getattr(other, name).items():
                 getattr(self, name)[key] += times * value
@@ -105,7 +112,8 @@ class CompiledProgram:
             for called in one.called("to_apply") or one.called("calls"):
                 total.add(self._of(called))
             return total
-        total.hbm = self._bytes(inside, one)
+        total.host = _host_bytes(one)
+        total.hbm = total.host or self._bytes(inside, one)
         if "_xla_megascale_transfer_type" in one.attributes:
             return self._between_slices(inside, one, total)
         going_on = False
@@ -272,6 +280,16 @@ class CompiledProgram:
                         found.setdefault(array, _op_name(one))
         ranked = sorted(found.items(), key=lambda item: -item[0].size)
         return [(str(array), maker, array.size) for array, maker in ranked[:number]]
+
+
+def _host_bytes(one: Instruction) -> float:
+    """What an instruction moves between HBM and the host's memory."""
+    if one.opcode == "copy-start":
+        source, target = one.arrays[:2]
+        return source.size * (source.on_host != target.on_host)
+    if one.opcode not in HOST_PARTS or not one.arrays[0].on_host:
+        return 0.0
+    return one.arrays[HOST_PARTS[one.opcode]].size
 
 
 def _op_name(one: Instruction) -> str:

@@ -38,6 +38,8 @@ class Plan:
     tokens: float  # of a step and chip
     flops: float | None = None
     hbm: float | None = None
+    host: float | None = None  # bytes to the hosts' memory and from it
+    on_hosts: float = 0.0  # bytes of temporaries there
     collectives: dict[str, dict[str, float]] | None = None
     seconds: dict[str, float] | None = None  # compute, hbm, interconnect
     interconnect: dict[str, float] | None = None  # its seconds by mesh axes
@@ -82,6 +84,7 @@ class Plan:
             },
             "flops_per_chip_per_step": {"model": self.model_flops, "compiled": self.flops},
             "hbm_bytes_per_chip_per_step": self.hbm,
+            "host_bytes_per_chip_per_step": self.host,
             "collective_bytes_per_chip_per_step": self.collectives,
             "seconds": {**self.seconds, **self.step_seconds()} if self.seconds else None,
             "mfu": self.mfu() if known else None,
@@ -124,6 +127,8 @@ def make_plan(config: RunConfig, slice_: Slice, found: dict[str, Any], price: Pr
         total=found["peak"] * a_chip,
         flops=found["flops"] * a_chip,
         hbm=found["hbm"] * a_chip,
+        host=found["host"] * a_chip,
+        on_hosts=found["on_hosts"] * a_chip,
         collectives=collectives,
         seconds={
             "compute": found["flops"] * a_chip / chip.flops,
@@ -183,6 +188,6 @@ def recomputed_flops(plan: Plan) -> float:
     again = flops_per_token(model, plan.batch[1]) / 3 - table
     if model.remat == "attention":
         again -= attention_flops(model, plan.batch[1])
-    if model.remat == "experts":
+    if model.remat in ("experts", "offload"):
         again -= 2 * model.num_layers * model.num_selected_experts * model.embed_dim * model.mlp_dim
     return plan.tokens * again

@@ -23,11 +23,12 @@ _OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z\-]*)\(")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array in the program: type, dimensions, and whether it lies in HBM."""
+    """An array in the program: type, dimensions, and whether it lies in HBM, or with the host."""
 
     dtype: str
     shape: tuple[int, ...]
     in_hbm: bool
+    on_host: bool
 
     @property
     def size(self) -> float:
@@ -133,8 +134,10 @@ def _arrays(text: str) -> tuple[Array, ...]:
         Array(
             dtype,
             tuple(int(n) for n in dims.split(",") if n),
-            # Memory space 0, the default, is HBM; VMEM is 1, and flags and scalars lie elsewhere.
+            # Memory space 0, the default, is HBM, 1 is VMEM, 5 is the host's; flags and scalars
+            # lie elsewhere.
             not re.search(r"S\([1-9]", layout),
+            "S(5)" in layout,
         )
         for dtype, dims, layout in _ARRAY.findall(text)
     )

@@ -33,8 +33,10 @@ def remedies(plan: Plan) -> Iterator[str]:
     rows = plan.batch[0] // (plan.sizes["slice"] * plan.sizes["data"] * plan.sizes["expert"])
     if plan.total is not None and rows > plan.config.train.accumulate:
         yield f"train.accumulate={rows}, a row of each chip at a time: fewer temporaries"
-    if plan.total is not None and plan.config.model.remat != "full":
+    if plan.total is not None and plan.config.model.remat not in ("offload", "full"):
         yield "model.remat=full: fewer temporaries"
+    if plan.total is not None and plan.config.model.remat != "offload":
+        yield "model.remat=offload: what blocks keep for the backward pass lies with the hosts"
 
 
 def fits(plan: Plan, state: float) -> bool:

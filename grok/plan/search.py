@@ -14,9 +14,9 @@ from grok.plan.figures import Plan, batch_of
 from grok.plan.remedies import BYTES, state_bytes
 from grok.plan.slices import Slice
 
-REMAT: tuple[Literal["dots", "full"], ...] = ("dots", "full")
+REMAT: tuple[Literal["dots", "offload", "full"], ...] = ("dots", "offload", "full")
 # Arrays of the residual stream's size that a layer keeps for the backward pass, roughly.
-KEPT = {"none": 16, "dots": 4, "attention": 2, "experts": 2, "full": 1}
+KEPT = {"none": 16, "dots": 4, "attention": 2, "experts": 2, "offload": 0, "full": 1}
 ROWS = (1, 2, 4)  # of each device's batch
 
 
@@ -143,6 +143,7 @@ def _guess(config: RunConfig, sizes: dict[str, int], slice_: Slice) -> float:
     routed = 2 * 2 * on_device * (expert - 1) * model.embed_dim * model.num_layers
     summed = 2 * 4 * on_device * expert * model.embed_dim * model.num_layers * (tensor > 1)
     links = 2 * slice_.chip.link
-    recomputed = 2 * model.num_active_parameters() * (model.remat == "full") * (passes == 3)
+    again = passes == 3 and model.remat in ("offload", "full")
+    recomputed = 2 * model.num_active_parameters() * again
     compute = tokens * recomputed / (slice_.num_chips * slice_.chip.flops)
     return (passes * (weights + routed + summed) / links + compute) / tokens

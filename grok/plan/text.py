@@ -58,6 +58,13 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.config.plan.program != "train":
         text += f", {plan.hbm / plan.state:.2f} x weights and cache read once"
     yield "HBM", text
+    if plan.host:
+        rate = _amount(plan.host / plan.step_seconds()["overlapped"])
+        yield (
+            "hosts",
+            f"{_amount(plan.host)}B to their memory and back, {_gib(plan.on_hosts)} GiB a chip of "
+            f"it there at once; beside the shortest step, {rate}B/s",
+        )
     yield "interconnect", f"{_amount(sum(map(_sum, plan.collectives.values())))}B sent"
     for across, kinds in sorted(plan.collectives.items()):
         parts = ", ".join(f"{kind} {_amount(sent)}B" for kind, sent in sorted(kinds.items()))
@@ -104,8 +111,11 @@ def assumptions(plan: Plan) -> Iterator[str]:
             "mesh axes (two a side that closes to a ring, else one), one axis after the other"
         )
         yield "state stays where it is between steps, and the input never makes a step wait"
-        if plan.config.plan.program == "train" and plan.config.optimizer.offload:
-            yield "what moments take to go to the hosts and back is not counted"
+        if plan.host:
+            yield (
+                "what goes to the hosts' memory and back takes no time of the step's, and the peak "
+                "is what the compiler allocates in HBM"
+            )
         if found["loops"]:
             yield (
                 f"{len(found['loops'])} loops over the cache run as far as "

@@ -78,7 +78,10 @@ def plan(config: RunConfig, slice_: Slice, request: dict[str, Any]) -> dict[str,
         Path(request["dump"]).write_text(text)
     if "save" in request:
         Path(request["save"]).write_bytes(serialize_executable.serialize(compiled)[0])
-    found |= {"state": memory.argument_size_in_bytes, "peak": memory.peak_memory_in_bytes}
+    peak, on_hosts = memory.peak_memory_in_bytes, memory.host_temp_size_in_bytes
+    if on_hosts:  # The larger peak of both memories: what was allocated in HBM is nearer.
+        peak = min(peak, memory.total_allocation_bytes)
+    found |= {"state": memory.argument_size_in_bytes, "peak": peak, "on_hosts": on_hosts}
     return found | counted(CompiledProgram(text, sizes, turns(config)), mesh, slice_)
 
 
@@ -88,6 +91,7 @@ def counted(program: CompiledProgram, mesh: Mesh, slice_: Slice) -> dict[str, An
     return {
         "flops": cost.flops,
         "hbm": cost.hbm,
+        "host": cost.host,
         "collectives": [[*key, sent] for key, sent in sorted(cost.collectives.items())],
         "loops": sorted(cost.loops),
         "kernels": sorted(cost.kernels),

@@ -145,7 +145,7 @@ def gradients(remat: str) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, to_arrays(jax.jit(jax.grad(loss))(model(remat=remat))))
 
 
-@pytest.mark.parametrize("remat", ["dots", "attention", "experts", "full"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "experts", "offload", "full"])
 def test_what_is_recomputed_does_not_change_gradients(remat):
     for name, expected in gradients("none").items():
         # The same operations, which the compiler may fuse, and so round, otherwise.

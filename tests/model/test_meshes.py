@@ -3,6 +3,7 @@
 Letters: B rows, T tokens, V vocab.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -56,8 +57,9 @@ def parameters() -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, to_arrays(grok.init(CONFIG, jax.random.key(7))))
 
 
-def model(sizes: tuple[int, ...] | None) -> grok.Grok:
-    return from_arrays(CONFIG, parameters(), sizes and grok.make_mesh(*sizes))
+def model(sizes: tuple[int, ...] | None, remat: str = "full") -> grok.Grok:
+    config = dataclasses.replace(CONFIG, remat=remat)
+    return from_arrays(config, parameters(), sizes and grok.make_mesh(*sizes))
 
 
 def batch(mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
@@ -71,10 +73,12 @@ def batch(mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
 
 
 @functools.cache
-def loss_and_gradients(sizes: tuple[int, ...] | None) -> tuple[dict, dict[str, np.ndarray]]:
+def loss_and_gradients(
+    sizes: tuple[int, ...] | None, remat: str = "full"
+) -> tuple[dict, dict[str, np.ndarray]]:
     run = jax.jit(jax.value_and_grad(batch_loss, has_aux=True), static_argnums=2)
     mesh = sizes and grok.make_mesh(*sizes)
-    (loss, report), gradients = run(model(sizes), batch(mesh), LOSSES)
+    (loss, report), gradients = run(model(sizes, remat), batch(mesh), LOSSES)
     values = {"total": loss, **report}
     return jax.tree.map(np.asarray, values), jax.tree.map(np.asarray, to_arrays(gradients))
 

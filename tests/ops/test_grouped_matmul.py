@@ -78,6 +78,19 @@ def test_sum_of_two_products_with_transposed_matrices(arrays):
     assert_near(found, 2 * reference(x, w, TILES[0]), TILES[0])
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_sum_from_a_start_on(arrays, split, monkeypatch):
+    """The matrices in one block or in several."""
+    if split:
+        monkeypatch.setattr(blocks, "_blocks", lambda *_: (8, 12))
+    x, start, w = arrays
+    tiles_E = jnp.asarray(TILES[0], jnp.int32)
+    found = kernels.grouped_matmul(
+        (x,), (w,), tiles_E, 16, dtype=jnp.float32, start=start, interpret=RACES
+    )
+    assert_near(found, start + reference(x, w, TILES[0]), TILES[0])
+
+
 def test_blocks_of_rows_and_columns_of_the_weights(arrays, monkeypatch):
     """A matrix too large for one block, as int8 with groups of rows and as floats."""
     monkeypatch.setattr(blocks, "_blocks", lambda *_: (8, 12))

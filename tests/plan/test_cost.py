@@ -74,6 +74,28 @@ def test_rows_that_are_added_in_place_are_all_that_is_moved():
     assert CompiledProgram(PUT, MESH).cost().hbm == 3 * part + indices
 
 
+HOST = """
+ENTRY %main (new: bf16[1,8,128], layer: s32[]) -> bf16[1,8,128] {
+  %new = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %layer = s32[]{:T(128)S(6)} parameter(1)
+  %zero = s32[] constant(0)
+  %kept = bf16[64,8,128]{2,1,0:T(8,128)(2,1)S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  %put = ((bf16[64,8,128]{2,1,0:T(8,128)(2,1)S(5)}, bf16[1,8,128]{2,1,0:T(8,128)(2,1)}, s32[]{:T(128)}), bf16[64,8,128]{2,1,0:T(8,128)(2,1)S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%kept, %new, %layer)
+  %all = bf16[64,8,128]{2,1,0:T(8,128)(2,1)S(5)} dynamic-update-slice-done(%put)
+  %cut = ((bf16[64,8,128]{2,1,0:T(8,128)(2,1)S(5)}, s32[]{:T(128)}), bf16[1,8,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) dynamic-slice-start(%all, %layer), dynamic_slice_sizes={1,8,128}
+  %part = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} dynamic-slice-done(%cut)
+  %away = (bf16[1,8,128]{2,1,0:T(8,128)(2,1)S(5)}, bf16[1,8,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%part)
+  ROOT %gone = bf16[1,8,128]{2,1,0:T(8,128)(2,1)S(5)} copy-done(%away)
+}
+"""  # noqa: E501
+
+
+def test_what_goes_to_the_hosts_memory_and_back():
+    part, cost = 8 * 128 * 2, CompiledProgram(HOST, MESH).cost()
+    assert cost.host == 3 * part  # one put there, one cut out, one copied there
+    assert cost.hbm == 3 * part
+
+
 NESTED = """
 %other_layout (p: s8[64,128,256]) -> s8[64,128,256] {
   %p = s8[64,128,256]{2,1,0:T(32,128)(4,1)} parameter(0)

@@ -22,6 +22,8 @@ FOUND = {
     "peak": 80 * GIB,
     "flops": 459e12 * 10,
     "hbm": 2765e9 * 4,
+    "host": 0.0,
+    "on_hosts": 0,
     "collectives": [["data", "all-gather", 180e9], ["data", "reduce-scatter", 180e9]],
     "wires": {"data": {"links": 2, "hops": 1.0, "slices": False}},
     "loops": [],
@@ -58,8 +60,8 @@ def test_three_terms_and_what_follows_from_them(plan):
 
 def test_json_has_these_keys(plan):
     keys = """fits hbm_gib_per_chip flops_per_chip_per_step hbm_bytes_per_chip_per_step
-    collective_bytes_per_chip_per_step seconds mfu tokens_per_second_per_chip
-    usd_per_billion_tokens compile_seconds""".split()
+    host_bytes_per_chip_per_step collective_bytes_per_chip_per_step seconds mfu
+    tokens_per_second_per_chip usd_per_billion_tokens compile_seconds""".split()
     assert list(plan.to_dict()) == keys
     unfit = dataclasses.replace(plan, fits=False, seconds=None)
     assert list(unfit.to_dict()) == keys
@@ -86,6 +88,15 @@ def test_report_says_what_it_assumes(plan):
     assert "compute 10 s, hbm 4 s, interconnect 2 s; compute bounds it" in text
     assert "a chip-hour costs 3.6 USD (a test)" in text
     assert "459 TFLOP/s" in text
+
+
+def test_report_says_what_the_hosts_hold():
+    found = FOUND | {"host": 50e9, "on_hosts": 24 * GIB}
+    text = report(make_plan(CONFIG, SLICE, found, None))
+    assert "50 GB to their memory and back, 24.00 GiB a chip" in text
+    assert "beside the shortest step, 5 GB/s" in text
+    assert "what goes to the hosts' memory and back takes no time of the step's" in text
+    assert "hosts" not in report(make_plan(CONFIG, SLICE, FOUND, None))
 
 
 @pytest.mark.parametrize(
