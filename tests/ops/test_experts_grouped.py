@@ -135,14 +135,19 @@ def test_adapters_have_the_gradients_of_what_they_add_up_to(plain_kernels):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * abs(expected).max())
 
 
-@pytest.mark.parametrize("remat", ["full", "experts"])
-def test_a_mesh_has_the_losses_and_gradients_of_one_device(remat, plain_kernels, monkeypatch):
+@pytest.mark.parametrize(
+    ("sizes", "remat"),
+    [((2, 2, 2, 1), "full"), ((2, 2, 2, 1), "experts"), ((2, 1, 2, 2), "experts")],
+)
+def test_a_mesh_has_the_losses_and_gradients_of_one_device(
+    sizes, remat, plain_kernels, monkeypatch
+):
     """With `experts` the backward pass has half the width of the experts after the other."""
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     monkeypatch.setattr(grok.model.moe, "LANES", 1)
     find = test_meshes.loss_and_gradients.__wrapped__
     (losses, ours), (right_losses, right) = (
-        find((2, 2, 2, 1), remat),
+        find(sizes, remat),
         test_meshes.loss_and_gradients(None),
     )
     for name, expected in (right_losses | right).items():

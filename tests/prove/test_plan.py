@@ -42,6 +42,19 @@ def test_the_training_step_of_grok_1_on_256_chips():
 
 
 @pytest.mark.prove
+def test_the_training_step_of_grok_1_on_256_small_chips():
+    answer = plan("train-v6e-16x16")
+    print(json.dumps(answer))
+    assert answer["fits"]
+    assert answer["mfu"]["overlapped"] > 0.6
+    assert answer["mfu"]["serial"] > 0.4
+    # What blocks keep, their inputs and what experts gave, goes to the hosts once and comes back.
+    model = load_config("grok-1").model
+    kept = 2 * model.num_layers * 2 * 8192 * model.embed_dim * 2
+    assert answer["host_bytes_per_chip_per_step"] == pytest.approx(2 * kept, rel=0.05)
+
+
+@pytest.mark.prove
 def test_a_step_of_decoding_grok_1_reads_weights_and_cache_once():
     answer = plan("decode-v6e-4x4")
     assert answer["fits"]
