@@ -225,8 +225,8 @@ def test_groups_round_trip(write):
         ("data:\n  train:\n  - a\n  - 3", "run.yaml:5: data.train[1] must be text, not 3"),
         (
             "model: {remat: ful}",
-            "must be 'none', 'dots', 'attention', 'experts', 'offload' or 'full', not \"ful\"; did you mean "
-            '"full"?',
+            "must be 'none', 'dots', 'attention', 'experts', 'offload' or 'full', not \"ful\"; "
+            'did you mean "full"?',
         ),
         ("model:\n  num_kv_heads: 5", "run.yaml:3: model.num_kv_heads=5 does not divide"),
         ("model:\n  num_kv_heads: 5", "model.num_kv_heads=4 would work."),
