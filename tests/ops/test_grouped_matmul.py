@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from grok import sharding
 from grok.ops import blocks
 from grok.ops import grouped_matmul as kernels
 from grok.ops.experts import join
@@ -168,3 +169,15 @@ def test_places_are_in_tiles_of_one_expert():
 )
 def test_tiles_are_an_eighth_of_a_fair_share_between_128_and_512(rows, chosen, experts, tile):
     assert tile_rows(rows, chosen, experts) == tile
+
+
+def test_a_large_memory_has_wider_blocks_of_weights_and_lower_tiles(monkeypatch):
+    """What is read again for each block of columns is all rows: a v6e has one block where others
+    have four, and two buffers only where a block stays for few tiles."""
+    both = 6144, 4096, 2 * 2  # half of the width that four chips share, two matrices in bfloat16
+    assert blocks.weight_blocks(*both, many_tiles=True) == (6144, 1024, 1)
+    monkeypatch.setattr(sharding, "device_kind", lambda: "TPU v6 lite")
+    assert blocks.weight_blocks(*both, many_tiles=True) == (6144, 4096, 1)
+    assert blocks.weight_blocks(*both, many_tiles=False) == (6144, 1024, 2)
+    assert tile_rows(65536, 2, 8) == 256
+    assert blocks.vmem_limit(100 * 2**20) < 128 * 2**20
