@@ -85,6 +85,11 @@ class GrokConfig:
         """Type of the parameters that are not int8, and of those that int8 ones are made from."""
         return "float32" if self.param_dtype == "int8" else self.param_dtype
 
+    @property
+    def keeps_experts(self) -> bool:
+        """Whether what the experts gave is kept for the backward pass."""
+        return self.remat in ("experts", "offload")
+
     def num_parameters(self) -> int:
         """All parameters of the model: table, blocks, final norm."""
         return self._count(self.num_experts)

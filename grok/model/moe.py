@@ -139,9 +139,9 @@ class MoE(nnx.Module):
 
         rows = jax.tree.map(sharding.vary, rows)
         tpu = sharding.platform() == "tpu"
-        # Where what they give is kept, the backward pass is what computes the hidden layer again.
-        kept = self.config.remat in ("experts", "offload")
         plain = kinds == jax.tree.structure([*EXPERTS])
+        # Else the blocks' remat computes the hidden layer again, and so would this: once too often.
+        kept = self.config.keeps_experts
         if tpu and kept and plain and parts[0].shape[-1] % (PARTS * LANES) == 0:
             return experts_in_parts(*rows, tuple(map(sharding.vary, parts)), collect)
         weights = jax.tree.map(sharding.vary, collect(parts))

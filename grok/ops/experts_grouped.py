@@ -64,12 +64,12 @@ def _backward(interpret, saved, dy_RD):
     tiles = _tiles(gate_RC, places, interpret)
     dy_PD = _spread(dy_RD.astype(dtype), places)
     gate_P = _gates(gate_RC, places)
-    dgate_P, dbranch_PF, dup_PF, dw_down = _pulled(
+    dgate_P, dbranch_PF, dup_PF, dw_down = _down_gradients(
         dy_PD, gate_P, branch_PF, up_PF, w_down_EFD, tiles
     )
     # Rows of x only after those of dy are done with: memory for both is much.
     x_RD, dw_down = jax.lax.optimization_barrier((x_RD, dw_down))
-    dx_PD, dw_gate, dw_up = _pulled_rows(
+    dx_PD, dw_gate, dw_up = _hidden_gradients(
         _spread(x_RD, places), dbranch_PF, dup_PF, w_gate_EDF, w_up_EDF, tiles
     )
     dx_RD = _joined(dx_PD, places, jnp.ones_like(gate_RC))
@@ -109,16 +109,16 @@ def _backward_in_parts(collect, interpret, saved, dy_RD):
     gate_P = _gates(gate_RC, places)
     dx_PD, dgate_P, dshards = None, jnp.zeros_like(gate_P), None
     for part in range(PARTS):
-        if dx_PD is not None:  # one part after the other
+        if dx_PD is not None:  # Not both parts at once, which is what takes half of the memory.
             x_PD, dx_PD = jax.lax.optimization_barrier((x_PD, dx_PD))
         cut: Callable = functools.partial(_part, part=part)
         weights, pull = jax.vjp(lambda shards, cut=cut: collect(cut(shards)), shards)
         w_gate_EDF, w_up_EDF, w_down_EFD = weights
         _, branch_PF, up_PF = _hidden_layer(x_PD, w_gate_EDF, w_up_EDF, True, tiles)
-        more_P, dbranch_PF, dup_PF, dw_down = _pulled(
+        more_P, dbranch_PF, dup_PF, dw_down = _down_gradients(
             dy_PD, gate_P, branch_PF, up_PF, w_down_EFD, tiles
         )
-        dx_PD, dw_gate, dw_up = _pulled_rows(
+        dx_PD, dw_gate, dw_up = _hidden_gradients(
             x_PD, dbranch_PF, dup_PF, w_gate_EDF, w_up_EDF, tiles, dx_PD
         )
         dgate_P += more_P
@@ -161,7 +161,7 @@ def _gates(gate_RC, places: Places) -> jax.Array:
     return gate_RC.reshape(-1).at[places.pair_P].get(mode="fill", fill_value=0)
 
 
-def _pulled(dy_PD, gate_P, branch_PF, up_PF, w_down_EFD, tiles):
+def _down_gradients(dy_PD, gate_P, branch_PF, up_PF, w_down_EFD, tiles):
     """Gradients of gates, dgate_P, of both products of the hidden layer, and of the down matrix,
     where those of what the experts gave before their gates are gate * dy."""
     dhidden_PF = _down(dy_PD, w_down_EFD, True, tiles).astype(jnp.float32)
@@ -173,7 +173,7 @@ def _pulled(dy_PD, gate_P, branch_PF, up_PF, w_down_EFD, tiles):
     return dgate_P, dbranch_PF, dup_PF, dw_down
 
 
-def _pulled_rows(x_PD, dbranch_PF, dup_PF, w_gate_EDF, w_up_EDF, tiles, start=None):
+def _hidden_gradients(x_PD, dbranch_PF, dup_PF, w_gate_EDF, w_up_EDF, tiles, start=None):
     """Gradients of rows, added to `start`, and of the hidden layer's matrices."""
     dw_gate = _gradient(x_PD, dbranch_PF, w_gate_EDF, tiles)
     dw_up = _gradient(x_PD, dup_PF, w_up_EDF, tiles)

@@ -113,6 +113,7 @@ class CompiledProgram:
                 total.add(self._of(called))
             return total
         total.host = _host_bytes(one)
+        # Of what goes to the host's memory or comes from it, one end is in HBM.
         total.hbm = total.host or self._bytes(inside, one)
         if "_xla_megascale_transfer_type" in one.attributes:
             return self._between_slices(inside, one, total)

@@ -39,7 +39,7 @@ class Plan:
     flops: float | None = None
     hbm: float | None = None
     host: float | None = None  # bytes to the hosts' memory and from it
-    on_hosts: float = 0.0  # bytes of temporaries there
+    on_hosts: float = 0.0  # bytes that lie there
     collectives: dict[str, dict[str, float]] | None = None
     seconds: dict[str, float] | None = None  # compute, hbm, interconnect
     interconnect: dict[str, float] | None = None  # its seconds by mesh axes
@@ -188,6 +188,6 @@ def recomputed_flops(plan: Plan) -> float:
     again = flops_per_token(model, plan.batch[1]) / 3 - table
     if model.remat == "attention":
         again -= attention_flops(model, plan.batch[1])
-    if model.remat in ("experts", "offload"):
+    if model.keeps_experts:
         again -= 2 * model.num_layers * model.num_selected_experts * model.embed_dim * model.mlp_dim
     return plan.tokens * again

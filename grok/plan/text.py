@@ -62,8 +62,8 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
         rate = _amount(plan.host / plan.step_seconds()["overlapped"])
         yield (
             "hosts",
-            f"{_amount(plan.host)}B to their memory and back, {_gib(plan.on_hosts)} GiB a chip of "
-            f"it there at once; beside the shortest step, {rate}B/s",
+            f"{_amount(plan.host)}B to their memory and back, where {_gib(plan.on_hosts)} GiB a "
+            f"chip lie; beside the shortest step, {rate}B/s",
         )
     yield "interconnect", f"{_amount(sum(map(_sum, plan.collectives.values())))}B sent"
     for across, kinds in sorted(plan.collectives.items()):

@@ -81,6 +81,7 @@ def plan(config: RunConfig, slice_: Slice, request: dict[str, Any]) -> dict[str,
     peak, on_hosts = memory.peak_memory_in_bytes, memory.host_temp_size_in_bytes
     if on_hosts:  # Then that peak is of the memory with more: what HBM has to hold is nearer.
         peak = min(peak, memory.total_allocation_bytes)
+    on_hosts += memory.host_argument_size_in_bytes
     found |= {"state": memory.argument_size_in_bytes, "peak": peak, "on_hosts": on_hosts}
     return found | counted(CompiledProgram(text, sizes, turns(config)), mesh, slice_)
 

@@ -163,6 +163,15 @@ def test_remat_holds_less_between_forward_and_backward():
     assert saved("full") < saved("experts") < saved("dots")
 
 
+def test_offload_leaves_what_blocks_keep_to_the_hosts():
+    """Of each layer its input and what the experts gave, (L, B, T, D) of both."""
+    m = model(remat="offload")
+    traced = jax.make_jaxpr(lambda m: jax.vjp(lambda m: m.hidden(TOKENS)[0], m)[1])(m)
+    of_layers = (CONFIG.num_layers, *TOKENS.shape, CONFIG.embed_dim)
+    kept = [array.memory_space for array in traced.out_avals if array.shape == of_layers]
+    assert kept == [jax.memory.Space.Host] * 2
+
+
 def test_parameters_in_bfloat16_compute_what_their_values_would_in_float32():
     half = model(param_dtype="bfloat16", compute_dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}

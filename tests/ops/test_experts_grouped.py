@@ -4,6 +4,7 @@ Letters: R rows, C chosen experts of a row, D embed, F mlp, E experts.
 """
 
 import functools
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,8 @@ def test_a_mesh_has_the_losses_and_gradients_of_one_device(
     sizes, remat, plain_kernels, monkeypatch
 ):
     """With `experts` the backward pass has half the width of the experts after the other."""
+    in_parts = Mock(wraps=experts_in_parts)
+    monkeypatch.setattr(grok.model.moe, "experts_in_parts", in_parts)
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     monkeypatch.setattr(grok.model.moe, "LANES", 1)
     find = test_meshes.loss_and_gradients.__wrapped__
@@ -153,3 +156,4 @@ def test_a_mesh_has_the_losses_and_gradients_of_one_device(
     for name, expected in (right_losses | right).items():
         error = np.abs((losses | ours)[name] - expected).max() / np.abs(expected).max()
         assert error < test_meshes.TOLERANCE, name
+    assert in_parts.called == (remat == "experts")

@@ -93,7 +93,7 @@ def test_report_says_what_it_assumes(plan):
 def test_report_says_what_the_hosts_hold():
     found = FOUND | {"host": 50e9, "on_hosts": 24 * GIB}
     text = report(make_plan(CONFIG, SLICE, found, None))
-    assert "50 GB to their memory and back, 24.00 GiB a chip" in text
+    assert "50 GB to their memory and back, where 24.00 GiB a chip lie" in text
     assert "beside the shortest step, 5 GB/s" in text
     assert "what goes to the hosts' memory and back takes no time of the step's" in text
     assert "hosts" not in report(make_plan(CONFIG, SLICE, FOUND, None))
