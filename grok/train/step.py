@@ -38,18 +38,25 @@ def train_step(
     old_opt_state = offload.to_device(state.opt_state)
     updates, opt_state = optimizer.update(grads, old_opt_state, as_float32(params))
 
-    grad_squares = sums_of_squares(to_arrays(grads))
+    grad_squares, update_squares = (sums_of_squares(to_arrays(x)) for x in (grads, updates))
     bad, to_blame = find_bad(state.guard, loss, grad_squares, config.train)
     guard = count(state.guard, bad, norm_of(grad_squares))
-    params = unless(bad, optax.apply_updates(params, updates), params)
+    old_params = params
+    if sharding.platform() == "cpu":
+        # XLA would copy parameters and moments there, to write over what it has yet to read.
+        # So it reads all that the updates need, then parameters change, and then moments.
+        old_params, update_squares = jax.lax.optimization_barrier((params, update_squares))
+    params = unless(bad, optax.apply_updates(old_params, updates), old_params)
+    if sharding.platform() == "cpu":
+        params, grads, old_opt_state = jax.lax.optimization_barrier((params, grads, old_opt_state))
+        _, opt_state = optimizer.update(grads, old_opt_state, as_float32(old_params))
     opt_state = offload.back(unless(bad, opt_state, old_opt_state), state.opt_state)
     ema = state.ema
     if ema is not None:
         ema = unless(bad, moved(ema, params, config.optimizer.ema_decay), ema)
 
     update_squares = {
-        name: jnp.where(bad, 0, square)
-        for name, square in sums_of_squares(to_arrays(updates)).items()
+        name: jnp.where(bad, 0, square) for name, square in update_squares.items()
     }
     metrics |= {
         # A bad step leaves its place in the schedule to the next.
