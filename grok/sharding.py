@@ -123,23 +123,21 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def ambient_mesh():
-    """The abstract mesh in force, or None."""
+    """The abstract mesh in force, or None; see `unsplit` for when one is not looked at."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty else mesh
+    return None if mesh.empty or mesh.are_all_axes_auto else mesh
 
 
 def platform() -> str:
     """What a program traced now is for, as "cpu" or "tpu": the mesh's devices, which need not be
     this machine's, or else the default backend."""
-    mesh = ambient_mesh()
-    device = None if mesh is None else mesh.abstract_device
+    device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def device_kind() -> str:
     """The kind of the devices that a program traced now is for, such as "TPU v6 lite"."""
-    mesh = ambient_mesh()
-    device = None if mesh is None else mesh.abstract_device
+    device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
@@ -160,6 +158,18 @@ def mesh_of(array: jax.Array):
     else:
         with jax.sharding.use_abstract_mesh(mesh):
             yield
+
+
+def unsplit(f: Callable) -> Callable:
+    """`f`, within which there is no mesh if the ambient one is of one device.
+
+    There is nothing to split there, and what says how to costs: each `shard_map` would have JAX
+    keep copies of its weights for the backward pass, and XLA copy gradients to sum them over all.
+    """
+    mesh = ambient_mesh()
+    if mesh is None or mesh.size > 1 or mesh.manual_axes:
+        return f
+    return jax.sharding.auto_axes(f, out_sharding=PartitionSpec())
 
 
 def size(axis: str) -> int:

@@ -89,20 +89,21 @@ class Grok(nnx.Module):
     def hidden(self, tokens_BT, segment_ids=None, positions=None) -> tuple[jax.Array, RouterStats]:
         """x_BTD after the final norm, in the compute type, and router statistics of L layers."""
         with sharding.mesh_of(self.embed.table_VD[...]):
-            tokens_BT, segment_BT, positions_BT = _inputs(tokens_BT, segment_ids, positions)
+            inputs = _inputs(tokens_BT, segment_ids, positions)
+            x_BTD, stats = sharding.unsplit(Grok._hidden)(self, *inputs)
+            return sharding.shard(x_BTD, "batch", "length", None), stats
 
-            def block(x_BTD, xs):
-                return self._layer(*xs)(x_BTD, segment_BT, positions_BT)
+    def _hidden(self, tokens_BT, segment_BT, positions_BT):
+        def block(x_BTD, xs):
+            return self._layer(*xs)(x_BTD, segment_BT, positions_BT)
 
-            if self.config.remat != "none":
-                policy = REMAT_POLICIES[self.config.remat]
-                # Inside scan nothing can be merged with the forward pass: the guard is not needed.
-                block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-            x_BTD = sharding.shard(
-                self._embed(tokens_BT), *sharding.stream_axes(tokens_BT.shape[1])
-            )
-            x_BTD, stats = jax.lax.scan(block, x_BTD, self._per_layer())
-            return sharding.shard(self.final_norm(x_BTD), "batch", "length", None), stats
+        if self.config.remat != "none":
+            policy = REMAT_POLICIES[self.config.remat]
+            # Inside scan nothing can be merged with the forward pass: the guard is not needed.
+            block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+        x_BTD = sharding.shard(self._embed(tokens_BT), *sharding.stream_axes(tokens_BT.shape[1]))
+        x_BTD, stats = jax.lax.scan(block, x_BTD, self._per_layer())
+        return self.final_norm(x_BTD), stats
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """Logits of all tokens from x after the final norm, logits_BTV, float32."""
