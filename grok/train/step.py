@@ -41,14 +41,17 @@ def train_step(
     grad_squares, update_squares = (sums_of_squares(to_arrays(x)) for x in (grads, updates))
     bad, to_blame = find_bad(state.guard, loss, grad_squares, config.train)
     guard = count(state.guard, bad, norm_of(grad_squares))
+    # XLA on CPU would copy parameters and moments, to write over what it has yet to read, and hold
+    # all updates at once. So it reads all that a tensor's update needs, then the tensor changes,
+    # and then its moments.
     old_params = params
     if sharding.platform() == "cpu":
-        # XLA would copy parameters and moments there, to write over what it has yet to read.
-        # So it reads all that the updates need, then parameters change, and then moments.
-        old_params, update_squares = jax.lax.optimization_barrier((params, update_squares))
+        squares = list(update_squares.values())
+        old_params, updates, squares = together(params, updates, squares)
+        update_squares = dict(zip(update_squares, squares, strict=True))
     params = unless(bad, optax.apply_updates(old_params, updates), old_params)
     if sharding.platform() == "cpu":
-        params, grads, old_opt_state = jax.lax.optimization_barrier((params, grads, old_opt_state))
+        params, grads = together(params, grads)
         _, opt_state = optimizer.update(grads, old_opt_state, as_float32(old_params))
     opt_state = offload.back(unless(bad, opt_state, old_opt_state), state.opt_state)
     ema = state.ema
@@ -71,6 +74,17 @@ def train_step(
         "bad_tensors": jnp.stack([to_blame.get(name, False) for name in names(state.model)]),
     }
     return TrainState(state.step + 1, merge(params, state.model), opt_state, guard, ema), metrics
+
+
+def together(*trees):
+    """The trees, as lists or of one structure, of which what comes at a leaf waits for the leaves
+    of all at that place."""
+    leaves = zip(*map(jax.tree.leaves, trees), strict=True)
+    waited = zip(*map(jax.lax.optimization_barrier, leaves), strict=True)
+    return [
+        jax.tree.unflatten(jax.tree.structure(tree), each)
+        for tree, each in zip(trees, waited, strict=True)
+    ]
 
 
 def gradients(params, model, batch: dict, config: TrainConfig) -> tuple[jax.Array, dict, Any]:
