@@ -149,8 +149,8 @@ class MoE(nnx.Module):
             return experts_grouped(*rows, *weights)
         (R, C), E = rows[1].shape, self.config.num_experts
         serving = isinstance(weights[0], StackedArray | QuantizedArray)
-        tile = few_tile_rows(R, C, E) if serving else tile_rows(R * C, E)
-        return experts_tiled(*rows, *weights, tile)
+        tiles = (few_tile_rows(R, C, E),) if serving else tile_rows(R * C, E)
+        return experts_tiled(*rows, *weights, tiles)
 
 
 def _stats(probs_BTE, chosen_BTC, real_BT) -> RouterStats:

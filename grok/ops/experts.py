@@ -85,46 +85,46 @@ def experts_tiled(
     w_gate_EDF: Weight | QuantizedArray | StackedArray,
     w_up_EDF: Weight | QuantizedArray | StackedArray,
     w_down_EFD: Weight | QuantizedArray | StackedArray,
-    tile: int,
+    tiles: tuple[int, ...],
 ) -> jax.Array:
     """Sum over each row's chosen experts of gate * expert(row), y_RD in float32.
 
     `chosen_RC` int32 holds experts in [0, E); a value outside is an expert that is not here and
     adds nothing. `gate_RC` is float32. Gradients flow to the rows, the gates and float weights, of
     a LoraArray to its factors alone; int8 and stacked weights serve the forward pass only.
-    `tile` rows are multiplied at a time; see `tile_rows`. On CPU up to FEW rows read the weights
-    of a layer of many in place.
+    An expert's rows are multiplied as many at a time as the first of `tiles` says, the rest as the
+    next says; see `tile_rows`. On CPU up to FEW rows read the weights of a layer of many in place.
     """
     E, C = w_gate_EDF.shape[0], chosen_RC.shape[1]
-    order, start_E, count_E = _sorted_assignments(chosen_RC, E, tile)
+    order, start_E, count_E = _sorted_assignments(chosen_RC, E, tiles[0])
     gate = gate_RC.reshape(-1)
 
     def expert(y_RD, e):
         matrices = w_gate_EDF, w_up_EDF, w_down_EFD
-        weights = [_expert(w, e, x_RD.dtype, tile) for w in matrices]
+        weights = [_expert(w, e, x_RD.dtype, tiles[0]) for w in matrices]
 
         def one_tile(_, pairs, y_RD):
             y_MD = expert_mlp(_take(x_RD, pairs // C), *weights)
             return y_RD.at[pairs // C].add(y_MD * _take(gate, pairs)[:, None], mode="drop")
 
-        return _for_each_tile(one_tile, y_RD, order, start_E[e], count_E[e], tile)
+        return _for_each_tile(one_tile, y_RD, order, start_E[e], count_E[e], tiles)
 
     return _for_each_expert(expert, _zeros(x_RD.shape), count_E)
 
 
-def tile_rows(assignments: int, num_experts: int) -> int:
-    """Rows of a tile for this many row-expert pairs over all experts, here or elsewhere.
-
-    An expert's last tile is half empty on average, so a tile is half an expert's fair share.
-    """
-    half = assignments // (2 * num_experts)
-    return min(512, max(8, -(-half // 8) * 8))
+def tile_rows(assignments: int, num_experts: int) -> tuple[int, ...]:
+    """Rows of tiles for this many row-expert pairs over all experts, here or elsewhere: an expert's
+    fair share, since small products are slow, and an eighth of it for what is left."""
+    share = -(-assignments // num_experts)
+    whole = min(512, max(8, -(-share // 8) * 8))
+    return (whole, whole // 8) if whole % 64 == 0 else (whole,)
 
 
 def few_tile_rows(rows: int, chosen: int, num_experts: int) -> int:
     """Rows of a tile for a step of this many rows: where they are few, twice an expert's fair
     share, so that nearly always one tile holds them all and little of it is empty."""
-    usual, share = tile_rows(rows * chosen, num_experts), -(-rows * chosen // num_experts)
+    share = -(-rows * chosen // num_experts)
+    usual = min(512, max(8, -(-share // 16) * 8))
     return usual if usual > FEW else min(rows, 2 * share, FEW)
 
 
@@ -151,18 +151,26 @@ def _for_each_expert(body, carry, count_E):
     return jax.lax.fori_loop(0, count_E.shape[0], one, carry)
 
 
-def _for_each_tile(body, carry, order, start, count, tile):
+def _for_each_tile(body, carry, order, start, count, tiles):
     """Runs body(place, pairs_M, carry) on one expert's pairs, of which the first of a tile is at
-    `place` of the order; places past the expert's end hold R*C."""
-    past = order.shape[0] - tile
+    `place` of the order; places past the expert's end hold R*C.
 
-    def step(i, carry):
-        place = start + i * tile
-        pairs = jax.lax.dynamic_slice(order, (place,), (tile,))
-        pairs = jnp.where(jnp.arange(tile) < count - i * tile, pairs, past)
-        return body(place, pairs, carry)
+    What is left for small tiles is up to half of a large one, of which they take as long.
+    """
+    past = order.shape[0] - tiles[0]
+    for tile in tiles:
+        spare = tile - 1 if tile == tiles[-1] else tile // 2 - 1
+        number = jnp.maximum(count + spare, 0) // tile
 
-    return jax.lax.fori_loop(0, (count + tile - 1) // tile, step, carry)
+        def step(i, carry, tile=tile, start=start, count=count):
+            place = start + i * tile
+            pairs = jax.lax.dynamic_slice(order, (place,), (tile,))
+            pairs = jnp.where(jnp.arange(tile) < count - i * tile, pairs, past)
+            return body(place, pairs, carry)
+
+        carry = jax.lax.fori_loop(0, number, step, carry)
+        start, count = start + number * tile, count - number * tile
+    return carry
 
 
 def _take(x, indices):
@@ -180,11 +188,11 @@ def _expert(w, e, dtype, tile: int) -> Weight | InPlace:
     return w[e].astype(dtype) if isinstance(w, StackedArray) else w[e]
 
 
-def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile):
+def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tiles):
     """y_RD, and what backward needs: also the products of all pairs in order of their expert,
     which cost less to keep than to compute again."""
     E, C = w_gate_EDF.shape[0], chosen_RC.shape[1]
-    order, start_E, count_E = _sorted_assignments(chosen_RC, E, tile)
+    order, start_E, count_E = _sorted_assignments(chosen_RC, E, tiles[0])
     gate = gate_RC.reshape(-1)
 
     def expert(carry, e):
@@ -203,7 +211,7 @@ def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile):
             y_MD *= _take(gate, pairs)[:, None]
             return y_RD.at[pairs // C].add(y_MD, mode="drop"), *kept
 
-        return _for_each_tile(one_tile, carry, order, start_E[e], count_E[e], tile)
+        return _for_each_tile(one_tile, carry, order, start_E[e], count_E[e], tiles)
 
     shape = len(order), w_gate_EDF.shape[2]
     kept = [_zeros(shape, x_RD.dtype) for _ in range(2)]
@@ -216,10 +224,10 @@ def _zeros(shape, dtype=jnp.float32):
     return sharding.vary(jnp.zeros(shape, dtype))
 
 
-def _backward(tile, saved, dy_RD):
+def _backward(tiles, saved, dy_RD):
     x_RD, gate_RC, chosen_RC, kept, *weights = saved
     E, (R, C) = weights[0].shape[0], chosen_RC.shape
-    order, start_E, count_E = _sorted_assignments(chosen_RC, E, tile)
+    order, start_E, count_E = _sorted_assignments(chosen_RC, E, tiles[0])
     gate = gate_RC.reshape(-1)
 
     def expert(carry, e):
@@ -228,7 +236,7 @@ def _backward(tile, saved, dy_RD):
         def one_tile(place, pairs, carry):
             dx_RD, dgate, dlocal = carry
             rows = pairs // C
-            products = (jax.lax.dynamic_slice_in_dim(all_PF, place, tile) for all_PF in kept)
+            products = (jax.lax.dynamic_slice_in_dim(all_PF, place, len(rows)) for all_PF in kept)
             dx_MD, dgate_M, dw = expert_mlp_gradients(
                 _take(x_RD, rows), _take(gate, pairs), _take(dy_RD, rows), *products, *local
             )
@@ -240,7 +248,7 @@ def _backward(tile, saved, dy_RD):
 
         trained = tuple(map(trained_part, local))
         carry = (*carry, jax.tree.map(lambda w: _zeros(w.shape), trained))
-        dx_RD, dgate, dlocal = _for_each_tile(one_tile, carry, order, start_E[e], count_E[e], tile)
+        dx_RD, dgate, dlocal = _for_each_tile(one_tile, carry, order, start_E[e], count_E[e], tiles)
         return (dx_RD, dgate), jax.tree.map(lambda d, w: d.astype(w.dtype), dlocal, trained)
 
     carry = (_zeros(x_RD.shape), _zeros((R * C,)))
