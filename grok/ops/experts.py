@@ -92,8 +92,9 @@ def experts_tiled(
     `chosen_RC` int32 holds experts in [0, E); a value outside is an expert that is not here and
     adds nothing. `gate_RC` is float32. Gradients flow to the rows, the gates and float weights, of
     a LoraArray to its factors alone; int8 and stacked weights serve the forward pass only.
-    An expert's rows are multiplied as many at a time as the first of `tiles` says, the rest as the
-    next says; see `tile_rows`. On CPU up to FEW rows read the weights of a layer of many in place.
+    Rows of an expert are multiplied as many at a time as the first of `tiles` says, what is left as
+    the next says; see `tile_rows`. With one size a row's bits do not depend on the other rows. On
+    CPU up to FEW rows read the weights of a layer of many in place.
     """
     E, C = w_gate_EDF.shape[0], chosen_RC.shape[1]
     order, start_E, count_E = _sorted_assignments(chosen_RC, E, tiles[0])
@@ -113,11 +114,16 @@ def experts_tiled(
 
 
 def tile_rows(assignments: int, num_experts: int) -> tuple[int, ...]:
-    """Rows of tiles for this many row-expert pairs over all experts, here or elsewhere: an expert's
-    fair share, since small products are slow, and an eighth of it for what is left."""
+    """Rows of tiles for this many row-expert pairs over all experts, here or elsewhere.
+
+    An expert's fair share, since many small products take longer than a large one, and an eighth of
+    it for what is left, so that little of a tile is empty.
+    """
     share = -(-assignments // num_experts)
-    whole = min(512, max(8, -(-share // 8) * 8))
-    return (whole, whole // 8) if whole % 64 == 0 else (whole,)
+    if share < 64:
+        return (-(-share // 8) * 8,)
+    whole = min(512, share // 64 * 64)
+    return whole, whole // 8
 
 
 def few_tile_rows(rows: int, chosen: int, num_experts: int) -> int:
@@ -155,7 +161,7 @@ def _for_each_tile(body, carry, order, start, count, tiles):
     """Runs body(place, pairs_M, carry) on one expert's pairs, of which the first of a tile is at
     `place` of the order; places past the expert's end hold R*C.
 
-    What is left for small tiles is up to half of a large one, of which they take as long.
+    Half of a large tile's rows take as long in small ones: so many at most are left to these.
     """
     past = order.shape[0] - tiles[0]
     for tile in tiles:

@@ -11,7 +11,7 @@ import pytest
 from grok.ops.experts import expert_mlp, experts_reference, experts_tiled, gelu, tile_rows
 
 R, C, D, F, E = 37, 2, 8, 12, 4  # an odd number of rows, of which tiles of 8 leave a rest
-TILE = 8
+TILES = (8,)
 
 # Sums of at most 37 products, in another order: some units of 2^-24 = 6e-8.
 TOLERANCE = 2e-6
@@ -59,7 +59,11 @@ def arrays(rows: int, dtype=jnp.float32) -> list[jax.Array]:
 
 
 def tiled(x, gate, chosen, *weights):
-    return experts_tiled(x, gate, chosen, *weights, TILE)
+    return experts_tiled(x, gate, chosen, *weights, TILES)
+
+
+def of_two_sizes(x, gate, chosen, *weights):
+    return experts_tiled(x, gate, chosen, *weights, (16, 4))
 
 
 def value_and_gradients(form):
@@ -82,6 +86,7 @@ def value_and_gradients(form):
 
 
 run_tiled, run_reference = value_and_gradients(tiled), value_and_gradients(experts_reference)
+run_of_two_sizes = value_and_gradients(of_two_sizes)
 
 
 def assert_near(found: dict, expected: dict, tolerance: float) -> None:
@@ -92,10 +97,11 @@ def assert_near(found: dict, expected: dict, tolerance: float) -> None:
         assert error <= tolerance * np.abs(theirs).max(), (name, error)
 
 
+@pytest.mark.parametrize("run", [run_tiled, run_of_two_sizes], ids=["tiles", "two sizes"])
 @pytest.mark.parametrize("kind", ROUTINGS)
-def test_values_and_gradients_equal_the_references(kind):
+def test_values_and_gradients_equal_the_references(kind, run):
     chosen = routing(kind)
-    assert_near(run_tiled(arrays(R), chosen), run_reference(arrays(R), chosen), TOLERANCE)
+    assert_near(run(arrays(R), chosen), run_reference(arrays(R), chosen), TOLERANCE)
 
 
 def test_one_row():
@@ -136,16 +142,23 @@ def test_tile_size_changes_no_value():
     inputs, chosen = arrays(R), jnp.asarray(routing("random"), jnp.int32)
     x, gate, *weights = inputs
     expected = tiled(x, gate, chosen, *weights)
-    for tile in (1, 16, 512):
-        found = experts_tiled(x, gate, chosen, *weights, tile)
+    for tiles in (1,), (16,), (512,), (16, 2), (64, 8), (8, 4, 1):
+        found = experts_tiled(x, gate, chosen, *weights, tiles)
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
 
 
 @pytest.mark.parametrize(
     ("assignments", "experts", "rows"),
-    [(2, 8, 8), (128, 8, 8), (1024, 8, 64), (1040, 8, 72), (8192, 8, 512), (2**20, 8, 512)],
+    [
+        (2, 8, (8,)),
+        (128, 8, (16,)),
+        (512, 8, (64, 8)),
+        (1040, 8, (128, 16)),
+        (4096, 8, (512, 64)),
+        (2**20, 8, (512, 64)),
+    ],
 )
-def test_tiles_are_half_a_fair_share_in_eights_between_8_and_512(assignments, experts, rows):
+def test_tiles_are_a_fair_share_up_to_512_and_an_eighth_of_it_in_eights(assignments, experts, rows):
     assert tile_rows(assignments, experts) == rows
 
 

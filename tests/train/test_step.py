@@ -6,6 +6,7 @@ B rows, T tokens.
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -264,3 +265,22 @@ def test_gradients_left_in_the_type_of_computation_are_those_of_float32():
         ours, right = np.asarray(array, np.float32), np.asarray(expected[name])
         # A compiler may leave out the rounding to 8 bits that the seat has.
         np.testing.assert_allclose(ours, right, rtol=0, atol=2**-8 * abs(right).max(), err_msg=name)
+
+
+def test_on_one_cpu_nothing_that_is_trained_is_copied():
+    """Parameters and moments change where they are, a gradient is summed over nobody, and of the
+    weights that the backward pass needs there is no second copy."""
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    optimizer = make_optimizer(CONFIG)
+    step = functools.partial(train_step, config=CONFIG, optimizer=optimizer)
+    tokens_BT = np.ones((ROWS, LENGTH), "i4")
+    data = {"tokens_BT": tokens_BT, "targets_BT": tokens_BT, "mask_BT": tokens_BT.astype("f4")}
+    with jax.set_mesh(one):
+        state = init_state(CONFIG, optimizer, one)
+        text = jax.jit(step, donate_argnums=0).lower(state, data).compile().as_text()
+    assert "all-reduce" not in text
+    assert re.search(r"= f32\[2,8,16,24\]\S* fusion\(%state_model_layers_moe_w_", text)
+    assert not re.search(r" copy\(%state_\w+_moe_w_", text)
+    L, E, D, F = 2, 8, 16, 24
+    written = re.findall(rf"= f32\[{L},{E},(?:{D},{F}|{F},{D})\]\S* dynamic-update-slice\(", text)
+    assert len(written) == 3  # the gradients alone
