@@ -108,7 +108,7 @@ def experts_tiled(
             y_MD = expert_mlp(_take(x_RD, pairs // C), *weights)
             return y_RD.at[pairs // C].add(y_MD * _take(gate, pairs)[:, None], mode="drop")
 
-        return _for_each_tile(one_tile, y_RD, order, start_E[e], count_E[e], tiles)
+        return for_each_tile(one_tile, y_RD, order, start_E[e], count_E[e], tiles)
 
     return _for_each_expert(expert, _zeros(x_RD.shape), count_E)
 
@@ -157,10 +157,12 @@ def _for_each_expert(body, carry, count_E):
     return jax.lax.fori_loop(0, count_E.shape[0], one, carry)
 
 
-def _for_each_tile(body, carry, order, start, count, tiles):
-    """Runs body(place, pairs_M, carry) on one expert's pairs, of which the first of a tile is at
-    `place` of the order; places past the expert's end hold R*C.
+def for_each_tile(body, carry, order, start, count, tiles):
+    """Runs body(place, pairs_M, carry) on the `count` pairs that are in `order` from `start` on, a
+    tile of them at a time, and returns the last carry.
 
+    The first of a tile is at `place` of the order, of which the end is padded by a large tile;
+    places past the last pair hold the number of all. `tiles` are numbers of rows, large ones first.
     Half of a large tile's rows take as long in small ones: so many at most are left to these.
     """
     past = order.shape[0] - tiles[0]
@@ -217,7 +219,7 @@ def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tiles):
             y_MD *= _take(gate, pairs)[:, None]
             return y_RD.at[pairs // C].add(y_MD, mode="drop"), *kept
 
-        return _for_each_tile(one_tile, carry, order, start_E[e], count_E[e], tiles)
+        return for_each_tile(one_tile, carry, order, start_E[e], count_E[e], tiles)
 
     shape = len(order), w_gate_EDF.shape[2]
     kept = [_zeros(shape, x_RD.dtype) for _ in range(2)]
@@ -254,7 +256,7 @@ def _backward(tiles, saved, dy_RD):
 
         trained = tuple(map(trained_part, local))
         carry = (*carry, jax.tree.map(lambda w: _zeros(w.shape), trained))
-        dx_RD, dgate, dlocal = _for_each_tile(one_tile, carry, order, start_E[e], count_E[e], tiles)
+        dx_RD, dgate, dlocal = for_each_tile(one_tile, carry, order, start_E[e], count_E[e], tiles)
         return (dx_RD, dgate), jax.tree.map(lambda d, w: d.astype(w.dtype), dlocal, trained)
 
     carry = (_zeros(x_RD.shape), _zeros((R * C,)))

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grok.ops.experts import expert_mlp, experts_reference, experts_tiled, gelu, tile_rows
+from grok.ops.experts import (
+    expert_mlp,
+    experts_reference,
+    experts_tiled,
+    for_each_tile,
+    gelu,
+    tile_rows,
+)
 
 R, C, D, F, E = 37, 2, 8, 12, 4  # an odd number of rows, of which tiles of 8 leave a rest
 TILES = (8,)
@@ -177,3 +184,20 @@ def test_an_expert_is_gelu_of_one_branch_times_the_other():
 def test_gelu_is_the_tanh_approximation():
     # At 1 the approximation gives 0.841192, the error function 0.841345.
     np.testing.assert_allclose(gelu(jnp.asarray(1.0)), 0.8411920, rtol=0, atol=2e-7)
+
+
+def test_little_of_a_tile_is_empty():
+    """Each pair of an expert is multiplied once, and little else: up to half of a large tile in
+    small ones, and more in a large one, which takes no longer."""
+    start, most = 3, 50
+    order = jnp.concatenate([jnp.arange(most), jnp.full((16,), most)])
+
+    def body(place, pairs, carry):
+        seen, rows = carry
+        return seen.at[pairs].add(1, mode="drop"), rows + len(pairs)
+
+    for count in range(most - start):
+        seen, rows = for_each_tile(body, (jnp.zeros(most, int), 0), order, start, count, (16, 4))
+        np.testing.assert_array_equal(seen, [start <= pair < start + count for pair in range(most)])
+        left = count % 16
+        assert rows == count - left + (16 if left > 8 else -(-left // 4) * 4)
