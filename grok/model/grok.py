@@ -236,10 +236,16 @@ def init(config: GrokConfig, key: jax.Array, mesh: Mesh | None = None) -> Grok:
 
 
 def check_mesh(config: GrokConfig, mesh: Mesh) -> None:
-    """Refuse, as ConfigError, a mesh of other axes or one that the model cannot be split over."""
+    """Refuse, as ConfigError, a mesh of other axes, of axes that JAX would split arrays over by
+    itself, or one that the model cannot be split over."""
     if mesh.axis_names != sharding.MESH_AXES:
         raise ConfigError(
             f"the mesh has axes {mesh.axis_names} and the model needs {sharding.MESH_AXES}; "
+            "grok.make_mesh makes one."
+        )
+    if not mesh.are_all_axes_explicit:
+        raise ConfigError(
+            "the mesh has axes of JAX's automatic kind and the model needs explicit ones; "
             "grok.make_mesh makes one."
         )
     check_model_fits(config, dict(mesh.shape))

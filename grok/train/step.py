@@ -58,9 +58,7 @@ def train_step(
     if ema is not None:
         ema = unless(bad, moved(ema, params, config.optimizer.ema_decay), ema)
 
-    update_squares = {
-        name: jnp.where(bad, 0, square) for name, square in update_squares.items()
-    }
+    update_squares = {name: jnp.where(bad, 0, square) for name, square in update_squares.items()}
     metrics |= {
         # A bad step leaves its place in the schedule to the next.
         "learning_rate": make_schedule(config.optimizer, config.train.steps)(

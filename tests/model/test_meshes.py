@@ -177,6 +177,13 @@ def test_a_mesh_that_the_model_does_not_fit_is_refused():
         grok.init(config, jax.random.key(0), grok.make_mesh(2, 1, 4))
 
 
+def test_a_mesh_that_jax_would_split_over_by_itself_is_refused():
+    automatic = (jax.sharding.AxisType.Auto,) * 4
+    mesh = jax.make_mesh((1, 8, 1, 1), sharding.MESH_AXES, axis_types=automatic)
+    with pytest.raises(ConfigError, match=r"automatic kind .* grok.make_mesh makes one"):
+        grok.init(CONFIG, jax.random.key(0), mesh)
+
+
 def test_a_mesh_of_other_axes_is_refused():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     with pytest.raises(ConfigError, match=r"grok.make_mesh makes one"):
