@@ -95,7 +95,7 @@ def main() -> None:
 
 def plain(x_RD, gate_RC, chosen_RC, *rest):
     """Every expert on every row, of weights that are an array of their own."""
-    return experts_reference(x_RD, gate_RC, chosen_RC, *(w.sliced() for w in rest[:-1]))
+    return experts_reference(x_RD, gate_RC, chosen_RC, *(w.sliced() for w in rest[:3]))
 
 
 def in_place(x_RD, gate_RC, chosen_RC, *rest):
@@ -104,7 +104,7 @@ def in_place(x_RD, gate_RC, chosen_RC, *rest):
     every_RE = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None, :], (R, E))
     is_RCE = chosen_RC[:, :, None] == every_RE[:, None, :]
     gate_RE = jnp.sum(is_RCE * gate_RC[:, :, None], axis=1)
-    return experts_tiled(x_RD, gate_RE, every_RE, *rest[:-1], (few_tile_rows(R, E, E),))
+    return experts_tiled(x_RD, gate_RE, every_RE, *rest[:3], few_tile_rows(R, E, E))
 
 
 def read_parameters(config: GrokConfig, rows: int) -> float:

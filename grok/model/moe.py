@@ -13,7 +13,7 @@ from grok import sharding
 from grok.config import GrokConfig
 from grok.model.layers import normal, quantized_axes
 from grok.ops.blocks import LANES
-from grok.ops.experts import experts_tiled, few_tile_rows, tile_rows
+from grok.ops.experts import experts_tiled, few_tile_rows, tile_rows, training_tile_rows
 from grok.ops.experts_grouped import PARTS, experts_grouped, experts_in_parts
 from grok.ops.lora import LoraArray
 from grok.ops.quant import QuantizedArray
@@ -73,8 +73,7 @@ class MoE(nnx.Module):
         gate_BTC, chosen_BTC = jax.lax.top_k(probs_BTE, self.config.num_selected_experts)
         if sharding.platform() != "tpu":  # whose kernels know no such choice
             chosen_BTC = jnp.where(real_BT[:, :, None], chosen_BTC, self.config.num_experts)
-        y_BTD = self._experts(x_BTD, gate_BTC, chosen_BTC, axes, serving=True)
-        return y_BTD, chosen_BTC
+        return self._experts(x_BTD, gate_BTC, chosen_BTC, axes), chosen_BTC
 
     def route(self, x_BTD: jax.Array, axes: sharding.Axes) -> jax.Array:
         """Router probabilities of all experts, probs_BTE, in float32 whatever the type of x."""
@@ -87,7 +86,7 @@ class MoE(nnx.Module):
         )
         return jax.nn.softmax(logits_BTE, axis=-1)
 
-    def _experts(self, x_BTD, gate_BTC, chosen_BTC, stream: sharding.Axes, serving: bool = False):
+    def _experts(self, x_BTD, gate_BTC, chosen_BTC, stream: sharding.Axes):
         """Tokens travel to the experts: each device collects those of its group, runs its slice of
         every expert on the rows that chose it, and hands the partial sums back."""
         C = self.config.num_selected_experts
@@ -120,7 +119,7 @@ class MoE(nnx.Module):
             x, gate, chosen = (sharding.all_gather(a, "group", dim=0) for a in (x, gate, chosen))
             x = sharding.embed_last(x)
             rows = (x.reshape(-1, x.shape[-1]), gate.reshape(-1, C), chosen.reshape(-1, C))
-            y_RD = self._routed(rows, parts, kinds, axes, serving)
+            y_RD = self._routed(rows, parts, kinds, axes)
             y = sharding.embed_last(y_RD.reshape(x.shape))
             y = sharding.embed_last(sharding.psum_scatter(y, "group", dim=0))
             if stream[1] == "stream_length":
@@ -131,7 +130,7 @@ class MoE(nnx.Module):
         form = sharding.shard_map(local, (tokens, tokens, tokens, *axes), stream)
         return form(*(sharding.shard(a, *tokens) for a in (x_BTD, gate_BTC, chosen_BTC)), *parts)
 
-    def _routed(self, rows, parts, kinds, axes, serving: bool) -> jax.Array:
+    def _routed(self, rows, parts, kinds, axes) -> jax.Array:
         """y_RD of rows (x_RD, gate_RC, chosen_RC), by this device's part of the experts' width."""
 
         def collect(parts):
@@ -149,9 +148,9 @@ class MoE(nnx.Module):
         if tpu:
             return experts_grouped(*rows, *weights)
         (R, C), E = rows[1].shape, self.config.num_experts
-        # Of one size alone in serving, where a row's bits must not depend on the other rows.
-        tiles = (few_tile_rows(R, C, E),) if serving else tile_rows(R * C, E)
-        return experts_tiled(*rows, *weights, tiles)
+        serving = isinstance(weights[0], StackedArray | QuantizedArray)
+        tile = few_tile_rows(R, C, E) if serving else tile_rows(R * C, E)
+        return experts_tiled(*rows, *weights, tile, training_tile_rows(R * C, E))
 
 
 def _stats(probs_BTE, chosen_BTC, real_BT) -> RouterStats:

@@ -77,7 +77,7 @@ def experts_reference(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD
     return jnp.einsum("rce,erd->rd", share_RCE, every_ERD)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def experts_tiled(
     x_RD: jax.Array,
     gate_RC: jax.Array,
@@ -85,40 +85,48 @@ def experts_tiled(
     w_gate_EDF: Weight | QuantizedArray | StackedArray,
     w_up_EDF: Weight | QuantizedArray | StackedArray,
     w_down_EFD: Weight | QuantizedArray | StackedArray,
-    tiles: tuple[int, ...],
+    tile: int,
+    tiles: tuple[int, ...] = (),
 ) -> jax.Array:
     """Sum over each row's chosen experts of gate * expert(row), y_RD in float32.
 
     `chosen_RC` int32 holds experts in [0, E); a value outside is an expert that is not here and
     adds nothing. `gate_RC` is float32. Gradients flow to the rows, the gates and float weights, of
     a LoraArray to its factors alone; int8 and stacked weights serve the forward pass only.
-    Rows of an expert are multiplied as many at a time as the first of `tiles` says, what is left as
-    the next says; see `tile_rows`. With one size a row's bits do not depend on the other rows. On
-    CPU up to FEW rows read the weights of a layer of many in place.
+    `tile` rows are multiplied at a time; see `tile_rows`. On CPU up to FEW rows read the weights
+    of a layer of many in place. Where gradients are wanted, an expert's rows are multiplied as many
+    at a time as the first of `tiles` says, and what is left as the next says: little of a tile is
+    empty, but a row's last bits may depend on the other rows, which otherwise they never do.
     """
     E, C = w_gate_EDF.shape[0], chosen_RC.shape[1]
-    order, start_E, count_E = _sorted_assignments(chosen_RC, E, tiles[0])
+    order, start_E, count_E = _sorted_assignments(chosen_RC, E, tile)
     gate = gate_RC.reshape(-1)
 
     def expert(y_RD, e):
         matrices = w_gate_EDF, w_up_EDF, w_down_EFD
-        weights = [_expert(w, e, x_RD.dtype, tiles[0]) for w in matrices]
+        weights = [_expert(w, e, x_RD.dtype, tile) for w in matrices]
 
         def one_tile(_, pairs, y_RD):
             y_MD = expert_mlp(_take(x_RD, pairs // C), *weights)
             return y_RD.at[pairs // C].add(y_MD * _take(gate, pairs)[:, None], mode="drop")
 
-        return for_each_tile(one_tile, y_RD, order, start_E[e], count_E[e], tiles)
+        return for_each_tile(one_tile, y_RD, order, start_E[e], count_E[e], (tile,))
 
     return _for_each_expert(expert, _zeros(x_RD.shape), count_E)
 
 
-def tile_rows(assignments: int, num_experts: int) -> tuple[int, ...]:
-    """Rows of tiles for this many row-expert pairs over all experts, here or elsewhere.
+def tile_rows(assignments: int, num_experts: int) -> int:
+    """Rows of a tile for this many row-expert pairs over all experts, here or elsewhere.
 
-    An expert's fair share, since many small products take longer than a large one, and an eighth of
-    it for what is left, so that little of a tile is empty.
+    An expert's last tile is half empty on average, so a tile is half an expert's fair share.
     """
+    half = assignments // (2 * num_experts)
+    return min(512, max(8, -(-half // 8) * 8))
+
+
+def training_tile_rows(assignments: int, num_experts: int) -> tuple[int, ...]:
+    """Rows of tiles where gradients are wanted: an expert's fair share, since many small products
+    take longer than a large one, and an eighth of it for what is left."""
     share = -(-assignments // num_experts)
     if share < 64:
         return (-(-share // 8) * 8,)
@@ -129,8 +137,7 @@ def tile_rows(assignments: int, num_experts: int) -> tuple[int, ...]:
 def few_tile_rows(rows: int, chosen: int, num_experts: int) -> int:
     """Rows of a tile for a step of this many rows: where they are few, twice an expert's fair
     share, so that nearly always one tile holds them all and little of it is empty."""
-    share = -(-rows * chosen // num_experts)
-    usual = min(512, max(8, -(-share // 16) * 8))
+    usual, share = tile_rows(rows * chosen, num_experts), -(-rows * chosen // num_experts)
     return usual if usual > FEW else min(rows, 2 * share, FEW)
 
 
@@ -196,10 +203,11 @@ def _expert(w, e, dtype, tile: int) -> Weight | InPlace:
     return w[e].astype(dtype) if isinstance(w, StackedArray) else w[e]
 
 
-def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tiles):
+def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile, tiles):
     """y_RD, and what backward needs: also the products of all pairs in order of their expert,
     which cost less to keep than to compute again."""
     E, C = w_gate_EDF.shape[0], chosen_RC.shape[1]
+    tiles = tiles or (tile,)
     order, start_E, count_E = _sorted_assignments(chosen_RC, E, tiles[0])
     gate = gate_RC.reshape(-1)
 
@@ -232,9 +240,10 @@ def _zeros(shape, dtype=jnp.float32):
     return sharding.vary(jnp.zeros(shape, dtype))
 
 
-def _backward(tiles, saved, dy_RD):
+def _backward(tile, tiles, saved, dy_RD):
     x_RD, gate_RC, chosen_RC, kept, *weights = saved
     E, (R, C) = weights[0].shape[0], chosen_RC.shape
+    tiles = tiles or (tile,)
     order, start_E, count_E = _sorted_assignments(chosen_RC, E, tiles[0])
     gate = gate_RC.reshape(-1)
 

@@ -110,7 +110,7 @@ def test_gradients_of_experts_are_those_through_the_merged_weights():
 
     def beside(x_RD, gate_RC, factors):
         weights = [LoraArray(w, a, b) for w, (a, b) in zip(bases, factors, strict=True)]
-        return experts_tiled(x_RD, gate_RC, chosen_RC, *weights, (8,))
+        return experts_tiled(x_RD, gate_RC, chosen_RC, *weights, 8)
 
     def inside(x_RD, gate_RC, factors):
         weights = [

@@ -15,10 +15,11 @@ from grok.ops.experts import (
     for_each_tile,
     gelu,
     tile_rows,
+    training_tile_rows,
 )
 
 R, C, D, F, E = 37, 2, 8, 12, 4  # an odd number of rows, of which tiles of 8 leave a rest
-TILES = (8,)
+TILE = 8
 
 # Sums of at most 37 products, in another order: some units of 2^-24 = 6e-8.
 TOLERANCE = 2e-6
@@ -66,11 +67,11 @@ def arrays(rows: int, dtype=jnp.float32) -> list[jax.Array]:
 
 
 def tiled(x, gate, chosen, *weights):
-    return experts_tiled(x, gate, chosen, *weights, TILES)
+    return experts_tiled(x, gate, chosen, *weights, TILE)
 
 
 def of_two_sizes(x, gate, chosen, *weights):
-    return experts_tiled(x, gate, chosen, *weights, (16, 4))
+    return experts_tiled(x, gate, chosen, *weights, TILE, (16, 4))
 
 
 def value_and_gradients(form):
@@ -149,9 +150,17 @@ def test_tile_size_changes_no_value():
     inputs, chosen = arrays(R), jnp.asarray(routing("random"), jnp.int32)
     x, gate, *weights = inputs
     expected = tiled(x, gate, chosen, *weights)
-    for tiles in (1,), (16,), (512,), (16, 2), (64, 8), (8, 4, 1):
-        found = experts_tiled(x, gate, chosen, *weights, tiles)
+    for tile in (1, 16, 512):
+        found = experts_tiled(x, gate, chosen, *weights, tile)
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("assignments", "experts", "rows"),
+    [(2, 8, 8), (128, 8, 8), (1024, 8, 64), (1040, 8, 72), (8192, 8, 512), (2**20, 8, 512)],
+)
+def test_tiles_are_half_a_fair_share_in_eights_between_8_and_512(assignments, experts, rows):
+    assert tile_rows(assignments, experts) == rows
 
 
 @pytest.mark.parametrize(
@@ -165,8 +174,8 @@ def test_tile_size_changes_no_value():
         (2**20, 8, (512, 64)),
     ],
 )
-def test_tiles_are_a_fair_share_up_to_512_and_an_eighth_of_it_in_eights(assignments, experts, rows):
-    assert tile_rows(assignments, experts) == rows
+def test_tiles_in_training_are_a_fair_share_and_an_eighth_of_it(assignments, experts, rows):
+    assert training_tile_rows(assignments, experts) == rows
 
 
 def test_an_expert_is_gelu_of_one_branch_times_the_other():

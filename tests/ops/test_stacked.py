@@ -46,8 +46,8 @@ def test_experts_of_a_layer_among_others_are_those_of_the_layer(kind):
     assert tile <= FEW
     run = jax.jit(experts_tiled, static_argnums=6)
     stacks, dense = zip(*pairs, strict=True)
-    found = run(x_RD, gate_RC, chosen_RC, *stacks, (tile,))
-    expected = run(x_RD, gate_RC, chosen_RC, *dense, (8,))
+    found = run(x_RD, gate_RC, chosen_RC, *stacks, tile)
+    expected = run(x_RD, gate_RC, chosen_RC, *dense, 8)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * abs(expected).max())
 
 
