@@ -4,8 +4,9 @@
 the last of them has ended. A plain loop computes every row until then; one that leaves finished
 rows out reads fewer experts as rows end, and is shown beside it. Same engine, same programs.
 (b) Every expert on every token: in the release's form, and read in place as the engine's are, of
-which the difference is that of the bytes alone. Then the time of a decode step of one row and of
-all slots against what its bytes would take at the bandwidth that a sum reaches here.
+which the difference is that of the bytes alone. Of each the time of a prompt, and of a decode step
+of one row and of all slots against what its bytes would take at the bandwidth that a sum reaches
+here.
 
     python benchmarks/decode.py
     python benchmarks/decode.py --requests 64 --slots 16 --layers 8
@@ -30,6 +31,7 @@ from grok.model import moe
 from grok.ops.experts import experts_reference, experts_tiled, few_tile_rows
 
 Clock = Callable[[], float]
+PROMPT = 256  # tokens, in chunks of half as many
 
 
 def main() -> None:
@@ -64,6 +66,8 @@ def main() -> None:
         return Engine(model, None, mesh, options)
 
     def steps(form: str) -> None:
+        seconds = one_prompt(engine(1), asked.steps, clock)
+        print(f"{form}, a prompt of {PROMPT}: {1e3 * seconds:.1f} ms")
         for slots in (1, asked.slots):
             seconds = one_step(engine(slots), slots, asked.steps, clock)
             floor = 4 * read_parameters(config, slots) / speed
@@ -153,6 +157,18 @@ def fresh(request: Request) -> Request:
     """The same with another first token, so that no page of the prompt is known."""
     first = int(time.perf_counter_ns() % 4000) + 4
     return dataclasses.replace(request, prompt=(first, *request.prompt[1:]))
+
+
+def one_prompt(engine: Engine, count: int, clock: Clock) -> float:
+    """Seconds from a prompt to its answer's first token, the median of `count` after the first."""
+    times = []
+    for i in range(count + 1):
+        prompt = tuple((np.arange(PROMPT) * (i + 3) % 4000 + 4).tolist())
+        started = clock()
+        for _ in engine.generate([Request(f"{i}", prompt, SamplingParams(max_tokens=1))]):
+            pass
+        times.append(clock() - started)
+    return float(np.median(times[1:]))
 
 
 def one_step(engine: Engine, slots: int, count: int, clock: Clock) -> float:
