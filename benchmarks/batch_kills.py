@@ -20,11 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from grok.checkpoint.huggingface_export import export_huggingface
-from grok.checkpoint.random_source import RandomSource
 from grok.config import GrokConfig
-from grok.data.tokenizer import train_tokenizer
-from grok.train.hosts import VARIABLES
+from grok.data.tokenizers.sentencepiece import train_tokenizer
+from grok.distributed import VARIABLES
+from grok.weights.huggingface.export import export_huggingface
+from grok.weights.random_source import RandomSource
 
 MODEL = GrokConfig(
     vocab_size=320,

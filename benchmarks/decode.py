@@ -28,7 +28,7 @@ from grok.devices import prepare
 from grok.infer.engine import Engine
 from grok.infer.request import Request, SamplingParams
 from grok.model import moe
-from grok.ops.experts import experts_reference, experts_tiled, few_tile_rows
+from grok.ops.moe.experts_xla import experts_reference, experts_tiled, few_tile_rows
 
 Clock = Callable[[], float]
 PROMPT = 256  # tokens, in chunks of half as many

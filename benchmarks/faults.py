@@ -36,11 +36,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from grok.checkpoint.orbax_source import OrbaxSource
-from grok.data.tokenizer import train_tokenizer
+from grok.data.tokenizers.sentencepiece import train_tokenizer
 from grok.errors import DIVERGED, DONE, REFUSED
-from grok.train.events import read_events
-from grok.train.metrics import read_metrics
+from grok.train.telemetry.event_log import read_events
+from grok.train.telemetry.metrics_file import read_metrics
+from grok.weights.orbax.source import OrbaxSource
 from tests.train.several_hosts import Hosts
 
 STEPS, EVERY, FIRST = 60, 10, 10

@@ -28,10 +28,10 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from grok.checkpoint.release_layout import Layout, plain_layout, quantized_layout
-from grok.checkpoint.release_pickle import parse_record
-from grok.checkpoint.release_records import GLOBALS, ArrayRecord, Record
 from grok.errors import CheckpointError
+from grok.weights.xai.layout import Layout, plain_layout, quantized_layout
+from grok.weights.xai.objects import GLOBALS, ArrayRecord, Record
+from grok.weights.xai.unpickler import parse_record
 
 HEAD = b"\x80\x04"
 EXTREMES = (0, 1, 2, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63, 2**64 - 1)

@@ -23,14 +23,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from grok.checkpoint.checksums import piece_checksum
-from grok.checkpoint.orbax_source import OrbaxSource
-from grok.checkpoint.random_source import RandomSource
-from grok.checkpoint.release_writer import write_release
-from grok.checkpoint.source import pieces
 from grok.config import GrokConfig, RunConfig
-from grok.config_files import load_config
-from grok.config_text import to_yaml
+from grok.config.load import load_config
+from grok.config.text import to_yaml
+from grok.weights.checksums import piece_checksum
+from grok.weights.orbax.source import OrbaxSource
+from grok.weights.random_source import RandomSource
+from grok.weights.source import pieces
+from grok.weights.xai.writer import write_release
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from grok.config_files import load_config
+from grok.config.load import load_config
+from grok.model.flops import flops_per_token
 from grok.quickstart.corpus import heldout_topics
-from grok.train.flops import flops_per_token
-from grok.train.metrics import read_metrics
+from grok.train.telemetry.metrics_file import read_metrics
 
 GROK = (sys.executable, "-m", "grok")
 WEIGHTS = {"python": 0.86, "reference": 0.11, "docs": 0.03}

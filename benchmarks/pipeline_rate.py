@@ -17,12 +17,12 @@ from collections import Counter
 import jax
 
 from grok import devices, sharding
-from grok.data.documents import Prepared
+from grok.data.batch_schedule import BatchShapes
+from grok.data.dataset import Prepared
+from grok.data.device_feed import global_batches
 from grok.data.mixture import Mixture
-from grok.data.packed import PackedBatches
+from grok.data.packed_batches import PackedBatches
 from grok.data.packing import efficiency, make_layout
-from grok.data.pipeline import global_batches
-from grok.data.shapes import BatchShapes
 
 V5P_HOST = 4 * 500  # tokens a second
 STEPS_TO_RESTORE = (10, 1_000_000)

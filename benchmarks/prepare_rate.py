@@ -19,8 +19,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from grok.data.prepare import Options, prepare
-from grok.data.sources import find_files
+from grok.data.prepare.job import Options, prepare
+from grok.data.prepare.sources import find_files
 
 _pieces: sentencepiece.SentencePieceProcessor | None = None
 

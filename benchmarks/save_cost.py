@@ -19,14 +19,14 @@ import jax
 import numpy as np
 
 from grok import sharding
-from grok.checkpoint.keep import Keep
 from grok.checkpoint.manager import Checkpoints
+from grok.checkpoint.retention import Keep
 from grok.config import DataConfig, RunConfig
-from grok.config_files import load_config, to_dict
-from grok.data.pipeline import to_mesh
+from grok.config.load import load_config, to_dict
+from grok.data.device_feed import to_mesh
 from grok.devices import prepare
-from grok.train.optimizer import make_optimizer
-from grok.train.saved import trees_of
+from grok.optim.optimizer import make_optimizer
+from grok.train.checkpointing import trees_of
 from grok.train.state import init_state
 from grok.train.step import train_step
 

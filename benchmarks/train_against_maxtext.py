@@ -27,9 +27,9 @@ from jax.sharding import Mesh
 
 from grok import sharding
 from grok.config import RunConfig
-from grok.config_files import load_config
+from grok.config.load import load_config
 from grok.devices import prepare
-from grok.train.optimizer import make_optimizer
+from grok.optim.optimizer import make_optimizer
 from grok.train.state import init_state
 from grok.train.step import train_step
 

@@ -10,11 +10,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "GrokConfig": "grok.config",
     "RunConfig": "grok.config",
-    "load_config": "grok.config_files",
+    "load_config": "grok.config.load",
     "make_mesh": "grok.sharding",
-    "Grok": "grok.model.grok",
-    "init": "grok.model.grok",
-    "load": "grok.checkpoint.load",
+    "Grok": "grok.model.decoder",
+    "init": "grok.model.decoder",
+    "load": "grok.weights.load",
 }
 __all__ = ["__version__", *_PUBLIC]
 

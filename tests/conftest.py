@@ -25,7 +25,7 @@ from grok.config import (
     RunConfig,
     TrainConfig,
 )
-from grok.data.tokenizer import train_tokenizer
+from grok.data.tokenizers.sentencepiece import train_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "compiled"))
@@ -72,4 +72,4 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file comes first, lest one worker be left alone with it at the end."""
-    items.sort(key=lambda item: "quickstart/test_run.py" not in item.nodeid)
+    items.sort(key=lambda item: "quickstart/test_tour.py" not in item.nodeid)

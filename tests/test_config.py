@@ -16,7 +16,7 @@ from grok.config import (
     check_model_fits,
     resolve_mesh,
 )
-from grok.config_files import (
+from grok.config.load import (
     configs_folder,
     describe,
     from_dict,
@@ -24,7 +24,7 @@ from grok.config_files import (
     schema,
     to_dict,
 )
-from grok.config_text import to_yaml
+from grok.config.text import to_yaml
 from grok.errors import ConfigError
 
 # Removing or renaming a key breaks the files that users have: change this list on purpose only.

@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
-from grok.batch.config import BatchConfig
+from grok import distributed
+from grok.config.batch import BatchConfig
 from grok.devices import has_tpu, prepare
-from grok.train import hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +31,18 @@ def starting(config: BatchConfig) -> Iterator[Replica]:
     leaves the others to their shares. Only hosts of one TPU slice start and end together, as its
     runtime wants it, and so do hosts that a mesh spans.
     """
-    place = hosts.place()
+    place = distributed.place()
     if config.replica == "host" and (place or not has_tpu()):
         prepare(config.mesh.simulated_devices)
         _, count, number = place or ("", 1, 0)
         yield Replica(number, count, True, False)
         return
-    with hosts.ending_together():
-        hosts.join(config)
+    with distributed.ending_together():
+        distributed.join(config)
         everywhere = config.replica == "all"
-        prepare(config.mesh.simulated_devices // (hosts.count() if everywhere else 1))
+        prepare(config.mesh.simulated_devices // (distributed.count() if everywhere else 1))
         if everywhere:
-            yield Replica(0, 1, hosts.is_first(), hosts.count() > 1)
+            yield Replica(0, 1, distributed.is_first(), distributed.count() > 1)
         else:
-            yield Replica(hosts.number(), hosts.count(), True, False)
-        hosts.meet()
+            yield Replica(distributed.number(), distributed.count(), True, False)
+        distributed.meet()

@@ -20,12 +20,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from grok import storage
-from grok.checkpoint import whole
-from grok.checkpoint.keep import Keep
-from grok.checkpoint.trees import flatten, from_names, lead_axes, to_names
-from grok.checkpoint.zarr_store import reason
+from grok.checkpoint import integrity
+from grok.checkpoint.retention import Keep
+from grok.checkpoint.tree_names import flatten, from_names, lead_axes, to_names
 from grok.errors import CheckpointError, DamageError, SaveError
 from grok.storage import StrPath, join
+from grok.weights.orbax.zarr import reason
 
 TREES = MODEL, LORA, OPTIMIZER, EMA = "model", "lora", "optimizer", "ema"
 META = "meta"
@@ -204,7 +204,7 @@ class Checkpoints:
         """The newest step that is whole, NONE_YET or NONE_LEFT; damaged ones are set aside."""
         present = storage.list_files(self.folder)
         for step in sorted((int(name) for name in present if name.isdecimal()), reverse=True):
-            problem = whole.damage(self.path(step))
+            problem = integrity.damage(self.path(step))
             if problem is None:
                 return step
             tell(self._move_aside(step, problem))
@@ -221,17 +221,17 @@ class Checkpoints:
     def _delete_unfinished(self, tell: Callable[[str], object]) -> None:
         for name, size in storage.list_files(self.folder).items():
             folder = join(self.folder, name)
-            if size is None and whole.is_unfinished(folder):
+            if size is None and integrity.is_unfinished(folder):
                 storage.remove(folder)
                 tell(f"{folder} was not saved to its end, and is deleted")
 
     def _list_files(self) -> None:
         """Called by Orbax when all is written, just before the checkpoint appears."""
         if storage.is_remote(self.folder):
-            whole.write_list(self.path(cast(int, self._saving)))
+            integrity.write_list(self.path(cast(int, self._saving)))
             return
-        (unfinished,) = Path(self.folder).glob(f"{self._saving}{whole.UNFINISHED}*")
-        whole.write_list(unfinished)
+        (unfinished,) = Path(self.folder).glob(f"{self._saving}{integrity.UNFINISHED}*")
+        integrity.write_list(unfinished)
 
     @contextlib.contextmanager
     def _explained(self, problem: str) -> Iterator[None]:

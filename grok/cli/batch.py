@@ -13,8 +13,8 @@ def batch(config: str, overrides: tuple[str, ...]) -> None:
     what is missing; Ctrl-C leaves with exit code 75. On several hosts, start the same command on
     each.
     """
-    from grok.batch.config import BatchConfig
-    from grok.config_files import load_config
+    from grok.config.batch import BatchConfig
+    from grok.config.load import load_config
 
     checked = load_config(config, overrides, BatchConfig)
 
@@ -22,6 +22,6 @@ def batch(config: str, overrides: tuple[str, ...]) -> None:
     from grok.batch.replicas import starting
 
     with starting(checked) as replica:
-        from grok.batch.run import run
+        from grok.batch.runner import run
 
         run(checked, replica)

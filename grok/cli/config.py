@@ -22,8 +22,8 @@ def config(config: str, overrides: tuple[str, ...], command: str) -> None:
 
     KEY=VALUE sets one key, as in train.steps=50. The output is itself a config file.
     """
-    from grok.config_files import load_config
-    from grok.config_text import to_yaml
+    from grok.config.load import load_config
+    from grok.config.text import to_yaml
 
     text = to_yaml(load_config(config, overrides, _kind(command)))
     dimmed = re.sub(r"# .*$", lambda comment: click.style(comment[0], dim=True), text, flags=re.M)
@@ -34,11 +34,11 @@ def config(config: str, overrides: tuple[str, ...], command: str) -> None:
 def _kind(command: str) -> type:
     """The dataclass of a command's configs."""
     if command == "batch":
-        from grok.batch.config import BatchConfig
+        from grok.config.batch import BatchConfig
 
         return BatchConfig
     if command == "serve":
-        from grok.serve.config import ServeConfig
+        from grok.config.serve import ServeConfig
 
         return ServeConfig
     from grok.config import RunConfig

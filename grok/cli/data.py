@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import click
 
 from grok.cli.export import size_in_bytes
-from grok.cli.progress import SECONDS
 from grok.cli.tables import make_console, make_table
 from grok.errors import DataError
+from grok.progress import SECONDS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from grok.data.inspect import Inspection
-    from grok.data.prepare import Progress
+    from grok.data.dataset_stats import Inspection
+    from grok.data.prepare.job import Progress
 
 BAR = 40  # characters of the longest bar
 MISMATCH = 1  # exit code
@@ -50,15 +50,15 @@ def tokenizer(files, out, vocab_size, special, check, config) -> None:
         return
     if not out or not vocab_size:
         raise click.UsageError("training needs --out FILE and --vocab-size N.")
-    from grok.data.tokenizer import train_tokenizer
+    from grok.data.tokenizers.sentencepiece import train_tokenizer
 
     trained = train_tokenizer(files, out, vocab_size, special)
     click.echo(f"{out}: {trained.vocab_size:,} pieces, end of sequence is {trained.eos_id}")
 
 
 def _check_tokenizer(file: str, config: str) -> None:
-    from grok.config_files import load_config
-    from grok.data.tokenizer import Tokenizer
+    from grok.config.load import load_config
+    from grok.data.tokenizers.sentencepiece import Tokenizer
 
     found, vocab_size = Tokenizer.load(file), load_config(config).model.vocab_size
     if found.vocab_size > vocab_size:
@@ -123,8 +123,8 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
     Parquet (a document each record), any of them as .gz or .zst. The bytes written do not depend
     on --workers; after a kill the same command goes on. Bad records go to rejected.jsonl.
     """
-    from grok.data.prepare import Options
-    from grok.data.prepare import prepare as run
+    from grok.data.prepare.job import Options
+    from grok.data.prepare.job import prepare as run
 
     fields = _fields({name: options.pop(f"{name}_field") for name in FIELDS})
     job = Options(
@@ -153,7 +153,7 @@ FIELDS = ("text", "id", "language", "licence", "prompt", "completion", "messages
 
 
 def _fields(names):
-    from grok.data.records import Fields
+    from grok.data.prepare.records import Fields
 
     if bool(names["prompt"]) != bool(names["completion"]):
         raise click.UsageError("--prompt-field and --completion-field belong together.")
@@ -218,7 +218,7 @@ def inspect(ctx: click.Context, folder, length, samples, tokenizer, checked, as_
 
     With --check the exit code is 1 where a file does not match the manifest.
     """
-    from grok.data.inspect import inspect as look
+    from grok.data.dataset_stats import inspect as look
 
     found = look(folder, length, samples, tokenizer, checked)
     if as_json:

@@ -98,7 +98,7 @@ def _plain(loss: "Loss") -> dict[str, Any]:
 def _tasks(model, mesh, tasks, tokenizer, run, folder, fewshot, limit, as_json) -> dict[str, Any]:
     if not tasks:
         return {}
-    from grok.data.tokenizer import Tokenizer
+    from grok.data.tokenizers.sentencepiece import Tokenizer
     from grok.evaluate.harness import HarnessModel, run_tasks
 
     harness = HarnessModel(model, Tokenizer.load(tokenizer), mesh, run.data.batch_size)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from grok.cli.progress import progress
+from grok.progress import progress
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -49,9 +49,9 @@ def hf(src, dst, config, dtype, shard_size, base_weights, data_manifest) -> None
     SRC, local or gs://, is a ckpt-0 folder, a Hugging Face folder, or a checkpoint of grok. After
     an interruption the same command goes on with the files that were not finished.
     """
-    from grok.checkpoint.huggingface_export import export_huggingface
-    from grok.checkpoint.open import open_source
-    from grok.config_files import load_config
+    from grok.config.load import load_config
+    from grok.weights.detect import open_source
+    from grok.weights.huggingface.export import export_huggingface
 
     source = open_source(src, load_config(config).model if config else None)
     with progress() as tell:
@@ -79,7 +79,7 @@ def params(src, dst, dtype) -> None:
     its `checkpoints`. DST is then the folder of a run that all commands read. After an
     interruption the same command goes on.
     """
-    from grok.checkpoint.export import export_params
+    from grok.weights.tools.export_params import export_params
 
     with progress() as tell:
         done = export_params(src, dst, dtype, tell)

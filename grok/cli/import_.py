@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grok.cli.progress import progress
 from grok.errors import CheckpointError, ConfigError, DataError
+from grok.progress import progress
 
 if TYPE_CHECKING:
-    from grok.checkpoint.importer import Imported
-    from grok.checkpoint.source import Source
     from grok.config import GrokConfig, RunConfig
+    from grok.weights.importing.importer import Imported
+    from grok.weights.source import Source
 
 FORMATS = {"xai": "the release's (ckpt-0)", "huggingface": "Hugging Face's", "orbax": "grok's own"}
 COMMANDS = {"xai": "xai", "huggingface": "hf"}
@@ -86,9 +86,9 @@ def hf(src, dst, config, dtype, scales, tokenizer) -> None:
 
 
 def _import(form, src, dst, config, dtype, scales, tokenizer) -> None:
-    from grok.checkpoint.importer import import_weights
-    from grok.checkpoint.open import open_source
-    from grok.config_files import load_config
+    from grok.config.load import load_config
+    from grok.weights.detect import open_source
+    from grok.weights.importing.importer import import_weights
 
     run = load_config(config) if config else None
     source = open_source(src, run.model if run else None)
@@ -113,7 +113,7 @@ def _run_of(model: "GrokConfig") -> "RunConfig":
 
 
 def _check_tokenizer(file: Path, vocab_size: int) -> None:
-    from grok.data.tokenizer import Tokenizer
+    from grok.data.tokenizers.sentencepiece import Tokenizer
 
     pieces = Tokenizer.load(file).vocab_size
     if pieces > vocab_size:
@@ -124,8 +124,8 @@ def _check_tokenizer(file: Path, vocab_size: int) -> None:
 
 
 def _converted(source: "Source", dtype: str, scales: str | None) -> "Source":
-    from grok.checkpoint.convert import PER_CHANNEL, RELEASE_GROUPS, converted
-    from grok.checkpoint.measured import MeasuredQuantized
+    from grok.weights.cast import PER_CHANNEL, RELEASE_GROUPS, converted
+    from grok.weights.importing.quantization_error import MeasuredQuantized
 
     if dtype == "int8" and source.dtype != "int8":
         return MeasuredQuantized(source, PER_CHANNEL if scales == "per-channel" else RELEASE_GROUPS)

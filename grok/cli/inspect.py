@@ -12,8 +12,8 @@ from grok.errors import CheckpointError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from grok.checkpoint.inspection import Inspection
-    from grok.checkpoint.survey import Tensor
+    from grok.weights.tools.diagnose import Tensor
+    from grok.weights.tools.inspection import Inspection
 
 FORMATS = {
     "xai": "xai (ckpt-0)",
@@ -33,8 +33,8 @@ def inspect(ctx: click.Context, path: str, config: str | None, as_json: bool) ->
     PATH, local or gs://, is a ckpt-0 folder, a Hugging Face folder, or a checkpoint of grok. Only
     headers are read. The exit code is 2 where anything is missing or damaged.
     """
-    from grok.checkpoint.inspection import inspect as inspect_path
-    from grok.config_files import load_config
+    from grok.config.load import load_config
+    from grok.weights.tools.inspection import inspect as inspect_path
 
     found = inspect_path(path, load_config(config).model if config else None)
     if as_json:

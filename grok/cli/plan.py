@@ -58,15 +58,15 @@ def plan(
     fit, what does it compute and move, what bounds it, what does it cost. Exit code 1: it does not
     fit. A full-size program takes minutes.
     """
-    from grok.cli.progress import phases
-    from grok.config_files import load_config
+    from grok.config.load import load_config
     from grok.errors import ConfigError
     from grok.plan.compile import compile_plan
-    from grok.plan.figures import Price
+    from grok.plan.estimate import Price
+    from grok.plan.format import report
     from grok.plan.prices import price_of, prices_file
     from grok.plan.search import candidates, ranking
-    from grok.plan.slices import parse_slice
-    from grok.plan.text import report
+    from grok.plan.topology import parse_slice
+    from grok.progress import phases
 
     if slices is not None:
         overrides = (*overrides, f"mesh.slice={slices}")

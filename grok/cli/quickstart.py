@@ -16,6 +16,6 @@ import click
 )
 def quickstart(folder: Path) -> None:
     """Train, stop, resume and sample a small Grok on this machine's CPU, in minutes."""
-    from grok.quickstart.run import run
+    from grok.quickstart.tour import run
 
     sys.exit(run(folder))

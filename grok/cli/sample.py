@@ -73,7 +73,7 @@ def sample(checkpoint, overrides, prompts, **chosen) -> None:
         raise ConfigError(f"--n {params.n} needs --prompt: what is typed has one answer.")
 
     _note("loading JAX")
-    from grok.config_files import load_config
+    from grok.config.load import load_config
     from grok.infer.load import ONE_DEVICE, config_file
 
     alone = (*ONE_DEVICE, "mesh.simulated_devices=0")
@@ -84,8 +84,8 @@ def sample(checkpoint, overrides, prompts, **chosen) -> None:
     prepare(config.mesh.simulated_devices)
 
     from grok.infer.engine import Engine
+    from grok.infer.interactive import converse, stream
     from grok.infer.load import load_run, make_run_mesh
-    from grok.infer.stream import converse, stream
 
     mesh = make_run_mesh(config)
     _note(f"reading the weights at {checkpoint}, {config.model.param_dtype}")

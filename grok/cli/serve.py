@@ -25,8 +25,8 @@ def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
             f"`grok serve` needs {', '.join(missing)}; the package's extra `serve` "
             "(pip install 'grok[serve]') has it."
         )
-    from grok.config_files import checked, load_config
-    from grok.serve.config import ServeConfig
+    from grok.config.load import checked, load_config
+    from grok.config.serve import ServeConfig
 
     if run_or_config.endswith((".yaml", ".yml")):
         config = load_config(run_or_config, overrides, ServeConfig)
@@ -38,6 +38,6 @@ def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
 
     prepare(config.mesh.simulated_devices)
 
-    from grok.serve.run import run
+    from grok.serve.server import run
 
     run(config)

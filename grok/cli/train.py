@@ -14,14 +14,14 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     CONFIG is a YAML file or a preset's name. Ctrl-C saves before it leaves (exit code 75). On
     several hosts, start the same command on each.
     """
-    from grok.config_files import load_config
+    from grok import distributed
+    from grok.config.load import load_config
     from grok.devices import prepare
-    from grok.train import hosts
 
-    with hosts.ending_together():
+    with distributed.ending_together():
         checked = load_config(config, overrides)
-        hosts.join(checked, checked.train.heartbeat_seconds)
-        prepare(checked.mesh.simulated_devices // hosts.count())
+        distributed.join(checked, checked.train.heartbeat_seconds)
+        prepare(checked.mesh.simulated_devices // distributed.count())
 
         from grok.train.loop import run
 

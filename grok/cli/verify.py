@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grok.cli.progress import progress
 from grok.cli.tables import make_console, make_table
+from grok.progress import progress
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from grok.checkpoint.difference import Difference
-    from grok.checkpoint.source import Source
-    from grok.checkpoint.verification import Comparison, Recount
+    from grok.weights.source import Source
+    from grok.weights.tools.array_difference import Difference
+    from grok.weights.tools.verify import Comparison, Recount
 
 DIFFER = 1  # exit code
 
@@ -38,9 +38,9 @@ def verify(ctx: click.Context, a: str, b: str | None, config: str | None, tolera
     checkpoints of grok. int8 is compared with floats by what it dequantises to, floats of two
     types by the coarser. Exit codes: 0 equal, 1 different, 2 cannot be compared.
     """
-    from grok.checkpoint.open import open_source
-    from grok.checkpoint.verification import open_both
-    from grok.config_files import load_config
+    from grok.config.load import load_config
+    from grok.weights.detect import open_source
+    from grok.weights.tools.verify import open_both
 
     model = load_config(config).model if config else None
     console = make_console()
@@ -55,7 +55,7 @@ def verify(ctx: click.Context, a: str, b: str | None, config: str | None, tolera
 
 def _recount(console: "Console", source: "Source") -> list[bool]:
     """Counts and prints; for each tensor, whether it is equal."""
-    from grok.checkpoint.verification import recount
+    from grok.weights.tools.verify import recount
 
     with progress() as tell:
         found = list(recount(source, tell))
@@ -71,7 +71,7 @@ def _recount(console: "Console", source: "Source") -> list[bool]:
 
 def _compare(console: "Console", a: "Source", b: "Source", tolerance: float) -> list[bool]:
     """Compares and prints; for each tensor, whether it is equal."""
-    from grok.checkpoint.verification import compare
+    from grok.weights.tools.verify import compare
 
     with progress() as tell:
         found = list(compare(a, b, tolerance, tell))

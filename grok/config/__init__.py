@@ -1,6 +1,6 @@
 """What a run is: frozen dataclasses, checked before anything slow starts.
 
-The sections are the whole list of keys; `grok.config_files` reads them from YAML. Nothing here
+The sections are the whole list of keys; `grok.config.load` reads them from YAML. Nothing here
 imports JAX. A refusal is a `ConfigError`: one sentence with the key, the numbers, and a value that
 would work.
 """
@@ -9,7 +9,7 @@ from grok.config.data import DataConfig, DatasetConfig, MixtureChange, ShapeChan
 from grok.config.mesh import MESH_AXES, MeshConfig, check_model_fits, resolve_mesh
 from grok.config.model import GrokConfig
 from grok.config.run import EngineConfig, PlanConfig, RunConfig, check_fits, check_trainable
-from grok.config.training import (
+from grok.config.train import (
     CheckpointConfig,
     LoraConfig,
     OptimizerConfig,

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from grok.data.epochs import EpochPlans
+from grok.data.epoch_cache import EpochPlans
 
 
 class Piece(NamedTuple):

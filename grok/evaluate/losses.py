@@ -8,17 +8,17 @@ import jax
 from jax.sharding import Mesh
 
 from grok.config import RunConfig
-from grok.data.documents import MANIFEST
-from grok.data.packed import PackedValidation
-from grok.data.pipeline import ValidationBatches
-from grok.data.shapes import Batch
-from grok.data.text import bits_per_byte, read_stream
-from grok.data.tokenizer import Tokenizer, token_bytes
+from grok.data.batch_schedule import Batch
+from grok.data.dataset import MANIFEST
+from grok.data.device_feed import ValidationBatches
+from grok.data.packed_batches import PackedValidation
+from grok.data.text_stream import bits_per_byte, read_stream
+from grok.data.tokenizers.sentencepiece import Tokenizer, token_bytes
 from grok.errors import DataError
-from grok.model.grok import Grok
-from grok.train.data import open_dataset
+from grok.model.decoder import Grok
+from grok.train.evaluate import total_loss
+from grok.train.run_data import open_dataset
 from grok.train.step import eval_step
-from grok.train.validation import total_loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grok import sharding
-from grok.data.pipeline import to_mesh
-from grok.model.grok import Grok
+from grok.data.device_feed import to_mesh
+from grok.model.decoder import Grok
 from grok.train.loss import hidden
 
 SHORTEST = 16

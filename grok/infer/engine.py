@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 
 from grok import sharding
 from grok.config import EngineConfig
-from grok.data.tokenizer import Tokenizer
-from grok.infer.answer import Answer
+from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.infer.completion import Answer
 from grok.infer.request import (
     EngineStats,
     Output,
@@ -30,12 +30,12 @@ from grok.infer.request import (
     SamplingParams,
     TokenLogprobs,
 )
-from grok.infer.rows import Rows
 from grok.infer.sampling import Chosen
 from grok.infer.scheduler import Scheduler, Sequence, Step
 from grok.infer.step import advance, score
-from grok.model.cache import init_cache
-from grok.model.grok import Grok
+from grok.infer.step_inputs import Rows
+from grok.model.attend import init_cache
+from grok.model.decoder import Grok
 
 DEFAULTS = EngineConfig()
 

@@ -7,13 +7,13 @@ import jax
 from jax.sharding import Mesh
 
 from grok import sharding
-from grok.checkpoint.convert import converted
-from grok.checkpoint.load import place
-from grok.checkpoint.open import open_source
 from grok.config import RunConfig, resolve_mesh
-from grok.data.tokenizer import Tokenizer
+from grok.data.tokenizers.sentencepiece import Tokenizer
 from grok.errors import CheckpointError
-from grok.model.grok import Grok
+from grok.model.decoder import Grok
+from grok.weights.cast import converted
+from grok.weights.detect import open_source
+from grok.weights.load import place
 
 ONE_DEVICE = ("mesh.slice=1", "mesh.data=1", "mesh.expert=1", "mesh.tensor=1")
 

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 from collections.abc import Iterator
 
-from grok.infer.pages import PagePool, prefix_keys
+from grok.infer.page_pool import PagePool, prefix_keys
 from grok.infer.request import Request
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from grok import sharding
 from grok.infer.request import MOST_LOGPROBS
 from grok.infer.sampling import Chosen, Settings, choose, logprobs
-from grok.model.cache import PagedCache, Places
-from grok.model.grok import Grok
+from grok.model.attend import PagedCache, Places
+from grok.model.decoder import Grok
 
 
 @functools.partial(jax.jit, donate_argnums=1)

@@ -7,15 +7,15 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from grok.checkpoint.convert import converted
-from grok.checkpoint.load import DTYPES, place
-from grok.checkpoint.open import open_source
 from grok.config import DataConfig, RunConfig
-from grok.config_files import load_config, with_overrides
-from grok.data.manifest import TOKENIZER
+from grok.config.load import load_config, with_overrides
+from grok.data.prepare.manifest import TOKENIZER
 from grok.errors import DataError
 from grok.infer.load import ONE_DEVICE
-from grok.model.grok import Grok
+from grok.model.decoder import Grok
+from grok.weights.cast import converted
+from grok.weights.detect import open_source
+from grok.weights.load import DTYPES, place
 
 ALONE = (*ONE_DEVICE, "mesh.simulated_devices=0")
 

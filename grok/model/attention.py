@@ -13,12 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from grok import sharding
 from grok.config import GrokConfig
-from grok.model.cache import PagedCache, Places
+from grok.model.attend import PagedCache, Places
 from grok.model.layers import normal, product, rotate
-from grok.ops import ragged_attention as ragged
-from grok.ops.attention import attention
-from grok.ops.flash import flash_attention, suits
-from grok.ops.paged_attention import paged_attention, write_pages
+from grok.ops.attention import ragged
+from grok.ops.attention.causal import attention
+from grok.ops.attention.flash import flash_attention, suits
+from grok.ops.attention.paged import paged_attention, write_pages
 
 
 class Attention(nnx.Module):

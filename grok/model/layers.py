@@ -13,8 +13,8 @@ from flax import nnx
 from grok import sharding
 from grok.config import GrokConfig
 from grok.ops.cross_entropy import cross_entropy
-from grok.ops.lora import LoraArray
-from grok.ops.quant import QuantizedArray
+from grok.ops.weights.int8 import QuantizedArray
+from grok.ops.weights.lora import LoraArray
 from grok.sharding import Axes
 
 RMS_EPSILON = 1e-5

@@ -10,10 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 from grok import sharding
 from grok.config import GrokConfig, LoraConfig
-from grok.model.grok import Grok
-from grok.model.names import MATRICES, shapes
-from grok.model.weights import name_of
-from grok.ops.lora import LoraArray, factor_shapes
+from grok.model.build import name_of
+from grok.model.decoder import Grok
+from grok.model.params import MATRICES, shapes
+from grok.ops.weights.lora import LoraArray, factor_shapes
 
 # What the config calls each matrix.
 TARGETS = {

@@ -12,12 +12,12 @@ from flax import nnx
 from grok import sharding
 from grok.config import GrokConfig
 from grok.model.layers import normal, quantized_axes
-from grok.ops.blocks import LANES
-from grok.ops.experts import experts_tiled, few_tile_rows, tile_rows, training_tile_rows
-from grok.ops.experts_grouped import PARTS, experts_grouped, experts_in_parts
-from grok.ops.lora import LoraArray
-from grok.ops.quant import QuantizedArray
-from grok.ops.stacked import StackedArray
+from grok.ops.moe.experts_pallas import PARTS, experts_grouped, experts_in_parts
+from grok.ops.moe.experts_xla import experts_tiled, few_tile_rows, tile_rows, training_tile_rows
+from grok.ops.moe.tiling import LANES
+from grok.ops.weights.int8 import QuantizedArray
+from grok.ops.weights.layer_slice import StackedArray
+from grok.ops.weights.lora import LoraArray
 
 # The matrices of which a token needs those of its experts alone.
 EXPERTS = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from grok.config import RunConfig
-from grok.config_files import to_dict
+from grok.config.load import to_dict
 from grok.errors import ConfigError, GrokError
-from grok.plan.figures import Plan, Price, make_plan
-from grok.plan.slices import Slice
+from grok.plan.estimate import Plan, Price, make_plan
+from grok.plan.topology import Slice
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -62,10 +62,10 @@ def compile_plan(
 
 
 def _run_worker(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    """What `grok.plan.worker` found; its phases are told as they come."""
+    """What `grok.plan.compile_process` found; its phases are told as they come."""
     with tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "grok.plan.worker"],
+            [sys.executable, "-m", "grok.plan.compile_process"],
             env=os.environ | ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

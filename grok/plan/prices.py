@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from grok.config_files import configs_folder
+from grok.config.load import configs_folder
 from grok.errors import ConfigError
-from grok.plan.figures import Price
+from grok.plan.estimate import Price
 
 
 def prices_file() -> Path:

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from grok import sharding
-from grok.checkpoint.convert import RELEASE_GROUPS
 from grok.config import RunConfig
-from grok.model import names, weights
-from grok.model.cache import Places, init_cache
-from grok.plan.figures import batch_of
-from grok.train.offload import is_on_host
-from grok.train.optimizer import make_optimizer
+from grok.model import build, params
+from grok.model.attend import Places, init_cache
+from grok.optim.offload import is_on_host
+from grok.optim.optimizer import make_optimizer
+from grok.plan.estimate import batch_of
 from grok.train.state import abstract_state
 from grok.train.step import train_step
+from grok.weights.cast import RELEASE_GROUPS
 
 
 class Program(NamedTuple):
@@ -65,8 +65,8 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
     parts = sharding.size("batch")
     prefill = config.plan.program == "prefill"
     blocks, Q = (B // parts * pages, size) if prefill else (B // parts, 1)
-    groups = {name: RELEASE_GROUPS.get(name, 1) for name in names.MATRICES}
-    model = weights.abstract(
+    groups = {name: RELEASE_GROUPS.get(name, 1) for name in params.MATRICES}
+    model = build.abstract(
         config.model, mesh, groups if config.model.param_dtype == "int8" else None
     )
     same = config.engine.cache_dtype == "compute"

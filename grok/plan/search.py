@@ -10,9 +10,9 @@ from typing import Literal
 
 from grok.config import RunConfig, check_fits, check_model_fits
 from grok.errors import ConfigError
-from grok.plan.figures import Plan, batch_of
-from grok.plan.remedies import BYTES, state_bytes
-from grok.plan.slices import Slice
+from grok.plan.estimate import Plan, batch_of
+from grok.plan.suggestions import BYTES, state_bytes
+from grok.plan.topology import Slice
 
 REMAT: tuple[Literal["dots", "offload", "full"], ...] = ("dots", "offload", "full")
 # Arrays of the residual stream's size that a layer keeps for the backward pass, roughly.

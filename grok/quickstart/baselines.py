@@ -12,7 +12,7 @@ import gzip
 
 import numpy as np
 
-from grok.data.text import TokenStream, bits_per_byte
+from grok.data.text_stream import TokenStream, bits_per_byte
 
 # Share of the training tokens, at their end, on which smoothing constants are chosen.
 TUNING_SHARE = 0.1

@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from grok.errors import DataError
-from grok.report.folder import as_one_run
+from grok.report.recorded_run import as_one_run
 
 # Okabe and Ito's palette, which readers with any form of colour blindness can tell apart.
 EXPERT_COLORS = (

@@ -21,8 +21,8 @@ from grok.report.figures import (
     short,
     svg,
 )
-from grok.report.folder import RecordedRun
-from grok.train.display import duration
+from grok.report.recorded_run import RecordedRun
+from grok.train.telemetry.progress import duration
 
 SMALL, BROAD = (470, 280), (1000, 340)
 # The last share of a run's lines, over which its final figures are means.

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from grok.report import page
 from grok.report.curves import smooth
 from grok.report.figures import Series, draw_curves, png, short
-from grok.report.folder import RecordedRun
 from grok.report.one_run import BROAD, drawn, final, last_step
-from grok.train.display import duration
+from grok.report.recorded_run import RecordedRun
+from grok.train.telemetry.progress import duration
 
 
 def several_runs(runs: Sequence[RecordedRun]) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from grok.report.folder import read_run
 from grok.report.one_run import one_run, one_run_png
+from grok.report.recorded_run import read_run
 from grok.report.several_runs import several_runs, several_runs_png
 
 

@@ -18,13 +18,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from grok.data.tokenizer import Tokenizer
-from grok.infer.bodies import Answers, error_body
-from grok.infer.calls import BodyReader, Call
+from grok.config.serve import ServeConfig
+from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.infer.openai.requests import BodyReader, Call
+from grok.infer.openai.responses import Answers, error_body
 from grok.infer.request import RequestError
-from grok.serve.config import ServeConfig
-from grok.serve.metrics import Metrics
-from grok.serve.worker import EngineFailed, Flight, Worker
+from grok.serve.engine_thread import EngineFailed, Flight, Worker
+from grok.serve.prometheus import Metrics
 
 # The page is one file, and what it shows of answers is text: nothing else may be loaded or sent.
 PAGE_POLICY = (

@@ -1,7 +1,7 @@
 """A training run, top to bottom.
 
 In the run's folder: `config.yaml` (resolved), `tokenizer.model`, `checkpoints/`, and what
-`grok.train.reports` tells: `metrics.jsonl`, `events.jsonl`, `run.json`.
+`grok.train.telemetry.reports` tells: `metrics.jsonl`, `events.jsonl`, `run.json`.
 Started again with the same command, a run goes on from its newest checkpoint, bit for bit as if
 it had never stopped.
 """
@@ -17,28 +17,27 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from grok import sharding
+from grok import distributed, sharding
 from grok.checkpoint.manager import Checkpoints
 from grok.config import RunConfig, check_fits, check_trainable
-from grok.config_text import to_yaml
-from grok.data.pipeline import global_batches
-from grok.data.shapes import Batch
-from grok.data.text import bits_per_byte
+from grok.config.text import to_yaml
+from grok.data.batch_schedule import Batch
+from grok.data.device_feed import global_batches
+from grok.data.text_stream import bits_per_byte
 from grok.errors import DONE, SAVED, Diverged, SaveError
+from grok.optim.optimizer import make_optimizer
+from grok.optim.param_groups import merge, names
+from grok.preemption import StopRequest
 from grok.storage import join
-from grok.train import hosts
-from grok.train.data import RunData, read_data
-from grok.train.folder import write_file
-from grok.train.groups import merge, names
-from grok.train.initial import InitialWeights, initial_weights
-from grok.train.optimizer import make_optimizer
-from grok.train.reports import Reports
-from grok.train.saved import keep_policy, restore, save, skipped_batches
+from grok.train.checkpointing import keep_policy, restore, save, skipped_batches
+from grok.train.evaluate import total_loss
+from grok.train.init_from import InitialWeights, initial_weights
+from grok.train.rollback import Skipped, batch_number, in_trouble, skip, stop_if_bad, way_back
+from grok.train.run_data import RunData, read_data
 from grok.train.state import TrainState, init_state
 from grok.train.step import eval_step, train_step
-from grok.train.stop import StopRequest
-from grok.train.trouble import Skipped, batch_number, in_trouble, skip, stop_if_bad, way_back
-from grok.train.validation import total_loss
+from grok.train.telemetry.reports import Reports
+from grok.train.telemetry.run_dir import write_file
 from grok.train.watchdog import Watchdog
 
 
@@ -134,7 +133,7 @@ def first_state(run: Run) -> Start:
             model = run.initial.load(run.mesh)
         say("making the initial state")
         start = Start(0, init_state(run.config, run.optimizer, run.mesh, model))
-    if hosts.is_first():
+    if distributed.is_first():
         write_file(run.config.folder, "config.yaml", to_yaml(run.config).encode())
         if not run.first:
             tokenizer = Path(run.config.data.tokenizer).read_bytes()
@@ -287,7 +286,7 @@ def save_state(
             try:
                 part()
             except SaveError as error:
-                if hosts.count() > 1:
+                if distributed.count() > 1:
                     raise
                 run.reports.say(str(error))
     run.reports.saved(step)

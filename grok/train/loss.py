@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from grok import sharding
 from grok.config import TrainConfig
-from grok.model.grok import Grok
+from grok.model.decoder import Grok
 from grok.model.moe import RouterStats
 from grok.ops.cross_entropy import LOGITS
 

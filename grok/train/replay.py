@@ -16,11 +16,11 @@ import numpy as np
 
 from grok import storage
 from grok.config import RunConfig
-from grok.config_files import from_dict, load_config
+from grok.config.load import from_dict, load_config
 from grok.errors import DONE, CheckpointError
 from grok.train.loop import run
-from grok.train.metrics import read_metrics
-from grok.train.record import code_version, read_record
+from grok.train.telemetry.metrics_file import read_metrics
+from grok.train.telemetry.run_manifest import code_version, read_record
 
 
 class Part(NamedTuple):

@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 
 from grok import sharding
 from grok.config import RunConfig
-from grok.model.grok import Grok, quick_to_compile
+from grok.model.decoder import Grok, quick_to_compile
 from grok.model.lora import adapted
-from grok.train.groups import select, trained
-from grok.train.guard import Guard, fresh_guard
-from grok.train.offload import placed_on_host
+from grok.optim.offload import placed_on_host
+from grok.optim.param_groups import select, trained
+from grok.train.bad_steps import Guard, fresh_guard
 
 
 @jax.tree_util.register_dataclass

@@ -8,14 +8,14 @@ import optax
 
 from grok import sharding
 from grok.config import OptimizerConfig, RunConfig, TrainConfig
-from grok.model.names import MATRICES
-from grok.model.weights import to_arrays
-from grok.ops.cast import CastArray
-from grok.train import offload
-from grok.train.groups import map_named, merge, names, reported_group, select, trained
-from grok.train.guard import count, find_bad, norm_of, sums_of_squares, unless
+from grok.model.build import to_arrays
+from grok.model.params import MATRICES
+from grok.ops.weights.low_precision_grad import CastArray
+from grok.optim import offload
+from grok.optim.param_groups import map_named, merge, names, reported_group, select, trained
+from grok.optim.schedule import make_schedule
+from grok.train.bad_steps import count, find_bad, norm_of, sums_of_squares, unless
 from grok.train.loss import batch_loss, count_tokens, hidden, token_losses
-from grok.train.schedule import make_schedule
 from grok.train.state import TrainState, as_float32
 
 

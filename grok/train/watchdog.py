@@ -6,9 +6,9 @@ import threading
 import time
 from pathlib import Path
 
+from grok import distributed
 from grok.errors import RESTART
 from grok.storage import is_remote
-from grok.train import hosts
 
 
 class Watchdog:
@@ -48,9 +48,9 @@ class Watchdog:
     def _bite(self) -> None:
         faulthandler.dump_traceback(sys.stderr)
         if not is_remote(self._folder):
-            with (Path(self._folder) / f"stacks-{hosts.number()}.txt").open("w") as file:
+            with (Path(self._folder) / f"stacks-{distributed.number()}.txt").open("w") as file:
                 faulthandler.dump_traceback(file)
-        hosts.leave(
+        distributed.leave(
             RESTART,
             f"no step was finished for {self._seconds} s (train.hang_seconds) after step "
             f"{self._step}; the stacks of all threads are above.",

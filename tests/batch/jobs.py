@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from grok.batch.config import BatchConfig
 from grok.batch.replicas import Replica
-from grok.batch.run import run
-from grok.infer import start
+from grok.batch.runner import run
+from grok.config.batch import BatchConfig
+from grok.infer import loader
 from tests.infer.fake_engine import FakeEngine
 
 # `grok batch` with an engine that needs no model, which before its n-th step sends its process a
@@ -59,7 +59,7 @@ def answer(config: BatchConfig, monkeypatch, killed_at: int = 0) -> list[dict]:
         raise Killed
 
     monkeypatch.setattr(
-        start.Model, "engine", lambda self, say: Breaking(self.tokenizer, killed_at, kill)
+        loader.Model, "engine", lambda self, say: Breaking(self.tokenizer, killed_at, kill)
     )
     run(config, Replica(0, 1, True, False))
     return lines(Path(config.output))

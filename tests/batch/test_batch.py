@@ -12,15 +12,15 @@ import pytest
 from pyarrow import parquet
 
 from grok import storage
-from grok.batch.config import BatchConfig
 from grok.batch.replicas import Replica
-from grok.batch.run import run
-from grok.checkpoint.huggingface_export import export_huggingface
-from grok.checkpoint.random_source import RandomSource
+from grok.batch.runner import run
 from grok.config import EngineConfig, MeshConfig
-from grok.config_files import load_config
+from grok.config.batch import BatchConfig
+from grok.config.engine import SamplingConfig
+from grok.config.load import load_config
 from grok.errors import SAVED, ConfigError, DataError
-from grok.infer.config import SamplingConfig
+from grok.weights.huggingface.export import export_huggingface
+from grok.weights.random_source import RandomSource
 from tests.batch.jobs import Killed, Process, answer, lines, write_lines
 from tests.emulator import bucket
 

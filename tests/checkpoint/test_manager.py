@@ -11,8 +11,8 @@ import pytest
 
 import grok
 from grok import sharding
-from grok.checkpoint.keep import Keep
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
+from grok.checkpoint.retention import Keep
 from grok.config import GrokConfig
 from grok.errors import CheckpointError, SaveError
 
@@ -205,7 +205,7 @@ def test_a_save_that_fails_leaves_the_others(copy, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("grok.checkpoint.whole.write_list", full)
+        patch.setattr("grok.checkpoint.integrity.write_list", full)
         checkpoints.save(4, tree(4), {})
         with pytest.raises(SaveError) as error:
             checkpoints.wait()

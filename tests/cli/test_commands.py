@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from grok.cli.main import main
-from grok.config_text import to_yaml
+from grok.config.text import to_yaml
 
 
 def refusal(*arguments: str) -> str:

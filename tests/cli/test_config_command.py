@@ -3,10 +3,10 @@
 import pytest
 from click.testing import CliRunner
 
-from grok.batch.config import BatchConfig
 from grok.cli.main import main
-from grok.config_files import describe, load_config
-from grok.serve.config import ServeConfig
+from grok.config.batch import BatchConfig
+from grok.config.load import describe, load_config
+from grok.config.serve import ServeConfig
 
 
 def grok_config(*args, **kwargs):

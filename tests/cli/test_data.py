@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from grok.cli.main import main
-from grok.data.documents import Prepared
-from grok.data.tokenizer import Tokenizer
+from grok.data.dataset import Prepared
+from grok.data.tokenizers.sentencepiece import Tokenizer
 from tests.data import prepared
 from tests.data.prepared import TEXTS, contents, write_lines
 

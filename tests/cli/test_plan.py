@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from grok.cli.main import main
-from grok.plan.figures import make_plan
+from grok.plan.estimate import make_plan
 from tests.plan.test_figures import FOUND
 
 

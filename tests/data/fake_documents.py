@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from grok.data.documents import FORMAT, Document, encode_document
+from grok.data.dataset import FORMAT, Document, encode_document
 
 
 class FakeDocuments:

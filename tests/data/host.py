@@ -20,11 +20,11 @@ def main() -> None:
         jax.distributed.initialize(address, int(hosts), int(number))
 
     from grok import sharding
-    from grok.data.documents import Prepared
+    from grok.data.batch_schedule import BatchShapes
+    from grok.data.dataset import Prepared
+    from grok.data.device_feed import global_batches
     from grok.data.mixture import Mixture
-    from grok.data.packed import PackedBatches
-    from grok.data.pipeline import global_batches
-    from grok.data.shapes import BatchShapes
+    from grok.data.packed_batches import PackedBatches
 
     # Eight rows of the length, then sixteen of half of it, then eight of a quarter.
     changes = [(6, 16, int(length) // 2), (9, 8, int(length) // 4)]

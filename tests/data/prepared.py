@@ -5,8 +5,8 @@ import inspect
 import json
 from pathlib import Path
 
-from grok.data.prepare import Options, prepare
-from grok.data.tokenizer import Tokenizer, train_tokenizer
+from grok.data.prepare.job import Options, prepare
+from grok.data.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 TEXTS = [f"Row {i}: " + " ".join(str(i * k) for k in range(1 + 7 * i % 40)) for i in range(120)]
 

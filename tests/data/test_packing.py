@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from grok.data.epochs import EpochPlans
+from grok.data.epoch_cache import EpochPlans
 from grok.data.packing import (
     Continued,
     Cut,

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from grok.data.documents import Prepared
-from grok.data.packed import PackedValidation
-from grok.data.records import Fields
-from grok.data.text import read_stream
-from grok.data.tokenizer import Tokenizer, token_bytes
+from grok.data.dataset import Prepared
+from grok.data.packed_batches import PackedValidation
+from grok.data.prepare.records import Fields
+from grok.data.text_stream import read_stream
+from grok.data.tokenizers.sentencepiece import Tokenizer, token_bytes
 from tests.data.prepared import TEXTS, made, make_tokenizer, write_lines
 
 HARD = ["½ \u2581 of a naïve café\n\n\tplus 12345", "\N{GRINNING FACE} smiles", " leading space"]

@@ -14,10 +14,10 @@ from gcp_storage_emulator.server import create_server
 from pyarrow import parquet
 
 from grok import __version__
-from grok.data.documents import Prepared
-from grok.data.prepare import prepare
-from grok.data.records import Fields
-from grok.data.tokenizer import Tokenizer
+from grok.data.dataset import Prepared
+from grok.data.prepare.job import prepare
+from grok.data.prepare.records import Fields
+from grok.data.tokenizers.sentencepiece import Tokenizer
 from grok.errors import DataError
 from grok.storage import google_storage
 from tests.data import prepared
@@ -37,7 +37,7 @@ def rows(tmp_path) -> str:
 
 
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path, rows, tokenizer, monkeypatch):
-    monkeypatch.setattr("grok.data.prepare.UNIT_RECORDS", 7)
+    monkeypatch.setattr("grok.data.prepare.job.UNIT_RECORDS", 7)
     others = {"drop_duplicates": True, "max_bad_share": 0.1, "licence": "CC0-1.0"}
     found = []
     for workers in (1, 2, 4):

@@ -11,8 +11,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from grok.data.documents import Prepared
-from grok.data.records import Fields
+from grok.data.dataset import Prepared
+from grok.data.prepare.records import Fields
 from grok.errors import DataError
 from tests.data import prepared
 from tests.data.prepared import made, rejected, texts_of, write_lines
@@ -221,7 +221,7 @@ def test_too_many_bad_records_stop_it_and_a_larger_share_goes_on(tmp_path, token
 
 
 def test_a_hopeless_job_stops_early(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("grok.data.prepare.CHECK_RECORDS", 10)
+    monkeypatch.setattr("grok.data.prepare.job.CHECK_RECORDS", 10)
     path = write_lines(tmp_path / "rows.jsonl", [*GOOD[:5], *[""] * 100])
     with pytest.raises(DataError, match=r"5 of 10 records are bad, 50\.00%"):
         made(tmp_path / "out", [path], tokenizer)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from grok.data.prepare import prepare
-from grok.data.shards import Journal, ShardWriter, only_writer
+from grok.data.prepare.job import prepare
+from grok.data.prepare.shards import Journal, ShardWriter, only_writer
 from grok.errors import DataError
 from tests.data.prepared import TEXTS, contents, made, make_tokenizer, options, write_lines
 

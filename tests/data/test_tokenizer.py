@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from grok.data import tokenizer as tokenizer_module
-from grok.data.tokenizer import StreamDecoder, Tokenizer, train_tokenizer
+from grok.data.tokenizers import sentencepiece as tokenizer_module
+from grok.data.tokenizers.sentencepiece import StreamDecoder, Tokenizer, train_tokenizer
 from grok.errors import DataError
 
 RELEASE = Path(__file__).parents[3] / "shared/tokenizer/grok-1.model"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import grok
-from grok.checkpoint.load import place
-from grok.checkpoint.random_source import RandomSource
 from grok.config import GrokConfig
 from grok.evaluate.scores import Scorer
+from grok.weights.load import place
+from grok.weights.random_source import RandomSource
 
 CONFIG = GrokConfig(
     vocab_size=64,

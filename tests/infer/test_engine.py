@@ -8,7 +8,7 @@ import pytest
 
 import grok
 from grok.config import EngineConfig
-from grok.data.tokenizer import Tokenizer
+from grok.data.tokenizers.sentencepiece import Tokenizer
 from grok.infer.engine import Engine
 from grok.infer.request import Request, RequestError, SamplingParams
 

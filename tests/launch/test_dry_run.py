@@ -66,8 +66,8 @@ def test_help_says_how_it_is_used(cloud: Cloud, verb: str) -> None:
 
 
 def test_the_command_of_the_batch_run_is_a_config_that_holds(cloud: Cloud) -> None:
-    from grok.batch.config import BatchConfig
-    from grok.config_files import load_config
+    from grok.config.batch import BatchConfig
+    from grok.config.load import load_config
 
     text = dry_run(cloud, "runs/batch-v6e")
     line = next(line for line in text.splitlines() if line.startswith("# command.sh: exec "))
@@ -80,7 +80,7 @@ def test_the_command_of_the_batch_run_is_a_config_that_holds(cloud: Cloud) -> No
 
 @pytest.mark.parametrize("run", ["continue-v5p", "pretrain-v5e"])
 def test_the_commands_of_worked_runs_are_configs_that_hold(cloud: Cloud, run: str) -> None:
-    from grok.config_files import load_config
+    from grok.config.load import load_config
 
     text = dry_run(cloud, f"runs/{run}")
     line = next(line for line in text.splitlines() if line.startswith("# command.sh: exec "))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from grok.config import RunConfig
-from grok.config_files import to_dict
+from grok.config.load import to_dict
 from tests.launch.cloud import ROOT, Cloud
 
 GROK = f'exec {sys.executable} -c "from grok.cli.main import main; main()" "$@"'

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from grok import sharding
-from grok.checkpoint.convert import converted
-from grok.checkpoint.load import place
-from grok.checkpoint.release import ReleaseSource
 from grok.config import GrokConfig
-from grok.model.grok import Grok
+from grok.model.decoder import Grok
+from grok.weights.cast import converted
+from grok.weights.load import place
+from grok.weights.xai.source import ReleaseSource
 
 FOLDER = Path(__file__).parents[1] / "golden"
 NAMES = ("pub_a", "pub_b")

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from grok.model.cache import Places, init_cache
-from grok.model.grok import Grok
+from grok.model.attend import Places, init_cache
+from grok.model.decoder import Grok
 from tests.model import golden
 
 CASES = [

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 import grok
-from grok.checkpoint.load import place
-from grok.checkpoint.random_source import RandomSource
 from grok.config import GrokConfig, LoraConfig
-from grok.model.grok import Grok
+from grok.model.build import from_arrays, to_arrays
+from grok.model.decoder import Grok
 from grok.model.lora import TARGETS, adapted, is_adapter, tensor_names
-from grok.model.names import MATRICES, shapes
-from grok.model.weights import from_arrays, to_arrays
-from grok.ops.experts import experts_reference, experts_tiled
-from grok.ops.lora import LoraArray, merged
+from grok.model.params import MATRICES, shapes
+from grok.ops.moe.experts_xla import experts_reference, experts_tiled
+from grok.ops.weights.lora import LoraArray, merged
+from grok.weights.load import place
+from grok.weights.random_source import RandomSource
 
 CONFIG = GrokConfig(
     vocab_size=64,

@@ -17,8 +17,8 @@ import grok
 from grok import sharding
 from grok.config import GrokConfig, TrainConfig
 from grok.errors import ConfigError
+from grok.model.build import from_arrays, to_arrays
 from grok.model.layers import normal
-from grok.model.weights import from_arrays, to_arrays
 from grok.train.loss import batch_loss
 
 # Two kv heads: split at tensor=2, and each on two devices at tensor=4.

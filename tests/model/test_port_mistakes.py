@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import grok.model.attention
-import grok.ops.attention
-import grok.ops.experts
+import grok.ops.attention.causal
+import grok.ops.moe.experts_xla
 from grok.model.moe import MoE
 from tests.model import golden
 
@@ -69,9 +69,9 @@ MISTAKES = {
     renormalised: (MoE, "_experts", "moe_exact", 1000),
     softmax_after_top_k: (MoE, "_experts", "moe_exact", 1000),
     softcapped_router: (MoE, "route", "router_probs_exact", 100),
-    jax.nn.silu: (grok.ops.experts, "gelu", "moe_exact", 1000),
-    exact_gelu: (grok.ops.experts, "gelu", "moe_exact", 10),
-    hard_clamp: (grok.ops.attention, "softcap", "attention_exact", 1000),
+    jax.nn.silu: (grok.ops.moe.experts_xla, "gelu", "moe_exact", 1000),
+    exact_gelu: (grok.ops.moe.experts_xla, "gelu", "moe_exact", 10),
+    hard_clamp: (grok.ops.attention.causal, "softcap", "attention_exact", 1000),
     heads_dealt_out: (grok.model.attention, "attention", "attention_exact", 1000),
     interleaved_rotary: (grok.model.attention, "rotate", "attention_exact", 1000),
 }

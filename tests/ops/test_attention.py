@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grok.ops.attention
-from grok.ops.attention import attention, attention_reference
+import grok.ops.attention.causal
+from grok.ops.attention.causal import attention, attention_reference
 
 B, T, N, K, H = 2, 32, 6, 2, 8
 OPTIONS = {"multiplier": 0.7, "cap": 5.0}  # logits of several units: the cap matters
@@ -39,7 +39,7 @@ reference = jax.jit(functools.partial(attention_reference, **OPTIONS))
 @pytest.fixture
 def chunked(monkeypatch):
     """The form for long rows, made to work on this short one."""
-    monkeypatch.setattr(grok.ops.attention, "CHUNK", 8)
+    monkeypatch.setattr(grok.ops.attention.causal, "CHUNK", 8)
     return jax.jit(lambda *inputs: attention(*inputs, **OPTIONS))
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grok.ops.attention import attention_reference
-from grok.ops.flash import flash_attention, suits
+from grok.ops.attention.causal import attention_reference
+from grok.ops.attention.flash import flash_attention, suits
 
 B, T, N, K = 1, 256, 4, 2
 OPTIONS = {"multiplier": 0.3, "cap": 5.0}  # logits of several units: the cap matters

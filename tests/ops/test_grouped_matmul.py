@@ -13,12 +13,12 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from grok import sharding
-from grok.ops import blocks
-from grok.ops import grouped_matmul as kernels
-from grok.ops.experts import join
-from grok.ops.grouped_hidden import grouped_hidden, grouped_hidden_reference
-from grok.ops.places import place, tile_rows, visits
-from grok.ops.quant import QuantizedArray, quantize
+from grok.ops.moe import grouped_matmul as kernels
+from grok.ops.moe import tiling
+from grok.ops.moe.experts_xla import join
+from grok.ops.moe.grouped_hidden import grouped_hidden, grouped_hidden_reference
+from grok.ops.moe.routing import place, tile_rows, visits
+from grok.ops.weights.int8 import QuantizedArray, quantize
 
 R, C, E, K, N, M = 40, 2, 4, 32, 24, 48
 RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -83,7 +83,7 @@ def test_sum_of_two_products_with_transposed_matrices(arrays):
 def test_sum_from_a_start_on(arrays, split, monkeypatch):
     """The matrices in one block or in several."""
     if split:
-        monkeypatch.setattr(blocks, "_blocks", lambda *_: (8, 12))
+        monkeypatch.setattr(tiling, "_blocks", lambda *_: (8, 12))
     x, start, w = arrays
     tiles_E = jnp.asarray(TILES[0], jnp.int32)
     found = kernels.grouped_matmul(
@@ -94,7 +94,7 @@ def test_sum_from_a_start_on(arrays, split, monkeypatch):
 
 def test_blocks_of_rows_and_columns_of_the_weights(arrays, monkeypatch):
     """A matrix too large for one block, as int8 with groups of rows and as floats."""
-    monkeypatch.setattr(blocks, "_blocks", lambda *_: (8, 12))
+    monkeypatch.setattr(tiling, "_blocks", lambda *_: (8, 12))
     x, _, w = arrays
     tiles_E = jnp.asarray(TILES[0], jnp.int32)
     run = functools.partial(
@@ -123,7 +123,7 @@ def test_int8_matrices_of_one_layer_of_several(arrays):
 def test_hidden_layer_in_one_kernel(arrays, tiles, split, monkeypatch):
     """With the products and without them, the matrices in one block or in several."""
     if split:
-        monkeypatch.setattr(blocks, "_blocks", lambda *_: (8, 12))
+        monkeypatch.setattr(tiling, "_blocks", lambda *_: (8, 12))
     x, _, w = arrays
     inputs = x, w, w[:, ::-1], jnp.asarray(tiles, jnp.int32), 16
     expected = grouped_hidden_reference(*inputs, join=join)
@@ -175,9 +175,9 @@ def test_a_large_memory_has_wider_blocks_of_weights_and_lower_tiles(monkeypatch)
     """What is read again for each block of columns is all rows: a v6e has one block where others
     have four, and two buffers only where a block stays for few tiles."""
     both = 6144, 4096, 2 * 2  # half of the width that four chips share, two matrices in bfloat16
-    assert blocks.weight_blocks(*both, many_tiles=True) == (6144, 1024, 1)
+    assert tiling.weight_blocks(*both, many_tiles=True) == (6144, 1024, 1)
     monkeypatch.setattr(sharding, "device_kind", lambda: "TPU v6 lite")
-    assert blocks.weight_blocks(*both, many_tiles=True) == (6144, 4096, 1)
-    assert blocks.weight_blocks(*both, many_tiles=False) == (6144, 1024, 2)
+    assert tiling.weight_blocks(*both, many_tiles=True) == (6144, 4096, 1)
+    assert tiling.weight_blocks(*both, many_tiles=False) == (6144, 1024, 2)
     assert tile_rows(65536, 2, 8) == 256
-    assert blocks.vmem_limit(100 * 2**20) < 128 * 2**20
+    assert tiling.vmem_limit(100 * 2**20) < 128 * 2**20

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
-from grok.ops import ragged_attention as ragged
-from grok.ops.paged_attention import paged_attention_reference
-from grok.ops.ragged_attention import ragged_attention, suits
+from grok.ops.attention.causal import ragged
+from grok.ops.attention.paged import paged_attention_reference
+from grok.ops.attention.ragged import ragged_attention, suits
 
 # Layers, pages, tokens of a page, kv heads, heads, head_dim.
 L, P, S, K, N, H = 2, 12, 8, 2, 4, 128

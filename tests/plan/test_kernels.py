@@ -1,6 +1,6 @@
 """Kernels of attention cost what their shapes say, and a collective beside work counts once."""
 
-from grok.plan.cost import CompiledProgram
+from grok.plan.program_cost import CompiledProgram
 
 MESH = {"slice": 1, "data": 2, "expert": 1, "tensor": 1}
 

@@ -7,10 +7,10 @@ import pytest
 
 import grok
 from grok.config import PlanConfig
-from grok.config_files import load_config
+from grok.config.load import load_config
 from grok.errors import ConfigError
+from grok.plan.compile_process import mesh_sizes, turns
 from grok.plan.programs import bytes_per_device, make_program
-from grok.plan.worker import mesh_sizes, turns
 
 MESH = {"slice": 1, "data": 2, "expert": 2, "tensor": 2}
 

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from grok.config import check_fits
-from grok.config_files import load_config
+from grok.config.load import load_config
 from grok.errors import ConfigError
-from grok.plan.figures import make_plan
+from grok.plan.estimate import make_plan
 from grok.plan.search import candidates, ranking
-from grok.plan.slices import parse_slice
+from grok.plan.topology import parse_slice
 from tests.plan.test_figures import FOUND
 
 OVERRIDES = ["data.sequence_length=8192"]

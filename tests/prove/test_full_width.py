@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 
 import grok
-from grok.checkpoint.convert import Floating
-from grok.checkpoint.open import open_source
-from grok.checkpoint.random_source import RandomSource
-from grok.checkpoint.release_writer import write_release
-from grok.checkpoint.source import Source
 from grok.config import GrokConfig
-from tests.checkpoint.test_load import load_in_two_processes
+from grok.weights.cast import Floating
+from grok.weights.detect import open_source
+from grok.weights.random_source import RandomSource
+from grok.weights.source import Source
+from grok.weights.xai.writer import write_release
+from tests.weights.test_load import load_in_two_processes
 
 pytestmark = pytest.mark.prove
 GB = 10**9
@@ -71,8 +71,8 @@ IMPORT = """
 import json, os, signal, sys
 from pathlib import Path
 import grok
-from grok.checkpoint.importer import import_weights
-from grok.checkpoint.release import ReleaseSource
+from grok.weights.importing.importer import import_weights
+from grok.weights.xai.source import ReleaseSource
 from grok.config import GrokConfig, RunConfig
 
 folder, config, kill_at = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from grok import storage
-from grok.config_text import to_yaml
+from grok.config.text import to_yaml
 from grok.errors import DONE, SAVED
 from tests.emulator import bucket
 

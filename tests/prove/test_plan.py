@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from grok.config_files import load_config
-from grok.train.flops import attention_flops, flops_per_token
+from grok.config.load import load_config
+from grok.model.flops import attention_flops, flops_per_token
 
 
 def plan(*args, **options):

@@ -6,7 +6,7 @@ import pytest
 
 from grok.errors import DataError
 from grok.quickstart import plot
-from grok.report.folder import as_one_run
+from grok.report.recorded_run import as_one_run
 
 BASELINES = {"unigram": 2.63, "bigram": 1.92, "gzip": 2.16}
 

@@ -9,7 +9,7 @@ import pytest
 
 from grok.errors import GrokError
 from grok.report.curves import smooth, thin
-from grok.report.folder import read_run
+from grok.report.recorded_run import read_run
 from grok.report.write import write_report
 
 

@@ -13,18 +13,18 @@ import httpx
 import openai
 import pytest
 
-from grok.config_files import checked
-from grok.data.tokenizer import Tokenizer
+from grok.config.engine import SamplingConfig
+from grok.config.load import checked
+from grok.config.serve import ServeConfig
+from grok.data.tokenizers.sentencepiece import Tokenizer
 from grok.errors import ConfigError
-from grok.infer.bodies import Answers
-from grok.infer.calls import BodyReader
-from grok.infer.chat import make_renderer
-from grok.infer.config import SamplingConfig
+from grok.infer.chat_template import make_renderer
+from grok.infer.openai.requests import BodyReader
+from grok.infer.openai.responses import Answers
 from grok.infer.request import Output, TokenLogprobs
 from grok.serve.app import App
-from grok.serve.config import ServeConfig
-from grok.serve.run import bind, make_server, read_keys
-from grok.serve.worker import Worker
+from grok.serve.engine_thread import Worker
+from grok.serve.server import bind, make_server, read_keys
 from tests.infer.fake_engine import FakeEngine
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from grok.train.hosts import VARIABLES
+from grok.distributed import VARIABLES
 
 # Half of the time of a start would be optimisation of code that runs for seconds.
 QUICK_TO_COMPILE = {

@@ -15,14 +15,14 @@ import pytest
 from grok import sharding, storage
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
 from grok.config import MeshConfig, RunConfig, TrainConfig
-from grok.config_text import to_yaml
+from grok.config.text import to_yaml
 from grok.errors import DONE, SAVED, CheckpointError, ConfigError, DataError
-from grok.train.events import read_events
+from grok.optim.offload import is_on_host
+from grok.optim.optimizer import make_optimizer
 from grok.train.loop import run
-from grok.train.metrics import MetricsFile, read_metrics
-from grok.train.offload import is_on_host
-from grok.train.optimizer import make_optimizer
 from grok.train.state import abstract_state
+from grok.train.telemetry.event_log import read_events
+from grok.train.telemetry.metrics_file import MetricsFile, read_metrics
 from tests.emulator import bucket
 
 

@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from tests.train.test_initial import RELEASE, golden_run, validation_loss
 
 from grok.checkpoint.manager import Checkpoints
-from grok.checkpoint.open import open_source
-from grok.checkpoint.random_source import RandomSource
-from grok.checkpoint.release_writer import write_release
 from grok.cli.main import main
 from grok.config import CheckpointConfig, LoraConfig, RunConfig
 from grok.errors import DONE, CheckpointError, ConfigError
-from grok.train.initial import initial_weights
+from grok.train.init_from import initial_weights
 from grok.train.loop import run
-from grok.train.metrics import read_metrics
-from tests.train.test_initial import RELEASE, golden_run, validation_loss
+from grok.train.telemetry.metrics_file import read_metrics
+from grok.weights.detect import open_source
+from grok.weights.random_source import RandomSource
+from grok.weights.xai.writer import write_release
 
 STEPS = 6
 LORA = LoraConfig(rank=4, alpha=8, targets=("query", "value", "out", "gate", "down"))

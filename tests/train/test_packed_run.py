@@ -10,9 +10,9 @@ import pytest
 
 from grok.config import CheckpointConfig, DatasetConfig, RunConfig, ShapeChange, TrainConfig
 from grok.errors import DONE, CheckpointError, DataError
-from grok.train.data import read_data
 from grok.train.loop import run
-from grok.train.metrics import read_metrics
+from grok.train.run_data import read_data
+from grok.train.telemetry.metrics_file import read_metrics
 from tests.data.fake_documents import FakeDocuments, random_lengths, write_prepared
 
 STEPS = 4

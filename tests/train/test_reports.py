@@ -14,13 +14,13 @@ from tensorboardX.record_writer import masked_crc32c
 
 from grok.cli.main import main
 from grok.config import RunConfig
-from grok.config_files import to_dict
+from grok.config.load import to_dict
 from grok.errors import DONE, CheckpointError
-from grok.train import goodput
-from grok.train.events import read_events
 from grok.train.loop import run
-from grok.train.metrics import read_metrics
 from grok.train.replay import Compared, Part, find_part, replay
+from grok.train.telemetry import goodput
+from grok.train.telemetry.event_log import read_events
+from grok.train.telemetry.metrics_file import read_metrics
 
 
 @pytest.fixture(scope="module")

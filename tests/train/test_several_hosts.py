@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from grok import distributed
 from grok.config import RunConfig
-from grok.config_text import to_yaml
+from grok.config.text import to_yaml
 from grok.errors import DONE, REFUSED, RESTART, SAVED, ConfigError
-from grok.train import hosts
-from grok.train.events import read_events
 from grok.train.loop import run
-from grok.train.metrics import read_metrics
+from grok.train.telemetry.event_log import read_events
+from grok.train.telemetry.metrics_file import read_metrics
 from tests.train.several_hosts import Hosts
 
 
@@ -66,7 +66,7 @@ def test_what_one_host_refuses_ends_all_of_them(config: RunConfig, tmp_path):
         assert both.codes() == [REFUSED, REFUSED]
     finally:
         both.kill()
-    assert time.monotonic() - began < hosts.JOIN_SECONDS
+    assert time.monotonic() - began < distributed.JOIN_SECONDS
     assert "ended by process 1: override `train.steps=many`" in both.said(0)
     assert "Traceback" not in both.said(0) + both.said(1)
 
@@ -96,12 +96,16 @@ def test_one_host_that_cannot_save_ends_both_at_once(config: RunConfig, tmp_path
     ],
 )
 def test_an_environment_that_makes_no_sense(config, monkeypatch, values, sentence):
-    for name, value in zip(hosts.VARIABLES, values, strict=True):
+    for name, value in zip(distributed.VARIABLES, values, strict=True):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=sentence):
-        hosts.join(config)
+        distributed.join(config)
 
 
 def test_alone_a_process_has_everything_to_itself(config):
-    hosts.join(config)
-    assert (hosts.number(), hosts.count(), hosts.from_first(lambda: 5)) == (0, 1, 5)
+    distributed.join(config)
+    assert (distributed.number(), distributed.count(), distributed.from_first(lambda: 5)) == (
+        0,
+        1,
+        5,
+    )

@@ -17,11 +17,11 @@ from jax.sharding import NamedSharding
 import grok
 from grok import sharding
 from grok.config import GrokConfig, OptimizerConfig, OptimizerGroup, RunConfig, TrainConfig
-from grok.model.weights import to_arrays
-from grok.train.groups import names, select
-from grok.train.guard import find_bad, fresh_guard
+from grok.model.build import to_arrays
+from grok.optim.optimizer import make_optimizer
+from grok.optim.param_groups import names, select
+from grok.train.bad_steps import find_bad, fresh_guard
 from grok.train.loss import batch_loss
-from grok.train.optimizer import make_optimizer
 from grok.train.state import TrainState, init_state
 from grok.train.step import gradients, microbatches, seated, seats, train_step
 

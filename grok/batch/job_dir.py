@@ -1,0 +1,218 @@
+"""A job on disk: its input in numbered shards, what its folder holds, and which shards are missing.
+
+The folder has `job.json` (what the answers depend on), `answers/000000.jsonl` and on, whole or not
+there, `statistics/` beside them, and at the end `summary.json`.
+"""
+
+import collections
+import dataclasses
+import glob
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from grok import storage
+from grok.config.batch import BatchConfig
+from grok.config.load import flatten, to_dict
+from grok.data.prepare.sources import RawRecord, SourceFile, find_files, read_records
+from grok.errors import ConfigError, DataError
+
+JOB, SUMMARY, ANSWERS, STATISTICS = "job.json", "summary.json", "answers", "statistics"
+FORMAT = 1
+PATTERNS = tuple(
+    f"*{kind}{compression}"
+    for kind in (".jsonl", ".ndjson", ".json", ".parquet")
+    for compression in ("", ".gz", ".zst", ".zstd")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """All requests of a job in order.
+
+    `requests` is how many; `sha256` is of the records, whatever files they are in; `starts` has
+    for each shard the number of a file, and of a record in it.
+    """
+
+    files: Sequence[SourceFile]
+    columns: Sequence[str]
+    shard_size: int
+    requests: int
+    sha256: str
+    starts: Sequence[tuple[int, int]]
+
+    def size(self, shard: int) -> int:
+        """How many requests a shard has."""
+        return min(self.shard_size, self.requests - shard * self.shard_size)
+
+    def read(self, shards: Iterable[int]) -> Iterator[tuple[int, int, RawRecord]]:
+        """Shard, index and record of every request of these shards, which go up.
+
+        Files are read as streams: what lies between is passed over, whole files unopened.
+        """
+        records: Iterator[RawRecord] = iter(())
+        file, index = -1, 0
+        for shard in shards:
+            first = shard * self.shard_size
+            if self.starts[shard][0] > file:
+                records, index = read_records(self.files, self.columns, self.starts[shard]), first
+            skipped = first - index
+            for record in itertools.islice(records, skipped, skipped + self.size(shard)):
+                file = record.file
+                yield shard, first, record
+                first += 1
+            index = first
+
+
+def survey(config: BatchConfig, columns: Sequence[str]) -> Input:
+    """Reads the input through once, to count its requests and know it again.
+
+    Raises DataError where there is none, or a file is of no kind that holds requests.
+    """
+    files = find_files(_expand(config.input), PATTERNS)
+    for file in files:
+        if file.format == "text":
+            raise DataError(
+                f"input {file.name} is neither JSON lines nor Parquet by its name; .jsonl, .json, "
+                ".ndjson or .parquet, perhaps with .gz or .zst, would work."
+            )
+    digest, starts, count = hashlib.sha256(), [], 0
+    for record in read_records(files, columns):
+        if count % config.shard_size == 0:
+            starts.append((record.file, record.number))
+        data = record.data
+        if not isinstance(data, bytes):
+            data = json.dumps([data, record.problem], sort_keys=True, default=repr).encode()
+        digest.update(len(data).to_bytes(8) + data)
+        count += 1
+    if not count:
+        raise DataError(f"input {', '.join(config.input)} has no requests; one would work.")
+    return Input(files, columns, config.shard_size, count, digest.hexdigest(), starts)
+
+
+def _expand(patterns: Sequence[str]) -> list[str]:
+    """The files and folders that the patterns stand for."""
+    found: list[str] = []
+    for pattern in patterns:
+        if not glob.has_magic(pattern):
+            found.append(pattern)
+            continue
+        if storage.is_remote(pattern):
+            matches = _matches(pattern)
+        else:
+            matches = sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise DataError(f"input {pattern} matches no files; one that does would work.")
+        found += matches
+    return found
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files at gs:// that a pattern stands for; none where there is no such bucket."""
+    try:
+        with storage.errors(pattern):
+            system, inside = storage.remote(pattern)
+            return [f"gs://{name}" for name in sorted(system.glob(inside))]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"input {pattern} cannot be listed: {storage.reason(error)}.") from error
+
+
+class Folder:
+    """The output folder of a job."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def open(self, config: BatchConfig, of_model: dict[str, Any], found: Input) -> None:
+        """Makes it this job's folder, or checks that it is already; `of_model` is plain data that
+        knows the model again. Raises ConfigError where it holds answers of another job."""
+        job = json.loads(json.dumps(_identity(config, of_model, found)))
+        path = storage.join(self._path, JOB)
+        if not storage.exists(path):
+            try:
+                if self.done():
+                    raise ConfigError(
+                        f"output={self._path} has answers and no {JOB} that says of what; an empty "
+                        "or new folder would work."
+                    )
+                storage.write_bytes(path, _json(job))
+            except OSError as error:
+                raise ConfigError(
+                    f"output={self._path} cannot be written: {storage.reason(error)}; a folder, "
+                    "there or not yet, would work."
+                ) from None
+            return
+        try:
+            there = json.loads(storage.read_bytes(path))
+        except ValueError as error:
+            raise ConfigError(f"{path} is no JSON: {error}; another output would work.") from None
+        before, now = dict(flatten(there)), dict(flatten(job))
+        for key in now:
+            if before.get(key) != now[key]:
+                raise ConfigError(
+                    f"output={self._path} has answers of another job: {key} was "
+                    f"{_short(before.get(key))} and is {_short(now[key])}; what it was, or "
+                    "another output, would work."
+                )
+
+    def done(self) -> set[int]:
+        """Numbers of the shards that are whole."""
+        folder = storage.join(self._path, ANSWERS)
+        if not storage.exists(folder):
+            return set()
+        names = [re.fullmatch(r"(\d{6,})\.jsonl", name) for name in storage.list_files(folder)]
+        return {int(name[1]) for name in names if name}
+
+    def write(self, shard: int, lines: Sequence[str], statistics: dict[str, Any]) -> None:
+        """Puts a shard there: its lines once its statistics are, so that both are or neither."""
+        name = f"{shard:06d}"
+        storage.write_bytes(storage.join(self._path, STATISTICS, f"{name}.json"), _json(statistics))
+        data = "".join(f"{line}\n" for line in lines).encode()
+        storage.write_bytes(storage.join(self._path, ANSWERS, f"{name}.jsonl"), data)
+
+    def summarise(self, found: Input) -> dict[str, Any]:
+        """Adds up the statistics of all shards, and writes `summary.json`."""
+        total: collections.Counter[str] = collections.Counter()
+        for shard in range(len(found.starts)):
+            path = storage.join(self._path, STATISTICS, f"{shard:06d}.json")
+            total.update(dict(flatten(json.loads(storage.read_bytes(path)))))
+        summary: dict[str, Any] = {"shards": len(found.starts)}
+        for name, value in total.items():
+            section, _, key = name.partition(".")
+            if key:
+                summary.setdefault(section, {})[key] = value
+            else:
+                summary[name] = value
+        for name in ("prompt_tokens", "completion_tokens"):
+            summary[f"{name}_per_second"] = round(total[name] / max(total["seconds"], 1e-9), 3)
+        storage.write_bytes(storage.join(self._path, SUMMARY), _json(summary))
+        return summary
+
+
+def _identity(config: BatchConfig, of_model: dict[str, Any], found: Input) -> dict[str, Any]:
+    """All that the answers depend on."""
+    settings = to_dict(config)
+    return {
+        "format": FORMAT,
+        **{key: settings[key] for key in ("shard_size", "seed", "sampling", "chat_template")},
+        # How many answers are made at a time is left out: no more than rounding hangs on it.
+        "engine": {
+            key: value for key, value in settings["engine"].items() if key not in ("slots", "pages")
+        },
+        **of_model,
+        "input": {"requests": found.requests, "sha256": found.sha256},
+    }
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 70 else f"{text[:70]}..."
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,33 @@
+"""What `grok batch` is asked to do."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from grok.config.engine import InferConfig
+from grok.config.numbers import Count, CountOrZero
+from grok.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig(InferConfig):
+    """A job: requests in files, and where their answers go."""
+
+    input: Annotated[
+        tuple[str, ...],
+        Field(description="files, folders or globs of JSON lines or Parquet, here or at gs://"),
+    ]
+    output: Annotated[str, Field(description="folder that the answers go to, here or at gs://")]
+    replica: Annotated[
+        Literal["host", "all"],
+        Field(description="what mesh spans: each host alone, with a share of the shards, or all"),
+    ] = "host"
+    shard_size: Annotated[Count, Field(description="requests a file of answers")] = 1000
+    seed: Annotated[
+        CountOrZero, Field(description="with its place it seeds a request that gives no seed")
+    ] = 0
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise ConfigError("input names no files; input=[prompts.jsonl] would work.")

@@ -1,0 +1,185 @@
+"""Prepared datasets: documents as records of tokens in ArrayRecord shards, read at random.
+
+`grok data prepare` writes the folder: `manifest.json`, the shards that it names, `lengths.npy`
+(tokens of every document, in order), `sources.jsonl` (every file that was read, with its SHA-256),
+the tokenizer, and `rejected.jsonl` where records were bad. A record is little-endian: uint32 S,
+uint8 flags (bit 0: has a loss mask), S uint32 tokens, S uint8 of mask if it has one, and the
+document's kept fields as JSON.
+
+S tokens of a document, N documents.
+"""
+
+import dataclasses
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grok.data.text_stream import read_bytes
+from grok.errors import DataError
+
+HAS_MASK = 1
+_HEAD = struct.Struct("<IB")
+
+MANIFEST = "manifest.json"
+LENGTHS = "lengths.npy"
+FORMAT = "grok documents 1"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Document:
+    """One document: its tokens, which of them bear loss, and what else was kept of it.
+
+    tokens_S: int32; mask_S: uint8, 1 where a token is to be predicted, or None: all are;
+    fields: of id, language, licence and source (number in the manifest) those that are known.
+    """
+
+    tokens_S: np.ndarray
+    mask_S: np.ndarray | None
+    fields: Mapping[str, Any]
+
+
+def encode_document(
+    tokens_S: np.ndarray, mask_S: np.ndarray | None, fields: Mapping[str, Any]
+) -> bytes:
+    """The record of a document; its tokens and mask may be of any integer type."""
+    parts = [_HEAD.pack(len(tokens_S), HAS_MASK if mask_S is not None else 0)]
+    parts.append(np.asarray(tokens_S).astype("<u4", copy=False).tobytes())
+    if mask_S is not None:
+        parts.append(np.asarray(mask_S).astype("u1", copy=False).tobytes())
+    parts.append(json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode())
+    return b"".join(parts)
+
+
+def decode_document(record: bytes) -> Document:
+    """The document of a record; DataError where the bytes are none."""
+    try:
+        length, flags = _HEAD.unpack_from(record)
+        tokens_S = np.frombuffer(record, "<u4", length, _HEAD.size).astype(np.int32)
+        end, mask_S = _HEAD.size + 4 * length, None
+        if flags & HAS_MASK:
+            mask_S = np.frombuffer(record, np.uint8, length, end)
+            end += length
+        return Document(tokens_S, mask_S, json.loads(record[end:]))
+    except (struct.error, ValueError):
+        raise DataError(
+            f"a record of {len(record)} bytes is no document of `{FORMAT}`; a folder that `grok "
+            f"data prepare` wrote would work."
+        ) from None
+
+
+class Prepared:
+    """The documents of a prepared dataset, by number; threads may read at once.
+
+    manifest: what `manifest.json` holds; lengths_N: uint32, tokens of each document.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open what `grok data prepare` wrote; DataError when it is missing or not whole."""
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self.lengths = self._read_lengths()
+        counts = [shard["documents"] for shard in self.manifest["shards"]]
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self._readers: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Document:
+        """Document `index`; DataError where its shard cannot be read or has another one."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        # Two threads may both open a shard; one of the readers is then dropped.
+        reader = self._readers.get(shard) or self._readers.setdefault(shard, self._open(shard))
+        try:
+            (record,) = reader.read([int(index - self._starts[shard])])
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise self._damaged(shard, error) from None
+        document = decode_document(record)
+        if len(document.tokens_S) != self.lengths[index]:
+            raise DataError(
+                f"{self.folder / LENGTHS} says that document {index} has {self.lengths[index]} "
+                f"tokens, and its record has {len(document.tokens_S)}; `grok data inspect --check` "
+                "compares all files with the manifest."
+            )
+        return document
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        """Travels to other processes as its folder: readers stay here."""
+        return Prepared, (self.folder,)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the manifest, which names the bytes of everything else."""
+        return manifest_hash(self.manifest)
+
+    def _read_lengths(self) -> np.ndarray:
+        path = self.folder / LENGTHS
+        try:
+            lengths_N = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(
+                f"{path} cannot be read ({error}); `grok data prepare` writes it."
+            ) from None
+        documents = self.manifest["counts"]["documents"]
+        if lengths_N.shape != (documents,) or lengths_N.dtype != np.uint32:
+            raise DataError(
+                f"{path} has {lengths_N.size} documents ({lengths_N.dtype}) and {MANIFEST} has "
+                f"{documents} (uint32); the folder as `grok data prepare` wrote it would work."
+            )
+        return lengths_N
+
+    def _open(self, shard: int) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        path = self.folder / self.manifest["shards"][shard]["name"]
+        if not path.exists():
+            raise DataError(f"shard {path} is missing, and {MANIFEST} names it.")
+        try:
+            # Records are read one by one, in any order: reading ahead would be in vain.
+            reader = ArrayRecordReader(
+                str(path), "readahead_buffer_size:0", file_reader_buffer_size=1 << 15
+            )
+            count = reader.num_records()
+        except (RuntimeError, ValueError) as error:
+            raise self._damaged(shard, error) from None
+        if count != self._starts[shard + 1] - self._starts[shard]:
+            raise self._damaged(shard, f"it has {count} documents")
+        return reader
+
+    def _damaged(self, shard: int, reason: object) -> DataError:
+        name = self.manifest["shards"][shard]["name"]
+        said = str(reason).strip().split("\n")[0][:200]
+        return DataError(
+            f"shard {self.folder / name} is damaged ({said}); `grok data inspect --check` compares "
+            f"all shards with the manifest."
+        )
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a prepared dataset; DataError when `folder` has none that can be read."""
+    path = Path(folder) / MANIFEST
+    if not path.exists():
+        raise DataError(
+            f"{folder} has no {MANIFEST}; a folder that `grok data prepare` finished would work."
+        )
+    try:
+        manifest = json.loads(read_bytes(path, "manifest"))
+    except ValueError as error:
+        raise DataError(f"manifest {path} is not JSON ({error}).") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{path} is no manifest of `{FORMAT}`, the format that is read here.")
+    return manifest
+
+
+def manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest as canonical JSON: sorted keys, no spaces."""
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

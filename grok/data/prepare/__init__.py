@@ -1,0 +1,1 @@
+"""`grok data prepare`: files of text to a prepared dataset."""

@@ -1,0 +1,131 @@
+"""The manifest of a prepared dataset: what it was made of, hash for hash, and what came of it.
+
+Neither times nor names of machines are in it: the same input gives the same bytes.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grok.data.dataset import FORMAT, LENGTHS, MANIFEST, read_manifest
+from grok.data.prepare.shards import COUNTS, Entry, Journal, file_hash, write_file
+from grok.data.prepare.sources import SourceFile
+
+SOURCES = "sources.jsonl"
+REJECTED = "rejected.jsonl"
+TOKENIZER = "tokenizer.model"
+
+
+def describe_sources(
+    names: Sequence[str], files: Sequence[SourceFile], licence: str | None
+) -> list[dict[str, Any]]:
+    """Each source with its SHA-256: a file's own, a folder's that of its lines in SOURCES."""
+    sources = []
+    for number, name in enumerate(names):
+        own = [file for file in files if file.source == number]
+        single = len(own) == 1 and own[0].name == name
+        sha256 = own[0].sha256 if single else hashlib.sha256(sources_lines(own)).hexdigest()
+        total = sum(file.bytes for file in own)
+        sources.append({"name": name, "sha256": sha256, "files": len(own), "file_bytes": total})
+        if licence is not None:
+            sources[-1]["licence"] = licence
+    return sources
+
+
+def write_dataset(
+    folder: Path,
+    journal: Journal,
+    identity: Mapping[str, Any],
+    files: Sequence[SourceFile],
+    model: bytes,
+) -> dict[str, Any]:
+    """Make a whole dataset of a journal that has ended; gives the manifest.
+
+    Killed at any moment it can be called again: the manifest is written last.
+    """
+    entries = journal.entries
+    names = [
+        f"shard-{number:05}-of-{len(entries):05}.arrayrecord" for number in range(len(entries))
+    ]
+    for number, name in enumerate(names):
+        if (path := journal.shard_path(number)).exists():
+            os.replace(path, folder / name)
+    lengths = io.BytesIO()
+    np.save(lengths, np.concatenate([np.array(entry.lengths, np.uint32) for entry in entries]))
+    others = {LENGTHS: lengths.getvalue(), SOURCES: sources_lines(files), TOKENIZER: model}
+    if rejected := rejected_lines(entries):
+        others[REJECTED] = rejected
+    for name, data in others.items():
+        write_file(folder / name, data)
+    manifest = {
+        "format": FORMAT,
+        **identity,
+        "sources": [
+            {**source, "counts": add_counts([entry.counts.get(number, {}) for entry in entries])}
+            for number, source in enumerate(identity["sources"])
+        ],
+        "counts": add_counts([counts for entry in entries for counts in entry.counts.values()]),
+        "shards": [
+            {
+                "name": name,
+                "sha256": entry.sha256,
+                "bytes": entry.bytes,
+                "documents": len(entry.lengths),
+                "tokens": sum(entry.lengths),
+            }
+            for name, entry in zip(names, entries, strict=True)
+        ],
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in others.items()},
+    }
+    write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    journal.remove()
+    return manifest
+
+
+def check(folder: str | Path) -> list[str]:
+    """A sentence for each file that is not as the manifest of this dataset says."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    wanted = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
+    problems = []
+    for name, sha256 in {**wanted, **manifest["files"]}.items():
+        if not (folder / name).exists():
+            problems.append(f"{name} is missing.")
+        elif (found := file_hash(folder / name)[0]) != sha256:
+            problems.append(
+                f"{name} does not match its manifest: its SHA-256 is {found}, not {sha256}."
+            )
+    return problems
+
+
+def add_counts(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sums of several counts."""
+    total = dict.fromkeys(COUNTS, 0)
+    for counts in parts:
+        for name, number in counts.items():
+            total[name] += number
+    return total
+
+
+def rejected_lines(entries: Iterable[Entry]) -> bytes:
+    """Lines of REJECTED: file, line and reason of each bad record."""
+    return _lines(line for entry in entries for line in entry.rejected)
+
+
+def sources_lines(files: Iterable[SourceFile]) -> bytes:
+    """Lines of SOURCES: name, bytes and SHA-256 of each file that was read."""
+    return _lines(
+        {"source": file.source, "file": file.name, "bytes": file.bytes, "sha256": file.sha256}
+        for file in files
+    )
+
+
+def _lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+    # A name of a file may hold bytes that are not UTF-8; escaped they can be written.
+    return "".join(json.dumps(record) + "\n" for record in records).encode()

@@ -1,0 +1,208 @@
+"""One raw record to one document: its text found, checked and tokenised.
+
+S tokens of a document.
+"""
+
+import array
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from grok.data.dataset import encode_document
+from grok.data.prepare.sources import RawRecord
+from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.errors import DataError
+
+# Words before each message of a conversation, and what ends it: as xAI's chat models have it.
+ROLES = {"system": "System:", "user": "Human:", "assistant": "Assistant:"}
+END_OF_MESSAGE = "<|separator|>"
+# A character (of private use, the last but two) that no tokenizer has a piece for, so that none
+# joins it with what follows.
+GUARD = "\U0010fffd"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Names of a record's fields, None for those that are not looked for.
+
+    A record's text is in `text`, or it is supervised: `prompt` and `completion`, or `messages`, a
+    list of objects with role and content. Then loss is on completions, or assistants' messages.
+    """
+
+    text: str | None = "text"
+    id: str | None = None
+    language: str | None = None
+    licence: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+
+    @property
+    def supervised(self) -> bool:
+        """Whether records are prompts and completions rather than texts."""
+        return bool(self.messages or self.prompt)
+
+    def names(self) -> list[str]:
+        """All fields that are read of a record."""
+        return [name for name in dataclasses.asdict(self).values() if name]
+
+
+PLAIN = Fields()
+
+
+class Segment(NamedTuple):
+    """A stretch of text, and whether its tokens are to be learnt."""
+
+    text: str
+    learnt: bool
+
+
+class Encoded(NamedTuple):
+    """A document ready to be written, with what is counted of it; digest: of its text."""
+
+    record: bytes
+    tokens: int
+    loss_tokens: int
+    text_bytes: int
+    digest: bytes
+
+
+class BadRecord(Exception):
+    """What is wrong with a record, said of it."""
+
+
+class Encoder:
+    """Makes documents of raw records."""
+
+    def __init__(self, model: bytes, fields: Fields) -> None:
+        """Use the SentencePiece model of these bytes, which must have an end-of-sequence piece."""
+        self._tokenizer = Tokenizer(model)
+        self._fields = fields
+        self._num_guard_ids = len(self._tokenizer.encode(GUARD))
+
+    def encode(self, raw: RawRecord, kept: Mapping[str, Any]) -> Encoded:
+        """The document of a record, keeping `kept` and its own fields; BadRecord without one."""
+        if raw.problem or raw.data is None:
+            raise BadRecord(raw.problem)
+        data = raw.data if isinstance(raw.data, dict) or raw.line is None else parse(raw.data)
+        if isinstance(data, bytes):
+            segments = [Segment(_decode(data), True)]
+        else:
+            segments = self._segments(data)
+            kept = {**kept, **self._kept(data)}
+        if not any(segment.text.strip() for segment in segments if segment.learnt):
+            raise BadRecord("has no text to learn" if self._fields.supervised else "is empty")
+        tokens_S, mask_S = self._tokenise(segments)
+        texts = [segment.text.encode() for segment in segments]
+        return Encoded(
+            record=encode_document(tokens_S, mask_S, kept),
+            tokens=len(tokens_S),
+            loss_tokens=int(mask_S.sum()) if mask_S is not None else len(tokens_S),
+            text_bytes=sum(map(len, texts)),
+            # A text may hold no 0xff, so the parts cannot run into each other.
+            digest=hashlib.blake2b(b"\xff".join(texts), digest_size=16).digest(),
+        )
+
+    def _tokenise(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray | None]:
+        """tokens_S (uint32), ended by eos, and mask_S (uint8; None for a plain text)."""
+        tokens, mask = array.array("I"), bytearray()
+        for segment in segments:
+            ids = self._ids(segment.text, first=not tokens)
+            tokens.extend(ids)
+            mask.extend(bytes([segment.learnt]) * len(ids))
+        tokens.append(self._tokenizer.eos_id)
+        mask.append(segments[-1].learnt)
+        tokens_S = np.frombuffer(tokens, np.uintc)
+        return tokens_S, np.frombuffer(mask, np.uint8) if self._fields.supervised else None
+
+    def _ids(self, text: str, first: bool) -> list[int]:
+        """Ids of a text, which is the `first` of its document or goes on with it."""
+        try:
+            if first:
+                return self._tokenizer.encode(text)
+            # Some tokenizers write a space before every text, and here none is meant.
+            return self._tokenizer.encode(GUARD + text)[self._num_guard_ids :]
+        except DataError as error:
+            raise BadRecord(str(error).partition(",")[0].replace("the text has", "has")) from None
+
+    def _segments(self, data: Mapping[str, Any]) -> list[Segment]:
+        if self._fields.messages:
+            return _conversation(_get(data, self._fields.messages, list))
+        if self._fields.prompt:
+            prompt = _get(data, self._fields.prompt, str)
+            completion = _get(data, self._fields.completion or "", str)
+            return [Segment(prompt, False), Segment(completion, True)]
+        return [Segment(_get(data, self._fields.text or "", str), True)]
+
+    def _kept(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Id, language and licence, where the record has them, as text or numbers."""
+        names = {"id": self._fields.id, "language": self._fields.language}
+        names["licence"] = self._fields.licence
+        values = {key: data.get(name) for key, name in names.items() if name}
+        return {
+            # What UTF-8 cannot hold of a name is no reason to lose the text.
+            key: value if isinstance(value, int) else str(value).encode(errors="replace").decode()
+            for key, value in values.items()
+            if value is not None
+        }
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; BadRecord where it has none."""
+    text = _decode(line)
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise BadRecord("is not JSON: nested too deeply") from None
+    except json.JSONDecodeError as error:
+        message = error.msg.removesuffix(" at")
+        raise BadRecord(f"is not JSON: {message} at column {error.colno}") from None
+    except ValueError as error:
+        raise BadRecord(f"is not JSON: {str(error).partition(';')[0]}") from None
+    if not isinstance(data, dict):
+        raise BadRecord(f"is no JSON object but {_type(data)}")
+    return data
+
+
+def _decode(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"is not UTF-8 at byte {error.start} (0x{data[error.start]:02x})") from None
+
+
+def _conversation(messages: list[Any]) -> list[Segment]:
+    """Each message as `Role: content<|separator|>`; learnt is what assistants say, to its end."""
+    segments: list[Segment] = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise BadRecord(f"message {number} is no object but {_type(message)}")
+        try:
+            role, content = _get(message, "role", str), _get(message, "content", str)
+        except BadRecord as error:
+            raise BadRecord(f"message {number} {error}") from None
+        if role not in ROLES:
+            raise BadRecord(f"message {number} has role `{role}`, none of {', '.join(ROLES)}")
+        between = "\n\n" if segments else ""
+        segments.append(Segment(f"{between}{ROLES[role]}", False))
+        segments.append(Segment(f" {content}{END_OF_MESSAGE}", role == "assistant"))
+    return segments
+
+
+def _get(data: Mapping[str, Any], name: str, kind: type) -> Any:
+    if name not in data:
+        raise BadRecord(f"has no field `{name}`")
+    if not isinstance(data[name], kind):
+        wanted = "text" if kind is str else "a list"
+        raise BadRecord(f"field `{name}` is not {wanted} but {_type(data[name])}")
+    return data[name]
+
+
+def _type(value: Any) -> str:
+    names = {type(None): "null", bool: "a truth value", list: "a list", str: "text"}
+    names |= {int: "a number", float: "a number", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

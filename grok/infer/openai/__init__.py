@@ -1,0 +1,1 @@
+"""OpenAI's completions interface: requests in, responses out."""

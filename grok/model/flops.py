@@ -1,0 +1,26 @@
+"""Arithmetic that a model needs, whatever an implementation spends on it: the numerator of MFU.
+
+Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways" (2022), appendix B: each token
+costs two FLOPs forward and four backward for every matrix parameter that it meets, and attention's
+two products come on top. What is computed again in the backward pass does not count, so with
+everything recomputed MFU cannot pass 75%. Shape letters are those of `grok.model.decoder`.
+"""
+
+from grok.config import GrokConfig
+
+
+def flops_per_token(model: GrokConfig, sequence_length: int) -> int:
+    """FLOPs of a training step for one token in rows of `sequence_length` (T).
+
+    3 * (2 * matrix parameters of a token + L * 2 * N * H * T): a causal query sees T / 2 keys on
+    average, 2 * N * H FLOPs each for its logits and again for the sum of values. Documents that are
+    packed into a row are counted as if they saw each other, as is usual.
+    """
+    norms = (4 * model.num_layers + 1) * model.embed_dim
+    matrices = model.num_active_parameters() - norms
+    return 3 * (2 * matrices + attention_flops(model, sequence_length))
+
+
+def attention_flops(model: GrokConfig, sequence_length: int) -> int:
+    """Of these, attention's two products in the forward pass."""
+    return 2 * model.num_layers * model.num_heads * model.head_dim * sequence_length

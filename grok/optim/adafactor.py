@@ -1,0 +1,96 @@
+"""Adafactor: second moments of matrices kept as one number a row and one a column.
+
+Shazeer & Stern 2018, in the form of Zhai et al. 2022 (Scaling Vision Transformers, appendix): the
+decay of the second moment has a ceiling, and neither learning rate nor update depends on the
+parameter's own size, so that learning rates are those of AdamW.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grok.model.params import MATRICES, Matrix
+from grok.optim.param_groups import map_named
+
+# Added to squared gradients, so that rows of zeros have a second moment.
+EPSILON = 1e-30
+# The second moment is at first an even mean over all steps, and later less and less of one.
+POWER = 0.8
+
+FACTORED = MATRICES | {"embed/table_VD": Matrix(1, 1)}
+
+
+class FactoredState(NamedTuple):
+    """Second moments, as trees like the parameters.
+
+    rows: the mean over a matrix's columns; of tensors that are no matrix, the whole moment.
+    columns: the mean over its rows; None for the others.
+    """
+
+    updates: jax.Array  # int32: how many so far
+    rows: Any
+    columns: Any
+
+
+def scale_by_factored_second_moment(ceiling: float) -> optax.GradientTransformation:
+    """Divides gradients by the square root of their factored second moment, whose decay is
+    1 - t^-0.8 at update t, at most `ceiling`."""
+
+    def init(params) -> FactoredState:
+        return FactoredState(
+            jnp.zeros((), jnp.int32),
+            map_named(lambda name, x: _zero_mean(x, column_axes(name, x.ndim)), params),
+            map_named(
+                lambda name, x: _zero_mean(x, row_axes(name, x.ndim)) if name in FACTORED else None,
+                params,
+            ),
+        )
+
+    def update(grads, state: FactoredState, params=None):
+        updates = state.updates + 1
+        decay = jnp.minimum(1 - updates.astype(jnp.float32) ** -POWER, ceiling)
+
+        def moved(old, grad, axes):
+            return decay * old + (1 - decay) * jnp.mean(grad * grad + EPSILON, axis=axes)
+
+        def rows_of(name, grad, old):
+            return moved(old, grad, column_axes(name, grad.ndim))
+
+        def columns_of(name, grad, old):
+            return None if old is None else moved(old, grad, row_axes(name, grad.ndim))
+
+        rows = map_named(rows_of, grads, state.rows)
+        columns = map_named(columns_of, grads, state.columns)
+        return map_named(_divide, grads, rows, columns), FactoredState(updates, rows, columns)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _divide(name: str, grad: jax.Array, rows: jax.Array, columns: jax.Array | None) -> jax.Array:
+    """The gradient over the root of its second moment, rows * columns / mean(rows)."""
+    if columns is None:
+        return grad * jax.lax.rsqrt(rows)
+    over_rows, over_columns = row_axes(name, grad.ndim), column_axes(name, grad.ndim)
+    rows = rows / jnp.mean(rows, axis=over_rows, keepdims=True)
+    rows, columns = jnp.expand_dims(rows, over_columns), jnp.expand_dims(columns, over_rows)
+    return grad * jax.lax.rsqrt(rows) * jax.lax.rsqrt(columns)
+
+
+def row_axes(name: str, ndim: int) -> tuple[int, ...]:
+    """Axes of a tensor that are a matrix's rows; none of a tensor that is not factored."""
+    matrix = FACTORED.get(name, Matrix(0, 0))
+    columns = ndim - matrix.col_dims
+    return tuple(range(columns - matrix.row_dims, columns))
+
+
+def column_axes(name: str, ndim: int) -> tuple[int, ...]:
+    """Axes of a tensor that are a matrix's columns."""
+    matrix = FACTORED.get(name, Matrix(0, 0))
+    return tuple(range(ndim - matrix.col_dims, ndim))
+
+
+def _zero_mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Zeros of the shape and placement of a mean over these axes."""
+    return jnp.zeros_like(jax.eval_shape(lambda x: jnp.mean(x, axis=axes), x))

@@ -1,0 +1,116 @@
+"""The optimizer of a run, by name, out of optax's parts and our own.
+
+Each turns a gradient into a direction; clipping before it, and decay, learning rate and groups
+after it, are the same for all.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grok.config import OptimizerConfig, RunConfig
+from grok.model.lora import tensor_names
+from grok.model.params import MATRICES
+from grok.optim.adafactor import scale_by_factored_second_moment
+from grok.optim.muon import scale_by_muon
+from grok.optim.param_groups import check_groups, group_of, map_named
+from grok.optim.schedule import make_schedule
+
+
+def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
+    """The optimizer that the config names, for the parameters that it trains.
+
+    Raises ConfigError when the config's groups are not about tensors of its model.
+    """
+    check_groups(run, tensor_names(run.model, run.lora))
+    config = run.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        DIRECTIONS[config.name](config),
+        decay_weights(config),
+        optax.scale_by_learning_rate(make_schedule(config, run.train.steps)),
+        scale_groups(config),
+    )
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019), whose decay is added later."""
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+    return keep_as(config.moments_dtype, adam)
+
+
+def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
+    factored = scale_by_factored_second_moment(config.beta2)
+    if not config.beta1:
+        return factored
+    momentum = optax.ema(config.beta1, debias=False)
+    return optax.chain(factored, keep_as(config.moments_dtype, momentum))
+
+
+def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Chen et al. 2023; its learning rates are three to ten times below AdamW's."""
+    return keep_as(config.moments_dtype, optax.scale_by_lion(config.beta1, config.beta2))
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Muon for the matrices of attention and experts, AdamW for table, router and norms."""
+    muon = keep_as(config.moments_dtype, scale_by_muon(config.muon_momentum))
+
+    def kinds(params):
+        return map_named(lambda name, _: "muon" if name in MATRICES else "adam", params)
+
+    return optax.partition({"muon": muon, "adam": _adam(config)}, kinds)
+
+
+DIRECTIONS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
+    "adamw": _adam,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "muon": _muon,
+}
+
+
+def keep_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, computed in float32, with its moments kept in another type from step to step."""
+    if dtype == "float32":
+        return inner
+
+    def convert(state, before, after):
+        # Counts are whole numbers and stay what they are.
+        return jax.tree.map(lambda x: x.astype(after) if x.dtype == before else x, state)
+
+    def init(params):
+        return convert(inner.init(params), jnp.float32, dtype)
+
+    def update(grads, state, params=None):
+        updates, state = inner.update(grads, convert(state, dtype, jnp.float32), params)
+        return updates, convert(state, jnp.float32, dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+def decay_weights(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adds to each update its tensor's decay; norm scales have none, unless a group says so."""
+
+    def decay(name: str) -> float:
+        group = group_of(config, name)
+        if group is not None and group.weight_decay is not None:
+            return group.weight_decay
+        return 0.0 if "scale_D" in name else config.weight_decay
+
+    def add(name: str, update, param):
+        return update + decay(name) * param if decay(name) else update
+
+    return optax.stateless(lambda updates, params: map_named(add, updates, params))
+
+
+def scale_groups(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Multiplies each update by its group's factor on the learning rate."""
+
+    def scale(name: str, update):
+        group = group_of(config, name)
+        return update if group is None or group.lr_scale == 1 else update * group.lr_scale
+
+    return optax.stateless(lambda updates, _: map_named(scale, updates))

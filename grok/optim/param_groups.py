@@ -1,0 +1,95 @@
+"""Which tensors are trained, and which group of them each is in: by patterns over their names.
+
+A tensor's name is its path in the model, as in `layers/moe/router_DE`: what checkpoints use. What
+is trained of a model is the model's own tree with None in place of every frozen tensor, so that
+nothing is computed or kept for those.
+"""
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from grok.config import OptimizerConfig, OptimizerGroup, RunConfig
+from grok.errors import ConfigError
+from grok.model.build import name_of, to_arrays
+from grok.model.decoder import Grok
+from grok.model.lora import is_adapter
+
+# What metrics call the groups of tensors that the config does not name: by part of the name.
+REPORTED = {
+    "scale_D": "norms",
+    "router": "router",
+    "moe": "experts",
+    "attention": "attention",
+    "embed": "embed",
+}
+
+
+def names(model: Grok) -> list[str]:
+    """Names of the model's tensors, in the order of its tree."""
+    return list(to_arrays(model))
+
+
+def trained(config: RunConfig) -> Callable[[str], bool]:
+    """Tells by a tensor's name whether the run trains it: with adapters, those alone."""
+
+    def is_trained(name: str) -> bool:
+        if config.lora.rank and not is_adapter(name):
+            return False
+        group = group_of(config.optimizer, name)
+        return group is None or not group.frozen
+
+    return is_trained
+
+
+def group_of(config: OptimizerConfig, name: str) -> OptimizerGroup | None:
+    """The first of the config's groups that the tensor is in."""
+    matching = (group for group in config.groups if fnmatch.fnmatchcase(name, group.match))
+    return next(matching, None)
+
+
+def reported_group(config: OptimizerConfig, name: str) -> str:
+    """What metrics call the tensor's group: as the config does, or else by what the tensor is."""
+    group = group_of(config, name)
+    if group is not None and group.name:
+        return group.name
+    return next(group for part, group in REPORTED.items() if part in name)
+
+
+def check_groups(config: RunConfig, tensors: Sequence[str]) -> None:
+    """Refuse, as ConfigError, a group without tensors, and groups that leave nothing to train."""
+    groups = [group_of(config.optimizer, name) for name in tensors]
+    for group in config.optimizer.groups:
+        if group not in groups:
+            taken = any(fnmatch.fnmatchcase(name, group.match) for name in tensors)
+            reason = "only what groups before it match" if taken else "no tensor"
+            raise ConfigError(
+                f"optimizer.groups has {group.match}, which matches {reason}; there are "
+                f"{', '.join(tensors)}."
+            )
+    if not any(map(trained(config), tensors)):
+        raise ConfigError(
+            "optimizer.groups has every tensor frozen, and nothing is left to train; a pattern "
+            "that leaves some, such as layers/moe/*, would work."
+        )
+
+
+def select(model: Any, wanted: Callable[[str], bool]) -> Any:
+    """The model's tree with None in place of the tensors that are not wanted."""
+    return map_named(lambda name, leaf: leaf if wanted(name) else None, model)
+
+
+def merge(part: Any, model: Any) -> Any:
+    """The whole model: tensors out of `part`, which `select` made, and the rest out of `model`."""
+    return jax.tree.map(
+        lambda mine, rest: rest if mine is None else mine, part, model, is_leaf=lambda x: x is None
+    )
+
+
+def map_named(f: Callable, tree: Any, *rest: Any) -> Any:
+    """`jax.tree.map` with the tensor's name as the first argument of `f`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: f(name_of(path), *leaves), tree, *rest
+    )

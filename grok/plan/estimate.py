@@ -1,0 +1,193 @@
+"""From what a compiled program does to what a slice would take for it: a three-term roofline.
+
+Williams et al., "Roofline" (2009), with interconnect as a third term: a step takes at least as long
+as its longest term (all overlap), and about their sum where none does.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from grok.config import RunConfig
+from grok.hardware import GIB
+from grok.model.flops import attention_flops, flops_per_token
+from grok.plan.topology import Slice
+
+
+class Price(NamedTuple):
+    """USD per hour of one chip, and where that is from."""
+
+    usd_per_hour: float
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a plan answers; bytes and FLOPs are of one chip and one step.
+
+    Of a program that does not fit, what only a compiled one tells is None.
+    """
+
+    config: RunConfig
+    slice: Slice
+    sizes: dict[str, int]  # of the mesh
+    fits: bool
+    state: float  # bytes: arguments, kept from step to step
+    total: float | None  # bytes at the peak
+    model_flops: float
+    batch: tuple[int, int]  # rows of a step, and tokens in each
+    tokens: float  # of a step and chip
+    flops: float | None = None
+    hbm: float | None = None
+    host: float | None = None  # bytes to the hosts' memory and from it
+    on_hosts: float = 0.0  # bytes that lie there
+    collectives: dict[str, dict[str, float]] | None = None
+    seconds: dict[str, float] | None = None  # compute, hbm, interconnect
+    interconnect: dict[str, float] | None = None  # its seconds by mesh axes
+    price: Price | None = None
+    compile_seconds: float | None = None
+    found: dict[str, Any] = dataclasses.field(default_factory=dict)  # all that the worker found
+
+    def step_seconds(self) -> dict[str, float]:
+        """Time of a step where all terms overlap, and where none does."""
+        assert self.seconds is not None
+        times = self.seconds.values()
+        return {"overlapped": max(times), "serial": sum(times)}
+
+    def tokens_per_second(self) -> dict[str, float]:
+        """Tokens a second and chip."""
+        return {name: self.tokens / time for name, time in self.step_seconds().items()}
+
+    def mfu(self) -> dict[str, float]:
+        """Share of the chip's peak that the model's own FLOPs are."""
+        peak = self.slice.chip.flops
+        return {name: self.model_flops / time / peak for name, time in self.step_seconds().items()}
+
+    def usd_per_billion_tokens(self) -> dict[str, float] | None:
+        """Price of a billion tokens; None where the chip's is not known."""
+        if self.price is None:
+            return None
+        price = self.price.usd_per_hour / 3600 * 1e9
+        return {name: price / rate for name, rate in self.tokens_per_second().items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `grok plan --json` prints. The price is that of the serial step."""
+        temporaries = None if self.total is None else (self.total - self.state) / GIB
+        known = self.seconds is not None
+        usd = self.usd_per_billion_tokens() if known else None
+        return {
+            "fits": self.fits,
+            "hbm_gib_per_chip": {
+                "state": self.state / GIB,
+                "temporaries": temporaries,
+                "total": None if self.total is None else self.total / GIB,
+                "capacity": self.slice.chip.hbm / GIB,
+            },
+            "flops_per_chip_per_step": {"model": self.model_flops, "compiled": self.flops},
+            "hbm_bytes_per_chip_per_step": self.hbm,
+            "host_bytes_per_chip_per_step": self.host,
+            "collective_bytes_per_chip_per_step": self.collectives,
+            "seconds": {**self.seconds, **self.step_seconds()} if self.seconds else None,
+            "mfu": self.mfu() if known else None,
+            "tokens_per_second_per_chip": self.tokens_per_second() if known else None,
+            "usd_per_billion_tokens": usd and usd["serial"],
+            "compile_seconds": self.compile_seconds,
+        }
+
+
+def make_plan(config: RunConfig, slice_: Slice, found: dict[str, Any], price: Price | None) -> Plan:
+    """The plan from what the worker found."""
+    a_chip, chip = found["devices_per_chip"], slice_.chip
+    batch = batch_of(config)
+    tokens, flops = model_work(config, *batch)
+    common: dict[str, Any] = {
+        "config": config,
+        "slice": slice_,
+        "sizes": found["sizes"],
+        "state": found["state"] * a_chip,
+        "model_flops": flops / slice_.num_chips,
+        "batch": batch,
+        "tokens": tokens / slice_.num_chips,
+        "price": price,
+        "found": found,
+    }
+    if "peak" not in found:
+        needed = found["needed"]
+        return Plan(fits=False, total=needed and needed * a_chip, **common)
+    collectives: dict[str, dict[str, float]] = {}
+    interconnect: dict[str, float] = {}
+    for across, kind, sent in found["collectives"]:
+        if across == "none" or not sent:
+            continue
+        sent *= a_chip
+        collectives.setdefault(across, {})[kind] = sent
+        time = transfer_seconds(slice_, found["wires"][across], kind, sent)
+        interconnect[across] = interconnect.get(across, 0) + time
+    return Plan(
+        fits=True,
+        total=found["peak"] * a_chip,
+        flops=found["flops"] * a_chip,
+        hbm=found["hbm"] * a_chip,
+        host=found["host"] * a_chip,
+        on_hosts=found["on_hosts"] * a_chip,
+        collectives=collectives,
+        seconds={
+            "compute": found["flops"] * a_chip / chip.flops,
+            "hbm": found["hbm"] * a_chip / chip.bandwidth,
+            "interconnect": sum(interconnect.values()),
+        },
+        interconnect=interconnect,
+        compile_seconds=found["compile_seconds"],
+        **common,
+    )
+
+
+def transfer_seconds(slice_: Slice, wired: dict[str, Any], kind: str, sent: float) -> float:
+    """Time to send so many bytes from each chip, over all links that it has along the axes.
+
+    Sums and gathers go from neighbour to neighbour; in an all-to-all each byte takes as many hops
+    as its way is long. What crosses slices goes over the network, from whole chips at once.
+    """
+    if wired["slices"]:
+        return sent / slice_.chip.network
+    if not wired["links"]:  # two devices of one chip
+        return 0.0
+    hops = max(1.0, wired["hops"]) if "all-to-all" in kind else 1.0
+    links = 1 if kind == "collective-permute" else wired["links"]
+    return sent * hops / (links * slice_.chip.link)
+
+
+def batch_of(config: RunConfig) -> tuple[int, int]:
+    """Rows of a step and tokens in each: of the batches of a run, those with the most tokens."""
+    if config.plan.program != "train":
+        return config.plan.batch_size, config.plan.tokens
+    shapes = [(B, T) for _, B, T in config.data.shapes()]
+    return max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
+
+
+def model_work(config: RunConfig, rows: int, length: int) -> tuple[int, float]:
+    """Tokens of a step, and the FLOPs that the model needs for them, whatever the program does."""
+    model = config.model
+    if config.plan.program == "train":
+        return rows * length, rows * length * flops_per_token(model, length)
+    # A third of a training step is the forward pass; only the last token of a row has logits.
+    table = 2 * model.vocab_size * model.embed_dim
+    if config.plan.program == "prefill":
+        forward = flops_per_token(model, length) / 3 - table
+        return rows * length, rows * (length * forward + table)
+    # A new token sees all of the cache; a token of a row sees half of the row on average.
+    return rows, rows * flops_per_token(model, 2 * length) / 3
+
+
+def recomputed_flops(plan: Plan) -> float:
+    """FLOPs of a chip and step for what of the blocks' forward pass is done again as `model.remat`
+    says; 0 with `dots`, which keeps what the compiler makes products of."""
+    model = plan.config.model
+    if plan.config.plan.program != "train" or model.remat in ("none", "dots"):
+        return 0.0
+    table = 2 * model.vocab_size * model.embed_dim
+    again = flops_per_token(model, plan.batch[1]) / 3 - table
+    if model.remat == "attention":
+        again -= attention_flops(model, plan.batch[1])
+    if model.keeps_experts:
+        again -= 2 * model.num_layers * model.num_selected_experts * model.embed_dim * model.mlp_dim
+    return plan.tokens * again

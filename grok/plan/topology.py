@@ -1,0 +1,88 @@
+"""Slices of TPUs by name, such as v5p:4x4x8: how many chips, and how they are wired.
+
+Nothing here imports JAX: a name that cannot be is refused before anything starts.
+"""
+
+import dataclasses
+import math
+import re
+
+from grok.errors import ConfigError
+from grok.hardware import CHIPS, Chip
+
+EXAMPLES = {"v4": "4x4x4", "v5e": "16x16", "v5p": "4x4x8", "v6e": "16x16", "7x": "4x4x4"}
+LARGEST = {2: 256, 3: 9216}  # chips of a slice, by dimensions of the grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """One slice, or several alike that the data-centre network joins."""
+
+    generation: str  # of CHIPS
+    shape: tuple[int, ...]  # chips along each side
+    count: int = 1  # of slices
+
+    @property
+    def name(self) -> str:
+        """As the user writes it."""
+        return f"{self.generation}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chip(self) -> Chip:
+        """What each of its chips has."""
+        return CHIPS[self.generation]
+
+    @property
+    def num_chips(self) -> int:
+        """Chips of all slices."""
+        return math.prod(self.shape) * self.count
+
+    def is_ring(self, side: int) -> bool:
+        """Whether chips along this side are wired in a ring, not a line."""
+        return self.shape[side] % self.chip.ring == 0
+
+    def __str__(self) -> str:
+        return self.name if self.count == 1 else f"{self.count} slices of {self.name}"
+
+
+def parse_slice(name: str, count: int = 1) -> Slice:
+    """The slice called `name`, such as v5p:4x4x8; ConfigError says what is wrong with others."""
+    generation, _, sides = name.lower().removeprefix("tpu").partition(":")
+    if generation not in CHIPS:
+        known = ", ".join(f"{each}:{shape}" for each, shape in EXAMPLES.items())
+        raise ConfigError(f"topology {name} is of no generation known here; {known} are.")
+    chip, example = CHIPS[generation], f"{generation}:{EXAMPLES[generation]}"
+    dimensions = chip.dimensions
+    if not re.fullmatch(r"\d+(x\d+)*", sides) or sides.count("x") != dimensions - 1:
+        raise ConfigError(
+            f"topology {name} should have {dimensions} sides, since chips of {generation} are "
+            f"wired in {dimensions} dimensions; {example} would work."
+        )
+    shape = tuple(map(int, sides.split("x")))
+    near = tuple(_near(side, dim) for dim, side in enumerate(shape))
+    if math.prod(shape) != 1 and shape != near:
+        raise ConfigError(
+            f"topology {name} cannot be wired from hosts of 2x2 chips; "
+            f"{generation}:{'x'.join(map(str, near))} would work."
+        )
+    if math.prod(shape) > LARGEST[dimensions]:
+        raise ConfigError(
+            f"topology {name} has {math.prod(shape)} chips, and a slice has {LARGEST[dimensions]} "
+            f"at most; several slices, as in `--topology {example} --slices 2`, would work."
+        )
+    return Slice(generation, shape, count)
+
+
+def grown(slice_: Slice) -> Slice | None:
+    """The next larger slice: its shortest side doubled; None where there is no larger one."""
+    side = min(range(len(slice_.shape)), key=lambda dim: (slice_.shape[dim], -dim))
+    shape = [*slice_.shape]
+    shape[side] *= 2
+    if math.prod(shape) > LARGEST[slice_.chip.dimensions]:
+        return None
+    return Slice(slice_.generation, tuple(sorted(shape)), slice_.count)
+
+
+def _near(side: int, dim: int) -> int:
+    """A host has 2x2 chips along the first two sides."""
+    return side if dim > 1 and side > 0 else max(2, side + side % 2)

@@ -1,0 +1,1 @@
+"""What a run records: metrics, events, the run manifest, trackers, profiles."""

@@ -1,0 +1,122 @@
+"""The log of what a run's time went to: `events.jsonl`, one JSON object a line.
+
+Each line has `time` (when it began, seconds since 1970), `event`, and, for what takes time,
+`seconds`, not counting what went on inside it and has a line of its own. Lines that others read:
+
+  began     a process took the run up
+  resumed   it goes on after `step` steps, 0 at the very beginning
+  start, restore, compile, validate, save, profile
+            spans of `during`
+  steps     training steps `first` + 1 to `last`, all spans left out
+  data      seconds that the loop waited for batches since the line before
+  returned  the run went back to an earlier `step`, within one process
+  ended     the process left by itself after `step`, with exit `code`
+
+Lines are appended to those of earlier processes, each by one write, so a kill costs at most the
+line being written. `grok.train.telemetry.goodput` adds them up.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Between two lines of steps, where nothing else calls for one.
+LAP_SECONDS = 30
+
+
+class Events:
+    """Writes the log. Without a path (processes other than the first) nothing is written."""
+
+    def __init__(self, path: Path | None, began: float | None = None):
+        """Opens `path` to append to it, and notes that a process `began` (default: now), with
+        what has passed since as its start."""
+        self._file = None
+        if path is not None:
+            cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+            self._file = path.open("ab", buffering=0)
+            if cut_short:
+                self._file.write(b"\n")
+        self._inside = [0.0]  # seconds of what ended within each open span; the first: no span
+        self._waited = 0.0
+        now = time.time()
+        self._write(now if began is None else began, "began", {})
+        if began is not None:
+            self._write(began, "start", {"seconds": round(now - began, 6)})
+        self.steps_from(0)
+
+    def clock(self) -> float:
+        """Seconds, from any moment on, that stand still during spans: what is left is steps."""
+        return time.monotonic() - self._inside[0]
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Writes one line for something that happened now."""
+        self._write(time.time(), event, facts)
+
+    @contextlib.contextmanager
+    def during(self, event: str, **facts: Any) -> Iterator[None]:
+        """A span: its line is written when it ends, with how long it took."""
+        began = time.time()
+        with self._timed() as seconds:
+            yield
+        self._write(began, event, {**facts, "seconds": round(seconds[0], 6)})
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A wait for data; waits are added up, and written with the next line of steps."""
+        with self._timed() as seconds:
+            yield
+        self._waited += seconds[0]
+
+    def steps_from(self, step: int) -> None:
+        """Steps are counted from here: `step` are done."""
+        self._lap_step, self._lap_time, self._lap_clock = step, time.time(), self.clock()
+        self._waited = 0.0
+
+    def steps_to(self, step: int, at_once: bool = True) -> None:
+        """Writes the steps done since the last line of them, up to `step`; where that need not
+        be `at_once`, only when the last line is LAP_SECONDS old."""
+        due = at_once or time.time() - self._lap_time >= LAP_SECONDS
+        if step == self._lap_step or not due:
+            return
+        seconds = round(self.clock() - self._lap_clock, 6)
+        self._write(
+            self._lap_time, "steps", {"first": self._lap_step, "last": step, "seconds": seconds}
+        )
+        self._write(self._lap_time, "data", {"seconds": round(self._waited, 6)})
+        self.steps_from(step)
+
+    def __enter__(self) -> "Events":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[list[float]]:
+        """Gives a list that holds, at the end, the seconds outside spans within this one."""
+        began, result = time.monotonic(), [0.0]
+        self._inside.append(0.0)
+        try:
+            yield result
+        finally:
+            total = time.monotonic() - began
+            result[0] = total - self._inside.pop()
+            self._inside[-1] += total
+
+    def _write(self, began: float, event: str, facts: dict[str, Any]) -> None:
+        if self._file is not None:
+            line = {"time": round(began, 3), "event": event, **facts}
+            self._file.write(json.dumps(line).encode() + b"\n")
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The lines of an `events.jsonl`, in order; those that a crash cut short are left out."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and {"time", "event"} <= line.keys()]

@@ -1,0 +1,187 @@
+"""All that a run tells while it goes on, in one place for the loop to talk to.
+
+Into the run's folder: `metrics.jsonl` (what was measured), `events.jsonl` (what the time went to),
+`run.json` (what the run is), and where the config asks for them TensorBoard's files and a profile;
+to people: the display. Of several processes the first alone does any of this.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from grok import distributed, storage
+from grok.config import GrokConfig, RunConfig
+from grok.errors import GrokError
+from grok.hardware import peak_flops
+from grok.model.flops import flops_per_token
+from grok.train.run_data import RunData
+from grok.train.telemetry.event_log import Events
+from grok.train.telemetry.metrics_file import MetricsFile, plain
+from grok.train.telemetry.profiler import Profiler
+from grok.train.telemetry.progress import Display
+from grok.train.telemetry.run_dir import RunFolder
+from grok.train.telemetry.run_manifest import Record
+from grok.train.telemetry.trackers import Writer, open_writers
+
+
+class Reports:
+    """The reports of one process of a run; nothing is written before it is entered."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh, data: RunData, first: int, began: float):
+        """Of the run of `config` on `data`, going on after step `first` on `mesh`; `began`: when
+        this process did, seconds since 1970."""
+        self._began = began
+        self._config, self._mesh, self._data, self._step = config, mesh, data, first
+        self._run_folder = RunFolder(config.folder) if jax.process_index() == 0 else None
+        self._folder = self._run_folder.path if self._run_folder else None
+        self.display = Display(config.train.steps, first, quiet=self._folder is None)
+        self._compiled: set[tuple[int, int]] = set()
+
+    def __enter__(self) -> "Reports":
+        with contextlib.ExitStack() as exits:
+            if self._run_folder:
+                exits.enter_context(self._run_folder)
+            path = None if self._folder is None else self._folder / "events.jsonl"
+            self.events = exits.enter_context(Events(path, self._began))
+            exits.enter_context(self.display)
+            with self.events.during("start"):
+                self._open(exits)
+            self._exits = exits.pop_all()
+        return self
+
+    def _open(self, exits: contextlib.ExitStack) -> None:
+        """Opens what is written to; `exits` closes it."""
+        config, folder = self._config, self._folder
+        self.rates = Rates(config.model, self._mesh, self.events)
+        self.metrics = exits.enter_context(
+            MetricsFile(None if folder is None else folder / "metrics.jsonl", self._step)
+        )
+        self._record = Record(
+            None if folder is None else config.folder, config, self._mesh, self._data
+        )
+        self._writers: list[Writer] = []
+        if folder is not None:
+            self._writers = open_writers(config, folder, self._record.run_id, self._step)
+        for writer in self._writers:
+            exits.callback(writer.close)
+        self._profiler = Profiler(
+            None if folder is None else folder / "profile", config.train.profile, self.events
+        )
+        exits.callback(self._profiler.close)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            # A full disk may be what ended the run.
+            with contextlib.suppress(OSError):
+                self.ended(self._step, error.exit_code if isinstance(error, GrokError) else 1)
+        self._exits.__exit__(kind, error, trace)
+
+    def say(self, text: str) -> None:
+        """Shows a line to people."""
+        self.display.say(text)
+
+    def began(self, step: int) -> None:
+        """The steps begin, after `step`."""
+        self.events.note("resumed", step=step)
+        self.events.steps_from(step)
+        self.rates.take()
+        self._record.began(step)
+        if step:
+            self.metrics.write(step, event="resumed")
+
+    def run_step(self, step: int, function: Callable, state: Any, batch: Mapping) -> tuple:
+        """`function(state, batch)`, dispatched as `step`; returns its state and metrics.
+
+        The first of each shape of batches is waited for, since it is compiled: that time is part
+        of no speed.
+        """
+        B, T = batch["targets_BT"].shape
+        self._profiler.before(step)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            if (B, T) in self._compiled:
+                state, metrics = function(state, batch)
+                self.rates.count(B, T)
+            else:
+                self._compiled.add((B, T))
+                self.say("compiling the training step")
+                with self.events.during("compile", step=step):
+                    distributed.compile_together(function, state, batch)
+                    state, metrics = jax.block_until_ready(function(state, batch))
+        if self._profiler.after(step, metrics):
+            self.say(f"profile of the steps up to {step} in {self._folder}/profile")
+        self._step = step
+        return state, metrics
+
+    def step(self, step: int, metrics: Mapping[str, jax.Array], **more: Any) -> None:
+        """Waits for the metrics of a logged step; writes them, and `more`, and shows the main."""
+        values = plain(metrics) | more | self.rates.take()
+        self._write(step, values)
+        self.display.report(step, values["loss"], values["tokens_per_second"], values.get("mfu"))
+        self.events.steps_to(step, at_once=False)
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes and shows what a validation pass found."""
+        self._write(step, values)
+        said = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+        self.say(f"step {step}  {'  '.join(said)}")
+
+    def saved(self, step: int) -> None:
+        """A save of `step` was started."""
+        self.events.steps_to(step)
+        try:
+            self._record.saved(step)
+            if self._run_folder:
+                self._run_folder.upload()
+        except OSError as error:
+            # The next save may find it mended, and the checkpoints tell for themselves.
+            self.say(f"{self._config.folder} cannot be written: {storage.reason(error)}")
+
+    def returned(self, step: int, **facts: Any) -> None:
+        """The run has gone back to an earlier `step`; what was measured since is forgotten."""
+        self.events.steps_to(self._step)
+        self.events.note("returned", step=step, **facts)
+        self.metrics.forget(step)
+        self._step = step
+
+    def ended(self, step: int, code: int) -> None:
+        """The run leaves after `step` with exit code `code`; all saves are on disk."""
+        self.events.steps_to(step)
+        self.events.note("ended", step=step, code=code)
+        self._record.ended(step, code)
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        self.metrics.write(step, **values)
+        for writer in self._writers:
+            writer.write(step, values)
+
+
+class Rates:
+    """Speed of the steps since the last report; compilation, saves and validation left out."""
+
+    def __init__(self, model: GrokConfig, mesh: Mesh, events: Events):
+        self._model, self._clock = model, events.clock
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        self._peak = None if peak is None else peak * mesh.devices.size
+        self._tokens = self._flops = 0
+        self._since = self._clock()
+
+    def count(self, B: int, T: int) -> None:
+        """A step of B rows of T tokens was dispatched."""
+        self._tokens += B * T
+        self._flops += B * T * flops_per_token(self._model, T)
+
+    def take(self) -> dict[str, float | None]:
+        """`tokens_per_second`, None where nothing was measured, and on chips that are known `mfu`:
+        the share of their peak that the model's own arithmetic (see `flops_per_token`) took."""
+        seconds = self._clock() - self._since
+        rates: dict[str, float | None] = {"tokens_per_second": None}
+        if self._tokens:
+            rates["tokens_per_second"] = self._tokens / seconds
+            if self._peak is not None:
+                rates["mfu"] = self._flops / seconds / self._peak
+        self._tokens = self._flops = 0
+        self._since = self._clock()
+        return rates

@@ -1,0 +1,112 @@
+"""Metrics sent elsewhere when the config asks for it: TensorBoard, Weights & Biases."""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from grok.config import RunConfig
+from grok.config.load import to_dict
+from grok.errors import ConfigError
+
+
+class Writer(Protocol):
+    """Somewhere that metrics go."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Takes the metrics of a step."""
+
+    def close(self) -> None:
+        """Sends what is left."""
+
+
+def open_writers(config: RunConfig, folder: Path, run_id: str, first: int) -> list[Writer]:
+    """The writers that `train.tensorboard` and `train.wandb` ask for; they keep their files in
+    `folder`, and go on with a run of this `run_id` after step `first`.
+
+    Raises ConfigError where a package is missing, or the service does not let us in.
+    """
+    writers: list[Writer] = []
+    if config.train.tensorboard:
+        _need("tensorboardX", "train.tensorboard=true", "tensorboard")
+        writers.append(TensorBoard(folder / "tensorboard", first))
+    if config.train.wandb:
+        _need("wandb", f"train.wandb={config.train.wandb}", "wandb")
+        writers.append(WeightsAndBiases(config, folder, run_id))
+    return writers
+
+
+class TensorBoard:
+    """Event files in a folder. Scalars alone: `name` or, of a list, `name/0`, `name/1`, ..."""
+
+    def __init__(self, folder: Path, first: int):
+        from tensorboardX import SummaryWriter
+
+        # What a process that died wrote of later steps is not shown.
+        self._writer = SummaryWriter(str(folder), purge_step=first + 1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds a point to each curve."""
+        for name, value in scalars(values):
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of W&B, which a resumed run goes on with."""
+
+    def __init__(self, config: RunConfig, folder: Path, run_id: str):
+        import wandb
+
+        try:
+            self._run = wandb.init(
+                project=config.train.wandb,
+                dir=folder,
+                id=run_id,
+                name=Path(config.folder).name,
+                config=to_dict(config),
+                resume="allow",
+                # Our progress display is for people, not for a log file.
+                settings=wandb.Settings(console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"train.wandb={config.train.wandb} cannot be used: {error}; `wandb login`, or "
+                "WANDB_MODE=offline in the environment, would work."
+            ) from None
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Logs the values of a step."""
+        self._run.log(dict(scalars(values)), step=step)
+
+    def close(self) -> None:
+        """Sends what is left."""
+        self._run.finish()
+
+
+def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers among `values`, those of lists and mappings as `name/key`; of single layers'
+    loads, which would be hundreds of curves, and of text nothing."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{key}", number) for key, number in scalars(value))
+        elif isinstance(value, list):
+            yield from scalars({f"{name}/{i}": v for i, v in enumerate(value) if not _many(v)})
+        elif isinstance(value, int | float):
+            yield name, value
+
+
+def _many(value: Any) -> bool:
+    return isinstance(value, list | dict)
+
+
+def _need(package: str, key: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"{key} needs {package}, which is not installed; `pip install 'grok[{extra}]'` would "
+            f"bring it."
+        )

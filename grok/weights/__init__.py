@@ -1,0 +1,1 @@
+"""Weights on disk in the formats that models were published in: read, written, compared."""

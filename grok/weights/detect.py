@@ -1,0 +1,71 @@
+"""From a path to a source of weights, whatever format is there."""
+
+import os
+
+from grok.config import GrokConfig
+from grok.config.load import from_dict
+from grok.errors import CheckpointError
+from grok.weights import byte_ranges
+from grok.weights.huggingface.source import HuggingFaceSource
+from grok.weights.lora_source import LoraSource
+from grok.weights.orbax.metadata import LORA, read_meta
+from grok.weights.orbax.source import OrbaxSource, step_folder
+from grok.weights.source import Source
+from grok.weights.xai.source import ReleaseSource, implied_config
+
+
+def open_source(path: str | os.PathLike[str], config: GrokConfig | None = None) -> Source:
+    """The weights at `path`, local or gs://: a `ckpt-0` folder, a Hugging Face folder, or a
+    checkpoint of ours (a run's folder, its `checkpoints`, or one step of it).
+
+    `config` is the model that should be there; without it the model is what the files say or
+    imply. Raises CheckpointError where `path` is none of these, or holds another model.
+    """
+    present = byte_ranges.listing(path)
+    if any(name.startswith("tensor0") for name in present):
+        return ReleaseSource(path, config or implied_config(path))
+    if "config.json" in present or any(name.endswith(".safetensors") for name in present):
+        return HuggingFaceSource(path, config)
+    ours = ("checkpoints", "config.yaml", "_CHECKPOINT_METADATA", ".import")
+    if any(name in present for name in ours) or _has_steps(present):
+        step = step_folder(os.fspath(path))
+        if LORA in byte_ranges.listing(step):
+            return _merged(step, config)
+        return OrbaxSource(path, config)
+    if "ckpt-0" in present:
+        raise CheckpointError(
+            f"{path}: has no weights itself; {byte_ranges.join(path, 'ckpt-0')} may be what you "
+            "mean."
+        )
+    raise CheckpointError(
+        f"{path}: is neither a ckpt-0 folder (tensor00000_000, ...), nor a Hugging Face folder "
+        "(config.json, *.safetensors), nor a checkpoint of grok (checkpoints/)."
+    )
+
+
+def _merged(step: str, config: GrokConfig | None) -> Source:
+    """The weights that a run with adapters started from, with the adapters of `step` added."""
+    meta = read_meta(step)
+    run = from_dict(meta["config"], byte_ranges.join(step, "meta", "metadata"))
+    started = meta["init_from"]
+    try:
+        base = open_source(started["path"], config or run.model)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{step}: has adapters alone, and the weights that they belong to cannot be opened: "
+            f"{error}"
+        ) from error
+    return LoraSource(step, run, base, started["checksum"])
+
+
+def stated_config(path: str | os.PathLike[str]) -> GrokConfig | None:
+    """The model that the files at `path` say they hold; None where only their shapes tell."""
+    present = byte_ranges.listing(path)
+    by_shape = ("tensor0", "model.safetensors", "model-0")
+    if "config.json" not in present and any(name.startswith(by_shape) for name in present):
+        return None
+    return open_source(path).config
+
+
+def _has_steps(present: dict[str, int | None]) -> bool:
+    return any(name.isdecimal() and size is None for name, size in present.items())

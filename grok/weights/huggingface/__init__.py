@@ -1,0 +1,1 @@
+"""Hugging Face folders: safetensors, config.json, and the names of each family."""

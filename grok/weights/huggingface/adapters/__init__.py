@@ -1,0 +1,1 @@
+"""The names and layouts that each model family has on Hugging Face."""

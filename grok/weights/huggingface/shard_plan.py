@@ -1,0 +1,93 @@
+"""What an export to Hugging Face writes: which tensors in which files, from shapes alone."""
+
+import dataclasses
+import itertools
+import json
+import math
+from typing import Any
+
+import numpy as np
+
+from grok.config import GrokConfig
+from grok.errors import ConfigError
+from grok.weights.huggingface.adapters.grok_1 import HPCAI, LM_HEAD, HuggingFaceTensor, tensors
+from grok.weights.huggingface.safetensors import header_bytes
+
+# A header is at most this, and for each tensor its name and this, 8 of them for the length.
+HEADER_OVERHEAD = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of an export: its name, the bytes it begins with, its tensors in order."""
+
+    file: str
+    header: bytes
+    tensors: tuple[HuggingFaceTensor, ...]
+    dtype: np.dtype
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(_nbytes(tensor, self.dtype) for tensor in self.tensors)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + self.data_bytes
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where each tensor begins in the file."""
+        sizes = (_nbytes(tensor, self.dtype) for tensor in self.tensors[:-1])
+        return list(itertools.accumulate(sizes, initial=len(self.header)))
+
+
+def plan(config: GrokConfig, dtype: np.dtype, shard_bytes: int) -> list[Shard]:
+    """The files of an export, each of at most `shard_bytes` with all that is in it.
+
+    Raises ConfigError where one tensor alone would take more.
+    """
+    every = list(tensors(HPCAI, config))
+    every.append(dataclasses.replace(every[0], name=LM_HEAD))
+    groups: list[list[HuggingFaceTensor]] = []
+    size = 0
+    for tensor in every:
+        own = _nbytes(tensor, dtype) + len(tensor.name) + HEADER_OVERHEAD
+        least = own + HEADER_OVERHEAD
+        if least > shard_bytes:
+            raise ConfigError(
+                f"a file of {shard_bytes:,} bytes is too small for {tensor.name}, which is not "
+                f"split; {least:,} would be enough for it."
+            )
+        if not groups or size + own > shard_bytes:
+            groups.append([])
+            size = HEADER_OVERHEAD
+        groups[-1].append(tensor)
+        size += own
+    return [
+        Shard(
+            f"model-{number:05d}-of-{len(groups):05d}.safetensors",
+            header_bytes((tensor.name, dtype, tensor.shape) for tensor in group),
+            tuple(group),
+            dtype,
+        )
+        for number, group in enumerate(groups, 1)
+    ]
+
+
+def index_data(shards: list[Shard]) -> dict[str, Any]:
+    """What model.safetensors.index.json holds."""
+    return {
+        "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},
+        "weight_map": {tensor.name: shard.file for shard in shards for tensor in shard.tensors},
+    }
+
+
+def json_text(data: dict[str, Any]) -> str:
+    """`data` as the JSON files of a folder have it."""
+    return json.dumps(data, indent=2) + "\n"
+
+
+def _nbytes(tensor: HuggingFaceTensor, dtype: np.dtype) -> int:
+    return math.prod(tensor.shape) * dtype.itemsize

@@ -1,0 +1,232 @@
+"""Weights as Hugging Face keeps them, seen as a source of our tree of parameters.
+
+A folder has `config.json`, the tensors in safetensors files, and an index that says which file has
+which tensor. Two repositories made such folders of the release, in two layouts
+(`huggingface_names.py`); the tensors' names tell which one it is.
+"""
+
+import itertools
+import math
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from grok.config import GrokConfig
+from grok.errors import CheckpointError
+from grok.model import params
+from grok.weights import byte_ranges
+from grok.weights.huggingface.adapters import grok_1
+from grok.weights.huggingface.adapters.grok_1 import LM_HEAD, split
+from grok.weights.huggingface.config_json import FILE as CONFIG
+from grok.weights.huggingface.config_json import read_config
+from grok.weights.huggingface.safetensors import Entry, parse_object, read_header, shown
+from grok.weights.source import Part, Source, TensorSpec, blocks, part_shape
+from grok.weights.transpose import transpose_into
+
+INDEX = "model.safetensors.index.json"
+# There while an export is being written, and gone when it is whole.
+UNFINISHED = "unfinished-export.json"
+
+
+class HuggingFaceSource(Source):
+    """A folder of safetensors, local or at gs://. Opening it reads the headers, and no array.
+
+    `config` is the model that should be there; without it, it is what config.json says. Raises
+    CheckpointError, with file and tensor, where tensors are missing or too many, files are
+    damaged, or shapes are of another model.
+    """
+
+    format = "huggingface"
+
+    def __init__(self, path: str | os.PathLike[str], config: GrokConfig | None = None):
+        self.path = os.fspath(path)
+        present = byte_ranges.listing(self.path)
+        entries = _find_tensors(self.path, present)
+        layout = grok_1.layout_of(entries)
+        if layout is None:
+            raise CheckpointError(
+                f"{self.path}: its tensors have names of another model, such as "
+                f"{shown(min(entries))}; Grok-1's are known in the layouts of "
+                f"{' and '.join(grok_1.LAYOUTS)}."
+            )
+        if config is None and CONFIG not in present:
+            raise CheckpointError(
+                f"{byte_ranges.join(self.path, CONFIG)}: is missing; without it a config must be "
+                "given."
+            )
+        self.config = config or read_config(self.path)
+        whose = "this model's config" if config else f"this folder's {CONFIG}"
+        self._entries = _arrange(self.path, layout, self.config, whose, entries)
+        self._lm_head = _checked_head(self._entries["embed/table_VD", ()], entries.get(LM_HEAD))
+        dtypes = {tree_name: entry.dtype for (tree_name, _), entry in self._entries.items()}
+        self.tensors = {
+            name: TensorSpec(name, shape, dtypes[name])
+            for name, shape in params.shapes(self.config).items()
+        }
+
+    def read(self, name: str, part: Part) -> np.ndarray:
+        """Values of a part, as they are. CheckpointError if the output layer is another table."""
+        out = np.empty(part_shape(part), self.tensors[name].dtype)
+        lead, rows, columns = split(name, part)
+        each = out.reshape([math.prod(part_shape(axes)) for axes in (lead, rows, columns)])
+        indices = itertools.product(*(range(s.start, s.stop) for s in lead))
+        for one_RC, index in zip(each, indices, strict=True):
+            self._read_one(one_RC, name, index, rows, columns)
+        if name == "embed/table_VD" and self._lm_head:
+            self._check_tied(self._lm_head, part, out)
+        return out
+
+    def read_scales(self, name: str, part: Part) -> np.ndarray:
+        """A float tensor has none."""
+        raise AssertionError(f"{name} is {self.tensors[name].dtype} and has no scales")
+
+    def _read_one(self, out_RC: np.ndarray, name: str, index: tuple, rows: Part, columns: Part):
+        entry = self._entries[name, index]
+        _, row_sizes, column_sizes = split(name, self.tensors[name].shape)
+        place = (entry.path, entry.offset, (*column_sizes, *row_sizes))
+        if not columns:
+            byte_ranges.read_into(out_RC.reshape(part_shape(rows)), *place, rows)
+            return
+        found = byte_ranges.read_part(*place, entry.dtype, (*columns, *rows))
+        transpose_into(out_RC, found.reshape(out_RC.shape[::-1]))
+
+    def _check_tied(self, head: Entry, part: Part, table_VD: np.ndarray) -> None:
+        spec = self.tensors["embed/table_VD"]
+        bits = f"u{spec.dtype.itemsize}"
+        for block in blocks(spec, part):
+            other_VD = byte_ranges.read_part(head.path, head.offset, spec.shape, spec.dtype, block)
+            first = block[0].start - part[0].start
+            mine_VD = table_VD[first : first + len(other_VD)]
+            # As integers, so that a NaN equals itself.
+            differs = (mine_VD.view(bits) != other_VD.view(bits)).any(axis=1)
+            if differs.any():
+                raise CheckpointError(
+                    f"{head.path}: {LM_HEAD} differs from the token table, first for token "
+                    f"{block[0].start + int(differs.argmax())}; Grok-1 has one table for both."
+                )
+
+
+def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, Entry]:
+    """Every tensor of the files that the index lists, or of all where there is no index."""
+    if UNFINISHED in present:
+        raise CheckpointError(
+            f"{folder}: is an unfinished export; the same `grok export hf` again finishes it."
+        )
+    index = _read_index(byte_ranges.join(folder, INDEX)) if INDEX in present else None
+    if index is not None:
+        _check_files(folder, present, index)
+        files = sorted(set(index.values()))
+    else:
+        files = sorted(f for f in present if f.endswith(".safetensors") and not f.startswith("."))
+        if not files:
+            raise CheckpointError(f"{folder}: {_why_none(present)}")
+    # Sixteen at a time: a remote file takes some round trips.
+    with ThreadPoolExecutor(16) as pool:
+        sizes = [present[file] or 0 for file in files]
+        headers = list(pool.map(read_header, [byte_ranges.join(folder, f) for f in files], sizes))
+    entries: dict[str, Entry] = {}
+    for header in headers:
+        for name, entry in header.items():
+            if name in entries:
+                raise CheckpointError(
+                    f"{entry.path}: {shown(name)} is in {entries[name].path} too; it should be in "
+                    "one file."
+                )
+            entries[name] = entry
+    if index is not None:
+        _check_index(folder, index, entries)
+    if not entries:
+        raise CheckpointError(f"{folder}: its safetensors files have no tensors.")
+    return entries
+
+
+def _check_files(folder: str, present: Mapping[str, int | None], index: dict[str, str]) -> None:
+    for name, file in index.items():
+        if present.get(file) is None:
+            raise CheckpointError(
+                f"{byte_ranges.join(folder, file)}: is missing; the index says that it has "
+                f"{shown(name)}."
+            )
+
+
+def _check_index(folder: str, index: dict[str, str], entries: dict[str, Entry]) -> None:
+    for name, file in index.items():
+        path = byte_ranges.join(folder, file)
+        if name not in entries:
+            raise CheckpointError(f"{path}: has no {shown(name)}, which {INDEX} says it has.")
+        if entries[name].path != path:
+            raise CheckpointError(
+                f"{entries[name].path}: has {shown(name)}, which according to {INDEX} is in {file}."
+            )
+    extra = min(entries.keys() - index.keys(), default=None)
+    if extra is not None:
+        raise CheckpointError(
+            f"{entries[extra].path}: has {shown(extra)}, which {INDEX} leaves out."
+        )
+
+
+def _read_index(path: str) -> dict[str, str]:
+    files = parse_object(byte_ranges.read_bytes(path), f"{path}:").get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{path}: should have a weight_map from tensors to files.")
+    for name, file in files.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise CheckpointError(
+                f"{path}: {shown(name)} is said to be in {file!r:.100}; that should be the name "
+                "of a safetensors file in this folder."
+            )
+    return files
+
+
+def _why_none(present: Mapping[str, int | None]) -> str:
+    pickles = sorted(name for name in present if name.endswith((".bin", ".pt", ".pth")))
+    if pickles:
+        return (
+            f"has pickled weights ({pickles[0]}), which cannot be read without executing what "
+            "they say; a copy in safetensors would work."
+        )
+    return "has no *.safetensors files."
+
+
+def _arrange(
+    folder: str, layout: str, config: GrokConfig, whose: str, entries: dict[str, Entry]
+) -> dict[tuple[str, tuple[int, ...]], Entry]:
+    """The entry of each parameter's layer and expert, all there with right shapes and types."""
+    size = f"{whose} has {config.num_layers} layers of {config.num_experts} experts"
+    found: dict[tuple[str, tuple[int, ...]], Entry] = {}
+    firsts: dict[str, str] = {}
+    expected = {LM_HEAD}
+    for tensor in grok_1.tensors(layout, config):
+        entry = entries.get(tensor.name)
+        if entry is None:
+            raise CheckpointError(f"{folder}: {tensor.name} is missing; {size}.")
+        if entry.shape != tensor.shape:
+            raise CheckpointError(
+                f"{entry.path}: {tensor.name} has shape {entry.shape}; for {whose} it should be "
+                f"{tensor.shape}."
+            )
+        first = firsts.setdefault(tensor.tree_name, tensor.name)
+        if entry.dtype != entries[first].dtype:
+            raise CheckpointError(
+                f"{entry.path}: {tensor.name} is {entry.dtype}, and {first} is "
+                f"{entries[first].dtype}; all layers and experts should have one type."
+            )
+        found[tensor.tree_name, tensor.lead] = entry
+        expected.add(tensor.name)
+    extra = min(entries.keys() - expected, default=None)
+    if extra is not None:
+        path = entries[extra].path
+        raise CheckpointError(f"{path}: {shown(extra)} does not belong here; {size}.")
+    return found
+
+
+def _checked_head(table: Entry, head: Entry | None) -> Entry | None:
+    if head and (head.dtype, head.shape) != (table.dtype, table.shape):
+        raise CheckpointError(
+            f"{head.path}: {LM_HEAD} is {head.dtype} {head.shape}, and the token table "
+            f"{table.dtype} {table.shape}; Grok-1 has one table for both."
+        )
+    return head

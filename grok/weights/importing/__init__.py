@@ -1,0 +1,1 @@
+"""`grok import`: any source of weights to a checkpoint, streamed and restartable."""

@@ -1,0 +1,114 @@
+"""Quantisation that keeps account of what it loses, in the one pass in which it is done."""
+
+import dataclasses
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from grok.errors import CheckpointError
+from grok.model import params
+from grok.ops.weights.int8 import dequantize, quantize
+from grok.weights.cast import Quantized
+from grok.weights.source import Part, Source
+
+# A matrix is quantised in stripes of columns of so many bytes, which a core's cache holds, by so
+# many threads.
+STRIPE_BYTES = 1 << 21
+THREADS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundingError:
+    """How far int8 values q times scales are from the floats w they stand for.
+
+    Largest |q - w| and largest |w|, sums of (q - w)^2 and of w^2. Errors of parts add up to that
+    of the whole.
+    """
+
+    largest: float = 0.0
+    largest_value: float = 0.0
+    squares: float = 0.0
+    value_squares: float = 0.0
+
+    def __add__(self, other: "RoundingError") -> "RoundingError":
+        return RoundingError(
+            max(self.largest, other.largest),
+            max(self.largest_value, other.largest_value),
+            self.squares + other.squares,
+            self.value_squares + other.value_squares,
+        )
+
+    @property
+    def relative(self) -> float:
+        """The largest error over the largest value."""
+        return self.largest / self.largest_value if self.largest_value else 0.0
+
+    @property
+    def relative_rms(self) -> float:
+        """Root mean square of the error over that of the values."""
+        return math.sqrt(self.squares / self.value_squares) if self.value_squares else 0.0
+
+
+class MeasuredQuantized(Quantized):
+    """`Quantized`, for reading every matrix once: its values, then at once its scales.
+
+    `errors` holds the rounding error of each layer of each matrix that was read, by name and layer.
+    """
+
+    def __init__(self, source: Source, groups: dict[str, int] | None = None):
+        super().__init__(source, groups)
+        self.errors: dict[tuple[str, int | None], RoundingError] = {}
+        self._lock = threading.Lock()
+        # Scales are asked for right after the values, by the same thread.
+        self._last = threading.local()
+
+    def _quantize(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        last, self._last.matrix = getattr(self._last, "matrix", None), None
+        if last is not None and last[0] == (name, part):
+            return last[1]
+        found = self._measured(name, part)
+        self._last.matrix = (name, part), found
+        return found
+
+    def _measured(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        w = self._source.read(name, part)
+        matrix, groups = params.MATRICES[name], self.tensors[name].groups
+        assert groups is not None
+        columns = w.ndim - matrix.col_dims
+        values = np.empty(w.shape, np.int8)
+        scales = np.empty(params.scales_shape(name, w.shape, groups), ml_dtypes.bfloat16)
+        width = max(1, STRIPE_BYTES * w.shape[columns] // (w.size * 4))
+
+        def quantize_stripe(start: int) -> RoundingError:
+            after = (slice(None),) * (matrix.col_dims - 1)
+            cut: Any = (..., slice(start, start + width), *after)
+            stripe = w[cut].astype(np.float32)
+            if not np.isfinite(stripe).all():
+                raise CheckpointError(f"{self.path}: {name} has values that are not finite.")
+            q, s = quantize(stripe, groups, matrix.row_dims, matrix.col_dims)
+            values[cut], scales[cut] = q, s
+            back = dequantize(q, s, np.float32, matrix.row_dims, matrix.col_dims)
+            return _error(back, stripe)
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            errors = pool.map(quantize_stripe, range(0, w.shape[columns], width))
+            error = sum(errors, RoundingError())
+        key = name, part[0].start
+        with self._lock:
+            self.errors[key] = self.errors.get(key, RoundingError()) + error
+        return values, scales
+
+
+def _error(back: np.ndarray, w: np.ndarray) -> RoundingError:
+    back -= w
+    flat, difference = w.reshape(-1), back.reshape(-1)
+    return RoundingError(
+        float(np.abs(difference).max()),
+        float(np.abs(flat).max()),
+        float(difference @ difference),
+        float(flat @ flat),
+    )

@@ -1,0 +1,217 @@
+"""Pieces of a source -> shard files: read ahead by threads, checksummed in order, written behind.
+
+A piece is a tensor, or one layer of it. It moves in blocks, a few of which are in memory at a time:
+those read ahead, and those on their way to the disk. A block is some megabytes of successive rows;
+or a whole matrix, of one layer and expert, where it is quantised on the way, since its scales need
+all of it, and where its rows do not lie one after the other in the source's files.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from grok.model import params
+from grok.weights.cast import Quantized
+from grok.weights.checksums import PieceChecksum
+from grok.weights.orbax.zarr import Array, Slabs, arrays, create, write_slabs
+from grok.weights.source import Part, Source, TensorSpec, blocks, part_shape, pieces, scales_part
+
+# Blocks read ahead, no more than AHEAD_BYTES of them; and blocks on their way to the disk.
+READ_AHEAD, AHEAD_BYTES, IN_FLIGHT = 4, 1 << 28, 2
+BLOCK_BYTES = 1 << 24
+# Formats whose files have the rows of a matrix one after the other.
+BY_ROWS = ("xai", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A tensor, or one layer of it, and the arrays that it is part of."""
+
+    spec: TensorSpec
+    layer: int | None
+    part: Part
+    values: Array
+    scales: Array | None
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        """The tensor's name, and the layer."""
+        return self.spec.name, self.layer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.spec.nbytes if self.layer is None else self.spec.nbytes // self.spec.shape[0]
+
+    @property
+    def scales_part(self) -> Part:
+        """The part of the tensor's scales."""
+        return (*self.part[:1], *(slice(0, size) for size in self.spec.scales_shape[1:]))
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether its files are there, in full size."""
+        parts = [(self.values, self.part)]
+        if self.scales is not None:
+            parts.append((self.scales, self.scales_part))
+        return all(
+            array.file(folder, shard).is_file()
+            and array.file(folder, shard).stat().st_size == array.file_bytes
+            for array, part in parts
+            for shard in array.shards(part)
+        )
+
+
+def all_pieces(source: Source) -> list[Piece]:
+    """The pieces of a source, tensor by tensor."""
+    return [
+        Piece(spec, layer, part, *arrays(spec))
+        for spec in source.tensors.values()
+        for layer, part in pieces(spec)
+    ]
+
+
+def all_arrays(some: Iterable[Piece]) -> list[Array]:
+    """The arrays of pieces, each once, in order."""
+    both = itertools.chain.from_iterable((piece.values, piece.scales) for piece in some)
+    return list(dict.fromkeys(array for array in both if array is not None))
+
+
+def stream(
+    source: Source,
+    some: Iterable[Piece],
+    folder: Path,
+    on_written: Callable[[Piece, int], None],
+    on_finished: Callable[[Piece, str], None],
+) -> None:
+    """Writes pieces into `folder`, in order.
+
+    `on_written` is told what number of bytes of a piece has been written, `on_finished`, once all
+    of a piece has, its checksum. Raises OSError where it cannot be written, and whatever `source`
+    raises.
+    """
+    some = list(some)
+    for array in all_arrays(some):
+        create(folder, array)
+    with _Writer(folder, on_written, on_finished) as writer:
+        read = _read_ahead(source, some)
+        for piece, of_piece in itertools.groupby(read, lambda block: block.piece):
+            checksum, scales = PieceChecksum(), []
+            for block in of_piece:
+                checksum.update(block.values, block.scales)
+                for slabs in block.slabs:
+                    values = block.values[_inside(slabs.part, block.part)]
+                    writer.write(piece, piece.values, slabs, values)
+                if block.scales is not None:
+                    scales.append(block.scales)
+            if piece.scales is not None:
+                whole = np.concatenate(scales).reshape(piece.spec.scales_shape[1:])[None]
+                slabs = Slabs(piece.scales_part, piece.scales_part, 0)
+                writer.write(piece, piece.scales, slabs, whole)
+            writer.finish(checksum.hexdigest())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A part of a piece, the slabs that it is, and the scales of the matrix that it begins."""
+
+    piece: Piece
+    part: Part
+    slabs: list[Slabs]
+    values: np.ndarray
+    scales: np.ndarray | None
+
+
+def _read_ahead(source: Source, some: Iterable[Piece]) -> Iterator[_Block]:
+    """The blocks of pieces in order; the next ones are read meanwhile."""
+    pending: deque[Future[_Block]] = deque()
+    with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="grok-import-read") as pool:
+        for piece in some:
+            for slabs in _cut(source, piece):
+                part = tuple(
+                    slice(first.start, last.stop)
+                    for first, last in zip(slabs[0].part, slabs[-1].part, strict=True)
+                )
+                pending.append(pool.submit(_read, source, piece, part, slabs))
+                nbytes = math.prod(part_shape(part)) * piece.spec.dtype.itemsize
+                while len(pending) > min(READ_AHEAD, AHEAD_BYTES // nbytes):
+                    yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _cut(source: Source, piece: Piece) -> Iterator[list[Slabs]]:
+    """The slabs of each block of a piece."""
+    by_rows = source.format in BY_ROWS and not isinstance(source, Quantized)
+    if by_rows or piece.spec.name not in params.MATRICES:
+        for shard in piece.values.shards(piece.part):
+            for slabs in piece.values.slabs(shard, BLOCK_BYTES):
+                yield [slabs]
+        return
+    for matrix in blocks(piece.spec, piece.part):
+        shards = piece.values.shards(matrix)
+        yield [slabs for shard in shards for slabs in piece.values.slabs(shard, piece.nbytes)]
+
+
+def _read(source: Source, piece: Piece, part: Part, slabs: list[Slabs]) -> _Block:
+    spec, scales = piece.spec, None
+    values = source.read(spec.name, part)
+    if spec.groups is not None and slabs[0].offset == 0:
+        scales = source.read_scales(spec.name, scales_part(spec, part))
+    return _Block(piece, part, slabs, values, scales)
+
+
+def _inside(part: Part, whole: Part) -> Part:
+    """`part`, counted from where `whole` begins."""
+    return tuple(
+        slice(a.start - b.start, a.stop - b.start) for a, b in zip(part, whole, strict=True)
+    )
+
+
+@dataclasses.dataclass
+class _Write:
+    piece: Piece
+    nbytes: int
+    future: Future[None]
+    checksum: str | None = None  # of the piece, with its last write
+
+
+class _Writer:
+    """Writes in order by a thread of its own, and tells who wants to know of those done."""
+
+    def __init__(self, folder: Path, on_written, on_finished) -> None:
+        self._folder, self._on_written, self._on_finished = folder, on_written, on_finished
+        self._queue: deque[_Write] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grok-import-write")
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind, *_: object) -> None:
+        if kind is None:
+            self._settle(0)
+        self._thread.shutdown(cancel_futures=True)
+
+    def write(self, piece: Piece, array: Array, slabs: Slabs, values: np.ndarray) -> None:
+        """Starts to write slabs of an array, after all that was given before."""
+        self._settle(IN_FLIGHT - 1)
+        future = self._thread.submit(write_slabs, self._folder, array, slabs, values)
+        self._queue.append(_Write(piece, values.nbytes, future))
+
+    def finish(self, checksum: str) -> None:
+        """The last write was the last of its piece."""
+        self._queue[-1].checksum = checksum
+
+    def _settle(self, left: int) -> None:
+        """Waits until no more than `left` writes are on their way."""
+        while len(self._queue) > left:
+            write = self._queue.popleft()
+            write.future.result()
+            self._on_written(write.piece, write.nbytes)
+            if write.checksum is not None:
+                self._on_finished(write.piece, write.checksum)

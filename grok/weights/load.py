@@ -1,0 +1,203 @@
+"""`grok.load`: weights in any format -> a model on its mesh.
+
+Each process reads the parts of tensors that its own devices hold, no more, in blocks: several at a
+time, converted on the way, each sent on to its devices before many others are read.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from grok.config import GrokConfig
+from grok.errors import ConfigError
+from grok.model.build import abstract, to_arrays
+from grok.model.decoder import Grok
+from grok.weights.cast import converted
+from grok.weights.detect import open_source
+from grok.weights.source import Part, Source, part_shape
+
+DTYPES = ("int8", "bfloat16", "float32")
+# Blocks that are read while earlier ones go to the devices, and about the size of one: together
+# they bound the memory of the host.
+READ_AHEAD = 8
+BLOCK_BYTES = 1 << 28
+
+
+def load(
+    path: str | os.PathLike[str],
+    config: GrokConfig | None = None,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Grok:
+    """The model at `path`, placed on `mesh` (default: on one device), ready to be called.
+
+    `path`, local or gs://, is a ckpt-0 folder, a Hugging Face folder, or a checkpoint of ours (a
+    run's folder, its `checkpoints`, or one step). `config` is the model that should be there, by
+    default what the files say. `dtype` is what matrices become: "int8" (with scales, all else
+    float32), "bfloat16" or "float32"; by default what they are. `on_bytes` is told how
+    many bytes went to devices. With several processes, each calls this and reads
+    what its own devices need.
+
+    Raises CheckpointError, with the file and what would be right, for what is damaged, incomplete
+    or of another model; ConfigError when the model cannot be split over the mesh.
+    """
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}.")
+    source = open_source(path, config)
+    if dtype is None:
+        dtype = source.dtype if source.dtype in DTYPES else "float32"
+    return place(converted(source, dtype), mesh, on_bytes)
+
+
+def place(
+    source: Source, mesh: Mesh | None = None, on_bytes: Callable[[int], None] | None = None
+) -> Grok:
+    """The model of `source`, in the types that its tensors have, on `mesh` or one device."""
+    config = dataclasses.replace(source.config, param_dtype=cast(Any, source.dtype))
+    groups = {name: spec.groups for name, spec in source.tensors.items() if spec.groups}
+    wanted = abstract(config, mesh, groups)
+    leaves = [_Leaf(source, name, leaf) for name, leaf in to_arrays(wanted).items()]
+    with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="grok-load") as pool:
+        reads = ((leaf, block, pool.submit(leaf.read, block)) for leaf in leaves for block in leaf)
+        for leaf, block, values in _ahead(reads):
+            count = leaf.put(block, values.result())
+            if on_bytes is not None:
+                on_bytes(count)
+    return jax.tree.unflatten(jax.tree.structure(wanted), [leaf.array() for leaf in leaves])
+
+
+def _ahead(items: Iterator) -> Iterator:
+    """The same items, taken READ_AHEAD before they are given on."""
+    waiting = collections.deque(itertools.islice(items, READ_AHEAD))
+    while waiting:
+        yield waiting.popleft()
+        waiting.extend(itertools.islice(items, 1))
+
+
+class _Leaf:
+    """An array on its way to this process's devices, block by block."""
+
+    def __init__(self, source: Source, name: str, leaf):
+        self.read = _reader(source, name, leaf.shape)
+        self.shape, self.dtype = leaf.shape, np.dtype(leaf.dtype)
+        self.placing = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
+        self.parts = {
+            device: _slices(index, leaf.shape)
+            for device, index in self.placing.addressable_devices_indices_map(leaf.shape).items()
+        }
+        self.shards: dict[jax.Device, jax.Array] = {}
+
+    def __iter__(self) -> Iterator[Part]:
+        """Blocks that cover what the devices hold, and nothing else, each once.
+
+        Devices that hold neighbouring columns share a block, so that rows are read in one go.
+        """
+        distinct = list({_bounds(part): part for part in self.parts.values()}.values())
+        box = tuple(
+            slice(min(s.start for s in axis), max(s.stop for s in axis))
+            for axis in zip(*distinct, strict=True)
+        )
+        filled = sum(math.prod(part_shape(part)) for part in distinct)
+        for part in [box] if filled == math.prod(part_shape(box)) else distinct:
+            yield from _cut(part, self.dtype.itemsize)
+
+    def put(self, block: Part, values: np.ndarray) -> int:
+        """Sends the block's values to all devices that hold some of them; how many bytes."""
+        count = 0
+        for device, part in self.parts.items():
+            common = [
+                slice(max(a.start, b.start), min(a.stop, b.stop))
+                for a, b in zip(part, block, strict=True)
+            ]
+            if any(s.start >= s.stop for s in common):
+                continue
+            own = np.ascontiguousarray(values[_within(common, block)])
+            piece = jax.device_put(own, device)
+            if tuple(common) == part:
+                self.shards[device] = piece
+            else:
+                if device not in self.shards:
+                    self.shards[device] = jnp.zeros(part_shape(part), self.dtype, device=device)
+                start = tuple(s.start for s in _within(common, part))
+                self.shards[device] = _write(self.shards[device], piece, start)
+            count += own.nbytes
+        # Reading may go on meanwhile, and no more than what it reads ahead is on the host.
+        jax.block_until_ready(list(self.shards.values()))
+        return count
+
+    def array(self) -> jax.Array:
+        """The whole array, once all blocks were put."""
+        return jax.make_array_from_single_device_arrays(
+            self.shape, self.placing, list(self.shards.values())
+        )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(shard: jax.Array, block: jax.Array, start: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(shard, block, start)
+
+
+def _reader(source: Source, name: str, shape: tuple[int, ...]) -> Callable[[Part], np.ndarray]:
+    """Reads parts of a leaf: of a float tensor, or of the values or the scales of an int8 one."""
+    tensor, _, kind = name.rpartition("/")
+    if kind != "scales":
+        return functools.partial(source.read, tensor if kind == "values" else name)
+    stored = source.tensors[tensor].scales_shape
+    axis = next((i for i, n in enumerate(stored) if n != shape[i]), None)
+    if axis is None:
+        return functools.partial(source.read_scales, tensor)
+    repeats = shape[axis] // stored[axis]
+
+    def read(part: Part) -> np.ndarray:
+        # The model on this mesh has each group in `repeats` parts of the same scale.
+        numbers = np.arange(part[axis].start, part[axis].stop) // repeats
+        groups = slice(int(numbers[0]), int(numbers[-1]) + 1)
+        scales = source.read_scales(tensor, (*part[:axis], groups, *part[axis + 1 :]))
+        return np.take(scales, numbers - groups.start, axis=axis)
+
+    return read
+
+
+def _slices(index, shape: tuple[int, ...]) -> Part:
+    """JAX's index of a part, with start and stop filled in."""
+    return tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+
+
+def _bounds(part: Part) -> tuple:
+    return tuple((s.start, s.stop) for s in part)
+
+
+def _within(part, block: Part) -> Part:
+    """`part` counted from where `block` begins."""
+    return tuple(
+        slice(s.start - b.start, s.stop - b.start) for s, b in zip(part, block, strict=True)
+    )
+
+
+def _cut(part: Part, itemsize: int) -> Iterator[Part]:
+    """`part` in C order as blocks of at most about BLOCK_BYTES, cut along the first axes."""
+    axis, size = 0, itemsize * math.prod(part_shape(part))
+    if size <= BLOCK_BYTES:
+        yield part
+        return
+    while size // (part[axis].stop - part[axis].start) > BLOCK_BYTES:
+        size //= part[axis].stop - part[axis].start
+        axis += 1
+    length = part[axis].stop - part[axis].start
+    step = max(1, BLOCK_BYTES * length // size)
+    for index in itertools.product(*(range(s.start, s.stop) for s in part[:axis])):
+        for start in range(part[axis].start, part[axis].stop, step):
+            stop = min(start + step, part[axis].stop)
+            yield (*(slice(i, i + 1) for i in index), slice(start, stop), *part[axis + 1 :])

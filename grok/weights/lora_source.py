@@ -1,0 +1,70 @@
+"""Checkpoints of runs that train adapters, as a source: merged into the weights they started from.
+
+Such a checkpoint holds the adapters' factors alone (`lora/layers.attention.w_query_DNH.a`); where
+the other weights are, and their checksum, is in its meta.
+"""
+
+import numpy as np
+
+from grok.config import RunConfig
+from grok.errors import CheckpointError
+from grok.model.params import MATRICES
+from grok.ops.weights.lora import LoraArray, factor_shapes, merged
+from grok.weights import byte_ranges
+from grok.weights.cast import converted
+from grok.weights.checksums import sample_checksum
+from grok.weights.orbax.metadata import LORA, read_tree
+from grok.weights.orbax.source import Arrays
+from grok.weights.source import Part, Source, TensorSpec
+
+
+class LoraSource(Source):
+    """`base` with the adapters of the checkpoint in the folder `step` added, all in float32.
+
+    `run` is the run's config. Raises CheckpointError where `base` is other weights than those that
+    the adapters were trained on, and as OrbaxSource does.
+    """
+
+    format = "orbax"
+
+    def __init__(self, step: str, run: RunConfig, base: Source, checksum: str):
+        if sample_checksum(base) != checksum:
+            raise CheckpointError(
+                f"{step}: has adapters of the weights that were at {base.path}, and others are "
+                "there now; the same weights would work."
+            )
+        self.path, self.config = step, base.config
+        self._base = converted(base, run.model.param_dtype)
+        self._rank, self._scale = run.lora.rank, run.lora.scale
+        folder = byte_ranges.join(step, LORA)
+        self._arrays = Arrays(folder, read_tree(folder))
+        self.tensors = {
+            name: TensorSpec(name, spec.shape, np.dtype(np.float32))
+            for name, spec in base.tensors.items()
+        }
+        self._adapted = {name for name in MATRICES if f"{name}/a" in self._arrays}
+        for name in self._adapted:
+            matrix = MATRICES[name]
+            factors = factor_shapes(
+                base.tensors[name].shape, matrix.row_dims, matrix.col_dims, self._rank
+            )
+            for part, shape in zip("ab", factors, strict=True):
+                self._arrays.spec(f"{name}/{part}", shape)
+        self._arrays.check_none_left({f"{name}/{part}" for name in self._adapted for part in "ab"})
+
+    def read(self, name: str, part: Part) -> np.ndarray:
+        """Values of a part, with what its adapter adds."""
+        base = self._base.read(name, part).astype(np.float32, copy=False)
+        if name not in self._adapted:
+            return base
+        matrix = MATRICES[name]
+        columns = len(part) - matrix.col_dims
+        lead = columns - matrix.row_dims
+        rank = slice(0, self._rank)
+        a = self._arrays.read(f"{name}/a", (*part[:columns], rank))
+        b = self._arrays.read(f"{name}/b", (*part[:lead], rank, *part[columns:]))
+        return merged(LoraArray(base, a, b, self._scale), matrix.row_dims, matrix.col_dims)
+
+    def read_scales(self, name: str, part: Part) -> np.ndarray:
+        """A float tensor has none."""
+        raise AssertionError(f"{name} is float32 and has no scales")

@@ -1,0 +1,1 @@
+"""Our own checkpoints as a source of weights, read without Orbax."""

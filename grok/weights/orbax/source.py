@@ -1,0 +1,185 @@
+"""Checkpoints of ours as a source: those that runs saved through Orbax, and those of imports."""
+
+import math
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from grok.checkpoint.integrity import UNFINISHED
+from grok.config import GrokConfig
+from grok.config.load import from_dict, load_config
+from grok.errors import CheckpointError
+from grok.model import params
+from grok.weights import byte_ranges
+from grok.weights.orbax.metadata import COMMITTED, LORA, METADATA, MODEL, Tree, read_meta, read_tree
+from grok.weights.orbax.zarr import open_array, wait
+from grok.weights.source import Part, Source, TensorSpec
+
+FLOATS = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
+
+
+class OrbaxSource(Source):
+    """One checkpoint, local or at gs://: a run's folder (its newest), its `checkpoints`, or one
+    step's folder. Opening it reads no array.
+
+    The model is `config`; without one that of the run's config.yaml, or else of the config that
+    the checkpoint keeps. `step` is the step's folder; `checksums` are those that an import kept, by
+    name and layer (None where there are no layers), with none for other checkpoints. Raises
+    CheckpointError, with the file and tensor, where a checkpoint is not finished, is damaged, or
+    is of another model.
+    """
+
+    format = "orbax"
+
+    def __init__(self, path: str | os.PathLike[str], config: GrokConfig | None = None):
+        self.path = os.fspath(path)
+        self.step = step_folder(self.path)
+        meta = read_meta(self.step)
+        self.config = config or _config(self.step, meta)
+        self.checksums = _checksums(meta)
+        self._folder = byte_ranges.join(self.step, MODEL)
+        self._arrays = Arrays(self._folder, read_tree(self._folder))
+        self.tensors: Mapping[str, TensorSpec] = {
+            name: self._arrays.spec(name, shape)
+            for name, shape in params.shapes(self.config).items()
+        }
+        self._arrays.check_none_left(self.tensors)
+
+    def read(self, name: str, part: Part) -> np.ndarray:
+        """Values of a part."""
+        kind = "" if self.tensors[name].groups is None else "/values"
+        return self._arrays.read(f"{name}{kind}", part)
+
+    def read_scales(self, name: str, part: Part) -> np.ndarray:
+        """Scales of a part."""
+        return self._arrays.read(f"{name}/scales", part)
+
+
+class Arrays:
+    """The arrays of a tree in `folder`, by names with slashes, opened at once."""
+
+    def __init__(self, folder: str, tree: Tree):
+        self._folder = folder
+        opening = {
+            name.replace(".", "/"): open_array(folder, name, tree.zarr3, tree.ocdbt)
+            for name in sorted(tree.names)
+        }
+        self._stores = {name: self._wait(name, future) for name, future in opening.items()}
+
+    def spec(self, name: str, shape: tuple[int, ...]) -> TensorSpec:
+        """How the tensor `name` is kept, which should have `shape`."""
+        if f"{name}/values" not in self._stores:
+            dtype = self._check(name, shape, FLOATS)
+            return TensorSpec(name, shape, dtype)
+        dtype = self._check(f"{name}/values", shape, (np.dtype(np.int8),))
+        found = self._store(f"{name}/scales").shape
+        axis = len(params.rows_and_columns(name, shape)[0]) if name in params.MATRICES else 0
+        groups = found[axis] if axis < len(found) else 1
+        spec = TensorSpec(name, shape, dtype, groups)
+        self._check(f"{name}/scales", spec.scales_shape, (np.dtype(ml_dtypes.bfloat16),))
+        rows = math.prod(params.rows_and_columns(name, shape)[1])
+        if rows % groups:
+            raise CheckpointError(
+                f"{self._folder}: {name} has {groups} groups of scales, and its {rows} rows cannot "
+                "be split into as many."
+            )
+        return spec
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stores
+
+    def check_none_left(self, wanted: Collection[str]) -> None:
+        """Refuses arrays that are not of the tensors `wanted`."""
+        for name in self._stores:
+            if name not in wanted and name.rpartition("/")[0] not in wanted:
+                raise CheckpointError(
+                    f"{self._folder}: tensor {name} is no parameter of this model."
+                )
+
+    def read(self, name: str, part: Part) -> np.ndarray:
+        """Part of an array."""
+        return self._wait(name, self._stores[name][part].read())
+
+    def _store(self, name: str) -> Any:
+        if name not in self._stores:
+            raise CheckpointError(f"{self._folder}: tensor {name} is missing.")
+        return self._stores[name]
+
+    def _check(self, name: str, shape: tuple[int, ...], dtypes: tuple[np.dtype, ...]) -> np.dtype:
+        store = self._store(name)
+        dtype = np.dtype(store.dtype.numpy_dtype)
+        if store.shape != shape:
+            raise CheckpointError(
+                f"{self._folder}: tensor {name} is {store.shape} there and {shape} in the model of "
+                "this config."
+            )
+        if dtype not in dtypes:
+            raise CheckpointError(
+                f"{self._folder}: tensor {name} is {dtype} there; {' or '.join(map(str, dtypes))} "
+                "would be right."
+            )
+        return dtype
+
+    def _wait(self, name: str, future: Any) -> Any:
+        try:
+            return wait(future)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._folder}: tensor {name} cannot be read: {error}."
+            ) from error
+
+
+def step_folder(path: str) -> str:
+    """The folder of the step that `path` means. Raises CheckpointError where none is finished."""
+    present = byte_ranges.listing(path)
+    if "checkpoints" in present:
+        return step_folder(byte_ranges.join(path, "checkpoints"))
+    if MODEL in present or LORA in present or "_CHECKPOINT_METADATA" in present:
+        if not _is_finished(path):
+            raise CheckpointError(f"{path}: is a checkpoint that was not finished.")
+        return path
+    steps = sorted((int(name) for name in present if name.isdecimal()), reverse=True)
+    for step in steps:
+        folder = byte_ranges.join(path, str(step))
+        if _is_finished(folder):
+            return folder
+    why = "has no finished checkpoint"
+    if ".import" in present:
+        why = "is the folder of an import that was not finished; the same `grok import` goes on"
+    raise CheckpointError(f"{path}: {why}.")
+
+
+def _is_finished(step: str) -> bool:
+    # Where folders cannot be renamed, Orbax writes a file last.
+    if byte_ranges.is_remote(step):
+        return byte_ranges.exists(byte_ranges.join(step, COMMITTED))
+    trees = (Path(step, name, METADATA) for name in (MODEL, LORA))
+    return UNFINISHED not in Path(step).name and any(tree.is_file() for tree in trees)
+
+
+def _config(step: str, meta: dict[str, Any]) -> GrokConfig:
+    beside = Path(step).parent.parent / "config.yaml"
+    if not byte_ranges.is_remote(step) and beside.is_file():
+        return load_config(beside).model
+    if "config" not in meta:
+        raise CheckpointError(
+            f"{step}: does not say what model it is of; give its config with --config."
+        )
+    return from_dict(meta["config"], byte_ranges.join(step, "meta", "metadata")).model
+
+
+def _checksums(meta: dict[str, Any]) -> dict[tuple[str, int | None], str]:
+    kept = meta.get("import", {}).get("checksums", {})
+    return {
+        key: checksum
+        for name, found in kept.items()
+        for key, checksum in (
+            [((name, None), found)]
+            if isinstance(found, str)
+            else [((name, layer), each) for layer, each in enumerate(found)]
+        )
+    }

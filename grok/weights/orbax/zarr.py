@@ -1,0 +1,228 @@
+"""Arrays of a checkpoint on disk: zarr version 3 in shards, as TensorStore and Orbax read them.
+
+A tensor's values are cut into shards, a file each: a matrix of one layer and expert, or some rows
+of it where that is larger than `SHARD_BYTES`. A shard is cut into chunks, so that a device of a
+mesh reads little more than its own part. The file has the chunks one after the other, then where
+each begins and how long it is, and a CRC-32C of that. Nothing is compressed, so all places are
+known beforehand, and a shard is written slab by slab: a slab is the chunks of the same rows.
+
+An int8 tensor is two arrays, values and scales.
+
+Format: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from grok.errors import CheckpointError
+from grok.model import params
+from grok.weights import byte_ranges
+from grok.weights.source import Part, TensorSpec
+
+SHARD_BYTES = 1 << 28
+# An axis of this letter, in the name of a tensor, is cut into so many chunks where it can be:
+# the axes that meshes split, about as finely as large ones do.
+CHUNKS = {"D": 16, "F": 8, "N": 8, "K": 8, "V": 128}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slabs:
+    """Successive slabs of a shard: their `part` of the array, and byte `offset` in the file."""
+
+    shard: Part
+    part: Part
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of a checkpoint, and how it is cut; its `name` has the dots of Orbax."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    shard: tuple[int, ...]
+    chunk: tuple[int, ...]
+
+    def shards(self, part: Part) -> Iterator[Part]:
+        """The shards that make up `part`, in C order; each lies in it whole."""
+        starts = (range(s.start, s.stop, size) for s, size in zip(part, self.shard, strict=True))
+        for corner in itertools.product(*starts):
+            yield tuple(
+                slice(start, start + size) for start, size in zip(corner, self.shard, strict=True)
+            )
+
+    def slabs(self, shard: Part, limit: int) -> Iterator[Slabs]:
+        """The slabs of a shard, so many at once as have no more than `limit` bytes, or one.
+
+        They come in C order, which is also how they lie in the file.
+        """
+        axis = self.slab_axis
+        row_bytes = math.prod(self.shard) * self.dtype.itemsize // self.shard[axis]
+        step = max(1, limit // (self.chunk[axis] * row_bytes)) * self.chunk[axis]
+        rows = shard[axis]
+        for start in range(rows.start, rows.stop, step):
+            cut = slice(start, min(start + step, rows.stop))
+            part = (*shard[:axis], cut, *shard[axis + 1 :])
+            yield Slabs(shard, part, (start - rows.start) * row_bytes)
+
+    @property
+    def slab_axis(self) -> int:
+        """The axis along which slabs follow each other: the first that a shard has more of."""
+        return next((axis for axis, size in enumerate(self.shard) if size > 1), 0)
+
+    def file(self, folder: Path, shard: Part) -> Path:
+        """A shard's file, for a checkpoint in `folder`."""
+        numbers = (s.start // size for s, size in zip(shard, self.shard, strict=True))
+        return folder / self.name / ".".join(["c", *map(str, numbers)])
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of a shard's file."""
+        return math.prod(self.shard) * self.dtype.itemsize + len(self.index)
+
+    @functools.cached_property
+    def index(self) -> bytes:
+        """What ends a shard's file: offset and length of each chunk, and a CRC-32C of these."""
+        nbytes = math.prod(self.chunk) * self.dtype.itemsize
+        offsets = np.arange(0, math.prod(self.shard) * self.dtype.itemsize, nbytes)
+        places = np.stack([offsets, np.full_like(offsets, nbytes)], axis=1).astype("<u8").tobytes()
+        return places + _crc32c(places).to_bytes(4, "little")
+
+
+def arrays(spec: TensorSpec) -> tuple[Array, Array | None]:
+    """The arrays that a tensor is kept in: of values and, for int8, of scales."""
+    name = spec.name.replace("/", ".")
+    lead = int(name.startswith("layers."))
+    if spec.name in params.MATRICES:
+        lead = len(params.rows_and_columns(spec.name, spec.shape)[0])
+    matrix, ones = spec.shape[lead:], (1,) * lead
+    # Of a vector, devices need all.
+    letters = name.rpartition("_")[2][-len(matrix) :] if len(matrix) > 1 else "-"
+    chunk = [
+        size // math.gcd(size, CHUNKS.get(letter, 1))
+        for size, letter in zip(matrix, letters, strict=True)
+    ]
+    if spec.groups is None:
+        slab_bytes = chunk[0] * math.prod(matrix[1:]) * spec.dtype.itemsize
+        rows = chunk[0] * _divisor(matrix[0] // chunk[0], max(1, SHARD_BYTES // slab_bytes))
+        shard = (*ones, rows, *matrix[1:])
+        return Array(name, spec.shape, spec.dtype, shard, (*ones, *chunk)), None
+    # Scales belong to whole matrices, so an int8 matrix is not cut into several shards.
+    values = Array(f"{name}.values", spec.shape, spec.dtype, (*ones, *matrix), (*ones, *chunk))
+    shape = spec.scales_shape
+    # Scales are few: those of a layer are one file.
+    shard, one = (1, *shape[1:]), (*ones, *shape[lead:])
+    return values, Array(f"{name}.scales", shape, np.dtype(ml_dtypes.bfloat16), shard, one)
+
+
+def create(folder: Path, array: Array) -> None:
+    """Makes the array in `folder`, with no shard yet, where it is not there from an earlier try.
+
+    Raises OSError where it cannot be made.
+    """
+    to_bytes = {"name": "bytes", "configuration": {"endian": "little"}}
+    sharding = {
+        "chunk_shape": array.chunk,
+        "codecs": [to_bytes],
+        "index_codecs": [to_bytes, {"name": "crc32c"}],
+    }
+    metadata = {
+        "shape": array.shape,
+        "data_type": array.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": array.shard}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+    kvstore = _kvstore(folder / array.name)
+    spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata}
+    wait(ts.open(spec, open=True, create=True))
+
+
+def write_slabs(folder: Path, array: Array, slabs: Slabs, values: np.ndarray) -> None:
+    """Writes the values of slabs into their shard's file, which the first of them makes.
+
+    Those of a shard are to be written in order: the file has its full size only after the last.
+    Raises OSError where it cannot be written.
+    """
+    count = values.shape[array.slab_axis] // array.chunk[array.slab_axis]
+    with open(array.file(folder, slabs.shard), "r+b" if slabs.offset else "wb") as file:
+        file.seek(slabs.offset)
+        for slab in np.split(values, count, array.slab_axis):
+            # Every axis as (chunks, size in a chunk), then the chunks first.
+            cut = zip(slab.shape, array.chunk, strict=True)
+            split = slab.reshape([n for size, chunk in cut for n in (size // chunk, chunk)])
+            chunks = split.transpose(*range(0, split.ndim, 2), *range(1, split.ndim, 2))
+            file.write(np.ascontiguousarray(chunks).reshape(-1).view(np.uint8))
+        if file.tell() + len(array.index) == array.file_bytes:
+            file.write(array.index)
+
+
+def open_array(folder: str, name: str, zarr3: bool, ocdbt: bool) -> ts.Future:
+    """Begins to open an array of a checkpoint in `folder`, local or gs://, for reading.
+
+    `zarr3` and `ocdbt` are what Orbax says of the folder; `wait` gives the array.
+    """
+    if ocdbt:
+        kvstore: dict[str, Any] = {"driver": "ocdbt", "base": _kvstore(folder), "path": f"{name}/"}
+    else:
+        kvstore = _kvstore(byte_ranges.join(folder, name))
+    spec = {
+        "driver": "zarr3" if zarr3 else "zarr",
+        "kvstore": kvstore,
+        "fill_missing_data_reads": False,
+    }
+    return ts.open(spec, open=True, read=True)
+
+
+def wait(future: Any) -> Any:
+    """The result of a future of TensorStore; OSError, in few words, whatever went wrong."""
+    try:
+        return future.result()
+    except ValueError as error:
+        raise OSError(reason(error)) from error
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in few words, whether TensorStore raised it or what is around it."""
+    if isinstance(error, OSError):
+        return byte_ranges.reason(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    said = str(error).partition(" [")[0].splitlines()
+    return os.strerror(int(code[1])) if code else said[0] if said else type(error).__name__
+
+
+def _kvstore(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """TensorStore's name of a folder."""
+    if not byte_ranges.is_remote(folder):
+        return {"driver": "file", "path": f"{os.path.abspath(folder)}/"}
+    scheme, _, rest = os.fspath(folder).partition("://")
+    bucket, _, path = rest.partition("/")
+    if scheme != "gs":
+        raise CheckpointError(f"{folder}: checkpoints are read from local folders and gs://.")
+    return {"driver": "gcs", "bucket": bucket, "path": f"{path.rstrip('/')}/"}
+
+
+def _divisor(number: int, at_most: int) -> int:
+    return next(d for d in range(min(number, at_most), 0, -1) if number % d == 0)
+
+
+def _crc32c(data: bytes) -> int:
+    """The CRC of RFC 3720 (Castagnoli's polynomial), a bit at a time."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF

@@ -1,0 +1,115 @@
+"""Weights on disk seen alike, whatever their format: named tensors of our tree, read in parts.
+
+Every reader of a format is a `Source`, and so is a conversion of one (`convert.py`); everything
+that takes weights in (loading onto a mesh, importing, exporting, comparing) works on any of them.
+"""
+
+import abc
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from grok.config import GrokConfig
+from grok.model import params
+
+# One slice for each axis, with start and stop given and no step.
+Part = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a source: its name and shape in our tree and how its values are kept.
+
+    `dtype` is float32, bfloat16, float16 or int8; int8 values go with `groups` groups of rows, each
+    with a scale per column, bfloat16 (`grok.ops.weights.int8`). Otherwise `groups` is None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    groups: int | None = None
+
+    @property
+    def scales_shape(self) -> tuple[int, ...]:
+        """Shape of the scales of int8 values."""
+        assert self.groups is not None
+        return params.scales_shape(self.name, self.shape, self.groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values and, of int8 values, their scales."""
+        scales = 0 if self.groups is None else 2 * math.prod(self.scales_shape)
+        return math.prod(self.shape) * self.dtype.itemsize + scales
+
+    @property
+    def whole(self) -> Part:
+        """The part that is everything."""
+        return tuple(slice(0, size) for size in self.shape)
+
+
+class Source(abc.ABC):
+    """Weights of a model that can be read part by part, by several threads at a time.
+
+    `format` is "xai", "orbax", "huggingface" or "random"; `path` says where, for messages;
+    `tensors` holds exactly the names of `grok.model.params.shapes(config)`, in that order.
+    Methods raise CheckpointError, with the file, for what cannot be read.
+    """
+
+    format: str
+    path: str
+    config: GrokConfig
+    tensors: Mapping[str, TensorSpec]
+
+    @abc.abstractmethod
+    def read(self, name: str, part: Part) -> np.ndarray:
+        """Values of a part, in the dtype of the tensor's spec."""
+
+    @abc.abstractmethod
+    def read_scales(self, name: str, part: Part) -> np.ndarray:
+        """Scales of a part, a part of `TensorSpec.scales_shape`, bfloat16."""
+
+    @property
+    def dtype(self) -> str:
+        """In a word: int8 when the matrices are, else the matrices' own type."""
+        return str(self.tensors["layers/moe/w_gate_EDF"].dtype)
+
+
+def pieces(spec: TensorSpec) -> Iterator[tuple[int | None, Part]]:
+    """A tensor layer by layer: (layer, its part); (None, everything) for one without layers."""
+    if not spec.name.startswith("layers/"):
+        yield None, spec.whole
+        return
+    for layer in range(spec.shape[0]):
+        yield layer, (slice(layer, layer + 1), *spec.whole[1:])
+
+
+def blocks(spec: TensorSpec, part: Part, limit: int = 1 << 28) -> Iterator[Part]:
+    """`part` in C order as parts of one matrix each, or of at most about `limit` bytes.
+
+    A matrix (one layer, one expert) is never cut, so that each of its groups of scales is whole.
+    """
+    if spec.name in params.MATRICES:
+        lead = len(params.rows_and_columns(spec.name, spec.shape)[0])
+        for index in itertools.product(*(range(s.start, s.stop) for s in part[:lead])):
+            yield (*(slice(i, i + 1) for i in index), *part[lead:])
+        return
+    row_bytes = math.prod(s.stop - s.start for s in part[1:]) * spec.dtype.itemsize
+    rows = max(1, limit // row_bytes)
+    for start in range(part[0].start, part[0].stop, rows):
+        yield (slice(start, min(start + rows, part[0].stop)), *part[1:])
+
+
+def scales_part(spec: TensorSpec, part: Part) -> Part:
+    """The part of the scales that serves whole matrices: the `part` that `blocks` gives."""
+    assert spec.groups is not None
+    matrix = params.MATRICES[spec.name]
+    lead = len(part) - matrix.row_dims - matrix.col_dims
+    return (*part[:lead], slice(0, spec.groups), *part[len(part) - matrix.col_dims :])
+
+
+def part_shape(part: Part) -> tuple[int, ...]:
+    """The shape of what `part` selects."""
+    return tuple(s.stop - s.start for s in part)

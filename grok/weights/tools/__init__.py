@@ -1,0 +1,1 @@
+"""`grok inspect`, `grok verify` and `grok export params`."""

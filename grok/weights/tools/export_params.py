@@ -1,0 +1,57 @@
+"""The parameters of a run's checkpoint, without what only training needs, in a folder of their own.
+
+It is an import of a checkpoint of ours: streamed, with checksums, restartable after a kill.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+from grok import storage
+from grok.config.load import from_dict
+from grok.errors import CheckpointError
+from grok.storage import StrPath, join
+from grok.weights.cast import converted
+from grok.weights.detect import open_source
+from grok.weights.importing.importer import Imported, Progress, import_weights
+from grok.weights.importing.quantization_error import MeasuredQuantized
+from grok.weights.orbax.metadata import read_meta
+from grok.weights.orbax.source import step_folder
+
+
+def export_params(
+    src: StrPath,
+    dst: StrPath,
+    dtype: str | None = None,
+    progress: Progress = lambda name, done, total: None,
+) -> Imported:
+    """Writes the parameters of the checkpoint at `src` (a run, its `checkpoints`, or a step), local
+    or gs://, to the new local folder `dst`, with the run's config and tokenizer.
+
+    `dtype` is what matrices become (int8, bfloat16, float32), by default what they are. Raises
+    CheckpointError where `src` holds no whole checkpoint of ours, or `dst` is in use.
+    """
+    step = step_folder(os.fspath(src))
+    source = open_source(step)
+    meta = read_meta(step)
+    if "config" not in meta:
+        raise CheckpointError(f"{step}: does not say what run it is of.")
+    run = from_dict(meta["config"], join(step, "meta", "metadata"))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = _tokenizer(step, Path(folder))
+        if dtype == "int8" and source.dtype != "int8":
+            return import_weights(MeasuredQuantized(source), dst, run, tokenizer, progress)
+        wanted = converted(source, dtype or source.dtype)
+        return import_weights(wanted, dst, run, tokenizer, progress)
+
+
+def _tokenizer(step: str, folder: Path) -> Path | None:
+    """The tokenizer of the run that a checkpoint is of, as a local file, where there is one."""
+    beside = join(os.path.dirname(os.path.dirname(step)), "tokenizer.model")
+    try:
+        if not storage.exists(beside):
+            return None
+        storage.copy(beside, folder / "tokenizer.model")
+    except OSError as error:
+        raise CheckpointError(f"{beside}: cannot be copied: {storage.reason(error)}.") from error
+    return folder / "tokenizer.model"

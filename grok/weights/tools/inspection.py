@@ -1,0 +1,190 @@
+"""What weights are at a path: tensors, sizes, config and what is wrong, from headers alone."""
+
+import dataclasses
+import os
+from typing import Any
+
+from grok.config import GrokConfig
+from grok.config.load import configs_folder, load_config
+from grok.errors import CheckpointError, ConfigError
+from grok.weights import byte_ranges
+from grok.weights.detect import open_source
+from grok.weights.huggingface import config_json
+from grok.weights.huggingface.safetensors import parse_object
+from grok.weights.orbax.metadata import read_meta
+from grok.weights.orbax.source import OrbaxSource
+from grok.weights.source import Source
+from grok.weights.tools.diagnose import Tensor, survey
+from grok.weights.tools.verify import differing_field
+from grok.weights.xai.source import tensor_shapes
+
+# Where the value of a field of the config is from.
+FILES, WITH_HEAD_DIM, ASSUMED = "files", "files, with this head_dim", "assumed"
+GIVEN, CONFIG_JSON, STORED = "--config", "config.json", "stored config"
+# What a release's files tell of it; of heads only how wide all are together.
+IN_RELEASE = {
+    **dict.fromkeys(("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_experts"), FILES),
+    **dict.fromkeys(("num_heads", "num_kv_heads"), WITH_HEAD_DIM),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What was found at `path`. `problems` are sentences, none where everything is complete.
+
+    `origins` says of each field of `config` where its value is from; `preset` is the one that has
+    this config, `fitting` names others whose tensors have the same shapes in a release's files.
+    `step`, `checksums` (how many are kept) and `imported_from` are of checkpoints of ours alone.
+    """
+
+    path: str
+    format: str | None
+    tensors: tuple[Tensor, ...] = ()
+    config: GrokConfig | None = None
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
+    preset: str | None = None
+    fitting: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    step: int | None = None
+    checksums: int | None = None
+    imported_from: str | None = None
+
+    @property
+    def dtype(self) -> str | None:
+        """In a word: the type of the matrices."""
+        return next((t.dtype for t in self.tensors if t.name == "layers/moe/w_gate_EDF"), None)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
+    @property
+    def parameters(self) -> dict[str, int] | None:
+        """How many there are, a token uses, and it uses beside the embedding."""
+        if self.config is None:
+            return None
+        active = self.config.num_active_parameters()
+        embedding = self.config.vocab_size * self.config.embed_dim
+        return {
+            "total": self.config.num_parameters(),
+            "active": active,
+            "active_without_embedding": active - embedding,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, with the same keys whatever was found."""
+        return {
+            "path": self.path,
+            "format": self.format,
+            "dtype": self.dtype,
+            "complete": not self.problems,
+            "problems": list(self.problems),
+            "tensors": [dataclasses.asdict(tensor) for tensor in self.tensors],
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "config": None if self.config is None else dataclasses.asdict(self.config),
+            "assumed": [
+                name for name, origin in self.origins.items() if origin in (WITH_HEAD_DIM, ASSUMED)
+            ],
+            "preset": self.preset,
+            "step": self.step,
+            "checksums": self.checksums,
+            "imported_from": self.imported_from,
+        }
+
+
+def inspect(path: str | os.PathLike[str], config: GrokConfig | None = None) -> Inspection:
+    """What is at `path`, in any format; `config` as for `open_source`.
+
+    Reads headers and no weights. What is wrong becomes a problem, not an error.
+    """
+    try:
+        source = open_source(path, config)
+    except (CheckpointError, ConfigError) as error:
+        found = survey(os.fspath(path), config)
+        problems = dict.fromkeys((str(error), *found.problems))
+        fitting = {} if config or not found.shapes else _presets_of_shapes(found.shapes)
+        return Inspection(
+            os.fspath(path),
+            found.format,
+            found.tensors,
+            fitting=tuple(p for p, m in fitting.items() if m.num_layers >= found.num_layers),
+            problems=tuple(problems),
+        )
+    return Inspection(
+        source.path,
+        source.format,
+        tuple(
+            Tensor(spec.name, spec.shape, str(spec.dtype), spec.groups, spec.nbytes)
+            for spec in source.tensors.values()
+        ),
+        source.config,
+        _origins(source, config),
+        preset_of(source.config),
+        _fitting(source, config),
+        **_kept(source),
+    )
+
+
+def preset_of(config: GrokConfig) -> str | None:
+    """The preset that computes what `config` does, if any."""
+    return next((p for p, model in _presets().items() if not differing_field(model, config)), None)
+
+
+def _fitting(source: Source, config: GrokConfig | None) -> tuple[str, ...]:
+    if source.format != "xai" or config is not None:
+        return ()
+    shapes = {name: shape.in_file for name, shape in tensor_shapes(source.config).items()}
+    layers, same = source.config.num_layers, preset_of(source.config)
+    presets = _presets_of_shapes(shapes)
+    return tuple(p for p, model in presets.items() if model.num_layers == layers and p != same)
+
+
+def _presets_of_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, GrokConfig]:
+    """The presets whose tensors of these names have these shapes in a release's files."""
+    return {
+        preset: model
+        for preset, model in _presets().items()
+        if all(tensor_shapes(model)[name].in_file == shape for name, shape in shapes.items())
+    }
+
+
+def _presets() -> dict[str, GrokConfig]:
+    """The configs that are of a model alone, for no slice that it would run on."""
+    files = sorted(configs_folder().glob("*.yaml"))
+    configs = {file.stem: load_config(file) for file in files}
+    return {name: each.model for name, each in configs.items() if not each.plan.topology}
+
+
+def _origins(source: Source, config: GrokConfig | None) -> dict[str, str]:
+    """Where each field's value is from."""
+    fields = [field.name for field in dataclasses.fields(GrokConfig)]
+    if config is not None:
+        return {name: FILES if IN_RELEASE.get(name) == FILES else GIVEN for name in fields}
+    if source.format == "xai":
+        return {name: IN_RELEASE.get(name, ASSUMED) for name in fields}
+    if source.format == "huggingface":
+        stored = _in_config_json(source.path)
+        return {name: CONFIG_JSON if name in stored else ASSUMED for name in fields}
+    return dict.fromkeys(fields, STORED)
+
+
+def _in_config_json(folder: str) -> set[str]:
+    """The fields that a Hugging Face folder's config.json has."""
+    path = byte_ranges.join(folder, config_json.FILE)
+    data = parse_object(byte_ranges.read_bytes(path), f"{path}:")
+    known = config_json.SIZES | config_json.FACTORS
+    return {ours for ours, theirs in known.items() if any(data.get(key) for key in theirs)}
+
+
+def _kept(source: Source) -> dict[str, Any]:
+    """What checkpoints of ours keep beside the weights."""
+    if not isinstance(source, OrbaxSource):
+        return {}
+    origin = read_meta(source.step).get("import", {})
+    return {
+        "step": int(source.step.rstrip("/").rpartition("/")[2]),
+        "checksums": len(source.checksums),
+        "imported_from": origin.get("path"),
+    }

@@ -1,0 +1,294 @@
+"""xAI's release of Grok-1 (`ckpt-0`), seen as a source of our tree of parameters.
+
+The release is one folder of files `tensor00000_000`, `tensor00001_000`, ..., each with one whole
+tensor: the token table, the final norm, then twelve tensors a layer. Layers come in the order of
+their numbers as text (0, 1, 10, 11, ..., 19, 2, 20, ...), as JAX sorts the keys of a dict.
+
+Matrices are int8 with bfloat16 scales, (..., groups, columns) for (..., rows, columns), where rows
+are the contracted axis. Some have several groups because the released code split rows over eight
+devices; that split ties nothing here to a mesh.
+
+Shape letters: D embed, E experts, F mlp, H head_dim, K kv heads, L layers, N heads, V vocab.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from grok.config import GrokConfig
+from grok.errors import CheckpointError, ConfigError
+from grok.model import params
+from grok.weights import byte_ranges
+from grok.weights.source import Part, Source, TensorSpec, part_shape
+from grok.weights.xai.objects import ArrayRecord, QuantizedRecord, Record
+from grok.weights.xai.unpickler import read_record
+
+# Endings of what aria2, browsers, curl and wget leave beside or instead of the file.
+UNFINISHED = (".aria2", ".crdownload", ".download", ".incomplete", ".part", ".partial", ".tmp")
+# A layer's tensors in the order of their files: the released code's name, and ours.
+LAYER_TENSORS = (
+    ("moe/linear/w", "layers/moe/w_gate_EDF"),  # the branch that goes through GELU
+    ("moe/linear_1/w", "layers/moe/w_down_EFD"),
+    ("moe/linear_v/w", "layers/moe/w_up_EDF"),
+    ("multi_head_attention/key/w", "layers/attention/w_key_DKH"),
+    ("multi_head_attention/linear/w", "layers/attention/w_out_NHD"),
+    ("multi_head_attention/query/w", "layers/attention/w_query_DNH"),
+    ("multi_head_attention/value/w", "layers/attention/w_value_DKH"),
+    ("rms_norm/scale", "layers/pre_attn_norm/scale_D"),
+    ("rms_norm_1/scale", "layers/post_attn_norm/scale_D"),
+    ("rms_norm_2/scale", "layers/pre_moe_norm/scale_D"),
+    ("rms_norm_3/scale", "layers/post_moe_norm/scale_D"),
+    ("router/w", "layers/moe/router_DE"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseTensor:
+    """One file of the release, and the parameter (or one layer of it) that the file holds."""
+
+    file: str
+    release_name: str
+    name: str
+    layer: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorShape:
+    """How the release keeps one layer of a parameter, and the shape that it has in our tree."""
+
+    in_file: tuple[int, ...]
+    in_tree: tuple[int, ...]
+    quantized: bool
+
+
+def tensor_names(num_layers: int) -> list[ReleaseTensor]:
+    """All 2 + 12 * `num_layers` tensors, in the order of the release's files."""
+    rows: list[tuple[str, str, int | None]] = [
+        ("language_model/in_out_embed/embeddings", "embed/table_VD", None),
+        ("language_model/rms_norm/scale", "final_norm/scale_D", None),
+    ]
+    for layer in sorted(range(num_layers), key=str):
+        for release_name, name in LAYER_TENSORS:
+            rows.append((f"transformer/decoder_layer_{layer}/{release_name}", name, layer))
+    return [ReleaseTensor(f"tensor{index:05d}_000", *row) for index, row in enumerate(rows)]
+
+
+def tensor_shapes(config: GrokConfig) -> dict[str, TensorShape]:
+    """How each parameter lies in its files; `in_tree` is one layer's, without the axis L."""
+    ours = {
+        name: shape[1:] if name.startswith("layers/") else shape
+        for name, shape in params.shapes(config).items()
+    }
+    return {
+        name: TensorShape(_in_file(name, shape), shape, name in params.MATRICES)
+        for name, shape in ours.items()
+    }
+
+
+def _in_file(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The release keeps heads and their width as one axis, heads first."""
+    if name not in params.MATRICES:
+        return shape
+    lead, rows, columns = params.rows_and_columns(name, shape)
+    return (*lead, math.prod(rows), math.prod(columns))
+
+
+class ReleaseSource(Source):
+    """A `ckpt-0` folder, local or at gs://. Opening it reads every file's header, and no array.
+
+    Raises CheckpointError, with the file and what would be right, where files are missing or too
+    many, are damaged, or have shapes of another model. Nothing in a file says which tensor it is,
+    so files of one shape that changed places are not noticed.
+    """
+
+    format = "xai"
+
+    def __init__(self, folder: str | os.PathLike[str], config: GrokConfig):
+        self.path, self.config = os.fspath(folder), config
+        tensors = tensor_names(config.num_layers)
+        _check_files(self.path, [tensor.file for tensor in tensors], config.num_layers)
+        shapes = tensor_shapes(config)
+        paths = [byte_ranges.join(self.path, tensor.file) for tensor in tensors]
+        # Sixteen at a time: a remote file takes some round trips.
+        with ThreadPoolExecutor(16) as pool:
+            records = list(pool.map(read_record, paths))
+        _check_shapes(self.path, tensors, records, shapes)
+        self._found: dict[tuple[str, int | None], tuple[str, Record]] = {}
+        groups: dict[str, int] = {}
+        for tensor, path, record in zip(tensors, paths, records, strict=True):
+            if isinstance(record, QuantizedRecord):
+                own = record.scales.shape[-2]
+                if groups.setdefault(tensor.name, own) != own:
+                    raise CheckpointError(
+                        f"{path}: {tensor.release_name} has {own} groups of scales, and the same "
+                        f"tensor of other layers has {groups[tensor.name]}."
+                    )
+            self._found[tensor.name, tensor.layer] = path, record
+        self.tensors = {
+            name: TensorSpec(
+                name, shape, np.dtype("int8" if name in groups else "float32"), groups.get(name)
+            )
+            for name, shape in params.shapes(config).items()
+        }
+
+    def file_of(self, name: str, layer: int | None) -> str:
+        """The file that holds this tensor, for messages."""
+        return self._found[name, layer][0]
+
+    def read(self, name: str, part: Part) -> np.ndarray:
+        """Values of a part: float32, or int8 as they are."""
+        return self._read(name, part, self.tensors[name].shape, scales=False)
+
+    def read_scales(self, name: str, part: Part) -> np.ndarray:
+        """Scales of a part, bfloat16, as they are."""
+        return self._read(name, part, self.tensors[name].scales_shape, scales=True)
+
+    def _read(self, name: str, part: Part, shape: tuple[int, ...], scales: bool) -> np.ndarray:
+        if not name.startswith("layers/"):
+            path, array = self._array(name, None, scales)
+            return byte_ranges.read_part(path, array.offset, shape, array.dtype, part)
+        first, stop = part[0].start, part[0].stop
+        out = np.empty(part_shape(part), self._array(name, first, scales)[1].dtype)
+        for layer in range(first, stop):
+            path, array = self._array(name, layer, scales)
+            # Heads and their width are one axis in the file, and the same bytes as two.
+            byte_ranges.read_into(out[layer - first], path, array.offset, shape[1:], part[1:])
+        return out
+
+    def _array(self, name: str, layer: int | None, scales: bool) -> tuple[str, ArrayRecord]:
+        path, record = self._found[name, layer]
+        if isinstance(record, QuantizedRecord):
+            record = record.scales if scales else record.weight
+        return path, record
+
+
+def implied_config(folder: str | os.PathLike[str]) -> GrokConfig:
+    """The config that a `ckpt-0` folder implies by its files' number and shapes.
+
+    The files do not tell the width of a head, which is taken as the release's 128, nor how many
+    experts are chosen nor any multiplier, which are the release's. Raises CheckpointError where
+    the files cannot be of that kind.
+    """
+    num_layers = _count_layers(folder)
+    by_name = {tensor.name: tensor.file for tensor in tensor_names(1)}
+
+    def shape(name: str, dims: int) -> tuple[int, ...]:
+        path = byte_ranges.join(folder, by_name[name])
+        record = read_record(path)
+        found = (record.weight if isinstance(record, QuantizedRecord) else record).shape
+        if len(found) != dims:
+            raise CheckpointError(
+                f"{path}: should have {dims} dimensions, and its shape is {found}."
+            )
+        return found
+
+    vocab, embed = shape("embed/table_VD", 2)
+    experts, _, mlp = shape("layers/moe/w_gate_EDF", 3)
+    queries = shape("layers/attention/w_query_DNH", 2)[1]
+    keys = shape("layers/attention/w_key_DKH", 2)[1]
+    if queries % 128 or keys % 128:
+        raise CheckpointError(
+            f"{folder}: queries are {queries} wide and keys {keys}, no multiples of the release's "
+            "head_dim of 128; a config must say what head_dim, num_heads and num_kv_heads are."
+        )
+    try:
+        return GrokConfig(
+            vocab_size=vocab,
+            num_layers=num_layers,
+            embed_dim=embed,
+            mlp_dim=mlp,
+            num_heads=queries // 128,
+            num_kv_heads=keys // 128,
+            head_dim=128,
+            num_experts=experts,
+            num_selected_experts=min(2, experts),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: has the shapes of no model: {error}") from error
+
+
+def _count_layers(folder: str | os.PathLike[str]) -> int:
+    present = {
+        name for name in byte_ranges.listing(folder) if re.fullmatch(r"tensor\d{5}_000", name)
+    }
+    layers = max(1, math.ceil((len(present) - 2) / 12))
+    missing = [tensor.file for tensor in tensor_names(layers) if tensor.file not in present]
+    if missing:
+        raise CheckpointError(
+            f"{byte_ranges.join(folder, missing[0])}: is missing; a release has 2 files and 12 for "
+            f"each layer, so {2 + 12 * layers} and not {len(present)} here."
+        )
+    return layers
+
+
+def _check_files(folder: str, expected: list[str], num_layers: int) -> None:
+    # Hidden files are the droppings of file managers and downloaders.
+    present = {name for name in byte_ranges.listing(folder) if not name.startswith(".")}
+    right = (
+        f"a release of {num_layers} layers has {len(expected)} files, "
+        f"{expected[0]} to {expected[-1]}, and no others"
+    )
+    missing = [name for name in expected if name not in present]
+    extra = sorted(present.difference(expected))
+    for name in extra:
+        whole, suffix = os.path.splitext(name)
+        if suffix in UNFINISHED and whole in expected:
+            raise CheckpointError(
+                f"{byte_ranges.join(folder, name)}: is what a download leaves while it is "
+                f"unfinished; {whole} has to be downloaded to its end, and {name} to go."
+            )
+    if missing:
+        others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        strangers = f"; {extra[0]} is here instead" if extra else ""
+        where = byte_ranges.join(folder, missing[0])
+        raise CheckpointError(f"{where}: is missing{others}{strangers}; {right}.")
+    if extra:
+        raise CheckpointError(
+            f"{byte_ranges.join(folder, extra[0])}: does not belong here; {right}."
+        )
+
+
+def _check_shapes(
+    folder: str,
+    tensors: list[ReleaseTensor],
+    records: list[Record],
+    shapes: dict[str, TensorShape],
+) -> None:
+    places = zip(tensors, records, strict=True)
+    wrong = [(t, record) for t, record in places if not _fits(record, shapes[t.name])]
+    if not wrong:
+        return
+    tensor, record = wrong[0]
+    right = shapes[tensor.name]
+    form = "quantised int8" if right.quantized else "float32"
+    swapped = [
+        other.file
+        for other, theirs in wrong[1:]
+        if _fits(record, shapes[other.name]) and _fits(theirs, right)
+    ]
+    fitting = [other.file for other in tensors if _fits(record, shapes[other.name])]
+    guess = ""
+    if swapped:
+        guess = f" It would fit {swapped[0]}, and that file here: were the two swapped?"
+    elif fitting:
+        guess = f" It would fit {fitting[0]}: was a file renamed or copied?"
+    raise CheckpointError(
+        f"{byte_ranges.join(folder, tensor.file)}: {tensor.release_name} is {_describe(record)}; "
+        f"for this model's config it should be {form} {right.in_file}.{guess}"
+    )
+
+
+def _fits(record: Record, right: TensorShape) -> bool:
+    if isinstance(record, QuantizedRecord):
+        return right.quantized and record.weight.shape == right.in_file
+    return (record.dtype, record.shape, False) == (np.float32, right.in_file, right.quantized)
+
+
+def _describe(record: Record) -> str:
+    if isinstance(record, QuantizedRecord):
+        return f"quantised int8 {record.weight.shape}"
+    return f"{record.dtype} {record.shape}" + " without scales" * (record.dtype == np.int8)

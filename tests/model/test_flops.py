@@ -1,0 +1,31 @@
+"""FLOPs of the model, counted by hand and as published."""
+
+import pytest
+
+from grok.config import GrokConfig
+from grok.config.load import load_config
+from grok.model.flops import flops_per_token
+
+
+def test_every_product_of_a_small_model():
+    model = GrokConfig(
+        vocab_size=100,
+        num_layers=3,
+        embed_dim=16,
+        mlp_dim=20,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=6,
+        num_experts=5,
+        num_selected_experts=2,
+    )
+    q_and_o, k_and_v = 2 * 16 * 4 * 6, 2 * 16 * 2 * 6
+    router, experts = 16 * 5, 2 * 3 * 16 * 20
+    layer = 2 * (q_and_o + k_and_v + router + experts) + 2 * 2 * 4 * 6 * (64 / 2)
+    assert flops_per_token(model, 64) == 3 * (3 * layer + 2 * 100 * 16)
+
+
+def test_the_release_at_its_full_length():
+    model = load_config("grok-1").model
+    # 6 x 83.76e9 parameters and 19.3e9 of causal attention.
+    assert flops_per_token(model, 8192) == pytest.approx(522e9, rel=1e-3)

@@ -1,0 +1,159 @@
+"""The TPU form of the experts, interpreted, against the reference that runs all on every row.
+
+Letters: R rows, C chosen experts of a row, D embed, F mlp, E experts.
+"""
+
+import functools
+from unittest.mock import Mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import grok.model.moe
+import grok.ops.moe.experts_pallas
+from grok import sharding
+from grok.ops.moe.experts_pallas import experts_grouped, experts_in_parts
+from grok.ops.moe.experts_xla import experts_reference
+from grok.ops.moe.grouped_hidden import grouped_hidden_reference
+from grok.ops.moe.grouped_matmul import grouped_matmul_reference, weight_gradient_reference
+from grok.ops.weights.int8 import QuantizedArray, quantize
+from grok.ops.weights.lora import LoraArray
+from tests.model import test_meshes
+from tests.ops.test_experts_xla import (
+    TOLERANCE,
+    C,
+    E,
+    R,
+    arrays,
+    assert_near,
+    routing,
+    run_reference,
+    value_and_gradients,
+)
+
+RACES = pltpu.InterpretParams(detect_races=True)
+
+run_grouped = value_and_gradients(lambda *inputs: experts_grouped(*inputs, RACES))
+run_in_parts = value_and_gradients(lambda *inputs: experts_in_parts(*inputs[:3], inputs[3:], list))
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch) -> None:
+    """The references in place of the kernels, which tests/ops/test_grouped_matmul.py compares."""
+
+    def matmul(
+        xs, ws, tiles_E, tile, *, dtype, transposed=False, most=None, start=None, interpret=False
+    ):
+        ws = [jnp.swapaxes(w, 1, 2) if transposed else w for w in ws]
+        parts = [grouped_matmul_reference(x, w, tiles_E, tile) for x, w in zip(xs, ws, strict=True)]
+        return functools.reduce(jnp.add, parts if start is None else [start, *parts]).astype(dtype)
+
+    def gradient(x, dy, tiles_E, tile, *, dtype, interpret=False):
+        return weight_gradient_reference(x, dy, tiles_E, tile).astype(dtype)
+
+    def hidden(*inputs, tiles_E, tile, join, products, most=None, interpret=False):
+        return grouped_hidden_reference(*inputs, tiles_E, tile, join=join)
+
+    monkeypatch.setattr(grok.ops.moe.experts_pallas, "grouped_hidden", hidden)
+    monkeypatch.setattr(grok.ops.moe.experts_pallas, "grouped_matmul", matmul)
+    monkeypatch.setattr(grok.ops.moe.experts_pallas, "grouped_weight_gradient", gradient)
+
+
+def even(kind: str) -> np.ndarray:
+    """Experts that all have as many rows, or nearly."""
+    return (np.arange(R)[:, None] + np.arange(C)[None, :]) % E if kind == "even" else routing(kind)
+
+
+@pytest.mark.parametrize("kind", ["even", "random", "all to the same two", "empty first and last"])
+def test_values_and_gradients_equal_the_references(kind):
+    chosen = even(kind)
+    assert_near(run_grouped(arrays(R), chosen), run_reference(arrays(R), chosen), TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["random", "all to the same two", "empty first and last"])
+def test_half_the_width_after_the_other_equals_the_references(kind, plain_kernels):
+    chosen = even(kind)
+    # Op by op: some loops that XLA makes for a CPU have the slope of GELU off by 1e-5.
+    with jax.disable_jit():
+        found = run_in_parts(arrays(R), chosen)
+    assert_near(found, run_reference(arrays(R), chosen), TOLERANCE)
+
+
+def test_bfloat16_is_near_the_reference(plain_kernels):
+    inputs, chosen = arrays(R, jnp.bfloat16), routing("random")
+    run = value_and_gradients(experts_grouped)
+    found, expected = run(inputs, chosen), run_reference(inputs, chosen)
+    assert found.pop("y").dtype == jnp.bfloat16
+    expected.pop("y")
+    # Products are rounded to 8 bits, some three one after the other.
+    assert_near(found, expected, 2**-6)
+
+
+def test_one_expert_a_row_and_all_rows_on_one_expert():
+    x, gate, *weights = arrays(R)
+    chosen = jnp.full((R, 1), 3, jnp.int32)
+    found = jax.jit(experts_grouped, static_argnums=6)(x, gate[:, :1], chosen, *weights, RACES)
+    expected = experts_reference(x, gate[:, :1], chosen, *weights)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+
+
+def test_int8_weights():
+    x, gate, *weights = arrays(R)
+    int8 = [QuantizedArray(*quantize(w, 2)) for w in weights]
+    chosen = jnp.asarray(routing("random"), jnp.int32)
+    found = jax.jit(experts_grouped, static_argnums=6)(x, gate, chosen, *int8, RACES)
+    expected = experts_reference(x, gate, chosen, *(w.dequantize(jnp.float32) for w in int8))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+
+
+def test_adapters_have_the_gradients_of_what_they_add_up_to(plain_kernels):
+    x, gate, *weights = arrays(R)
+    chosen, keys = jnp.asarray(routing("random"), jnp.int32), jax.random.split(jax.random.key(2), 6)
+    factors = [
+        (
+            jax.random.normal(keys[2 * i], (*w.shape[:2], 3)),
+            jax.random.normal(keys[2 * i + 1], (E, 3, w.shape[2])),
+        )
+        for i, w in enumerate(weights)
+    ]
+
+    def loss(factors, beside: bool):
+        pairs = zip(weights, factors, strict=True)
+        if beside:
+            adapted = [LoraArray(w, a, b) for w, (a, b) in pairs]
+            y = experts_grouped(x, gate, chosen, *adapted)
+        else:
+            y = experts_reference(x, gate, chosen, *(w + a @ b for w, (a, b) in pairs))
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape)))
+
+    run = jax.jit(jax.grad(loss), static_argnums=1)
+    for ours, expected in zip(
+        jax.tree.leaves(run(factors, True)), jax.tree.leaves(run(factors, False)), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "remat"),
+    [((2, 2, 2, 1), "full"), ((2, 2, 2, 1), "experts"), ((2, 1, 2, 2), "experts")],
+)
+def test_a_mesh_has_the_losses_and_gradients_of_one_device(
+    sizes, remat, plain_kernels, monkeypatch
+):
+    """With `experts` the backward pass has half the width of the experts after the other."""
+    in_parts = Mock(wraps=experts_in_parts)
+    monkeypatch.setattr(grok.model.moe, "experts_in_parts", in_parts)
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    monkeypatch.setattr(grok.model.moe, "LANES", 1)
+    find = test_meshes.loss_and_gradients.__wrapped__
+    (losses, ours), (right_losses, right) = (
+        find(sizes, remat),
+        test_meshes.loss_and_gradients(None),
+    )
+    for name, expected in (right_losses | right).items():
+        error = np.abs((losses | ours)[name] - expected).max() / np.abs(expected).max()
+        assert error < test_meshes.TOLERANCE, name
+    assert in_parts.called == (remat == "experts")

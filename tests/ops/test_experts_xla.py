@@ -1,0 +1,212 @@
+"""The tiled experts against the reference that runs every expert on every row.
+
+Letters: R rows, C chosen experts of a row, D embed, F mlp, E experts.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok.ops.moe.experts_xla import (
+    expert_mlp,
+    experts_reference,
+    experts_tiled,
+    for_each_tile,
+    gelu,
+    tile_rows,
+    training_tile_rows,
+)
+
+R, C, D, F, E = 37, 2, 8, 12, 4  # an odd number of rows, of which tiles of 8 leave a rest
+TILE = 8
+
+# Sums of at most 37 products, in another order: some units of 2^-24 = 6e-8.
+TOLERANCE = 2e-6
+
+
+def routing(kind: str) -> np.ndarray:
+    """Experts of each row, chosen_RC: two different ones, as top-k gives."""
+    rng = np.random.default_rng(3)
+    every = np.stack([rng.permutation(E)[:C] for _ in range(R)])
+    match kind:
+        case "random":
+            return every
+        case "all to the same two":
+            return np.tile([2, 0], (R, 1))
+        case "one row to an expert":
+            return np.where(np.arange(R)[:, None] == 5, [1, 3], [2, 0])
+        case "empty first and last":
+            return np.where(every == 0, [1, 2], np.where(every == E - 1, [2, 1], every))
+        case "some absent":
+            return every * 3 - 4  # -4, -1, 2, 5
+        case "all absent":
+            return np.where(every < 2, -1 - every, E + every)
+        case "far outside":
+            return np.where(every == 1, 2**30, np.where(every == 2, -(2**30), every))
+    raise AssertionError(kind)
+
+
+ROUTINGS = [
+    "random",
+    "all to the same two",
+    "one row to an expert",
+    "empty first and last",
+    "some absent",
+    "all absent",
+    "far outside",
+]
+
+
+def arrays(rows: int, dtype=jnp.float32) -> list[jax.Array]:
+    """x, gates and the three weights."""
+    keys = jax.random.split(jax.random.key(4), 5)
+    shapes = (rows, D), (rows, C), (E, D, F), (E, D, F), (E, F, D)
+    x, gate, *weights = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    return [x.astype(dtype), jax.nn.sigmoid(gate), *(w.astype(dtype) for w in weights)]
+
+
+def tiled(x, gate, chosen, *weights):
+    return experts_tiled(x, gate, chosen, *weights, TILE)
+
+
+def of_two_sizes(x, gate, chosen, *weights):
+    return experts_tiled(x, gate, chosen, *weights, TILE, (16, 4))
+
+
+def value_and_gradients(form):
+    """The values, and gradients by x, gates and weights of a sum of them with random factors."""
+
+    def loss(x, gate, w_gate, w_up, w_down, chosen):
+        y = form(x, gate, chosen, w_gate, w_up, w_down)
+        factor = jax.random.normal(jax.random.key(5), y.shape)
+        return jnp.sum(y * factor), y
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
+
+    def named(arrays, chosen) -> dict[str, np.ndarray]:
+        gradients, y = run(*arrays, jnp.asarray(chosen, jnp.int32))
+        names = "x gate w_gate w_up w_down".split()
+        found = {"y": y} | {f"d {name}": g for name, g in zip(names, gradients, strict=True)}
+        return jax.tree.map(np.asarray, found)
+
+    return named
+
+
+run_tiled, run_reference = value_and_gradients(tiled), value_and_gradients(experts_reference)
+run_of_two_sizes = value_and_gradients(of_two_sizes)
+
+
+def assert_near(found: dict, expected: dict, tolerance: float) -> None:
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype, name
+        ours, theirs = (np.asarray(x[name], np.float32) for x in (found, expected))
+        error = np.abs(ours - theirs).max()
+        assert error <= tolerance * np.abs(theirs).max(), (name, error)
+
+
+@pytest.mark.parametrize("run", [run_tiled, run_of_two_sizes], ids=["tiles", "two sizes"])
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_values_and_gradients_equal_the_references(kind, run):
+    chosen = routing(kind)
+    assert_near(run(arrays(R), chosen), run_reference(arrays(R), chosen), TOLERANCE)
+
+
+def test_one_row():
+    chosen = [[3, 1]]
+    assert_near(run_tiled(arrays(1), chosen), run_reference(arrays(1), chosen), TOLERANCE)
+
+
+def test_bfloat16_rounds_where_the_reference_does():
+    inputs, chosen = arrays(R, jnp.bfloat16), routing("random")
+    found, expected = run_tiled(inputs, chosen), run_reference(inputs, chosen)
+    np.testing.assert_allclose(found["y"], expected["y"], rtol=0, atol=1e-5 * 20)
+    # Gradients are rounded to 8 bits at each product and once more at the end.
+    assert_near(found, expected, 2**-6)
+
+
+def test_absent_experts_add_nothing_and_have_no_gradient():
+    found = run_tiled(arrays(R), routing("all absent"))
+    assert not any(array.any() for array in found.values())
+
+
+def test_an_expert_without_rows_has_no_gradient():
+    found = run_tiled(arrays(R), routing("empty first and last"))
+    for name in ("d w_gate", "d w_up", "d w_down"):
+        assert not found[name][[0, E - 1]].any()
+        assert found[name][1:3].any(axis=(1, 2)).all()
+
+
+def test_a_rows_result_does_not_depend_on_the_other_rows():
+    """Bit for bit, though its place in a tile is another."""
+    inputs, chosen = arrays(R), routing("random")
+    alone = np.asarray(run_tiled(inputs, chosen)["y"])
+    order = np.random.default_rng(6).permutation(R)
+    shuffled = run_tiled([inputs[0][order], inputs[1][order], *inputs[2:]], chosen[order])
+    np.testing.assert_array_equal(shuffled["y"], alone[order])
+
+
+def test_tile_size_changes_no_value():
+    inputs, chosen = arrays(R), jnp.asarray(routing("random"), jnp.int32)
+    x, gate, *weights = inputs
+    expected = tiled(x, gate, chosen, *weights)
+    for tile in (1, 16, 512):
+        found = experts_tiled(x, gate, chosen, *weights, tile)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("assignments", "experts", "rows"),
+    [(2, 8, 8), (128, 8, 8), (1024, 8, 64), (1040, 8, 72), (8192, 8, 512), (2**20, 8, 512)],
+)
+def test_tiles_are_half_a_fair_share_in_eights_between_8_and_512(assignments, experts, rows):
+    assert tile_rows(assignments, experts) == rows
+
+
+@pytest.mark.parametrize(
+    ("assignments", "experts", "rows"),
+    [
+        (2, 8, (8,)),
+        (128, 8, (16,)),
+        (512, 8, (64, 8)),
+        (1040, 8, (128, 16)),
+        (4096, 8, (512, 64)),
+        (2**20, 8, (512, 64)),
+    ],
+)
+def test_tiles_in_training_are_a_fair_share_and_an_eighth_of_it(assignments, experts, rows):
+    assert training_tile_rows(assignments, experts) == rows
+
+
+def test_an_expert_is_gelu_of_one_branch_times_the_other():
+    x, _, w_gate, w_up, w_down = (np.asarray(a, np.float64) for a in arrays(R))
+    branch = x @ w_gate[0]
+    inner = np.sqrt(2 / np.pi) * (branch + 0.044715 * branch**3)
+    exact = (0.5 * branch * (1 + np.tanh(inner)) * (x @ w_up[0])) @ w_down[0]
+    found = jax.jit(expert_mlp)(
+        *(jnp.asarray(a, jnp.float32) for a in (x, w_gate[0], w_up[0])),
+        jnp.asarray(w_down[0], jnp.float32),
+    )
+    np.testing.assert_allclose(found, exact, rtol=0, atol=TOLERANCE * np.abs(exact).max())
+
+
+def test_gelu_is_the_tanh_approximation():
+    # At 1 the approximation gives 0.841192, the error function 0.841345.
+    np.testing.assert_allclose(gelu(jnp.asarray(1.0)), 0.8411920, rtol=0, atol=2e-7)
+
+
+def test_little_of_a_tile_is_empty():
+    """Each pair of an expert is multiplied once, and little else: up to half of a large tile in
+    small ones, and more in a large one, which takes no longer."""
+    start, most = 3, 50
+    order = jnp.concatenate([jnp.arange(most), jnp.full((16,), most)])
+
+    def body(place, pairs, carry):
+        seen, rows = carry
+        return seen.at[pairs].add(1, mode="drop"), rows + len(pairs)
+
+    for count in range(most - start):
+        seen, rows = for_each_tile(body, (jnp.zeros(most, int), 0), order, start, count, (16, 4))
+        np.testing.assert_array_equal(seen, [start <= pair < start + count for pair in range(most)])
+        left = count % 16
+        assert rows == count - left + (16 if left > 8 else -(-left // 4) * 4)

@@ -1,0 +1,123 @@
+"""From what a program does to times, prices, and what is said of it."""
+
+import dataclasses
+
+import pytest
+
+from grok.config.load import load_config
+from grok.hardware import GIB
+from grok.plan.compile import needed_bytes
+from grok.plan.estimate import Price, make_plan, transfer_seconds
+from grok.plan.format import report
+from grok.plan.topology import parse_slice
+
+SLICE = parse_slice("v5p:4x4x4")
+CONFIG = load_config("grok-1", ["data.sequence_length=8192", "data.batch_size=64"])
+FOUND = {
+    "sizes": {"slice": 1, "data": 64, "expert": 1, "tensor": 1},
+    "devices_per_chip": 1,
+    "state": 55 * GIB,
+    "largest_state": [["state.model.embed.table_VD.value", 3 * GIB]],
+    "largest_temporaries": [["bf16[8,8]", "jit(step)/dot_general", 128]],
+    "peak": 80 * GIB,
+    "flops": 459e12 * 10,
+    "hbm": 2765e9 * 4,
+    "host": 0.0,
+    "on_hosts": 0,
+    "collectives": [["data", "all-gather", 180e9], ["data", "reduce-scatter", 180e9]],
+    "wires": {"data": {"links": 2, "hops": 1.0, "slices": False}},
+    "loops": [],
+    "kernels": [],
+    "compile_seconds": 190.0,
+}
+
+
+@pytest.fixture
+def plan():
+    return make_plan(CONFIG, SLICE, FOUND, Price(3.6, "a test"))
+
+
+def test_three_terms_and_what_follows_from_them(plan):
+    answer = plan.to_dict()
+    assert answer["fits"] is True
+    assert answer["seconds"] == {
+        "compute": 10,
+        "hbm": 4,
+        "interconnect": 2,
+        "overlapped": 10,
+        "serial": 16,
+    }
+    assert answer["tokens_per_second_per_chip"] == {"overlapped": 819.2, "serial": 512}
+    assert answer["usd_per_billion_tokens"] == pytest.approx(1e9 / 512 / 3600 * 3.6)
+    # 522 GFLOP a token: facts of the model, counted elsewhere.
+    assert answer["mfu"]["overlapped"] == pytest.approx(819.2 * 522e9 / 459e12, rel=2e-3)
+    memory = {"state": 55, "temporaries": 25, "total": 80, "capacity": 95}
+    assert answer["hbm_gib_per_chip"] == memory
+    assert answer["collective_bytes_per_chip_per_step"] == {
+        "data": {"all-gather": 180e9, "reduce-scatter": 180e9}
+    }
+
+
+def test_json_has_these_keys(plan):
+    keys = """fits hbm_gib_per_chip flops_per_chip_per_step hbm_bytes_per_chip_per_step
+    host_bytes_per_chip_per_step collective_bytes_per_chip_per_step seconds mfu
+    tokens_per_second_per_chip usd_per_billion_tokens compile_seconds""".split()
+    assert list(plan.to_dict()) == keys
+    unfit = dataclasses.replace(plan, fits=False, seconds=None)
+    assert list(unfit.to_dict()) == keys
+
+
+def test_two_devices_of_a_chip_are_one_chip():
+    slice_ = parse_slice("7x:4x4x4")
+    plan = make_plan(CONFIG, slice_, FOUND | {"devices_per_chip": 2}, None)
+    assert (plan.state, plan.flops) == (110 * GIB, 2 * FOUND["flops"])
+    assert plan.to_dict()["usd_per_billion_tokens"] is None
+
+
+def test_times_of_transfers():
+    ring = {"links": 2, "hops": 4.0, "slices": False}
+    assert transfer_seconds(SLICE, ring, "all-gather", 180e9) == 1
+    assert transfer_seconds(SLICE, ring, "all-to-all", 180e9) == 4
+    assert transfer_seconds(SLICE, ring, "collective-permute", 180e9) == 2
+    assert transfer_seconds(SLICE, ring | {"slices": True}, "all-reduce", 6.25e9) == 1
+
+
+def test_report_says_what_it_assumes(plan):
+    text = report(plan)
+    assert "fits: state 55.00 + temporaries 25.00 = 80.00 of 95.00 GiB a chip" in text
+    assert "compute 10 s, hbm 4 s, interconnect 2 s; compute bounds it" in text
+    assert "a chip-hour costs 3.6 USD (a test)" in text
+    assert "459 TFLOP/s" in text
+
+
+def test_report_says_what_the_hosts_hold():
+    found = FOUND | {"host": 50e9, "on_hosts": 24 * GIB}
+    text = report(make_plan(CONFIG, SLICE, found, None))
+    assert "50 GB to their memory and back, where 24.00 GiB a chip lie" in text
+    assert "beside the shortest step, 5 GB/s" in text
+    assert "what goes to the hosts' memory and back takes no time of the step's" in text
+    assert "hosts" not in report(make_plan(CONFIG, SLICE, FOUND, None))
+
+
+@pytest.mark.parametrize(
+    ("account", "gib"),
+    [
+        ("... total memory required for HLO temporaries (2.5G) exceeds available HBM (1G).", 3.5),
+        ("Ran out of memory in memory space hbm. Used 25.17G of 15.75G hbm.", 25.17),
+        ("something else", None),
+    ],
+)
+def test_the_compilers_account(account, gib):
+    found = needed_bytes(account, GIB)
+    assert found == (gib and pytest.approx(gib * GIB))
+
+
+def test_what_does_not_fit_says_what_would():
+    slice_ = parse_slice("v5p:4x4x4")
+    found = {key: FOUND[key] for key in ("sizes", "devices_per_chip", "state", "largest_state")}
+    plan = make_plan(CONFIG, slice_, found | {"account": "E1000", "needed": 130 * GIB}, None)
+    text = report(plan)
+    assert "does not fit: state 55.00 + temporaries 75.00 = 130.00 of 95.00 GiB a chip" in text
+    assert "--topology v5p:4x8x8, with more of mesh.data" in text
+    assert "optimizer.moments_dtype=bfloat16 model.param_dtype" not in text  # not enough
+    assert plan.to_dict()["mfu"] is None

@@ -1,0 +1,119 @@
+"""The quickstart from end to end with few steps, and then the commands of README, as printed."""
+
+import os
+import pty
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from grok.config.load import load_config
+from grok.errors import DONE, GrokError
+from grok.quickstart.tour import prepare, run
+from grok.train.telemetry.metrics_file import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+FEWER_STEPS = """
+train: {steps: 6, log_every: 1, eval_every: 3}
+optimizer: {warmup_steps: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder in which `grok quickstart` has run, shortened as a user would: in its config."""
+    home = tmp_path_factory.mktemp("home")
+    folder = home / "runs" / "quickstart"
+    config_path = prepare(folder, Console())
+    config_path.write_text(config_path.read_text() + FEWER_STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS")  # compiled as users' are
+        assert run(folder) == DONE
+    for name in ("README.md", "CONTRIBUTING.md"):  # its commands prepare these two
+        shutil.copy(ROOT / name, home)
+    return home
+
+
+def test_it_trains_stops_resumes_and_draws(home: Path):
+    folder = home / "runs" / "quickstart"
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    (resumed,) = [line for line in lines if line.get("event") == "resumed"]
+    assert 3 <= resumed["step"] <= 6
+    assert (folder / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_interrupted_it_goes_on_and_finished_it_starts_anew(home: Path, tmp_path):
+    folder = tmp_path / "quickstart"
+    shutil.copytree(home / "runs" / "quickstart", folder)
+    path = folder / "quickstart.yaml"
+    path.write_text(path.read_text().replace("steps: 6", "steps: 8"))
+    before = path.read_text()
+    assert prepare(folder, Console()) == path
+    assert path.read_text() == before
+    assert (folder / "checkpoints").exists()
+    path.write_text(before.replace("steps: 8", "steps: 6"))
+    prepare(folder, Console())
+    assert not (folder / "checkpoints").exists()
+    assert load_config(path).train.steps == load_config("quickstart").train.steps
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(GrokError, match="holds other files"):
+        prepare(tmp_path, Console())
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def test_the_commands_of_readme_work_one_after_the_other(home: Path):
+    commands = readme_commands()
+    assert len(commands) >= 7
+    for command in commands:
+        arguments = shlex.split(command)
+        assert arguments[0] == "grok"
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=home,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, ""), command
+        assert done.stdout, command
+
+
+def test_a_conversation_says_what_takes_time_and_goes_on_after_a_stray_byte(home: Path):
+    terminal, end = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "grok", "sample", "runs/quickstart", "--max-tokens", "3"],
+        cwd=home,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict", "XLA_FLAGS": ""},
+        input=b"The\nstray \xff\nnext\n",
+        stdout=subprocess.PIPE,
+        stderr=end,
+    )
+    told = os.read(terminal, 4096).decode().split("\r\n")
+    assert told == [
+        "loading JAX",
+        "reading the weights at runs/quickstart, float32",
+        "compiling",
+        "",
+    ]
+    assert (done.returncode, done.stdout.decode().count("> ")) == (0, 4)
+
+
+def test_the_python_of_readme_works():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    check = code + "\nassert logits_BTV.shape == (jax.device_count(), 16, config.vocab_size)\n"
+    subprocess.run([sys.executable, "-c", check], check=True)

@@ -1,0 +1,125 @@
+"""Numbers that stay bad: how a run ends, and how it goes back and on."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grok.checkpoint.manager import Checkpoints
+from grok.config import CheckpointConfig, RunConfig, TrainConfig
+from grok.errors import DIVERGED, DONE, Diverged
+from grok.train import loop
+from grok.train.rollback import batch_number, skip, way_back
+from grok.train.run_data import read_data
+from grok.train.telemetry.event_log import read_events
+from grok.train.telemetry.metrics_file import read_metrics
+
+STEPS = 8
+
+
+def poisoned(bad: range):
+    """`read_data` with weights that are NaN in the batches of these numbers."""
+
+    def read(config: RunConfig):
+        data = read_data(config)
+        batch = data.train.batch
+
+        def maybe_bad(number: int, rows: slice = slice(None)):
+            made = batch(number, rows)
+            return made | {"mask_BT": made["mask_BT"] * np.nan} if number in bad else made
+
+        data.train.batch = maybe_bad
+        return data
+
+    return read
+
+
+def steps_of(config: RunConfig) -> dict[int, dict]:
+    lines = read_metrics(Path(config.folder) / "metrics.jsonl")
+    return {line["step"]: line for line in lines if "loss" in line}
+
+
+@pytest.fixture(scope="module")
+def healthy(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
+    """Eight steps without trouble, a checkpoint after every two."""
+    config = dataclasses.replace(
+        tiny_run,
+        folder=str(tmp_path_factory.mktemp("healthy") / "run"),
+        model=dataclasses.replace(tiny_run.model, num_layers=1, remat="none"),
+        data=dataclasses.replace(tiny_run.data, validation=()),
+        train=TrainConfig(steps=STEPS, log_every=1, stop_after_bad=2),
+        checkpoint=CheckpointConfig(every=2, keep=10),
+    )
+    assert loop.run(config) == DONE
+    return config
+
+
+@pytest.fixture
+def after_two(healthy: RunConfig, tmp_path) -> RunConfig:
+    """The same run in a folder of its own, as it was after two steps."""
+    shutil.copytree(healthy.folder, tmp_path / "run")
+    for step in range(4, STEPS + 1, 2):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    return dataclasses.replace(healthy, folder=str(tmp_path / "run"))
+
+
+def test_one_bad_step_is_skipped_and_the_save_due_then_waits(after_two, monkeypatch):
+    monkeypatch.setattr(loop, "read_data", poisoned(range(3, 4)))
+    assert loop.run(after_two) == DONE
+    assert [step for step, line in steps_of(after_two).items() if line["skipped"]] == [4]
+    assert Checkpoints(Path(after_two.folder) / "checkpoints").steps() == [2, 5, 6, 8]
+
+
+def test_bad_steps_in_a_row_end_the_run_and_name_the_tensors(after_two, monkeypatch):
+    monkeypatch.setattr(loop, "read_data", poisoned(range(4, 99)))
+    with pytest.raises(Diverged, match=r"the 2 steps up to step 6 were bad .* gradients of embed"):
+        loop.run(after_two)
+    *_, last = read_events(Path(after_two.folder) / "events.jsonl")
+    assert (last["event"], last["code"]) == ("ended", DIVERGED)
+    assert Checkpoints(Path(after_two.folder) / "checkpoints").steps() == [2, 4]
+
+
+def test_a_run_goes_back_and_leaves_the_bad_batches_out(after_two, healthy, monkeypatch):
+    config = dataclasses.replace(
+        after_two, train=dataclasses.replace(after_two.train, return_after_bad=True)
+    )
+    monkeypatch.setattr(loop, "read_data", poisoned(range(5, 7)))
+    assert loop.run(config) == DONE
+    folder = Path(config.folder)
+    (returned,) = [line for line in read_events(folder / "events.jsonl") if "reason" in line]
+    assert (returned["step"], returned["skipped_batches"]) == (4, [4, 6])
+    checkpoints = Checkpoints(folder / "checkpoints")
+    assert checkpoints.meta(8)["skipped_batches"] == [[4, 6]]
+    # Two checkpoints are made after the return; a run that goes on from the first repeats the rest.
+    lines = steps_of(config)
+    assert list(lines) == list(range(1, STEPS + 1))
+    assert lines[4]["loss"] == steps_of(healthy)[4]["loss"]
+    assert lines[5]["loss"] != steps_of(healthy)[5]["loss"]
+    assert not any(line["skipped"] for line in lines.values())
+    shutil.rmtree(folder / "checkpoints" / "8")
+    assert loop.run(config) == DONE
+    again = steps_of(config)
+    assert [again[7]["loss"], again[8]["loss"]] == [lines[7]["loss"], lines[8]["loss"]]
+
+
+def test_where_to_go_back_to():
+    error = Diverged("bad", first=25, last=34)
+    assert way_back([10, 20, 30], error, began=0, returned=False) == 20
+    assert way_back([10, 20], error, began=20, returned=False) == 20
+    assert way_back([10, 20], error, began=20, returned=True) == 10
+    assert way_back([10, 20], error, began=10, returned=True) == 20
+    with pytest.raises(Diverged):
+        way_back([30], error, began=0, returned=False)
+    with pytest.raises(Diverged):
+        way_back([20], error, began=20, returned=True)
+
+
+def test_batches_left_out_add_up():
+    first = skip((), 20, Diverged("bad", first=25, last=34), ())
+    assert first == ((20, 33),)
+    assert (batch_number(20, first), batch_number(34, first)) == (34, 48)
+    # A second time in trouble, at steps 31 to 40, it goes back to 30 or, too early for that, to 10.
+    assert skip(first, 30, Diverged("bad", first=31, last=40), first) == ((20, 33), (44, 53))
+    assert skip((), 10, Diverged("bad", first=31, last=40), first) == ((10, 53),)

@@ -1,0 +1,130 @@
+"""Weights converted while they are read: any part of a whole is the part of the whole."""
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from grok.config import GrokConfig
+from grok.errors import CheckpointError
+from grok.model import params
+from grok.ops.weights.int8 import dequantize, quantize
+from grok.weights.cast import PER_CHANNEL, converted
+from grok.weights.random_source import RandomSource
+from grok.weights.source import TensorSpec
+from tests.weights.array_source import ArraySource
+
+# Heads have 6 rows and groups of w_out 9, so that groups begin and end inside heads.
+CONFIG = GrokConfig(
+    vocab_size=20,
+    num_layers=3,
+    embed_dim=24,
+    mlp_dim=40,
+    num_heads=12,
+    num_kv_heads=4,
+    head_dim=6,
+    num_experts=2,
+)
+GROUPS = {"layers/attention/w_out_NHD": 8, "layers/moe/w_down_EFD": 8, "layers/moe/w_up_EDF": 3}
+BF16 = np.dtype(ml_dtypes.bfloat16)
+FROM = ("int8", "float32", "bfloat16", "float16")
+TO = ("int8", "bfloat16", "float32")
+
+
+def source_of(dtype: str) -> ArraySource:
+    random = RandomSource(CONFIG, dtype="int8" if dtype == "int8" else "float32", groups=GROUPS)
+    source = ArraySource.copy(random)
+    if dtype != "int8":
+        kind = BF16 if dtype == "bfloat16" else np.dtype(dtype)
+        source.values = {name: array.astype(kind) for name, array in source.values.items()}
+    return source
+
+
+def random_part(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    part = []
+    for size in shape:
+        start = int(rng.integers(size))
+        stop = int(rng.integers(start + 1, size + 1))
+        part.append(slice(0, size) if rng.random() < 0.3 else slice(start, stop))
+    return tuple(part)
+
+
+def whole_scales(spec: TensorSpec) -> tuple[slice, ...]:
+    return tuple(slice(0, size) for size in spec.scales_shape)
+
+
+@pytest.mark.parametrize("to", TO)
+@pytest.mark.parametrize("kind", FROM)
+def test_any_part_is_the_part_of_the_whole(kind, to):
+    source = converted(source_of(kind), to, GROUPS)
+    rng = np.random.default_rng(5)
+    for name, spec in source.tensors.items():
+        whole = source.read(name, spec.whole)
+        assert (whole.dtype, whole.shape) == (spec.dtype, spec.shape)
+        for _ in range(20):
+            part = random_part(rng, spec.shape)
+            np.testing.assert_array_equal(source.read(name, part), whole[part])
+        if spec.groups is None:
+            continue
+        scales = source.read_scales(name, whole_scales(spec))
+        assert (scales.dtype, scales.shape) == (BF16, spec.scales_shape)
+        for _ in range(20):
+            part = random_part(rng, spec.scales_shape)
+            np.testing.assert_array_equal(source.read_scales(name, part), scales[part])
+
+
+@pytest.mark.parametrize("to", TO)
+@pytest.mark.parametrize("kind", FROM)
+def test_the_whole_by_definition(kind, to):
+    given = source_of(kind)
+    source = converted(given, to, GROUPS)
+    assert source.dtype == to
+    for name, spec in source.tensors.items():
+        values = given.values[name]
+        found = source.read(name, spec.whole)
+        matrix = params.MATRICES.get(name)
+        if to == "int8" and matrix and kind != "int8":
+            dims = matrix.row_dims, matrix.col_dims
+            expected, scales = quantize(values, GROUPS.get(name, 1), *dims)
+            np.testing.assert_array_equal(source.read_scales(name, whole_scales(spec)), scales)
+        elif kind == "int8" and matrix and to != "int8":
+            dims = matrix.row_dims, matrix.col_dims
+            expected = dequantize(values, given.scales[name], spec.dtype, *dims)
+        elif to == "int8":
+            expected = values if matrix else values.astype(np.float32)
+        else:
+            expected = values.astype(BF16 if to == "bfloat16" else to)
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_nothing_is_done_where_nothing_is_asked():
+    source = source_of("int8")
+    assert converted(source, "int8") is source
+
+
+def test_groups_of_the_release_where_they_divide_the_rows():
+    config = dataclasses.replace(CONFIG, mlp_dim=36)
+    spec = converted(RandomSource(config, dtype="float32"), "int8").tensors
+    assert spec["layers/attention/w_out_NHD"].groups == 8
+    assert spec["layers/moe/w_down_EFD"].groups == 6
+    assert spec["layers/moe/w_gate_EDF"].groups == 1
+    spec = converted(RandomSource(config, dtype="float32"), "int8", PER_CHANNEL).tensors
+    assert {spec[name].groups for name in params.MATRICES} == {1}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_not_quantised(value):
+    given = source_of("float32")
+    given.values["layers/moe/w_up_EDF"][2, 1, 7, 11] = value
+    source = converted(given, "int8")
+    part = (slice(2, 3), slice(1, 2), slice(0, 24), slice(0, 40))
+    sentence = "arrays: layers/moe/w_up_EDF has values that are not finite."
+    with pytest.raises(CheckpointError) as refused:
+        source.read("layers/moe/w_up_EDF", part)
+    assert str(refused.value) == sentence
+    with pytest.raises(CheckpointError, match="layers/moe/w_up_EDF"):
+        source.read_scales("layers/moe/w_up_EDF", part)
+    # The other layers are as good as before.
+    source.read("layers/moe/w_up_EDF", (slice(0, 2), *part[1:]))

@@ -1,0 +1,65 @@
+"""Parameters alone: as they are in the run's checkpoint, in a folder that everything reads."""
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
+from grok.checkpoint.retention import Keep
+from grok.cli.main import main
+from grok.config.load import load_config, to_dict
+from grok.errors import CheckpointError
+from grok.infer.load import load_run, make_run_mesh
+from grok.weights.cast import converted
+from grok.weights.detect import open_source
+from grok.weights.load import place
+from grok.weights.random_source import RandomSource
+from grok.weights.tools.export_params import export_params
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run, tmp_path_factory):
+    """The folder of a run with one checkpoint, of a random model, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("trained")
+    model = place(RandomSource(tiny_run.model, dtype="float32"))
+    checkpoints = Checkpoints(folder / "checkpoints", Keep(1))
+    state = {"moments": np.ones((64, 1024), np.float32)}
+    checkpoints.save(7, {MODEL: model, OPTIMIZER: state}, {"config": to_dict(tiny_run)})
+    checkpoints.close()
+    with open(tiny_run.data.tokenizer, "rb") as file:
+        (folder / "tokenizer.model").write_bytes(file.read())
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_parameters_are_those_of_the_run(trained, tmp_path, dtype):
+    done = export_params(trained, tmp_path / "out", dtype)
+    stored = converted(open_source(trained), dtype or "float32")
+    exported = open_source(tmp_path / "out")
+    assert exported.dtype == stored.dtype
+    for name, spec in stored.tensors.items():
+        values = stored.read(name, spec.whole)
+        np.testing.assert_array_equal(exported.read(name, spec.whole), values, err_msg=name)
+    assert not (done.checkpoint / OPTIMIZER).exists()
+
+
+def test_the_command_and_those_that_read_its_folder(trained, tmp_path):
+    out = str(tmp_path / "out")
+    result = CliRunner().invoke(main, ["export", "params", str(trained), out, "--dtype", "int8"])
+    assert result.exit_code == 0, result.output
+    assert "int8" in result.output
+    for command in (["verify", out], ["inspect", out], ["export", "hf", out, f"{out}-hf"]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+    config = load_config(f"{out}/config.yaml")
+    model, tokenizer = load_run(tmp_path / "out", config, make_run_mesh(config))
+    assert model.config.param_dtype == "int8"
+    assert tokenizer.vocab_size == 320
+
+
+def test_what_cannot_be_exported(trained, tmp_path):
+    with pytest.raises(CheckpointError, match="has checkpoints already"):
+        export_params(trained, trained)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="has no finished checkpoint"):
+        export_params(tmp_path, tmp_path / "out")

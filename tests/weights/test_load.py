@@ -1,0 +1,263 @@
+"""`grok.load`: the right numbers on every mesh, in every type, with nothing read in vain.
+
+Letters: B rows, T tokens, V vocab.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import grok
+from grok.config import DataConfig, GrokConfig, RunConfig
+from grok.errors import CheckpointError, ConfigError
+from grok.model.build import to_arrays
+from grok.weights.cast import PER_CHANNEL, converted
+from grok.weights.importing.importer import import_weights
+from grok.weights.load import place
+from grok.weights.random_source import RandomSource
+from grok.weights.xai.source import ReleaseSource
+from grok.weights.xai.writer import write_release
+from tests.model import golden
+
+ROOT = Path(__file__).parents[2]
+MESHES = [None, (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
+each_mesh = pytest.mark.parametrize("sizes", MESHES, ids=str)
+
+# Groups that fit neither the heads nor each other nor the mesh, and more than ten layers.
+ODD = GrokConfig(
+    vocab_size=48,
+    num_layers=12,
+    embed_dim=24,
+    mlp_dim=48,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=4,
+    num_experts=4,
+    compute_dtype="float32",
+)
+ODD_GROUPS = {"layers/attention/w_out_NHD": 4, "layers/moe/w_down_EFD": 3}
+ODD_GROUPS |= {"layers/attention/w_query_DNH": 3, "layers/moe/w_gate_EDF": 2}
+TOKENS = np.random.default_rng(0).integers(1, 48, (8, 16))
+
+
+def logits(name: str, dtype: str, sizes, compute_dtype: str = "float32") -> np.ndarray:
+    """Logits of a golden set's prompts with weights straight from its ckpt-0, (B, T, V)."""
+    mesh = sizes and grok.make_mesh(*sizes)
+    folder, config = golden.FOLDER / name / "ckpt-0", golden.config(name, compute_dtype)
+    model = grok.load(folder, config, mesh, dtype)
+    # Four prompts; a mesh may want eight rows.
+    tokens = np.concatenate([golden.arrays(name)["tokens"]] * 2)
+    return np.asarray(model(tokens, segment_ids=tokens > 0))[:4]
+
+
+@each_mesh
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_release_gives_the_golden_logits(name, dtype, sizes):
+    error = golden.relative_error(name, "logits_exact", logits(name, dtype, sizes))
+    print(f"\n{name} {dtype} {sizes}: {error:.2e}")
+    assert error < golden.TOLERANCE["logits_exact"]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """Checkpoints that imports made of the golden sets, by name and type."""
+    folders = {}
+    for name in golden.NAMES:
+        config = golden.config(name, "float32")
+        release = ReleaseSource(golden.FOLDER / name / "ckpt-0", config)
+        run = RunConfig(model=config, data=DataConfig(sequence_length=32))
+        for dtype in ("int8", "float32"):
+            folder = folders[name, dtype] = tmp_path_factory.mktemp("imports") / "run"
+            import_weights(converted(release, dtype), folder, run)
+    return folders
+
+
+@each_mesh
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_an_import_is_loaded_as_the_release_is(imported, name, dtype, sizes):
+    mesh = sizes and grok.make_mesh(*sizes)
+    config = golden.config(name, "float32")
+    straight = grok.load(golden.FOLDER / name / "ckpt-0", config, mesh, dtype)
+    found = to_arrays(grok.load(imported[name, dtype], mesh=mesh))
+    for tensor, array in to_arrays(straight).items():
+        assert found[tensor].sharding == array.sharding
+        np.testing.assert_array_equal(found[tensor], array)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_bfloat16_is_as_near_to_exact_as_the_release(name, dtype, sizes):
+    real = golden.arrays(name)["tokens"] > 0
+    exact = golden.arrays(name, "exact")["logits_exact"][real]
+    released = golden.rms(golden.arrays(name, "golden_eager")["logits_bf16"][real], exact)
+    error = golden.rms(logits(name, dtype, sizes, "bfloat16")[real], exact)
+    print(f"\n{name} {dtype} {sizes}: {error:.4f}, the release's {released:.4f}")
+    # Rounding noise of one set of weights; see test_golden.NOISE.
+    assert error < released * 1.1
+
+
+@functools.cache
+def odd_logits(dtype: str, sizes) -> np.ndarray:
+    mesh = sizes and grok.make_mesh(*sizes)
+    return np.asarray(place(converted(RandomSource(ODD, groups=ODD_GROUPS), dtype), mesh)(TOKENS))
+
+
+@pytest.mark.parametrize("sizes", [None, (4, 2, 1), (1, 4, 2), (4, 1, 2)], ids=str)
+def test_groups_of_any_size_come_out_right(sizes):
+    expected = odd_logits("float32", None)
+    error = np.abs(odd_logits("int8", sizes) - expected).max() / np.abs(expected).max()
+    print(f"\n{sizes}: {error:.2e}")
+    assert error < 1e-5
+
+
+def test_every_device_has_its_part_of_values_and_scales():
+    mesh = grok.make_mesh(1, 2, 4)
+    config = golden.config("pub_a", "float32")
+    model = grok.load(golden.FOLDER / "pub_a/ckpt-0", config, mesh, "int8")
+    parts = {
+        name: array.sharding.shard_shape(array.shape) for name, array in to_arrays(model).items()
+    }
+    # 344 rows of each of 8 experts over 2 x 4; the release's two groups became eight.
+    assert parts["layers/moe/w_down_EFD/values"] == (3, 8, 43, 64)
+    assert parts["layers/moe/w_down_EFD/scales"] == (3, 8, 1, 64)
+    assert parts["layers/moe/w_gate_EDF/values"] == (3, 8, 64, 43)
+    assert parts["layers/moe/w_gate_EDF/scales"] == (3, 8, 1, 43)
+    assert model.config.param_dtype == "int8"
+    assert model.layers.moe.w_up_EDF.get_value().values.dtype == np.int8
+
+
+def test_large_parts_arrive_in_blocks(monkeypatch):
+    source = RandomSource(ODD)
+    whole = to_arrays(place(source, grok.make_mesh(2, 2, 2)))
+    monkeypatch.setattr("grok.weights.load.BLOCK_BYTES", 100)
+    told = []
+    blocks = to_arrays(place(source, grok.make_mesh(2, 2, 2), told.append))
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, blocks[name])
+    held = [shard.data.nbytes for array in whole.values() for shard in array.addressable_shards]
+    assert sum(told) == sum(held)
+
+
+def test_floats_become_int8_on_a_mesh():
+    source = RandomSource(ODD, dtype="float32")
+    for groups in (None, PER_CHANNEL):
+        quantized = converted(source, "int8", groups)
+        here, there = place(quantized), place(quantized, grok.make_mesh(1, 4, 2))
+        for name, array in to_arrays(here).items():
+            if not name.endswith("scales"):
+                np.testing.assert_array_equal(array, to_arrays(there)[name])
+
+
+def test_config_of_another_model_is_refused():
+    config = golden.config("pub_b", "float32")
+    with pytest.raises(CheckpointError, match="a release of 2 layers has 26 files"):
+        grok.load(golden.FOLDER / "pub_a/ckpt-0", config)
+
+
+def test_unknown_dtype_is_refused():
+    with pytest.raises(ConfigError, match="dtype='int4' is none of int8, bfloat16, float32"):
+        grok.load(golden.FOLDER / "pub_a/ckpt-0", dtype="int4")
+
+
+def test_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="heads=6 cannot be split over"):
+        place(RandomSource(ODD), grok.make_mesh(1, 1, 8))
+
+
+def test_fresh_int8_parameters_are_refused():
+    config = golden.config("pub_a", "float32")
+    with pytest.raises(ConfigError, match="int8 is for weights that are loaded"):
+        grok.init(dataclasses.replace(config, param_dtype="int8"), jax.random.key(0))
+
+
+WIDE = GrokConfig(
+    vocab_size=4096,
+    num_layers=2,
+    embed_dim=512,
+    mlp_dim=2048,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=64,
+)
+SMALL = dataclasses.replace(WIDE, vocab_size=64, embed_dim=64, mlp_dim=64)
+LOAD = """
+import dataclasses, json, sys, jax
+sys.path.insert(0, {root!r})
+import grok
+from grok.weights.importing.importer import import_weights
+from grok.weights.load import place
+from grok.weights.random_source import RandomSource
+from grok.config import DataConfig, GrokConfig, RunConfig
+from grok.model.build import to_arrays
+from tests.weights.test_load import SMALL
+
+def bytes_read():
+    with open("/proc/self/io") as file:
+        counts = dict(line.split(": ") for line in file)
+    return int(counts["rchar"]), int(counts["read_bytes"])
+
+folder, config, sizes, address, process = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(process))
+mesh = grok.make_mesh(*json.loads(sizes))
+place(RandomSource(SMALL), mesh)  # what is imported on first use
+before = bytes_read()
+model = grok.load(folder, GrokConfig(**json.loads(config)), mesh)
+read, disk = (after - early for early, after in zip(before, bytes_read()))
+needed = 0
+for name, array in to_arrays(model).items():
+    parts = {{str(shard.index): shard.data.nbytes for shard in array.addressable_shards}}
+    needed += sum(parts.values())
+print(json.dumps({{"read": read, "disk": disk, "needed": needed}}), flush=True)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def load_in_two_processes(folder: Path, config: GrokConfig, sizes) -> list[dict[str, int]]:
+    """Of each process of four devices: bytes that it read, from disk, and that its devices hold."""
+    settings = json.dumps(dataclasses.asdict(config))
+    script = LOAD.format(root=str(ROOT))
+    arguments = [str(folder), settings, json.dumps(sizes), f"127.0.0.1:{free_port()}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for number in range(2):
+            process = subprocess.Popen(
+                [sys.executable, "-c", script, *arguments, str(number)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        reports = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    return [json.loads(report.splitlines()[-1]) for report in reports]
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="/proc/self/io is Linux's")
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+def test_two_processes_read_what_their_devices_need(tmp_path, sizes):
+    """Of int8 matrices, each process reads its rows, columns and experts, and little else."""
+    write_release(RandomSource(WIDE), tmp_path / "ckpt-0")
+    for found in load_in_two_processes(tmp_path / "ckpt-0", WIDE, sizes):
+        share = found["read"] / found["needed"]
+        print(f"\n{sizes}: {share:.4f} of the {found['needed']} bytes that its devices hold")
+        assert 1 <= share < 1.05
