@@ -18,14 +18,14 @@ from tests.infer.fake_engine import FakeEngine
 FAKED = """
 import os
 from grok.cli.main import main
-from grok.infer import start
+from grok.infer import loader
 from tests.batch.jobs import Breaking
 
 def stop():
     os.kill(os.getpid(), int(os.environ["GROK_SIGNAL"]))
 
 at = int(os.environ["GROK_SIGNAL_AT"])
-start.Model.engine = lambda self, say: Breaking(self.tokenizer, at, stop)
+loader.Model.engine = lambda self, say: Breaking(self.tokenizer, at, stop)
 main()
 """
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from grok.cli.main import main
 from grok.plan.estimate import make_plan
-from tests.plan.test_figures import FOUND
+from tests.plan.test_estimate import FOUND
 
 
 def run(*args):

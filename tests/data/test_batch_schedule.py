@@ -4,13 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
-from tests.data.test_pipeline import stream_of
 
 from grok.data.batch_schedule import BatchShapes
 from grok.data.device_feed import Batches
 from grok.data.mixture import Mixture
 from grok.data.packed_batches import PackedBatches
 from tests.data.fake_documents import FakeDocuments, random_lengths
+from tests.data.test_device_feed import stream_of
 
 LONGEST, ROWS = 32, 4
 CHANGES = [(3, 8, 16), (5, 8, 8), (9, 16, 8), (12, 2, 32), (13, 4, 16)]

@@ -17,7 +17,7 @@ from tests.data.prepared import TEXTS, contents, made, make_tokenizer, options, 
 # Kills itself just before the n-th call of a function, as SIGKILL from outside would.
 KILLED = """
 import os, signal, sys
-from grok.data import manifest, prepare, shards
+from grok.data.prepare import job, manifest, shards
 
 def kill_before(owner, name, calls):
     function = getattr(owner, name)
@@ -35,7 +35,7 @@ def main():
               "shards": shards, "manifest": manifest, "shutil": shards.shutil}
     if owner:
         kill_before(owners[owner], name, int(calls))
-    prepare.prepare(prepare.Options(
+    job.prepare(job.Options(
         sources=(source,), tokenizer=tokenizer, shard_bytes=5000, drop_duplicates=True,
         max_bad_share=0.1, workers=int(workers)), out)
 

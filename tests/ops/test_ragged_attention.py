@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
-from grok.ops.attention.causal import ragged
+from grok.ops.attention import ragged
 from grok.ops.attention.paged import paged_attention_reference
 from grok.ops.attention.ragged import ragged_attention, suits
 

@@ -10,7 +10,7 @@ from grok.errors import ConfigError
 from grok.plan.estimate import make_plan
 from grok.plan.search import candidates, ranking
 from grok.plan.topology import parse_slice
-from tests.plan.test_figures import FOUND
+from tests.plan.test_estimate import FOUND
 
 OVERRIDES = ["data.sequence_length=8192"]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tests.train.test_initial import RELEASE, golden_run, validation_loss
 
 from grok.checkpoint.manager import Checkpoints
 from grok.cli.main import main
@@ -20,6 +19,7 @@ from grok.train.telemetry.metrics_file import read_metrics
 from grok.weights.detect import open_source
 from grok.weights.random_source import RandomSource
 from grok.weights.xai.writer import write_release
+from tests.train.test_init_from import RELEASE, golden_run, validation_loss
 
 STEPS = 6
 LORA = LoraConfig(rank=4, alpha=8, targets=("query", "value", "out", "gate", "down"))

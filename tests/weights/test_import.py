@@ -203,7 +203,7 @@ Journal._write = torn
 }
 CHILD = """
 import json, os, shutil, signal, sys
-from grok.checkpoint import importer
+from grok.weights.importing import importer
 from grok.weights.importing.journal import Journal
 from grok.weights.xai.source import ReleaseSource as Source
 from grok.config.load import from_dict
