@@ -126,7 +126,8 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def imports_of(path: Path, module: str, files: dict[str, Path]) -> Iterator[Import]:
-    """All imports of a file. `from grok.ops.attention import flash` imports `grok.ops.attention.flash`."""
+    """All imports of a file. `from grok.ops.attention import flash` imports
+    `grok.ops.attention.flash`."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node, at_once in walk(ast.parse(path.read_text(encoding="utf-8"), str(path)), True):
         if isinstance(node, ast.Import):
