@@ -54,7 +54,7 @@ mesh: {{data: 2, expert: 2, simulated_devices: 4}}
 data: {{train: [{folder}/text.txt], tokenizer: {folder}/t.model, sequence_length: 32,
   batch_size: 8}}
 optimizer: {{peak_lr: 0.01, warmup_steps: 2}}
-train: {{steps: {steps}, log_every: 1, stop_after_bad: 5, heartbeat_seconds: 30}}
+train: {{steps: {steps}, log_every: 1, max_bad_steps: 5, heartbeat_timeout_seconds: 30}}
 checkpoint: {{every: {every}, keep: 10}}
 """
 
@@ -188,7 +188,7 @@ def term(place: Workplace, run: Path) -> Outcome:
 
 def hang(place: Workplace, run: Path) -> Outcome:
     """SIGSTOP of one host: it still lives, and answers nobody."""
-    return struck(place, run, signal.SIGSTOP, f"train.hang_seconds={HANG_SECONDS}")
+    return struck(place, run, signal.SIGSTOP, f"train.hang_timeout_seconds={HANG_SECONDS}")
 
 
 def struck(place: Workplace, run: Path, number: int, *overrides: str) -> Outcome:

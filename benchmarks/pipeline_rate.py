@@ -46,7 +46,7 @@ def main() -> None:
     rows = Counter(mixture.locate(row)[0] for row in range(10_000))
     found = {"rows": {name: rows[d] for d, name in enumerate(datasets)}}
     print(f"rows of the first 10,000: {found['rows']}")
-    for packing in ("continue", "cut"):
+    for packing in ("concat_then_split", "best_fit"):
         found[packing] = measure(packing, datasets, mixture, options)
     print(json.dumps(found))
 

@@ -63,7 +63,7 @@ def ending_together() -> Iterator[None]:
     except BaseException as error:
         with contextlib.suppress(GrokError):
             if not _joined():
-                _connect(heartbeat_seconds=JOIN_SECONDS)
+                _connect(heartbeat_timeout_seconds=JOIN_SECONDS)
         if not _joined():
             raise
         _fail(error)
@@ -71,14 +71,14 @@ def ending_together() -> Iterator[None]:
         jax.distributed.shutdown()
 
 
-def join(config: Any, heartbeat_seconds: int = 60) -> None:
+def join(config: Any, heartbeat_timeout_seconds: int = 60) -> None:
     """Waits for the other processes, where there are some, and checks that all have this config
-    (a dataclass with a mesh). One that is silent for `heartbeat_seconds` ends the others.
+    (a dataclass with a mesh). One that is silent for `heartbeat_timeout_seconds` ends the others.
 
     Raises ConfigError where the environment or another config makes that impossible, and
     GrokError with code RESTART when the others do not come.
     """
-    _connect(heartbeat_seconds)
+    _connect(heartbeat_timeout_seconds)
     ours = dict(flatten(to_dict(config)))
     theirs = from_first(lambda: ours)
     for key, value in ours.items():
@@ -172,7 +172,7 @@ def _store() -> Any:
     return distributed.global_state.client
 
 
-def _connect(heartbeat_seconds: int) -> None:
+def _connect(heartbeat_timeout_seconds: int) -> None:
     """Joins the other processes, where there are some, and from then on listens for one that
     ends the run."""
     own = place()
@@ -183,7 +183,7 @@ def _connect(heartbeat_seconds: int) -> None:
     initialize = functools.partial(
         jax.distributed.initialize,
         initialization_timeout=JOIN_SECONDS,
-        heartbeat_timeout_seconds=heartbeat_seconds,
+        heartbeat_timeout_seconds=heartbeat_timeout_seconds,
     )
     try:
         if own:

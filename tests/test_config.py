@@ -36,17 +36,17 @@ model.attn_output_multiplier model.attn_logit_softcap model.rope_theta model.par
 model.compute_dtype model.remat
 folder
 mesh mesh.slice mesh.data mesh.expert mesh.tensor mesh.simulated_devices
-data data.train data.validation data.datasets data.mixture_changes data.validation_dataset
-data.packing data.allow_changed data.tokenizer data.sequence_length data.batch_size
-data.shape_changes data.seed data.prefetch
-optimizer optimizer.name optimizer.peak_lr optimizer.schedule optimizer.final_lr_share
+data data.train data.validation data.datasets data.mixture_schedule data.validation_dataset
+data.packing data.allow_data_change data.tokenizer data.sequence_length data.batch_size
+data.batch_schedule data.seed data.prefetch
+optimizer optimizer.name optimizer.peak_lr optimizer.schedule optimizer.min_lr_ratio
 optimizer.warmup_steps optimizer.decay_steps optimizer.beta1 optimizer.beta2 optimizer.epsilon
 optimizer.muon_momentum optimizer.moments_dtype optimizer.offload optimizer.weight_decay
-optimizer.clip_norm optimizer.groups optimizer.ema_decay
+optimizer.max_grad_norm optimizer.groups optimizer.ema_decay
 train train.steps train.seed train.init_from train.z_loss train.router_balance_loss
-train.accumulate train.skip_spikes_above train.stop_after_bad train.return_after_bad
-train.log_every train.eval_every train.hang_seconds train.heartbeat_seconds train.tensorboard
-train.wandb train.profile
+train.grad_accum_steps train.grad_spike_factor train.max_bad_steps train.rollback_on_divergence
+train.log_every train.eval_every train.hang_timeout_seconds train.heartbeat_timeout_seconds
+train.tensorboard train.wandb train.profile
 lora lora.rank lora.alpha lora.targets
 checkpoint checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best
 checkpoint.best_metric
@@ -130,9 +130,11 @@ def test_a_replaced_list_is_not_merged(write):
 
 
 def test_yaml_1_2(write):
-    write("run.yaml", "extends: grok-10m\noptimizer: {peak_lr: 1e-4, clip_norm: 2}\nfolder: no\n")
+    write(
+        "run.yaml", "extends: grok-10m\noptimizer: {peak_lr: 1e-4, max_grad_norm: 2}\nfolder: no\n"
+    )
     run = load_config("run.yaml")
-    assert (run.optimizer.peak_lr, run.optimizer.clip_norm, run.folder) == (1e-4, 2.0, "no")
+    assert (run.optimizer.peak_lr, run.optimizer.max_grad_norm, run.folder) == (1e-4, 2.0, "no")
     assert load_config("run.yaml", ["folder=2024-01-31"]).folder == "2024-01-31"
     assert load_config("run.yaml", ["train.steps=0200"]).train.steps == 200
 
@@ -156,14 +158,14 @@ def test_plain_data_round_trip():
 
 def test_shapes_keep_what_a_change_leaves_out():
     changes = "[{from_step: 0, sequence_length: 256}, {from_step: 7, batch_size: 16}]"
-    data = load_config("grok-10m", [f"data.shape_changes={changes}"]).data
+    data = load_config("grok-10m", [f"data.batch_schedule={changes}"]).data
     assert data.shapes() == [(0, 8, 1024), (0, 8, 256), (7, 16, 256)]
 
 
 def test_a_mixture_round_trip(write):
     datasets = "data.datasets=[{path: a, weight: 0.7}, {path: b}]"
     run = load_config(
-        "grok-10m", [datasets, "data.mixture_changes=[{from_step: 9, weights: [1, 0]}]"]
+        "grok-10m", [datasets, "data.mixture_schedule=[{from_step: 9, weights: [1, 0]}]"]
     )
     assert [(each.path, each.weight) for each in run.data.datasets] == [("a", 0.7), ("b", 1.0)]
     assert from_dict(to_dict(run)) == run
@@ -254,13 +256,13 @@ def test_groups_round_trip(write):
         ("data: {train: [a], datasets: [{path: a}]}", "data.train and data.datasets are both set"),
         ("data: {validation: [a], validation_dataset: b}", "data.validation=[] would work."),
         (
-            "data: {datasets: [{path: a}], mixture_changes: [{from_step: 5, weights: [1, 2]}]}",
-            "data.mixture_changes has [1.0, 2.0] from step 5, and data.datasets has 1 datasets",
+            "data: {datasets: [{path: a}], mixture_schedule: [{from_step: 5, weights: [1, 2]}]}",
+            "data.mixture_schedule has [1.0, 2.0] from step 5, and data.datasets has 1 datasets",
         ),
         (
-            "data: {datasets: [{path: a}], mixture_changes: [{from_step: 5, weights: [1]},"
+            "data: {datasets: [{path: a}], mixture_schedule: [{from_step: 5, weights: [1]},"
             " {from_step: 5, weights: [1]}]}",
-            "data.mixture_changes has from_step=5 after 5; steps that increase would work.",
+            "data.mixture_schedule has from_step=5 after 5; steps that increase would work.",
         ),
         (
             "checkpoint: {keep_every: 700}",
@@ -283,7 +285,7 @@ def test_groups_round_trip(write):
             "optimizer.decay_steps=900 would work.",
         ),
         (
-            "optimizer: {schedule: constant, final_lr_share: 0.5}",
+            "optimizer: {schedule: constant, min_lr_ratio: 0.5}",
             "optimizer.schedule=linear would work.",
         ),
         (
@@ -300,44 +302,48 @@ def test_groups_round_trip(write):
             "optimizer: {groups: [{match: '*', frozen: true, lr_scale: 2}]}",
             "optimizer.groups has * frozen and with a learning rate or decay of its own",
         ),
-        ("train: {skip_spikes_above: 0.5}", "train.skip_spikes_above=10 would work."),
+        ("train: {grad_spike_factor: 0.5}", "train.grad_spike_factor=10 would work."),
         (
-            "train: {accumulate: 3}\nmesh: {simulated_devices: 4}",
-            "data.batch_size=8 cannot be split into train.accumulate=3 microbatches over "
+            "train: {grad_accum_steps: 3}\nmesh: {simulated_devices: 4}",
+            "data.batch_size=8 cannot be split into train.grad_accum_steps=3 microbatches over "
             "slice*data*expert=4; data.batch_size=12 would work.",
         ),
         (
-            "data: {shape_changes: [{from_step: 5, batch_size: 8}, {from_step: 5, batch_size: 9}]}",
-            "data.shape_changes has from_step=5 after 5; steps that increase would work.",
+            "data: {batch_schedule: [{from_step: 5, batch_size: 8}, {from_step: 5}]}",
+            "data.batch_schedule has from_step=5 after 5; steps that increase would work.",
         ),
         (
-            "data: {shape_changes: [{from_step: 5}]}",
-            "data.shape_changes changes nothing from step 5; a batch_size, a sequence_length, or",
+            "data: {batch_schedule: [{from_step: 5}]}",
+            "data.batch_schedule changes nothing from step 5; a batch_size, a sequence_length, or",
         ),
         (
-            "data: {shape_changes: [{from_step: 5, sequence_length: 600}]}",
+            "data: {batch_schedule: [{from_step: 5, sequence_length: 600}]}",
             "sequence_length=600 from step 5, which does not divide the longest, "
             "data.sequence_length=1024; 512 would work.",
         ),
         (
-            "data: {shape_changes: [{from_step: 0, batch_size: 6, sequence_length: 256}]}",
+            "data: {batch_schedule: [{from_step: 0, batch_size: 6, sequence_length: 256}]}",
             "has batches of 6 x 256 tokens from step 0, which are no whole rows of "
             "data.sequence_length=1024; batch_size=8 would work.",
         ),
         (
-            "mesh: {simulated_devices: 8}\ndata: {shape_changes: [{from_step: 5, batch_size: 12}]}",
-            "data.shape_changes has batch_size=12 from step 5, which cannot be split over "
-            "slice*data*expert*train.accumulate=8; 16 would work.",
+            "mesh: {simulated_devices: 8}\n"
+            "data: {batch_schedule: [{from_step: 5, batch_size: 12}]}",
+            "data.batch_schedule has batch_size=12 from step 5, which cannot be split over "
+            "slice*data*expert*train.grad_accum_steps=8; 16 would work.",
         ),
         (
             "data: {datasets: [{weight: 1}]}",
             "run.yaml:2: data.datasets[0].path must be set.",
         ),
         (
-            "data: {datasets: [{path: a}], mixture_changes: [{weights: [1]}, {from_step: 9}]}",
-            "data.mixture_changes[0].from_step, data.mixture_changes[1].weights must be set.",
+            "data: {datasets: [{path: a}], mixture_schedule: [{weights: [1]}, {from_step: 9}]}",
+            "data.mixture_schedule[0].from_step, data.mixture_schedule[1].weights must be set.",
         ),
-        ("data: {packing: chop}", "data.packing must be 'continue' or 'cut', not \"chop\""),
+        (
+            "data: {packing: chop}",
+            "data.packing must be 'concat_then_split' or 'best_fit', not \"chop\"",
+        ),
     ],
 )
 def test_refused_with_place_key_and_remedy(write, text, sentence):

@@ -244,8 +244,9 @@ def _print(console: "Console", folder: str, found: "Inspection", checked: bool) 
             f"{of['documents']:,} documents, {of['tokens']:,} tokens{licence}"
         )
     console.print(
-        f"  {'packing':<12}at length {found.length}: {found.packing['continue']:.2%} where "
-        f"documents go on, {found.packing['cut']:.2%} where they are cut "
+        f"  {'packing':<12}at length {found.length}: "
+        f"{found.packing['concat_then_split']:.2%} concat_then_split, "
+        f"{found.packing['best_fit']:.2%} best_fit "
         f"(which leaves out {found.cut_share:.1%} of tokens)"
     )
     if checked:

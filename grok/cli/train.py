@@ -20,7 +20,7 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
 
     with distributed.ending_together():
         checked = load_config(config, overrides)
-        distributed.join(checked, checked.train.heartbeat_seconds)
+        distributed.join(checked, checked.train.heartbeat_timeout_seconds)
         prepare(checked.mesh.simulated_devices // distributed.count())
 
         from grok.train.loop import run

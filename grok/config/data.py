@@ -60,7 +60,7 @@ class DataConfig:
         tuple[DatasetConfig, ...],
         Field(description="prepared datasets to train on, in place of text: {path, weight} each"),
     ] = ()
-    mixture_changes: Annotated[
+    mixture_schedule: Annotated[
         tuple[MixtureChange, ...],
         Field(description="other weights from a step on: {from_step, weights} each"),
     ] = ()
@@ -68,18 +68,16 @@ class DataConfig:
         str, Field(description="prepared dataset for the validation pass, in place of text")
     ] = ""
     packing: Annotated[
-        Literal["continue", "cut"],
-        Field(
-            description="what a document does that does not fit a row: goes on in the next, ends"
-        ),
-    ] = "continue"
-    allow_changed: Annotated[
+        Literal["concat_then_split", "best_fit"],
+        Field(description="documents longer than a row: continued in the next, or truncated"),
+    ] = "concat_then_split"
+    allow_data_change: Annotated[
         bool, Field(description="resume although the prepared datasets are others than before")
     ] = False
     tokenizer: Annotated[str, Field(description="SentencePiece model file")] = ""
     sequence_length: Annotated[Count, Field(description="tokens a row (T), at its longest")] = 1024
     batch_size: Annotated[Count, Field(description="rows of a batch over all devices (B)")] = 8
-    shape_changes: Annotated[
+    batch_schedule: Annotated[
         tuple[ShapeChange, ...],
         Field(description="others from a step on: {from_step, batch_size, sequence_length} each"),
     ] = ()
@@ -111,16 +109,16 @@ class DataConfig:
                 "data.datasets have no weight above 0; weight: 1 for one of them would work."
             )
         before = 0
-        for change in self.mixture_changes:
+        for change in self.mixture_schedule:
             if len(change.weights) != len(paths) or not any(change.weights):
                 raise ConfigError(
-                    f"data.mixture_changes has {list(change.weights)} from step {change.from_step},"
-                    f" and data.datasets has {len(paths)} datasets; as many weights, one of them "
-                    "above 0, would work."
+                    f"data.mixture_schedule has {list(change.weights)} from step "
+                    f"{change.from_step}, and data.datasets has {len(paths)} datasets; "
+                    "as many weights, one of them above 0, would work."
                 )
             if change.from_step <= before:
                 raise ConfigError(
-                    f"data.mixture_changes has from_step={change.from_step} after {before}; steps "
+                    f"data.mixture_schedule has from_step={change.from_step} after {before}; steps "
                     "that increase would work."
                 )
             before = change.from_step
@@ -129,7 +127,7 @@ class DataConfig:
     def shapes(self) -> list[tuple[int, int, int]]:
         """Every shape of a batch: the first step that has it, B and T."""
         shapes = [(0, self.batch_size, self.sequence_length)]
-        for change in self.shape_changes:
+        for change in self.batch_schedule:
             _, batch_size, sequence_length = shapes[-1]
             shapes.append(
                 (
@@ -143,30 +141,30 @@ class DataConfig:
     def _check_shapes(self) -> None:
         before = -1
         for change, (step, batch_size, length) in zip(
-            self.shape_changes, self.shapes()[1:], strict=True
+            self.batch_schedule, self.shapes()[1:], strict=True
         ):
             if step <= before:
                 raise ConfigError(
-                    f"data.shape_changes has from_step={step} after {before}; steps that increase "
+                    f"data.batch_schedule has from_step={step} after {before}; steps that increase "
                     "would work."
                 )
             before = step
             if change.batch_size is None and change.sequence_length is None:
                 raise ConfigError(
-                    f"data.shape_changes changes nothing from step {step}; a batch_size, a "
+                    f"data.batch_schedule changes nothing from step {step}; a batch_size, a "
                     "sequence_length, or both would work."
                 )
             if self.sequence_length % length:
                 near = largest_divisor(self.sequence_length, length)
                 raise ConfigError(
-                    f"data.shape_changes has sequence_length={length} from step {step}, which does "
-                    f"not divide the longest, data.sequence_length={self.sequence_length}; {near} "
-                    "would work."
+                    f"data.batch_schedule has sequence_length={length} from step {step}, which "
+                    f"does not divide the longest, data.sequence_length={self.sequence_length}; "
+                    f"{near} would work."
                 )
             parts = self.sequence_length // length
             if batch_size % parts:
                 raise ConfigError(
-                    f"data.shape_changes has batches of {batch_size} x {length} tokens from step "
+                    f"data.batch_schedule has batches of {batch_size} x {length} tokens from step "
                     f"{step}, which are no whole rows of data.sequence_length="
                     f"{self.sequence_length}; batch_size={round_up(batch_size, parts)} would work."
                 )

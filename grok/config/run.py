@@ -168,20 +168,20 @@ def check_fits(config: RunConfig, num_devices: int) -> dict[str, int]:
             f"data.batch_size={config.data.batch_size} cannot be split over slice*data*expert="
             f"{rows}; data.batch_size={round_up(config.data.batch_size, rows)} would work."
         )
-    rows *= config.train.accumulate
+    rows *= config.train.grad_accum_steps
     if config.data.batch_size % rows:
         raise ConfigError(
-            f"data.batch_size={config.data.batch_size} cannot be split into train.accumulate="
-            f"{config.train.accumulate} microbatches over slice*data*expert="
-            f"{rows // config.train.accumulate}; data.batch_size="
+            f"data.batch_size={config.data.batch_size} cannot be split into train.grad_accum_steps="
+            f"{config.train.grad_accum_steps} microbatches over slice*data*expert="
+            f"{rows // config.train.grad_accum_steps}; data.batch_size="
             f"{round_up(config.data.batch_size, rows)} would work."
         )
     for step, batch_size, length in config.data.shapes():
         if batch_size % rows:
             up = round_up(batch_size, math.lcm(rows, config.data.sequence_length // length))
             raise ConfigError(
-                f"data.shape_changes has batch_size={batch_size} from step {step}, which cannot be "
-                f"split over slice*data*expert*train.accumulate={rows}; {up} would work."
+                f"data.batch_schedule has batch_size={batch_size} from step {step}, which cannot "
+                f"be split over slice*data*expert*train.grad_accum_steps={rows}; {up} would work."
             )
     return sizes
 

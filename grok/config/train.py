@@ -54,7 +54,7 @@ class OptimizerConfig:
         Literal["cosine", "linear", "constant", "wsd"],
         Field(description="learning rate after warm-up; wsd: constant, then decay_steps of linear"),
     ] = "cosine"
-    final_lr_share: Annotated[Share, Field(description="last learning rate over peak_lr")] = 0.1
+    min_lr_ratio: Annotated[Share, Field(description="last learning rate over peak_lr")] = 0.1
     warmup_steps: Annotated[CountOrZero, Field(description="steps of linear warm-up")] = 100
     decay_steps: Annotated[CountOrZero, Field(description="last steps, in which wsd decays")] = 0
     beta1: Annotated[
@@ -75,7 +75,7 @@ class OptimizerConfig:
     weight_decay: Annotated[
         PositiveOrZero, Field(description="decoupled decay of matrices (norm scales have none)")
     ] = 0.1
-    clip_norm: Annotated[Positive, Field(description="largest global norm of a gradient")] = 1.0
+    max_grad_norm: Annotated[Positive, Field(description="largest global norm of a gradient")] = 1.0
     groups: Annotated[
         tuple[OptimizerGroup, ...],
         Field(description="tensors apart: {match, name, lr_scale, weight_decay, frozen} each"),
@@ -103,12 +103,12 @@ class OptimizerConfig:
                 f"optimizer.decay_steps={self.decay_steps} and optimizer.schedule={self.schedule}: "
                 f"it is wsd that decays over the last steps; {works} would work."
             )
-        if self.schedule == "constant" and self.final_lr_share not in (
+        if self.schedule == "constant" and self.min_lr_ratio not in (
             1,
-            self._default("final_lr_share"),
+            self._default("min_lr_ratio"),
         ):
             raise ConfigError(
-                f"optimizer.final_lr_share={self.final_lr_share} is not reached with "
+                f"optimizer.min_lr_ratio={self.min_lr_ratio} is not reached with "
                 "optimizer.schedule=constant; optimizer.schedule=linear would work."
             )
 
@@ -154,17 +154,17 @@ class TrainConfig:
     router_balance_loss: Annotated[
         PositiveOrZero, Field(description="weight of the expert load-balancing loss")
     ] = 0.0
-    accumulate: Annotated[
+    grad_accum_steps: Annotated[
         Count, Field(description="microbatches that a step splits its batch into, one by one")
     ] = 1
-    skip_spikes_above: Annotated[
+    grad_spike_factor: Annotated[
         PositiveOrZero,
         Field(description="skip steps with a gradient this many times its usual norm; 0: none"),
     ] = 0.0
-    stop_after_bad: Annotated[
+    max_bad_steps: Annotated[
         Count, Field(description="bad steps in a row after which the run gives up")
     ] = 10
-    return_after_bad: Annotated[
+    rollback_on_divergence: Annotated[
         bool,
         Field(description="go back to the last good checkpoint then, and leave those batches out"),
     ] = False
@@ -172,11 +172,11 @@ class TrainConfig:
     eval_every: Annotated[
         CountOrZero, Field(description="steps between validation passes; 0: only at the end")
     ] = 0
-    hang_seconds: Annotated[
+    hang_timeout_seconds: Annotated[
         CountOrZero,
         Field(description="a run of which no step ends for so long is ended, to restart; 0: never"),
     ] = 1800
-    heartbeat_seconds: Annotated[
+    heartbeat_timeout_seconds: Annotated[
         Count, Field(description="a host not heard of for so long is lost, which ends the others")
     ] = 60
     tensorboard: Annotated[
@@ -199,10 +199,10 @@ class TrainConfig:
                 f"{self.steps} of the run; train.profile=[{start}, {min(start + 2, self.steps)}] "
                 "would work."
             )
-        if 0 < self.skip_spikes_above <= 1:
+        if 0 < self.grad_spike_factor <= 1:
             raise ConfigError(
-                f"train.skip_spikes_above={self.skip_spikes_above} would skip usual steps; "
-                "train.skip_spikes_above=10 would work."
+                f"train.grad_spike_factor={self.grad_spike_factor} would skip usual steps; "
+                "train.grad_spike_factor=10 would work."
             )
 
 

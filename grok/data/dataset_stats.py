@@ -42,7 +42,7 @@ class Sample:
 class Inspection:
     """What `grok data inspect` shows.
 
-    packing: share of places that hold a token, by form; cut_share: of tokens that "cut" leaves
+    packing: share of places that hold a token, by form; cut_share: of tokens that "best_fit" leaves
     out; problems: a sentence for each file unlike the manifest, empty where it was not asked for.
     """
 
@@ -70,7 +70,10 @@ def inspect(
     """
     problems = check(folder) if checked else []
     data = Prepared(folder)
-    layouts = {form: make_layout(form, data.lengths, length, "") for form in ("continue", "cut")}
+    layouts = {
+        form: make_layout(form, data.lengths, length, "")
+        for form in ("concat_then_split", "best_fit")
+    }
     cut = np.maximum(data.lengths.astype(np.int64) - length - 1, 0).sum()
     return Inspection(
         hash=data.hash,

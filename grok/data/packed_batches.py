@@ -15,7 +15,7 @@ import numpy as np
 from grok.data.batch_schedule import Batch, BatchShapes
 from grok.data.dataset import Document
 from grok.data.mixture import Mixture
-from grok.data.packing import Continued, Piece, make_layout
+from grok.data.packing import ConcatThenSplit, Piece, make_layout
 from grok.errors import DataError
 
 # Documents of a dataset kept in memory: one that fills many rows is read once for its neighbours.
@@ -52,11 +52,11 @@ class PackedBatches:
         shapes: BatchShapes,
         *,
         seed: int,
-        packing: str = "continue",
+        packing: str = "concat_then_split",
     ) -> None:
         """Lay out `datasets`, which the mixture knows by their order here, in rows for `shapes`.
 
-        DataError when a dataset has no row: no documents, or none of two tokens for "cut".
+        DataError when a dataset has no row: no documents, or none of two tokens for "best_fit".
         """
         self._names = list(datasets)
         self._mixture = mixture
@@ -108,7 +108,7 @@ class PackedValidation:
     def __init__(self, documents: Documents, *, sequence_length: int, batch_size: int) -> None:
         """Lay out `documents` in batches of B rows of T tokens."""
         self._documents = documents
-        self._layout = Continued(documents.lengths, sequence_length, key=None)
+        self._layout = ConcatThenSplit(documents.lengths, sequence_length, key=None)
         self._read = functools.lru_cache(maxsize=DOCUMENTS_KEPT)(documents.__getitem__)
         self._sequence_length = sequence_length
         self._batch_size = batch_size

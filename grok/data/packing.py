@@ -39,8 +39,8 @@ class Layout(Protocol):
 
 
 def make_layout(packing: str, lengths_N: np.ndarray, sequence_length: int, key: str) -> Layout:
-    """The layout of `packing` ("continue" or "cut") for documents of these lengths in tokens."""
-    form = Continued if packing == "continue" else Cut
+    """Layout of documents of these lengths in tokens; `packing` as in data.packing."""
+    form = ConcatThenSplit if packing == "concat_then_split" else BestFit
     return form(lengths_N, sequence_length, key)
 
 
@@ -75,7 +75,7 @@ def sorted_places(values_N: np.ndarray) -> np.ndarray:
     return keys_N.view(np.int64)
 
 
-class Continued:
+class ConcatThenSplit:
     """All documents of an epoch end to end in a new random order, cut every T tokens.
 
     A document that does not fit goes on in the next row; that row's first target was the last of
@@ -126,7 +126,7 @@ class Continued:
         return order_N, np.cumsum(self._lengths_N[order_N])
 
 
-class Cut:
+class BestFit:
     """Whole documents only: what is longer than T + 1 tokens loses its end.
 
     A document of n tokens takes n - 1 places, since its last token predicts nothing. Which

@@ -27,7 +27,7 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
     check_groups(run, tensor_names(run.model, run.lora))
     config = run.optimizer
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(config.max_grad_norm),
         DIRECTIONS[config.name](config),
         decay_weights(config),
         optax.scale_by_learning_rate(make_schedule(config, run.train.steps)),

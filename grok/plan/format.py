@@ -142,7 +142,7 @@ def describe_program(plan: Plan) -> str:
         rows, tokens = planned.batch_size, planned.tokens
         return f"decode of {rows} rows, {tokens} tokens each in the cache, {size}"
     rows, length = plan.batch
-    parts = plan.config.train.accumulate
+    parts = plan.config.train.grad_accum_steps
     return (
         f"train on {rows:,} x {length:,} tokens in {parts} part{'s' if parts > 1 else ''}, {size}, "
         f"{plan.config.optimizer.name} with moments in {plan.config.optimizer.moments_dtype}"

@@ -72,7 +72,7 @@ def _legal(config: RunConfig, slice_: Slice) -> Iterator[Candidate]:
                     config, mesh=dataclasses.replace(config.mesh, **sizes)
                 )
                 if rows is not None:
-                    batch = shards * rows * config.train.accumulate
+                    batch = shards * rows * config.train.grad_accum_steps
                     lines += [f"model.remat={remat}", f"data.batch_size={batch}"]
                     changed = dataclasses.replace(
                         changed,
@@ -110,7 +110,7 @@ def _holds(config: RunConfig, slice_: Slice) -> bool:
     shards = mesh.data * mesh.expert * mesh.tensor / slice_.chip.devices
     state = state_bytes(config) * model.num_parameters() / shards
     rows, length = batch_of(config)
-    tokens = rows / (mesh.slice * mesh.data * mesh.expert * config.train.accumulate)
+    tokens = rows / (mesh.slice * mesh.data * mesh.expert * config.train.grad_accum_steps)
     tokens *= 1 if config.plan.program == "decode" else length
     layer = 2 * model.num_parameters() / model.num_layers / (mesh.expert * mesh.tensor)
     table = 2 * model.vocab_size * model.embed_dim / mesh.tensor

@@ -31,8 +31,8 @@ def remedies(plan: Plan) -> Iterator[str]:
         yield f"fewer rows or tokens than {plan.batch[0]} x {plan.batch[1]}"
         return
     rows = plan.batch[0] // (plan.sizes["slice"] * plan.sizes["data"] * plan.sizes["expert"])
-    if plan.total is not None and rows > plan.config.train.accumulate:
-        yield f"train.accumulate={rows}, a row of each chip at a time: fewer temporaries"
+    if plan.total is not None and rows > plan.config.train.grad_accum_steps:
+        yield f"train.grad_accum_steps={rows}, a row of each chip at a time: fewer temporaries"
     if plan.total is not None and plan.config.model.remat not in ("offload", "full"):
         yield "model.remat=full: fewer temporaries"
     if plan.total is not None and plan.config.model.remat != "offload":

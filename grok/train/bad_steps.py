@@ -41,7 +41,7 @@ def find_bad(
     finite; of a gradient that is finite and too large, the largest.
     """
     largest, norm = jnp.max(jnp.stack(list(squares.values()))), norm_of(squares)
-    limit = config.skip_spikes_above * guard.smoothed_norm
+    limit = config.grad_spike_factor * guard.smoothed_norm
     spike = (limit > 0) & (norm > limit)
     tensors = {
         name: ~jnp.isfinite(square) | (spike & (square == largest))

@@ -70,10 +70,10 @@ def restore(
     """The state saved at `step`, placed on `mesh`, and what the config says differently now.
 
     Raises CheckpointError when other tensors are trained, naming what differs, or when prepared
-    datasets are others than before and data.allow_changed does not say that they may be.
+    datasets are others than before and data.allow_data_change does not say that they may be.
     """
     meta = checkpoints.meta(step)
-    if not config.data.allow_changed:
+    if not config.data.allow_data_change:
         check_unchanged(meta.get("data", []), data.hashes, checkpoints.path(step))
     stored = dict(flatten(meta["config"]))
     changes = []

@@ -109,7 +109,7 @@ def open_run(config: RunConfig, replay_to: int | None) -> Run:
         checkpoints=checkpoints,
         initial=initial_weights(config, checkpoints),
         reports=Reports(config, mesh, data, first, began),
-        watchdog=Watchdog(config.train.hang_seconds, config.folder),
+        watchdog=Watchdog(config.train.hang_timeout_seconds, config.folder),
         first=first,
         notices=tuple(notices),
         last=config.train.steps if replay_to is None else replay_to,
@@ -160,7 +160,7 @@ def train_on(run: Run, start: Start, stop: StopRequest) -> int:
         except Diverged as error:
             run.watchdog.rest()
             run.checkpoints.wait()
-            if not (run.config.train.return_after_bad and run.saves):
+            if not (run.config.train.rollback_on_divergence and run.saves):
                 raise
             start = go_back(run, start, error)
 
@@ -188,7 +188,7 @@ def train(run: Run, start: Start, stop: StopRequest) -> int:
     Returns the last step done, which is saved. Raises Diverged after too many bad steps.
     """
     config, reports = run.config, run.reports
-    tensors, limit = names(start.state.model), config.train.stop_after_bad
+    tensors, limit = names(start.state.model), config.train.max_bad_steps
     reports.began(start.step)
     step = saved = start.step
     state = start.state

@@ -31,9 +31,9 @@ def stop_if_bad(
     more = f" and {len(blamed) - SHOWN} more" if len(blamed) > SHOWN else ""
     where = f"in the gradients of {', '.join(blamed[:SHOWN])}{more}" if blamed else "in the loss"
     raise Diverged(
-        f"the {bad} steps up to step {step} were bad (train.stop_after_bad={limit}), {where}, and "
+        f"the {bad} steps up to step {step} were bad (train.max_bad_steps={limit}), {where}, and "
         "changed nothing; an older checkpoint with a lower optimizer.peak_lr, or "
-        "train.return_after_bad=true, may get past them.",
+        "train.rollback_on_divergence=true, may get past them.",
         first=step - bad + 1,
         last=step,
     )

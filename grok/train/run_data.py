@@ -82,7 +82,7 @@ def open_dataset(path: str, config: RunConfig) -> Prepared:
 
 def mixture_of(data: DataConfig, shapes: BatchShapes) -> Mixture:
     """The mixture of the config's datasets, by row of the run."""
-    changes = [(shapes.first_row(each.from_step), each.weights) for each in data.mixture_changes]
+    changes = [(shapes.first_row(each.from_step), each.weights) for each in data.mixture_schedule]
     return Mixture([each.weight for each in data.datasets], changes)
 
 
@@ -92,7 +92,7 @@ def check_unchanged(stored: list[dict[str, str]], hashes: list[dict[str, str]], 
     if [each["hash"] for each in stored] != [each["hash"] for each in hashes]:
         raise CheckpointError(
             f"{where} was trained on {_names(stored)}, and the config now names {_names(hashes)}; "
-            "the same data, or data.allow_changed=true to go on with what is there now, would work."
+            "the same data, or data.allow_data_change=true to continue with the new, would work."
         )
 
 

@@ -101,13 +101,15 @@ def gradients(params, model, batch: dict, config: TrainConfig) -> tuple[jax.Arra
         return total, report, as_float32(grads)
 
     whole = count_tokens(batch)
-    if config.accumulate == 1:
+    if config.grad_accum_steps == 1:
         return of_part(batch)
 
     def add(sums, part):
         return jax.tree.map(jnp.add, sums, of_part(part)), None
 
-    parts = {name: microbatches(array_BT, config.accumulate) for name, array_BT in batch.items()}
+    parts = {
+        name: microbatches(array_BT, config.grad_accum_steps) for name, array_BT in batch.items()
+    }
     first = {name: array_nBT[0] for name, array_nBT in parts.items()}
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, first))
     return jax.lax.scan(add, zeros, parts)[0]

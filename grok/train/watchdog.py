@@ -52,6 +52,6 @@ class Watchdog:
                 faulthandler.dump_traceback(file)
         distributed.leave(
             RESTART,
-            f"no step was finished for {self._seconds} s (train.hang_seconds) after step "
+            f"no step was finished for {self._seconds} s (train.hang_timeout_seconds) after step "
             f"{self._step}; the stacks of all threads are above.",
         )

@@ -21,14 +21,14 @@ DATASETS = {
 }
 
 
-def packed(changes=(), packing="continue") -> PackedBatches:
+def packed(changes=(), packing="concat_then_split") -> PackedBatches:
     mixture = Mixture((0.6, 0.4), [(38, (0.2, 0.8))])
     shapes = BatchShapes(LONGEST, ROWS, changes)
     return PackedBatches(DATASETS, mixture, shapes, seed=0, packing=packing)
 
 
 def cut(changes=()) -> PackedBatches:
-    return packed(changes, "cut")
+    return packed(changes, "best_fit")
 
 
 def plain(changes=()) -> Batches:

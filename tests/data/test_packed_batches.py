@@ -25,7 +25,7 @@ ROW, ROWS = 32, 8
 SHAPE = (ROWS, ROW)
 
 
-def packed(*datasets, weights=None, changes=(), packing="continue", seed=0, shapes=()):
+def packed(*datasets, weights=None, changes=(), packing="concat_then_split", seed=0, shapes=()):
     return PackedBatches(
         {f"data/{number}": documents for number, documents in enumerate(datasets)},
         Mixture(weights or [1] * len(datasets), changes),
@@ -75,7 +75,7 @@ def test_every_token_but_a_documents_first_is_predicted_once_an_epoch(documents)
 
 
 def test_cut_documents_lose_their_ends_and_nothing_else(documents):
-    batches = packed(documents, packing="cut")
+    batches = packed(documents, packing="best_fit")
     wanted = pairs_of(documents, longest=ROW)
     found = Counter()
     for step in range(1000):
@@ -87,7 +87,7 @@ def test_cut_documents_lose_their_ends_and_nothing_else(documents):
     assert all(3 <= count <= 4 for count in found.values())
 
 
-@pytest.mark.parametrize("packing", ["continue", "cut"])
+@pytest.mark.parametrize("packing", ["concat_then_split", "best_fit"])
 def test_segments_positions_and_padding(documents, packing):
     for step in range(30):
         batch = packed(documents, packing=packing).batch(step)
@@ -169,7 +169,7 @@ def test_validation_has_every_document_once(documents):
 
 def test_nothing_to_predict_is_refused():
     with pytest.raises(DataError, match=r"dataset data/1 has no document with a token to predict"):
-        packed(FakeDocuments([5]), FakeDocuments([1, 1]), packing="cut")
+        packed(FakeDocuments([5]), FakeDocuments([1, 1]), packing="best_fit")
     with pytest.raises(DataError, match=r"dataset data/0 has no document"):
         packed(FakeDocuments([]))
 
@@ -203,7 +203,14 @@ HOST = Path(__file__).with_name("host.py")
 
 def hashes_of(hosts: int, folders: list[str], port: int, steps: range) -> dict:
     """Hashes of all rows of `steps` by (step, row), made by `hosts` processes."""
-    common = [f"localhost:{port}", "continue", "64", str(steps.start), str(steps.stop), *folders]
+    common = [
+        f"localhost:{port}",
+        "concat_then_split",
+        "64",
+        str(steps.start),
+        str(steps.stop),
+        *folders,
+    ]
     commands = [[sys.executable, str(HOST), str(n), str(hosts), *common] for n in range(hosts)]
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for c in commands]
     lines = [line.split() for process in running for line in process.communicate()[0].splitlines()]

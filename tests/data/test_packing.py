@@ -7,8 +7,8 @@ import pytest
 
 from grok.data.epoch_cache import EpochPlans
 from grok.data.packing import (
-    Continued,
-    Cut,
+    BestFit,
+    ConcatThenSplit,
     Piece,
     efficiency,
     make_layout,
@@ -35,7 +35,7 @@ def test_a_permutation_is_fixed_for_good():
 
 @pytest.mark.parametrize("epoch", [0, 1, 10**6])
 def test_continued_documents_are_whole_once_an_epoch(epoch):
-    layout = make_layout("continue", LENGTHS, ROW, "key")
+    layout = make_layout("concat_then_split", LENGTHS, ROW, "key")
     rows = epoch_of(layout, epoch)
     assert [sum(piece.size for piece in row) for row in rows[:-1]] == [ROW] * (len(rows) - 1)
     reached = dict.fromkeys(range(len(LENGTHS)), 0)
@@ -46,7 +46,7 @@ def test_continued_documents_are_whole_once_an_epoch(epoch):
 
 
 def test_epochs_have_orders_of_their_own():
-    for packing in ("continue", "cut"):
+    for packing in ("concat_then_split", "best_fit"):
         layout = make_layout(packing, LENGTHS, ROW, "key")
         assert epoch_of(layout, 0) != epoch_of(layout, 1)
         assert epoch_of(layout, 0) == epoch_of(make_layout(packing, LENGTHS, ROW, "key"), 0)
@@ -54,14 +54,14 @@ def test_epochs_have_orders_of_their_own():
 
 
 def test_without_a_key_documents_keep_their_order():
-    layout = Continued(np.array([3, 40, 2]), ROW, key=None)
+    layout = ConcatThenSplit(np.array([3, 40, 2]), ROW, key=None)
     assert epoch_of(layout, 0) == [[Piece(0, 0, 3), Piece(1, 0, 29)], [(1, 29, 11), (2, 0, 2)]]
     assert epoch_of(layout, 0) == epoch_of(layout, 1)
 
 
 @pytest.mark.parametrize("epoch", [0, 7])
 def test_cut_documents_are_never_split_and_are_there_once_an_epoch(epoch):
-    rows = epoch_of(Cut(LENGTHS, ROW, "key"), epoch)
+    rows = epoch_of(BestFit(LENGTHS, ROW, "key"), epoch)
     assert max(sum(piece.size for piece in row) for row in rows) <= ROW
     pieces = sorted(piece for row in rows for piece in row)
     wanted = [(d, 0, min(n - 1, ROW)) for d, n in enumerate(LENGTHS.tolist()) if n > 1]
@@ -69,12 +69,12 @@ def test_cut_documents_are_never_split_and_are_there_once_an_epoch(epoch):
 
 
 def test_documents_of_one_token_predict_nothing():
-    assert Cut(np.ones(5), ROW, "key").rows_per_epoch == 0
-    assert epoch_of(Cut(np.array([1, 3, 1]), ROW, "key"), 0) == [[Piece(1, 0, 2)]]
-    assert Continued(np.ones(5), ROW, "key").rows_per_epoch == 1
+    assert BestFit(np.ones(5), ROW, "key").rows_per_epoch == 0
+    assert epoch_of(BestFit(np.array([1, 3, 1]), ROW, "key"), 0) == [[Piece(1, 0, 2)]]
+    assert ConcatThenSplit(np.ones(5), ROW, "key").rows_per_epoch == 1
 
 
-@pytest.mark.parametrize("packing", ["continue", "cut"])
+@pytest.mark.parametrize("packing", ["concat_then_split", "best_fit"])
 def test_tokens_before_a_row_are_those_of_its_pieces(packing):
     layout = make_layout(packing, LENGTHS, ROW, "key")
     seen = 0
@@ -83,7 +83,7 @@ def test_tokens_before_a_row_are_those_of_its_pieces(packing):
         seen += sum(piece.size for piece in layout.pieces(row))
 
 
-@pytest.mark.parametrize("packing", ["continue", "cut"])
+@pytest.mark.parametrize("packing", ["concat_then_split", "best_fit"])
 def test_rows_are_98_percent_full(packing):
     lengths = np.array(random_lengths(20_000, largest=10_000))
     assert efficiency(make_layout(packing, lengths, 2048, "key"), 2048) > 0.98

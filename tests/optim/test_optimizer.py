@@ -47,7 +47,8 @@ def run_config(**optimizer) -> RunConfig:
     return RunConfig(
         model=MODEL_CONFIG,
         optimizer=OptimizerConfig(
-            **{"peak_lr": 1e-2, "warmup_steps": 1, "weight_decay": 0.1, "clip_norm": 3} | optimizer
+            **{"peak_lr": 1e-2, "warmup_steps": 1, "weight_decay": 0.1, "max_grad_norm": 3}
+            | optimizer
         ),
         train=TrainConfig(steps=10),
     )
@@ -269,7 +270,7 @@ def rates(steps: int, **optimizer) -> list[float]:
 
 
 def test_cosine_rises_to_the_peak_and_falls_to_its_last_share():
-    found = rates(104, warmup_steps=4, final_lr_share=0.1)
+    found = rates(104, warmup_steps=4, min_lr_ratio=0.1)
     assert found[:5] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])
     assert max(found) == found[4]
     assert found[54] == pytest.approx(5.5e-4)  # half-way down the cosine: the mean of both ends
@@ -282,10 +283,10 @@ def test_without_warm_up_the_first_step_has_the_peak_rate():
 
 def test_the_other_schedules():
     warm = [5e-4, 1e-3]
-    linear = rates(5, warmup_steps=1, schedule="linear", final_lr_share=0.2)
+    linear = rates(5, warmup_steps=1, schedule="linear", min_lr_ratio=0.2)
     assert linear == pytest.approx([*warm, 8e-4, 6e-4, 4e-4, 2e-4])
     assert rates(4, warmup_steps=1, schedule="constant") == pytest.approx([*warm, 1e-3, 1e-3, 1e-3])
-    wsd = rates(6, warmup_steps=1, schedule="wsd", decay_steps=2, final_lr_share=0)
+    wsd = rates(6, warmup_steps=1, schedule="wsd", decay_steps=2, min_lr_ratio=0)
     assert wsd == pytest.approx([*warm, 1e-3, 1e-3, 1e-3, 5e-4, 0])
 
 

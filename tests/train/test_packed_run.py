@@ -51,7 +51,7 @@ def straight(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
             validation=(),
             datasets=(DatasetConfig(path=a, weight=0.75), DatasetConfig(path=b, weight=0.25)),
             validation_dataset=held_out,
-            shape_changes=(ShapeChange(from_step=3, batch_size=16, sequence_length=16),),
+            batch_schedule=(ShapeChange(from_step=3, batch_size=16, sequence_length=16),),
         ),
         folder=str(folder / "run"),
         train=TrainConfig(steps=STEPS, log_every=1),
@@ -96,8 +96,8 @@ def test_changed_data_is_refused_unless_told(halfway: RunConfig, tmp_path):
     sentence = r"checkpoints/2 was trained on .*/a \(manifest [0-9a-f]{12}\) and .*/changed \(mani"
     with pytest.raises(CheckpointError, match=sentence) as caught:
         run(moved)
-    assert "data.allow_changed=true" in str(caught.value)
-    assert run(with_data(moved, allow_changed=True)) == DONE
+    assert "data.allow_data_change=true" in str(caught.value)
+    assert run(with_data(moved, allow_data_change=True)) == DONE
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(straight: RunConfig, tmp_path):

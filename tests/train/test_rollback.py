@@ -49,7 +49,7 @@ def healthy(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
         folder=str(tmp_path_factory.mktemp("healthy") / "run"),
         model=dataclasses.replace(tiny_run.model, num_layers=1, remat="none"),
         data=dataclasses.replace(tiny_run.data, validation=()),
-        train=TrainConfig(steps=STEPS, log_every=1, stop_after_bad=2),
+        train=TrainConfig(steps=STEPS, log_every=1, max_bad_steps=2),
         checkpoint=CheckpointConfig(every=2, keep=10),
     )
     assert loop.run(config) == DONE
@@ -83,7 +83,7 @@ def test_bad_steps_in_a_row_end_the_run_and_name_the_tensors(after_two, monkeypa
 
 def test_a_run_goes_back_and_leaves_the_bad_batches_out(after_two, healthy, monkeypatch):
     config = dataclasses.replace(
-        after_two, train=dataclasses.replace(after_two.train, return_after_bad=True)
+        after_two, train=dataclasses.replace(after_two.train, rollback_on_divergence=True)
     )
     monkeypatch.setattr(loop, "read_data", poisoned(range(5, 7)))
     assert loop.run(config) == DONE

@@ -38,7 +38,7 @@ CONFIG = RunConfig(
         remat="none",
     ),
     optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=4, ema_decay=0.75),
-    train=TrainConfig(steps=10, z_loss=1e-3, router_balance_loss=0.01, skip_spikes_above=5),
+    train=TrainConfig(steps=10, z_loss=1e-3, router_balance_loss=0.01, grad_spike_factor=5),
 )
 FROZEN = (
     OptimizerGroup(match="layers/attention/*", frozen=True),
@@ -47,7 +47,7 @@ FROZEN = (
 ACCUMULATING = dataclasses.replace(
     CONFIG,
     optimizer=dataclasses.replace(CONFIG.optimizer, groups=FROZEN),
-    train=dataclasses.replace(CONFIG.train, accumulate=2),
+    train=dataclasses.replace(CONFIG.train, grad_accum_steps=2),
 )
 ROWS, LENGTH = 16, 8
 
@@ -200,7 +200,7 @@ def test_frozen_tensors_keep_their_bits_and_have_no_gradient():
 @functools.cache
 def gradients_in(parts: int, balance: float) -> tuple:
     """Loss, report and gradients of the batch in microbatches."""
-    config = dataclasses.replace(CONFIG.train, accumulate=parts, router_balance_loss=balance)
+    config = dataclasses.replace(CONFIG.train, grad_accum_steps=parts, router_balance_loss=balance)
     run = jax.jit(functools.partial(gradients, config=config))
     with jax.set_mesh(mesh()):
         model = first_state(CONFIG).model
