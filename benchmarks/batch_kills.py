@@ -22,7 +22,7 @@ from pathlib import Path
 
 from grok.config import GrokConfig
 from grok.data.tokenizers.sentencepiece import train_tokenizer
-from grok.distributed import VARIABLES
+from grok.distributed import CLUSTER_VARIABLES
 from grok.weights.huggingface.export import export_huggingface
 from grok.weights.random_source import RandomSource
 
@@ -98,7 +98,7 @@ def prepare(folder: Path, prompts: int, seed: int) -> None:
 
 def start(folder: Path, output: str, number: int, count: int) -> subprocess.Popen:
     """Starts one process of the job; its log goes to `folder`."""
-    place = dict(zip(VARIABLES, ("localhost:1", str(count), str(number)), strict=True))
+    place = dict(zip(CLUSTER_VARIABLES, ("localhost:1", str(count), str(number)), strict=True))
     with (folder / f"{output}-{number}.log").open("a") as log:
         return subprocess.Popen(
             [

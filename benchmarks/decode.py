@@ -24,7 +24,7 @@ import numpy as np
 
 import grok
 from grok.config import EngineConfig, GrokConfig
-from grok.devices import prepare
+from grok.hardware import configure_devices
 from grok.infer.engine import Engine
 from grok.infer.request import Request, SamplingParams
 from grok.model import moe
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="decode steps to take the median of")
     parser.add_argument("--cpu-time", action="store_true")
     asked = parser.parse_args()
-    prepare(0)
+    configure_devices(0)
     clock = time.process_time if asked.cpu_time else time.perf_counter
     config = GrokConfig(
         vocab_size=8192,

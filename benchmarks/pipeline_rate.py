@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="batches to time")
     parser.add_argument("--prefetch", type=int, default=2, help="batches made ahead")
     options = parser.parse_args()
-    devices.prepare(simulated=0)
+    devices.configure_devices(simulated=0)
     parts = [dataset.rpartition("=") for dataset in options.datasets]
     datasets = {folder: Prepared(folder) for folder, _, _ in parts}
     mixture = Mixture([float(weight) for _, _, weight in parts])

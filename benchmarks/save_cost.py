@@ -24,7 +24,7 @@ from grok.checkpoint.retention import Keep
 from grok.config import DataConfig, RunConfig
 from grok.config.load import load_config, to_dict
 from grok.data.device_feed import to_mesh
-from grok.devices import prepare
+from grok.hardware import configure_devices
 from grok.optim.optimizer import make_optimizer
 from grok.train.checkpointing import trees_of
 from grok.train.state import init_state
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="between two saves")
     parser.add_argument("--devices", type=int, default=1, help="simulated; 0: the machine's own")
     arguments = parser.parse_args()
-    prepare(arguments.devices)
+    configure_devices(arguments.devices)
     config = RunConfig(
         model=load_config(arguments.config).model,
         data=DataConfig(batch_size=max(1, jax.device_count()), sequence_length=128),

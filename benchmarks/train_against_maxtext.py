@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from grok import sharding
 from grok.config import RunConfig
 from grok.config.load import load_config
-from grok.devices import prepare
+from grok.hardware import configure_devices
 from grok.optim.optimizer import make_optimizer
 from grok.train.state import init_state
 from grok.train.step import train_step
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6, help="of each in a turn")
     options = parser.parse_args()
-    prepare(1)
+    configure_devices(1)
     found: dict[str, list[float]] = {}
     for _ in range(options.turns):
         for remat in ("none", "full"):

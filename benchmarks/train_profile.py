@@ -17,7 +17,7 @@ import jax
 from jax.profiler import ProfileData
 
 from benchmarks.train_against_maxtext import prepared_step
-from grok.devices import prepare
+from grok.hardware import configure_devices
 
 NO_FILE = "waiting, and what has no file"
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--remat", default="none")
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
-    prepare(1)
+    configure_devices(1)
     step, state, batch, mesh = prepared_step(options.remat)
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         compiled = step.lower(state, batch).compile()

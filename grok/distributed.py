@@ -1,11 +1,12 @@
-"""Several hosts: one process on each, started by the same command, that begin and end together.
+"""Several hosts: one process on each, started by the same command, that start and end together.
 
-On TPU VMs the processes find each other through the VM's metadata. Elsewhere each is given, in its
-environment, GROK_COORDINATOR (host:port of process 0, free there), GROK_NUM_PROCESSES and
+On TPU VMs the processes find each other through the VM's metadata. Elsewhere the environment of
+each names GROK_COORDINATOR (host:port of process 0, free there), GROK_NUM_PROCESSES and
 GROK_PROCESS_ID (from 0); without them a process works alone.
 
-A process that fails tells the others why, and all leave with its exit code. One that is killed, or
-stops answering, is missed by JAX's coordination service, which then aborts the others.
+A process that fails publishes the reason in the coordination service's key-value store, and all
+exit with its code. The service notices a process that was killed or no longer answers, and aborts
+the others.
 """
 
 import contextlib
@@ -22,235 +23,248 @@ from typing import Any, NoReturn
 
 import jax
 
-# JAX's store of keys and values that all processes see has no public name; Orbax uses it likewise.
+# JAX's key-value store has no public name; Orbax uses it likewise.
 from jax._src import distributed
 
 from grok.config.load import flatten, to_dict
-from grok.devices import has_tpu
 from grok.errors import RESTART, ConfigError, GrokError, Lost
+from grok.hardware import has_tpu
 
-VARIABLES = ("GROK_COORDINATOR", "GROK_NUM_PROCESSES", "GROK_PROCESS_ID")
-JOIN_SECONDS = 300
-GOODBYE_SECONDS = 10
-FOREVER_SECONDS = 7 * 24 * 3600
+CLUSTER_VARIABLES = ("GROK_COORDINATOR", "GROK_NUM_PROCESSES", "GROK_PROCESS_ID")
+INITIALIZE_TIMEOUT_SECONDS = 300
+SHUTDOWN_TIMEOUT_SECONDS = 10
+FOREVER_MS = 7 * 24 * 3600 * 1000
 
-_END = "grok/end"
-_agreements = itertools.count()
-_leaving = threading.Lock()
+_ABORT_KEY = "grok/abort"
+_call_numbers = itertools.count()
+_aborting = threading.Lock()
 
 
-def number() -> int:
-    """Which process this is; 0 is the one that writes and speaks for all."""
+def process_index() -> int:
+    """Index of this process; process 0 is the primary, which writes files and prints for all."""
     return distributed.global_state.process_id
 
 
-def count() -> int:
-    """How many processes the run has."""
+def process_count() -> int:
+    """Number of processes of the run."""
     return distributed.global_state.num_processes or 1
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes and speaks for all."""
-    return number() == 0
+def is_primary() -> bool:
+    """True in process 0, which writes files and prints for all."""
+    return process_index() == 0
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
-    """What runs inside may `join` others; an error in one process then ends all of them, with the
-    exit code of that error. Alone, errors pass as they are."""
+def exit_together() -> Iterator[None]:
+    """Ends all processes when the body fails in one of them, with the exit code of its error.
+
+    The body may call `initialize`. In a process that works alone, errors pass unchanged.
+    """
     try:
         yield
     except BaseException as error:
         with contextlib.suppress(GrokError):
-            if not _joined():
-                _connect(heartbeat_timeout_seconds=JOIN_SECONDS)
-        if not _joined():
+            if not _is_connected():
+                _connect(heartbeat_timeout_seconds=INITIALIZE_TIMEOUT_SECONDS)
+        if not _is_connected():
             raise
-        _fail(error)
-    if _joined():
+        _abort_on(error)
+    if _is_connected():
         jax.distributed.shutdown()
 
 
-def join(config: Any, heartbeat_timeout_seconds: int = 60) -> None:
-    """Waits for the other processes, where there are some, and checks that all have this config
-    (a dataclass with a mesh). One that is silent for `heartbeat_timeout_seconds` ends the others.
+def initialize(config: Any, heartbeat_timeout_seconds: int = 60) -> None:
+    """Waits for the other processes, if there are any, and checks that all have the same config
+    (a dataclass with a mesh). A process silent for `heartbeat_timeout_seconds` ends the others.
 
-    Raises ConfigError where the environment or another config makes that impossible, and
-    GrokError with code RESTART when the others do not come.
+    Raises ConfigError where the environment or another process's config makes that impossible, and
+    Lost (exit code RESTART) when the others do not come.
     """
     _connect(heartbeat_timeout_seconds)
-    ours = dict(flatten(to_dict(config)))
-    theirs = from_first(lambda: ours)
-    for key, value in ours.items():
-        if json.loads(json.dumps(value)) != theirs.get(key):
+    settings = dict(flatten(to_dict(config)))
+    primary_settings = broadcast_from_primary(lambda: settings)
+    for key, value in settings.items():
+        if json.loads(json.dumps(value)) != primary_settings.get(key):
             raise ConfigError(
-                f"{key} is {value} here and {theirs.get(key)} in process 0; the same command and "
-                "the same files on every host would work."
+                f"{key} is {value} here and {primary_settings.get(key)} in process 0; the same "
+                "command and the same files on every host would work."
             )
-    if config.mesh.simulated_devices % count():
+    if config.mesh.simulated_devices % process_count():
         raise ConfigError(
-            f"mesh.simulated_devices={config.mesh.simulated_devices} cannot be shared by {count()} "
-            f"processes; mesh.simulated_devices={count()} would work."
+            f"mesh.simulated_devices={config.mesh.simulated_devices} cannot be shared by "
+            f"{process_count()} processes; mesh.simulated_devices={process_count()} would work."
         )
 
 
-def from_first(make: Callable[[], Any]) -> Any:
-    """What `make` returns in process 0, in every process; plain data, asked for by all."""
-    if count() == 1:
+def broadcast_from_primary(make: Callable[[], Any]) -> Any:
+    """Returns, in every process, the value of `make()` in process 0: plain data. A collective: all
+    processes must call it."""
+    if process_count() == 1:
         return make()
-    key = f"grok/agreement/{next(_agreements)}"
-    if is_first():
+    key = f"grok/broadcast/{next(_call_numbers)}"
+    if is_primary():
         value = make()
         _store().key_value_set(key, json.dumps(value))
         return value
-    # However long it takes: should process 0 fail, that ends this process too.
-    return json.loads(_store().blocking_key_value_get(key, FOREVER_SECONDS * 1000))
+    # However long it takes: if process 0 fails, that ends this process too.
+    return json.loads(_store().blocking_key_value_get(key, FOREVER_MS))
 
 
-def compile_together(function: Any, *arguments: Any) -> None:
-    """Compiles what `function`, of jax.jit, will run on `arguments`, in every process before any
-    runs it: a CPU waits half a minute for another in its first exchange, and no longer."""
-    function.lower(*arguments).compile()
-    meet()
+def compile_in_lockstep(jitted: Any, *arguments: Any) -> None:
+    """Compiles a jitted function for `arguments` in every process before any process runs it: CPU
+    collectives time out after half a minute, and compilation may take longer."""
+    jitted.lower(*arguments).compile()
+    barrier()
 
 
-def meet() -> None:
-    """Waits, however long, until every process has come here."""
-    if count() > 1:
-        _store().wait_at_barrier(f"grok/meeting/{next(_agreements)}", FOREVER_SECONDS * 1000)
+def barrier() -> None:
+    """Waits, however long, until every process has called it."""
+    if process_count() > 1:
+        _store().wait_at_barrier(f"grok/barrier/{next(_call_numbers)}", FOREVER_MS)
 
 
-def leave(code: int, sentence: str) -> NoReturn:
-    """Ends every process at once with exit code `code`, from any thread; `sentence` says why."""
-    if not _leaving.acquire(blocking=False):
-        threading.Event().wait()  # another thread of this process is ending it already
-    if not _joined():
-        _say(f"error: {sentence}")
+def abort(code: int, reason: str) -> NoReturn:
+    """Ends every process at once with exit code `code`, from any thread, and prints `reason`."""
+    if not _aborting.acquire(blocking=False):
+        threading.Event().wait()  # another thread of this process is aborting already
+    if not _is_connected():
+        _print_error(f"error: {reason}")
         os._exit(code)
-    _say(f"[process {number()}] error: {sentence}")
-    word = {"process": number(), "code": code, "sentence": sentence}
-    _go(code, json.dumps(word))
+    _print_error(f"[process {process_index()}] error: {reason}")
+    _exit(code, json.dumps({"process": process_index(), "code": code, "reason": reason}))
 
 
-def _say(sentence: str) -> None:
-    """A last word, where it can be said: the log may lie on the disk that is full."""
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    with contextlib.suppress(OSError):
-        print(sentence, file=sys.stderr, flush=True)
+def env_cluster() -> tuple[str, int, int] | None:
+    """Coordinator address, process count and process index from the environment, or None.
 
-
-def place() -> tuple[str, int, int] | None:
-    """Coordinator, number of processes and own number, from the environment; None without."""
-    values = [os.environ.get(name, "") for name in VARIABLES]
+    Raises ConfigError where the variables are incomplete or make no sense.
+    """
+    values = [os.environ.get(name, "") for name in CLUSTER_VARIABLES]
     if not any(values):
         return None
-    address, processes, own = values
+    address, count, index = values
     if not all(values):
-        missing = ", ".join(name for name in VARIABLES if not os.environ.get(name))
+        missing = ", ".join(name for name in CLUSTER_VARIABLES if not os.environ.get(name))
         raise ConfigError(
-            f"the environment has only some of {', '.join(VARIABLES)}; with {missing} as well, or "
-            "with none of them, it would work."
+            f"the environment has only some of {', '.join(CLUSTER_VARIABLES)}; with {missing} as "
+            "well, or with none of them, it would work."
         )
-    if not (processes.isdecimal() and own.isdecimal() and int(own) < int(processes)):
+    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
         raise ConfigError(
-            f"GROK_NUM_PROCESSES={processes} and GROK_PROCESS_ID={own} are no number of "
-            "processes and one of them counted from 0; 2 and 0, and 2 and 1 on the other host, "
-            "would work."
+            f"GROK_NUM_PROCESSES={count} and GROK_PROCESS_ID={index} are no number of processes "
+            "and one of them counted from 0; 2 and 0, and 2 and 1 on the other host, would work."
         )
-    if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdecimal():
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
         raise ConfigError(f"GROK_COORDINATOR={address} is no address; 10.0.0.1:8476 would work.")
-    return address, int(processes), int(own)
+    return address, int(count), int(index)
 
 
-def _joined() -> bool:
+def _is_connected() -> bool:
     return distributed.global_state.client is not None
 
 
 def _store() -> Any:
-    """The keys and values that all processes see."""
+    """The key-value store that all processes share."""
     return distributed.global_state.client
 
 
 def _connect(heartbeat_timeout_seconds: int) -> None:
-    """Joins the other processes, where there are some, and from then on listens for one that
-    ends the run."""
-    own = place()
-    if not own and not has_tpu():
+    """Connects to the other processes, if there are any, and starts to listen for an abort."""
+    cluster = env_cluster()
+    if not cluster and not has_tpu():
         return
     # Its signal handler would take SIGTERM away from Python's.
     jax.config.update("jax_enable_preemption_service", False)
-    initialize = functools.partial(
+    connect = functools.partial(
         jax.distributed.initialize,
-        initialization_timeout=JOIN_SECONDS,
+        initialization_timeout=INITIALIZE_TIMEOUT_SECONDS,
         heartbeat_timeout_seconds=heartbeat_timeout_seconds,
     )
     try:
-        if own:
-            initialize(*own, cluster_detection_method="deactivate")
+        if cluster:
+            connect(*cluster, cluster_detection_method="deactivate")
         else:
-            initialize()
+            connect()
     except ValueError:
-        if own:
+        if cluster:
             raise
         return  # a TPU that is part of no cluster
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
         raise Lost(
-            f"not all processes of the run came within {JOIN_SECONDS} s: {reason}"
+            f"not all processes of the run connected within {INITIALIZE_TIMEOUT_SECONDS} s: "
+            f"{_first_line(error)}"
         ) from error
-    threading.Thread(target=_listen, daemon=True).start()
+    threading.Thread(target=_listen_for_abort, daemon=True).start()
 
 
-def _listen() -> None:
-    """Ends this process when another has ended the run."""
-    while _joined():
-        word = _read(_END)
-        if word is not None and _leaving.acquire(blocking=False):
-            word = json.loads(word)
-            _say(f"[process {number()}] ended by process {word['process']}: {word['sentence']}")
-            _go(word["code"])
+def _listen_for_abort() -> None:
+    """Ends this process when another has aborted the run."""
+    while _is_connected():
+        message = _read(_ABORT_KEY)
+        if message is not None and _aborting.acquire(blocking=False):
+            published = json.loads(message)
+            _print_error(
+                f"[process {process_index()}] ended by process {published['process']}: "
+                f"{published['reason']}"
+            )
+            _exit(published["code"])
         time.sleep(1)
 
 
 def _read(key: str) -> str | None:
-    """A value of the common store, None where there is none (or no store any more)."""
+    """A value of the shared store, None where there is none (or no store any more)."""
     with contextlib.suppress(jax.errors.JaxRuntimeError, AttributeError):
         return _store().key_value_try_get(key)
     return None
 
 
-def _fail(error: BaseException) -> NoReturn:
+def _abort_on(error: BaseException) -> NoReturn:
     """Ends every process because of `error`."""
     if isinstance(error, GrokError):
-        leave(error.exit_code, str(error))
+        abort(error.exit_code, str(error))
     if isinstance(error, OSError):
-        leave(1, str(error))
+        abort(1, str(error))
     if isinstance(error, KeyboardInterrupt):
-        leave(130, "interrupted")
+        abort(130, "interrupted")
     if isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in str(error):
-        reason = str(error).splitlines()[0]
-        leave(RESTART, f"lost contact with another process: {reason}")
+        abort(RESTART, f"lost contact with another process: {_first_line(error)}")
     traceback.print_exception(error)
-    leave(1, f"{type(error).__name__}: {error}")
+    abort(1, f"{type(error).__name__}: {error}")
 
 
-def _go(code: int, word: str | None = None) -> NoReturn:
-    """Leaves without the goodbye that JAX would wait for, having told the others `word`."""
-    # Nobody may answer, so that is done in a thread, and left alone after a while.
-    goodbye = threading.Thread(target=_say_goodbye, args=[word], daemon=True)
-    goodbye.start()
-    goodbye.join(GOODBYE_SECONDS)
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _print_error(line: str) -> None:
+    """Prints a last line, if that is possible: the log may lie on the disk that is full."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _exit(code: int, message: str | None = None) -> NoReturn:
+    """Exits without JAX's shutdown barrier, after publishing the abort `message` if there is one.
+
+    The store may not answer any more, so a thread publishes, for a limited time.
+    """
+    publisher = threading.Thread(target=_publish_abort, args=[message], daemon=True)
+    publisher.start()
+    publisher.join(SHUTDOWN_TIMEOUT_SECONDS)
     os._exit(code)
 
 
-def _say_goodbye(word: str | None) -> None:
-    """Process 0 keeps the store, so it waits until the others have read why all leave."""
-    for key, value in ((_END, word), (f"{_END}/read/{number()}", "")):
-        # Where another process was first, its reason stays.
+def _publish_abort(message: str | None) -> None:
+    """Publishes the abort, or acknowledges one; process 0, which holds the store, waits until all
+    the others have acknowledged."""
+    for key, value in ((_ABORT_KEY, message), (f"{_ABORT_KEY}/read/{process_index()}", "")):
+        # Where another process aborted first, its reason stays.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             if value is not None:
                 _store().key_value_set(key, value)
-    others = set(range(1, count())) if is_first() else set()
-    while others := {each for each in others if _read(f"{_END}/read/{each}") is None}:
+    waiting_for = set(range(1, process_count())) if is_primary() else set()
+    while waiting_for := {i for i in waiting_for if _read(f"{_ABORT_KEY}/read/{i}") is None}:
         time.sleep(0.1)

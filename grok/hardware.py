@@ -1,9 +1,12 @@
-"""What each TPU generation has: the plain facts that speeds and sizes are held against.
+"""The specifications of each TPU generation, and the choice of the devices that JAX uses.
 
-From Google's published specifications; of the seventh generation partly from the press. A chip of
-that one shows itself to JAX as two devices, each with half of what the table says.
+From Google's published specifications; of the seventh generation partly from the press. JAX shows
+a chip of that one as two devices, each with half of what the table says.
 """
 
+import importlib.util
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -45,3 +48,28 @@ def peak_flops(device_kind: str) -> float | None:
         if device_kind in chip.kinds:
             return chip.flops / chip.devices
     return None
+
+
+def configure_devices(simulated: int) -> None:
+    """Simulates `simulated` CPU devices in this process (0: uses the machine's real ones), and
+    keeps compiled programs between runs in the user's cache folder. Call it before JAX's backend
+    starts."""
+    import jax
+
+    if simulated:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", simulated)
+    elif not jax.config.jax_platforms and not has_tpu():
+        # Where libtpu is installed to compile for TPUs, JAX would search seconds for one, and
+        # complain, before it took what the machine has.
+        cuda = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+        jax.config.update("jax_platforms", "cuda,cpu" if cuda else "cpu")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grok" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
+
+
+def has_tpu() -> bool:
+    """True if this machine shows a TPU: v2 to v4 as /dev/accel*, later ones through VFIO."""
+    devices = Path("/dev")
+    return any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*"))

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = ("errors", "config", "config.engine", "infer.request", "storage", "progress")
 MODEL = (*BASE, "hardware", "sharding", "ops", "model")
 WEIGHTS = (*MODEL, "distributed", "weights", "checkpoint")
-RUNS = (*WEIGHTS, "preemption", "devices", "data", "optim")
+RUNS = (*WEIGHTS, "preemption", "data", "optim")
 RUNNERS = (*RUNS, "train", "infer", "plan")
 ALLOWED = {
     "__init__": (),
@@ -29,8 +29,7 @@ ALLOWED = {
     "storage": ("errors",),
     "progress": ("errors",),
     "hardware": (),
-    "devices": (),
-    "distributed": (*BASE, "devices"),
+    "distributed": (*BASE, "hardware"),
     "preemption": (*BASE, "distributed", "sharding"),
     "sharding": BASE,
     "ops": (*BASE, "sharding"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from grok import distributed
 from grok.config.batch import BatchConfig
-from grok.devices import has_tpu, prepare
+from grok.hardware import configure_devices, has_tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +31,20 @@ def starting(config: BatchConfig) -> Iterator[Replica]:
     leaves the others to their shares. Only hosts of one TPU slice start and end together, as its
     runtime wants it, and so do hosts that a mesh spans.
     """
-    place = distributed.place()
+    place = distributed.env_cluster()
     if config.replica == "host" and (place or not has_tpu()):
-        prepare(config.mesh.simulated_devices)
+        configure_devices(config.mesh.simulated_devices)
         _, count, number = place or ("", 1, 0)
         yield Replica(number, count, True, False)
         return
-    with distributed.ending_together():
-        distributed.join(config)
+    with distributed.exit_together():
+        distributed.initialize(config)
         everywhere = config.replica == "all"
-        prepare(config.mesh.simulated_devices // (distributed.count() if everywhere else 1))
+        configure_devices(
+            config.mesh.simulated_devices // (distributed.process_count() if everywhere else 1)
+        )
         if everywhere:
-            yield Replica(0, 1, distributed.is_first(), distributed.count() > 1)
+            yield Replica(0, 1, distributed.is_primary(), distributed.process_count() > 1)
         else:
-            yield Replica(distributed.number(), distributed.count(), True, False)
-        distributed.meet()
+            yield Replica(distributed.process_index(), distributed.process_count(), True, False)
+        distributed.barrier()

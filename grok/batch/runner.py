@@ -18,7 +18,7 @@ from grok.infer.loader import Model
 from grok.infer.openai.requests import BodyReader
 from grok.infer.openai.responses import Answers
 from grok.infer.request import Output, RequestError
-from grok.preemption import StopRequest
+from grok.preemption import PreemptionSignal
 
 # Answers that wait for a place in the engine: enough that it never idles, and that it sees prompts
 # with a common prefix together.
@@ -75,13 +75,13 @@ class Work:
         self._written_at = time.monotonic()
         self.done = 0
 
-    def run(self, shards: list[int], stop: StopRequest, display: Display) -> None:
+    def run(self, shards: list[int], stop: PreemptionSignal, display: Display) -> None:
         """Does these shards. Raises Stopped where the process was asked to stop before its end."""
         self._written_at = time.monotonic()
         records = self._found.read(shards)
         more = True
         while more or self._engine.unfinished:
-            if stop.agreed():
+            if stop.should_stop():
                 raise Stopped("asked to stop; the same command goes on with the missing shards.")
             while more and self._engine.stats.waiting < AHEAD:
                 more = self._submit_next(records)
@@ -163,7 +163,11 @@ def run(config: BatchConfig, replica: Replica) -> None:
         folder.open(config, model.identity(), found)
         return sorted(folder.done())
 
-    done = set(distributed.from_first(prepare_folder) if replica.everywhere else prepare_folder())
+    done = set(
+        distributed.broadcast_from_primary(prepare_folder)
+        if replica.everywhere
+        else prepare_folder()
+    )
     share = range(replica.number, len(found.starts), replica.count)
     missing = [shard for shard in share if shard not in done]
     tell(f"{found.requests:,} requests; {len(done):,} of {len(found.starts):,} shards are done")
@@ -174,7 +178,7 @@ def run(config: BatchConfig, replica: Replica) -> None:
         reader = model.reader()
         work = Work(engine, model.tokenizer, reader, found, folder, replica, config.seed)
         display = Display(requests, before, quiet=not replica.writes)
-        with StopRequest(model.mesh) as stop, display:
+        with PreemptionSignal(model.mesh) as stop, display:
             work.done = before
             work.run(missing, stop, display)
     if replica.writes and len(folder.done()) == len(found.starts):

@@ -60,9 +60,9 @@ def eval_(
 
     run = config_of(checkpoint, config, overrides)
 
-    from grok.devices import prepare
+    from grok.hardware import configure_devices
 
-    prepare(run.mesh.simulated_devices)
+    configure_devices(run.mesh.simulated_devices)
 
     from grok.config import check_fits
     from grok.infer.load import make_run_mesh

@@ -20,12 +20,12 @@ def replay(run: Path, first: int | None, steps: int | None) -> None:
     not, 2: it cannot be done.
     """
     from grok.cli.tables import make_console, make_table
-    from grok.devices import prepare
+    from grok.hardware import configure_devices
     from grok.train.replay import find_part, program_then_and_now
     from grok.train.replay import replay as do_again
 
     part = find_part(run, first, steps)
-    prepare(part.config.mesh.simulated_devices)
+    configure_devices(part.config.mesh.simulated_devices)
     compared = do_again(part)
 
     console = make_console()

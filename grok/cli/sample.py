@@ -79,9 +79,9 @@ def sample(checkpoint, overrides, prompts, **chosen) -> None:
     alone = (*ONE_DEVICE, "mesh.simulated_devices=0")
     config = load_config(config_file(checkpoint), (*alone, *overrides))
 
-    from grok.devices import prepare
+    from grok.hardware import configure_devices
 
-    prepare(config.mesh.simulated_devices)
+    configure_devices(config.mesh.simulated_devices)
 
     from grok.infer.engine import Engine
     from grok.infer.interactive import converse, stream

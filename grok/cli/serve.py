@@ -34,9 +34,9 @@ def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
         config = checked({"weights": run_or_config}, overrides, ServeConfig, run_or_config)
 
     click.echo("loading JAX", err=True)
-    from grok.devices import prepare
+    from grok.hardware import configure_devices
 
-    prepare(config.mesh.simulated_devices)
+    configure_devices(config.mesh.simulated_devices)
 
     from grok.serve.server import run
 

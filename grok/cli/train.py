@@ -16,12 +16,12 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     """
     from grok import distributed
     from grok.config.load import load_config
-    from grok.devices import prepare
+    from grok.hardware import configure_devices
 
-    with distributed.ending_together():
+    with distributed.exit_together():
         checked = load_config(config, overrides)
-        distributed.join(checked, checked.train.heartbeat_timeout_seconds)
-        prepare(checked.mesh.simulated_devices // distributed.count())
+        distributed.initialize(checked, checked.train.heartbeat_timeout_seconds)
+        configure_devices(checked.mesh.simulated_devices // distributed.process_count())
 
         from grok.train.loop import run
 

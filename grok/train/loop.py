@@ -27,7 +27,7 @@ from grok.data.text_stream import bits_per_byte
 from grok.errors import DONE, SAVED, Diverged, SaveError
 from grok.optim.optimizer import make_optimizer
 from grok.optim.param_groups import merge, names
-from grok.preemption import StopRequest
+from grok.preemption import PreemptionSignal
 from grok.storage import join
 from grok.train.checkpointing import keep_policy, restore, save, skipped_batches
 from grok.train.evaluate import total_loss
@@ -77,7 +77,7 @@ def run(config: RunConfig, replay_to: int | None = None) -> int:
     With `replay_to` only the steps up to that one are done, and nothing is saved.
     """
     parts = open_run(config, replay_to)
-    with jax.set_mesh(parts.mesh), StopRequest(parts.mesh) as stop, parts.reports as reports:
+    with jax.set_mesh(parts.mesh), PreemptionSignal(parts.mesh) as stop, parts.reports as reports:
         with reports.events.during("start"):
             start = first_state(parts)
         with parts.watchdog:
@@ -133,7 +133,7 @@ def first_state(run: Run) -> Start:
             model = run.initial.load(run.mesh)
         say("making the initial state")
         start = Start(0, init_state(run.config, run.optimizer, run.mesh, model))
-    if distributed.is_first():
+    if distributed.is_primary():
         write_file(run.config.folder, "config.yaml", to_yaml(run.config).encode())
         if not run.first:
             tokenizer = Path(run.config.data.tokenizer).read_bytes()
@@ -152,7 +152,7 @@ def from_checkpoint(run: Run, step: int) -> Start:
     return Start(step, state, skipped_batches(run.checkpoints, step))
 
 
-def train_on(run: Run, start: Start, stop: StopRequest) -> int:
+def train_on(run: Run, start: Start, stop: PreemptionSignal) -> int:
     """`train`; where the config says so, a run whose numbers stay bad goes back and on."""
     while True:
         try:
@@ -182,7 +182,7 @@ def go_back(run: Run, start: Start, error: Diverged) -> Start:
     return Start(step, good.state, skipped, returned=True)
 
 
-def train(run: Run, start: Start, stop: StopRequest) -> int:
+def train(run: Run, start: Start, stop: PreemptionSignal) -> int:
     """Steps, reports, validations and saves, to the last step or until asked to stop.
 
     Returns the last step done, which is saved. Raises Diverged after too many bad steps.
@@ -200,7 +200,7 @@ def train(run: Run, start: Start, stop: StopRequest) -> int:
         with reports.events.waiting():
             batch = next(batches)
         step += 1
-        stop.vote()
+        stop.exchange()
         state, metrics = reports.run_step(step, run.step_function, state, batch)
         reports.display.advance(step, saved if run.checkpoints.saving() else None)
         # Devices have this step when the host looks at the one before: none waits for the other.
@@ -220,7 +220,7 @@ def train(run: Run, start: Start, stop: StopRequest) -> int:
         if run.saves and (last or (owed and not in_trouble(metrics))):
             save_state(run, step, state, validated, start.skipped)
             saved, owed = step, False
-        if stop.agreed():
+        if stop.should_stop():
             break
     if run.saves and saved != step:
         stop_if_bad(step, metrics, tensors, limit)
@@ -286,7 +286,7 @@ def save_state(
             try:
                 part()
             except SaveError as error:
-                if distributed.count() > 1:
+                if distributed.process_count() > 1:
                     raise
                 run.reports.say(str(error))
     run.reports.saved(step)

@@ -48,9 +48,11 @@ class Watchdog:
     def _bite(self) -> None:
         faulthandler.dump_traceback(sys.stderr)
         if not is_remote(self._folder):
-            with (Path(self._folder) / f"stacks-{distributed.number()}.txt").open("w") as file:
+            with (Path(self._folder) / f"stacks-{distributed.process_index()}.txt").open(
+                "w"
+            ) as file:
                 faulthandler.dump_traceback(file)
-        distributed.leave(
+        distributed.abort(
             RESTART,
             f"no step was finished for {self._seconds} s (train.hang_timeout_seconds) after step "
             f"{self._step}; the stacks of all threads are above.",

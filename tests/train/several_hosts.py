@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from grok.distributed import VARIABLES
+from grok.distributed import CLUSTER_VARIABLES
 
 # Half of the time of a start would be optimisation of code that runs for seconds.
 QUICK_TO_COMPILE = {
@@ -28,7 +28,7 @@ class Hosts:
         self.logs = [folder / f"host-{number}.log" for number in range(len(commands))]
         self.processes = []
         for number, command in enumerate(commands):
-            place = zip(VARIABLES, (address, str(len(commands)), str(number)), strict=True)
+            place = zip(CLUSTER_VARIABLES, (address, str(len(commands)), str(number)), strict=True)
             with self.logs[number].open("w") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "grok", "train", *command],

@@ -66,7 +66,7 @@ def test_what_one_host_refuses_ends_all_of_them(config: RunConfig, tmp_path):
         assert both.codes() == [REFUSED, REFUSED]
     finally:
         both.kill()
-    assert time.monotonic() - began < distributed.JOIN_SECONDS
+    assert time.monotonic() - began < distributed.INITIALIZE_TIMEOUT_SECONDS
     assert "ended by process 1: override `train.steps=many`" in both.said(0)
     assert "Traceback" not in both.said(0) + both.said(1)
 
@@ -96,15 +96,19 @@ def test_one_host_that_cannot_save_ends_both_at_once(config: RunConfig, tmp_path
     ],
 )
 def test_an_environment_that_makes_no_sense(config, monkeypatch, values, sentence):
-    for name, value in zip(distributed.VARIABLES, values, strict=True):
+    for name, value in zip(distributed.CLUSTER_VARIABLES, values, strict=True):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=sentence):
-        distributed.join(config)
+        distributed.initialize(config)
 
 
 def test_alone_a_process_has_everything_to_itself(config):
-    distributed.join(config)
-    assert (distributed.number(), distributed.count(), distributed.from_first(lambda: 5)) == (
+    distributed.initialize(config)
+    assert (
+        distributed.process_index(),
+        distributed.process_count(),
+        distributed.broadcast_from_primary(lambda: 5),
+    ) == (
         0,
         1,
         5,

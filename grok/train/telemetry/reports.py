@@ -108,7 +108,7 @@ class Reports:
                 self._compiled.add((B, T))
                 self.say("compiling the training step")
                 with self.events.during("compile", step=step):
-                    distributed.compile_together(function, state, batch)
+                    distributed.compile_in_lockstep(function, state, batch)
                     state, metrics = jax.block_until_ready(function(state, batch))
         if self._profiler.after(step, metrics):
             self.say(f"profile of the steps up to {step} in {self._folder}/profile")
