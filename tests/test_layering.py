@@ -23,7 +23,7 @@ RUNNERS = (*RUNS, "train", "infer", "plan")
 ALLOWED = {
     "__init__": (),
     "errors": (),
-    "config": ("errors",),
+    "config": ("errors", "config.engine"),
     "infer.request": ("errors",),
     "config.engine": ("errors", "config", "infer.request"),
     "storage": ("errors",),
