@@ -17,12 +17,12 @@ from collections import Counter
 import jax
 
 from grok import devices, sharding
-from grok.data.batch_schedule import BatchShapes
-from grok.data.dataset import Prepared
+from grok.data.batch_schedule import BatchSchedule
+from grok.data.dataset import TokenDataset
 from grok.data.device_feed import global_batches
 from grok.data.mixture import Mixture
 from grok.data.packed_batches import PackedBatches
-from grok.data.packing import efficiency, make_layout
+from grok.data.packing import make_packer, packing_efficiency
 
 V5P_HOST = 4 * 500  # tokens a second
 STEPS_TO_RESTORE = (10, 1_000_000)
@@ -41,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     devices.configure_devices(simulated=0)
     parts = [dataset.rpartition("=") for dataset in options.datasets]
-    datasets = {folder: Prepared(folder) for folder, _, _ in parts}
+    datasets = {folder: TokenDataset(folder) for folder, _, _ in parts}
     mixture = Mixture([float(weight) for _, _, weight in parts])
     rows = Counter(mixture.locate(row)[0] for row in range(10_000))
     found = {"rows": {name: rows[d] for d, name in enumerate(datasets)}}
@@ -52,12 +52,14 @@ def main() -> None:
 
 
 def measure(
-    packing: str, datasets: dict[str, Prepared], mixture: Mixture, options: argparse.Namespace
+    packing: str, datasets: dict[str, TokenDataset], mixture: Mixture, options: argparse.Namespace
 ) -> dict:
     """Figures of one way of packing."""
     shape = (options.batch, options.length)
     filled = {
-        name: efficiency(make_layout(packing, documents.lengths, options.length, "0"), shape[1])
+        name: packing_efficiency(
+            make_packer(packing, documents.lengths, options.length, "0"), shape[1]
+        )
         for name, documents in datasets.items()
     }
 
@@ -65,7 +67,7 @@ def measure(
         batches = PackedBatches(
             datasets,
             mixture,
-            BatchShapes(shape[1], shape[0]),
+            BatchSchedule(shape[1], shape[0]),
             seed=0,
             packing=packing,
         )

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from grok.data.prepare.job import Options, prepare
+from grok.data.prepare.job import PrepareOptions, prepare_dataset
 from grok.data.prepare.sources import find_files
 
 _pieces: sentencepiece.SentencePieceProcessor | None = None
@@ -71,7 +71,7 @@ def main() -> None:
     texts = [Path(file.name).read_text(errors="replace") for file in files]
     size = sum(len(text.encode()) for text in texts)
     model = Path(arguments.tokenizer).read_bytes()
-    options = Options(
+    options = PrepareOptions(
         sources=(arguments.folder,),
         tokenizer=arguments.tokenizer,
         patterns=(arguments.glob,),
@@ -85,7 +85,7 @@ def main() -> None:
         for name in ("prepare", "raw"):
             clock, cpu = time.monotonic(), cpu_seconds()
             if name == "prepare":
-                prepare(options, out / "data")
+                prepare_dataset(options, out / "data")
             else:
                 raw(texts, model, arguments.workers)
             spent = time.monotonic() - clock, cpu_seconds() - cpu

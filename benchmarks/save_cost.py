@@ -23,7 +23,7 @@ from grok.checkpoint.manager import Checkpoints
 from grok.checkpoint.retention import Keep
 from grok.config import DataConfig, RunConfig
 from grok.config.load import load_config, to_dict
-from grok.data.device_feed import to_mesh
+from grok.data.device_feed import shard_batch
 from grok.hardware import configure_devices
 from grok.optim.optimizer import make_optimizer
 from grok.train.checkpointing import trees_of
@@ -36,7 +36,7 @@ def make_batch(config: RunConfig, mesh) -> dict[str, jax.Array]:
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
     targets, mask = np.roll(tokens, -1, 1), np.ones(shape, np.float32)
-    return to_mesh({"tokens_BT": tokens, "targets_BT": targets, "mask_BT": mask}, mesh)
+    return shard_batch({"tokens_BT": tokens, "targets_BT": targets, "mask_BT": mask}, mesh)
 
 
 def main() -> None:

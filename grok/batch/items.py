@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from grok.data.prepare.records import BadRecord, parse
+from grok.data.prepare.records import BadRecord, parse_json_object
 from grok.data.prepare.sources import RawRecord
 from grok.infer.openai.requests import CHAT, COMPLETION, BodyReader, Call
 from grok.infer.openai.responses import Answers, error_body
@@ -95,7 +95,7 @@ def _data(record: RawRecord) -> Mapping[str, Any]:
     if record.problem or record.data is None:
         raise BadRecord(record.problem)
     if isinstance(record.data, bytes):
-        return parse(record.data)
+        return parse_json_object(record.data)
     # Of a Parquet file every row has every column; what is null is not there.
     return {name: _number(value) for name, value in record.data.items() if value is not None}
 

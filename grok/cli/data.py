@@ -19,8 +19,8 @@ from grok.progress import SECONDS
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from grok.data.dataset_stats import Inspection
-    from grok.data.prepare.job import Progress
+    from grok.data.dataset_stats import DatasetStats
+    from grok.data.prepare.job import PrepareProgress
 
 BAR = 40  # characters of the longest bar
 MISMATCH = 1  # exit code
@@ -123,11 +123,11 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
     Parquet (a document each record), any of them as .gz or .zst. The bytes written do not depend
     on --workers; after a kill the same command goes on. Bad records go to rejected.jsonl.
     """
-    from grok.data.prepare.job import Options
-    from grok.data.prepare.job import prepare as run
+    from grok.data.prepare.job import PrepareOptions
+    from grok.data.prepare.job import prepare_dataset as run
 
     fields = _fields({name: options.pop(f"{name}_field") for name in FIELDS})
-    job = Options(
+    job = PrepareOptions(
         tokenizer=tokenizer,
         fields=fields,
         workers=workers or os.cpu_count() or 1,
@@ -153,18 +153,18 @@ FIELDS = ("text", "id", "language", "licence", "prompt", "completion", "messages
 
 
 def _fields(names):
-    from grok.data.prepare.records import Fields
+    from grok.data.prepare.records import RecordFields
 
     if bool(names["prompt"]) != bool(names["completion"]):
         raise click.UsageError("--prompt-field and --completion-field belong together.")
     kinds = [name for name in ("text", "prompt", "messages") if names[name]]
     if len(kinds) > 1:
         raise click.UsageError(f"--{kinds[0]}-field and --{kinds[1]}-field exclude each other.")
-    return Fields(**{**names, "text": names["text"] or (None if kinds else "text")})
+    return RecordFields(**{**names, "text": names["text"] or (None if kinds else "text")})
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[["Progress"], None]]:
+def _progress() -> Iterator[Callable[["PrepareProgress"], None]]:
     """Documents, tokens, MB/s and time left: a bar on a terminal, a line now and then elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -177,9 +177,9 @@ def _progress() -> Iterator[Callable[["Progress"], None]]:
     with Bar(*columns, name_column, console=console, disable=not watched) as bar:
         task = bar.add_task("SHA-256 of the sources", total=1.0)
         began = said = time.monotonic()
-        first: Progress | None = None
+        first: PrepareProgress | None = None
 
-        def tell(now: "Progress") -> None:
+        def tell(now: "PrepareProgress") -> None:
             nonlocal began, said, first
             moment = time.monotonic()
             if first is None:
@@ -218,7 +218,7 @@ def inspect(ctx: click.Context, folder, length, samples, tokenizer, checked, as_
 
     With --check the exit code is 1 where a file does not match the manifest.
     """
-    from grok.data.dataset_stats import inspect as look
+    from grok.data.dataset_stats import compute_stats as look
 
     found = look(folder, length, samples, tokenizer, checked)
     if as_json:
@@ -228,7 +228,7 @@ def inspect(ctx: click.Context, folder, length, samples, tokenizer, checked, as_
     ctx.exit(MISMATCH if found.problems else 0)
 
 
-def _print(console: "Console", folder: str, found: "Inspection", checked: bool) -> None:
+def _print(console: "Console", folder: str, found: "DatasetStats", checked: bool) -> None:
     manifest, counts = found.manifest, found.manifest["counts"]
     console.print(folder, style="bold")
     for label in ("documents", "bytes", "tokens", "loss_tokens", "rejected", "duplicates"):

@@ -11,7 +11,7 @@ from grok.cli.tables import make_console, make_table
 from grok.errors import ConfigError
 
 if TYPE_CHECKING:
-    from grok.evaluate.losses import Loss
+    from grok.evaluate.losses import TextLoss
 
 
 @click.command("eval")
@@ -78,9 +78,9 @@ def eval_(
 
 
 def _losses(model, mesh, data, tokenizer, run, as_json: bool) -> list[dict[str, Any]]:
-    from grok.evaluate.losses import evaluate
+    from grok.evaluate.losses import evaluate_texts
 
-    found = list(evaluate(model, mesh, data, tokenizer, run)) if data else []
+    found = list(evaluate_texts(model, mesh, data, tokenizer, run)) if data else []
     if found and not as_json:
         table = make_table("data", "tokens", "bytes", "nats/token", "bits/byte", right=4)
         for loss in found:
@@ -90,7 +90,7 @@ def _losses(model, mesh, data, tokenizer, run, as_json: bool) -> list[dict[str, 
     return [_plain(loss) for loss in found]
 
 
-def _plain(loss: "Loss") -> dict[str, Any]:
+def _plain(loss: "TextLoss") -> dict[str, Any]:
     counts = {"data": loss.data, "tokens": loss.tokens, "bytes": loss.bytes}
     return counts | {"loss": loss.nats_per_token, "bits_per_byte": loss.bits_per_byte}
 

@@ -15,7 +15,7 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 
 
-class BatchShapes:
+class BatchSchedule:
     """Shapes by step; what may change at a step is B, T, or both."""
 
     def __init__(

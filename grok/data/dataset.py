@@ -25,8 +25,8 @@ from grok.errors import DataError
 HAS_MASK = 1
 _HEAD = struct.Struct("<IB")
 
-MANIFEST = "manifest.json"
-LENGTHS = "lengths.npy"
+MANIFEST_FILE = "manifest.json"
+LENGTHS_FILE = "lengths.npy"
 FORMAT = "grok documents 1"
 
 
@@ -72,7 +72,7 @@ def decode_document(record: bytes) -> Document:
         ) from None
 
 
-class Prepared:
+class TokenDataset:
     """The documents of a prepared dataset, by number; threads may read at once.
 
     manifest: what `manifest.json` holds; lengths_N: uint32, tokens of each document.
@@ -105,7 +105,7 @@ class Prepared:
         document = decode_document(record)
         if len(document.tokens_S) != self.lengths[index]:
             raise DataError(
-                f"{self.folder / LENGTHS} says that document {index} has {self.lengths[index]} "
+                f"{self.folder / LENGTHS_FILE} says that document {index} has {self.lengths[index]} "
                 f"tokens, and its record has {len(document.tokens_S)}; `grok data inspect --check` "
                 "compares all files with the manifest."
             )
@@ -113,7 +113,7 @@ class Prepared:
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         """Travels to other processes as its folder: readers stay here."""
-        return Prepared, (self.folder,)
+        return TokenDataset, (self.folder,)
 
     @property
     def hash(self) -> str:
@@ -121,7 +121,7 @@ class Prepared:
         return manifest_hash(self.manifest)
 
     def _read_lengths(self) -> np.ndarray:
-        path = self.folder / LENGTHS
+        path = self.folder / LENGTHS_FILE
         try:
             lengths_N = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -131,7 +131,7 @@ class Prepared:
         documents = self.manifest["counts"]["documents"]
         if lengths_N.shape != (documents,) or lengths_N.dtype != np.uint32:
             raise DataError(
-                f"{path} has {lengths_N.size} documents ({lengths_N.dtype}) and {MANIFEST} has "
+                f"{path} has {lengths_N.size} documents ({lengths_N.dtype}) and {MANIFEST_FILE} has "
                 f"{documents} (uint32); the folder as `grok data prepare` wrote it would work."
             )
         return lengths_N
@@ -141,7 +141,7 @@ class Prepared:
 
         path = self.folder / self.manifest["shards"][shard]["name"]
         if not path.exists():
-            raise DataError(f"shard {path} is missing, and {MANIFEST} names it.")
+            raise DataError(f"shard {path} is missing, and {MANIFEST_FILE} names it.")
         try:
             # Records are read one by one, in any order: reading ahead would be in vain.
             reader = ArrayRecordReader(
@@ -165,10 +165,10 @@ class Prepared:
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a prepared dataset; DataError when `folder` has none that can be read."""
-    path = Path(folder) / MANIFEST
+    path = Path(folder) / MANIFEST_FILE
     if not path.exists():
         raise DataError(
-            f"{folder} has no {MANIFEST}; a folder that `grok data prepare` finished would work."
+            f"{folder} has no {MANIFEST_FILE}; a folder that `grok data prepare` finished would work."
         )
     try:
         manifest = json.loads(read_bytes(path, "manifest"))

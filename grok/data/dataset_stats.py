@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from grok.data.dataset import Prepared
-from grok.data.packing import efficiency, make_layout
-from grok.data.prepare.manifest import TOKENIZER, check
+from grok.data.dataset import TokenDataset
+from grok.data.packing import make_packer, packing_efficiency
+from grok.data.prepare.manifest import TOKENIZER_FILE, verify_dataset
 from grok.data.tokenizers.sentencepiece import Tokenizer
 
 SAMPLE_TOKENS = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bin:
+class LengthBin:
     """Documents of `low` to `high` tokens, and the tokens that they have together."""
 
     low: int
@@ -28,7 +28,7 @@ class Bin:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample:
+class DocumentSample:
     """The beginning of a document; learnt: share of its tokens that bear loss."""
 
     document: int
@@ -39,7 +39,7 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Inspection:
+class DatasetStats:
     """What `grok data inspect` shows.
 
     packing: share of places that hold a token, by form; cut_share: of tokens that "best_fit" leaves
@@ -48,39 +48,39 @@ class Inspection:
 
     hash: str
     manifest: dict[str, Any]
-    histogram: list[Bin]
+    histogram: list[LengthBin]
     length: int
     packing: dict[str, float]
     cut_share: float
-    samples: list[Sample]
+    samples: list[DocumentSample]
     problems: list[str]
 
 
-def inspect(
+def compute_stats(
     folder: str | Path,
     length: int = 2048,
     samples: int = 2,
     tokenizer: str | None = None,
     checked: bool = False,
-) -> Inspection:
+) -> DatasetStats:
     """Look at a prepared dataset; its own tokenizer decodes where no other is given.
 
     length: tokens of a row, for the packing; checked: read everything and compare with the
     manifest. Raises DataError where the folder is no prepared dataset.
     """
-    problems = check(folder) if checked else []
-    data = Prepared(folder)
+    problems = verify_dataset(folder) if checked else []
+    data = TokenDataset(folder)
     layouts = {
-        form: make_layout(form, data.lengths, length, "")
+        form: make_packer(form, data.lengths, length, "")
         for form in ("concat_then_split", "best_fit")
     }
     cut = np.maximum(data.lengths.astype(np.int64) - length - 1, 0).sum()
-    return Inspection(
+    return DatasetStats(
         hash=data.hash,
         manifest=data.manifest,
-        histogram=histogram(data.lengths),
+        histogram=length_histogram(data.lengths),
         length=length,
-        packing={form: efficiency(layout, length) for form, layout in layouts.items()},
+        packing={form: packing_efficiency(layout, length) for form, layout in layouts.items()},
         cut_share=float(cut / data.lengths.sum(dtype=np.int64)),
         # Documents of a damaged shard may be no documents.
         samples=[] if problems else _samples(data, samples, tokenizer),
@@ -88,12 +88,12 @@ def inspect(
     )
 
 
-def histogram(lengths_N: np.ndarray) -> list[Bin]:
+def length_histogram(lengths_N: np.ndarray) -> list[LengthBin]:
     """Documents by length, in bins that double: 1, 2 to 3, 4 to 7 tokens and so on."""
     exponents_N = np.frexp(lengths_N.astype(np.float64))[1] - 1
     first, last = int(exponents_N.min()), int(exponents_N.max())
     return [
-        Bin(
+        LengthBin(
             low=2**exponent,
             high=2 ** (exponent + 1) - 1,
             documents=int((exponents_N == exponent).sum()),
@@ -103,15 +103,15 @@ def histogram(lengths_N: np.ndarray) -> list[Bin]:
     ]
 
 
-def _samples(data: Prepared, count: int, tokenizer: str | None) -> list[Sample]:
+def _samples(data: TokenDataset, count: int, tokenizer: str | None) -> list[DocumentSample]:
     """Documents at even distances, from the first on."""
-    pieces = Tokenizer.load(tokenizer or data.folder / TOKENIZER)
+    pieces = Tokenizer.load(tokenizer or data.folder / TOKENIZER_FILE)
     found = []
     for number in range(0, len(data), -(-len(data) // count)) if count else ():
         document = data[number]
         mask_S = document.mask_S
         found.append(
-            Sample(
+            DocumentSample(
                 document=number,
                 tokens=len(document.tokens_S),
                 learnt=1.0 if mask_S is None else float(mask_S.mean()),

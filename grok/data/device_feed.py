@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from grok import sharding
-from grok.data.batch_schedule import Batch, BatchShapes
+from grok.data.batch_schedule import Batch, BatchSchedule
 from grok.data.text_stream import TokenStream
 from grok.errors import DataError
 
 
-class Batches:
+class StreamBatches:
     """Training batches by step number, without end.
 
     The stream is a ring, cut into S // T windows of T + 1 tokens that overlap by one: the last
@@ -30,7 +30,7 @@ class Batches:
     A batch may hold the end of one epoch and the beginning of the next.
     """
 
-    def __init__(self, stream: TokenStream, shapes: BatchShapes, *, seed: int) -> None:
+    def __init__(self, stream: TokenStream, shapes: BatchSchedule, *, seed: int) -> None:
         """Cut `stream` into rows; DataError when it is shorter than one (T + 1 tokens)."""
         num_tokens, sequence_length = len(stream.tokens_S), shapes.sequence_length
         if num_tokens < sequence_length + 1:
@@ -71,7 +71,7 @@ class Batches:
         return self._tokens_S.take(places, mode="wrap")
 
 
-class ValidationBatches:
+class StreamValidation:
     """The whole held-out stream, every token predicted exactly once, in order.
 
     The stream is led by one eos, as documents are in training, so that its first token has
@@ -110,7 +110,7 @@ class ValidationBatches:
             }
 
 
-class StepBatches(Protocol):
+class TrainBatches(Protocol):
     """Training batches by step; `Batches` and `grok.data.packed_batches.PackedBatches` are some."""
 
     @property
@@ -127,7 +127,7 @@ class StepBatches(Protocol):
 
 
 def global_batches(
-    batches: StepBatches,
+    batches: TrainBatches,
     mesh: jax.sharding.Mesh,
     steps: range,
     prefetch: int,
@@ -157,7 +157,7 @@ def global_batches(
         yield {name: place(shape, parts, name) for name in next(iter(parts.values()))}
 
 
-def to_mesh(batch: Batch, mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
+def shard_batch(batch: Batch, mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
     """Arrays of a [B, T] batch as global arrays, rows split over the mesh; plain without a mesh.
 
     Every process holds the whole batch and hands its own devices their rows.

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 KEPT = 3
 
 
-class EpochPlans[Plan]:
+class EpochCache[Plan]:
     """What `make` gives for an epoch, made once; threads may ask at once."""
 
     def __init__(self, make: Callable[[int], Plan]) -> None:

@@ -12,17 +12,17 @@ from typing import Protocol
 
 import numpy as np
 
-from grok.data.batch_schedule import Batch, BatchShapes
+from grok.data.batch_schedule import Batch, BatchSchedule
 from grok.data.dataset import Document
 from grok.data.mixture import Mixture
-from grok.data.packing import ConcatThenSplit, Piece, make_layout
+from grok.data.packing import ConcatThenSplit, DocumentSlice, make_packer
 from grok.errors import DataError
 
 # Documents of a dataset kept in memory: one that fills many rows is read once for its neighbours.
-DOCUMENTS_KEPT = 64
+CACHED_DOCUMENTS = 64
 
 
-class Documents(Protocol):
+class DocumentSource(Protocol):
     """What is needed of a dataset; `grok.data.dataset.Prepared` is one."""
 
     @property
@@ -47,9 +47,9 @@ class PackedBatches:
 
     def __init__(
         self,
-        datasets: Mapping[str, Documents],
+        datasets: Mapping[str, DocumentSource],
         mixture: Mixture,
-        shapes: BatchShapes,
+        shapes: BatchSchedule,
         *,
         seed: int,
         packing: str = "concat_then_split",
@@ -64,11 +64,11 @@ class PackedBatches:
         self.shape = shapes.shape
         length = shapes.sequence_length
         self._layouts = [
-            make_layout(packing, documents.lengths, length, f"{seed}/{documents.hash}")
+            make_packer(packing, documents.lengths, length, f"{seed}/{documents.hash}")
             for documents in datasets.values()
         ]
         self._read = [
-            functools.lru_cache(maxsize=DOCUMENTS_KEPT)(documents.__getitem__)
+            functools.lru_cache(maxsize=CACHED_DOCUMENTS)(documents.__getitem__)
             for documents in datasets.values()
         ]
         for name, layout in zip(self._names, self._layouts, strict=True):
@@ -105,11 +105,11 @@ class PackedValidation:
     """All documents of a dataset end to end, in their own order, each token but a document's first
     predicted once. The last batch is filled with rows of padding."""
 
-    def __init__(self, documents: Documents, *, sequence_length: int, batch_size: int) -> None:
+    def __init__(self, documents: DocumentSource, *, sequence_length: int, batch_size: int) -> None:
         """Lay out `documents` in batches of B rows of T tokens."""
         self._documents = documents
         self._layout = ConcatThenSplit(documents.lengths, sequence_length, key=None)
-        self._read = functools.lru_cache(maxsize=DOCUMENTS_KEPT)(documents.__getitem__)
+        self._read = functools.lru_cache(maxsize=CACHED_DOCUMENTS)(documents.__getitem__)
         self._sequence_length = sequence_length
         self._batch_size = batch_size
 
@@ -148,7 +148,7 @@ def empty_batch(num_rows: int, sequence_length: int) -> Batch:
 
 
 def fill_row(
-    batch: Batch, row: int, pieces: Sequence[Piece], read: Callable[[int], Document]
+    batch: Batch, row: int, pieces: Sequence[DocumentSlice], read: Callable[[int], Document]
 ) -> None:
     """Write the pieces of documents into one row of a batch, one after the other."""
     tokens_T, targets_T, segments_T, positions_T, mask_T = (array[row] for array in batch.values())

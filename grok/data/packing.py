@@ -12,10 +12,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from grok.data.epoch_cache import EpochPlans
+from grok.data.epoch_cache import EpochCache
 
 
-class Piece(NamedTuple):
+class DocumentSlice(NamedTuple):
     """Part of a document in a row: `size` inputs from its token `start` on; targets are the next
     tokens, where the document has them."""
 
@@ -24,12 +24,12 @@ class Piece(NamedTuple):
     size: int
 
 
-class Layout(Protocol):
+class RowPacker(Protocol):
     """Rows of T tokens, without end: row numbers go on from one epoch to the next."""
 
     rows_per_epoch: int
 
-    def pieces(self, row: int) -> list[Piece]:
+    def pieces(self, row: int) -> list[DocumentSlice]:
         """What lies in a row, in order; what they leave free is padding."""
         ...
 
@@ -38,13 +38,13 @@ class Layout(Protocol):
         ...
 
 
-def make_layout(packing: str, lengths_N: np.ndarray, sequence_length: int, key: str) -> Layout:
-    """Layout of documents of these lengths in tokens; `packing` as in data.packing."""
+def make_packer(packing: str, lengths_N: np.ndarray, sequence_length: int, key: str) -> RowPacker:
+    """The layout of `packing` ("concat_then_split" or "best_fit") for documents of these lengths in tokens."""
     form = ConcatThenSplit if packing == "concat_then_split" else BestFit
     return form(lengths_N, sequence_length, key)
 
 
-def efficiency(layout: Layout, sequence_length: int) -> float:
+def packing_efficiency(layout: RowPacker, sequence_length: int) -> float:
     """Share of the places of an epoch's rows that hold a token."""
     rows = layout.rows_per_epoch
     return layout.tokens_before(rows) / (rows * sequence_length)
@@ -59,10 +59,10 @@ def permutation(count: int, *key: object) -> np.ndarray:
     """
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     words = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
-    return sorted_places(words >> np.uint64(count.bit_length()))
+    return stable_argsort(words >> np.uint64(count.bit_length()))
 
 
-def sorted_places(values_N: np.ndarray) -> np.ndarray:
+def stable_argsort(values_N: np.ndarray) -> np.ndarray:
     """The stable argsort of whole numbers from 0 to 2**64 / 2**(bits of N): int64 (N,).
 
     Sorts the values with their places in the low bits, which takes a fraction of argsort's time.
@@ -90,9 +90,9 @@ class ConcatThenSplit:
         self._key = key
         self._num_tokens = int(self._lengths_N.sum())
         self.rows_per_epoch = -(-self._num_tokens // sequence_length)
-        self._orders = EpochPlans(self._order)
+        self._orders = EpochCache(self._order)
 
-    def pieces(self, row: int) -> list[Piece]:
+    def pieces(self, row: int) -> list[DocumentSlice]:
         """What lies in row `row`, counted over all epochs."""
         epoch, row = divmod(row, self.rows_per_epoch)
         order_N, ends_N = self._orders.at(epoch, row / self.rows_per_epoch)
@@ -107,7 +107,7 @@ class ConcatThenSplit:
             size = min(end, stop) - place
             if size:
                 start = place - (end - int(self._lengths_N[document]))
-                found.append(Piece(document, start, size))
+                found.append(DocumentSlice(document, start, size))
             place += size
         return found
 
@@ -138,23 +138,23 @@ class BestFit:
         """Lay out documents of `lengths_N` tokens in rows of T."""
         self._sizes_N = np.clip(lengths_N.astype(np.int64) - 1, 0, sequence_length)
         shuffled_N = permutation(len(lengths_N), key, "rows")
-        row_N = pack(self._sizes_N[shuffled_N], sequence_length)
+        row_N = best_fit_decreasing(self._sizes_N[shuffled_N], sequence_length)
         self._key = key
         self.rows_per_epoch = int(row_N.max(initial=-1)) + 1
         # Documents by row; those without a place (row -1) come first and are left out.
-        self._documents_N = shuffled_N[sorted_places(row_N + 1)]
+        self._documents_N = shuffled_N[stable_argsort(row_N + 1)]
         documents_R = np.bincount(row_N + 1, minlength=self.rows_per_epoch + 1)
         self._starts_R = np.cumsum(documents_R)
         before_N = np.concatenate([[0], np.cumsum(self._sizes_N[self._documents_N])])
         self._tokens_R = np.diff(before_N[self._starts_R])
-        self._orders = EpochPlans(self._order)
+        self._orders = EpochCache(self._order)
 
-    def pieces(self, row: int) -> list[Piece]:
+    def pieces(self, row: int) -> list[DocumentSlice]:
         """What lies in row `row`, counted over all epochs."""
         epoch, row = divmod(row, self.rows_per_epoch)
         row = self._orders.at(epoch, row / self.rows_per_epoch)[0][row]
         documents = self._documents_N[self._starts_R[row] : self._starts_R[row + 1]]
-        return [Piece(int(d), 0, int(self._sizes_N[d])) for d in documents]
+        return [DocumentSlice(int(d), 0, int(self._sizes_N[d])) for d in documents]
 
     def tokens_before(self, row: int) -> int:
         """Inputs, without padding, of all rows before row `row`, counted over all epochs."""
@@ -168,7 +168,7 @@ class BestFit:
         return order_R, np.cumsum(tokens_R) - tokens_R
 
 
-def pack(sizes_N: np.ndarray, capacity: int) -> np.ndarray:
+def best_fit_decreasing(sizes_N: np.ndarray, capacity: int) -> np.ndarray:
     """Row of each of N things of `sizes_N` (0 to `capacity`), int64 (N,); -1 where the size is 0.
 
     Best-fit decreasing: the largest first, each into the fullest row that still has room. Things of
@@ -185,7 +185,7 @@ def pack(sizes_N: np.ndarray, capacity: int) -> np.ndarray:
             rows_with[room].append(rows)
             num_with[room] += len(rows)
 
-    by_size_N = sorted_places(capacity - sizes_N)
+    by_size_N = stable_argsort(capacity - sizes_N)
     num_of = np.bincount(sizes_N, minlength=1)
     sizes = np.flatnonzero(num_of)[::-1]
     ends = np.cumsum(num_of[sizes])

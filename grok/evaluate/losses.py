@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from grok.config import RunConfig
 from grok.data.batch_schedule import Batch
-from grok.data.dataset import MANIFEST
-from grok.data.device_feed import ValidationBatches
+from grok.data.dataset import MANIFEST_FILE
+from grok.data.device_feed import StreamValidation
 from grok.data.packed_batches import PackedValidation
 from grok.data.text_stream import bits_per_byte, read_stream
 from grok.data.tokenizers.sentencepiece import Tokenizer, token_bytes
@@ -22,7 +22,7 @@ from grok.train.step import eval_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
+class TextLoss:
     """What a text costs: `nats` for all its `tokens`, which stand for `bytes` of UTF-8."""
 
     data: str
@@ -41,9 +41,9 @@ class Loss:
         return bits_per_byte(self.nats, self.bytes)
 
 
-def evaluate(
+def evaluate_texts(
     model: Grok, mesh: Mesh, paths: Sequence[str], tokenizer: str, config: RunConfig
-) -> Iterable[Loss]:
+) -> Iterable[TextLoss]:
     """The loss on each of these text files and prepared datasets, one after the other.
 
     Rows have the shape that `config.data` says, and are split over the mesh. Raises DataError for
@@ -54,7 +54,7 @@ def evaluate(
     for path, batches, num_bytes in held_out:
         with jax.set_mesh(mesh):
             nats, tokens = total_loss(eval_function, model, batches, mesh)
-        yield Loss(path, tokens, num_bytes, nats)
+        yield TextLoss(path, tokens, num_bytes, nats)
 
 
 def _open(path: str, tokenizer: str, config: RunConfig) -> tuple[Iterable[Batch], int]:
@@ -62,9 +62,9 @@ def _open(path: str, tokenizer: str, config: RunConfig) -> tuple[Iterable[Batch]
     data = dataclasses.replace(config.data, tokenizer=tokenizer)
     shape = {"sequence_length": data.sequence_length, "batch_size": data.batch_size}
     pieces = Tokenizer.load(tokenizer)
-    if not (Path(path) / MANIFEST).exists():
+    if not (Path(path) / MANIFEST_FILE).exists():
         stream = read_stream([path], pieces, config.model.vocab_size)
-        return ValidationBatches(stream, **shape), stream.num_bytes
+        return StreamValidation(stream, **shape), stream.num_bytes
     documents = open_dataset(path, dataclasses.replace(config, data=data))
     packed = PackedValidation(documents, **shape)
     num_bytes = packed.num_bytes(token_bytes(pieces))

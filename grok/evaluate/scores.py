@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grok import sharding
-from grok.data.device_feed import to_mesh
+from grok.data.device_feed import shard_batch
 from grok.model.decoder import Grok
 from grok.train.loss import hidden
 
@@ -53,7 +53,9 @@ class Scorer:
                 some = places[first : first + self._rows]
                 batch = self._batch([pairs[place] for place in some], size)
                 with jax.set_mesh(self._mesh):
-                    found = jax.device_get(self._scores(self._model, to_mesh(batch, self._mesh)))
+                    found = jax.device_get(
+                        self._scores(self._model, shard_batch(batch, self._mesh))
+                    )
                 for place, log_p, greedy in zip(some, *found, strict=False):
                     scores[place] = Score(float(log_p), bool(greedy))
         return [score for score in scores if score is not None]

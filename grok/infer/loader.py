@@ -11,7 +11,7 @@ from grok import sharding, storage
 from grok.config import MESH_AXES, RunConfig, check_model_fits, resolve_mesh
 from grok.config.engine import InferConfig
 from grok.config.load import to_dict
-from grok.data.prepare.manifest import TOKENIZER
+from grok.data.prepare.manifest import TOKENIZER_FILE
 from grok.data.tokenizers.sentencepiece import Tokenizer
 from grok.errors import ConfigError, DataError
 from grok.infer.chat_template import make_renderer
@@ -91,7 +91,7 @@ class Model:
 
 def _read_tokenizer(config: InferConfig, run: RunConfig) -> tuple[str, bytes]:
     """The tokenizer's file, here or at gs://, and its bytes. Raises DataError without one."""
-    file, beside = config.tokenizer, storage.join(config.weights, TOKENIZER)
+    file, beside = config.tokenizer, storage.join(config.weights, TOKENIZER_FILE)
     try:
         if not file and storage.is_remote(config.weights) and storage.exists(beside):
             file = beside

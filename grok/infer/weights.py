@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from grok.config import DataConfig, RunConfig
 from grok.config.load import load_config, with_overrides
-from grok.data.prepare.manifest import TOKENIZER
+from grok.data.prepare.manifest import TOKENIZER_FILE
 from grok.errors import DataError
 from grok.infer.load import ONE_DEVICE
 from grok.model.decoder import Grok
@@ -45,13 +45,13 @@ def find_tokenizer(path: str, given: str | None, config: RunConfig, data: Sequen
     first prepared dataset. Raises DataError where there is none of these."""
     folder = Path(path)
     # Of one step of a run, the run's folder is two above.
-    beside = [each / TOKENIZER for each in (folder, folder.parent, folder.parent.parent)]
-    of_data = [Path(each) / TOKENIZER for each in data]
+    beside = [each / TOKENIZER_FILE for each in (folder, folder.parent, folder.parent.parent)]
+    of_data = [Path(each) / TOKENIZER_FILE for each in data]
     places = [*beside, *([Path(config.data.tokenizer)] if config.data.tokenizer else []), *of_data]
     found = given or next((str(place) for place in places if place.is_file()), None)
     if found is None:
         raise DataError(
-            f"there is no {TOKENIZER} beside {path}; naming the tokenizer of these weights, as in "
+            f"there is no {TOKENIZER_FILE} beside {path}; naming the tokenizer of these weights, as in "
             "--tokenizer FILE or tokenizer=FILE, would work."
         )
     return found

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from jax.sharding import Mesh
 
 from grok.data.batch_schedule import Batch
-from grok.data.device_feed import to_mesh
+from grok.data.device_feed import shard_batch
 
 
 def total_loss(
@@ -17,6 +17,6 @@ def total_loss(
     """
     nats, num_tokens = 0.0, 0
     for batch in batches:
-        nats += float(eval_function(model, to_mesh(batch, mesh)))
+        nats += float(eval_function(model, shard_batch(batch, mesh)))
         num_tokens += int(batch["mask_BT"].sum(dtype="float64"))
     return nats, num_tokens

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from grok.config import DataConfig, RunConfig
-from grok.data.batch_schedule import Batch, BatchShapes
-from grok.data.dataset import Prepared
-from grok.data.device_feed import Batches, StepBatches, ValidationBatches
+from grok.data.batch_schedule import Batch, BatchSchedule
+from grok.data.dataset import TokenDataset
+from grok.data.device_feed import StreamBatches, StreamValidation, TrainBatches
 from grok.data.mixture import Mixture
 from grok.data.packed_batches import PackedBatches, PackedValidation
 from grok.data.text_stream import read_bytes, read_stream
@@ -23,7 +23,7 @@ class RunData(NamedTuple):
     every prepared dataset that is trained on, in order.
     """
 
-    train: StepBatches
+    train: TrainBatches
     validation: Iterable[Batch] | None
     num_bytes: int | None
     hashes: list[dict[str, str]]
@@ -40,9 +40,9 @@ def read_data(config: RunConfig) -> RunData:
     if not data.tokenizer:
         raise DataError("data.tokenizer names no SentencePiece model; set it to a .model file.")
     tokenizer = Tokenizer.load(data.tokenizer)
-    shapes = BatchShapes(data.sequence_length, data.batch_size, data.shapes()[1:])
+    shapes = BatchSchedule(data.sequence_length, data.batch_size, data.shapes()[1:])
     shape = {"sequence_length": data.sequence_length, "batch_size": data.batch_size}
-    train: StepBatches
+    train: TrainBatches
     if data.datasets:
         datasets = {each.path: open_dataset(each.path, config) for each in data.datasets}
         hashes = [{"path": path, "hash": prepared.hash} for path, prepared in datasets.items()]
@@ -51,19 +51,19 @@ def read_data(config: RunConfig) -> RunData:
     else:
         hashes = []
         stream = read_stream(data.train, tokenizer, vocab_size)
-        train = Batches(stream, shapes, seed=data.seed)
+        train = StreamBatches(stream, shapes, seed=data.seed)
     if data.validation_dataset:
         packed = PackedValidation(open_dataset(data.validation_dataset, config), **shape)
         return RunData(train, packed, packed.num_bytes(token_bytes(tokenizer)), hashes)
     if data.validation:
-        held_out = ValidationBatches(read_stream(data.validation, tokenizer, vocab_size), **shape)
+        held_out = StreamValidation(read_stream(data.validation, tokenizer, vocab_size), **shape)
         return RunData(train, held_out, held_out.num_bytes, hashes)
     return RunData(train, None, None, hashes)
 
 
-def open_dataset(path: str, config: RunConfig) -> Prepared:
+def open_dataset(path: str, config: RunConfig) -> TokenDataset:
     """A prepared dataset, after checking that it was made with the run's tokenizer."""
-    prepared = Prepared(path)
+    prepared = TokenDataset(path)
     made_with, tokenizer = prepared.manifest["tokenizer"], config.data.tokenizer
     hash_ours = hashlib.sha256(read_bytes(tokenizer, "tokenizer file")).hexdigest()
     if made_with["sha256"] != hash_ours:
@@ -80,7 +80,7 @@ def open_dataset(path: str, config: RunConfig) -> Prepared:
     return prepared
 
 
-def mixture_of(data: DataConfig, shapes: BatchShapes) -> Mixture:
+def mixture_of(data: DataConfig, shapes: BatchSchedule) -> Mixture:
     """The mixture of the config's datasets, by row of the run."""
     changes = [(shapes.first_row(each.from_step), each.weights) for each in data.mixture_schedule]
     return Mixture([each.weight for each in data.datasets], changes)

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from grok.cli.main import main
-from grok.data.dataset import Prepared
+from grok.data.dataset import TokenDataset
 from grok.data.tokenizers.sentencepiece import Tokenizer
 from tests.data import prepared
 from tests.data.prepared import TEXTS, contents, write_lines
@@ -41,7 +41,7 @@ def command(home: Path) -> list[object]:
 def test_preparing_says_what_was_made_and_left_out(home, tmp_path):
     out = tmp_path / "out"
     said = run(*command(home), "--out", out, "--drop-duplicates")
-    data = Prepared(out)
+    data = TokenDataset(out)
     assert f"120 documents, {data.lengths.sum():,} tokens of " in said
     assert f"1 bad record left out: {out / 'rejected.jsonl'}" in said
     assert "1 duplicate left out" in said
@@ -87,7 +87,7 @@ def test_inspect_shows_counts_lengths_packing_and_text(home):
 
 def test_inspect_as_json(home):
     found = json.loads(run("inspect", home / "out", "--length", 64, "--samples", 1, "--json"))
-    lengths = Prepared(home / "out").lengths
+    lengths = TokenDataset(home / "out").lengths
     assert sum(bin["documents"] for bin in found["histogram"]) == len(lengths)
     for bin in found["histogram"]:
         inside = lengths[(lengths >= bin["low"]) & (lengths <= bin["high"])]
@@ -95,7 +95,7 @@ def test_inspect_as_json(home):
     assert 0.9 < found["packing"]["concat_then_split"] <= 1
     assert 0.5 < found["packing"]["best_fit"] <= 1
     assert found["problems"] == []
-    assert found["hash"] == Prepared(home / "out").hash
+    assert found["hash"] == TokenDataset(home / "out").hash
 
 
 @pytest.mark.parametrize("name", ["shard-00002", "lengths.npy", "tokenizer.model"])

@@ -20,8 +20,8 @@ def main() -> None:
         jax.distributed.initialize(address, int(hosts), int(number))
 
     from grok import sharding
-    from grok.data.batch_schedule import BatchShapes
-    from grok.data.dataset import Prepared
+    from grok.data.batch_schedule import BatchSchedule
+    from grok.data.dataset import TokenDataset
     from grok.data.device_feed import global_batches
     from grok.data.mixture import Mixture
     from grok.data.packed_batches import PackedBatches
@@ -29,9 +29,9 @@ def main() -> None:
     # Eight rows of the length, then sixteen of half of it, then eight of a quarter.
     changes = [(6, 16, int(length) // 2), (9, 8, int(length) // 4)]
     batches = PackedBatches(
-        {folder: Prepared(folder) for folder in folders},
+        {folder: TokenDataset(folder) for folder in folders},
         Mixture(WEIGHTS[: len(folders)]),
-        BatchShapes(int(length), 8, changes),
+        BatchSchedule(int(length), 8, changes),
         seed=3,
         packing=packing,
     )

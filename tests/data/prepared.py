@@ -5,7 +5,7 @@ import inspect
 import json
 from pathlib import Path
 
-from grok.data.prepare.job import Options, prepare
+from grok.data.prepare.job import PrepareOptions, prepare_dataset
 from grok.data.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 TEXTS = [f"Row {i}: " + " ".join(str(i * k) for k in range(1 + 7 * i % 40)) for i in range(120)]
@@ -22,12 +22,14 @@ def make_tokenizer(folder: Path) -> str:
     return str(folder / "t.model")
 
 
-def options(sources: list[str], tokenizer: str, **others) -> Options:
-    return Options(sources=tuple(sources), tokenizer=tokenizer, **{"shard_bytes": 5000, **others})
+def options(sources: list[str], tokenizer: str, **others) -> PrepareOptions:
+    return PrepareOptions(
+        sources=tuple(sources), tokenizer=tokenizer, **{"shard_bytes": 5000, **others}
+    )
 
 
 def made(out: Path, sources: list[str], tokenizer: str, **others) -> dict:
-    return prepare(options(sources, tokenizer, **others), out)
+    return prepare_dataset(options(sources, tokenizer, **others), out)
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from grok.data.batch_schedule import BatchShapes
-from grok.data.device_feed import Batches
+from grok.data.batch_schedule import BatchSchedule
+from grok.data.device_feed import StreamBatches
 from grok.data.mixture import Mixture
 from grok.data.packed_batches import PackedBatches
 from tests.data.fake_documents import FakeDocuments, random_lengths
@@ -23,7 +23,7 @@ DATASETS = {
 
 def packed(changes=(), packing="concat_then_split") -> PackedBatches:
     mixture = Mixture((0.6, 0.4), [(38, (0.2, 0.8))])
-    shapes = BatchShapes(LONGEST, ROWS, changes)
+    shapes = BatchSchedule(LONGEST, ROWS, changes)
     return PackedBatches(DATASETS, mixture, shapes, seed=0, packing=packing)
 
 
@@ -31,8 +31,8 @@ def cut(changes=()) -> PackedBatches:
     return packed(changes, "best_fit")
 
 
-def plain(changes=()) -> Batches:
-    return Batches(stream_of(1000), BatchShapes(LONGEST, ROWS, changes), seed=0)
+def plain(changes=()) -> StreamBatches:
+    return StreamBatches(stream_of(1000), BatchSchedule(LONGEST, ROWS, changes), seed=0)
 
 
 def in_a_row(batches, steps, name: str) -> np.ndarray:
@@ -40,13 +40,13 @@ def in_a_row(batches, steps, name: str) -> np.ndarray:
 
 
 def test_shapes_by_step_and_the_rows_they_take():
-    shapes = BatchShapes(LONGEST, ROWS, CHANGES)
+    shapes = BatchSchedule(LONGEST, ROWS, CHANGES)
     steps = [0, 2, 3, 4, 5, 8, 9, 12, 13, 10**9]
     wanted = [(4, 32), (8, 16), (8, 8), (16, 8), (2, 32), (4, 16)]
     assert [key for key, _ in itertools.groupby(shapes.shape(step) for step in steps)] == wanted
     taken = np.diff([shapes.first_row(step) for step in range(15)]).tolist()
     assert taken == [4] * 5 + [2] * 4 + [4] * 3 + [2] * 2
-    assert BatchShapes(LONGEST, ROWS, [(0, 8, 8)]).shape(0) == (8, 8)
+    assert BatchSchedule(LONGEST, ROWS, [(0, 8, 8)]).shape(0) == (8, 8)
 
 
 @pytest.mark.parametrize("make", [packed, cut, plain])

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from grok.data.dataset import Prepared, decode_document, encode_document
+from grok.data.dataset import TokenDataset, decode_document, encode_document
 from grok.errors import DataError
 from tests.data import prepared
 
@@ -46,7 +46,7 @@ def test_what_is_no_record_is_refused(cut):
 
 
 def test_documents_are_read_in_any_order_by_threads_and_after_a_journey(folder):
-    data = Prepared(folder / "out")
+    data = TokenDataset(folder / "out")
     assert len(data.manifest["shards"]) > 3
     order = np.random.default_rng(0).permutation(len(data)).tolist()
     with ThreadPoolExecutor(8) as pool:
@@ -60,7 +60,7 @@ def test_documents_are_read_in_any_order_by_threads_and_after_a_journey(folder):
 
 
 def test_a_number_that_is_none_is_refused(folder):
-    data = Prepared(folder / "out")
+    data = TokenDataset(folder / "out")
     for number in (-1, len(data)):
         with pytest.raises(IndexError):
             data[number]
@@ -76,7 +76,7 @@ def test_a_number_that_is_none_is_refused(folder):
         (lambda out: (out / "lengths.npy").write_bytes(b"x"), r"lengths\.npy cannot be read"),
         (lambda out: np.save(out / "lengths.npy", np.ones(3)), "has 3 documents"),
         (
-            lambda out: np.save(out / "lengths.npy", Prepared(out).lengths + np.uint32(1)),
+            lambda out: np.save(out / "lengths.npy", TokenDataset(out).lengths + np.uint32(1)),
             "says tha",
         ),
         (lambda out: shard(out).unlink(), "is missing"),
@@ -91,7 +91,7 @@ def test_a_damaged_folder_is_refused_in_a_sentence(folder, tmp_path, damage, mes
     prepared.made(out, [source], str(folder / "t.model"))
     damage(out)
     with pytest.raises(DataError, match=message):
-        Prepared(out)[0]
+        TokenDataset(out)[0]
 
 
 def shard(out, number=0):

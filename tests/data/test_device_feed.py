@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from grok import sharding
-from grok.data.batch_schedule import BatchShapes
-from grok.data.device_feed import Batches, ValidationBatches, to_mesh
+from grok.data.batch_schedule import BatchSchedule
+from grok.data.device_feed import StreamBatches, StreamValidation, shard_batch
 from grok.data.text_stream import TokenStream, bits_per_byte, read_stream
 from grok.data.tokenizers.sentencepiece import train_tokenizer
 from grok.errors import DataError
@@ -23,11 +23,11 @@ def stream_of(num_tokens: int) -> TokenStream:
     )
 
 
-def batches_of(num_tokens: int, length: int = 8, rows: int = 4, seed: int = 0) -> Batches:
-    return Batches(stream_of(num_tokens), BatchShapes(length, rows), seed=seed)
+def batches_of(num_tokens: int, length: int = 8, rows: int = 4, seed: int = 0) -> StreamBatches:
+    return StreamBatches(stream_of(num_tokens), BatchSchedule(length, rows), seed=seed)
 
 
-def epoch_starts(batches: Batches, epoch: int) -> np.ndarray:
+def epoch_starts(batches: StreamBatches, epoch: int) -> np.ndarray:
     """First tokens of the rows of an epoch, for batches of one row."""
     rows = range(epoch * batches.rows_per_epoch, (epoch + 1) * batches.rows_per_epoch)
     return np.array([batches.batch(row)["tokens_BT"][0, 0] for row in rows])
@@ -129,7 +129,7 @@ def test_shortest_corpus_is_one_row_and_less_is_refused():
 
 @pytest.mark.parametrize("num_tokens", [1, 31, 32, 33, 100])
 def test_validation_predicts_every_token_once(num_tokens):
-    batches = ValidationBatches(stream_of(num_tokens), sequence_length=8, batch_size=4)
+    batches = StreamValidation(stream_of(num_tokens), sequence_length=8, batch_size=4)
     seen = list(batches)
     assert len(seen) == len(batches) == math.ceil(num_tokens / 32)
     assert (batches.num_tokens, batches.num_bytes) == (num_tokens, 3 * num_tokens)
@@ -152,7 +152,7 @@ def test_to_mesh_splits_rows_over_devices():
     devices = jax.devices()
     batch = batches_of(1000, rows=2 * len(devices)).batch(3)
     mesh = sharding.make_mesh(devices=devices)
-    placed = to_mesh(batch, mesh)
+    placed = shard_batch(batch, mesh)
     for name, array in placed.items():
         np.testing.assert_array_equal(array, batch[name])
         assert array.sharding.spec == sharding.spec("batch", "length")
@@ -161,6 +161,6 @@ def test_to_mesh_splits_rows_over_devices():
 
 def test_without_a_mesh_arrays_are_plain():
     batch = batches_of(1000).batch(0)
-    placed = to_mesh(batch, None)
+    placed = shard_batch(batch, None)
     assert placed["tokens_BT"].dtype == np.int32
     np.testing.assert_array_equal(placed["targets_BT"], batch["targets_BT"])

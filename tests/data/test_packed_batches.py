@@ -13,8 +13,8 @@ import pytest
 
 import grok
 from grok import sharding
-from grok.data.batch_schedule import BatchShapes
-from grok.data.dataset import Prepared
+from grok.data.batch_schedule import BatchSchedule
+from grok.data.dataset import TokenDataset
 from grok.data.device_feed import global_batches
 from grok.data.mixture import Mixture
 from grok.data.packed_batches import PackedBatches, PackedValidation
@@ -29,7 +29,7 @@ def packed(*datasets, weights=None, changes=(), packing="concat_then_split", see
     return PackedBatches(
         {f"data/{number}": documents for number, documents in enumerate(datasets)},
         Mixture(weights or [1] * len(datasets), changes),
-        BatchShapes(ROW, ROWS, shapes),
+        BatchSchedule(ROW, ROWS, shapes),
         seed=seed,
         packing=packing,
     )
@@ -192,7 +192,7 @@ def test_global_batches_are_split_and_in_order(documents, prefetch):
 def test_what_cannot_be_read_is_said_from_the_thread_that_reads(tmp_path):
     folder = write_prepared(tmp_path / "data", [range(1, 20)] * 50)
     shard = tmp_path / "data" / "shard.arrayrecord"
-    batches = packed(Prepared(folder))
+    batches = packed(TokenDataset(folder))
     shard.unlink()
     with pytest.raises(DataError, match=r"shard .*shard\.arrayrecord is missing"):
         next(global_batches(batches, sharding.make_mesh(), range(3), 2))

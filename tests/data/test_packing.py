@@ -5,16 +5,16 @@ import threading
 import numpy as np
 import pytest
 
-from grok.data.epoch_cache import EpochPlans
+from grok.data.epoch_cache import EpochCache
 from grok.data.packing import (
     BestFit,
     ConcatThenSplit,
-    Piece,
-    efficiency,
-    make_layout,
-    pack,
+    DocumentSlice,
+    best_fit_decreasing,
+    make_packer,
+    packing_efficiency,
     permutation,
-    sorted_places,
+    stable_argsort,
 )
 from tests.data.fake_documents import random_lengths
 
@@ -22,7 +22,7 @@ LENGTHS = np.array(random_lengths(300, largest=200), np.uint32)
 ROW = 32
 
 
-def epoch_of(layout, epoch: int) -> list[list[Piece]]:
+def epoch_of(layout, epoch: int) -> list[list[DocumentSlice]]:
     rows = range(epoch * layout.rows_per_epoch, (epoch + 1) * layout.rows_per_epoch)
     return [layout.pieces(row) for row in rows]
 
@@ -35,7 +35,7 @@ def test_a_permutation_is_fixed_for_good():
 
 @pytest.mark.parametrize("epoch", [0, 1, 10**6])
 def test_continued_documents_are_whole_once_an_epoch(epoch):
-    layout = make_layout("concat_then_split", LENGTHS, ROW, "key")
+    layout = make_packer("concat_then_split", LENGTHS, ROW, "key")
     rows = epoch_of(layout, epoch)
     assert [sum(piece.size for piece in row) for row in rows[:-1]] == [ROW] * (len(rows) - 1)
     reached = dict.fromkeys(range(len(LENGTHS)), 0)
@@ -47,15 +47,18 @@ def test_continued_documents_are_whole_once_an_epoch(epoch):
 
 def test_epochs_have_orders_of_their_own():
     for packing in ("concat_then_split", "best_fit"):
-        layout = make_layout(packing, LENGTHS, ROW, "key")
+        layout = make_packer(packing, LENGTHS, ROW, "key")
         assert epoch_of(layout, 0) != epoch_of(layout, 1)
-        assert epoch_of(layout, 0) == epoch_of(make_layout(packing, LENGTHS, ROW, "key"), 0)
-        assert epoch_of(layout, 0) != epoch_of(make_layout(packing, LENGTHS, ROW, "other"), 0)
+        assert epoch_of(layout, 0) == epoch_of(make_packer(packing, LENGTHS, ROW, "key"), 0)
+        assert epoch_of(layout, 0) != epoch_of(make_packer(packing, LENGTHS, ROW, "other"), 0)
 
 
 def test_without_a_key_documents_keep_their_order():
     layout = ConcatThenSplit(np.array([3, 40, 2]), ROW, key=None)
-    assert epoch_of(layout, 0) == [[Piece(0, 0, 3), Piece(1, 0, 29)], [(1, 29, 11), (2, 0, 2)]]
+    assert epoch_of(layout, 0) == [
+        [DocumentSlice(0, 0, 3), DocumentSlice(1, 0, 29)],
+        [(1, 29, 11), (2, 0, 2)],
+    ]
     assert epoch_of(layout, 0) == epoch_of(layout, 1)
 
 
@@ -70,13 +73,13 @@ def test_cut_documents_are_never_split_and_are_there_once_an_epoch(epoch):
 
 def test_documents_of_one_token_predict_nothing():
     assert BestFit(np.ones(5), ROW, "key").rows_per_epoch == 0
-    assert epoch_of(BestFit(np.array([1, 3, 1]), ROW, "key"), 0) == [[Piece(1, 0, 2)]]
+    assert epoch_of(BestFit(np.array([1, 3, 1]), ROW, "key"), 0) == [[DocumentSlice(1, 0, 2)]]
     assert ConcatThenSplit(np.ones(5), ROW, "key").rows_per_epoch == 1
 
 
 @pytest.mark.parametrize("packing", ["concat_then_split", "best_fit"])
 def test_tokens_before_a_row_are_those_of_its_pieces(packing):
-    layout = make_layout(packing, LENGTHS, ROW, "key")
+    layout = make_packer(packing, LENGTHS, ROW, "key")
     seen = 0
     for row in range(2 * layout.rows_per_epoch + 3):
         assert layout.tokens_before(row) == seen
@@ -86,7 +89,7 @@ def test_tokens_before_a_row_are_those_of_its_pieces(packing):
 @pytest.mark.parametrize("packing", ["concat_then_split", "best_fit"])
 def test_rows_are_98_percent_full(packing):
     lengths = np.array(random_lengths(20_000, largest=10_000))
-    assert efficiency(make_layout(packing, lengths, 2048, "key"), 2048) > 0.98
+    assert packing_efficiency(make_packer(packing, lengths, 2048, "key"), 2048) > 0.98
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_rows_are_98_percent_full(packing):
 )
 def test_pack_fills_rows(sizes, num_rows):
     sizes_N = np.array(sizes, np.int64)
-    row_N = pack(sizes_N, 10)
+    row_N = best_fit_decreasing(sizes_N, 10)
     np.testing.assert_array_equal(row_N == -1, sizes_N == 0)
     full_R = np.bincount(row_N[row_N >= 0], sizes_N[row_N >= 0], minlength=num_rows)
     assert len(full_R) == num_rows
@@ -120,7 +123,7 @@ def test_the_order_of_the_next_epoch_is_made_in_the_background():
         made.append(epoch)
         return 10 * epoch
 
-    orders = EpochPlans(order)
+    orders = EpochCache(order)
     assert [orders.at(0, share) for share in (0, 0.4, 0.5, 0.9)] == [0] * 4
     assert made == [0]  # the next has been begun, and nothing waited for it
     going.set()
@@ -131,7 +134,7 @@ def test_the_order_of_the_next_epoch_is_made_in_the_background():
 
 def test_orders_of_far_epochs_are_dropped_and_made_again():
     made = []
-    orders = EpochPlans(made.append)
+    orders = EpochCache(made.append)
     for epoch in (0, 1, 2, 7, 2, 0):
         orders.at(epoch, 0)
     assert made == [0, 1, 2, 7, 0]
@@ -141,4 +144,4 @@ def test_orders_of_far_epochs_are_dropped_and_made_again():
 def test_sorted_places_are_those_of_a_stable_argsort(values):
     values_N = np.array(values, np.int64)
     wanted = np.argsort(values_N, kind="stable")
-    np.testing.assert_array_equal(sorted_places(values_N), wanted)
+    np.testing.assert_array_equal(stable_argsort(values_N), wanted)

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from grok.data.dataset import Prepared
+from grok.data.dataset import TokenDataset
 from grok.data.packed_batches import PackedValidation
-from grok.data.prepare.records import Fields
+from grok.data.prepare.records import RecordFields
 from grok.data.text_stream import read_stream
 from grok.data.tokenizers.sentencepiece import Tokenizer, token_bytes
 from tests.data.prepared import TEXTS, made, make_tokenizer, write_lines
@@ -21,7 +21,7 @@ def tokenizer(tmp_path_factory) -> str:
 
 
 def num_bytes(folder, tokenizer: str) -> int:
-    validation = PackedValidation(Prepared(folder), sequence_length=32, batch_size=8)
+    validation = PackedValidation(TokenDataset(folder), sequence_length=32, batch_size=8)
     return validation.num_bytes(token_bytes(Tokenizer.load(tokenizer)))
 
 
@@ -44,7 +44,7 @@ def test_what_is_not_to_be_learnt_has_no_bytes(tokenizer, tmp_path):
         {"q": f"What is {i} times 7?", "a": f" It is {7 * i}: naïve, \u2581."} for i in range(9)
     ]
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    fields = Fields(text=None, prompt="q", completion="a")
+    fields = RecordFields(text=None, prompt="q", completion="a")
     made(tmp_path / "out", [str(tmp_path / "all.jsonl")], tokenizer, fields=fields)
     assert num_bytes(tmp_path / "out", tokenizer) == sum(len(line["a"].encode()) for line in lines)
 

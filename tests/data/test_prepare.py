@@ -14,9 +14,9 @@ from gcp_storage_emulator.server import create_server
 from pyarrow import parquet
 
 from grok import __version__
-from grok.data.dataset import Prepared
-from grok.data.prepare.job import prepare
-from grok.data.prepare.records import Fields
+from grok.data.dataset import TokenDataset
+from grok.data.prepare.job import prepare_dataset
+from grok.data.prepare.records import RecordFields
 from grok.data.tokenizers.sentencepiece import Tokenizer
 from grok.errors import DataError
 from grok.storage import google_storage
@@ -70,7 +70,7 @@ def test_every_format_and_compression_gives_the_text(tmp_path, tokenizer, kind, 
     path = tmp_path / f"data.{kind}{compression}"
     path.write_bytes(data)
     made(tmp_path / "out", [str(path)], tokenizer)
-    assert texts_of(Prepared(tmp_path / "out"), tokenizer) == texts
+    assert texts_of(TokenDataset(tmp_path / "out"), tokenizer) == texts
 
 
 def test_a_folder_is_walked_in_order_without_hidden_files(tmp_path, tokenizer):
@@ -79,7 +79,7 @@ def test_a_folder_is_walked_in_order_without_hidden_files(tmp_path, tokenizer):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"text of {name}")
     made(tmp_path / "out", [str(root)], tokenizer, patterns=("*.md", "*.rst"), licence="MIT")
-    data = Prepared(tmp_path / "out")
+    data = TokenDataset(tmp_path / "out")
     names = ["a/z.md", "b.md", "c.rst"]
     assert texts_of(data, tokenizer) == [f"text of {name}" for name in names]
     for number, name in enumerate(names):
@@ -100,9 +100,9 @@ def test_kept_fields(tmp_path, tokenizer):
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    fields = Fields(id="key", language="lang", licence="rights")
+    fields = RecordFields(id="key", language="lang", licence="rights")
     made(tmp_path / "out", [str(path)], tokenizer, fields=fields, licence="CC0-1.0")
-    data = Prepared(tmp_path / "out")
+    data = TokenDataset(tmp_path / "out")
     assert [data[i].fields for i in range(3)] == [
         {"source": 0, "licence": "MIT", "id": "x1", "language": "en"},
         {"source": 0, "licence": "CC0-1.0", "id": 7},
@@ -114,18 +114,18 @@ def test_duplicates_are_dropped_over_shards_the_first_stays(tmp_path, rows, toke
     share = {"max_bad_share": 0.1}
     made(tmp_path / "all", [rows], tokenizer, **share)
     made(tmp_path / "once", [rows], tokenizer, drop_duplicates=True, **share)
-    found = texts_of(Prepared(tmp_path / "all"), tokenizer)
+    found = texts_of(TokenDataset(tmp_path / "all"), tokenizer)
     assert found == [*TEXTS, TEXTS[3], *TEXTS[50:60], "last"]
-    assert texts_of(Prepared(tmp_path / "once"), tokenizer) == [*TEXTS, "last"]
+    assert texts_of(TokenDataset(tmp_path / "once"), tokenizer) == [*TEXTS, "last"]
 
 
 def test_only_completions_are_learnt(tmp_path, tokenizer):
     pieces = Tokenizer.load(tokenizer)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"q": "Row 1:", "a": " 2 4 6"}) + "\n")
-    fields = Fields(text=None, prompt="q", completion="a")
+    fields = RecordFields(text=None, prompt="q", completion="a")
     manifest = made(tmp_path / "out", [str(path)], tokenizer, fields=fields)
-    document = Prepared(tmp_path / "out")[0]
+    document = TokenDataset(tmp_path / "out")[0]
     prompt, completion = pieces.encode("Row 1:"), pieces.encode(" 2 4 6")
     assert document.tokens_S.tolist() == [*prompt, *completion, pieces.eos_id]
     assert document.mask_S.tolist() == [0] * len(prompt) + [1] * (len(completion) + 1)
@@ -138,9 +138,9 @@ def test_only_what_assistants_say_is_learnt(tmp_path, tokenizer):
     messages = [{"role": role, "content": f"Row {i}"} for i, role in enumerate(roles)]
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"talk": messages}) + "\n")
-    fields = Fields(text=None, messages="talk")
+    fields = RecordFields(text=None, messages="talk")
     made(tmp_path / "out", [str(path)], tokenizer, fields=fields)
-    document = Prepared(tmp_path / "out")[0]
+    document = TokenDataset(tmp_path / "out")[0]
     end = "<|separator|>"
     assert pieces.decode(document.tokens_S.tolist()) == (
         f"System: Row 0{end}\n\nHuman: Row 1{end}\n\nAssistant: Row 2{end}\n\n"
@@ -159,9 +159,9 @@ def test_a_completion_goes_on_without_a_space_of_the_tokenizer(tmp_path):
     path = tmp_path / "rows.jsonl"
     pairs = [("def f", "():"), ("Q:", " four"), ("a line", "\n\nnext"), ("x", "\u2581y  z ")]
     path.write_text("".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in pairs))
-    fields = Fields(text=None, prompt="q", completion="a")
+    fields = RecordFields(text=None, prompt="q", completion="a")
     made(tmp_path / "out", [str(path)], str(RELEASE), fields=fields)
-    data = Prepared(tmp_path / "out")
+    data = TokenDataset(tmp_path / "out")
     for number, (prompt, completion) in enumerate(pairs):
         document = data[number]
         said = pieces.decode(document.tokens_S.tolist())
@@ -176,7 +176,7 @@ def test_the_manifest_says_what_was_made_of_what(tmp_path, rows, tokenizer):
     manifest = made(tmp_path / "out", sources, tokenizer, max_bad_share=0.1)
     out = tmp_path / "out"
     assert manifest == json.loads((out / "manifest.json").read_text())
-    data = Prepared(out)
+    data = TokenDataset(out)
     assert manifest["code_version"] == __version__
     model = Path(tokenizer).read_bytes()
     assert manifest["tokenizer"]["sha256"] == hashlib.sha256(model).hexdigest()
@@ -243,7 +243,7 @@ def test_sources_that_are_none_are_refused(tmp_path, tokenizer, sources, message
 def test_progress_ends_with_everything(tmp_path, rows, tokenizer):
     told = []
     job = prepared.options([rows], tokenizer, max_bad_share=0.1)
-    manifest = prepare(job, tmp_path / "out", told.append)
+    manifest = prepare_dataset(job, tmp_path / "out", told.append)
     assert told[-1].share == 1
     assert told[-1].tokens == manifest["counts"]["tokens"]
     assert told[-1].documents == manifest["counts"]["documents"]
@@ -260,9 +260,9 @@ def test_sources_in_a_bucket(tmp_path, tokenizer, monkeypatch):
         system.pipe_file("bucket/text/.hidden", b"no")
         system.pipe_file("bucket/text/b/rows.jsonl.gz", gzip.compress(b'{"text": "second"}\n'))
         made(tmp_path / "out", ["gs://bucket/text"], tokenizer)
-        assert texts_of(Prepared(tmp_path / "out"), tokenizer) == ["first", "second"]
+        assert texts_of(TokenDataset(tmp_path / "out"), tokenizer) == ["first", "second"]
         made(tmp_path / "one", ["gs://bucket/text/a.txt"], tokenizer)
-        assert texts_of(Prepared(tmp_path / "one"), tokenizer) == ["first"]
+        assert texts_of(TokenDataset(tmp_path / "one"), tokenizer) == ["first"]
         with pytest.raises(DataError, match="source gs://bucket/none does not exist"):
             made(tmp_path / "none", ["gs://bucket/none"], tokenizer)
     finally:

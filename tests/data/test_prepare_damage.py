@@ -11,8 +11,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from grok.data.dataset import Prepared
-from grok.data.prepare.records import Fields
+from grok.data.dataset import TokenDataset
+from grok.data.prepare.records import RecordFields
 from grok.errors import DataError
 from tests.data import prepared
 from tests.data.prepared import made, rejected, texts_of, write_lines
@@ -54,7 +54,7 @@ def test_a_bad_line_among_good_ones(tmp_path, tokenizer, line, reason):
     assert (found["file"], found["line"]) == (str(path), 12)
     assert found["reason"].startswith(reason)
     assert manifest["counts"]["rejected"] == 1
-    assert texts_of(Prepared(tmp_path / "out"), tokenizer) == GOOD
+    assert texts_of(TokenDataset(tmp_path / "out"), tokenizer) == GOOD
 
 
 def compressed_lines(kind: str) -> bytes:
@@ -128,7 +128,7 @@ def test_a_bad_file_among_good_ones(tmp_path, tokenizer, name):
     (found,) = rejected(tmp_path / "out")
     assert found["file"] == str(tmp_path / name)
     assert found["reason"].startswith(reason)
-    texts = texts_of(Prepared(tmp_path / "out"), tokenizer)
+    texts = texts_of(TokenDataset(tmp_path / "out"), tokenizer)
     assert texts[:10] == GOOD[:10]
     assert texts[-10:] == GOOD[10:]
 
@@ -139,7 +139,7 @@ def test_what_comes_before_a_break_survives(tmp_path, tokenizer):
     write_lines(tmp_path / "rows.jsonl", texts)
     path.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes())[:-3000])
     made(tmp_path / "out", [str(path)], tokenizer)
-    found = texts_of(Prepared(tmp_path / "out"), tokenizer)
+    found = texts_of(TokenDataset(tmp_path / "out"), tokenizer)
     assert 50 < len(found) < 200
     assert found == texts[: len(found)]
     (line,) = rejected(tmp_path / "out")
@@ -149,7 +149,7 @@ def test_what_comes_before_a_break_survives(tmp_path, tokenizer):
 def test_other_row_groups_survive_a_broken_one(tmp_path, tokenizer):
     broken_group(tmp_path / "rows.parquet")
     made(tmp_path / "out", [str(tmp_path / "rows.parquet")], tokenizer, max_bad_share=0.5)
-    assert texts_of(Prepared(tmp_path / "out"), tokenizer) == GOOD[:10]
+    assert texts_of(TokenDataset(tmp_path / "out"), tokenizer) == GOOD[:10]
     assert rejected(tmp_path / "out")[0]["line"] == 11
 
 
@@ -162,7 +162,7 @@ def test_a_changed_byte_of_a_page_with_a_checksum_is_seen(tmp_path, tokenizer):
     path.write_bytes(path.read_bytes().replace(b"Good record 3", b"Bad! record 3", 1))
     first = write_lines(tmp_path / "first.jsonl", GOOD)
     made(tmp_path / "out", [first, str(path)], tokenizer, max_bad_share=0.5)
-    assert texts_of(Prepared(tmp_path / "out"), tokenizer) == GOOD
+    assert texts_of(TokenDataset(tmp_path / "out"), tokenizer) == GOOD
     assert "the rest of row group 0 is damaged" in rejected(tmp_path / "out")[0]["reason"]
 
 
@@ -176,7 +176,7 @@ def test_a_changed_byte_of_a_page_with_a_checksum_is_seen(tmp_path, tokenizer):
 )
 def test_a_bad_prompt_or_completion(tmp_path, tokenizer, record, reason):
     lines = [{"p": "q", "c": "a"}, record, {"p": "", "c": "a"}]
-    fields = Fields(text=None, prompt="p", completion="c")
+    fields = RecordFields(text=None, prompt="p", completion="c")
     assert reasons(tmp_path, tokenizer, fields, lines) == [reason]
 
 
@@ -193,7 +193,7 @@ def test_a_bad_prompt_or_completion(tmp_path, tokenizer, record, reason):
 )
 def test_a_bad_conversation(tmp_path, tokenizer, messages, reason):
     good = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    fields = Fields(text=None, messages="m")
+    fields = RecordFields(text=None, messages="m")
     (found,) = reasons(tmp_path, tokenizer, fields, [{"m": good}, {"m": messages}, {"m": good}])
     assert found.startswith(reason)
 
@@ -202,7 +202,7 @@ def reasons(tmp_path, tokenizer, fields, records) -> list[str]:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     made(tmp_path / "out", [str(path)], tokenizer, fields=fields, max_bad_share=0.5)
-    assert len(Prepared(tmp_path / "out")) == len(records) - 1
+    assert len(TokenDataset(tmp_path / "out")) == len(records) - 1
     return [line["reason"] for line in rejected(tmp_path / "out")]
 
 
@@ -217,7 +217,7 @@ def test_too_many_bad_records_stop_it_and_a_larger_share_goes_on(tmp_path, token
     assert len(rejected(tmp_path / "out")) == 1
     assert not (tmp_path / "out" / "manifest.json").exists()
     made(tmp_path / "out", [path], tokenizer, max_bad_share=0.05)
-    assert texts_of(Prepared(tmp_path / "out"), tokenizer) == GOOD
+    assert texts_of(TokenDataset(tmp_path / "out"), tokenizer) == GOOD
 
 
 def test_a_hopeless_job_stops_early(tmp_path, tokenizer, monkeypatch):

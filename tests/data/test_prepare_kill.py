@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from grok.data.prepare.job import prepare
-from grok.data.prepare.shards import Journal, ShardWriter, only_writer
+from grok.data.prepare.job import prepare_dataset
+from grok.data.prepare.shards import ShardJournal, ShardWriter, exclusive_lock
 from grok.errors import DataError
 from tests.data.prepared import TEXTS, contents, made, make_tokenizer, options, write_lines
 
@@ -31,11 +31,11 @@ def kill_before(owner, name, calls):
 
 def main():
     source, tokenizer, out, workers, owner, name, calls = sys.argv[1:]
-    owners = {"writer": shards.ShardWriter, "journal": shards.Journal, "os": os,
+    owners = {"writer": shards.ShardWriter, "journal": shards.ShardJournal, "os": os,
               "shards": shards, "manifest": manifest, "shutil": shards.shutil}
     if owner:
         kill_before(owners[owner], name, int(calls))
-    job.prepare(job.Options(
+    job.prepare_dataset(job.PrepareOptions(
         sources=(source,), tokenizer=tokenizer, shard_bytes=5000, drop_duplicates=True,
         max_bad_share=0.1, workers=int(workers)), out)
 
@@ -50,8 +50,8 @@ POINTS = [
     ("writer", "write", 5),
     ("os", "replace", 4),  # an entry of the journal is written beside its place
     ("writer", "write", 20),
-    ("manifest", "write_file", 1),  # all input is read: shards are renamed
-    ("manifest", "write_file", 4),  # all but the last is written
+    ("manifest", "write_atomically", 1),  # all input is read: shards are renamed
+    ("manifest", "write_atomically", 4),  # all but the last is written
     ("shutil", "rmtree", 1),  # the manifest is in place
 ]
 
@@ -104,7 +104,7 @@ def test_finished_shards_are_not_made_again(home, tmp_path):
     entries = sorted((out / "unfinished").glob("0*.json"))
     kept = [(path, os.stat(path).st_mtime_ns) for path in entries]
     assert kept
-    assert run(home, out, ("manifest", "write_file", 1)) == -signal.SIGKILL
+    assert run(home, out, ("manifest", "write_atomically", 1)) == -signal.SIGKILL
     assert [(path, os.stat(path).st_mtime_ns) for path in entries] == kept
 
 
@@ -137,19 +137,19 @@ def test_a_changed_job_does_not_go_on(home, tmp_path, change, message):
 def test_two_at_once_are_refused(home, tmp_path):
     job = options([str(home / "rows.jsonl")], str(home / "t.model"))
     with (
-        only_writer(tmp_path / "out" / "unfinished"),
+        exclusive_lock(tmp_path / "out" / "unfinished"),
         pytest.raises(DataError, match="is being written by another process"),
     ):
-        prepare(job, tmp_path / "out")
+        prepare_dataset(job, tmp_path / "out")
 
 
 def test_a_journal_comes_back_as_it_was(tmp_path):
-    journal = Journal(tmp_path / "unfinished", {"options": {}})
+    journal = ShardJournal(tmp_path / "unfinished", {"options": {}})
     writer = ShardWriter(journal, 100)
     writer.entry.rejected.append({"file": "x", "line": 1, "reason": "is empty"})
     writer.entry.add(2, rejected=1)
     writer.finish((3, 14), ended=True)
-    again = Journal(tmp_path / "unfinished", {"options": {}})
+    again = ShardJournal(tmp_path / "unfinished", {"options": {}})
     assert again.entries == journal.entries
     assert again.ended and again.position == (3, 14)
     assert json.loads((tmp_path / "unfinished" / "job.json").read_text()) == {"options": {}}

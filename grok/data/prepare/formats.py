@@ -8,11 +8,11 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, Protocol
 
-CHUNK = 1 << 20  # bytes that are read at once
+CHUNK_BYTES = 1 << 20  # bytes that are read at once
 ROWS = 256  # of a Parquet file that are turned into Python objects at once
 
 
-class About(Protocol):
+class FileInfo(Protocol):
     """What is to be known of a file: gzip, zstd or no compression, and its size."""
 
     @property
@@ -30,7 +30,7 @@ class About(Protocol):
 Read = tuple[int | None, Any, str | None, int]
 
 
-def _read_text(file: BinaryIO, about: About, columns: Sequence[str]) -> Iterator[Read]:
+def _read_text(file: BinaryIO, about: FileInfo, columns: Sequence[str]) -> Iterator[Read]:
     chunks = []
     for chunk, problem in _chunks(file, about.compression):
         if problem:
@@ -40,7 +40,7 @@ def _read_text(file: BinaryIO, about: About, columns: Sequence[str]) -> Iterator
     yield None, b"".join(chunks), None, about.bytes
 
 
-def _read_lines(file: BinaryIO, about: About, columns: Sequence[str]) -> Iterator[Read]:
+def _read_lines(file: BinaryIO, about: FileInfo, columns: Sequence[str]) -> Iterator[Read]:
     """Lines that are not blank."""
     number, tail = 1, b""
     for chunk, problem in _chunks(file, about.compression):
@@ -60,12 +60,12 @@ def _read_lines(file: BinaryIO, about: About, columns: Sequence[str]) -> Iterato
 def _chunks(file: BinaryIO, compression: str | None) -> Iterator[tuple[bytes, str | None]]:
     """Decompressed bytes of a file; at damage, the problem, and no more."""
     if compression is None:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(CHUNK_BYTES):
             yield chunk, None
         return
     from zstandard import ZstdDecompressor, ZstdError
 
-    pending = file.read(CHUNK)
+    pending = file.read(CHUNK_BYTES)
     while pending:
         # Several streams may follow each other in a file, as `cat a.gz b.gz` makes it.
         stream: Any = (
@@ -83,11 +83,11 @@ def _chunks(file: BinaryIO, compression: str | None) -> Iterator[tuple[bytes, st
                 yield b"", f"the {compression} data is damaged ({error})"
                 return
             yield chunk, None
-            pending = stream.unused_data if stream.eof else file.read(CHUNK)
-        pending = pending or file.read(CHUNK)
+            pending = stream.unused_data if stream.eof else file.read(CHUNK_BYTES)
+        pending = pending or file.read(CHUNK_BYTES)
 
 
-def _read_parquet(file: BinaryIO, about: About, columns: Sequence[str]) -> Iterator[Read]:
+def _read_parquet(file: BinaryIO, about: FileInfo, columns: Sequence[str]) -> Iterator[Read]:
     """Rows as dictionaries of `columns`, those of them that there are."""
     import pyarrow
     from pyarrow import parquet

@@ -15,25 +15,25 @@ from pathlib import Path
 from typing import Any
 
 from grok import __version__
-from grok.data.dataset import MANIFEST, read_manifest
+from grok.data.dataset import MANIFEST_FILE, read_manifest
 from grok.data.prepare.manifest import (
-    REJECTED,
+    REJECTED_FILE,
     add_counts,
     describe_sources,
     rejected_lines,
     write_dataset,
 )
-from grok.data.prepare.records import PLAIN, Fields
+from grok.data.prepare.records import PLAIN, RecordFields
 from grok.data.prepare.shards import (
-    Entry,
-    Journal,
+    ShardEntry,
+    ShardJournal,
     ShardWriter,
-    difference,
-    only_writer,
-    write_file,
+    exclusive_lock,
+    identity_difference,
+    write_atomically,
 )
 from grok.data.prepare.sources import RawRecord, SourceFile, find_files, hash_files, read_records
-from grok.data.prepare.workers import Unit, encode_all
+from grok.data.prepare.workers import RecordGroup, encode_records
 from grok.data.text_stream import read_bytes
 from grok.data.tokenizers.sentencepiece import Tokenizer
 from grok.errors import DataError
@@ -47,7 +47,7 @@ CHECK_RECORDS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class PrepareOptions:
     """What to prepare, and how.
 
     sources: files or folders, here or at gs://; patterns: of file names inside folders; format:
@@ -59,7 +59,7 @@ class Options:
     tokenizer: str
     patterns: tuple[str, ...] = ()
     format: str = "auto"
-    fields: Fields = PLAIN
+    fields: RecordFields = PLAIN
     licence: str | None = None
     shard_bytes: int = 256 * 10**6
     drop_duplicates: bool = False
@@ -68,7 +68,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class PrepareProgress:
     """How far a job is: documents, tokens and bytes of text by now, and its share of all input."""
 
     documents: int
@@ -77,8 +77,10 @@ class Progress:
     share: float
 
 
-def prepare(
-    options: Options, out: str | Path, tell: Callable[[Progress], None] = lambda progress: None
+def prepare_dataset(
+    options: PrepareOptions,
+    out: str | Path,
+    tell: Callable[[PrepareProgress], None] = lambda progress: None,
 ) -> dict[str, Any]:
     """Write the prepared dataset of these options to the folder `out`; gives its manifest.
 
@@ -95,20 +97,20 @@ def prepare(
     model, tokenizer = read_bytes(options.tokenizer, "tokenizer file"), load(options.tokenizer)
     files = hash_files(find_files(options.sources, options.patterns, options.format))
     identity = _identity(options, files, model, tokenizer)
-    if (folder / MANIFEST).exists():
+    if (folder / MANIFEST_FILE).exists():
         manifest = read_manifest(folder)
         made = {key: manifest[key] for key in identity}
         made["sources"] = [
             {key: value for key, value in source.items() if key != "counts"}
             for source in made["sources"]
         ]
-        if changed := difference(made, identity):
+        if changed := identity_difference(made, identity):
             raise DataError(f"{folder} was made with {changed}; another folder would work.")
         # Left where the kill came after the last step but one.
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         return manifest
-    with only_writer(folder / UNFINISHED):
-        journal = Journal(folder / UNFINISHED, identity)
+    with exclusive_lock(folder / UNFINISHED):
+        journal = ShardJournal(folder / UNFINISHED, identity)
         if not journal.ended:
             _run(options, files, model, folder, journal, tell)
         totals = _totals(journal.entries)
@@ -133,7 +135,7 @@ def load(path: str) -> Tokenizer:
 
 
 def _identity(
-    options: Options, files: Sequence[SourceFile], model: bytes, tokenizer: Tokenizer
+    options: PrepareOptions, files: Sequence[SourceFile], model: bytes, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """All that the bytes of the dataset depend on."""
     fields = {key: name for key, name in dataclasses.asdict(options.fields).items() if name}
@@ -157,12 +159,12 @@ def _identity(
 
 
 def _run(
-    options: Options,
+    options: PrepareOptions,
     files: Sequence[SourceFile],
     model: bytes,
     folder: Path,
-    journal: Journal,
-    tell: Callable[[Progress], None],
+    journal: ShardJournal,
+    tell: Callable[[PrepareProgress], None],
 ) -> None:
     """Write all shards that the journal has not."""
     seen = {digest for entry in journal.entries for digest in entry.digests}
@@ -170,7 +172,9 @@ def _run(
     sizes = list(itertools.accumulate((file.bytes for file in files), initial=0))
     shards = ShardWriter(journal, options.shard_bytes)
     records = read_records(files, options.fields.names(), journal.position)
-    encoded = encode_all(_units(records, files, options), model, options.fields, options.workers)
+    encoded = encode_records(
+        _units(records, files, options), model, options.fields, options.workers
+    )
     try:
         for raw, result in encoded:
             file = files[raw.file]
@@ -198,7 +202,7 @@ def _run(
             if _records(totals) % CHECK_RECORDS == 0:
                 _check_share(options, folder, totals, [*journal.entries, shards.entry])
             share = (sizes[raw.file] + raw.offset) / max(1, sizes[-1])
-            tell(Progress(totals["documents"], totals["tokens"], totals["bytes"], share))
+            tell(PrepareProgress(totals["documents"], totals["tokens"], totals["bytes"], share))
         shards.finish((len(files), 0), ended=True)
     finally:
         encoded.close()
@@ -206,10 +210,10 @@ def _run(
 
 
 def _units(
-    records: Iterable[RawRecord], files: Sequence[SourceFile], options: Options
-) -> Iterator[Unit]:
+    records: Iterable[RawRecord], files: Sequence[SourceFile], options: PrepareOptions
+) -> Iterator[RecordGroup]:
     """Consecutive records, as many as a process is given at once."""
-    unit: Unit = []
+    unit: RecordGroup = []
     size = 0
     for raw in records:
         file = files[raw.file]
@@ -228,7 +232,7 @@ def _units(
         yield unit
 
 
-def _totals(entries: Sequence[Entry]) -> dict[str, int]:
+def _totals(entries: Sequence[ShardEntry]) -> dict[str, int]:
     return add_counts(counts for entry in entries for counts in entry.counts.values())
 
 
@@ -237,18 +241,18 @@ def _records(totals: Mapping[str, int]) -> int:
 
 
 def _check_share(
-    options: Options, folder: Path, totals: Mapping[str, int], entries: Sequence[Entry]
+    options: PrepareOptions, folder: Path, totals: Mapping[str, int], entries: Sequence[ShardEntry]
 ) -> None:
     """DataError, with the bad records in a file, where they are too many."""
     bad, records = totals["rejected"], _records(totals)
     if bad <= options.max_bad_share * records:
         return
-    write_file(folder / REJECTED, rejected_lines(entries))
+    write_atomically(folder / REJECTED_FILE, rejected_lines(entries))
     first = next(line for entry in entries for line in entry.rejected)
     place = first["file"] if first["line"] is None else f"{first['file']}:{first['line']}"
     raise DataError(
         f"{bad:,} of {records:,} records are bad, {bad / records:.2%}, more than --max-bad-share "
-        f"{options.max_bad_share:g} allows (all are in {folder / REJECTED}); the first: {place}: "
+        f"{options.max_bad_share:g} allows (all are in {folder / REJECTED_FILE}); the first: {place}: "
         f"{first['reason']}. The same command with --max-bad-share {_above(bad / records)} goes on."
     )
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from grok.data.dataset import FORMAT, LENGTHS, MANIFEST, read_manifest
-from grok.data.prepare.shards import COUNTS, Entry, Journal, file_hash, write_file
+from grok.data.dataset import FORMAT, LENGTHS_FILE, MANIFEST_FILE, read_manifest
+from grok.data.prepare.shards import COUNTS, ShardEntry, ShardJournal, file_hash, write_atomically
 from grok.data.prepare.sources import SourceFile
 
-SOURCES = "sources.jsonl"
-REJECTED = "rejected.jsonl"
-TOKENIZER = "tokenizer.model"
+SOURCES_FILE = "sources.jsonl"
+REJECTED_FILE = "rejected.jsonl"
+TOKENIZER_FILE = "tokenizer.model"
 
 
 def describe_sources(
@@ -40,7 +40,7 @@ def describe_sources(
 
 def write_dataset(
     folder: Path,
-    journal: Journal,
+    journal: ShardJournal,
     identity: Mapping[str, Any],
     files: Sequence[SourceFile],
     model: bytes,
@@ -58,11 +58,15 @@ def write_dataset(
             os.replace(path, folder / name)
     lengths = io.BytesIO()
     np.save(lengths, np.concatenate([np.array(entry.lengths, np.uint32) for entry in entries]))
-    others = {LENGTHS: lengths.getvalue(), SOURCES: sources_lines(files), TOKENIZER: model}
+    others = {
+        LENGTHS_FILE: lengths.getvalue(),
+        SOURCES_FILE: sources_lines(files),
+        TOKENIZER_FILE: model,
+    }
     if rejected := rejected_lines(entries):
-        others[REJECTED] = rejected
+        others[REJECTED_FILE] = rejected
     for name, data in others.items():
-        write_file(folder / name, data)
+        write_atomically(folder / name, data)
     manifest = {
         "format": FORMAT,
         **identity,
@@ -83,12 +87,12 @@ def write_dataset(
         ],
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in others.items()},
     }
-    write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    write_atomically(folder / MANIFEST_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
     journal.remove()
     return manifest
 
 
-def check(folder: str | Path) -> list[str]:
+def verify_dataset(folder: str | Path) -> list[str]:
     """A sentence for each file that is not as the manifest of this dataset says."""
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -113,7 +117,7 @@ def add_counts(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return total
 
 
-def rejected_lines(entries: Iterable[Entry]) -> bytes:
+def rejected_lines(entries: Iterable[ShardEntry]) -> bytes:
     """Lines of REJECTED: file, line and reason of each bad record."""
     return _lines(line for entry in entries for line in entry.rejected)
 

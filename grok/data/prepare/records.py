@@ -26,7 +26,7 @@ GUARD = "\U0010fffd"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fields:
+class RecordFields:
     """Names of a record's fields, None for those that are not looked for.
 
     A record's text is in `text`, or it is supervised: `prompt` and `completion`, or `messages`, a
@@ -51,17 +51,17 @@ class Fields:
         return [name for name in dataclasses.asdict(self).values() if name]
 
 
-PLAIN = Fields()
+PLAIN = RecordFields()
 
 
-class Segment(NamedTuple):
+class TextSegment(NamedTuple):
     """A stretch of text, and whether its tokens are to be learnt."""
 
     text: str
     learnt: bool
 
 
-class Encoded(NamedTuple):
+class EncodedDocument(NamedTuple):
     """A document ready to be written, with what is counted of it; digest: of its text."""
 
     record: bytes
@@ -75,22 +75,26 @@ class BadRecord(Exception):
     """What is wrong with a record, said of it."""
 
 
-class Encoder:
+class DocumentEncoder:
     """Makes documents of raw records."""
 
-    def __init__(self, model: bytes, fields: Fields) -> None:
+    def __init__(self, model: bytes, fields: RecordFields) -> None:
         """Use the SentencePiece model of these bytes, which must have an end-of-sequence piece."""
         self._tokenizer = Tokenizer(model)
         self._fields = fields
         self._num_guard_ids = len(self._tokenizer.encode(GUARD))
 
-    def encode(self, raw: RawRecord, kept: Mapping[str, Any]) -> Encoded:
+    def encode(self, raw: RawRecord, kept: Mapping[str, Any]) -> EncodedDocument:
         """The document of a record, keeping `kept` and its own fields; BadRecord without one."""
         if raw.problem or raw.data is None:
             raise BadRecord(raw.problem)
-        data = raw.data if isinstance(raw.data, dict) or raw.line is None else parse(raw.data)
+        data = (
+            raw.data
+            if isinstance(raw.data, dict) or raw.line is None
+            else parse_json_object(raw.data)
+        )
         if isinstance(data, bytes):
-            segments = [Segment(_decode(data), True)]
+            segments = [TextSegment(_decode(data), True)]
         else:
             segments = self._segments(data)
             kept = {**kept, **self._kept(data)}
@@ -98,7 +102,7 @@ class Encoder:
             raise BadRecord("has no text to learn" if self._fields.supervised else "is empty")
         tokens_S, mask_S = self._tokenise(segments)
         texts = [segment.text.encode() for segment in segments]
-        return Encoded(
+        return EncodedDocument(
             record=encode_document(tokens_S, mask_S, kept),
             tokens=len(tokens_S),
             loss_tokens=int(mask_S.sum()) if mask_S is not None else len(tokens_S),
@@ -107,7 +111,7 @@ class Encoder:
             digest=hashlib.blake2b(b"\xff".join(texts), digest_size=16).digest(),
         )
 
-    def _tokenise(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray | None]:
+    def _tokenise(self, segments: list[TextSegment]) -> tuple[np.ndarray, np.ndarray | None]:
         """tokens_S (uint32), ended by eos, and mask_S (uint8; None for a plain text)."""
         tokens, mask = array.array("I"), bytearray()
         for segment in segments:
@@ -129,14 +133,14 @@ class Encoder:
         except DataError as error:
             raise BadRecord(str(error).partition(",")[0].replace("the text has", "has")) from None
 
-    def _segments(self, data: Mapping[str, Any]) -> list[Segment]:
+    def _segments(self, data: Mapping[str, Any]) -> list[TextSegment]:
         if self._fields.messages:
             return _conversation(_get(data, self._fields.messages, list))
         if self._fields.prompt:
             prompt = _get(data, self._fields.prompt, str)
             completion = _get(data, self._fields.completion or "", str)
-            return [Segment(prompt, False), Segment(completion, True)]
-        return [Segment(_get(data, self._fields.text or "", str), True)]
+            return [TextSegment(prompt, False), TextSegment(completion, True)]
+        return [TextSegment(_get(data, self._fields.text or "", str), True)]
 
     def _kept(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Id, language and licence, where the record has them, as text or numbers."""
@@ -151,7 +155,7 @@ class Encoder:
         }
 
 
-def parse(line: bytes) -> dict[str, Any]:
+def parse_json_object(line: bytes) -> dict[str, Any]:
     """The JSON object of a line; BadRecord where it has none."""
     text = _decode(line)
     try:
@@ -175,9 +179,9 @@ def _decode(data: bytes) -> str:
         raise BadRecord(f"is not UTF-8 at byte {error.start} (0x{data[error.start]:02x})") from None
 
 
-def _conversation(messages: list[Any]) -> list[Segment]:
+def _conversation(messages: list[Any]) -> list[TextSegment]:
     """Each message as `Role: content<|separator|>`; learnt is what assistants say, to its end."""
-    segments: list[Segment] = []
+    segments: list[TextSegment] = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
             raise BadRecord(f"message {number} is no object but {_type(message)}")
@@ -188,8 +192,8 @@ def _conversation(messages: list[Any]) -> list[Segment]:
         if role not in ROLES:
             raise BadRecord(f"message {number} has role `{role}`, none of {', '.join(ROLES)}")
         between = "\n\n" if segments else ""
-        segments.append(Segment(f"{between}{ROLES[role]}", False))
-        segments.append(Segment(f" {content}{END_OF_MESSAGE}", role == "assistant"))
+        segments.append(TextSegment(f"{between}{ROLES[role]}", False))
+        segments.append(TextSegment(f" {content}{END_OF_MESSAGE}", role == "assistant"))
     return segments
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from grok.data.prepare.records import Encoded
+from grok.data.prepare.records import EncodedDocument
 from grok.errors import DataError
 
 # Records are read one by one, and their bytes must not depend on a compressor's version.
@@ -26,7 +26,7 @@ COUNTS = ("documents", "bytes", "tokens", "loss_tokens", "rejected", "duplicates
 
 
 @dataclasses.dataclass(kw_only=True)
-class Entry:
+class ShardEntry:
     """What the journal says of one shard and of the input up to its end.
 
     sha256, bytes: of its file, which an entry without documents has not; position: file and record
@@ -51,7 +51,7 @@ class Entry:
             counts[name] += number
 
 
-class Journal:
+class ShardJournal:
     """The folder of what is not yet whole, and its finished shards."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -61,19 +61,19 @@ class Journal:
         path = folder / "job.json"
         if path.exists():
             begun = json.loads(path.read_text())
-            if changed := difference(begun, json.loads(json.dumps(identity))):
+            if changed := identity_difference(begun, json.loads(json.dumps(identity))):
                 raise DataError(
                     f"{folder.parent} was begun with {changed}; the same command as then, another "
                     f"folder, or this one deleted, would work."
                 )
         else:
-            write_file(path, json.dumps(identity, indent=2).encode())
-        self.entries: list[Entry] = []
+            write_atomically(path, json.dumps(identity, indent=2).encode())
+        self.entries: list[ShardEntry] = []
         while (entry := folder / f"{len(self.entries):05}.json").exists():
             data = json.loads(entry.read_text())
             data["counts"] = {int(source): count for source, count in data["counts"].items()}
             data["position"] = tuple(data["position"])
-            self.entries.append(Entry(**data))
+            self.entries.append(ShardEntry(**data))
 
     @property
     def ended(self) -> bool:
@@ -89,10 +89,10 @@ class Journal:
         """Where the shard lies until the dataset is whole."""
         return self.folder / f"{number:05}.arrayrecord"
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: ShardEntry) -> None:
         """Note a shard as finished; its file must be in place."""
         text = json.dumps(dataclasses.asdict(entry), separators=(",", ":"))
-        write_file(self.folder / f"{len(self.entries):05}.json", text.encode())
+        write_atomically(self.folder / f"{len(self.entries):05}.json", text.encode())
         self.entries.append(entry)
 
     def remove(self) -> None:
@@ -103,15 +103,15 @@ class Journal:
 class ShardWriter:
     """Writes documents to the next shard of a journal, cut before one that would not fit."""
 
-    def __init__(self, journal: Journal, shard_bytes: int) -> None:
+    def __init__(self, journal: ShardJournal, shard_bytes: int) -> None:
         """Write shards whose records have at most `shard_bytes` bytes, or are one record."""
         self._journal = journal
         self._shard_bytes = shard_bytes
         self._writer: Any = None
         self._size = 0
-        self.entry = Entry(position=journal.position)
+        self.entry = ShardEntry(position=journal.position)
 
-    def write(self, document: Encoded) -> None:
+    def write(self, document: EncodedDocument) -> None:
         """Write a document."""
         if self._writer is None:
             self._writer = ArrayRecordWriter(str(self._unfinished), WRITER_OPTIONS)
@@ -119,7 +119,7 @@ class ShardWriter:
         self._size += len(document.record)
         self.entry.lengths.append(document.tokens)
 
-    def fits(self, document: Encoded) -> bool:
+    def fits(self, document: EncodedDocument) -> bool:
         """Whether the shard may take the document."""
         return not self._size or self._size + len(document.record) <= self._shard_bytes
 
@@ -139,7 +139,7 @@ class ShardWriter:
             os.replace(self._unfinished, path)
         self.entry.position, self.entry.ended = position, ended
         self._journal.append(self.entry)
-        self._writer, self._size, self.entry = None, 0, Entry(position=position)
+        self._writer, self._size, self.entry = None, 0, ShardEntry(position=position)
 
     def abandon(self) -> None:
         """Close the file of a shard that will not be finished now."""
@@ -153,7 +153,7 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Keeps other processes from the folder, until this one ends; DataError where one is in it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -166,7 +166,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def identity_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The first thing in which two identities differ, in words; empty where they are equal."""
     for key in sorted({*old, *new}):
         if old.get(key) == new.get(key):
@@ -185,7 +185,7 @@ def file_hash(path: Path) -> tuple[str, int]:
         return hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, whenever the process is killed."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_bytes(data)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from grok import storage
-from grok.data.prepare.formats import CHUNK, READERS
+from grok.data.prepare.formats import CHUNK_BYTES, READERS
 from grok.errors import DataError
 
 SUFFIXES = {
@@ -167,7 +167,7 @@ def _kind(name: str, kind: str) -> tuple[str, str | None]:
 def _sha256(name: str) -> str:
     digest = hashlib.sha256()
     with open_source(name) as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
 

@@ -12,21 +12,21 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from grok.data.prepare.records import BadRecord, Encoded, Encoder, Fields
+from grok.data.prepare.records import BadRecord, DocumentEncoder, EncodedDocument, RecordFields
 from grok.data.prepare.sources import RawRecord
 from grok.errors import DataError
 
 # A record with what is kept of its file; and with what became of it: a document, or a reason.
-Unit = list[tuple[RawRecord, dict[str, Any]]]
-Result = tuple[RawRecord, Encoded | str]
+RecordGroup = list[tuple[RawRecord, dict[str, Any]]]
+Result = tuple[RawRecord, EncodedDocument | str]
 
 
-def encode_all(
-    units: Iterator[Unit], model: bytes, fields: Fields, workers: int
+def encode_records(
+    units: Iterator[RecordGroup], model: bytes, fields: RecordFields, workers: int
 ) -> Generator[Result, None, None]:
     """What becomes of each record, in order."""
     if workers == 1:
-        encoder = Encoder(model, fields)
+        encoder = DocumentEncoder(model, fields)
         for unit in units:
             yield from _outcomes(unit, _encode_unit(unit, encoder))
         return
@@ -37,7 +37,7 @@ def encode_all(
         initargs=(model, fields),
     )
     try:
-        waiting: collections.deque[tuple[Unit, Future]] = collections.deque()
+        waiting: collections.deque[tuple[RecordGroup, Future]] = collections.deque()
         while True:
             # Enough ahead that no process waits while a slow unit is first in line.
             for unit in itertools.islice(units, 4 * workers - len(waiting)):
@@ -55,21 +55,21 @@ def encode_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _outcomes(unit: Unit, results: list[Encoded | str]) -> Iterator[Result]:
+def _outcomes(unit: RecordGroup, results: list[EncodedDocument | str]) -> Iterator[Result]:
     for (raw, _), result in zip(unit, results, strict=True):
         yield raw, result
 
 
 # A process's own, made once: loading the model takes longer than a unit.
-_encoder: Encoder | None = None
+_encoder: DocumentEncoder | None = None
 
 
-def _start_worker(model: bytes, fields: Fields) -> None:
+def _start_worker(model: bytes, fields: RecordFields) -> None:
     global _encoder
     # Ctrl-C goes to all processes of a terminal; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(model, fields)
+    _encoder = DocumentEncoder(model, fields)
 
 
 def _end_with_parent() -> None:
@@ -80,11 +80,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_unit(unit: Unit, encoder: Encoder | None = None) -> list[Encoded | str]:
+def _encode_unit(
+    unit: RecordGroup, encoder: DocumentEncoder | None = None
+) -> list[EncodedDocument | str]:
     """For each record its document, or why it has none."""
     encoder = encoder or _encoder
     assert encoder is not None
-    results: list[Encoded | str] = []
+    results: list[EncodedDocument | str] = []
     for raw, kept in unit:
         try:
             results.append(encoder.encode(raw, kept))
