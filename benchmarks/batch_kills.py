@@ -24,7 +24,7 @@ from grok.config import GrokConfig
 from grok.data.tokenizers.sentencepiece import train_tokenizer
 from grok.distributed import CLUSTER_VARIABLES
 from grok.weights.huggingface.export import export_huggingface
-from grok.weights.random_source import RandomSource
+from tests.fixtures.random_weights import RandomSource
 
 MODEL = GrokConfig(
     vocab_size=320,

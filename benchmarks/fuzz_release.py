@@ -1,6 +1,6 @@
 """Feeds damaged and hostile release files to the parser, and counts what becomes of them.
 
-    python benchmarks/fuzz_release.py --cases 1000000 --seed 0
+    python -m benchmarks.fuzz_release --cases 1000000 --seed 0
 
 Cases are valid files with bits, bytes, lengths or opcodes changed, spliced with each other or with
 calls of other globals, and random programs of opcodes. Each has to be accepted or refused by a
@@ -29,9 +29,9 @@ import ml_dtypes
 import numpy as np
 
 from grok.errors import CheckpointError
-from grok.weights.xai.layout import Layout, plain_layout, quantized_layout
-from grok.weights.xai.objects import GLOBALS, ArrayRecord, Record
-from grok.weights.xai.unpickler import parse_record
+from grok.weights.xai.objects import GLOBALS, StoredArray, StoredTensor
+from grok.weights.xai.unpickler import parse_tensor
+from tests.fixtures.release_layout import Layout, plain_layout, quantized_layout
 
 HEAD = b"\x80\x04"
 EXTREMES = (0, 1, 2, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63, 2**64 - 1)
@@ -262,10 +262,10 @@ class Control(pickle.Unpickler):
         return super().find_class(module, attribute)
 
 
-def holds(data: bytes, record: Record) -> bool:
+def holds(data: bytes, record: StoredTensor) -> bool:
     """Whether Python unpickles the arrays of `record` out of `data`."""
     value = Control(io.BytesIO(data)).load()
-    if isinstance(record, ArrayRecord):
+    if isinstance(record, StoredArray):
         pairs = [(record, value)]
     else:
         pairs = [(record.weight, value.weight), (record.scales, value.scales)]
@@ -319,7 +319,7 @@ def fuzz(cases: int, seed: int) -> Counts:
         begin = time.perf_counter()
         try:
             with watch:
-                record = parse_record(file, "case")
+                record = parse_tensor(file, "case")
         except CheckpointError as error:
             counts.refused[reason(error)] += 1
         except Exception as error:

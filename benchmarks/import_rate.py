@@ -1,6 +1,6 @@
 """Times `grok import` of full-width layers beside `cp` of the same bytes, and kills and resumes it.
 
-    python benchmarks/import_rate.py --layers 1
+    python -m benchmarks.import_rate --layers 1
 
 Makes a ckpt-0 folder of Grok-1's widths with random weights, then copies and imports it in turns,
 with the files in the page cache and without; every turn begins with nothing left to be written to
@@ -28,9 +28,9 @@ from grok.config.load import load_config
 from grok.config.text import to_yaml
 from grok.weights.checksums import piece_checksum
 from grok.weights.orbax.source import OrbaxSource
-from grok.weights.random_source import RandomSource
 from grok.weights.source import pieces
-from grok.weights.xai.writer import write_release
+from tests.fixtures.random_weights import RandomSource
+from tests.fixtures.release_writer import write_release
 
 
 @dataclasses.dataclass(frozen=True)

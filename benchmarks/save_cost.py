@@ -1,6 +1,6 @@
 """What an asynchronous save costs the training steps around it.
 
-    python benchmarks/save_cost.py --saves 10 --steps 20
+    python -m benchmarks.save_cost --saves 10 --steps 20
 
 One run of a small model, on simulated CPU devices or the machine's own: steps are timed one by one,
 each waited for, and every `--steps` steps everything is saved into a temporary folder. Prints
@@ -20,7 +20,7 @@ import numpy as np
 
 from grok import sharding
 from grok.checkpoint.manager import Checkpoints
-from grok.checkpoint.retention import Keep
+from grok.checkpoint.retention import RetentionPolicy
 from grok.config import DataConfig, RunConfig
 from grok.config.load import load_config, to_dict
 from grok.data.device_feed import shard_batch
@@ -60,7 +60,7 @@ def main() -> None:
         )
         batch, state = make_batch(config, mesh), init_state(config, optimizer, mesh)
         state, _ = jax.block_until_ready(step_function(state, batch))
-        checkpoints = Checkpoints(folder, Keep(1))
+        checkpoints = Checkpoints(folder, RetentionPolicy(1))
         without, during, blocking, whole = [], [], [], []
         began = time.perf_counter()
         for number in range(1, arguments.saves + 1):

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from grok import storage
 from grok.checkpoint import integrity
-from grok.checkpoint.retention import Keep
+from grok.checkpoint.retention import RetentionPolicy
 from grok.checkpoint.tree_names import flatten, from_names, lead_axes, to_names
 from grok.errors import CheckpointError, DamageError, SaveError
 from grok.storage import StrPath, join
@@ -44,7 +44,7 @@ class Checkpoints:
     several processes, all of them call every method, and the first alone moves and deletes folders.
     """
 
-    def __init__(self, folder: StrPath, keep: Keep | None = None):
+    def __init__(self, folder: StrPath, keep: RetentionPolicy | None = None):
         """`keep` says which stay after a save; without it the folder is only read."""
         # Orbax reports each file it writes at INFO, missing optional parts at WARNING, and failures
         # that it raises as well with a stack trace at ERROR.
@@ -260,7 +260,7 @@ class Checkpoints:
 class _Preserving:
     """`Keep` as Orbax asks for it; `metrics` are those of each step, and grow."""
 
-    def __init__(self, keep: Keep, metrics: Mapping[int, Mapping[str, float]]):
+    def __init__(self, keep: RetentionPolicy, metrics: Mapping[int, Mapping[str, float]]):
         self._keep, self._metrics = keep, metrics
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:

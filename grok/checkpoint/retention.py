@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 
 @dataclasses.dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """The `last` ones, those of every `every`-th step, and the `best` ones by the lowest `metric`;
     0 for none of a kind. What is kept for one reason need not be for another."""
 

@@ -125,10 +125,11 @@ def _check_tokenizer(file: Path, vocab_size: int) -> None:
 
 def _converted(source: "Source", dtype: str, scales: str | None) -> "Source":
     from grok.weights.cast import PER_CHANNEL, RELEASE_GROUPS, converted
-    from grok.weights.importing.quantization_error import MeasuredQuantized
+    from grok.weights.importing.quantization_error import MeasuredQuantizedSource
 
     if dtype == "int8" and source.dtype != "int8":
-        return MeasuredQuantized(source, PER_CHANNEL if scales == "per-channel" else RELEASE_GROUPS)
+        groups = PER_CHANNEL if scales == "per-channel" else RELEASE_GROUPS
+        return MeasuredQuantizedSource(source, groups)
     if scales is not None:
         raise ConfigError(
             f"--scales {scales} is for floats that become int8; {source.path} holds "

@@ -12,7 +12,7 @@ from grok.errors import CheckpointError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from grok.weights.tools.diagnose import Tensor
+    from grok.weights.tools.diagnose import TensorSummary
     from grok.weights.tools.inspection import Inspection
 
 FORMATS = {
@@ -89,7 +89,7 @@ def _summary(found: "Inspection") -> Iterator[tuple[str, str]]:
         yield "complete", "yes"
 
 
-def _kind(tensor: "Tensor") -> str:
+def _kind(tensor: "TensorSummary") -> str:
     if tensor.groups is None:
         return tensor.dtype
     return f"{tensor.dtype}, {tensor.groups} group{'s' if tensor.groups > 1 else ''}"

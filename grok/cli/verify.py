@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from grok.weights.source import Source
-    from grok.weights.tools.array_difference import Difference
-    from grok.weights.tools.verify import Comparison, Recount
+    from grok.weights.tools.array_difference import ArrayDifference
+    from grok.weights.tools.verify import ChecksumResult, Comparison
 
 DIFFER = 1  # exit code
 
@@ -45,7 +45,7 @@ def verify(ctx: click.Context, a: str, b: str | None, config: str | None, tolera
     model = load_config(config).model if config else None
     console = make_console()
     if b is None:
-        equal = _recount(console, open_source(a, model))
+        equal = _verify_checksums(console, open_source(a, model))
     else:
         equal = _compare(console, *open_both(a, b, model), tolerance)
     differing = equal.count(False)
@@ -53,12 +53,12 @@ def verify(ctx: click.Context, a: str, b: str | None, config: str | None, tolera
     ctx.exit(DIFFER if differing else 0)
 
 
-def _recount(console: "Console", source: "Source") -> list[bool]:
+def _verify_checksums(console: "Console", source: "Source") -> list[bool]:
     """Counts and prints; for each tensor, whether it is equal."""
-    from grok.weights.tools.verify import recount
+    from grok.weights.tools.verify import verify_checksums
 
     with progress() as tell:
-        found = list(recount(source, tell))
+        found = list(verify_checksums(source, tell))
     console.print(f"{source.path}  ({source.format}, {source.dtype})")
     table = make_table("tensor", "checksums", "differ", right=2)
     for tensor in found:
@@ -97,7 +97,7 @@ def _compare(console: "Console", a: "Source", b: "Source", tolerance: float) -> 
     return [tensor.equal for tensor in found]
 
 
-def _layers(tensor: "Recount") -> str:
+def _layers(tensor: "ChecksumResult") -> str:
     if tensor.equal:
         return "equal"
     if tensor.differing == (None,):
@@ -119,7 +119,7 @@ def _add_rows(table: "Table", tensor: "Comparison") -> None:
         table.add_row(_place(*tensor.farthest(of_scales=True)))
 
 
-def _numbers(found: "Difference") -> tuple[str, str, str]:
+def _numbers(found: "ArrayDifference") -> tuple[str, str, str]:
     largest, relative = found.largest_absolute, found.largest_relative
     if not found.differing:
         return "0", "", ""

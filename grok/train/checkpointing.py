@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 
 from grok.checkpoint.manager import EMA, LORA, MODEL, OPTIMIZER, Checkpoints
-from grok.checkpoint.retention import Keep
+from grok.checkpoint.retention import RetentionPolicy
 from grok.config import RunConfig
 from grok.config.load import flatten, to_dict
 from grok.errors import CheckpointError
@@ -38,10 +38,10 @@ def save(
     checkpoints.save(step, trees_of(state), meta, validated)
 
 
-def keep_policy(config: RunConfig) -> Keep:
+def keep_policy(config: RunConfig) -> RetentionPolicy:
     """Which checkpoints of the run stay."""
     asked = config.checkpoint
-    return Keep(asked.keep, asked.keep_every, asked.keep_best, asked.best_metric)
+    return RetentionPolicy(asked.keep, asked.keep_every, asked.keep_best, asked.best_metric)
 
 
 def skipped_batches(checkpoints: Checkpoints, step: int) -> Skipped:

@@ -28,16 +28,17 @@ def converted(source: Source, dtype: str, groups: dict[str, int] | None = None) 
     the rows, the largest number of groups that does and is less is taken.
     """
     if dtype == "int8":
-        return source if source.dtype == "int8" else Quantized(source, groups)
-    return Floating(source, np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
+        return source if source.dtype == "int8" else QuantizedSource(source, groups)
+    return FloatSource(source, np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
 
 
-class Floating(Source):
+class FloatSource(Source):
     """A source with all its tensors in one float type."""
 
     def __init__(self, source: Source, dtype: np.dtype):
         self._source, self._dtype = source, dtype
         self.format, self.path, self.config = source.format, source.path, source.config
+        self.stores_rows = source.stores_rows
         self.tensors = {
             name: TensorSpec(name, spec.shape, dtype) for name, spec in source.tensors.items()
         }
@@ -55,7 +56,7 @@ class Floating(Source):
         raise AssertionError(f"{name} is {self._dtype} and has no scales")
 
 
-class Quantized(Source):
+class QuantizedSource(Source):
     """A source of floats with its matrices as int8 and all else in float32."""
 
     def __init__(self, source: Source, groups: dict[str, int] | None = None):

@@ -14,7 +14,7 @@ from grok.weights import byte_ranges
 from grok.weights.cast import converted
 from grok.weights.checksums import sample_checksum
 from grok.weights.orbax.metadata import LORA, read_tree
-from grok.weights.orbax.source import Arrays
+from grok.weights.orbax.source import ArrayTree
 from grok.weights.source import Part, Source, TensorSpec
 
 
@@ -37,7 +37,7 @@ class LoraSource(Source):
         self._base = converted(base, run.model.param_dtype)
         self._rank, self._scale = run.lora.rank, run.lora.scale
         folder = byte_ranges.join(step, LORA)
-        self._arrays = Arrays(folder, read_tree(folder))
+        self._arrays = ArrayTree(folder, read_tree(folder))
         self.tensors = {
             name: TensorSpec(name, spec.shape, np.dtype(np.float32))
             for name, spec in base.tensors.items()

@@ -53,12 +53,14 @@ class TensorSpec:
 class Source(abc.ABC):
     """Weights of a model that can be read part by part, by several threads at a time.
 
-    `format` is "xai", "orbax", "huggingface" or "random"; `path` says where, for messages;
-    `tensors` holds exactly the names of `grok.model.params.shapes(config)`, in that order.
-    Methods raise CheckpointError, with the file, for what cannot be read.
+    `format` is "xai", "orbax" or "huggingface"; `path` says where, for messages; `tensors` holds
+    exactly the names of `grok.model.params.shapes(config)`, in that order. `stores_rows` says that
+    a file has the rows of a matrix one after the other. Methods raise CheckpointError, with the
+    file, for what cannot be read.
     """
 
     format: str
+    stores_rows: bool = False
     path: str
     config: GrokConfig
     tensors: Mapping[str, TensorSpec]

@@ -20,9 +20,9 @@ from grok.config.engine import SamplingConfig
 from grok.config.load import load_config
 from grok.errors import SAVED, ConfigError, DataError
 from grok.weights.huggingface.export import export_huggingface
-from grok.weights.random_source import RandomSource
 from tests.batch.jobs import Killed, Process, answer, lines, write_lines
 from tests.emulator import bucket
+from tests.fixtures.random_weights import RandomSource
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 

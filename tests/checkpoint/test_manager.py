@@ -12,7 +12,7 @@ import pytest
 import grok
 from grok import sharding
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
-from grok.checkpoint.retention import Keep
+from grok.checkpoint.retention import RetentionPolicy
 from grok.config import GrokConfig
 from grok.errors import CheckpointError, SaveError
 
@@ -25,7 +25,7 @@ def model(tiny_run):
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    checkpoints = Checkpoints(folder, keep=Keep(2))
+    checkpoints = Checkpoints(folder, keep=RetentionPolicy(2))
     for step in (1, 2, 3):
         checkpoints.save(step, {MODEL: model, OPTIMIZER: {"count": np.int32(step)}}, {"step": step})
     checkpoints.close()
@@ -82,17 +82,17 @@ def test_which_stay():
     loss = {10: 3.0, 20: 1.0, 30: float("nan"), 40: 2.0, 60: 4.0}
     metrics = {step: {"validation_loss": value} for step, value in loss.items()}
     steps = [10, 20, 30, 40, 50, 60]
-    assert Keep(2).staying(steps, metrics) == {50, 60}
-    assert Keep(1, every=30).staying(steps, metrics) == {30, 60}
-    assert Keep(1, best=2).staying(steps, metrics) == {20, 40, 60}
-    assert Keep(1, best=2, metric="other").staying(steps, metrics) == {60}
+    assert RetentionPolicy(2).staying(steps, metrics) == {50, 60}
+    assert RetentionPolicy(1, every=30).staying(steps, metrics) == {30, 60}
+    assert RetentionPolicy(1, best=2).staying(steps, metrics) == {20, 40, 60}
+    assert RetentionPolicy(1, best=2, metric="other").staying(steps, metrics) == {60}
 
 
 def tree(step: int) -> dict:
     return {MODEL: {"a": np.random.default_rng(step).random((64, 64)), "b": np.arange(9)}}
 
 
-def save(folder, keep: Keep, losses: dict[int, float]) -> None:
+def save(folder, keep: RetentionPolicy, losses: dict[int, float]) -> None:
     checkpoints = Checkpoints(folder, keep)
     for step, loss in losses.items():
         checkpoints.save(step, tree(step), {"step": step}, {"validation_loss": loss})
@@ -104,17 +104,17 @@ def steps_in(folder) -> list[int]:
 
 
 def test_the_best_stay_also_when_another_process_saved_them(tmp_path):
-    save(tmp_path, Keep(1, every=3, best=1), {1: 3.0, 2: 1.0, 3: 2.0})
-    save(tmp_path, Keep(1, every=3, best=1), {4: 2.5, 5: 2.0})
+    save(tmp_path, RetentionPolicy(1, every=3, best=1), {1: 3.0, 2: 1.0, 3: 2.0})
+    save(tmp_path, RetentionPolicy(1, every=3, best=1), {4: 2.5, 5: 2.0})
     assert steps_in(tmp_path) == [2, 3, 5]
-    save(tmp_path, Keep(1, every=3, best=1), {6: 0.5})
+    save(tmp_path, RetentionPolicy(1, every=3, best=1), {6: 0.5})
     assert steps_in(tmp_path) == [3, 6]
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     folder = tmp_path_factory.mktemp("three")
-    save(folder, Keep(3), {1: 1.0, 2: 1.0, 3: 1.0})
+    save(folder, RetentionPolicy(3), {1: 1.0, 2: 1.0, 3: 1.0})
     return folder
 
 
@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_is_set_aside(copy, damage):
     do, problem = DAMAGE[damage]
     do(copy / "3")
     before = sorted(path.name for path in (copy / "3").rglob("*"))
-    checkpoints, told = Checkpoints(copy, Keep(3)), []
+    checkpoints, told = Checkpoints(copy, RetentionPolicy(3)), []
     assert checkpoints.newest_good(told.append) == checkpoints.latest() == 2
     (sentence,) = told
     assert sentence.startswith(f"the checkpoint of step 3 {problem}")
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_set_aside(copy, damage):
     checkpoints.save(3, tree(3), {"step": 3})
     checkpoints.close()
     largest(copy / "3").unlink()
-    checkpoints = Checkpoints(copy, Keep(3))
+    checkpoints = Checkpoints(copy, RetentionPolicy(3))
     assert checkpoints.newest_good(told.append) == 2
     assert told[-1].endswith("damaged/3.2")
     checkpoints.close()
@@ -182,7 +182,7 @@ def test_where_none_is_whole_nothing_begins_anew(copy):
     for step in (1, 2, 3):
         os.truncate(largest(copy / str(step)), 10)
     for told in ([], ["nothing more"]):
-        checkpoints = Checkpoints(copy, Keep(3))
+        checkpoints = Checkpoints(copy, RetentionPolicy(3))
         with pytest.raises(CheckpointError, match="no checkpoint that is whole, only damaged ones"):
             checkpoints.newest_good(told.append)
         checkpoints.close()
@@ -191,7 +191,7 @@ def test_where_none_is_whole_nothing_begins_anew(copy):
 
 def test_what_was_not_saved_to_its_end_is_deleted(copy):
     half = shutil.copytree(copy / "3", copy / "4.orbax-checkpoint-tmp")
-    checkpoints, told = Checkpoints(copy, Keep(3)), []
+    checkpoints, told = Checkpoints(copy, RetentionPolicy(3)), []
     assert checkpoints.newest_good(told.append) == 3
     assert told == [f"{half} was not saved to its end, and is deleted"]
     assert not half.exists()
@@ -199,7 +199,7 @@ def test_what_was_not_saved_to_its_end_is_deleted(copy):
 
 
 def test_a_save_that_fails_leaves_the_others(copy, monkeypatch):
-    checkpoints = Checkpoints(copy, Keep(1))
+    checkpoints = Checkpoints(copy, RetentionPolicy(1))
 
     def full(*_) -> None:
         raise OSError(28, "No space left on device")

@@ -11,7 +11,7 @@ import grok
 from grok.config import GrokConfig
 from grok.evaluate.scores import Scorer
 from grok.weights.load import place
-from grok.weights.random_source import RandomSource
+from tests.fixtures.random_weights import RandomSource
 
 CONFIG = GrokConfig(
     vocab_size=64,

@@ -20,7 +20,7 @@ from grok.model.params import MATRICES, shapes
 from grok.ops.moe.experts_xla import experts_reference, experts_tiled
 from grok.ops.weights.lora import LoraArray, merged
 from grok.weights.load import place
-from grok.weights.random_source import RandomSource
+from tests.fixtures.random_weights import RandomSource
 
 CONFIG = GrokConfig(
     vocab_size=64,

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from grok import sharding
 from grok.checkpoint.manager import Checkpoints
-from grok.checkpoint.retention import Keep
+from grok.checkpoint.retention import RetentionPolicy
 from grok.config import GrokConfig, OptimizerConfig, OptimizerGroup, RunConfig, TrainConfig
 from grok.errors import ConfigError
 from grok.model.build import abstract, from_arrays, to_arrays
@@ -210,7 +210,7 @@ def test_saved_and_read_again_every_bit_is_the_same(name, tmp_path):
         guard = jax.device_put(Guard(jnp.int32(1), jnp.int32(2), jnp.float32(0.3)), P())
         state = TrainState(jax.device_put(jnp.int32(4), P()), params, opt_state, guard, params)
     wanted = abstract_state(config, make_optimizer(config), mesh)
-    checkpoints = Checkpoints(tmp_path, Keep(1))
+    checkpoints = Checkpoints(tmp_path, RetentionPolicy(1))
     checkpoints.save(4, trees_of(state), {})
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path)

@@ -20,11 +20,11 @@ import pytest
 
 import grok
 from grok.config import GrokConfig
-from grok.weights.cast import Floating
+from grok.weights.cast import FloatSource
 from grok.weights.detect import open_source
-from grok.weights.random_source import RandomSource
 from grok.weights.source import Source
-from grok.weights.xai.writer import write_release
+from tests.fixtures.random_weights import RandomSource
+from tests.fixtures.release_writer import write_release
 from tests.weights.test_load import load_in_two_processes
 
 pytestmark = pytest.mark.prove
@@ -166,7 +166,7 @@ def one_token(source: Source, token: int) -> np.ndarray:
 
     With one token every head attends to it alone, and rotary position 0 turns nothing.
     """
-    config, weights = source.config, Floating(source, np.dtype(np.float32))
+    config, weights = source.config, FloatSource(source, np.dtype(np.float32))
 
     def read(name: str, *index: int) -> np.ndarray:
         shape = weights.tensors[name].shape

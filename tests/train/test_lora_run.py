@@ -17,8 +17,8 @@ from grok.train.init_from import initial_weights
 from grok.train.loop import run
 from grok.train.telemetry.metrics_file import read_metrics
 from grok.weights.detect import open_source
-from grok.weights.random_source import RandomSource
-from grok.weights.xai.writer import write_release
+from tests.fixtures.random_weights import RandomSource
+from tests.fixtures.release_writer import write_release
 from tests.train.test_init_from import RELEASE, golden_run, validation_loss
 
 STEPS = 6

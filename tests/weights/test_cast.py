@@ -11,9 +11,9 @@ from grok.errors import CheckpointError
 from grok.model import params
 from grok.ops.weights.int8 import dequantize, quantize
 from grok.weights.cast import PER_CHANNEL, converted
-from grok.weights.random_source import RandomSource
 from grok.weights.source import TensorSpec
-from tests.weights.array_source import ArraySource
+from tests.fixtures.array_source import ArraySource
+from tests.fixtures.random_weights import RandomSource
 
 # Heads have 6 rows and groups of w_out 9, so that groups begin and end inside heads.
 CONFIG = GrokConfig(

@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner
 
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
-from grok.checkpoint.retention import Keep
+from grok.checkpoint.retention import RetentionPolicy
 from grok.cli.main import main
 from grok.config.load import load_config, to_dict
 from grok.errors import CheckpointError
@@ -13,8 +13,8 @@ from grok.infer.load import load_run, make_run_mesh
 from grok.weights.cast import converted
 from grok.weights.detect import open_source
 from grok.weights.load import place
-from grok.weights.random_source import RandomSource
 from grok.weights.tools.export_params import export_params
+from tests.fixtures.random_weights import RandomSource
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def trained(tiny_run, tmp_path_factory):
     """The folder of a run with one checkpoint, of a random model, and a tokenizer."""
     folder = tmp_path_factory.mktemp("trained")
     model = place(RandomSource(tiny_run.model, dtype="float32"))
-    checkpoints = Checkpoints(folder / "checkpoints", Keep(1))
+    checkpoints = Checkpoints(folder / "checkpoints", RetentionPolicy(1))
     state = {"moments": np.ones((64, 1024), np.float32)}
     checkpoints.save(7, {MODEL: model, OPTIMIZER: state}, {"config": to_dict(tiny_run)})
     checkpoints.close()

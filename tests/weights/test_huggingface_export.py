@@ -23,10 +23,10 @@ from grok.weights.cast import converted
 from grok.weights.huggingface.export import DTYPES, SHARD_BYTES, export_huggingface
 from grok.weights.huggingface.shard_plan import index_data, plan
 from grok.weights.huggingface.source import HuggingFaceSource
-from grok.weights.random_source import RandomSource
 from grok.weights.source import Source
 from grok.weights.transpose import strips
 from grok.weights.xai.source import ReleaseSource
+from tests.fixtures.random_weights import RandomSource
 from tests.model import golden
 
 INDEX, UNFINISHED = "model.safetensors.index.json", "unfinished-export.json"
@@ -324,7 +324,7 @@ def test_config_and_model_card(tmp_path):
 def test_model_card_without_what_is_not_known(tmp_path):
     export_huggingface(RandomSource(TINY), tmp_path / "random")
     card = (tmp_path / "random/README.md").read_text()
-    assert "these are random numbers" in card
+    assert "exported from random weights of seed" in card
     assert "No data manifest came with this export." in card
     assert "base_model" not in card
     assert "the code must be changed" not in card

@@ -24,15 +24,15 @@ from grok.config.text import to_yaml
 from grok.errors import CheckpointError
 from grok.model import params
 from grok.model.build import abstract, to_arrays
-from grok.weights.cast import Quantized, converted
+from grok.weights.cast import QuantizedSource, converted
 from grok.weights.checksums import piece_checksum
 from grok.weights.importing import importer
 from grok.weights.importing.importer import import_weights
-from grok.weights.importing.quantization_error import MeasuredQuantized
+from grok.weights.importing.quantization_error import MeasuredQuantizedSource
 from grok.weights.orbax.source import OrbaxSource
-from grok.weights.random_source import RandomSource
 from grok.weights.source import Source, pieces, scales_part
 from grok.weights.xai.source import ReleaseSource
+from tests.fixtures.random_weights import RandomSource
 from tests.model import golden
 
 DTYPES = ("int8", "bfloat16", "float32")
@@ -352,10 +352,10 @@ def test_a_disk_too_small_is_refused_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("groups", [None, {}])
 def test_rounding_is_measured_in_one_reading(tmp_path, groups):
     floats = Watched(RandomSource(TINY, dtype="float32"))
-    measured = MeasuredQuantized(floats, groups)
+    measured = MeasuredQuantizedSource(floats, groups)
     imported = import_weights(measured, tmp_path / "run", run_of(TINY))
     assert len(floats.matrices) == len(set(floats.matrices))
-    plain, stored = Quantized(floats, groups), OrbaxSource(tmp_path / "run")
+    plain, stored = QuantizedSource(floats, groups), OrbaxSource(tmp_path / "run")
     same_weights(plain, stored)
     back = converted(stored, "float32")
     assert imported.kept["rounding_errors"].keys() == params.MATRICES.keys()
@@ -371,7 +371,7 @@ def test_rounding_is_measured_in_one_reading(tmp_path, groups):
 def test_wide_matrices_are_quantised_in_stripes(monkeypatch):
     monkeypatch.setattr("grok.weights.importing.quantization_error.STRIPE_BYTES", 1000)
     floats = RandomSource(TINY, dtype="float32")
-    measured, plain = MeasuredQuantized(floats), Quantized(floats)
+    measured, plain = MeasuredQuantizedSource(floats), QuantizedSource(floats)
     for name in params.MATRICES:
         spec = plain.tensors[name]
         part = (slice(1, 2),) * (len(spec.shape) - 2 - ("attention" in name)) + spec.whole[
@@ -392,7 +392,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
                 values[..., 3] = np.nan
             return values
 
-    source = MeasuredQuantized(Broken(RandomSource(TINY, dtype="float32")))
+    source = MeasuredQuantizedSource(Broken(RandomSource(TINY, dtype="float32")))
     with pytest.raises(CheckpointError, match="w_up_EDF has values that are not finite"):
         import_weights(source, tmp_path / "run", run_of(TINY))
 

@@ -16,11 +16,11 @@ from grok.errors import CheckpointError
 from grok.model import params
 from grok.weights.huggingface.export import export_huggingface
 from grok.weights.importing.importer import import_weights
-from grok.weights.random_source import RandomSource
 from grok.weights.tools import inspection
 from grok.weights.tools.inspection import preset_of
 from grok.weights.xai.source import ReleaseSource
-from grok.weights.xai.writer import write_release
+from tests.fixtures.random_weights import RandomSource
+from tests.fixtures.release_writer import write_release
 from tests.model import golden
 
 RELEASE = golden.FOLDER / "pub_b" / "ckpt-0"

@@ -24,9 +24,9 @@ from grok.model.build import to_arrays
 from grok.weights.cast import PER_CHANNEL, converted
 from grok.weights.importing.importer import import_weights
 from grok.weights.load import place
-from grok.weights.random_source import RandomSource
 from grok.weights.xai.source import ReleaseSource
-from grok.weights.xai.writer import write_release
+from tests.fixtures.random_weights import RandomSource
+from tests.fixtures.release_writer import write_release
 from tests.model import golden
 
 ROOT = Path(__file__).parents[2]
@@ -199,7 +199,7 @@ sys.path.insert(0, {root!r})
 import grok
 from grok.weights.importing.importer import import_weights
 from grok.weights.load import place
-from grok.weights.random_source import RandomSource
+from tests.fixtures.random_weights import RandomSource
 from grok.config import DataConfig, GrokConfig, RunConfig
 from grok.model.build import to_arrays
 from tests.weights.test_load import SMALL

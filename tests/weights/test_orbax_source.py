@@ -14,7 +14,7 @@ from gcp_storage_emulator.server import create_server
 
 from grok import sharding
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
-from grok.checkpoint.retention import Keep
+from grok.checkpoint.retention import RetentionPolicy
 from grok.config import DataConfig, GrokConfig, RunConfig
 from grok.config.load import to_dict
 from grok.config.text import to_yaml
@@ -26,8 +26,8 @@ from grok.weights.cast import converted
 from grok.weights.detect import open_source
 from grok.weights.importing.importer import import_weights
 from grok.weights.orbax.source import OrbaxSource
-from grok.weights.random_source import RandomSource
 from grok.weights.source import Part, pieces
+from tests.fixtures.random_weights import RandomSource
 
 TINY = GrokConfig(
     vocab_size=96,
@@ -55,7 +55,7 @@ def model() -> Grok:
 def trained(tmp_path_factory, model) -> Path:
     """A run's folder with checkpoints of steps 3 and 20, as training saves them."""
     folder = tmp_path_factory.mktemp("trained")
-    checkpoints = Checkpoints(folder / "checkpoints", keep=Keep(2))
+    checkpoints = Checkpoints(folder / "checkpoints", keep=RetentionPolicy(2))
     zeros = jax.tree.map(lambda x: x * 0, model)
     for step, tree in ((3, zeros), (20, model)):
         checkpoints.save(step, {MODEL: tree, OPTIMIZER: {"step": 1}}, {"config": to_dict(RUN)})

@@ -11,13 +11,13 @@ import pytest
 from grok.config import GrokConfig
 from grok.errors import CheckpointError
 from grok.weights.cast import converted
-from grok.weights.random_source import RandomSource
 from grok.weights.source import blocks, scales_part
 from grok.weights.xai import source as release
-from grok.weights.xai.objects import ArrayRecord
+from grok.weights.xai.objects import StoredArray
 from grok.weights.xai.source import ReleaseSource, implied_config, tensor_names
-from grok.weights.xai.unpickler import read_record
-from grok.weights.xai.writer import write_release
+from grok.weights.xai.unpickler import read_tensor
+from tests.fixtures.random_weights import RandomSource
+from tests.fixtures.release_writer import write_release
 from tests.model import golden
 
 SIZES = ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads")
@@ -50,8 +50,8 @@ def opened(name: str) -> ReleaseSource:
 
 def arrays_in(path: Path) -> list[np.ndarray]:
     """The arrays of a file by plain reads of its bytes at the recorded places."""
-    record, data = read_record(path), path.read_bytes()
-    parts = [record] if isinstance(record, ArrayRecord) else [record.weight, record.scales]
+    record, data = read_tensor(path), path.read_bytes()
+    parts = [record] if isinstance(record, StoredArray) else [record.weight, record.scales]
     return [
         np.frombuffer(data[p.offset : p.offset + p.nbytes], p.dtype).reshape(p.shape) for p in parts
     ]

@@ -19,10 +19,10 @@ import pytest
 from grok import storage
 from grok.config import GrokConfig
 from grok.errors import CheckpointError
-from grok.weights.random_source import RandomSource
 from grok.weights.xai.source import ReleaseSource
-from grok.weights.xai.writer import write_release
-from tests.weights.pickles import pickled, pickled_object, pickled_weight
+from tests.fixtures.pickles import pickled, pickled_object, pickled_weight
+from tests.fixtures.random_weights import RandomSource
+from tests.fixtures.release_writer import write_release
 
 CONFIG = GrokConfig(
     vocab_size=50,

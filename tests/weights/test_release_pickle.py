@@ -17,10 +17,10 @@ from benchmarks.fuzz_release import Watch, fuzz
 from grok.errors import CheckpointError
 from grok.weights.xai.unpickler import (
     MAX_OPCODES,
-    ArrayRecord,
-    QuantizedRecord,
-    parse_record,
-    read_record,
+    StoredArray,
+    StoredInt8,
+    parse_tensor,
+    read_tensor,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -30,12 +30,12 @@ PAYLOAD = slice(197, 197 + 1024)  # of the weight in QUANTIZED
 HEAD = b"\x80\x04"
 
 
-def parse(data: bytes) -> ArrayRecord | QuantizedRecord:
-    return parse_record(io.BytesIO(data), "the-file")
+def parse(data: bytes) -> StoredArray | StoredInt8:
+    return parse_tensor(io.BytesIO(data), "the-file")
 
 
-def arrays_of(record: ArrayRecord | QuantizedRecord) -> dict[str, ArrayRecord]:
-    if isinstance(record, ArrayRecord):
+def arrays_of(record: StoredArray | StoredInt8) -> dict[str, StoredArray]:
+    if isinstance(record, StoredArray):
         return {"array": record}
     return {"weight": record.weight, "scales": record.scales}
 
@@ -59,7 +59,7 @@ def text(value: str) -> bytes:
 def test_shapes_types_and_sizes_of_golden_files(model):
     for entry in json.loads((GOLDEN / model / "tensors.json").read_text()):
         path = GOLDEN / model / entry["file"]
-        record = read_record(path)
+        record = read_tensor(path)
         assert path.stat().st_size == entry["bytes"]
         for key, array in arrays_of(record).items():
             shape, dtype = entry[key]
@@ -92,7 +92,7 @@ def test_an_mmap_and_binbytes8_are_read_too(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(data)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
-        record = parse_record(view, "the-file")
+        record = parse_tensor(view, "the-file")
         assert view[record.weight.offset :][: record.weight.nbytes] == QUANTIZED[PAYLOAD]
 
 
@@ -110,7 +110,7 @@ class CountingFile(io.BytesIO):
 def test_array_bytes_are_not_read():
     data = pickle.dumps(np.zeros((4000, 1000), np.float32), protocol=4)
     file = CountingFile(data)
-    assert parse_record(file, "the-file").nbytes == 16_000_000
+    assert parse_tensor(file, "the-file").nbytes == 16_000_000
     assert file.given < 400
 
 
@@ -124,7 +124,7 @@ def test_a_sparse_file_of_gigabytes_is_quick(tmp_path):
         file.write(head)
         file.seek(nbytes, os.SEEK_CUR)
         file.write(b"\x94t\x94b.")
-    assert read_record(path) == ArrayRecord(shape, np.dtype("<f4"), len(head), nbytes)
+    assert read_tensor(path) == StoredArray(shape, np.dtype("<f4"), len(head), nbytes)
 
 
 class Hostile:
@@ -145,7 +145,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path, protocol):
     path.write_bytes(data)
     wrong = "system" if protocol == 4 else "protocol 4"
     with pytest.raises(CheckpointError, match=wrong) as refusal:
-        read_record(path)
+        read_tensor(path)
     assert str(path) in str(refusal.value)
     assert not witness.exists()
     pickle.loads(data)  # the control: this file is dangerous
@@ -238,7 +238,7 @@ def test_refusals_name_the_file_and_the_cause(tmp_path, data, cause):
     path = tmp_path / "tensor00000_000"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=cause) as refusal:
-        read_record(path)
+        read_tensor(path)
     message = str(refusal.value)
     assert message.startswith(f"{path}: ")
     assert message.isprintable()
@@ -249,7 +249,7 @@ def test_paths_that_are_no_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, cause in {"": "regular file", "pipe": "regular file", "none": "No such file"}.items():
         with pytest.raises(CheckpointError, match=cause):
-            read_record(tmp_path / name)
+            read_tensor(tmp_path / name)
 
 
 def parsed_or_refused(data: bytes) -> bool:

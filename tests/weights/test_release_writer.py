@@ -13,18 +13,18 @@ from grok.config.load import load_config
 from grok.errors import CheckpointError
 from grok.model import params
 from grok.weights.cast import RELEASE_GROUPS, converted
-from grok.weights.random_source import RandomSource
 from grok.weights.source import blocks, part_shape
-from grok.weights.xai.layout import plain_layout, quantized_layout
 from grok.weights.xai.source import (
     ReleaseSource,
     implied_config,
     tensor_names,
     tensor_shapes,
 )
-from grok.weights.xai.writer import file_sizes, write_release
+from tests.fixtures.pickles import pickled, pickled_weight
+from tests.fixtures.random_weights import RandomSource
+from tests.fixtures.release_layout import plain_layout, quantized_layout
+from tests.fixtures.release_writer import file_sizes, write_release
 from tests.model import golden
-from tests.weights.pickles import pickled, pickled_weight
 
 TINY = GrokConfig(
     vocab_size=50,

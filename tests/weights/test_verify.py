@@ -15,19 +15,19 @@ from grok.config import DataConfig, GrokConfig, RunConfig
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
 from grok.model import params
-from grok.weights.cast import Floating, converted
+from grok.weights.cast import FloatSource, converted
 from grok.weights.huggingface.export import export_huggingface
 from grok.weights.importing.importer import import_weights
-from grok.weights.random_source import RandomSource
 from grok.weights.source import TensorSpec
 from grok.weights.tools import verify as verification
-from grok.weights.tools.array_difference import Difference, difference
+from grok.weights.tools.array_difference import ArrayDifference, array_difference
 from grok.weights.tools.verify import Comparison, compare, method
-from grok.weights.xai.objects import QuantizedRecord
+from grok.weights.xai.objects import StoredInt8
 from grok.weights.xai.source import ReleaseSource
-from grok.weights.xai.unpickler import read_record
+from grok.weights.xai.unpickler import read_tensor
+from tests.fixtures.array_source import ArraySource
+from tests.fixtures.random_weights import RandomSource
 from tests.model import golden
-from tests.weights.array_source import ArraySource
 
 RELEASE = golden.FOLDER / "pub_b" / "ckpt-0"
 CONFIG = golden.config("pub_b", "float32")
@@ -126,8 +126,8 @@ def test_two_imports_of_two_formats_are_equal(imported):
 def test_one_bit_is_found_and_named(imported, tmp_path, file, array, number, name, place):
     shutil.copytree(RELEASE, tmp_path / "ckpt-0")
     path = tmp_path / "ckpt-0" / f"tensor{file:05d}_000"
-    record = read_record(path)
-    found = getattr(record, array) if isinstance(record, QuantizedRecord) else record
+    record = read_tensor(path)
+    found = getattr(record, array) if isinstance(record, StoredInt8) else record
     data = bytearray(path.read_bytes())
     data[found.offset + np.ravel_multi_index(number, found.shape) * found.dtype.itemsize] ^= 1
     path.write_bytes(data)
@@ -206,7 +206,7 @@ def test_an_int8_is_told_in_steps(small):
     assert found.values.size == 3 * 2 * 24 * 40
     assert (found.values.largest_absolute, found.values.largest_relative) == (150, 1.5)
     assert found.farthest() == (2, (1, 23, 39))
-    assert found.scales == Difference(3 * 2 * 40)
+    assert found.scales == ArrayDifference(3 * 2 * 40)
 
 
 def test_a_scale_is_told_apart_from_values(small):
@@ -266,7 +266,7 @@ def test_the_error_of_quantisation():
 def test_two_float_types_are_compared_in_the_coarser(small):
     a = ArraySource.copy(converted(small[0], "float32"))
     for kind in (BF16, np.dtype(np.float16)):
-        b = ArraySource.copy(Floating(a, kind))
+        b = ArraySource.copy(FloatSource(a, kind))
         found = compared(a, b)
         assert all(each.equal for each in found.values())
         assert found[UP].method.words == f"float32 with {kind}: rounded to {kind}"
@@ -320,16 +320,16 @@ def test_chunks_make_no_difference(small, monkeypatch, chunk):
         assert without_sums(one.values) == without_sums(other.values)
 
 
-def without_sums(found: Difference) -> tuple:
+def without_sums(found: ArrayDifference) -> tuple:
     return found.size, found.differing, found.largest_absolute, found.largest_relative, found.place
 
 
 def test_the_first_of_equal_differences_is_named():
     a, b = np.zeros(9, np.float32), np.zeros(9, np.float32)
     b[[2, 5, 8]] = 1, 3, -3
-    assert difference(a, b).place == 5
-    parts = [difference(a[i : i + 3], b[i : i + 3]) for i in range(0, 9, 3)]
-    assert sum(parts, Difference()) == difference(a, b)
+    assert array_difference(a, b).place == 5
+    parts = [array_difference(a[i : i + 3], b[i : i + 3]) for i in range(0, 9, 3)]
+    assert sum(parts, ArrayDifference()) == array_difference(a, b)
 
 
 def test_progress_counts_every_byte(small):

@@ -10,12 +10,11 @@ from grok.weights.source import Source
 FILE = "README.md"
 RELEASE = "xai-org/grok-1"
 RELEASE_PARAMETERS = 315_684_820_992
-# What is known of the weights by the format they were exported from.
+# By the format that the weights were exported from.
 ORIGINS = {
     "xai": "Not stated. They were exported from a folder in the release's format (`ckpt-0`).",
     "orbax": "Not stated. They were exported from a checkpoint of the grok codebase.",
     "huggingface": "Not stated. They were exported from another Hugging Face folder of Grok-1.",
-    "random": "None: these are random numbers, for tests, and no trained model.",
 }
 CODE_FILES = ("configuration_grok1.py", "modeling_grok1.py", "modeling_grok1_outputs.py")
 
@@ -79,7 +78,8 @@ def _reading(source: Source) -> str:
 
 
 def _base(source: Source, dtype: str, base_weights: str | None) -> str:
-    text = base_weights or ORIGINS[source.format]
+    unknown = f"Not stated. They were exported from {source.path}."
+    text = base_weights or ORIGINS.get(source.format, unknown)
     if source.dtype == "int8":
         text += (
             "\n\nThe matrices were int8 with bfloat16 scales. Here they are the products, "

@@ -28,7 +28,7 @@ METADATA = "__metadata__"
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """A tensor in C order at byte `offset` of the file `path`."""
 
     path: str
@@ -42,7 +42,7 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(path: str, size: int) -> dict[str, Entry]:
+def read_header(path: str, size: int) -> dict[str, TensorInfo]:
     """The tensors of a file of `size` bytes, local or at gs://, by name; no data is read.
 
     Raises CheckpointError, with the file and the tensor, unless the header is whole and its
@@ -105,18 +105,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{shown(name)} is there twice")
+            raise ValueError(f"{quoted(name)} is there twice")
         found[name] = value
     return found
 
 
-def shown(name: str) -> str:
+def quoted(name: str) -> str:
     """A name from a file as messages show it: short, and without control characters."""
     return f"{name!r:.100}"
 
 
-def _entry(path: str, name: str, begin: int, found: Any) -> Entry:
-    place = f"{path}: {shown(name)}"
+def _entry(path: str, name: str, begin: int, found: Any) -> TensorInfo:
+    place = f"{path}: {quoted(name)}"
     if not isinstance(found, dict) or found.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{place} should have dtype, shape and data_offsets in the header.")
     shape, offsets = found["shape"], found["data_offsets"]
@@ -129,7 +129,7 @@ def _entry(path: str, name: str, begin: int, found: Any) -> Entry:
         raise CheckpointError(
             f"{place} has dtype {found['dtype']!r:.40}; it should be one of {', '.join(DTYPES)}."
         )
-    entry = Entry(path, DTYPES[found["dtype"]], tuple(shape), begin + offsets[0])
+    entry = TensorInfo(path, DTYPES[found["dtype"]], tuple(shape), begin + offsets[0])
     if offsets[1] - offsets[0] != entry.nbytes:
         raise CheckpointError(
             f"{place} has {offsets[1] - offsets[0]} bytes, and {found['dtype']} of shape "
@@ -147,13 +147,13 @@ def _counts(values: Any) -> bool:
     )
 
 
-def _check_ranges(path: str, size: int, begin: int, entries: dict[str, Entry]) -> None:
+def _check_ranges(path: str, size: int, begin: int, entries: dict[str, TensorInfo]) -> None:
     at, before = begin, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != at:
             how = "overlaps" if entry.offset < at else "leaves a gap after"
-            raise CheckpointError(f"{path}: {shown(name)} {how} {before}; tensors lie end to end.")
-        at, before = entry.offset + entry.nbytes, shown(name)
+            raise CheckpointError(f"{path}: {quoted(name)} {how} {before}; tensors lie end to end.")
+        at, before = entry.offset + entry.nbytes, quoted(name)
     if at != size:
         problem = "is cut short" if size < at else "has more data than its header names"
         raise CheckpointError(f"{path}: {problem}: it has {size} bytes and should have {at}.")

@@ -22,7 +22,7 @@ from grok.weights.huggingface.adapters import grok_1
 from grok.weights.huggingface.adapters.grok_1 import LM_HEAD, split
 from grok.weights.huggingface.config_json import FILE as CONFIG
 from grok.weights.huggingface.config_json import read_config
-from grok.weights.huggingface.safetensors import Entry, parse_object, read_header, shown
+from grok.weights.huggingface.safetensors import TensorInfo, parse_object, quoted, read_header
 from grok.weights.source import Part, Source, TensorSpec, blocks, part_shape
 from grok.weights.transpose import transpose_into
 
@@ -49,7 +49,7 @@ class HuggingFaceSource(Source):
         if layout is None:
             raise CheckpointError(
                 f"{self.path}: its tensors have names of another model, such as "
-                f"{shown(min(entries))}; Grok-1's are known in the layouts of "
+                f"{quoted(min(entries))}; Grok-1's are known in the layouts of "
                 f"{' and '.join(grok_1.LAYOUTS)}."
             )
         if config is None and CONFIG not in present:
@@ -93,7 +93,7 @@ class HuggingFaceSource(Source):
         found = byte_ranges.read_part(*place, entry.dtype, (*columns, *rows))
         transpose_into(out_RC, found.reshape(out_RC.shape[::-1]))
 
-    def _check_tied(self, head: Entry, part: Part, table_VD: np.ndarray) -> None:
+    def _check_tied(self, head: TensorInfo, part: Part, table_VD: np.ndarray) -> None:
         spec = self.tensors["embed/table_VD"]
         bits = f"u{spec.dtype.itemsize}"
         for block in blocks(spec, part):
@@ -109,7 +109,7 @@ class HuggingFaceSource(Source):
                 )
 
 
-def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, Entry]:
+def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, TensorInfo]:
     """Every tensor of the files that the index lists, or of all where there is no index."""
     if UNFINISHED in present:
         raise CheckpointError(
@@ -127,12 +127,12 @@ def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, E
     with ThreadPoolExecutor(16) as pool:
         sizes = [present[file] or 0 for file in files]
         headers = list(pool.map(read_header, [byte_ranges.join(folder, f) for f in files], sizes))
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorInfo] = {}
     for header in headers:
         for name, entry in header.items():
             if name in entries:
                 raise CheckpointError(
-                    f"{entry.path}: {shown(name)} is in {entries[name].path} too; it should be in "
+                    f"{entry.path}: {quoted(name)} is in {entries[name].path} too; it should be in "
                     "one file."
                 )
             entries[name] = entry
@@ -148,23 +148,23 @@ def _check_files(folder: str, present: Mapping[str, int | None], index: dict[str
         if present.get(file) is None:
             raise CheckpointError(
                 f"{byte_ranges.join(folder, file)}: is missing; the index says that it has "
-                f"{shown(name)}."
+                f"{quoted(name)}."
             )
 
 
-def _check_index(folder: str, index: dict[str, str], entries: dict[str, Entry]) -> None:
+def _check_index(folder: str, index: dict[str, str], entries: dict[str, TensorInfo]) -> None:
     for name, file in index.items():
         path = byte_ranges.join(folder, file)
         if name not in entries:
-            raise CheckpointError(f"{path}: has no {shown(name)}, which {INDEX} says it has.")
+            raise CheckpointError(f"{path}: has no {quoted(name)}, which {INDEX} says it has.")
         if entries[name].path != path:
             raise CheckpointError(
-                f"{entries[name].path}: has {shown(name)}, which according to {INDEX} is in {file}."
+                f"{entries[name].path}: has {quoted(name)}, which {INDEX} says is in {file}."
             )
     extra = min(entries.keys() - index.keys(), default=None)
     if extra is not None:
         raise CheckpointError(
-            f"{entries[extra].path}: has {shown(extra)}, which {INDEX} leaves out."
+            f"{entries[extra].path}: has {quoted(extra)}, which {INDEX} leaves out."
         )
 
 
@@ -175,7 +175,7 @@ def _read_index(path: str) -> dict[str, str]:
     for name, file in files.items():
         if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
             raise CheckpointError(
-                f"{path}: {shown(name)} is said to be in {file!r:.100}; that should be the name "
+                f"{path}: {quoted(name)} is said to be in {file!r:.100}; that should be the name "
                 "of a safetensors file in this folder."
             )
     return files
@@ -192,11 +192,11 @@ def _why_none(present: Mapping[str, int | None]) -> str:
 
 
 def _arrange(
-    folder: str, layout: str, config: GrokConfig, whose: str, entries: dict[str, Entry]
-) -> dict[tuple[str, tuple[int, ...]], Entry]:
+    folder: str, layout: str, config: GrokConfig, whose: str, entries: dict[str, TensorInfo]
+) -> dict[tuple[str, tuple[int, ...]], TensorInfo]:
     """The entry of each parameter's layer and expert, all there with right shapes and types."""
     size = f"{whose} has {config.num_layers} layers of {config.num_experts} experts"
-    found: dict[tuple[str, tuple[int, ...]], Entry] = {}
+    found: dict[tuple[str, tuple[int, ...]], TensorInfo] = {}
     firsts: dict[str, str] = {}
     expected = {LM_HEAD}
     for tensor in grok_1.tensors(layout, config):
@@ -219,11 +219,11 @@ def _arrange(
     extra = min(entries.keys() - expected, default=None)
     if extra is not None:
         path = entries[extra].path
-        raise CheckpointError(f"{path}: {shown(extra)} does not belong here; {size}.")
+        raise CheckpointError(f"{path}: {quoted(extra)} does not belong here; {size}.")
     return found
 
 
-def _checked_head(table: Entry, head: Entry | None) -> Entry | None:
+def _checked_head(table: TensorInfo, head: TensorInfo | None) -> TensorInfo | None:
     if head and (head.dtype, head.shape) != (table.dtype, table.shape):
         raise CheckpointError(
             f"{head.path}: {LM_HEAD} is {head.dtype} {head.shape}, and the token table "

@@ -23,7 +23,7 @@ from grok.model import params
 from grok.weights import byte_ranges
 from grok.weights.checksums import ALGORITHM
 from grok.weights.importing.journal import Journal
-from grok.weights.importing.quantization_error import MeasuredQuantized, RoundingError
+from grok.weights.importing.quantization_error import MeasuredQuantizedSource, RoundingError
 from grok.weights.importing.streaming import Piece, all_arrays, all_pieces, stream
 from grok.weights.orbax.metadata import MODEL, read_meta, write_files
 from grok.weights.source import Source, pieces
@@ -162,8 +162,9 @@ def _copy(
         progress(piece.spec.name, done, total)
 
     def on_finished(piece: Piece, checksum: str) -> None:
-        error = source.errors.get(piece.key) if isinstance(source, MeasuredQuantized) else None
-        facts = {} if error is None else {"error": dataclasses.astuple(error)}
+        facts = {}
+        if isinstance(source, MeasuredQuantizedSource) and piece.key in source.errors:
+            facts["error"] = dataclasses.astuple(source.errors[piece.key])
         journal.add(piece.key, checksum=checksum, **facts)
 
     stream(source, todo, folder, on_written, on_finished)

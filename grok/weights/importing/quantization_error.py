@@ -12,7 +12,7 @@ import numpy as np
 from grok.errors import CheckpointError
 from grok.model import params
 from grok.ops.weights.int8 import dequantize, quantize
-from grok.weights.cast import Quantized
+from grok.weights.cast import QuantizedSource
 from grok.weights.source import Part, Source
 
 # A matrix is quantised in stripes of columns of so many bytes, which a core's cache holds, by so
@@ -53,7 +53,7 @@ class RoundingError:
         return math.sqrt(self.squares / self.value_squares) if self.value_squares else 0.0
 
 
-class MeasuredQuantized(Quantized):
+class MeasuredQuantizedSource(QuantizedSource):
     """`Quantized`, for reading every matrix once: its values, then at once its scales.
 
     `errors` holds the rounding error of each layer of each matrix that was read, by name and layer.

@@ -17,16 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from grok.model import params
-from grok.weights.cast import Quantized
 from grok.weights.checksums import PieceChecksum
-from grok.weights.orbax.zarr import Array, Slabs, arrays, create, write_slabs
+from grok.weights.orbax.zarr import Slabs, ZarrArray, arrays, create, write_slabs
 from grok.weights.source import Part, Source, TensorSpec, blocks, part_shape, pieces, scales_part
 
 # Blocks read ahead, no more than AHEAD_BYTES of them; and blocks on their way to the disk.
 READ_AHEAD, AHEAD_BYTES, IN_FLIGHT = 4, 1 << 28, 2
 BLOCK_BYTES = 1 << 24
-# Formats whose files have the rows of a matrix one after the other.
-BY_ROWS = ("xai", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +33,8 @@ class Piece:
     spec: TensorSpec
     layer: int | None
     part: Part
-    values: Array
-    scales: Array | None
+    values: ZarrArray
+    scales: ZarrArray | None
 
     @property
     def key(self) -> tuple[str, int | None]:
@@ -76,7 +73,7 @@ def all_pieces(source: Source) -> list[Piece]:
     ]
 
 
-def all_arrays(some: Iterable[Piece]) -> list[Array]:
+def all_arrays(some: Iterable[Piece]) -> list[ZarrArray]:
     """The arrays of pieces, each once, in order."""
     both = itertools.chain.from_iterable((piece.values, piece.scales) for piece in some)
     return list(dict.fromkeys(array for array in both if array is not None))
@@ -147,8 +144,7 @@ def _read_ahead(source: Source, some: Iterable[Piece]) -> Iterator[_Block]:
 
 def _cut(source: Source, piece: Piece) -> Iterator[list[Slabs]]:
     """The slabs of each block of a piece."""
-    by_rows = source.format in BY_ROWS and not isinstance(source, Quantized)
-    if by_rows or piece.spec.name not in params.MATRICES:
+    if source.stores_rows or piece.spec.name not in params.MATRICES:
         for shard in piece.values.shards(piece.part):
             for slabs in piece.values.slabs(shard, BLOCK_BYTES):
                 yield [slabs]
@@ -197,7 +193,7 @@ class _Writer:
             self._settle(0)
         self._thread.shutdown(cancel_futures=True)
 
-    def write(self, piece: Piece, array: Array, slabs: Slabs, values: np.ndarray) -> None:
+    def write(self, piece: Piece, array: ZarrArray, slabs: Slabs, values: np.ndarray) -> None:
         """Starts to write slabs of an array, after all that was given before."""
         self._settle(IN_FLIGHT - 1)
         future = self._thread.submit(write_slabs, self._folder, array, slabs, values)

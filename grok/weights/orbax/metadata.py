@@ -12,7 +12,7 @@ from typing import Any
 
 from grok.errors import CheckpointError
 from grok.weights import byte_ranges
-from grok.weights.orbax.zarr import Array
+from grok.weights.orbax.zarr import ZarrArray
 
 MODEL, LORA, META = "model", "lora", "meta"
 METADATA = "_METADATA"
@@ -34,7 +34,7 @@ class Tree:
     ocdbt: bool
 
 
-def write_files(step: Path, arrays: Iterable[Array], meta: dict[str, Any]) -> None:
+def write_files(step: Path, arrays: Iterable[ZarrArray], meta: dict[str, Any]) -> None:
     """Everything but the arrays of the checkpoint in folder `step`; what marks it whole is last."""
     (step / META).mkdir(exist_ok=True)
     _write(step / META / "metadata", meta)

@@ -42,7 +42,7 @@ class OrbaxSource(Source):
         self.config = config or _config(self.step, meta)
         self.checksums = _checksums(meta)
         self._folder = byte_ranges.join(self.step, MODEL)
-        self._arrays = Arrays(self._folder, read_tree(self._folder))
+        self._arrays = ArrayTree(self._folder, read_tree(self._folder))
         self.tensors: Mapping[str, TensorSpec] = {
             name: self._arrays.spec(name, shape)
             for name, shape in params.shapes(self.config).items()
@@ -59,7 +59,7 @@ class OrbaxSource(Source):
         return self._arrays.read(f"{name}/scales", part)
 
 
-class Arrays:
+class ArrayTree:
     """The arrays of a tree in `folder`, by names with slashes, opened at once."""
 
     def __init__(self, folder: str, tree: Tree):

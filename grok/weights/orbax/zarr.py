@@ -46,7 +46,7 @@ class Slabs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Array:
+class ZarrArray:
     """One array of a checkpoint, and how it is cut; its `name` has the dots of Orbax."""
 
     name: str
@@ -101,7 +101,7 @@ class Array:
         return places + _crc32c(places).to_bytes(4, "little")
 
 
-def arrays(spec: TensorSpec) -> tuple[Array, Array | None]:
+def arrays(spec: TensorSpec) -> tuple[ZarrArray, ZarrArray | None]:
     """The arrays that a tensor is kept in: of values and, for int8, of scales."""
     name = spec.name.replace("/", ".")
     lead = int(name.startswith("layers."))
@@ -118,16 +118,16 @@ def arrays(spec: TensorSpec) -> tuple[Array, Array | None]:
         slab_bytes = chunk[0] * math.prod(matrix[1:]) * spec.dtype.itemsize
         rows = chunk[0] * _divisor(matrix[0] // chunk[0], max(1, SHARD_BYTES // slab_bytes))
         shard = (*ones, rows, *matrix[1:])
-        return Array(name, spec.shape, spec.dtype, shard, (*ones, *chunk)), None
+        return ZarrArray(name, spec.shape, spec.dtype, shard, (*ones, *chunk)), None
     # Scales belong to whole matrices, so an int8 matrix is not cut into several shards.
-    values = Array(f"{name}.values", spec.shape, spec.dtype, (*ones, *matrix), (*ones, *chunk))
+    values = ZarrArray(f"{name}.values", spec.shape, spec.dtype, (*ones, *matrix), (*ones, *chunk))
     shape = spec.scales_shape
     # Scales are few: those of a layer are one file.
     shard, one = (1, *shape[1:]), (*ones, *shape[lead:])
-    return values, Array(f"{name}.scales", shape, np.dtype(ml_dtypes.bfloat16), shard, one)
+    return values, ZarrArray(f"{name}.scales", shape, np.dtype(ml_dtypes.bfloat16), shard, one)
 
 
-def create(folder: Path, array: Array) -> None:
+def create(folder: Path, array: ZarrArray) -> None:
     """Makes the array in `folder`, with no shard yet, where it is not there from an earlier try.
 
     Raises OSError where it cannot be made.
@@ -150,7 +150,7 @@ def create(folder: Path, array: Array) -> None:
     wait(ts.open(spec, open=True, create=True))
 
 
-def write_slabs(folder: Path, array: Array, slabs: Slabs, values: np.ndarray) -> None:
+def write_slabs(folder: Path, array: ZarrArray, slabs: Slabs, values: np.ndarray) -> None:
     """Writes the values of slabs into their shard's file, which the first of them makes.
 
     Those of a shard are to be written in order: the file has its full size only after the last.

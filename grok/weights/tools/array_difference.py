@@ -7,7 +7,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
+class ArrayDifference:
     """How many of `size` numbers differ, by how much at most, and where.
 
     A relative difference is |a - b| / max(|a|, |b|); where one of the two is not finite both kinds
@@ -25,13 +25,13 @@ class Difference:
     squares: float = 0.0
     value_squares: float = 0.0
 
-    def __add__(self, other: "Difference") -> "Difference":
+    def __add__(self, other: "ArrayDifference") -> "ArrayDifference":
         place = self.place
         if other.place is not None and (
             place is None or other.largest_absolute > self.largest_absolute
         ):
             place = self.size + other.place
-        return Difference(
+        return ArrayDifference(
             self.size + other.size,
             self.differing + other.differing,
             max(self.largest_absolute, other.largest_absolute),
@@ -47,7 +47,7 @@ class Difference:
         return math.sqrt(self.squares / self.value_squares) if self.value_squares else 0.0
 
 
-def difference(a: np.ndarray, b: np.ndarray, tolerance: float = 0.0) -> Difference:
+def array_difference(a: np.ndarray, b: np.ndarray, tolerance: float = 0.0) -> ArrayDifference:
     """The difference of two arrays of one type and size, numbers counted in C order.
 
     With `tolerance` 0 numbers are equal whose bits are; else also those whose relative difference
@@ -57,7 +57,7 @@ def difference(a: np.ndarray, b: np.ndarray, tolerance: float = 0.0) -> Differen
     bits = f"u{a.itemsize}"
     places = np.flatnonzero(a.view(bits) != b.view(bits))
     if not places.size:
-        return Difference(a.size)
+        return ArrayDifference(a.size)
     x, y = a[places].astype(np.float64), b[places].astype(np.float64)
     with np.errstate(invalid="ignore"):
         absolute = np.nan_to_num(np.abs(x - y), nan=np.inf, posinf=np.inf)
@@ -67,9 +67,9 @@ def difference(a: np.ndarray, b: np.ndarray, tolerance: float = 0.0) -> Differen
     np.divide(absolute, larger, out=relative, where=np.isfinite(absolute) & (larger > 0))
     far = relative > tolerance if tolerance else np.ones(places.shape, bool)
     if not far.any():
-        return Difference(a.size, squares=float(absolute @ absolute))
+        return ArrayDifference(a.size, squares=float(absolute @ absolute))
     largest = int(np.argmax(np.where(far, absolute, -1)))
-    return Difference(
+    return ArrayDifference(
         a.size,
         int(far.sum()),
         float(absolute[largest]),

@@ -14,7 +14,7 @@ from grok.storage import StrPath, join
 from grok.weights.cast import converted
 from grok.weights.detect import open_source
 from grok.weights.importing.importer import Imported, Progress, import_weights
-from grok.weights.importing.quantization_error import MeasuredQuantized
+from grok.weights.importing.quantization_error import MeasuredQuantizedSource
 from grok.weights.orbax.metadata import read_meta
 from grok.weights.orbax.source import step_folder
 
@@ -40,7 +40,7 @@ def export_params(
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = _tokenizer(step, Path(folder))
         if dtype == "int8" and source.dtype != "int8":
-            return import_weights(MeasuredQuantized(source), dst, run, tokenizer, progress)
+            return import_weights(MeasuredQuantizedSource(source), dst, run, tokenizer, progress)
         wanted = converted(source, dtype or source.dtype)
         return import_weights(wanted, dst, run, tokenizer, progress)
 

@@ -14,7 +14,7 @@ from grok.weights.huggingface.safetensors import parse_object
 from grok.weights.orbax.metadata import read_meta
 from grok.weights.orbax.source import OrbaxSource
 from grok.weights.source import Source
-from grok.weights.tools.diagnose import Tensor, survey
+from grok.weights.tools.diagnose import TensorSummary, diagnose
 from grok.weights.tools.verify import differing_field
 from grok.weights.xai.source import tensor_shapes
 
@@ -39,7 +39,7 @@ class Inspection:
 
     path: str
     format: str | None
-    tensors: tuple[Tensor, ...] = ()
+    tensors: tuple[TensorSummary, ...] = ()
     config: GrokConfig | None = None
     origins: dict[str, str] = dataclasses.field(default_factory=dict)
     preset: str | None = None
@@ -102,7 +102,7 @@ def inspect(path: str | os.PathLike[str], config: GrokConfig | None = None) -> I
     try:
         source = open_source(path, config)
     except (CheckpointError, ConfigError) as error:
-        found = survey(os.fspath(path), config)
+        found = diagnose(os.fspath(path), config)
         problems = dict.fromkeys((str(error), *found.problems))
         fitting = {} if config or not found.shapes else _presets_of_shapes(found.shapes)
         return Inspection(
@@ -116,7 +116,7 @@ def inspect(path: str | os.PathLike[str], config: GrokConfig | None = None) -> I
         source.path,
         source.format,
         tuple(
-            Tensor(spec.name, spec.shape, str(spec.dtype), spec.groups, spec.nbytes)
+            TensorSummary(spec.name, spec.shape, str(spec.dtype), spec.groups, spec.nbytes)
             for spec in source.tensors.values()
         ),
         source.config,

@@ -25,7 +25,7 @@ from grok.weights.checksums import piece_checksum
 from grok.weights.detect import open_source
 from grok.weights.orbax.source import OrbaxSource
 from grok.weights.source import Part, Source, TensorSpec, blocks, part_shape, pieces, scales_part
-from grok.weights.tools.array_difference import Difference, difference
+from grok.weights.tools.array_difference import ArrayDifference, array_difference
 
 # From fine to coarse.
 FLOATS = tuple(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16))
@@ -59,8 +59,8 @@ class Comparison:
 
     spec: TensorSpec
     method: Method
-    values: Difference
-    scales: Difference | None
+    values: ArrayDifference
+    scales: ArrayDifference | None
 
     @property
     def equal(self) -> bool:
@@ -77,7 +77,7 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class BlockValues:
     """A part of a tensor that `blocks` gives, as a source keeps it.
 
     `values` is (rows, columns), `scales` (groups, columns), with no groups for floats.
@@ -110,7 +110,7 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recount:
+class ChecksumResult:
     """One tensor against its checksums: how many there are, and the layers (None for a tensor
     without) where the weights have another."""
 
@@ -203,11 +203,11 @@ def compare(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, spec in a.tensors.items():
             how = method(spec, b.tensors[name])
-            values, scales = Difference(), Difference()
+            values, scales = ArrayDifference(), ArrayDifference()
             for ours, theirs in paired_blocks(a, b, name):
                 values += _compare_values(pool, ours, theirs, how, tolerance)
                 if how.dtype == INT8:
-                    scales += difference(ours.scales, theirs.scales)
+                    scales += array_difference(ours.scales, theirs.scales)
                 done += ours.nbytes + theirs.nbytes
                 progress(name, done, total)
             yield Comparison(spec, how, values, scales if how.dtype == INT8 else None)
@@ -218,13 +218,13 @@ def total_bytes(*sources: Source) -> int:
     return sum(spec.nbytes for source in sources for spec in source.tensors.values())
 
 
-def paired_blocks(a: Source, b: Source, name: str) -> Iterator[tuple[Block, Block]]:
+def paired_blocks(a: Source, b: Source, name: str) -> Iterator[tuple[BlockValues, BlockValues]]:
     """A tensor of two sources block by block, in C order; the next are read meanwhile."""
     spec = a.tensors[name]
     parts = [block for _, piece in pieces(spec) for block in blocks(spec, piece)]
     with ThreadPoolExecutor(2) as pool:
 
-        def read(part: Part) -> list[Future[Block]]:
+        def read(part: Part) -> list[Future[BlockValues]]:
             return [pool.submit(_read, source, name, part) for source in (a, b)]
 
         coming = read(parts[0])
@@ -234,34 +234,34 @@ def paired_blocks(a: Source, b: Source, name: str) -> Iterator[tuple[Block, Bloc
             yield ours, theirs
 
 
-def _read(source: Source, name: str, part: Part) -> Block:
+def _read(source: Source, name: str, part: Part) -> BlockValues:
     spec = source.tensors[name]
     col_dims = params.MATRICES[name].col_dims if name in params.MATRICES else 1
     columns = math.prod(part_shape(part)[-col_dims:])
     values = source.read(name, part).reshape(-1, columns)
     if spec.groups is None:
-        return Block(values, np.empty((0, columns), np.float32))
+        return BlockValues(values, np.empty((0, columns), np.float32))
     scales = source.read_scales(name, scales_part(spec, part)).reshape(-1, columns)
-    return Block(values, scales)
+    return BlockValues(values, scales)
 
 
 def _compare_values(
-    pool: Executor, ours: Block, theirs: Block, how: Method, tolerance: float
-) -> Difference:
-    def chunk(rows: tuple[int, int]) -> Difference:
+    pool: Executor, ours: BlockValues, theirs: BlockValues, how: Method, tolerance: float
+) -> ArrayDifference:
+    def chunk(rows: tuple[int, int]) -> ArrayDifference:
         a, b = ours.rows(*rows, how.dtype), theirs.rows(*rows, how.dtype)
-        found = difference(a, b, tolerance)
+        found = array_difference(a, b, tolerance)
         if not how.quantization:
             return found
         w = (b if len(ours.scales) else a).reshape(-1).astype(FLOAT32, copy=False)
         return dataclasses.replace(found, value_squares=float(w @ w))
 
-    return sum(pool.map(chunk, ours.chunks()), Difference())
+    return sum(pool.map(chunk, ours.chunks()), ArrayDifference())
 
 
-def recount(
+def verify_checksums(
     source: Source, progress: Progress = lambda name, done, total: None
-) -> Iterator[Recount]:
+) -> Iterator[ChecksumResult]:
     """Each tensor of a checkpoint of ours against the checksums that its import kept.
 
     Raises CheckpointError where there are no checksums, and for what cannot be read.
@@ -283,4 +283,4 @@ def recount(
                 progress(name, done, total)
                 if checksum != source.checksums.get((name, layer)):
                     differing.append(layer)
-            yield Recount(spec, len(every), tuple(differing))
+            yield ChecksumResult(spec, len(every), tuple(differing))

@@ -1,7 +1,7 @@
-"""The objects that a `ckpt-0` file may hold, as symbols: what may be named, built and completed.
+"""The objects that a `ckpt-0` file may hold, as symbols: named, created and completed here.
 
-`release_pickle` reads the opcodes; this file says which objects they may make. Nothing here
-imports or calls what a file names. The states of arrays and dtypes are those of NumPy's
+`unpickler.py` reads the opcodes; this file says which objects they may make, and never imports or
+calls a global that a file names. The states of arrays and dtypes are those of NumPy's
 `ndarray.__reduce__` and `dtype.__reduce__`; the quantised class is the release's own.
 """
 
@@ -16,11 +16,11 @@ MAX_DIMENSIONS = 3
 
 
 class MalformedError(Exception):
-    """What is wrong with a file; becomes a CheckpointError that also names the file and place."""
+    """A flaw of a file; becomes a CheckpointError that also names the file and the opcode."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrayRecord:
+class StoredArray:
     """An array in a file: `nbytes` bytes from `offset` on, little-endian, in C order."""
 
     shape: tuple[int, ...]
@@ -30,20 +30,20 @@ class ArrayRecord:
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizedRecord:
+class StoredInt8:
     """int8 `weight` (..., rows, columns) with bfloat16 `scales` (..., groups, columns).
 
     `groups` divides `rows`, and each group of scales serves rows/groups consecutive rows.
     """
 
-    weight: ArrayRecord
-    scales: ArrayRecord
+    weight: StoredArray
+    scales: StoredArray
 
 
-Record = ArrayRecord | QuantizedRecord
+StoredTensor = StoredArray | StoredInt8
 
 
-class Truth(enum.Enum):
+class PickleBool(enum.Enum):
     """NEWTRUE and NEWFALSE; Python's own True and False would pass for the numbers 1 and 0."""
 
     TRUE = enum.auto()
@@ -83,7 +83,7 @@ class FileBytes:
 
 
 @dataclasses.dataclass(eq=False)
-class Dtype:
+class DtypeObject:
     """A dtype that REDUCE made; one BUILD makes it ready."""
 
     dtype: np.dtype
@@ -91,49 +91,51 @@ class Dtype:
 
 
 @dataclasses.dataclass(eq=False)
-class Array:
-    """An array that REDUCE made; one BUILD gives its record."""
+class ArrayObject:
+    """An array that REDUCE made; one BUILD says where its bytes lie."""
 
-    record: ArrayRecord | None = None
+    stored: StoredArray | None = None
 
 
 @dataclasses.dataclass(eq=False)
-class Quantized:
-    """A QuantizedWeight8bit that NEWOBJ made; one BUILD gives its record."""
+class Int8Object:
+    """A QuantizedWeight8bit that NEWOBJ made; one BUILD says where its bytes lie."""
 
-    record: QuantizedRecord | None = None
+    stored: StoredInt8 | None = None
 
 
 def find_global(module: object, name: object) -> Global:
     """The symbol of STACK_GLOBAL."""
     if not (isinstance(module, str) and isinstance(name, str)):
         raise MalformedError("names a global by something other than text")
-    found = GLOBALS.get((module, name))
-    if found is None:
+    symbol = GLOBALS.get((module, name))
+    if symbol is None:
         raise MalformedError(
             f"names the global {_shown(f'{module}.{name}')}; only NumPy arrays of float32, int8 "
             "and bfloat16, and QuantizedWeight8bit, belong in a release"
         )
-    return found
+    return symbol
 
 
-def construct(opcode: str, function: object, arguments: object) -> Dtype | Array | Quantized:
-    """The incomplete object of REDUCE or NEWOBJ."""
+def new_object(
+    opcode: str, function: object, arguments: object
+) -> DtypeObject | ArrayObject | Int8Object:
+    """The incomplete object that REDUCE or NEWOBJ makes."""
     match opcode, function, arguments:
         case "REDUCE", Global.RECONSTRUCT, (Global.NDARRAY, (0,), FileBytes(tag=b"b")):
-            return Array()
-        case "REDUCE", Global.DTYPE, ("f4", Truth.FALSE, Truth.TRUE):
-            return Dtype(FLOAT32)
-        case "REDUCE", Global.DTYPE, ("i1", Truth.FALSE, Truth.TRUE):
-            return Dtype(INT8)
-        case "REDUCE", Global.DTYPE, (Global.BFLOAT16, Truth.FALSE, Truth.TRUE):
-            return Dtype(BFLOAT16)
+            return ArrayObject()
+        case "REDUCE", Global.DTYPE, ("f4", PickleBool.FALSE, PickleBool.TRUE):
+            return DtypeObject(FLOAT32)
+        case "REDUCE", Global.DTYPE, ("i1", PickleBool.FALSE, PickleBool.TRUE):
+            return DtypeObject(INT8)
+        case "REDUCE", Global.DTYPE, (Global.BFLOAT16, PickleBool.FALSE, PickleBool.TRUE):
+            return DtypeObject(BFLOAT16)
         case "REDUCE", Global.DTYPE, (str() as code, *_):
             raise MalformedError(
                 f"has an array of dtype {_shown(code)}; float32, int8 or bfloat16 is right"
             )
         case "NEWOBJ", Global.QUANTIZED, ():
-            return Quantized()
+            return Int8Object()
     raise MalformedError(f"calls by {opcode} what no array and no QuantizedWeight8bit needs")
 
 
@@ -146,26 +148,32 @@ def set_items(target: object, items: list[object]) -> None:
             raise MalformedError(
                 "has a QuantizedWeight8bit with other keys than weight and scales, each once"
             )
-        if not (isinstance(value, Array) and value.record):
+        if not (isinstance(value, ArrayObject) and value.stored):
             raise MalformedError(f"has a QuantizedWeight8bit in which {key} is not an array")
-        target[key] = value.record
+        target[key] = value.stored
 
 
-def build(target: object, state: object) -> None:
+def set_state(target: object, state: object) -> None:
     """BUILD: complete `target` with `state`."""
     match target, state:
-        case Dtype(ready=False), tuple():
+        case DtypeObject(ready=False), tuple():
             _check_dtype_state(target.dtype, state)
             target.ready = True
         case (
-            Array(record=None),
-            (1, tuple() as shape, Dtype(ready=True) as kind, Truth() as fortran, FileBytes() as at),
+            ArrayObject(stored=None),
+            (
+                1,
+                tuple() as shape,
+                DtypeObject(ready=True) as kind,
+                PickleBool() as fortran_order,
+                FileBytes() as data,
+            ),
         ):
-            if fortran is Truth.TRUE:
+            if fortran_order is PickleBool.TRUE:
                 raise MalformedError("has an array in Fortran order; the release's are in C order")
-            target.record = _array_record(shape, kind.dtype, at)
-        case Quantized(record=None), {"weight": weight, "scales": scales}:
-            target.record = _quantized_record(weight, scales)
+            target.stored = _stored_array(shape, kind.dtype, data)
+        case Int8Object(stored=None), {"weight": weight, "scales": scales}:
+            target.stored = _stored_int8(weight, scales)
         case _:
             raise MalformedError(
                 "completes an object by a state that is not NumPy's or the release's"
@@ -190,22 +198,22 @@ def _check_dtype_state(dtype: np.dtype, state: tuple[object, ...]) -> None:
     )
 
 
-def _array_record(shape: tuple[object, ...], dtype: np.dtype, at: FileBytes) -> ArrayRecord:
+def _stored_array(shape: tuple[object, ...], dtype: np.dtype, data: FileBytes) -> StoredArray:
     dims = tuple(dim for dim in shape if isinstance(dim, int) and dim > 0)
     if len(dims) != len(shape) or not 1 <= len(dims) <= MAX_DIMENSIONS:
         raise MalformedError(
             f"has an array whose shape is not 1 to {MAX_DIMENSIONS} positive dimensions"
         )
     needed = math.prod(dims) * dtype.itemsize
-    if needed != at.nbytes:
+    if needed != data.nbytes:
         raise MalformedError(
             f"has an array of shape {dims} and dtype {dtype}, which takes {needed:,} bytes, and "
-            f"{at.nbytes:,} are there"
+            f"{data.nbytes:,} are there"
         )
-    return ArrayRecord(dims, dtype, at.offset, at.nbytes)
+    return StoredArray(dims, dtype, data.offset, data.nbytes)
 
 
-def _quantized_record(weight: ArrayRecord, scales: ArrayRecord) -> QuantizedRecord:
+def _stored_int8(weight: StoredArray, scales: StoredArray) -> StoredInt8:
     if weight.dtype != INT8 or scales.dtype != BFLOAT16:
         raise MalformedError(
             f"has {weight.dtype} weight and {scales.dtype} scales; int8 and bfloat16 are right"
@@ -221,9 +229,9 @@ def _quantized_record(weight: ArrayRecord, scales: ArrayRecord) -> QuantizedReco
             f"has scales {scales.shape} for a weight {weight.shape}; only the last dimension but "
             "one may differ, and has to divide the weight's"
         )
-    return QuantizedRecord(weight, scales)
+    return StoredInt8(weight, scales)
 
 
 def _shown(text: str) -> str:
-    """What a file says, quoted, with control characters escaped, and not for long."""
+    """Text from a file, quoted, shortened, and with control characters escaped."""
     return repr(text if len(text) <= 60 else f"{text[:57]}...")

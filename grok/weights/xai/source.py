@@ -24,8 +24,8 @@ from grok.errors import CheckpointError, ConfigError
 from grok.model import params
 from grok.weights import byte_ranges
 from grok.weights.source import Part, Source, TensorSpec, part_shape
-from grok.weights.xai.objects import ArrayRecord, QuantizedRecord, Record
-from grok.weights.xai.unpickler import read_record
+from grok.weights.xai.objects import StoredArray, StoredInt8, StoredTensor
+from grok.weights.xai.unpickler import read_tensor
 
 # Endings of what aria2, browsers, curl and wget leave beside or instead of the file.
 UNFINISHED = (".aria2", ".crdownload", ".download", ".incomplete", ".part", ".partial", ".tmp")
@@ -105,7 +105,7 @@ class ReleaseSource(Source):
     so files of one shape that changed places are not noticed.
     """
 
-    format = "xai"
+    format, stores_rows = "xai", True
 
     def __init__(self, folder: str | os.PathLike[str], config: GrokConfig):
         self.path, self.config = os.fspath(folder), config
@@ -115,12 +115,12 @@ class ReleaseSource(Source):
         paths = [byte_ranges.join(self.path, tensor.file) for tensor in tensors]
         # Sixteen at a time: a remote file takes some round trips.
         with ThreadPoolExecutor(16) as pool:
-            records = list(pool.map(read_record, paths))
+            records = list(pool.map(read_tensor, paths))
         _check_shapes(self.path, tensors, records, shapes)
-        self._found: dict[tuple[str, int | None], tuple[str, Record]] = {}
+        self._found: dict[tuple[str, int | None], tuple[str, StoredTensor]] = {}
         groups: dict[str, int] = {}
         for tensor, path, record in zip(tensors, paths, records, strict=True):
-            if isinstance(record, QuantizedRecord):
+            if isinstance(record, StoredInt8):
                 own = record.scales.shape[-2]
                 if groups.setdefault(tensor.name, own) != own:
                     raise CheckpointError(
@@ -159,9 +159,9 @@ class ReleaseSource(Source):
             byte_ranges.read_into(out[layer - first], path, array.offset, shape[1:], part[1:])
         return out
 
-    def _array(self, name: str, layer: int | None, scales: bool) -> tuple[str, ArrayRecord]:
+    def _array(self, name: str, layer: int | None, scales: bool) -> tuple[str, StoredArray]:
         path, record = self._found[name, layer]
-        if isinstance(record, QuantizedRecord):
+        if isinstance(record, StoredInt8):
             record = record.scales if scales else record.weight
         return path, record
 
@@ -178,8 +178,8 @@ def implied_config(folder: str | os.PathLike[str]) -> GrokConfig:
 
     def shape(name: str, dims: int) -> tuple[int, ...]:
         path = byte_ranges.join(folder, by_name[name])
-        record = read_record(path)
-        found = (record.weight if isinstance(record, QuantizedRecord) else record).shape
+        record = read_tensor(path)
+        found = (record.weight if isinstance(record, StoredInt8) else record).shape
         if len(found) != dims:
             raise CheckpointError(
                 f"{path}: should have {dims} dimensions, and its shape is {found}."
@@ -255,7 +255,7 @@ def _check_files(folder: str, expected: list[str], num_layers: int) -> None:
 def _check_shapes(
     folder: str,
     tensors: list[ReleaseTensor],
-    records: list[Record],
+    records: list[StoredTensor],
     shapes: dict[str, TensorShape],
 ) -> None:
     places = zip(tensors, records, strict=True)
@@ -282,13 +282,13 @@ def _check_shapes(
     )
 
 
-def _fits(record: Record, right: TensorShape) -> bool:
-    if isinstance(record, QuantizedRecord):
+def _fits(record: StoredTensor, right: TensorShape) -> bool:
+    if isinstance(record, StoredInt8):
         return right.quantized and record.weight.shape == right.in_file
     return (record.dtype, record.shape, False) == (np.float32, right.in_file, right.quantized)
 
 
-def _describe(record: Record) -> str:
-    if isinstance(record, QuantizedRecord):
+def _describe(record: StoredTensor) -> str:
+    if isinstance(record, StoredInt8):
         return f"quantised int8 {record.weight.shape}"
     return f"{record.dtype} {record.shape}" + " without scales" * (record.dtype == np.int8)

@@ -1,11 +1,11 @@
-"""Where the arrays of one `ckpt-0` file lie, found without unpickling anything.
+"""Finds where the arrays of one `ckpt-0` file lie, without unpickling anything.
 
 A file of the release is one pickle (protocol 4) of either a NumPy array or a
 `__main__.QuantizedWeight8bit` with the state `{weight: int8 array, scales: bfloat16 array}`.
-Python's unpickler would run whatever a file tells it to. The small machine here knows only the
-opcodes that those two objects need and refuses the rest; which objects they may make is the
-business of `release_records`. Array bytes are stepped over by their length, so a file of
-gigabytes costs a few kilobytes of reading: the caller maps or reads the ranges that it wants.
+Python's unpickler would run any code that a file contains. The pickle machine here knows only the
+opcodes that those two objects need and refuses the rest; `objects.py` says which objects they may
+make. Array bytes are skipped by their length, so a file of gigabytes costs a few kilobytes of
+reading.
 
 The opcodes are documented in CPython's Lib/pickletools.py, the frames in PEP 3154.
 """
@@ -17,18 +17,18 @@ from typing import BinaryIO
 from grok.errors import CheckpointError
 from grok.weights import byte_ranges
 from grok.weights.xai.objects import (
-    Array,
-    ArrayRecord,
+    ArrayObject,
     FileBytes,
+    Int8Object,
     MalformedError,
-    Quantized,
-    QuantizedRecord,
-    Record,
-    Truth,
-    build,
-    construct,
+    PickleBool,
+    StoredArray,
+    StoredInt8,
+    StoredTensor,
     find_global,
+    new_object,
     set_items,
+    set_state,
 )
 
 # The release's streams have up to about 135 opcodes; the bound keeps hostile ones short, and with
@@ -36,7 +36,15 @@ from grok.weights.xai.objects import (
 MAX_OPCODES = 512
 PROTOCOL_4 = b"\x80\x04"
 OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-# What lies in the place of tensors after downloads that went wrong, by how it begins.
+CONSTANTS = {
+    "NONE": None,
+    "NEWTRUE": PickleBool.TRUE,
+    "NEWFALSE": PickleBool.FALSE,
+    "EMPTY_TUPLE": (),
+}
+# Width of the length in front of a bytes object.
+LENGTH_BYTES = {"SHORT_BINBYTES": 1, "BINBYTES": 4, "BINBYTES8": 8}
+# Contents of files after downloads that went wrong, by their first bytes.
 FOREIGN = {
     b"version https://git-lfs": (
         "is a git-lfs pointer, which stands for a file that was not downloaded; `git lfs pull` "
@@ -53,13 +61,13 @@ FOREIGN = {
 }
 
 
-def read_record(path: str | os.PathLike[str]) -> Record:
+def read_tensor(path: str | os.PathLike[str]) -> StoredTensor:
     """The arrays of the file at `path`. Raises CheckpointError with the file and what is wrong."""
     with byte_ranges.open_file(path) as file:
-        return parse_record(file, os.fspath(path))
+        return parse_tensor(file, os.fspath(path))
 
 
-def parse_record(file: BinaryIO, name: str) -> Record:
+def parse_tensor(file: BinaryIO, name: str) -> StoredTensor:
     """The arrays of an open file or mmap; `name` stands for it in messages.
 
     Whatever the bytes are, the only exception is CheckpointError (beside OSError from `file`).
@@ -67,7 +75,7 @@ def parse_record(file: BinaryIO, name: str) -> Record:
     head = file.read(32)
     if not head.startswith(PROTOCOL_4):
         raise CheckpointError(f"{name}: {_what_else(head)}.")
-    machine = _Machine(file)
+    machine = _PickleMachine(file)
     try:
         return machine.run()
     except MalformedError as error:
@@ -75,18 +83,18 @@ def parse_record(file: BinaryIO, name: str) -> Record:
 
 
 def _what_else(head: bytes) -> str:
-    """What a file seems to be whose first bytes are not a tensor's."""
+    """Says what a file seems to be whose first bytes are not a tensor's."""
     if not head:
         return "is empty"
-    for start, what in FOREIGN.items():
+    for start, description in FOREIGN.items():
         if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(start):
-            return what
+            return description
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\5"):
         return f"is a pickle of protocol {head[1]}; the release's are of protocol 4"
     return "does not begin as a pickle of protocol 4, which the release's files are"
 
 
-class _Machine:
+class _PickleMachine:
     """A pickle machine over symbols: a stack, marks into it, a memo, and the current frame."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -100,8 +108,8 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: list[object] = []
 
-    def run(self) -> Record:
-        """Read to STOP, and give what the stream holds."""
+    def run(self) -> StoredTensor:
+        """Reads to STOP; returns the tensor that the stream holds."""
         for _ in range(MAX_OPCODES):
             self.opcode_at = self.position
             if self.frame_end == self.position:
@@ -114,11 +122,11 @@ class _Machine:
                 )
             if opcode == "STOP":
                 return self.finish()
-            self.step(opcode)
+            self.execute(opcode)
         raise MalformedError(f"has more than {MAX_OPCODES} opcodes")
 
-    def step(self, opcode: str) -> None:
-        """Do what one opcode says."""
+    def execute(self, opcode: str) -> None:
+        """Executes one opcode."""
         match opcode:
             case "FRAME":
                 self.begin_frame(self.number(8))
@@ -129,26 +137,16 @@ class _Machine:
                 self.memo.append(self.stack[-1])
             case "BINGET":
                 self.push(self.recall(self.number(1)))
-            case "NONE":
-                self.push(None)
-            case "NEWTRUE" | "NEWFALSE":
-                self.push(Truth.TRUE if opcode == "NEWTRUE" else Truth.FALSE)
-            case "BININT1":
-                self.push(self.number(1))
-            case "BININT2":
-                self.push(self.number(2))
+            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
+                self.push(CONSTANTS[opcode])
+            case "BININT1" | "BININT2":
+                self.push(self.number(int(opcode[-1])))
             case "BININT":
                 self.push(int.from_bytes(self.take(4), "little", signed=True))
             case "SHORT_BINUNICODE":
                 self.push(self.text(self.number(1)))
-            case "SHORT_BINBYTES":
-                self.push(self.step_over(self.number(1)))
-            case "BINBYTES":
-                self.push(self.step_over(self.number(4)))
-            case "BINBYTES8":
-                self.push(self.step_over(self.number(8)))
-            case "EMPTY_TUPLE":
-                self.push(())
+            case "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8":
+                self.push(self.skip_bytes(self.number(LENGTH_BYTES[opcode])))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 items = [self.pop() for _ in range(int(opcode[-1]))]
                 self.push_tuple(items[::-1])
@@ -165,25 +163,25 @@ class _Machine:
                 self.push(find_global(module, name))
             case "REDUCE" | "NEWOBJ":
                 arguments, function = self.pop(), self.pop()
-                self.push(construct(opcode, function, arguments))
+                self.push(new_object(opcode, function, arguments))
             case "BUILD":
                 state, target = self.pop(), self.pop()
-                build(target, state)
+                set_state(target, state)
                 self.push(target)
             case _:
                 raise MalformedError(f"has the opcode {opcode}, which no release file needs")
 
-    def finish(self) -> Record:
-        """Check that the stream ends where it should; the one object that it leaves."""
+    def finish(self) -> StoredTensor:
+        """Checks that the stream ends where it should; returns the one object that it leaves."""
         if self.position != self.size:
             left = self.size - self.position
             raise MalformedError(f"has {left:,} byte{'s'[: left - 1]} after the end of its pickle")
         if len(self.stack) != 1 or self.marks:
             raise MalformedError("does not end with exactly one object")
         match self.stack[0]:
-            case Array(record=ArrayRecord() as array):
+            case ArrayObject(stored=StoredArray() as array):
                 return array
-            case Quantized(record=QuantizedRecord() as quantized):
+            case Int8Object(stored=StoredInt8() as quantized):
                 return quantized
         raise MalformedError(
             "holds neither a complete NumPy array nor a complete QuantizedWeight8bit"
@@ -192,7 +190,7 @@ class _Machine:
     # Bytes of the file
 
     def reserve(self, count: int) -> None:
-        """Refuse unless `count` more bytes lie in the file and in the current frame."""
+        """Raises unless `count` more bytes lie in the file and in the current frame."""
         left = self.size - self.position
         if count > left:
             raise MalformedError(f"is cut short: {count:,} bytes should follow, and {left:,} do")
@@ -216,8 +214,8 @@ class _Machine:
             raise MalformedError(f"has a text of {length} bytes that is not ASCII")
         return data.decode("ascii")
 
-    def step_over(self, length: int) -> FileBytes:
-        """A bytes object, left where it is; only a single byte (a type code) is looked at."""
+    def skip_bytes(self, length: int) -> FileBytes:
+        """A bytes object, left in the file; only a single byte (a type code) is read."""
         offset = self.position
         if length == 1:
             return FileBytes(offset, length, self.take(1))
