@@ -63,6 +63,7 @@ class Watched(Source):
     def __init__(self, source: Source, fail_at: int | None = None):
         self._source, self._fail_at = source, fail_at
         self.format, self.path, self.config = source.format, source.path, source.config
+        self.stores_rows = source.stores_rows
         self.tensors = source.tensors
         self.reads: list[tuple[str, tuple]] = []
 
