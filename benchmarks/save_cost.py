@@ -26,7 +26,7 @@ from grok.config.load import load_config, to_dict
 from grok.data.device_feed import shard_batch
 from grok.hardware import configure_devices
 from grok.optim.optimizer import make_optimizer
-from grok.train.checkpointing import trees_of
+from grok.train.checkpointing import state_trees
 from grok.train.state import init_state
 from grok.train.step import train_step
 
@@ -65,7 +65,7 @@ def main() -> None:
         began = time.perf_counter()
         for number in range(1, arguments.saves + 1):
             start = time.perf_counter()
-            checkpoints.save(number, trees_of(state), {"config": to_dict(config)})
+            checkpoints.save(number, state_trees(state), {"config": to_dict(config)})
             blocking.append(time.perf_counter() - start)
             finished = None
             for _ in range(arguments.steps):

@@ -38,7 +38,7 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019), whose decay is added later."""
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
-    return keep_as(config.moments_dtype, adam)
+    return keep_moments_in(config.moments_dtype, adam)
 
 
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -46,17 +46,17 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
     if not config.beta1:
         return factored
     momentum = optax.ema(config.beta1, debias=False)
-    return optax.chain(factored, keep_as(config.moments_dtype, momentum))
+    return optax.chain(factored, keep_moments_in(config.moments_dtype, momentum))
 
 
 def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
     """Chen et al. 2023; its learning rates are three to ten times below AdamW's."""
-    return keep_as(config.moments_dtype, optax.scale_by_lion(config.beta1, config.beta2))
+    return keep_moments_in(config.moments_dtype, optax.scale_by_lion(config.beta1, config.beta2))
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     """Muon for the matrices of attention and experts, AdamW for table, router and norms."""
-    muon = keep_as(config.moments_dtype, scale_by_muon(config.muon_momentum))
+    muon = keep_moments_in(config.moments_dtype, scale_by_muon(config.muon_momentum))
 
     def kinds(params):
         return map_named(lambda name, _: "muon" if name in MATRICES else "adam", params)
@@ -72,7 +72,9 @@ DIRECTIONS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]]
 }
 
 
-def keep_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def keep_moments_in(
+    dtype: str, inner: optax.GradientTransformation
+) -> optax.GradientTransformation:
     """`inner`, computed in float32, with its moments kept in another type from step to step."""
     if dtype == "float32":
         return inner

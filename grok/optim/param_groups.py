@@ -18,7 +18,7 @@ from grok.model.decoder import Grok
 from grok.model.lora import is_adapter
 
 # What metrics call the groups of tensors that the config does not name: by part of the name.
-REPORTED = {
+DEFAULT_GROUPS = {
     "scale_D": "norms",
     "router": "router",
     "moe": "experts",
@@ -32,7 +32,7 @@ def names(model: Grok) -> list[str]:
     return list(to_arrays(model))
 
 
-def trained(config: RunConfig) -> Callable[[str], bool]:
+def trainable(config: RunConfig) -> Callable[[str], bool]:
     """Tells by a tensor's name whether the run trains it: with adapters, those alone."""
 
     def is_trained(name: str) -> bool:
@@ -50,12 +50,12 @@ def group_of(config: OptimizerConfig, name: str) -> OptimizerGroup | None:
     return next(matching, None)
 
 
-def reported_group(config: OptimizerConfig, name: str) -> str:
+def metric_group(config: OptimizerConfig, name: str) -> str:
     """What metrics call the tensor's group: as the config does, or else by what the tensor is."""
     group = group_of(config, name)
     if group is not None and group.name:
         return group.name
-    return next(group for part, group in REPORTED.items() if part in name)
+    return next(group for part, group in DEFAULT_GROUPS.items() if part in name)
 
 
 def check_groups(config: RunConfig, tensors: Sequence[str]) -> None:
@@ -69,20 +69,20 @@ def check_groups(config: RunConfig, tensors: Sequence[str]) -> None:
                 f"optimizer.groups has {group.match}, which matches {reason}; there are "
                 f"{', '.join(tensors)}."
             )
-    if not any(map(trained(config), tensors)):
+    if not any(map(trainable(config), tensors)):
         raise ConfigError(
             "optimizer.groups has every tensor frozen, and nothing is left to train; a pattern "
             "that leaves some, such as layers/moe/*, would work."
         )
 
 
-def select(model: Any, wanted: Callable[[str], bool]) -> Any:
+def partition(model: Any, wanted: Callable[[str], bool]) -> Any:
     """The model's tree with None in place of the tensors that are not wanted."""
     return map_named(lambda name, leaf: leaf if wanted(name) else None, model)
 
 
-def merge(part: Any, model: Any) -> Any:
-    """The whole model: tensors out of `part`, which `select` made, and the rest out of `model`."""
+def combine(part: Any, model: Any) -> Any:
+    """The whole model: tensors out of `part`, which `partition` made, and the rest out of `model`."""
     return jax.tree.map(
         lambda mine, rest: rest if mine is None else mine, part, model, is_leaf=lambda x: x is None
     )

@@ -13,7 +13,7 @@ from grok.errors import GrokError
 from grok.train.telemetry.event_log import read_events
 from grok.train.telemetry.goodput import Goodput, measure
 from grok.train.telemetry.metrics_file import read_metrics
-from grok.train.telemetry.run_manifest import read_record
+from grok.train.telemetry.run_manifest import read_manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def read_run(folder: str | Path) -> RecordedRun:
         )
     metrics = paths["metrics.jsonl"]
     lines, restarts = as_one_run(read_metrics(metrics) if metrics.exists() else [])
-    record = read_record(str(folder)) or {}
+    record = read_manifest(str(folder)) or {}
     config = record.get("config")
     if config is None and paths["config.yaml"].exists():
         config = parse(paths["config.yaml"].read_text(), str, {})

@@ -27,12 +27,12 @@ class Guard:
     smoothed_norm: jax.Array  # float32: usual norm of the gradient; 0 before the first good step
 
 
-def fresh_guard() -> Guard:
+def init_guard() -> Guard:
     """Before the first step."""
     return Guard(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
 
-def find_bad(
+def detect_bad_step(
     guard: Guard, loss: jax.Array, squares: dict[str, jax.Array], config: TrainConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Whether the step is bad, and the tensors to blame.
@@ -40,7 +40,7 @@ def find_bad(
     `squares` has the sum of squares of each tensor's gradient. To blame are those that are not
     finite; of a gradient that is finite and too large, the largest.
     """
-    largest, norm = jnp.max(jnp.stack(list(squares.values()))), norm_of(squares)
+    largest, norm = jnp.max(jnp.stack(list(squares.values()))), global_norm(squares)
     limit = config.grad_spike_factor * guard.smoothed_norm
     spike = (limit > 0) & (norm > limit)
     tensors = {
@@ -50,7 +50,7 @@ def find_bad(
     return ~(jnp.isfinite(loss) & jnp.isfinite(norm)) | spike, tensors
 
 
-def count(guard: Guard, bad: jax.Array, norm: jax.Array) -> Guard:
+def update_guard(guard: Guard, bad: jax.Array, norm: jax.Array) -> Guard:
     """The guard after a step whose gradient has this norm."""
     smoothed = SMOOTHING * guard.smoothed_norm + (1 - SMOOTHING) * norm
     smoothed = jnp.where(guard.smoothed_norm > 0, smoothed, norm)
@@ -61,7 +61,7 @@ def count(guard: Guard, bad: jax.Array, norm: jax.Array) -> Guard:
     )
 
 
-def unless(bad: jax.Array, new: Any, old: Any) -> Any:
+def select_if_ok(bad: jax.Array, new: Any, old: Any) -> Any:
     """The new tree, or the old one, bit for bit, after a bad step."""
     return jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, old)
 
@@ -71,6 +71,6 @@ def sums_of_squares(tensors: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: jnp.sum(jnp.square(x.astype(jnp.float32))) for name, x in tensors.items()}
 
 
-def norm_of(squares: dict[str, jax.Array]) -> jax.Array:
+def global_norm(squares: dict[str, jax.Array]) -> jax.Array:
     """The norm of tensors together, from the sums of their squares."""
     return jnp.sqrt(sum(squares.values(), jnp.zeros(())))

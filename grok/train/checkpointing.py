@@ -13,7 +13,7 @@ from grok.config import RunConfig
 from grok.config.load import flatten, to_dict
 from grok.errors import CheckpointError
 from grok.model.lora import is_adapter
-from grok.optim.param_groups import merge, select
+from grok.optim.param_groups import combine, partition
 from grok.train.init_from import InitialWeights
 from grok.train.rollback import Skipped
 from grok.train.run_data import RunData, check_unchanged
@@ -35,10 +35,10 @@ def save(
     meta = {"config": to_dict(config), "data": data.hashes, "skipped_batches": skipped}
     if initial is not None:
         meta["init_from"] = initial.identity
-    checkpoints.save(step, trees_of(state), meta, validated)
+    checkpoints.save(step, state_trees(state), meta, validated)
 
 
-def keep_policy(config: RunConfig) -> RetentionPolicy:
+def retention_policy(config: RunConfig) -> RetentionPolicy:
     """Which checkpoints of the run stay."""
     asked = config.checkpoint
     return RetentionPolicy(asked.keep, asked.keep_every, asked.keep_best, asked.best_metric)
@@ -50,9 +50,9 @@ def skipped_batches(checkpoints: Checkpoints, step: int) -> Skipped:
     return tuple((first, last) for first, last in stored)
 
 
-def trees_of(state: TrainState) -> dict:
+def state_trees(state: TrainState) -> dict:
     """The state as the trees of a checkpoint: of a model with adapters, those without the rest."""
-    adapters = select(state.model, is_adapter)
+    adapters = partition(state.model, is_adapter)
     trees = {LORA: adapters} if jax.tree.leaves(adapters) else {MODEL: state.model}
     trees |= {OPTIMIZER: (state.step, state.opt_state, state.guard)}
     return trees if state.ema is None else trees | {EMA: state.ema}
@@ -81,7 +81,7 @@ def restore(
         before = stored.get(key)
         if before == value:
             continue
-        if not may_change(key, before, value):
+        if not is_compatible_change(key, before, value):
             raise CheckpointError(
                 f"{checkpoints.path(step)} was trained with {key}={before} and the config "
                 f"says {value}; set it back, or name another folder."
@@ -91,18 +91,18 @@ def restore(
     new_ema = wanted.ema is not None and not stored.get("optimizer.ema_decay")
     if new_ema:
         wanted = dataclasses.replace(wanted, ema=None)
-    read = checkpoints.restore(step, trees_of(wanted))
+    read = checkpoints.restore(step, state_trees(wanted))
     if LORA in read:
         assert initial is not None
         base = init_state(config, optimizer, mesh, initial.load(mesh)).model
-        read[MODEL] = merge(read[LORA], base)
+        read[MODEL] = combine(read[LORA], base)
     if new_ema:
         read[EMA] = start_state(config, optimizer, read[MODEL]).ema
     steps_done, opt_state, guard = read[OPTIMIZER]
     return TrainState(steps_done, read[MODEL], opt_state, guard, read.get(EMA)), changes
 
 
-def may_change(key: str, before: Any, now: Any) -> bool:
+def is_compatible_change(key: str, before: Any, now: Any) -> bool:
     """Whether a run can go on with another value: one that saves the same tensors."""
     if key == "optimizer.groups":
         frozen, frozen_now = (

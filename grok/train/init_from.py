@@ -49,7 +49,7 @@ def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeigh
     if newest:
         kept = checkpoints.meta(newest).get("init_from")
         if kept and config.lora.rank:
-            return _open_again(kept, config, f"{checkpoints.folder}/{newest}")
+            return _reopen(kept, config, f"{checkpoints.folder}/{newest}")
         return InitialWeights(kept) if kept else None
     if newest == 0:
         raise CheckpointError(
@@ -59,7 +59,7 @@ def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeigh
     return open_initial(config.train.init_from, config.model) if config.train.init_from else None
 
 
-def _open_again(kept: dict[str, str], config: RunConfig, checkpoint: str) -> InitialWeights:
+def _reopen(kept: dict[str, str], config: RunConfig, checkpoint: str) -> InitialWeights:
     """The weights that adapters in a checkpoint belong to, which may have moved meanwhile."""
     found = open_initial(config.train.init_from, config.model)
     if found.identity["checksum"] != kept["checksum"]:

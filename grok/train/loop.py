@@ -1,7 +1,7 @@
 """A training run, top to bottom.
 
 In the run's folder: `config.yaml` (resolved), `tokenizer.model`, `checkpoints/`, and what
-`grok.train.telemetry.reports` tells: `metrics.jsonl`, `events.jsonl`, `run.json`.
+`grok.train.telemetry.telemetry` tells: `metrics.jsonl`, `events.jsonl`, `run.json`.
 Started again with the same command, a run goes on from its newest checkpoint, bit for bit as if
 it had never stopped.
 """
@@ -26,18 +26,25 @@ from grok.data.device_feed import global_batches
 from grok.data.text_stream import bits_per_byte
 from grok.errors import DONE, SAVED, Diverged, SaveError
 from grok.optim.optimizer import make_optimizer
-from grok.optim.param_groups import merge, names
+from grok.optim.param_groups import combine, names
 from grok.preemption import PreemptionSignal
 from grok.storage import join
-from grok.train.checkpointing import keep_policy, restore, save, skipped_batches
+from grok.train.checkpointing import restore, retention_policy, save, skipped_batches
 from grok.train.evaluate import total_loss
 from grok.train.init_from import InitialWeights, initial_weights
-from grok.train.rollback import Skipped, batch_number, in_trouble, skip, stop_if_bad, way_back
+from grok.train.rollback import (
+    Skipped,
+    batch_number,
+    is_bad_step,
+    raise_if_diverged,
+    rollback_step,
+    skip_batches,
+)
 from grok.train.run_data import RunData, read_data
 from grok.train.state import TrainState, init_state
 from grok.train.step import eval_step, train_step
-from grok.train.telemetry.reports import Reports
 from grok.train.telemetry.run_dir import write_file
+from grok.train.telemetry.telemetry import Telemetry
 from grok.train.watchdog import Watchdog
 
 
@@ -63,7 +70,7 @@ class Run:
     eval_function: Callable
     checkpoints: Checkpoints
     initial: InitialWeights | None  # what the parameters started from, if not from the seed
-    reports: Reports
+    telemetry: Telemetry
     watchdog: Watchdog
     first: int  # the step that this process goes on from
     notices: tuple[str, ...]  # what was found wrong with later checkpoints
@@ -77,14 +84,18 @@ def run(config: RunConfig, replay_to: int | None = None) -> int:
     With `replay_to` only the steps up to that one are done, and nothing is saved.
     """
     parts = open_run(config, replay_to)
-    with jax.set_mesh(parts.mesh), PreemptionSignal(parts.mesh) as stop, parts.reports as reports:
-        with reports.events.during("start"):
+    with (
+        jax.set_mesh(parts.mesh),
+        PreemptionSignal(parts.mesh) as stop,
+        parts.telemetry as telemetry,
+    ):
+        with telemetry.events.during("start"):
             start = first_state(parts)
         with parts.watchdog:
             step = train_on(parts, start, stop)
-        with reports.events.during("save"):
+        with telemetry.events.during("save"):
             parts.checkpoints.close()
-        return farewell(parts, step)
+        return finish(parts, step)
 
 
 def open_run(config: RunConfig, replay_to: int | None) -> Run:
@@ -96,7 +107,7 @@ def open_run(config: RunConfig, replay_to: int | None) -> Run:
     data = read_data(config)
     optimizer = make_optimizer(config)
     step = functools.partial(train_step, config=config, optimizer=optimizer)
-    checkpoints = Checkpoints(join(config.folder, "checkpoints"), keep=keep_policy(config))
+    checkpoints = Checkpoints(join(config.folder, "checkpoints"), keep=retention_policy(config))
     notices: list[str] = []
     first = checkpoints.newest_good(notices.append) or 0
     return Run(
@@ -108,7 +119,7 @@ def open_run(config: RunConfig, replay_to: int | None) -> Run:
         eval_function=jax.jit(eval_step),
         checkpoints=checkpoints,
         initial=initial_weights(config, checkpoints),
-        reports=Reports(config, mesh, data, first, began),
+        telemetry=Telemetry(config, mesh, data, first, began),
         watchdog=Watchdog(config.train.hang_timeout_seconds, config.folder),
         first=first,
         notices=tuple(notices),
@@ -119,19 +130,19 @@ def open_run(config: RunConfig, replay_to: int | None) -> Run:
 
 def first_state(run: Run) -> Start:
     """Where the run begins: at the newest checkpoint, or with a fresh state."""
-    say = run.reports.say
-    say(describe(run.config, run.mesh))
+    log = run.telemetry.log
+    log(describe(run.config, run.mesh))
     for notice in run.notices:
-        say(notice)
+        log(notice)
     if run.first:
-        say(f"resuming from the checkpoint of step {run.first}")
+        log(f"resuming from the checkpoint of step {run.first}")
         start = from_checkpoint(run, run.first)
     else:
         model = None
         if run.initial is not None:
-            say(f"reading the weights at {run.initial.identity['path']}")
+            log(f"reading the weights at {run.initial.identity['path']}")
             model = run.initial.load(run.mesh)
-        say("making the initial state")
+        log("making the initial state")
         start = Start(0, init_state(run.config, run.optimizer, run.mesh, model))
     if distributed.is_primary():
         write_file(run.config.folder, "config.yaml", to_yaml(run.config).encode())
@@ -143,12 +154,12 @@ def first_state(run: Run) -> Start:
 
 def from_checkpoint(run: Run, step: int) -> Start:
     """The state saved at `step`; says what the config says differently now."""
-    with run.reports.events.during("restore", step=step):
+    with run.telemetry.events.during("restore", step=step):
         state, changes = restore(
             run.checkpoints, step, run.config, run.data, run.optimizer, run.mesh, run.initial
         )
     for change in changes:
-        run.reports.say(f"changed since then: {change}")
+        run.telemetry.log(f"changed since then: {change}")
     return Start(step, state, skipped_batches(run.checkpoints, step))
 
 
@@ -158,25 +169,25 @@ def train_on(run: Run, start: Start, stop: PreemptionSignal) -> int:
         try:
             return train(run, start, stop)
         except Diverged as error:
-            run.watchdog.rest()
+            run.watchdog.pause()
             run.checkpoints.wait()
             if not (run.config.train.rollback_on_divergence and run.saves):
                 raise
-            start = go_back(run, start, error)
+            start = roll_back(run, start, error)
 
 
-def go_back(run: Run, start: Start, error: Diverged) -> Start:
+def roll_back(run: Run, start: Start, error: Diverged) -> Start:
     """The last good checkpoint, from which the run leaves out the batches up to the bad ones.
 
     Raises `error` again where there is none.
     """
-    step = way_back(run.checkpoints.steps(), error, start.step, start.returned)
+    step = rollback_step(run.checkpoints.steps(), error, start.step, start.returned)
     run.checkpoints.delete_after(step)
     good = from_checkpoint(run, step)
-    skipped = skip(good.skipped, step, error, start.skipped)
+    skipped = skip_batches(good.skipped, step, error, start.skipped)
     first, last = skipped[-1]
-    run.reports.returned(step, skipped_batches=[first, last], reason=str(error))
-    run.reports.say(
+    run.telemetry.returned(step, skipped_batches=[first, last], reason=str(error))
+    run.telemetry.log(
         f"{error} Back to the checkpoint of step {step}, and on without batches {first} to {last}."
     )
     return Start(step, good.state, skipped, returned=True)
@@ -187,43 +198,43 @@ def train(run: Run, start: Start, stop: PreemptionSignal) -> int:
 
     Returns the last step done, which is saved. Raises Diverged after too many bad steps.
     """
-    config, reports = run.config, run.reports
+    config, telemetry = run.config, run.telemetry
     tensors, limit = names(start.state.model), config.train.max_bad_steps
-    reports.began(start.step)
+    telemetry.began(start.step)
     step = saved = start.step
     state = start.state
     batches = training_batches(run, start)
     metrics: dict[str, jax.Array] = {}
-    owed = False
+    save_due = False
     while step < run.last:
         before = metrics
-        with reports.events.waiting():
+        with telemetry.events.waiting():
             batch = next(batches)
         step += 1
         stop.exchange()
-        state, metrics = reports.run_step(step, run.step_function, state, batch)
-        reports.display.advance(step, saved if run.checkpoints.saving() else None)
+        state, metrics = telemetry.run_step(step, run.step_function, state, batch)
+        telemetry.display.advance(step, saved if run.checkpoints.saving() else None)
         # Devices have this step when the host looks at the one before: none waits for the other.
         if before:
-            stop_if_bad(step - 1, before, tensors, limit)
-        run.watchdog.beat(step - 1)
+            raise_if_diverged(step - 1, before, tensors, limit)
+        run.watchdog.heartbeat(step - 1)
         last = step == run.last
         if last or step % config.train.log_every == 0:
             report_step(run, step, metrics, start.skipped)
         validated: dict[str, float] = {}
         if last or (config.train.eval_every and step % config.train.eval_every == 0):
             validated = report_validation(run, step, state)
-        owed = owed or step % config.checkpoint.every == 0
+        save_due = save_due or step % config.checkpoint.every == 0
         if last:
-            stop_if_bad(step, metrics, tensors, limit)
+            raise_if_diverged(step, metrics, tensors, limit)
         # What is saved on the way comes from a good step: one to go back to.
-        if run.saves and (last or (owed and not in_trouble(metrics))):
+        if run.saves and (last or (save_due and not is_bad_step(metrics))):
             save_state(run, step, state, validated, start.skipped)
-            saved, owed = step, False
+            saved, save_due = step, False
         if stop.should_stop():
             break
     if run.saves and saved != step:
-        stop_if_bad(step, metrics, tensors, limit)
+        raise_if_diverged(step, metrics, tensors, limit)
         save_state(run, step, state, {}, start.skipped)
     return step
 
@@ -238,7 +249,7 @@ def report_step(run: Run, step: int, metrics: dict[str, jax.Array], skipped: Ski
     """Waits for the step's metrics, and writes and shows them; tokens of batches that were left
     out count as seen."""
     told = {name: value for name, value in metrics.items() if name != "bad_tensors"}
-    run.reports.step(
+    run.telemetry.step(
         step, told, tokens_seen=run.data.train.tokens_seen(batch_number(step, skipped))
     )
 
@@ -249,12 +260,12 @@ def report_validation(run: Run, step: int, state: TrainState) -> dict[str, float
     if run.data.validation is None:
         return {}
     against = (run.data.validation, run.data.num_bytes, run.mesh)
-    with run.reports.events.during("validate", step=step):
+    with run.telemetry.events.during("validate", step=step):
         values = validate(run.eval_function, state.model, *against)
         if state.ema is not None:
-            averaged = validate(run.eval_function, merge(state.ema, state.model), *against)
+            averaged = validate(run.eval_function, combine(state.ema, state.model), *against)
             values |= {f"ema_{name}": value for name, value in averaged.items()}
-    run.reports.validation(step, values)
+    run.telemetry.validation(step, values)
     return values
 
 
@@ -281,27 +292,27 @@ def save_state(
     def begin() -> None:
         save(run.checkpoints, step, state, run.config, run.data, run.initial, validated, skipped)
 
-    with run.reports.events.during("save", step=step):
+    with run.telemetry.events.during("save", step=step):
         for part in (run.checkpoints.wait, begin):
             try:
                 part()
             except SaveError as error:
                 if distributed.process_count() > 1:
                     raise
-                run.reports.say(str(error))
-    run.reports.saved(step)
+                run.telemetry.log(str(error))
+    run.telemetry.saved(step)
 
 
-def farewell(run: Run, step: int) -> int:
+def finish(run: Run, step: int) -> int:
     """Says how the run ended at `step`; the exit code."""
     if step < run.last:
-        run.reports.say(f"stopped at step {step}, all saved; the same command goes on from there")
+        run.telemetry.log(f"stopped at step {step}, all saved; the same command goes on from there")
         code = SAVED
     else:
         if run.saves:
-            run.reports.say(f"done: {step} steps, in {run.config.folder}")
+            run.telemetry.log(f"done: {step} steps, in {run.config.folder}")
         code = DONE
-    run.reports.ended(step, code)
+    run.telemetry.ended(step, code)
     return code
 
 

@@ -20,7 +20,7 @@ from grok.config.load import from_dict, load_config
 from grok.errors import DONE, CheckpointError
 from grok.train.loop import run
 from grok.train.telemetry.metrics_file import read_metrics
-from grok.train.telemetry.run_manifest import code_version, read_record
+from grok.train.telemetry.run_manifest import code_version, read_manifest
 
 
 class Part(NamedTuple):
@@ -64,7 +64,7 @@ def find_part(folder: Path, first: int | None, num_steps: int | None) -> Part:
         )
     logged = [line for line in read_metrics(lines) if "loss" in line]
     first = _checkpoint(folder, first, logged)
-    record = read_record(str(folder))
+    record = read_manifest(str(folder))
     config, start, limit = (
         (load_config(folder / "config.yaml"), {}, None)
         if record is None
@@ -183,7 +183,7 @@ def _devices(facts: dict[str, Any]) -> str:
 
 
 def _check_text(part: Part) -> None:
-    record = read_record(str(part.folder)) or {}
+    record = read_manifest(str(part.folder)) or {}
     for each in record.get("data", ()):
         path = each.get("file")
         if path not in part.config.data.train:

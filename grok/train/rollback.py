@@ -14,12 +14,12 @@ Skipped = tuple[tuple[int, int], ...]  # first and last number of batches that w
 SHOWN = 5
 
 
-def in_trouble(metrics: Mapping[str, jax.Array]) -> bool:
+def is_bad_step(metrics: Mapping[str, jax.Array]) -> bool:
     """Whether the step of these metrics was bad; waits for it."""
     return bool(metrics["bad_in_a_row"])
 
 
-def stop_if_bad(
+def raise_if_diverged(
     step: int, metrics: Mapping[str, jax.Array], names: Sequence[str], limit: int
 ) -> None:
     """Raises Diverged when `limit` steps up to `step` were bad; waits for its metrics."""
@@ -44,7 +44,7 @@ def batch_number(step: int, skipped: Skipped) -> int:
     return step + sum(last - first + 1 for first, last in skipped)
 
 
-def way_back(steps: Sequence[int], error: Diverged, began: int, returned: bool) -> int:
+def rollback_step(steps: Sequence[int], error: Diverged, began: int, returned: bool) -> int:
     """The checkpoint, of those of `steps`, to go back to: the newest from before the trouble.
 
     Where a return to `began` has led into trouble without a checkpoint in between, it was not good
@@ -57,7 +57,7 @@ def way_back(steps: Sequence[int], error: Diverged, began: int, returned: bool) 
     return max(newer or good)
 
 
-def skip(before: Skipped, step: int, error: Diverged, skipped: Skipped) -> Skipped:
+def skip_batches(before: Skipped, step: int, error: Diverged, skipped: Skipped) -> Skipped:
     """What a run leaves out that goes back from `error` to the checkpoint of `step`.
 
     `before`: what had been left out up to that checkpoint; `skipped`: up to the trouble.

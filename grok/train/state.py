@@ -14,8 +14,8 @@ from grok.config import RunConfig
 from grok.model.decoder import Grok, quick_to_compile
 from grok.model.lora import adapted
 from grok.optim.offload import placed_on_host
-from grok.optim.param_groups import select, trained
-from grok.train.bad_steps import Guard, fresh_guard
+from grok.optim.param_groups import partition, trainable
+from grok.train.bad_steps import Guard, init_guard
 
 
 @jax.tree_util.register_dataclass
@@ -65,11 +65,11 @@ def start_state(
     config: RunConfig, optimizer: optax.GradientTransformation, model: Grok
 ) -> TrainState:
     """The state of a run that starts from `model`; traced, or on arrays."""
-    params = as_float32(select(model, trained(config)))
+    params = as_float32(partition(model, trainable(config)))
     # Not the parameters themselves: a step could not be given the same array twice.
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
     step = jnp.zeros((), jnp.int32)
-    return TrainState(step, model, optimizer.init(params), fresh_guard(), ema)
+    return TrainState(step, model, optimizer.init(params), init_guard(), ema)
 
 
 def _make(config: RunConfig, optimizer: optax.GradientTransformation):

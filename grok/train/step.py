@@ -12,9 +12,15 @@ from grok.model.build import to_arrays
 from grok.model.params import MATRICES
 from grok.ops.weights.low_precision_grad import CastArray
 from grok.optim import offload
-from grok.optim.param_groups import map_named, merge, names, reported_group, select, trained
+from grok.optim.param_groups import combine, map_named, metric_group, names, partition, trainable
 from grok.optim.schedule import make_schedule
-from grok.train.bad_steps import count, find_bad, norm_of, sums_of_squares, unless
+from grok.train.bad_steps import (
+    detect_bad_step,
+    global_norm,
+    select_if_ok,
+    sums_of_squares,
+    update_guard,
+)
 from grok.train.loss import batch_loss, count_tokens, hidden, token_losses
 from grok.train.state import TrainState, as_float32
 
@@ -33,30 +39,30 @@ def train_step(
     `grad_norm/GROUP`; `skipped`, 1 when the step was bad and changed nothing; `bad_in_a_row`, up
     to this step; `bad_tensors`, bool in the order of `names(model)`: the tensors to blame.
     """
-    params = select(state.model, trained(config))
+    params = partition(state.model, trainable(config))
     loss, metrics, grads = gradients(params, state.model, batch, config.train)
     old_opt_state = offload.to_device(state.opt_state)
     updates, opt_state = optimizer.update(grads, old_opt_state, as_float32(params))
 
     grad_squares, update_squares = (sums_of_squares(to_arrays(x)) for x in (grads, updates))
-    bad, to_blame = find_bad(state.guard, loss, grad_squares, config.train)
-    guard = count(state.guard, bad, norm_of(grad_squares))
+    bad, to_blame = detect_bad_step(state.guard, loss, grad_squares, config.train)
+    guard = update_guard(state.guard, bad, global_norm(grad_squares))
     # XLA on CPU would copy parameters and moments, to write over what it has yet to read, and hold
     # all updates at once. So it reads all that a tensor's update needs, then the tensor changes,
     # and then its moments.
     old_params = params
     if sharding.platform() == "cpu":
         squares = list(update_squares.values())
-        old_params, updates, squares = together(params, updates, squares)
+        old_params, updates, squares = barrier_per_leaf(params, updates, squares)
         update_squares = dict(zip(update_squares, squares, strict=True))
-    params = unless(bad, optax.apply_updates(old_params, updates), old_params)
+    params = select_if_ok(bad, optax.apply_updates(old_params, updates), old_params)
     if sharding.platform() == "cpu":
-        params, grads = together(params, grads)
+        params, grads = barrier_per_leaf(params, grads)
         _, opt_state = optimizer.update(grads, old_opt_state, as_float32(old_params))
-    opt_state = offload.back(unless(bad, opt_state, old_opt_state), state.opt_state)
+    opt_state = offload.back(select_if_ok(bad, opt_state, old_opt_state), state.opt_state)
     ema = state.ema
     if ema is not None:
-        ema = unless(bad, moved(ema, params, config.optimizer.ema_decay), ema)
+        ema = select_if_ok(bad, ema_update(ema, params, config.optimizer.ema_decay), ema)
 
     update_squares = {name: jnp.where(bad, 0, square) for name, square in update_squares.items()}
     metrics |= {
@@ -64,17 +70,17 @@ def train_step(
         "learning_rate": make_schedule(config.optimizer, config.train.steps)(
             state.step - state.guard.skipped
         ),
-        "param_norm": norm_of(sums_of_squares(to_arrays(params))),
+        "param_norm": global_norm(sums_of_squares(to_arrays(params))),
         **norms("grad_norm", grad_squares, config.optimizer),
         **norms("update_norm", update_squares, config.optimizer),
         "skipped": bad.astype(jnp.float32),
         "bad_in_a_row": guard.bad_in_a_row.astype(jnp.float32),
         "bad_tensors": jnp.stack([to_blame.get(name, False) for name in names(state.model)]),
     }
-    return TrainState(state.step + 1, merge(params, state.model), opt_state, guard, ema), metrics
+    return TrainState(state.step + 1, combine(params, state.model), opt_state, guard, ema), metrics
 
 
-def together(*trees):
+def barrier_per_leaf(*trees):
     """The trees, as lists or of one structure, of which what comes at a leaf waits for the leaves
     of all at that place."""
     leaves = zip(*map(jax.tree.leaves, trees), strict=True)
@@ -91,10 +97,12 @@ def gradients(params, model, batch: dict, config: TrainConfig) -> tuple[jax.Arra
     With accumulation the batch goes through the model in parts, and their gradients, each weighted
     by its share of the tokens, add up to that of the batch.
     """
-    wanted = seats(params, model.config.compute_dtype) if sharding.platform() == "tpu" else params
+    wanted = (
+        grad_slots(params, model.config.compute_dtype) if sharding.platform() == "tpu" else params
+    )
 
     def loss(wanted, part, whole):
-        return batch_loss(seated(merge(params, model), wanted), part, config, whole)
+        return batch_loss(with_grad_slots(combine(params, model), wanted), part, config, whole)
 
     def of_part(part):
         (total, report), grads = jax.value_and_grad(loss, has_aux=True)(wanted, part, whole)
@@ -115,7 +123,7 @@ def gradients(params, model, batch: dict, config: TrainConfig) -> tuple[jax.Arra
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def seats(params, dtype):
+def grad_slots(params, dtype):
     """What a gradient is taken of to stay small: seats for matrices of layers that are of another
     type than that of computation, which their gradients are made in, and `params` for the rest."""
 
@@ -126,7 +134,7 @@ def seats(params, dtype):
     return map_named(seat, params)
 
 
-def seated(model, wanted):
+def with_grad_slots(model, wanted):
     """The model with each tensor out of `wanted`, or with its seat beside it."""
 
     def one(mine, w):
@@ -152,12 +160,12 @@ def norms(name: str, squares: dict[str, jax.Array], config: OptimizerConfig) -> 
     """The norm of all tensors as NAME, and of each group of them as NAME/GROUP."""
     groups: dict[str, dict[str, jax.Array]] = {}
     for tensor, square in squares.items():
-        groups.setdefault(reported_group(config, tensor), {})[tensor] = square
-    of_groups = {f"{name}/{group}": norm_of(part) for group, part in groups.items()}
-    return {name: norm_of(squares)} | of_groups
+        groups.setdefault(metric_group(config, tensor), {})[tensor] = square
+    of_groups = {f"{name}/{group}": global_norm(part) for group, part in groups.items()}
+    return {name: global_norm(squares)} | of_groups
 
 
-def moved(ema, params, decay: float):
+def ema_update(ema, params, decay: float):
     """The moving average after a step that led to `params`."""
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, as_float32(params))
 

@@ -14,7 +14,7 @@ from grok.storage import is_remote
 class Watchdog:
     """Ends the process with RESTART when there is no sign of life for `seconds` (0: never).
 
-    It looks away until the first sign, and after `rest` until the next: what compiles takes as
+    It looks away until the first sign, and after `pause` until the next: what compiles takes as
     long as it takes. Before the end, the stacks of all threads go to stderr and, where the run's
     folder is on this machine, to `stacks-PROCESS.txt` in it.
     """
@@ -24,11 +24,11 @@ class Watchdog:
         self._step, self._last = 0, float("inf")
         self._over = threading.Event()
 
-    def beat(self, step: int) -> None:
+    def heartbeat(self, step: int) -> None:
         """A sign of life: `step` is done, or something that belongs to it."""
         self._step, self._last = step, time.monotonic()
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         """Looks away until the next sign of life."""
         self._last = float("inf")
 
@@ -43,9 +43,9 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(min(1, self._seconds / 4)):
             if time.monotonic() - self._last > self._seconds:
-                self._bite()
+                self._abort()
 
-    def _bite(self) -> None:
+    def _abort(self) -> None:
         faulthandler.dump_traceback(sys.stderr)
         if not is_remote(self._folder):
             with (Path(self._folder) / f"stacks-{distributed.process_index()}.txt").open(

@@ -23,11 +23,11 @@ from grok.model.build import abstract, from_arrays, to_arrays
 from grok.model.params import MATRICES, rows_and_columns
 from grok.optim.adafactor import column_axes, row_axes
 from grok.optim.muon import orthogonalize
-from grok.optim.optimizer import keep_as, make_optimizer
-from grok.optim.param_groups import names, reported_group
+from grok.optim.optimizer import keep_moments_in, make_optimizer
+from grok.optim.param_groups import metric_group, names
 from grok.optim.schedule import make_schedule
 from grok.train.bad_steps import Guard
-from grok.train.checkpointing import trees_of
+from grok.train.checkpointing import state_trees
 from grok.train.state import TrainState, abstract_state
 
 MODEL_CONFIG = GrokConfig(
@@ -211,12 +211,12 @@ def test_saved_and_read_again_every_bit_is_the_same(name, tmp_path):
         state = TrainState(jax.device_put(jnp.int32(4), P()), params, opt_state, guard, params)
     wanted = abstract_state(config, make_optimizer(config), mesh)
     checkpoints = Checkpoints(tmp_path, RetentionPolicy(1))
-    checkpoints.save(4, trees_of(state), {})
+    checkpoints.save(4, state_trees(state), {})
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path)
-    read = checkpoints.restore(4, trees_of(wanted))
+    read = checkpoints.restore(4, state_trees(wanted))
     checkpoints.close()
-    saved = jax.tree.leaves_with_path(trees_of(state))
+    saved = jax.tree.leaves_with_path(state_trees(state))
     for (path, before), after in zip(saved, jax.tree.leaves(read), strict=True):
         where = jax.tree_util.keystr(path)
         assert before.sharding.is_equivalent_to(after.sharding, before.ndim), where
@@ -246,7 +246,10 @@ def test_moments_have_the_type_of_the_config_whatever_the_parameters_have(dtype)
 
 
 def test_kept_in_bfloat16_a_moment_is_rounded_after_it_was_used():
-    plain, kept = optax.ema(0.9, debias=False), keep_as("bfloat16", optax.ema(0.9, debias=False))
+    plain, kept = (
+        optax.ema(0.9, debias=False),
+        keep_moments_in("bfloat16", optax.ema(0.9, debias=False)),
+    )
     grads = {"x": jnp.asarray(arrays(1)["final_norm/scale_D"])}
     updates, state = kept.update(grads, kept.init(grads))
     right, right_state = plain.update(grads, plain.init(grads))
@@ -345,7 +348,7 @@ def test_groups_that_cannot_be_meant_are_refused(matches, sentence):
 def test_every_tensor_is_reported_in_some_group():
     named = (OptimizerGroup(match="*w_out*", name="out"), OptimizerGroup(match="*w_key*"))
     config = run_config(groups=named).optimizer
-    found = {tensor: reported_group(config, tensor) for tensor in names(abstract(MODEL_CONFIG))}
+    found = {tensor: metric_group(config, tensor) for tensor in names(abstract(MODEL_CONFIG))}
     assert {name: found.pop(f"layers/attention/w_{name}") for name in ("out_NHD", "key_DKH")} == {
         "out_NHD": "out",
         "key_DKH": "attention",

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from grok.train.telemetry import goodput
-from grok.train.telemetry.event_log import Events, read_events
+from grok.train.telemetry.event_log import EventLog, read_events
 
 
 def lines_of(*lines: tuple) -> list[dict]:
@@ -16,7 +16,7 @@ def lines_of(*lines: tuple) -> list[dict]:
 def test_a_span_leaves_out_what_ran_inside_it(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    with Events(tmp_path / "events.jsonl") as events:
+    with EventLog(tmp_path / "events.jsonl") as events:
         with events.during("start"):
             now[0] += 5
             with events.during("restore", step=3):
@@ -33,7 +33,7 @@ def test_a_span_leaves_out_what_ran_inside_it(tmp_path, monkeypatch):
 
 
 def test_steps_need_no_line_each(tmp_path):
-    with Events(tmp_path / "events.jsonl") as events:
+    with EventLog(tmp_path / "events.jsonl") as events:
         for step in range(1, 50):
             events.steps_to(step, at_once=False)
         events.steps_to(50)
@@ -44,10 +44,10 @@ def test_steps_need_no_line_each(tmp_path):
 
 def test_a_span_that_fails_has_no_line_and_a_cut_line_costs_no_other(tmp_path):
     path = tmp_path / "events.jsonl"
-    with pytest.raises(OSError, match="full"), Events(path) as events, events.during("save"):
+    with pytest.raises(OSError, match="full"), EventLog(path) as events, events.during("save"):
         raise OSError("disk full")
     path.write_bytes(path.read_bytes() + b'{"time": 3.0, "ev')
-    with Events(path) as events:
+    with EventLog(path) as events:
         events.note("resumed", step=10)
     assert [line["event"] for line in read_events(path)] == ["began", "began", "resumed"]
     assert json.loads(path.read_text().splitlines()[-1])["step"] == 10
@@ -55,7 +55,7 @@ def test_a_span_that_fails_has_no_line_and_a_cut_line_costs_no_other(tmp_path):
 
 def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with Events(None) as events:
+    with EventLog(None) as events:
         with events.during("save"):
             events.note("asked to stop")
         events.steps_to(5)

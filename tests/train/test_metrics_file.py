@@ -12,9 +12,9 @@ import pytest
 
 from grok.config import GrokConfig, RunConfig, TrainConfig
 from grok.errors import ConfigError
-from grok.train.telemetry.metrics_file import MetricsFile, plain, read_metrics
+from grok.train.telemetry.metrics_file import MetricsFile, read_metrics, to_plain
 from grok.train.telemetry.progress import duration
-from grok.train.telemetry.trackers import open_writers, scalars
+from grok.train.telemetry.trackers import open_trackers, scalars
 
 
 def small_run(**train) -> RunConfig:
@@ -26,12 +26,12 @@ def small_run(**train) -> RunConfig:
 
 def test_numbers_are_short_and_exact():
     loss = jnp.float32(0.1) + jnp.float32(2)
-    values = plain({"loss": loss, "load": jnp.float32([1 / 3, 0.25]), "skipped": jnp.int32(3)})
+    values = to_plain({"loss": loss, "load": jnp.float32([1 / 3, 0.25]), "skipped": jnp.int32(3)})
     assert json.dumps(values["loss"]) == "2.1"
     assert np.float32(values["loss"]) == loss
     assert np.float32(values["load"][0]) == np.float32(1 / 3)
     assert values["skipped"] == 3
-    loads = plain({"expert_load_layers": jnp.float32([[1 / 3, 2 / 3]])})
+    loads = to_plain({"expert_load_layers": jnp.float32([[1 / 3, 2 / 3]])})
     assert loads == {"expert_load_layers": [[0.3333, 0.6667]]}
 
 
@@ -80,7 +80,7 @@ def test_a_missing_extra_is_said_before_anything_starts(
         "importlib.util.find_spec", lambda name: None if name == package else object()
     )
     with pytest.raises(ConfigError, match=sentence):
-        open_writers(small_run(**train), tmp_path, "0123abcd", 0)
+        open_trackers(small_run(**train), tmp_path, "0123abcd", 0)
 
 
 def test_weights_and_biases_goes_on_with_the_same_run(tmp_path: Path, monkeypatch):
@@ -107,7 +107,7 @@ def test_weights_and_biases_goes_on_with_the_same_run(tmp_path: Path, monkeypatc
         __spec__=object(),
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    (writer,) = open_writers(small_run(wandb="mine"), tmp_path, "0123abcd", 5)
+    (writer,) = open_trackers(small_run(wandb="mine"), tmp_path, "0123abcd", 5)
     writer.write(6, {"loss": 2.0, "expert_load": [0.5]})
     writer.close()
     assert calls == [
@@ -121,7 +121,7 @@ def test_weights_and_biases_goes_on_with_the_same_run(tmp_path: Path, monkeypatc
 
     fake.init = refuse
     with pytest.raises(ConfigError, match=r"train\.wandb=mine cannot be used: no API key; .*offl"):
-        open_writers(small_run(wandb="mine"), tmp_path, "0123abcd", 5)
+        open_trackers(small_run(wandb="mine"), tmp_path, "0123abcd", 5)
 
 
 @pytest.mark.parametrize("profile", [(5,), (6, 5), (900, 1200), (1, 2, 3)])

@@ -11,7 +11,7 @@ from grok.checkpoint.manager import Checkpoints
 from grok.config import CheckpointConfig, RunConfig, TrainConfig
 from grok.errors import DIVERGED, DONE, Diverged
 from grok.train import loop
-from grok.train.rollback import batch_number, skip, way_back
+from grok.train.rollback import batch_number, rollback_step, skip_batches
 from grok.train.run_data import read_data
 from grok.train.telemetry.event_log import read_events
 from grok.train.telemetry.metrics_file import read_metrics
@@ -106,20 +106,23 @@ def test_a_run_goes_back_and_leaves_the_bad_batches_out(after_two, healthy, monk
 
 def test_where_to_go_back_to():
     error = Diverged("bad", first=25, last=34)
-    assert way_back([10, 20, 30], error, began=0, returned=False) == 20
-    assert way_back([10, 20], error, began=20, returned=False) == 20
-    assert way_back([10, 20], error, began=20, returned=True) == 10
-    assert way_back([10, 20], error, began=10, returned=True) == 20
+    assert rollback_step([10, 20, 30], error, began=0, returned=False) == 20
+    assert rollback_step([10, 20], error, began=20, returned=False) == 20
+    assert rollback_step([10, 20], error, began=20, returned=True) == 10
+    assert rollback_step([10, 20], error, began=10, returned=True) == 20
     with pytest.raises(Diverged):
-        way_back([30], error, began=0, returned=False)
+        rollback_step([30], error, began=0, returned=False)
     with pytest.raises(Diverged):
-        way_back([20], error, began=20, returned=True)
+        rollback_step([20], error, began=20, returned=True)
 
 
 def test_batches_left_out_add_up():
-    first = skip((), 20, Diverged("bad", first=25, last=34), ())
+    first = skip_batches((), 20, Diverged("bad", first=25, last=34), ())
     assert first == ((20, 33),)
     assert (batch_number(20, first), batch_number(34, first)) == (34, 48)
     # A second time in trouble, at steps 31 to 40, it goes back to 30 or, too early for that, to 10.
-    assert skip(first, 30, Diverged("bad", first=31, last=40), first) == ((20, 33), (44, 53))
-    assert skip((), 10, Diverged("bad", first=31, last=40), first) == ((10, 53),)
+    assert skip_batches(first, 30, Diverged("bad", first=31, last=40), first) == (
+        (20, 33),
+        (44, 53),
+    )
+    assert skip_batches((), 10, Diverged("bad", first=31, last=40), first) == ((10, 53),)

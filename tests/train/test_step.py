@@ -19,11 +19,11 @@ from grok import sharding
 from grok.config import GrokConfig, OptimizerConfig, OptimizerGroup, RunConfig, TrainConfig
 from grok.model.build import to_arrays
 from grok.optim.optimizer import make_optimizer
-from grok.optim.param_groups import names, select
-from grok.train.bad_steps import find_bad, fresh_guard
+from grok.optim.param_groups import names, partition
+from grok.train.bad_steps import detect_bad_step, init_guard
 from grok.train.loss import batch_loss
 from grok.train.state import TrainState, init_state
-from grok.train.step import gradients, microbatches, seated, seats, train_step
+from grok.train.step import grad_slots, gradients, microbatches, train_step, with_grad_slots
 
 CONFIG = RunConfig(
     model=GrokConfig(
@@ -173,12 +173,12 @@ def test_a_spike_is_skipped_and_blamed_on_the_largest_gradient():
 
 def test_without_a_limit_only_what_is_not_finite_is_bad():
     squares = {"a": jnp.float32(1), "b": jnp.float32(jnp.inf)}
-    usual = dataclasses.replace(fresh_guard(), smoothed_norm=jnp.float32(1e-9))
-    bad, to_blame = find_bad(usual, jnp.float32(1), squares, TrainConfig())
+    usual = dataclasses.replace(init_guard(), smoothed_norm=jnp.float32(1e-9))
+    bad, to_blame = detect_bad_step(usual, jnp.float32(1), squares, TrainConfig())
     assert (bool(bad), {name: bool(x) for name, x in to_blame.items()}) == (1, {"a": 0, "b": 1})
-    bad, _ = find_bad(usual, jnp.float32(1), {"a": squares["a"]}, TrainConfig())
+    bad, _ = detect_bad_step(usual, jnp.float32(1), {"a": squares["a"]}, TrainConfig())
     assert not bad
-    bad, _ = find_bad(usual, jnp.float32(jnp.nan), {"a": squares["a"]}, TrainConfig())
+    bad, _ = detect_bad_step(usual, jnp.float32(jnp.nan), {"a": squares["a"]}, TrainConfig())
     assert bad
 
 
@@ -204,7 +204,7 @@ def gradients_in(parts: int, balance: float) -> tuple:
     run = jax.jit(functools.partial(gradients, config=config))
     with jax.set_mesh(mesh()):
         model = first_state(CONFIG).model
-        loss, report, grads = run(select(model, lambda name: True), model, batch())
+        loss, report, grads = run(partition(model, lambda name: True), model, batch())
     return float(loss), jax.device_get(report), by_name(grads)
 
 
@@ -254,9 +254,9 @@ def test_gradients_left_in_the_type_of_computation_are_those_of_float32():
     data = {name: np.asarray(array) for name, array in batch().items()}
 
     def loss(wanted):
-        return batch_loss(seated(model, wanted), data, CONFIG.train)[0]
+        return batch_loss(with_grad_slots(model, wanted), data, CONFIG.train)[0]
 
-    small = jax.jit(jax.grad(loss))(seats(model, "bfloat16"))
+    small = jax.jit(jax.grad(loss))(grad_slots(model, "bfloat16"))
     kept = {name: array.dtype.name for name, array in to_arrays(small).items()}
     assert kept["layers/moe/w_gate_EDF"] == kept["layers/attention/w_out_NHD"] == "bfloat16"
     assert kept["embed/table_VD"] == kept["layers/moe/router_DE"] == "float32"

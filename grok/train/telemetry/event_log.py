@@ -27,7 +27,7 @@ from typing import Any
 LAP_SECONDS = 30
 
 
-class Events:
+class EventLog:
     """Writes the log. Without a path (processes other than the first) nothing is written."""
 
     def __init__(self, path: Path | None, began: float | None = None):
@@ -88,7 +88,7 @@ class Events:
         self._write(self._lap_time, "data", {"seconds": round(self._waited, 6)})
         self.steps_from(step)
 
-    def __enter__(self) -> "Events":
+    def __enter__(self) -> "EventLog":
         return self
 
     def __exit__(self, *_: object) -> None:

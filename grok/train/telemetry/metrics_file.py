@@ -40,13 +40,17 @@ class MetricsFile:
     def write(self, step: int, **values: Any) -> None:
         """Appends one line; it is in the file when this returns."""
         if self._path is not None:
-            self._file.write(json.dumps(_spelt({"step": step, **values}), allow_nan=False) + "\n")
+            self._file.write(
+                json.dumps(_encode_non_finite({"step": step, **values}), allow_nan=False) + "\n"
+            )
 
     def forget(self, after: int) -> None:
         """Drops the lines of steps after `after`, which are about to be done again."""
         if self._path is not None and self._path.exists():
             kept = [line for line in read_metrics(self._path) if line["step"] <= after]
-            self._path.write_text("".join(json.dumps(_spelt(line)) + "\n" for line in kept))
+            self._path.write_text(
+                "".join(json.dumps(_encode_non_finite(line)) + "\n" for line in kept)
+            )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -54,13 +58,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_text().splitlines():
         try:
-            lines.append(_read(json.loads(line)))
+            lines.append(_decode_non_finite(json.loads(line)))
         except json.JSONDecodeError:
             break
     return lines
 
 
-def plain(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
+def to_plain(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
     """Waits for a step's metrics; their values as Python's numbers and lists.
 
     A float32 becomes the shortest decimal that is read back as the same float32, and loads of
@@ -81,19 +85,19 @@ def _shortest(value: np.ndarray) -> Any:
     return float(str(value)) if value.dtype == np.float32 else value.item()
 
 
-def _spelt(value: Any) -> Any:
+def _encode_non_finite(value: Any) -> Any:
     """Plain data with numbers that JSON lacks as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {name: _spelt(part) for name, part in value.items()}
-    return [_spelt(part) for part in value] if isinstance(value, list) else value
+        return {name: _encode_non_finite(part) for name, part in value.items()}
+    return [_encode_non_finite(part) for part in value] if isinstance(value, list) else value
 
 
-def _read(value: Any) -> Any:
-    """The inverse of `_spelt`."""
+def _decode_non_finite(value: Any) -> Any:
+    """The inverse of `_encode_non_finite`."""
     if isinstance(value, str):
         return NOT_FINITE.get(value, value)
     if isinstance(value, dict):
-        return {name: _read(part) for name, part in value.items()}
-    return [_read(part) for part in value] if isinstance(value, list) else value
+        return {name: _decode_non_finite(part) for name, part in value.items()}
+    return [_decode_non_finite(part) for part in value] if isinstance(value, list) else value

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import jax
 
-from grok.train.telemetry.event_log import Events
+from grok.train.telemetry.event_log import EventLog
 
 
 class Profiler:
     """Records the steps that `train.profile` names into a folder: host, device, and every
     operation by its scope."""
 
-    def __init__(self, folder: Path | None, steps: tuple[int, ...], events: Events):
+    def __init__(self, folder: Path | None, steps: tuple[int, ...], events: EventLog):
         """`steps`: the first and the last; empty for none, as where there is no folder. What it
         costs to start and to write a profile is told to `events`."""
         self._folder, self._events = folder, events

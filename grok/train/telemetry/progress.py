@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 SMOOTHING = 0.9
 
 
-class Display:
+class TrainProgress:
     """Step, loss, smoothed loss, tokens a second, MFU, time left, and the save that is going on."""
 
     def __init__(self, steps: int, first: int, quiet: bool = False):
@@ -29,7 +29,7 @@ class Display:
         self._loss_sum = self._weight = 0.0
         self._note = ""
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> "TrainProgress":
         self._progress.start()
         return self
 
@@ -59,9 +59,9 @@ class Display:
         self._note = "  ".join(parts)
         self._progress.update(self._task, note=self._note)
         if not self._console.is_terminal:
-            self.say(f"step {step}  {self._note}")
+            self.log(f"step {step}  {self._note}")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Prints a line above the bar."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 

@@ -11,7 +11,7 @@ from grok.errors import CheckpointError
 GROWING = ("metrics.jsonl", "events.jsonl")
 
 
-class RunFolder:
+class RunDir:
     """Where a process writes what belongs into a run's folder: `path`, the folder itself.
 
     Nothing can be appended to at gs://, so there `path` is a temporary folder: it begins with what
@@ -24,7 +24,7 @@ class RunFolder:
         self._temporary = tempfile.TemporaryDirectory() if storage.is_remote(folder) else None
         self.path = Path(self._temporary.name if self._temporary else folder)
 
-    def __enter__(self) -> "RunFolder":
+    def __enter__(self) -> "RunDir":
         """Raises CheckpointError where the folder cannot be read."""
         if self._temporary:
             try:

@@ -36,7 +36,7 @@ PACKAGES = (
 SMALL_FILE = 2**20
 
 
-class Record:
+class RunManifest:
     """The `run.json` in a run's folder, here or at gs://; without a folder nothing is written."""
 
     def __init__(self, folder: str | None, config: RunConfig, mesh: Mesh, data: RunData):
@@ -44,7 +44,7 @@ class Record:
         self._folder = folder
         if folder is None:
             return
-        self._facts = read_record(folder) or {"id": secrets.token_hex(4), "starts": []}
+        self._facts = read_manifest(folder) or {"id": secrets.token_hex(4), "starts": []}
         checkpoints = self._facts.get("checkpoints", {})
         before = self._facts.get("config")
         self._facts["config"] = to_dict(config)
@@ -97,7 +97,7 @@ class Record:
         storage.write_bytes(storage.join(self._folder or "", "run.json"), text.encode())
 
 
-def read_record(folder: str) -> dict[str, Any] | None:
+def read_manifest(folder: str) -> dict[str, Any] | None:
     """The `run.json` of a run's folder; None where there is none that can be read."""
     try:
         facts = json.loads(storage.read_bytes(storage.join(folder, "run.json")))

@@ -10,7 +10,7 @@ from grok.config.load import to_dict
 from grok.errors import ConfigError
 
 
-class Writer(Protocol):
+class Tracker(Protocol):
     """Somewhere that metrics go."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -20,18 +20,18 @@ class Writer(Protocol):
         """Sends what is left."""
 
 
-def open_writers(config: RunConfig, folder: Path, run_id: str, first: int) -> list[Writer]:
+def open_trackers(config: RunConfig, folder: Path, run_id: str, first: int) -> list[Tracker]:
     """The writers that `train.tensorboard` and `train.wandb` ask for; they keep their files in
     `folder`, and go on with a run of this `run_id` after step `first`.
 
     Raises ConfigError where a package is missing, or the service does not let us in.
     """
-    writers: list[Writer] = []
+    writers: list[Tracker] = []
     if config.train.tensorboard:
-        _need("tensorboardX", "train.tensorboard=true", "tensorboard")
+        _require("tensorboardX", "train.tensorboard=true", "tensorboard")
         writers.append(TensorBoard(folder / "tensorboard", first))
     if config.train.wandb:
-        _need("wandb", f"train.wandb={config.train.wandb}", "wandb")
+        _require("wandb", f"train.wandb={config.train.wandb}", "wandb")
         writers.append(WeightsAndBiases(config, folder, run_id))
     return writers
 
@@ -104,7 +104,7 @@ def _many(value: Any) -> bool:
     return isinstance(value, list | dict)
 
 
-def _need(package: str, key: str, extra: str) -> None:
+def _require(package: str, key: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
             f"{key} needs {package}, which is not installed; `pip install 'grok[{extra}]'` would "

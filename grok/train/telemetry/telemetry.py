@@ -18,16 +18,16 @@ from grok.errors import GrokError
 from grok.hardware import peak_flops
 from grok.model.flops import flops_per_token
 from grok.train.run_data import RunData
-from grok.train.telemetry.event_log import Events
-from grok.train.telemetry.metrics_file import MetricsFile, plain
+from grok.train.telemetry.event_log import EventLog
+from grok.train.telemetry.metrics_file import MetricsFile, to_plain
 from grok.train.telemetry.profiler import Profiler
-from grok.train.telemetry.progress import Display
-from grok.train.telemetry.run_dir import RunFolder
-from grok.train.telemetry.run_manifest import Record
-from grok.train.telemetry.trackers import Writer, open_writers
+from grok.train.telemetry.progress import TrainProgress
+from grok.train.telemetry.run_dir import RunDir
+from grok.train.telemetry.run_manifest import RunManifest
+from grok.train.telemetry.trackers import Tracker, open_trackers
 
 
-class Reports:
+class Telemetry:
     """The reports of one process of a run; nothing is written before it is entered."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, data: RunData, first: int, began: float):
@@ -35,17 +35,17 @@ class Reports:
         this process did, seconds since 1970."""
         self._began = began
         self._config, self._mesh, self._data, self._step = config, mesh, data, first
-        self._run_folder = RunFolder(config.folder) if jax.process_index() == 0 else None
+        self._run_folder = RunDir(config.folder) if jax.process_index() == 0 else None
         self._folder = self._run_folder.path if self._run_folder else None
-        self.display = Display(config.train.steps, first, quiet=self._folder is None)
+        self.display = TrainProgress(config.train.steps, first, quiet=self._folder is None)
         self._compiled: set[tuple[int, int]] = set()
 
-    def __enter__(self) -> "Reports":
+    def __enter__(self) -> "Telemetry":
         with contextlib.ExitStack() as exits:
             if self._run_folder:
                 exits.enter_context(self._run_folder)
             path = None if self._folder is None else self._folder / "events.jsonl"
-            self.events = exits.enter_context(Events(path, self._began))
+            self.events = exits.enter_context(EventLog(path, self._began))
             exits.enter_context(self.display)
             with self.events.during("start"):
                 self._open(exits)
@@ -59,12 +59,12 @@ class Reports:
         self.metrics = exits.enter_context(
             MetricsFile(None if folder is None else folder / "metrics.jsonl", self._step)
         )
-        self._record = Record(
+        self._record = RunManifest(
             None if folder is None else config.folder, config, self._mesh, self._data
         )
-        self._writers: list[Writer] = []
+        self._writers: list[Tracker] = []
         if folder is not None:
-            self._writers = open_writers(config, folder, self._record.run_id, self._step)
+            self._writers = open_trackers(config, folder, self._record.run_id, self._step)
         for writer in self._writers:
             exits.callback(writer.close)
         self._profiler = Profiler(
@@ -79,9 +79,9 @@ class Reports:
                 self.ended(self._step, error.exit_code if isinstance(error, GrokError) else 1)
         self._exits.__exit__(kind, error, trace)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Shows a line to people."""
-        self.display.say(text)
+        self.display.log(text)
 
     def began(self, step: int) -> None:
         """The steps begin, after `step`."""
@@ -106,18 +106,18 @@ class Reports:
                 self.rates.count(B, T)
             else:
                 self._compiled.add((B, T))
-                self.say("compiling the training step")
+                self.log("compiling the training step")
                 with self.events.during("compile", step=step):
                     distributed.compile_in_lockstep(function, state, batch)
                     state, metrics = jax.block_until_ready(function(state, batch))
         if self._profiler.after(step, metrics):
-            self.say(f"profile of the steps up to {step} in {self._folder}/profile")
+            self.log(f"profile of the steps up to {step} in {self._folder}/profile")
         self._step = step
         return state, metrics
 
     def step(self, step: int, metrics: Mapping[str, jax.Array], **more: Any) -> None:
         """Waits for the metrics of a logged step; writes them, and `more`, and shows the main."""
-        values = plain(metrics) | more | self.rates.take()
+        values = to_plain(metrics) | more | self.rates.take()
         self._write(step, values)
         self.display.report(step, values["loss"], values["tokens_per_second"], values.get("mfu"))
         self.events.steps_to(step, at_once=False)
@@ -126,7 +126,7 @@ class Reports:
         """Writes and shows what a validation pass found."""
         self._write(step, values)
         said = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
-        self.say(f"step {step}  {'  '.join(said)}")
+        self.log(f"step {step}  {'  '.join(said)}")
 
     def saved(self, step: int) -> None:
         """A save of `step` was started."""
@@ -137,7 +137,7 @@ class Reports:
                 self._run_folder.upload()
         except OSError as error:
             # The next save may find it mended, and the checkpoints tell for themselves.
-            self.say(f"{self._config.folder} cannot be written: {storage.reason(error)}")
+            self.log(f"{self._config.folder} cannot be written: {storage.reason(error)}")
 
     def returned(self, step: int, **facts: Any) -> None:
         """The run has gone back to an earlier `step`; what was measured since is forgotten."""
@@ -161,7 +161,7 @@ class Reports:
 class Rates:
     """Speed of the steps since the last report; compilation, saves and validation left out."""
 
-    def __init__(self, model: GrokConfig, mesh: Mesh, events: Events):
+    def __init__(self, model: GrokConfig, mesh: Mesh, events: EventLog):
         self._model, self._clock = model, events.clock
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = None if peak is None else peak * mesh.devices.size
