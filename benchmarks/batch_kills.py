@@ -42,7 +42,7 @@ weights: {folder}/weights
 input: [{folder}/prompts.jsonl]
 output: {folder}/answers
 mesh: {{data: 1, simulated_devices: 1}}
-engine: {{slots: 32}}
+engine: {{max_num_seqs: 32}}
 compute_dtype: float32
 shard_size: {shard}
 """

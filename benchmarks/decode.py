@@ -62,7 +62,7 @@ def main() -> None:
     speed = read_bytes_per_second(clock)
 
     def engine(slots: int) -> Engine:
-        options = EngineConfig(slots=slots, page_size=32, prefill_chunk=128)
+        options = EngineConfig(max_num_seqs=slots, page_size=32, prefill_chunk_size=128)
         return Engine(model, None, mesh, options)
 
     def steps(form: str) -> None:

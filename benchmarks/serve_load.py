@@ -1,6 +1,6 @@
 """Clients by the hundred that read streams of `grok serve`, some of which vanish.
 
-    grok serve runs/quickstart engine.slots=64 &
+    grok serve runs/quickstart engine.max_num_seqs=64 &
     python -m benchmarks.serve_load http://127.0.0.1:8000 --clients 200 --seconds 120 --pid $!
 
 Each client asks for one stream after another. Prints errors, tokens a second, p50 and p99 of the

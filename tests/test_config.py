@@ -50,7 +50,8 @@ train.tensorboard train.wandb train.profile
 lora lora.rank lora.alpha lora.targets
 checkpoint checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best
 checkpoint.best_metric
-engine engine.slots engine.page_size engine.pages engine.prefill_chunk engine.cache_dtype
+engine engine.max_num_seqs engine.page_size engine.num_pages engine.prefill_chunk_size
+engine.cache_dtype
 plan plan.program plan.topology plan.batch_size plan.tokens
 """.split()
 

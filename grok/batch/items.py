@@ -12,8 +12,8 @@ from typing import Any
 
 from grok.data.prepare.records import BadRecord, parse_json_object
 from grok.data.prepare.sources import RawRecord
-from grok.infer.openai.requests import CHAT, COMPLETION, BodyReader, Call
-from grok.infer.openai.responses import Answers, error_body
+from grok.infer.openai.requests import CHAT, COMPLETION, CompletionRequest, RequestParser
+from grok.infer.openai.responses import ResponseBuilder, error_response
 from grok.infer.request import Request, RequestError
 
 ENVELOPE = ("custom_id", "method", "url", "body")
@@ -22,7 +22,7 @@ COMPLETIONS_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
+class BatchItem:
     """A record of the input: a call, or the `error` that stands in its place.
 
     `index` counts the requests of the job from 0; `id` is the record's own; `openai`: it is of a
@@ -32,7 +32,7 @@ class Item:
     index: int
     id: Any
     openai: bool
-    call: Call | None
+    call: CompletionRequest | None
     error: RequestError | None = None
 
     def requests(self, job_seed: int) -> list[Request]:
@@ -43,12 +43,12 @@ class Item:
 
     def failed(self, error: RequestError) -> str:
         """The line that says why there is no answer."""
-        body = error_body(error.parameter, str(error), "invalid_request_error")
+        body = error_response(error.parameter, str(error), "invalid_request_error")
         if self.openai:
             return _line(self._envelope(400, body))
         return _line({"index": self.index, "id": self.id, **body})
 
-    def answered(self, answers: Answers) -> str:
+    def answered(self, answers: ResponseBuilder) -> str:
         """The line with the answers."""
         found = {"choices": answers.choices(), "usage": answers.usage()}
         if not self.openai:
@@ -70,19 +70,19 @@ class Item:
         return {**name, "response": response, "error": None}
 
 
-def read_item(index: int, record: RawRecord, reader: BodyReader) -> Item:
+def read_item(index: int, record: RawRecord, reader: RequestParser) -> BatchItem:
     """The item of a record, whatever is in it."""
     name, openai = None, False
     try:
         data = _data(record)
         openai = "custom_id" in data or "body" in data
         name = data.get("custom_id" if openai else "id")
-        return Item(index, name, openai, _call(data, openai, reader))
+        return BatchItem(index, name, openai, _call(data, openai, reader))
     except BadRecord as problem:
         error = RequestError("record", f"the record {problem}.")
     except RequestError as problem:
         error = problem
-    return Item(index, name, openai, None, error)
+    return BatchItem(index, name, openai, None, error)
 
 
 def reason(error: RequestError) -> str:
@@ -105,7 +105,7 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _call(data: Mapping[str, Any], openai: bool, reader: BodyReader) -> Call:
+def _call(data: Mapping[str, Any], openai: bool, reader: RequestParser) -> CompletionRequest:
     if openai:
         for name in data:
             if name not in ENVELOPE:

@@ -67,7 +67,7 @@ class Input:
             index = first
 
 
-def survey(config: BatchConfig, columns: Sequence[str]) -> Input:
+def scan_input(config: BatchConfig, columns: Sequence[str]) -> Input:
     """Reads the input through once, to count its requests and know it again.
 
     Raises DataError where there is none, or a file is of no kind that holds requests.
@@ -122,7 +122,7 @@ def _matches(pattern: str) -> list[str]:
         raise DataError(f"input {pattern} cannot be listed: {storage.reason(error)}.") from error
 
 
-class Folder:
+class JobDir:
     """The output folder of a job."""
 
     def __init__(self, path: str):
@@ -202,7 +202,9 @@ def _identity(config: BatchConfig, of_model: dict[str, Any], found: Input) -> di
         **{key: settings[key] for key in ("shard_size", "seed", "sampling", "chat_template")},
         # How many answers are made at a time is left out: no more than rounding hangs on it.
         "engine": {
-            key: value for key, value in settings["engine"].items() if key not in ("slots", "pages")
+            key: value
+            for key, value in settings["engine"].items()
+            if key not in ("max_num_seqs", "num_pages")
         },
         **of_model,
         "input": {"requests": found.requests, "sha256": found.sha256},

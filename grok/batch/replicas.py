@@ -13,14 +13,14 @@ from grok.hardware import configure_devices, has_tpu
 class Replica:
     """A model on the devices of one host or of all: the `number`-th of `count`.
 
-    `writes`: this process is the one of its replica that writes and speaks. `everywhere`: the mesh
-    spans all hosts, which then do the same work in step.
+    `writes`: this process writes and speaks for its replica. `spans_all_hosts`: the mesh spans all
+    hosts, which then make the same calls in the same order.
     """
 
     number: int
     count: int
     writes: bool
-    everywhere: bool
+    spans_all_hosts: bool
 
 
 @contextlib.contextmanager
@@ -39,11 +39,11 @@ def starting(config: BatchConfig) -> Iterator[Replica]:
         return
     with distributed.exit_together():
         distributed.initialize(config)
-        everywhere = config.replica == "all"
+        spans_all_hosts = config.replica == "all"
         configure_devices(
-            config.mesh.simulated_devices // (distributed.process_count() if everywhere else 1)
+            config.mesh.simulated_devices // (distributed.process_count() if spans_all_hosts else 1)
         )
-        if everywhere:
+        if spans_all_hosts:
             yield Replica(0, 1, distributed.is_primary(), distributed.process_count() > 1)
         else:
             yield Replica(distributed.process_index(), distributed.process_count(), True, False)

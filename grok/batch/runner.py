@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from grok import distributed
-from grok.batch.items import COLUMNS, Item, read_item, reason
-from grok.batch.job_dir import Folder, Input, survey
+from grok.batch.items import COLUMNS, BatchItem, read_item, reason
+from grok.batch.job_dir import Input, JobDir, scan_input
 from grok.batch.progress import Display, say
 from grok.batch.replicas import Replica
 from grok.config.batch import BatchConfig
 from grok.data.prepare.sources import RawRecord
 from grok.data.tokenizers.sentencepiece import Tokenizer
 from grok.errors import SAVED, GrokError
-from grok.infer.loader import Model
-from grok.infer.openai.requests import BodyReader
-from grok.infer.openai.responses import Answers
+from grok.infer.loader import ServedModel
+from grok.infer.openai.requests import RequestParser
+from grok.infer.openai.responses import ResponseBuilder
 from grok.infer.request import Output, RequestError
 from grok.preemption import PreemptionSignal
 
@@ -55,23 +55,23 @@ class _Shard:
         }
 
 
-class Work:
+class BatchRunner:
     """The missing shards of a replica's share, done by its engine."""
 
     def __init__(
         self,
         engine: Any,
         tokenizer: Tokenizer,
-        reader: BodyReader,
+        reader: RequestParser,
         found: Input,
-        folder: Folder,
+        folder: JobDir,
         replica: Replica,
         seed: int,
     ):
         self._engine, self._tokenizer, self._reader = engine, tokenizer, reader
         self._found, self._folder, self._replica, self._seed = found, folder, replica, seed
         self._shards: dict[int, _Shard] = {}
-        self._items: dict[str, tuple[int, Item, Answers]] = {}
+        self._items: dict[str, tuple[int, BatchItem, ResponseBuilder]] = {}
         self._written_at = time.monotonic()
         self.done = 0
 
@@ -105,7 +105,7 @@ class Work:
             self._put(shard, item, item.failed(error))
         return True
 
-    def _submit(self, shard: int, item: Item) -> RequestError | None:
+    def _submit(self, shard: int, item: BatchItem) -> RequestError | None:
         """Gives the engine the requests of an item, all or none of them."""
         assert item.call is not None
         submitted = []
@@ -117,7 +117,7 @@ class Work:
             for request_id in submitted:
                 self._engine.cancel(request_id)
             return error
-        self._items[str(item.index)] = shard, item, Answers(item.call, self._tokenizer)
+        self._items[str(item.index)] = shard, item, ResponseBuilder(item.call, self._tokenizer)
         return None
 
     def _take(self, output: Output) -> None:
@@ -134,7 +134,7 @@ class Work:
         self._shards[shard].finish_reasons.update(map(str, answers.finish_reasons))
         self._put(shard, item, item.answered(answers))
 
-    def _put(self, number: int, item: Item, line: str) -> None:
+    def _put(self, number: int, item: BatchItem, line: str) -> None:
         """Sets an item's line, and writes the shard where it was the last."""
         shard = self._shards[number]
         shard.put(item.index - number * self._found.shard_size, line)
@@ -155,9 +155,9 @@ def run(config: BatchConfig, replica: Replica) -> None:
     """
     tell = say if replica.writes else _silent
     tell(f"reading {', '.join(config.input)}")
-    found = survey(config, COLUMNS)
-    folder = Folder(config.output)
-    model = Model(config, everywhere=replica.everywhere)
+    found = scan_input(config, COLUMNS)
+    folder = JobDir(config.output)
+    model = ServedModel(config, spans_all_hosts=replica.spans_all_hosts)
 
     def prepare_folder() -> list[int]:
         folder.open(config, model.identity(), found)
@@ -165,7 +165,7 @@ def run(config: BatchConfig, replica: Replica) -> None:
 
     done = set(
         distributed.broadcast_from_primary(prepare_folder)
-        if replica.everywhere
+        if replica.spans_all_hosts
         else prepare_folder()
     )
     share = range(replica.number, len(found.starts), replica.count)
@@ -176,7 +176,7 @@ def run(config: BatchConfig, replica: Replica) -> None:
         before = requests - sum(found.size(shard) for shard in missing)
         engine = model.engine(tell)
         reader = model.reader()
-        work = Work(engine, model.tokenizer, reader, found, folder, replica, config.seed)
+        work = BatchRunner(engine, model.tokenizer, reader, found, folder, replica, config.seed)
         display = Display(requests, before, quiet=not replica.writes)
         with PreemptionSignal(model.mesh) as stop, display:
             work.done = before

@@ -84,7 +84,7 @@ def sample(checkpoint, overrides, prompts, **chosen) -> None:
     configure_devices(config.mesh.simulated_devices)
 
     from grok.infer.engine import Engine
-    from grok.infer.interactive import converse, stream
+    from grok.infer.interactive import chat_loop, stream
     from grok.infer.load import load_run, make_run_mesh
 
     mesh = make_run_mesh(config)
@@ -102,7 +102,7 @@ def sample(checkpoint, overrides, prompts, **chosen) -> None:
         if isinstance(sys.stdin, io.TextIOWrapper):
             # A stray byte does not end the conversation.
             sys.stdin.reconfigure(errors="replace")
-        converse(engine, tokenizer, params, _ask, click.echo)
+        chat_loop(engine, tokenizer, params, _ask, click.echo)
 
 
 def _note(text: str) -> None:

@@ -16,21 +16,21 @@ from grok.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How inference uses memory: slots for answers, and a cache of keys and values in pages.
+    """Memory of inference: concurrent sequences, and the paged cache of keys and values.
 
-    Slots and pages are of all groups of devices together that see other tokens.
+    `max_num_seqs` and `num_pages` are totals over the mesh's batch groups.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
-    slots: Annotated[Count, Field(description="answers that are continued at a time")] = 8
+    max_num_seqs: Annotated[Count, Field(description="sequences that are decoded at a time")] = 8
     page_size: Annotated[Count, Field(description="tokens of a page of the cache")] = 32
-    pages: Annotated[
+    num_pages: Annotated[
         CountOrZero,
-        Field(description="pages of the cache; 0: as many as all slots need at full length"),
+        Field(description="pages of the cache; 0: enough for max_num_seqs at full length"),
     ] = 0
-    prefill_chunk: Annotated[
-        Count, Field(description="tokens of prompts that one step takes in, on each data replica")
+    prefill_chunk_size: Annotated[
+        Count, Field(description="prompt tokens that one step computes, on each data replica")
     ] = 256
     cache_dtype: Annotated[
         Literal["compute", "float32", "bfloat16", "int8"],
@@ -38,11 +38,11 @@ class EngineConfig:
     ] = "compute"
 
     def __post_init__(self) -> None:
-        if self.prefill_chunk % self.page_size:
+        if self.prefill_chunk_size % self.page_size:
             raise ConfigError(
-                f"engine.prefill_chunk={self.prefill_chunk} is no multiple of engine.page_size="
-                f"{self.page_size}; engine.prefill_chunk="
-                f"{round_up(self.prefill_chunk, self.page_size)} would work."
+                f"engine.prefill_chunk_size={self.prefill_chunk_size} is no multiple of "
+                f"engine.page_size={self.page_size}; engine.prefill_chunk_size="
+                f"{round_up(self.prefill_chunk_size, self.page_size)} would work."
             )
 
 
@@ -83,7 +83,7 @@ class RunConfig:
         LoraConfig()
     )
     checkpoint: Annotated[CheckpointConfig, Field(description="saves")] = CheckpointConfig()
-    engine: Annotated[EngineConfig, Field(description="inference: slots, cache")] = EngineConfig()
+    engine: Annotated[EngineConfig, Field(description="inference: sequences, cache")] = EngineConfig()
     plan: Annotated[PlanConfig, Field(description="what `grok plan` compiles")] = PlanConfig()
 
     def __post_init__(self) -> None:

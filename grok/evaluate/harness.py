@@ -29,7 +29,7 @@ class HarnessModel(TemplateLM):
     def __init__(self, model: Grok, tokenizer: Tokenizer, mesh: Mesh, rows: int):
         super().__init__()
         self._scorer = Scorer(model, mesh, rows)
-        self._engine = Engine(model, tokenizer, mesh, EngineConfig(slots=rows))
+        self._engine = Engine(model, tokenizer, mesh, EngineConfig(max_num_seqs=rows))
         self._pieces = tokenizer
 
     @property

@@ -6,7 +6,7 @@ from grok.data.tokenizers.sentencepiece import StreamDecoder, Tokenizer
 from grok.infer.request import Output, Request, TokenLogprobs
 
 
-class Answer:
+class Completion:
     """What came of one choice of a request so far, and what of it was told already."""
 
     def __init__(self, request: Request, choice: int, tokenizer: Tokenizer | None):
@@ -51,12 +51,12 @@ class Answer:
         """Ends it here."""
         self._finish("cancelled")
 
-    def tell(self) -> Output:
+    def drain(self) -> Output:
         """What is new since the last time."""
         tokens = tuple(self._tokens[self._told_tokens :])
         logprobs = tuple(self._logprobs[self._told_tokens :])
         experts = tuple(self._experts[self._told_experts :])
-        safe = len(self._text) - (self._held_back() if self.finish_reason is None else 0)
+        safe = len(self._text) - (self._stop_prefix_length() if self.finish_reason is None else 0)
         text = self._text[self._told_text : safe]
         self._told_tokens, self._told_text = len(self._tokens), max(safe, self._told_text)
         self._told_experts = len(self._experts)
@@ -88,7 +88,7 @@ class Answer:
             self._text = self._text[: min(found)]
             self.finish_reason = "stop"
 
-    def _held_back(self) -> int:
+    def _stop_prefix_length(self) -> int:
         """Length of the longest end of the text that a stop text begins with."""
         most = 0
         for stop in self.request.params.stop:

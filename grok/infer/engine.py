@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from grok import sharding
 from grok.config import EngineConfig
 from grok.data.tokenizers.sentencepiece import Tokenizer
-from grok.infer.completion import Answer
+from grok.infer.completion import Completion
 from grok.infer.request import (
     EngineStats,
     Output,
@@ -30,10 +30,10 @@ from grok.infer.request import (
     SamplingParams,
     TokenLogprobs,
 )
-from grok.infer.sampling import Chosen
-from grok.infer.scheduler import Scheduler, Sequence, Step
-from grok.infer.step import advance, score
-from grok.infer.step_inputs import Rows
+from grok.infer.sampling import Sampled
+from grok.infer.scheduler import ScheduledStep, Scheduler, SequenceState
+from grok.infer.step import forward_and_sample, score_prompt
+from grok.infer.step_inputs import StepInputs
 from grok.model.attend import init_cache
 from grok.model.decoder import Grok
 
@@ -44,8 +44,8 @@ DEFAULTS = EngineConfig()
 class _Job:
     """A request in flight: its answers, and those of them that still run."""
 
-    answers: list[Answer]
-    open: dict[int, Sequence]
+    answers: list[Completion]
+    open: dict[int, SequenceState]
 
 
 class Engine:
@@ -69,18 +69,20 @@ class Engine:
         self._page_size = size = options.page_size
         with jax.set_mesh(mesh):
             groups = sharding.size("batch")
-            slots = -(-options.slots // groups)
+            slots = -(-options.max_num_seqs // groups)
             self._longest = -(-config.context_length // size)
-            self._pages = -(-options.pages // groups) or slots * self._longest
+            self._pages = -(-options.num_pages // groups) or slots * self._longest
             same = options.cache_dtype == "compute"
             dtype = config.compute_dtype if same else options.cache_dtype
             make = jax.jit(lambda: init_cache(config, groups * self._pages, size, dtype))
             self._cache = make()
-        self._scheduler = Scheduler(groups, slots, self._pages, size, options.prefill_chunk // size)
+        self._scheduler = Scheduler(
+            groups, slots, self._pages, size, options.prefill_chunk_size // size
+        )
         self._jobs: dict[str, _Job] = {}
         self._told: list[Output] = []
         self._tokens_in = self._tokens_out = 0
-        self._rows = Rows(config, tokenizer, mesh)
+        self._inputs = StepInputs(config, tokenizer, mesh)
 
     @property
     def unfinished(self) -> int:
@@ -107,12 +109,14 @@ class Engine:
         """Queues a request. Raises RequestError where it could never be run."""
         self._check(request, self._jobs)
         params = request.params
-        answers = [Answer(request, c, self._tokenizer) for c in range(params.best_of or params.n)]
+        answers = [
+            Completion(request, c, self._tokenizer) for c in range(params.best_of or params.n)
+        ]
         job = _Job(answers, {})
         for choice in range(len(answers)):
             # Logits of all its tokens are wanted, so all have to be run.
-            whole = choice == 0 and params.prompt_logprobs is not None
-            job.open[choice] = Sequence(request, choice, list(request.prompt), whole)
+            no_prefix_reuse = choice == 0 and params.prompt_logprobs is not None
+            job.open[choice] = SequenceState(request, choice, list(request.prompt), no_prefix_reuse)
             self._scheduler.add(job.open[choice])
         self._jobs[request.id] = job
 
@@ -131,7 +135,7 @@ class Engine:
         n = job.answers[0].request.params.n
         ranked = len(job.answers) > n  # of which none was told yet
         told = job.answers[:n] if ranked else [job.answers[choice] for choice in job.open]
-        return [answer.tell() for answer in told]
+        return [answer.drain() for answer in told]
 
     def step(self) -> list[Output]:
         """Runs one step on the devices, a prefill or a decode, and tells what came of it."""
@@ -177,19 +181,19 @@ class Engine:
         for _ in self.generate([request]):
             pass
 
-    def _run(self, step: Step) -> tuple[Chosen, jax.Array, jax.Array]:
+    def _run(self, step: ScheduledStep) -> tuple[Sampled, jax.Array, jax.Array]:
         """One step on the devices."""
         size = self._page_size if step.prefill else 1
-        tokens_BT, places = self._rows.places(step, size, self._longest)
+        tokens_BT, places = self._inputs.paged_batch(step, size, self._longest)
         with jax.set_mesh(self._mesh):
-            chosen, x_BTD, experts_LBTC, self._cache = advance(
-                self._model, self._cache, tokens_BT, places, self._rows.settings(step)
+            chosen, x_BTD, experts_LBTC, self._cache = forward_and_sample(
+                self._model, self._cache, tokens_BT, places, self._inputs.sampling(step)
             )
         return jax.tree.map(np.asarray, chosen), x_BTD, experts_LBTC
 
-    def _score_prompts(self, step: Step, x_BTD: jax.Array) -> None:
+    def _score_prompts(self, step: ScheduledStep, x_BTD: jax.Array) -> None:
         """Collects log-probabilities of the prompts' tokens, where they are wanted."""
-        wanted = [(block, row) for block, row in step.blocks() if block.sequence.whole]
+        wanted = [(block, row) for block, row in step.blocks() if block.sequence.no_prefix_reuse]
         if not wanted:
             return
         next_BUQ = np.zeros((*step.shape, self._page_size), np.int32)
@@ -198,7 +202,7 @@ class Engine:
             after = block.sequence.request.prompt[first : first + block.count]
             next_BUQ[row][: len(after)] = after
         with jax.set_mesh(self._mesh):
-            found = [np.asarray(part) for part in score(self._model, x_BTD, next_BUQ)]
+            found = [np.asarray(part) for part in score_prompt(self._model, x_BTD, next_BUQ)]
         for block, row in wanted:
             sequence = block.sequence
             top = sequence.request.params.prompt_logprobs or 0
@@ -213,9 +217,9 @@ class Engine:
                 answer = self._jobs[sequence.request.id].answers[sequence.choice]
                 answer.prompt_logprobs = tuple(sequence.scores)
                 # Run again after a preemption, the prompt may be shared and is not told twice.
-                sequence.whole = False
+                sequence.no_prefix_reuse = False
 
-    def _take(self, sequence: Sequence, chosen: Chosen, row: tuple[int, int]) -> list[Output]:
+    def _take(self, sequence: SequenceState, chosen: Sampled, row: tuple[int, int]) -> list[Output]:
         """Gives a sequence its new token; what is to be told of it."""
         job, params = self._jobs[sequence.request.id], sequence.request.params
         answer = job.answers[sequence.choice]
@@ -232,7 +236,7 @@ class Engine:
             if not job.open:
                 del self._jobs[sequence.request.id]
         if len(job.answers) == params.n:
-            return [answer.tell()]
+            return [answer.drain()]
         return [] if job.open else _best(job.answers, params.n)
 
     def _check(self, request: Request, others: Container[str]) -> None:
@@ -274,7 +278,7 @@ class Engine:
                 "max_tokens",
                 f"a prompt of {len(prompt)} tokens with {params.max_tokens} new ones needs more "
                 f"than the {self._pages} pages of {self._page_size} tokens that there are; "
-                f"engine.pages={-(-length // self._page_size) * len(self._scheduler.pools)} "
+                f"engine.num_pages={-(-length // self._page_size) * len(self._scheduler.pools)} "
                 "would work.",
             )
         if params.stop and self._tokenizer is None:
@@ -285,7 +289,7 @@ class Engine:
                 "experts are told only where one process has all of the mesh; experts=false "
                 "would work.",
             )
-        if self._rows.bans(params, early=params.min_tokens > 0).all():
+        if self._inputs.bans(params, early=params.min_tokens > 0).all():
             name = "allowed_token_ids" if params.allowed_token_ids else "banned_token_ids"
             raise RequestError(
                 name,
@@ -299,7 +303,7 @@ def _logprobs(token: int, top: int, logprob, top_X, top_logprob_X) -> TokenLogpr
     return TokenLogprobs(token, float(logprob), tuple(pairs))
 
 
-def _best(answers: list[Answer], n: int) -> list[Output]:
+def _best(answers: list[Completion], n: int) -> list[Output]:
     """The n answers of highest mean log-probability, from the best."""
     best = sorted(answers, key=lambda answer: -answer.mean_logprob)[:n]
     scores = answers[0].prompt_logprobs
@@ -307,4 +311,4 @@ def _best(answers: list[Answer], n: int) -> list[Output]:
     best[0].prompt_logprobs = scores
     for place, answer in enumerate(best):
         answer.choice = place
-    return [answer.tell() for answer in best]
+    return [answer.drain() for answer in best]

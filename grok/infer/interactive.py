@@ -51,7 +51,7 @@ def stream(
     return ["".join(pieces[turn]) for turn in turns]
 
 
-def converse(
+def chat_loop(
     engine: Engine,
     tokenizer: Tokenizer,
     params: SamplingParams,

@@ -15,7 +15,7 @@ from grok.data.prepare.manifest import TOKENIZER_FILE
 from grok.data.tokenizers.sentencepiece import Tokenizer
 from grok.errors import ConfigError, DataError
 from grok.infer.chat_template import make_renderer
-from grok.infer.openai.requests import BodyReader
+from grok.infer.openai.requests import RequestParser
 from grok.infer.weights import config_of, find_tokenizer
 from grok.weights.cast import converted
 from grok.weights.checksums import sample_checksum
@@ -23,11 +23,11 @@ from grok.weights.detect import open_source
 from grok.weights.load import place
 
 
-class Model:
+class ServedModel:
     """A model that a config names: `config` (a GrokConfig), `tokenizer`, `mesh`. Its weights are
     read when `engine` is called."""
 
-    def __init__(self, config: InferConfig, everywhere: bool = False):
+    def __init__(self, config: InferConfig, spans_all_hosts: bool = False):
         """On the devices of this host, or those of all hosts. Raises ConfigError, DataError and
         CheckpointError for what cannot work, before anything slow."""
         dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
@@ -45,9 +45,9 @@ class Model:
                 f"weights={config.weights} knows {self.config.vocab_size}; the tokenizer that the "
                 "model was trained with would work."
             )
-        devices = jax.devices() if everywhere else jax.local_devices()
+        devices = jax.devices() if spans_all_hosts else jax.local_devices()
         wanted = [getattr(config.mesh, axis) for axis in MESH_AXES]
-        if -1 not in wanted and not everywhere:
+        if -1 not in wanted and not spans_all_hosts:
             # A host may have more devices than are asked for.
             devices = devices[: math.prod(wanted)]
         sizes = resolve_mesh(config.mesh, len(devices), self.config)
@@ -68,9 +68,9 @@ class Model:
             "tokenizer": {"sha256": hashlib.sha256(self._tokenizer_bytes).hexdigest()},
         }
 
-    def reader(self, most_choices: int = 128) -> BodyReader:
+    def reader(self, most_choices: int = 128) -> RequestParser:
         """What makes calls of bodies, with the config's defaults and template."""
-        return BodyReader(
+        return RequestParser(
             self.tokenizer,
             self._settings.sampling,
             self.config.context_length,

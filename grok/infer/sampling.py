@@ -83,7 +83,7 @@ def _where_any(asked_B, change, x):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Settings:
+class SamplingBatch:
     """What each row asks for, as `SamplingParams` has it; leading axes may be more
     than B. NumPy or JAX arrays."""
 
@@ -105,7 +105,7 @@ class Settings:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Chosen:
+class Sampled:
     """The new token of each row, its log-probability, and the likeliest tokens with theirs."""
 
     token_B: jax.Array
@@ -114,7 +114,7 @@ class Chosen:
     top_logprob_BX: jax.Array
 
 
-def choose(logits_BV: jax.Array, settings: Settings, top: int) -> Chosen:
+def sample_tokens(logits_BV: jax.Array, settings: SamplingBatch, top: int) -> Sampled:
     """The next token of every row, drawn by (seed, choice, position); log-probabilities are those
     of the logits as they came."""
     s = settings
@@ -125,7 +125,7 @@ def choose(logits_BV: jax.Array, settings: Settings, top: int) -> Chosen:
     banned_BV = bits_BW8.reshape(len(bits_BW8), -1)[:, :V] > 0
     scores_BV = jnp.where(banned_BV, REMOVED, scores_BV)
     token_B = sample(keys_B, scores_BV, s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B)
-    return Chosen(token_B, *logprobs(logits_BV, token_B, jnp.any(s.top_logprobs_B), top))
+    return Sampled(token_B, *logprobs(logits_BV, token_B, jnp.any(s.top_logprobs_B), top))
 
 
 def logprobs(logits_BV: jax.Array, token_B: jax.Array, want_top, top: int):
@@ -145,7 +145,7 @@ def logprobs(logits_BV: jax.Array, token_B: jax.Array, want_top, top: int):
     return logprob_B, *jax.lax.cond(want_top, likeliest, none)
 
 
-def penalized(logits_BV: jax.Array, s: Settings) -> jax.Array:
+def penalized(logits_BV: jax.Array, s: SamplingBatch) -> jax.Array:
     """Logits after penalties. Repetition (Keskar et al. 2019) is of tokens in prompt or answer:
     positive logits are divided by it, negative ones multiplied. Presence and frequency are of the
     answer's tokens, taken off once and for each time."""

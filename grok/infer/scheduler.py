@@ -15,13 +15,13 @@ from grok.infer.request import Request
 
 
 @dataclasses.dataclass(eq=False)
-class Sequence:
+class SequenceState:
     """One answer in the making: `tokens` are those of the prompt and of the answer so far."""
 
     request: Request
     choice: int
     tokens: list[int]
-    whole: bool = False  # every token of the prompt has to be run: nothing of it may be shared
+    no_prefix_reuse: bool = False  # every token of the prompt has to be run for its logits
     scores: list = dataclasses.field(default_factory=list)  # log-probabilities of the prompt
     keys: list[bytes] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -36,27 +36,27 @@ class Sequence:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Chunk:
     """`count` tokens of a sequence from position `start`, all in one page."""
 
-    sequence: Sequence
+    sequence: SequenceState
     start: int
     count: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class ScheduledStep:
     """Blocks of each group, None where there is nothing to run."""
 
     prefill: bool
-    blocks_BU: list[list[Block | None]]
+    blocks_BU: list[list[Chunk | None]]
 
     @property
     def shape(self) -> tuple[int, int]:
         """Groups, and blocks of each."""
         return len(self.blocks_BU), len(self.blocks_BU[0])
 
-    def blocks(self) -> Iterator[tuple[Block, tuple[int, int]]]:
+    def blocks(self) -> Iterator[tuple[Chunk, tuple[int, int]]]:
         """Every block with its place (b, u)."""
         for group, blocks in enumerate(self.blocks_BU):
             for place, block in enumerate(blocks):
@@ -71,33 +71,33 @@ class Scheduler:
         """Numbers of slots, pages and blocks of a prefill are those of one group."""
         self.page_size = page_size
         self.pools = [PagePool(pages) for _ in range(groups)]
-        self.slots: list[list[Sequence | None]] = [[None] * slots for _ in range(groups)]
-        self.waiting: collections.deque[Sequence] = collections.deque()
+        self.slots: list[list[SequenceState | None]] = [[None] * slots for _ in range(groups)]
+        self.waiting: collections.deque[SequenceState] = collections.deque()
         self.preempted = self.shared = 0
         self._prefill_blocks, self._submitted = prefill_blocks, 0
         self._prefilled = False  # whether the last step was a prefill
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: SequenceState) -> None:
         """Puts a sequence last in the queue."""
         sequence.age = self._submitted
         self._submitted += 1
         sequence.keys = prefix_keys(sequence.request.prompt, self.page_size)
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: SequenceState) -> None:
         """Takes a sequence out, finished or not; its pages are given back."""
         if sequence.group < 0:
             self.waiting.remove(sequence)
         else:
             self._leave(sequence)
 
-    def running(self, group: int | None = None) -> list[Sequence]:
+    def running(self, group: int | None = None) -> list[SequenceState]:
         """Sequences in slots, oldest first."""
         groups = self.slots if group is None else [self.slots[group]]
         found = [sequence for slots in groups for sequence in slots if sequence is not None]
         return sorted(found, key=lambda sequence: sequence.age)
 
-    def next_step(self) -> Step | None:
+    def next_step(self) -> ScheduledStep | None:
         """What to run next; None where nothing is to be done. It counts as done from here on."""
         decoding = any(s.computed >= s.prompt_length for s in self.running())
         step = None
@@ -108,29 +108,29 @@ class Scheduler:
         self._prefilled = step is not None and step.prefill
         return step
 
-    def _prefill(self) -> Step | None:
-        blocks_BU: list[list[Block | None]] = [[] for _ in self.slots]
+    def _prefill(self) -> ScheduledStep | None:
+        blocks_BU: list[list[Chunk | None]] = [[] for _ in self.slots]
         for group, blocks in enumerate(blocks_BU):
             for sequence in self.running(group):
-                self._take_in(sequence, blocks)
+                self._schedule_prefill(sequence, blocks)
         while self.waiting:
             open_groups = [g for g, b in enumerate(blocks_BU) if len(b) < self._prefill_blocks]
             if not self._admit(self.waiting[0], open_groups):
                 break
             sequence = self.waiting.popleft()
-            self._take_in(sequence, blocks_BU[sequence.group])
+            self._schedule_prefill(sequence, blocks_BU[sequence.group])
         if not any(blocks_BU):
             return None
         for blocks in blocks_BU:
             blocks += [None] * (self._prefill_blocks - len(blocks))
-        return Step(True, blocks_BU)
+        return ScheduledStep(True, blocks_BU)
 
-    def _take_in(self, sequence: Sequence, blocks: list[Block | None]) -> None:
+    def _schedule_prefill(self, sequence: SequenceState, blocks: list[Chunk | None]) -> None:
         """Adds what is left of a prompt, as far as there is room."""
         while sequence.computed < sequence.prompt_length and len(blocks) < self._prefill_blocks:
             start = sequence.computed
             count = min(self.page_size, sequence.prompt_length - start)
-            blocks.append(Block(sequence, start, count))
+            blocks.append(Chunk(sequence, start, count))
             sequence.computed += count
             if count == self.page_size:
                 # Sequences after this one, of the same step too, find it: a layer writes all its
@@ -139,7 +139,7 @@ class Scheduler:
                 pool = self.pools[sequence.group]
                 pool.remember(sequence.pages[page], sequence.keys[page])
 
-    def _admit(self, sequence: Sequence, groups: list[int]) -> bool:
+    def _admit(self, sequence: SequenceState, groups: list[int]) -> bool:
         """Gives a waiting sequence a slot, and pages for all tokens it has, in the group that
         knows most of its prompt; False where none has room."""
         # One token at least has to be run for the logits after it.
@@ -149,7 +149,7 @@ class Scheduler:
             if None not in self.slots[group]:
                 continue
             pool, running = self.pools[group], len(self.running(group))
-            known = [] if sequence.whole else pool.known(keys)
+            known = [] if sequence.no_prefix_reuse else pool.known(keys)
             wanted = -(-len(sequence.tokens) // self.page_size) - len(known)
             # A page for each that runs, lest the newcomer be thrown out at once.
             spare = pool.available(besides=known) - wanted - running
@@ -169,20 +169,20 @@ class Scheduler:
         self.shared += sequence.computed
         return True
 
-    def _decode(self) -> Step:
-        blocks_BU: list[list[Block | None]] = []
+    def _decode(self) -> ScheduledStep:
+        blocks_BU: list[list[Chunk | None]] = []
         for group, slots in enumerate(self.slots):
             ready = []
             for sequence in self.running(group):
-                if sequence.computed >= sequence.prompt_length and self._has_page(sequence):
+                if sequence.computed >= sequence.prompt_length and self._reserve_page(sequence):
                     ready.append(sequence)
-            blocks = [Block(s, s.computed, 1) if s in ready else None for s in slots]
+            blocks = [Chunk(s, s.computed, 1) if s in ready else None for s in slots]
             for sequence in ready:
                 sequence.computed += 1
             blocks_BU.append(blocks)
-        return Step(False, blocks_BU)
+        return ScheduledStep(False, blocks_BU)
 
-    def _has_page(self, sequence: Sequence) -> bool:
+    def _reserve_page(self, sequence: SequenceState) -> bool:
         """Finds a page for the next token, at the youngest's expense; False if that is this one."""
         while sequence.group >= 0 and len(sequence.pages) * self.page_size <= sequence.computed:
             page = self.pools[sequence.group].take()
@@ -192,12 +192,12 @@ class Scheduler:
                 self._preempt(self.running(sequence.group)[-1])
         return sequence.group >= 0
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: SequenceState) -> None:
         self._leave(sequence)
         self.waiting.appendleft(sequence)
         self.preempted += 1
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: SequenceState) -> None:
         self.pools[sequence.group].give_back(sequence.pages)
         slots = self.slots[sequence.group]
         slots[slots.index(sequence)] = None

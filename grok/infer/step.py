@@ -11,15 +11,15 @@ import jax.numpy as jnp
 
 from grok import sharding
 from grok.infer.request import MOST_LOGPROBS
-from grok.infer.sampling import Chosen, Settings, choose, logprobs
+from grok.infer.sampling import Sampled, SamplingBatch, logprobs, sample_tokens
 from grok.model.attend import PagedCache, Places
 from grok.model.decoder import Grok
 
 
 @functools.partial(jax.jit, donate_argnums=1)
-def advance(
-    model: Grok, cache: PagedCache, tokens_BT, places: Places, settings: Settings
-) -> tuple[Chosen, jax.Array, jax.Array, PagedCache]:
+def forward_and_sample(
+    model: Grok, cache: PagedCache, tokens_BT, places: Places, settings: SamplingBatch
+) -> tuple[Sampled, jax.Array, jax.Array, PagedCache]:
     """Runs new tokens and chooses one after each block's last real one.
 
     `settings` has rows (B, U). Returns what was chosen, (B, U), on every device, x_BTD after the
@@ -34,18 +34,18 @@ def advance(
 
     def local(logits_BUV, *fields):
         rows = [field.reshape(-1, *field.shape[2:]) for field in (logits_BUV, *fields)]
-        chosen = choose(rows[0], jax.tree.unflatten(kind, rows[1:]), most_logprobs(model))
+        chosen = sample_tokens(rows[0], jax.tree.unflatten(kind, rows[1:]), most_logprobs(model))
         return tuple(a.reshape(-1, U, *a.shape[1:]) for a in jax.tree.leaves(chosen))
 
     two, three = ("batch", None), ("batch", None, None)
     form = sharding.shard_map(local, (three, *axes), (two, two, three, three))
     parts = form(sharding.shard(logits_BUV, *three), *fields)
     everywhere = [sharding.shard(part, *(None,) * part.ndim) for part in parts]
-    return Chosen(*everywhere), x_BTD, experts_LBTC, cache
+    return Sampled(*everywhere), x_BTD, experts_LBTC, cache
 
 
 @jax.jit
-def score(model: Grok, x_BTD: jax.Array, next_BUQ) -> tuple[jax.Array, jax.Array, jax.Array]:
+def score_prompt(model: Grok, x_BTD: jax.Array, next_BUQ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probability of the token after each place, (B, U, Q), and the likeliest ones with
     theirs, (B, U, Q, X), from `x_BTD` that a step returned; a block at a time."""
     B, U, Q = next_BUQ.shape

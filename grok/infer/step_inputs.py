@@ -11,12 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grok.config import GrokConfig
 from grok.data.tokenizers.sentencepiece import Tokenizer
 from grok.infer.request import SamplingParams
-from grok.infer.sampling import Settings
-from grok.infer.scheduler import Step
+from grok.infer.sampling import SamplingBatch
+from grok.infer.scheduler import ScheduledStep
 from grok.model.attend import Places
 
 
-class Rows:
+class StepInputs:
     """Makes arrays for a model and, if there is one, its tokenizer."""
 
     def __init__(self, config: GrokConfig, tokenizer: Tokenizer | None, mesh: Mesh):
@@ -28,7 +28,9 @@ class Rows:
             self._nothing_V[tokenizer.vocab_size :] = True
         self._usual: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
 
-    def places(self, step: Step, size: int, longest: int) -> tuple[np.ndarray, Places]:
+    def paged_batch(
+        self, step: ScheduledStep, size: int, longest: int
+    ) -> tuple[np.ndarray, Places]:
         """Tokens (B, U*Q) and where they stand, for blocks of Q = `size` tokens and tables of M =
         `longest` pages."""
         tokens_BUQ = np.zeros((*step.shape, size), np.int32)
@@ -41,7 +43,7 @@ class Rows:
             start_BU[row], count_BU[row] = block.start, block.count
         return tokens_BUQ.reshape(step.shape[0], -1), Places(table_BUM, start_BU, count_BU)
 
-    def settings(self, step: Step) -> Settings:
+    def sampling(self, step: ScheduledStep) -> SamplingBatch:
         """What each block asks of sampling, (B, U, ...)."""
         shape = step.shape
 
@@ -49,7 +51,7 @@ class Rows:
             return np.full(shape, value, dtype)
 
         tokens_BUN, banned_BUV = None, None
-        s = Settings(
+        s = SamplingBatch(
             key_B2=np.zeros((*shape, 2), np.uint32),
             choice_B=full(0, "int32"),
             position_B=full(0, "int32"),

@@ -20,10 +20,10 @@ from starlette.routing import Route
 
 from grok.config.serve import ServeConfig
 from grok.data.tokenizers.sentencepiece import Tokenizer
-from grok.infer.openai.requests import BodyReader, Call
-from grok.infer.openai.responses import Answers, error_body
+from grok.infer.openai.requests import CompletionRequest, RequestParser
+from grok.infer.openai.responses import ResponseBuilder, error_response
 from grok.infer.request import RequestError
-from grok.serve.engine_thread import EngineFailed, Flight, Worker
+from grok.serve.engine_thread import EngineFailed, EngineThread, RequestHandle
 from grok.serve.prometheus import Metrics
 
 # The page is one file, and what it shows of answers is text: nothing else may be loaded or sent.
@@ -34,7 +34,7 @@ PAGE_POLICY = (
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-class Refused(Exception):
+class HttpError(Exception):
     """A request that is not answered: the status and what to say."""
 
     def __init__(self, status: int, message: str, parameter: str | None = None):
@@ -61,16 +61,16 @@ class App:
         self,
         config: ServeConfig,
         name: str,
-        worker: Worker,
-        reader: BodyReader,
+        engine_thread: EngineThread,
+        reader: RequestParser,
         tokenizer: Tokenizer,
         keys: Sequence[str],
     ):
         """`name` is the model's; without `keys` anyone who reaches the server is answered."""
-        self._config, self._name, self._worker = config, name, worker
+        self._config, self._name, self._engine_thread = config, name, engine_thread
         self._reader, self._tokenizer = reader, tokenizer
         self._keys = {_digest(key) for key in keys}
-        self._metrics = Metrics(worker)
+        self._metrics = Metrics(engine_thread)
         self._began = int(time.time())
         self._page = resources.files("grok.serve").joinpath("page.html").read_text()
         routes = [
@@ -88,7 +88,7 @@ class App:
             routes=routes,
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
             exception_handlers={
-                Refused: self._refuse,
+                HttpError: self._refuse,
                 RequestError: self._refuse_request,
                 HTTPException: self._refuse_route,
                 EngineFailed: self._refuse_broken,
@@ -99,9 +99,9 @@ class App:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        self._worker.start()
+        self._engine_thread.start()
         yield
-        self._worker.stop()
+        self._engine_thread.stop()
 
     # ---- small routes
 
@@ -109,8 +109,8 @@ class App:
         return HTMLResponse(self._page, headers={"content-security-policy": PAGE_POLICY})
 
     async def _health(self, _: Request) -> Response:
-        status = "failed" if self._worker.failed else "ok"
-        return JSONResponse({"status": status}, 503 if self._worker.failed else 200)
+        status = "failed" if self._engine_thread.failed else "ok"
+        return JSONResponse({"status": status}, 503 if self._engine_thread.failed else 200)
 
     async def _show_metrics(self, request: Request) -> Response:
         self._check_key(request)
@@ -137,17 +137,17 @@ class App:
         self._check_model(call.model or self._name)
         longest = max(map(len, call.prompts))
         if 0 < self._config.max_prompt_tokens < longest:
-            raise Refused(
+            raise HttpError(
                 400,
                 f"a prompt has {longest} tokens; {self._config.max_prompt_tokens} at most are "
                 "read here.",
                 "messages" if chat else "prompt",
             )
-        if self._worker.live >= self._config.max_queue:
-            raise Refused(429, "too many requests are under way; try again in a moment.")
+        if self._engine_thread.live >= self._config.max_queue:
+            raise HttpError(429, "too many requests are under way; try again in a moment.")
         key = secrets.token_hex(12)
         requests = call.requests(key, secrets.randbits(63))
-        answers = Answers(call, self._tokenizer)
+        answers = ResponseBuilder(call, self._tokenizer)
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{key}",
             "object": _object(call),
@@ -155,27 +155,27 @@ class App:
             "model": self._name,
         }
         async with contextlib.AsyncExitStack() as stack:
-            flight = await stack.enter_async_context(self._worker.flying(requests))
-            await flight.next()  # or its refusal
+            handle = await stack.enter_async_context(self._engine_thread.submit(requests))
+            await handle.next()  # or its refusal
             if call.stream:
-                events = self._events(flight, answers, head, began)
+                events = self._events(handle, answers, head, began)
                 return self._counted(request, _Stream(events, stack.pop_all()))
-            await self._unless_left(request, self._gather(flight, answers, began))
+            await self._unless_left(request, self._gather(handle, answers, began))
         found = {**head, "choices": answers.choices(), "usage": answers.usage()}
         return self._counted(request, JSONResponse(found))
 
-    async def _gather(self, flight: Flight, answers: Answers, began: float) -> None:
+    async def _gather(self, handle: RequestHandle, answers: ResponseBuilder, began: float) -> None:
         try:
             async with asyncio.timeout_at(self._deadline(began)):
                 while not answers.finished:
-                    self._add(await flight.next(), answers, began)
+                    self._add(await handle.next(), answers, began)
         except TimeoutError:
-            raise Refused(504, self._too_long()) from None
+            raise HttpError(504, self._too_long()) from None
 
     async def _events(
         self,
-        flight: Flight,
-        answers: Answers,
+        handle: RequestHandle,
+        answers: ResponseBuilder,
         head: dict[str, Any],
         began: float,
     ) -> AsyncIterator[str]:
@@ -185,18 +185,18 @@ class App:
         try:
             while not answers.finished:
                 async with asyncio.timeout_at(self._deadline(began)):
-                    choices = self._add(await flight.next(), answers, began)
+                    choices = self._add(await handle.next(), answers, began)
                 if choices:
                     yield _event({**head, "choices": choices, **usage})
         except TimeoutError:
-            yield _event(error_body(None, self._too_long(), "timeout_error"))
+            yield _event(error_response(None, self._too_long(), "timeout_error"))
         except EngineFailed:
-            yield _event(error_body(None, "the engine has broken down.", "server_error"))
+            yield _event(error_response(None, "the engine has broken down.", "server_error"))
         if call.include_usage:
             yield _event({**head, "choices": [], "usage": answers.usage()})
         yield "data: [DONE]\n\n"
 
-    def _add(self, output: Any, answers: Answers, began: float) -> list[dict[str, Any]]:
+    def _add(self, output: Any, answers: ResponseBuilder, began: float) -> list[dict[str, Any]]:
         seconds = time.monotonic() - began
         first = answers.tokens == 0 and not any(answers.finish_reasons)
         choices = answers.add(output)
@@ -236,41 +236,41 @@ class App:
     def _check_key(self, request: Request) -> None:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if self._keys and (scheme.lower() != "bearer" or _digest(key.strip()) not in self._keys):
-            raise Refused(401, "the header Authorization should be `Bearer KEY`, of a key here.")
+            raise HttpError(401, "the header Authorization should be `Bearer KEY`, of a key here.")
 
     def _check_model(self, name: str) -> None:
         if name != self._name:
-            raise Refused(
+            raise HttpError(
                 404, f"there is no model {name!r:.80} here; there is {self._name}.", "model"
             )
 
     async def _body(self, request: Request) -> dict[str, Any]:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            raise Refused(415, "the header Content-Type should be application/json.")
+            raise HttpError(415, "the header Content-Type should be application/json.")
         data, most = bytearray(), self._config.max_body_bytes
         try:
             async with asyncio.timeout(self._config.max_seconds):
                 async for chunk in request.stream():
                     data += chunk
                     if len(data) > most:
-                        raise Refused(413, f"the body is larger than {most} bytes.")
+                        raise HttpError(413, f"the body is larger than {most} bytes.")
         except TimeoutError:
-            raise Refused(408, "the body did not arrive in time.") from None
+            raise HttpError(408, "the body did not arrive in time.") from None
         try:
             body = json.loads(data.decode())
         except UnicodeDecodeError as error:
-            raise Refused(400, f"the body is not UTF-8 at byte {error.start}.") from None
+            raise HttpError(400, f"the body is not UTF-8 at byte {error.start}.") from None
         except (ValueError, RecursionError) as error:
-            raise Refused(400, f"the body is not JSON: {error}.") from None
+            raise HttpError(400, f"the body is not JSON: {error}.") from None
         if not isinstance(body, dict):
-            raise Refused(400, "the body should be a JSON object.")
+            raise HttpError(400, "the body should be a JSON object.")
         return body
 
     # ---- refusals
 
     def _refuse(self, request: Request, error: Exception) -> Response:
-        assert isinstance(error, Refused)
+        assert isinstance(error, HttpError)
         return self._error(request, error.status, str(error), error.parameter)
 
     def _refuse_request(self, request: Request, error: Exception) -> Response:
@@ -296,7 +296,7 @@ class App:
     ) -> Response:
         kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
         headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(status)
-        body = error_body(parameter, message, kind)
+        body = error_response(parameter, message, kind)
         return self._counted(request, JSONResponse(body, status, headers=headers))
 
     def _counted(self, request: Request, response: Response) -> Response:
@@ -312,7 +312,7 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _object(call: Call) -> str:
+def _object(call: CompletionRequest) -> str:
     if not call.chat:
         return "text_completion"
     return "chat.completion.chunk" if call.stream else "chat.completion"

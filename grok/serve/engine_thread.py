@@ -14,7 +14,7 @@ class EngineFailed(Exception):
     """The engine has broken down; nothing more is answered."""
 
 
-class Flight:
+class RequestHandle:
     """Requests that were handed over together, and what came back of them."""
 
     def __init__(self, requests: Sequence[Request]):
@@ -31,21 +31,21 @@ class Flight:
         return item
 
 
-class Worker:
+class EngineThread:
     """Runs an engine's steps as long as there is something to do, in a thread.
 
     Everything but `_run` and what it calls belongs to the event loop's thread.
     """
 
     def __init__(self, engine: Any, on_failure: Callable[[BaseException], None]):
-        """`on_failure` is told, in the worker's thread, what broke the engine."""
+        """`on_failure` is told, in the engine_thread's thread, what broke the engine."""
         self._engine, self._on_failure = engine, on_failure
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._flights: dict[str, Flight] = {}
+        self._handles: dict[str, RequestHandle] = {}
         self._thread = threading.Thread(target=self._run, name="grok-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self.failed = False
-        self.live = 0  # flights that are not over
+        self.live = 0  # requests that are not over
 
     def start(self) -> None:
         """Begins; called in the event loop that will ask."""
@@ -63,36 +63,36 @@ class Worker:
         return self._engine.stats
 
     @contextlib.asynccontextmanager
-    async def flying(self, requests: Sequence[Request]) -> AsyncIterator[Flight]:
+    async def submit(self, requests: Sequence[Request]) -> AsyncIterator[RequestHandle]:
         """Hands requests to the engine; those that have not ended at the exit are cancelled."""
         if self.failed:
             raise EngineFailed
-        flight = Flight(requests)
+        handle = RequestHandle(requests)
         self.live += 1
-        self._inbox.put(lambda: self._submit(flight))
+        self._inbox.put(lambda: self._submit_all(handle))
         try:
-            yield flight
+            yield handle
         finally:
             self.live -= 1
-            self._inbox.put(lambda: self._cancel(flight))
+            self._inbox.put(lambda: self._cancel(handle))
 
     # ---- in the thread
 
     def _run(self) -> None:
         try:
-            while self._take_orders():
+            while self._drain_inbox():
                 if self._engine.unfinished:
                     for output in self._engine.step():
                         self._deliver(output)
         except BaseException as error:
             self.failed = True
-            for flight in set(self._flights.values()):
-                self._send(flight, EngineFailed())
+            for handle in set(self._handles.values()):
+                self._send(handle, EngineFailed())
             self._on_failure(error)
             while (order := self._inbox.get()) is not None:
                 order()  # each of which is told the same
 
-    def _take_orders(self) -> bool:
+    def _drain_inbox(self) -> bool:
         """Does what was asked; waits for it where there is nothing else to do. False: stop."""
         while not self._inbox.empty() or not self._engine.unfinished:
             order = self._inbox.get()
@@ -101,43 +101,43 @@ class Worker:
             order()
         return True
 
-    def _submit(self, flight: Flight) -> None:
+    def _submit_all(self, handle: RequestHandle) -> None:
         if self.failed:
-            self._send(flight, EngineFailed())
+            self._send(handle, EngineFailed())
             return
         taken = []
         try:
-            for request in flight.requests:
+            for request in handle.requests:
                 self._engine.submit(request)
                 taken.append(request.id)
-                self._flights[request.id] = flight
-                flight.left += request.params.n
+                self._handles[request.id] = handle
+                handle.left += request.params.n
         except RequestError as error:
             for request_id in taken:
                 self._engine.cancel(request_id)
-                del self._flights[request_id]
-            self._send(flight, error)
+                del self._handles[request_id]
+            self._send(handle, error)
             return
-        self._send(flight, None)
+        self._send(handle, None)
 
-    def _cancel(self, flight: Flight) -> None:
-        for request in flight.requests:
-            if self._flights.pop(request.id, None) is not None and not self.failed:
+    def _cancel(self, handle: RequestHandle) -> None:
+        for request in handle.requests:
+            if self._handles.pop(request.id, None) is not None and not self.failed:
                 self._engine.cancel(request.id)
 
     def _deliver(self, output: Output) -> None:
-        flight = self._flights.get(output.request_id)
-        if flight is None:
+        handle = self._handles.get(output.request_id)
+        if handle is None:
             return  # its client has left
         if output.finish_reason:
-            flight.left -= 1
-            if flight.left == 0:
-                for request in flight.requests:
-                    self._flights.pop(request.id, None)
-        self._send(flight, output)
+            handle.left -= 1
+            if handle.left == 0:
+                for request in handle.requests:
+                    self._handles.pop(request.id, None)
+        self._send(handle, output)
 
-    def _send(self, flight: Flight, item: Output | Exception | None) -> None:
+    def _send(self, handle: RequestHandle, item: Output | Exception | None) -> None:
         assert self._loop is not None
         # The loop is closed where the server has stopped in the meantime.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(flight.arrived.put_nowait, item)
+            self._loop.call_soon_threadsafe(handle.arrived.put_nowait, item)

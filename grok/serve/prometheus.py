@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from grok.serve.engine_thread import Worker
+from grok.serve.engine_thread import EngineThread
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -28,8 +28,8 @@ NOW = {
 class Metrics:
     """Counts of requests and times, and the engine's own counts whenever someone looks."""
 
-    def __init__(self, worker: Worker):
-        self._worker, self._registry = worker, CollectorRegistry()
+    def __init__(self, engine_thread: EngineThread):
+        self._engine_thread, self._registry = engine_thread, CollectorRegistry()
         self._registry.register(self)
         self.requests = Counter(
             "grok_requests", "requests answered", ("path", "code"), registry=self._registry
@@ -49,12 +49,14 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """The engine's counts, for the registry."""
-        stats = self._worker.stats
+        stats = self._engine_thread.stats
         for name, meaning in TOTALS.items():
             yield CounterMetricFamily(f"grok_{name}", meaning, getattr(stats, name))
         for name, meaning in NOW.items():
             yield GaugeMetricFamily(f"grok_{name}", meaning, getattr(stats, name))
-        yield GaugeMetricFamily("grok_requests_live", "requests under way", self._worker.live)
+        yield GaugeMetricFamily(
+            "grok_requests_live", "requests under way", self._engine_thread.live
+        )
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""

@@ -12,9 +12,9 @@ import uvicorn
 from grok import storage
 from grok.config.serve import ServeConfig
 from grok.errors import ConfigError, GrokError
-from grok.infer.loader import Model
+from grok.infer.loader import ServedModel
 from grok.serve.app import App
-from grok.serve.engine_thread import Worker
+from grok.serve.engine_thread import EngineThread
 
 KEYS = "GROK_API_KEYS"
 # A request that is under way when the server is asked to stop has so long.
@@ -25,7 +25,7 @@ def run(config: ServeConfig) -> None:
     """Serves until it is asked to stop. Raises ConfigError, DataError and CheckpointError for what
     cannot work, and GrokError where the engine breaks down."""
     keys, place = read_keys(config), bind(config)
-    model = Model(config)
+    model = ServedModel(config)
     name = config.name or Path(config.weights.rstrip("/")).name
     engine = model.engine(lambda text: click.echo(text, err=True))
     engine.warm_up()
@@ -35,9 +35,9 @@ def run(config: ServeConfig) -> None:
         broken.append(error)
         server.should_exit = True
 
-    worker = Worker(engine, stop)
+    engine_thread = EngineThread(engine, stop)
     reader = model.reader(config.max_choices)
-    app = App(config, name, worker, reader, model.tokenizer, keys)
+    app = App(config, name, engine_thread, reader, model.tokenizer, keys)
     server = make_server(app)
     host = f"[{config.host}]" if ":" in config.host else config.host
     click.echo(f"{name} answers at http://{host}:{place.getsockname()[1]}", err=True)

@@ -25,7 +25,7 @@ def stop():
     os.kill(os.getpid(), int(os.environ["GROK_SIGNAL"]))
 
 at = int(os.environ["GROK_SIGNAL_AT"])
-loader.Model.engine = lambda self, say: Breaking(self.tokenizer, at, stop)
+loader.ServedModel.engine = lambda self, say: Breaking(self.tokenizer, at, stop)
 main()
 """
 
@@ -59,7 +59,7 @@ def answer(config: BatchConfig, monkeypatch, killed_at: int = 0) -> list[dict]:
         raise Killed
 
     monkeypatch.setattr(
-        loader.Model, "engine", lambda self, say: Breaking(self.tokenizer, killed_at, kill)
+        loader.ServedModel, "engine", lambda self, say: Breaking(self.tokenizer, killed_at, kill)
     )
     run(config, Replica(0, 1, True, False))
     return lines(Path(config.output))

@@ -251,7 +251,7 @@ def test_a_shard_that_a_model_does_again_is_the_same(config, tmp_path):
     records = [{"prompt": f"The number {n}", "max_tokens": 2 + n % 4} for n in range(7)]
     write_lines(tmp_path / "in.jsonl", [{**record, "logprobs": 1} for record in records])
     one_device = dataclasses.replace(
-        config, mesh=MeshConfig(data=1), engine=EngineConfig(slots=4, prefill_chunk=32)
+        config, mesh=MeshConfig(data=1), engine=EngineConfig(max_num_seqs=4, prefill_chunk_size=32)
     )
     run(one_device, Replica(0, 1, True, False))
     shard = tmp_path / "out" / "answers" / "000001.jsonl"

@@ -12,7 +12,7 @@ from grok.data.tokenizers.sentencepiece import Tokenizer
 from grok.infer.engine import Engine
 from grok.infer.request import Request, RequestError, SamplingParams
 
-OPTIONS = EngineConfig(slots=8, page_size=16, prefill_chunk=32, pages=32)
+OPTIONS = EngineConfig(max_num_seqs=8, page_size=16, prefill_chunk_size=32, num_pages=32)
 FEW = SamplingParams(max_tokens=3)
 SHARED = tuple(range(10, 50))
 KINDS = [

@@ -2,7 +2,7 @@
 
 import signal
 
-from grok.infer.interactive import converse, stream
+from grok.infer.interactive import chat_loop, stream
 from grok.infer.request import Output, RequestError, SamplingParams
 
 
@@ -43,7 +43,7 @@ def conversation(engine: Lengths, *lines: str) -> str:
     shown: list[str] = []
     typed = iter([*lines, None])
     params = SamplingParams()
-    converse(
+    chat_loop(
         engine,
         Letters(),
         params,

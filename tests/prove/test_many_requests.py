@@ -20,7 +20,7 @@ def test_500_requests_get_together_what_each_gets_alone(tiny_run):
     single = Engine(model, None, mesh, OPTIONS)
     alone = {key: each for request in asked for key, each in answers(single, [request]).items()}
     for pages in (64, 12):
-        engine = Engine(model, None, mesh, dataclasses.replace(OPTIONS, pages=pages))
+        engine = Engine(model, None, mesh, dataclasses.replace(OPTIONS, num_pages=pages))
         assert answers(engine, asked) == alone
         stats = engine.stats
         print(f"\n{pages} pages: {stats}")

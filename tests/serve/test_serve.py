@@ -19,11 +19,11 @@ from grok.config.serve import ServeConfig
 from grok.data.tokenizers.sentencepiece import Tokenizer
 from grok.errors import ConfigError
 from grok.infer.chat_template import make_renderer
-from grok.infer.openai.requests import BodyReader
-from grok.infer.openai.responses import Answers
+from grok.infer.openai.requests import RequestParser
+from grok.infer.openai.responses import ResponseBuilder
 from grok.infer.request import Output, TokenLogprobs
 from grok.serve.app import App
-from grok.serve.engine_thread import Worker
+from grok.serve.engine_thread import EngineThread
 from grok.serve.server import bind, make_server, read_keys
 from tests.infer.fake_engine import FakeEngine
 
@@ -56,15 +56,15 @@ def serving(tokenizer: Tokenizer, keys: list[str], **settings) -> Iterator[Simpl
     config = ServeConfig(weights="runs/tiny", port=0, **settings)
     engine = Gated(tokenizer)
     failures: list[BaseException] = []
-    worker = Worker(engine, failures.append)
-    reader = BodyReader(
+    engine_thread = EngineThread(engine, failures.append)
+    reader = RequestParser(
         tokenizer,
         config.sampling,
         128,
         make_renderer(TEMPLATE, tokenizer),
         config.max_choices,
     )
-    app = App(config, "tiny", worker, reader, tokenizer, keys)
+    app = App(config, "tiny", engine_thread, reader, tokenizer, keys)
     server, place = make_server(app), bind(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
     thread.start()
@@ -74,7 +74,7 @@ def serving(tokenizer: Tokenizer, keys: list[str], **settings) -> Iterator[Simpl
     http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"})
     with client, http:
         yield SimpleNamespace(
-            client=client, http=http, engine=engine, worker=worker, url=url, app=app
+            client=client, http=http, engine=engine, engine_thread=engine_thread, url=url, app=app
         )
         engine.gate.set()
     server.should_exit = True
@@ -137,9 +137,9 @@ def test_a_stream_adds_up_to_what_is_not_streamed(server):
 
 
 def test_log_probabilities_of_a_prompt_come_before_answers_that_were_faster(server, tokenizer):
-    reader = BodyReader(tokenizer, SamplingConfig(), 128)
+    reader = RequestParser(tokenizer, SamplingConfig(), 128)
     call = reader.completion({"prompt": [40, 41], "n": 3, "echo": True, "logprobs": 0})
-    answers = Answers(call, tokenizer)
+    answers = ResponseBuilder(call, tokenizer)
 
     def output(choice: int, token: int, prompt: tuple | None = None) -> Output:
         found = (TokenLogprobs(token, -1.0),)
@@ -280,7 +280,7 @@ def test_bad_requests(server, kind):
         error = answer.json()["error"]
         assert words in error["message"]
         assert error["type"]
-    assert server.worker.live == 0
+    assert server.engine_thread.live == 0
     good = server.http.post("/v1/completions", json=GOOD)
     assert good.status_code == 200
 
@@ -301,7 +301,7 @@ def test_more_requests_than_the_queue_holds_are_sent_away(server):
     assert caught.value.response.headers["retry-after"] == "1"
     server.engine.gate.set()
     assert [len(list(stream)) for stream in streams] == [2, 2]
-    wait_until(lambda: server.worker.live == 0)
+    wait_until(lambda: server.engine_thread.live == 0)
 
 
 def test_null_stands_for_a_parameter_that_is_not_there(server):
@@ -333,7 +333,7 @@ def test_a_client_that_leaves_frees_its_place(server, stream):
     leaving = server.http.stream("POST", "/v1/completions", **request)
     with contextlib.suppress(httpx.ReadTimeout), leaving as answer:
         next(answer.iter_bytes())
-    wait_until(lambda: server.worker.live == 0)
+    wait_until(lambda: server.engine_thread.live == 0)
     server.engine.gate.set()
     wait_until(lambda: server.engine.cancelled and server.engine.unfinished == 0)
 

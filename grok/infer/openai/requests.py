@@ -21,7 +21,7 @@ CHAT = (PARAMETERS - {"best_of"}) | OTHERS | {"messages", "max_completion_tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class CompletionRequest:
     """What a body asks for: its prompts, each a request with the same parameters.
 
     `scores_only`: of a body with max_tokens 0, which the engine knows as 1; that token is left out.
@@ -46,7 +46,7 @@ class Call:
         ]
 
 
-class BodyReader:
+class RequestParser:
     """Reads bodies, whatever was sent: all that is wrong with one is a RequestError."""
 
     def __init__(
@@ -61,7 +61,7 @@ class BodyReader:
         self._tokenizer, self._sampling, self._render = tokenizer, sampling, render
         self._context_length, self._most_choices = context_length, most_choices
 
-    def completion(self, body: Mapping[str, Any]) -> Call:
+    def completion(self, body: Mapping[str, Any]) -> CompletionRequest:
         """What a body of /v1/completions asks for."""
         _refuse_unknown(body, COMPLETION)
         given = {name: value for name, value in body.items() if value is not None}
@@ -75,7 +75,7 @@ class BodyReader:
             params["max_tokens"] = 1
         return self._call(given, params, prompts, texts, echo=echo, scores_only=scores_only)
 
-    def chat(self, body: Mapping[str, Any]) -> Call:
+    def chat(self, body: Mapping[str, Any]) -> CompletionRequest:
         """What a body of /v1/chat/completions asks for."""
         _refuse_unknown(body, CHAT)
         if self._render is None:
@@ -103,7 +103,7 @@ class BodyReader:
         texts: tuple[str, ...],
         chat: bool = False,
         **how: bool,
-    ) -> Call:
+    ) -> CompletionRequest:
         if isinstance(params.get("stop"), str):
             params["stop"] = (params["stop"],)
         if "max_tokens" not in params:
@@ -128,7 +128,7 @@ class BodyReader:
             raise RequestError("model", "model should be text.")
         usage = _flag(options, "include_usage")
         seeded = "seed" in params
-        return Call(
+        return CompletionRequest(
             prompts, texts, checked, chat, model, seeded, stream=stream, include_usage=usage, **how
         )
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from grok.data.tokenizers.sentencepiece import Tokenizer
-from grok.infer.openai.requests import Call
+from grok.infer.openai.requests import CompletionRequest
 from grok.infer.request import Output, TokenLogprobs
 
 
 @dataclasses.dataclass
-class _Part:
+class _Delta:
     """What Outputs said of one answer, joined: all of it, or what is new."""
 
     text: str = ""
@@ -20,7 +20,7 @@ class _Part:
     experts: list[list[list[int]]] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
 
-    def extend(self, new: "_Part") -> None:
+    def extend(self, new: "_Delta") -> None:
         """Adds what is new."""
         self.text += new.text
         self.tokens += new.tokens
@@ -29,16 +29,16 @@ class _Part:
         self.finish_reason = new.finish_reason or self.finish_reason
 
 
-class Answers:
+class ResponseBuilder:
     """The answers to a call, put together from Outputs."""
 
-    def __init__(self, call: Call, tokenizer: Tokenizer):
+    def __init__(self, call: CompletionRequest, tokenizer: Tokenizer):
         self.call, self._tokenizer = call, tokenizer
         count = len(call.prompts) * call.params.n
-        self._answers = [_Part() for _ in range(count)]
+        self._answers = [_Delta() for _ in range(count)]
         self._prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = {}
         self._offsets = [0] * count
-        self._untold: dict[int, _Part] = {}
+        self._untold: dict[int, _Delta] = {}
         self._begun: set[int] = set()
 
     def add(self, output: Output) -> list[dict[str, Any]]:
@@ -51,19 +51,19 @@ class Answers:
         index = prompt * self.call.params.n + output.choice
         if output.prompt_logprobs is not None:
             self._prompt_logprobs[prompt] = output.prompt_logprobs
-        new = _Part(finish_reason=output.finish_reason)
+        new = _Delta(finish_reason=output.finish_reason)
         if not self.call.scores_only:
             new.text, new.tokens = output.text, list(output.token_ids)
             new.logprobs, new.experts = list(output.logprobs or ()), list(output.experts or ())
         self._answers[index].extend(new)
-        self._untold.setdefault(index, _Part()).extend(new)
+        self._untold.setdefault(index, _Delta()).extend(new)
         params = self.call.params
         if params.prompt_logprobs is not None and prompt not in self._prompt_logprobs:
             return []
         siblings = range(prompt * params.n, (prompt + 1) * params.n)
-        return [self._told(each) for each in siblings if each in self._untold]
+        return [self._emit(each) for each in siblings if each in self._untold]
 
-    def _told(self, index: int) -> dict[str, Any]:
+    def _emit(self, index: int) -> dict[str, Any]:
         """What is new of an answer, as a choice; in front of the first the prompt, if wanted."""
         with_prompt = self.call.echo and index not in self._begun
         self._begun.add(index)
@@ -102,7 +102,7 @@ class Answers:
         ]
 
     def _choice(
-        self, index: int, part: _Part, with_prompt: bool, whole: bool = False
+        self, index: int, part: _Delta, with_prompt: bool, whole: bool = False
     ) -> dict[str, Any]:
         common: dict[str, Any] = {"index": index, "finish_reason": part.finish_reason}
         if self.call.params.experts:
@@ -162,6 +162,6 @@ class Answers:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def error_body(parameter: str | None, message: str, kind: str, code: str | None = None) -> dict:
+def error_response(parameter: str | None, message: str, kind: str, code: str | None = None) -> dict:
     """An error as a body: `kind` is OpenAI's type of it, such as invalid_request_error."""
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
