@@ -83,7 +83,9 @@ class RunConfig:
         LoraConfig()
     )
     checkpoint: Annotated[CheckpointConfig, Field(description="saves")] = CheckpointConfig()
-    engine: Annotated[EngineConfig, Field(description="inference: sequences, cache")] = EngineConfig()
+    engine: Annotated[EngineConfig, Field(description="inference: sequences, cache")] = (
+        EngineConfig()
+    )
     plan: Annotated[PlanConfig, Field(description="what `grok plan` compiles")] = PlanConfig()
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ def find_tokenizer(path: str, given: str | None, config: RunConfig, data: Sequen
     found = given or next((str(place) for place in places if place.is_file()), None)
     if found is None:
         raise DataError(
-            f"there is no {TOKENIZER_FILE} beside {path}; naming the tokenizer of these weights, as in "
+            f"there is no {TOKENIZER_FILE} beside {path}; the tokenizer of these weights, as in "
             "--tokenizer FILE or tokenizer=FILE, would work."
         )
     return found
