@@ -12,7 +12,7 @@ from grok.batch.progress import Display, say
 from grok.batch.replicas import Replica
 from grok.config.batch import BatchConfig
 from grok.data.prepare.sources import RawRecord
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import Tokenizer
 from grok.errors import SAVED, GrokError
 from grok.infer.loader import ServedModel
 from grok.infer.openai.requests import RequestParser

@@ -58,9 +58,9 @@ def tokenizer(files, out, vocab_size, special, check, config) -> None:
 
 def _check_tokenizer(file: str, config: str) -> None:
     from grok.config.load import load_config
-    from grok.data.tokenizers.sentencepiece import Tokenizer
+    from grok.data.tokenizers import load_tokenizer
 
-    found, vocab_size = Tokenizer.load(file), load_config(config).model.vocab_size
+    found, vocab_size = load_tokenizer(file), load_config(config).model.vocab_size
     if found.vocab_size > vocab_size:
         raise DataError(
             f"tokenizer {file} has {found.vocab_size} pieces, more than model.vocab_size="

@@ -98,10 +98,10 @@ def _plain(loss: "TextLoss") -> dict[str, Any]:
 def _tasks(model, mesh, tasks, tokenizer, run, folder, fewshot, limit, as_json) -> dict[str, Any]:
     if not tasks:
         return {}
-    from grok.data.tokenizers.sentencepiece import Tokenizer
+    from grok.data.tokenizers import load_tokenizer
     from grok.evaluate.harness import HarnessModel, run_tasks
 
-    harness = HarnessModel(model, Tokenizer.load(tokenizer), mesh, run.data.batch_size)
+    harness = HarnessModel(model, load_tokenizer(tokenizer), mesh, run.data.batch_size)
     found = run_tasks(harness, tasks, folder, fewshot, limit)
     if not as_json:
         table = make_table("task", "metric", "value", right=1)

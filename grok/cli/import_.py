@@ -113,9 +113,9 @@ def _run_of(model: "GrokConfig") -> "RunConfig":
 
 
 def _check_tokenizer(file: Path, vocab_size: int) -> None:
-    from grok.data.tokenizers.sentencepiece import Tokenizer
+    from grok.data.tokenizers import load_tokenizer
 
-    pieces = Tokenizer.load(file).vocab_size
+    pieces = load_tokenizer(file).vocab_size
     if pieces > vocab_size:
         raise DataError(
             f"{file}: has {pieces} pieces, and the model's vocab_size is {vocab_size}; it is the "

@@ -105,9 +105,9 @@ class TokenDataset:
         document = decode_document(record)
         if len(document.tokens_S) != self.lengths[index]:
             raise DataError(
-                f"{self.folder / LENGTHS_FILE} says that document {index} has {self.lengths[index]} "
-                f"tokens, and its record has {len(document.tokens_S)}; `grok data inspect --check` "
-                "compares all files with the manifest."
+                f"{self.folder / LENGTHS_FILE} says that document {index} has "
+                f"{self.lengths[index]} tokens, and its record has {len(document.tokens_S)}; `grok "
+                "data inspect --check` compares all files with the manifest."
             )
         return document
 
@@ -131,8 +131,8 @@ class TokenDataset:
         documents = self.manifest["counts"]["documents"]
         if lengths_N.shape != (documents,) or lengths_N.dtype != np.uint32:
             raise DataError(
-                f"{path} has {lengths_N.size} documents ({lengths_N.dtype}) and {MANIFEST_FILE} has "
-                f"{documents} (uint32); the folder as `grok data prepare` wrote it would work."
+                f"{path} has {lengths_N.size} documents ({lengths_N.dtype}) and {MANIFEST_FILE} "
+                f"has {documents} (uint32); the folder as `grok data prepare` wrote it would work."
             )
         return lengths_N
 
@@ -168,7 +168,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST_FILE
     if not path.exists():
         raise DataError(
-            f"{folder} has no {MANIFEST_FILE}; a folder that `grok data prepare` finished would work."
+            f"{folder} has no {MANIFEST_FILE}; a folder that `grok data prepare` finished would "
+            "work."
         )
     try:
         manifest = json.loads(read_bytes(path, "manifest"))

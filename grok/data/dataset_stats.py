@@ -12,7 +12,7 @@ import numpy as np
 from grok.data.dataset import TokenDataset
 from grok.data.packing import make_packer, packing_efficiency
 from grok.data.prepare.manifest import TOKENIZER_FILE, verify_dataset
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import load_tokenizer
 
 SAMPLE_TOKENS = 60
 
@@ -105,7 +105,7 @@ def length_histogram(lengths_N: np.ndarray) -> list[LengthBin]:
 
 def _samples(data: TokenDataset, count: int, tokenizer: str | None) -> list[DocumentSample]:
     """Documents at even distances, from the first on."""
-    pieces = Tokenizer.load(tokenizer or data.folder / TOKENIZER_FILE)
+    pieces = load_tokenizer(tokenizer or data.folder / TOKENIZER_FILE)
     found = []
     for number in range(0, len(data), -(-len(data) // count)) if count else ():
         document = data[number]

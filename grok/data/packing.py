@@ -39,7 +39,7 @@ class RowPacker(Protocol):
 
 
 def make_packer(packing: str, lengths_N: np.ndarray, sequence_length: int, key: str) -> RowPacker:
-    """The layout of `packing` ("concat_then_split" or "best_fit") for documents of these lengths in tokens."""
+    """The packer that data.packing names, for documents of these lengths in tokens."""
     form = ConcatThenSplit if packing == "concat_then_split" else BestFit
     return form(lengths_N, sequence_length, key)
 

@@ -14,7 +14,7 @@ import numpy as np
 from grok.errors import DataError
 
 if TYPE_CHECKING:
-    from grok.data.tokenizers.sentencepiece import Tokenizer
+    from grok.data.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

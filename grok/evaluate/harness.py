@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from grok.config import EngineConfig
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import Tokenizer
 from grok.errors import DataError
 from grok.evaluate.scores import Scorer
 from grok.infer.engine import Engine

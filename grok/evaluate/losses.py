@@ -13,7 +13,7 @@ from grok.data.dataset import MANIFEST_FILE
 from grok.data.device_feed import StreamValidation
 from grok.data.packed_batches import PackedValidation
 from grok.data.text_stream import bits_per_byte, read_stream
-from grok.data.tokenizers.sentencepiece import Tokenizer, token_bytes
+from grok.data.tokenizers import load_tokenizer, token_bytes
 from grok.errors import DataError
 from grok.model.decoder import Grok
 from grok.train.evaluate import total_loss
@@ -61,7 +61,7 @@ def _open(path: str, tokenizer: str, config: RunConfig) -> tuple[Iterable[Batch]
     """The batches of a text, and its bytes."""
     data = dataclasses.replace(config.data, tokenizer=tokenizer)
     shape = {"sequence_length": data.sequence_length, "batch_size": data.batch_size}
-    pieces = Tokenizer.load(tokenizer)
+    pieces = load_tokenizer(tokenizer)
     if not (Path(path) / MANIFEST_FILE).exists():
         stream = read_stream([path], pieces, config.model.vocab_size)
         return StreamValidation(stream, **shape), stream.num_bytes

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from grok.data.tokenizers.sentencepiece import StreamDecoder, Tokenizer
+from grok.data.tokenizers import StreamDecoder, Tokenizer
 from grok.infer.request import Output, Request, TokenLogprobs
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from grok import sharding
 from grok.config import EngineConfig
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import Tokenizer
 from grok.infer.completion import Completion
 from grok.infer.request import (
     EngineStats,

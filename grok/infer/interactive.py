@@ -5,7 +5,7 @@ import itertools
 import signal
 from collections.abc import Callable, Iterator, Sequence
 
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import Tokenizer
 from grok.infer.engine import Engine
 from grok.infer.request import Request, RequestError, SamplingParams
 

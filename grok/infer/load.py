@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from grok import sharding
 from grok.config import RunConfig, resolve_mesh
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import Tokenizer, load_tokenizer
 from grok.errors import CheckpointError
 from grok.model.decoder import Grok
 from grok.weights.cast import converted
@@ -52,5 +52,5 @@ def load_run(folder: Path, config: RunConfig, mesh: Mesh) -> tuple[Grok, Tokeniz
             f"{file} is missing; copy the tokenizer of these weights there. (`grok import` does it "
             "with --tokenizer.)"
         )
-    tokenizer = Tokenizer.load(file)
+    tokenizer = load_tokenizer(file)
     return place(converted(source, config.model.param_dtype), mesh), tokenizer

@@ -12,7 +12,7 @@ from grok.config import MESH_AXES, RunConfig, check_model_fits, resolve_mesh
 from grok.config.engine import InferConfig
 from grok.config.load import to_dict
 from grok.data.prepare.manifest import TOKENIZER_FILE
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import parse_tokenizer
 from grok.errors import ConfigError, DataError
 from grok.infer.chat_template import make_renderer
 from grok.infer.openai.requests import RequestParser
@@ -35,10 +35,7 @@ class ServedModel:
         run = config_of(config.weights, config.model or None, changes)
         self.config, self._settings = run.model, config
         file, self._tokenizer_bytes = _read_tokenizer(config, run)
-        try:
-            self.tokenizer = Tokenizer(self._tokenizer_bytes)
-        except RuntimeError:
-            raise DataError(f"tokenizer={file} is not a SentencePiece model.") from None
+        self.tokenizer = parse_tokenizer(self._tokenizer_bytes, file)
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise ConfigError(
                 f"tokenizer={file} has {self.tokenizer.vocab_size} pieces and the model of "

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grok.config import GrokConfig
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import Tokenizer
 from grok.infer.request import SamplingParams
 from grok.infer.sampling import SamplingBatch
 from grok.infer.scheduler import ScheduledStep

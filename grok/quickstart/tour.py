@@ -19,7 +19,8 @@ from rich.table import Table
 from grok.config import RunConfig
 from grok.config.load import load_config
 from grok.data.text_stream import read_stream
-from grok.data.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from grok.data.tokenizers import load_tokenizer
+from grok.data.tokenizers.sentencepiece import train_tokenizer
 from grok.errors import DONE, SAVED, GrokError
 from grok.quickstart.baselines import (
     bigram_bits_per_byte,
@@ -147,7 +148,7 @@ def last_step(metrics_path: Path) -> int:
 
 def compare(config: RunConfig, metrics: list[dict]) -> dict[str, float]:
     """Bits per byte of the held-out text under the trained model and under simple ones."""
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     vocab_size = config.model.vocab_size
     train_stream = read_stream(config.data.train, tokenizer, vocab_size)
     heldout = read_stream(config.data.validation, tokenizer, vocab_size)

@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from grok.config.serve import ServeConfig
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import Tokenizer
 from grok.infer.openai.requests import CompletionRequest, RequestParser
 from grok.infer.openai.responses import ResponseBuilder, error_response
 from grok.infer.request import RequestError

@@ -11,7 +11,7 @@ from grok.data.device_feed import StreamBatches, StreamValidation, TrainBatches
 from grok.data.mixture import Mixture
 from grok.data.packed_batches import PackedBatches, PackedValidation
 from grok.data.text_stream import read_bytes, read_stream
-from grok.data.tokenizers.sentencepiece import Tokenizer, token_bytes
+from grok.data.tokenizers import load_tokenizer, token_bytes
 from grok.errors import CheckpointError, DataError
 
 
@@ -39,7 +39,7 @@ def read_data(config: RunConfig) -> RunData:
         )
     if not data.tokenizer:
         raise DataError("data.tokenizer names no SentencePiece model; set it to a .model file.")
-    tokenizer = Tokenizer.load(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer)
     shapes = BatchSchedule(data.sequence_length, data.batch_size, data.shapes()[1:])
     shape = {"sequence_length": data.sequence_length, "batch_size": data.batch_size}
     train: TrainBatches

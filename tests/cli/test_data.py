@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from grok.cli.main import main
 from grok.data.dataset import TokenDataset
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import load_tokenizer
 from tests.data import prepared
 from tests.data.prepared import TEXTS, contents, write_lines
 
@@ -120,7 +120,7 @@ def test_training_a_tokenizer_with_pieces_of_ones_own(home, tmp_path):
     out = tmp_path / "new.model"
     arguments = ["--out", out, "--vocab-size", 384, "--special", "<|a|>", "--special", "<|b|>"]
     assert "384 pieces" in run("tokenizer", home / "sample.txt", *arguments)
-    trained = Tokenizer.load(out)
+    trained = load_tokenizer(out)
     ids = trained.encode("x<|a|>y<|b|>")
     assert len(ids) == 4
     assert trained.decode(ids) == "x<|a|>y<|b|>"

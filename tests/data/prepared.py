@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from grok.data.prepare.job import PrepareOptions, prepare_dataset
-from grok.data.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from grok.data.tokenizers import load_tokenizer
+from grok.data.tokenizers.sentencepiece import train_tokenizer
 
 TEXTS = [f"Row {i}: " + " ".join(str(i * k) for k in range(1 + 7 * i % 40)) for i in range(120)]
 
@@ -45,5 +46,5 @@ def rejected(folder: Path) -> list[dict]:
 
 
 def texts_of(data, tokenizer: str) -> list[str]:
-    pieces = Tokenizer.load(tokenizer)
+    pieces = load_tokenizer(tokenizer)
     return [pieces.decode(data[i].tokens_S[:-1].tolist()) for i in range(len(data))]

@@ -9,7 +9,7 @@ from grok.data.dataset import TokenDataset
 from grok.data.packed_batches import PackedValidation
 from grok.data.prepare.records import RecordFields
 from grok.data.text_stream import read_stream
-from grok.data.tokenizers.sentencepiece import Tokenizer, token_bytes
+from grok.data.tokenizers import load_tokenizer, token_bytes
 from tests.data.prepared import TEXTS, made, make_tokenizer, write_lines
 
 HARD = ["½ \u2581 of a naïve café\n\n\tplus 12345", "\N{GRINNING FACE} smiles", " leading space"]
@@ -22,7 +22,7 @@ def tokenizer(tmp_path_factory) -> str:
 
 def num_bytes(folder, tokenizer: str) -> int:
     validation = PackedValidation(TokenDataset(folder), sequence_length=32, batch_size=8)
-    return validation.num_bytes(token_bytes(Tokenizer.load(tokenizer)))
+    return validation.num_bytes(token_bytes(load_tokenizer(tokenizer)))
 
 
 def test_a_dataset_has_the_bytes_of_its_text_files(tokenizer, tmp_path):
@@ -31,7 +31,7 @@ def test_a_dataset_has_the_bytes_of_its_text_files(tokenizer, tmp_path):
     for file, text in zip(files, texts, strict=True):
         file.write_bytes(text.encode())
     made(tmp_path / "out", [write_lines(tmp_path / "all.jsonl", texts)], tokenizer)
-    pieces = Tokenizer.load(tokenizer)
+    pieces = load_tokenizer(tokenizer)
     whole = read_stream(files, pieces, 384).num_bytes
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]["bytes"] == whole
     # A text file's first token is predicted from an eos; a document's own is predicted by nothing.
@@ -50,7 +50,7 @@ def test_what_is_not_to_be_learnt_has_no_bytes(tokenizer, tmp_path):
 
 
 def test_every_token_has_the_bytes_it_adds(tokenizer):
-    pieces = Tokenizer.load(tokenizer)
+    pieces = load_tokenizer(tokenizer)
     bytes_V = token_bytes(pieces)
     for text in (*TEXTS[:20], *HARD):
         ids = pieces.encode(text)

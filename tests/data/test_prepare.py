@@ -17,7 +17,7 @@ from grok import __version__
 from grok.data.dataset import TokenDataset
 from grok.data.prepare.job import prepare_dataset
 from grok.data.prepare.records import RecordFields
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import load_tokenizer
 from grok.errors import DataError
 from grok.storage import google_storage
 from tests.data import prepared
@@ -120,7 +120,7 @@ def test_duplicates_are_dropped_over_shards_the_first_stays(tmp_path, rows, toke
 
 
 def test_only_completions_are_learnt(tmp_path, tokenizer):
-    pieces = Tokenizer.load(tokenizer)
+    pieces = load_tokenizer(tokenizer)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"q": "Row 1:", "a": " 2 4 6"}) + "\n")
     fields = RecordFields(text=None, prompt="q", completion="a")
@@ -133,7 +133,7 @@ def test_only_completions_are_learnt(tmp_path, tokenizer):
 
 
 def test_only_what_assistants_say_is_learnt(tmp_path, tokenizer):
-    pieces = Tokenizer.load(tokenizer)
+    pieces = load_tokenizer(tokenizer)
     roles = ("system", "user", "assistant", "user", "assistant")
     messages = [{"role": role, "content": f"Row {i}"} for i, role in enumerate(roles)]
     path = tmp_path / "rows.jsonl"
@@ -155,7 +155,7 @@ def test_only_what_assistants_say_is_learnt(tmp_path, tokenizer):
 def test_a_completion_goes_on_without_a_space_of_the_tokenizer(tmp_path):
     if not RELEASE.exists():
         pytest.skip("the release's tokenizer is not beside the repository (shared/tokenizer)")
-    pieces = Tokenizer.load(RELEASE)
+    pieces = load_tokenizer(RELEASE)
     path = tmp_path / "rows.jsonl"
     pairs = [("def f", "():"), ("Q:", " four"), ("a line", "\n\nnext"), ("x", "\u2581y  z ")]
     path.write_text("".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in pairs))

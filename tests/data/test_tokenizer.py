@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from grok.data.tokenizers import StreamDecoder, Tokenizer, load_tokenizer
 from grok.data.tokenizers import sentencepiece as tokenizer_module
-from grok.data.tokenizers.sentencepiece import StreamDecoder, Tokenizer, train_tokenizer
+from grok.data.tokenizers.sentencepiece import train_tokenizer
 from grok.errors import DataError
 
 RELEASE = Path(__file__).parents[3] / "shared/tokenizer/grok-1.model"
@@ -42,7 +43,7 @@ def tokenizer(source_file, tmp_path_factory) -> Tokenizer:
 def release() -> Tokenizer:
     if not RELEASE.exists():
         pytest.skip("the release's tokenizer is not beside the repository (shared/tokenizer)")
-    return Tokenizer.load(RELEASE)
+    return load_tokenizer(RELEASE)
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], after: list[int] = ()) -> list[str]:
@@ -85,7 +86,7 @@ def test_training_is_quiet_and_the_file_loads(source_file, tmp_path, capfd):
     out = tmp_path / "new" / "t.model"
     trained = train_tokenizer([source_file], out, 600)
     assert capfd.readouterr() == ("", "")
-    loaded = Tokenizer.load(out)
+    loaded = load_tokenizer(out)
     assert loaded.encode(SOURCE) == trained.encode(SOURCE)
 
 
@@ -134,14 +135,14 @@ def test_load_refuses_what_is_no_model(tmp_path, content):
     path = tmp_path / "wrong.model"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"wrong\.model is not a SentencePiece model"):
-        Tokenizer.load(path)
+        load_tokenizer(path)
 
 
 def test_load_refuses_a_missing_file_and_a_folder(tmp_path):
     with pytest.raises(DataError, match=r"none\.model does not exist"):
-        Tokenizer.load(tmp_path / "none.model")
+        load_tokenizer(tmp_path / "none.model")
     with pytest.raises(DataError, match="cannot be read"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_encode_and_decode_refuse_what_cannot_be(tokenizer):

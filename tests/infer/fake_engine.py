@@ -4,7 +4,7 @@ request alone, as the real one's do."""
 import hashlib
 from collections import deque
 
-from grok.data.tokenizers.sentencepiece import StreamDecoder, Tokenizer
+from grok.data.tokenizers import StreamDecoder, Tokenizer
 from grok.infer.request import EngineStats, Output, Request, RequestError, TokenLogprobs
 
 

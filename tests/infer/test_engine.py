@@ -8,7 +8,7 @@ import pytest
 
 import grok
 from grok.config import EngineConfig
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import load_tokenizer
 from grok.infer.engine import Engine
 from grok.infer.request import Request, RequestError, SamplingParams
 
@@ -181,7 +181,7 @@ def test_the_best_of_several_is_told(engine):
 
 
 def test_stop_texts_are_cut_and_never_shown_in_part(tiny_run, engine):
-    tokenizer = Tokenizer.load(tiny_run.data.tokenizer)
+    tokenizer = load_tokenizer(tiny_run.data.tokenizer)
     spoken = Engine(engine._model, tokenizer, engine._mesh, OPTIONS)
     params = SamplingParams(max_tokens=30, seed=2, ignore_eos=True)
     prompt = tuple(tokenizer.encode("The number 12"))

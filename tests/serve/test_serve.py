@@ -16,7 +16,7 @@ import pytest
 from grok.config.engine import SamplingConfig
 from grok.config.load import checked
 from grok.config.serve import ServeConfig
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import Tokenizer, load_tokenizer
 from grok.errors import ConfigError
 from grok.infer.chat_template import make_renderer
 from grok.infer.openai.requests import RequestParser
@@ -90,7 +90,7 @@ def wait_until(reached) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_run) -> Tokenizer:
-    return Tokenizer.load(tiny_run.data.tokenizer)
+    return load_tokenizer(tiny_run.data.tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from grok.data.prepare.shards import (
 from grok.data.prepare.sources import RawRecord, SourceFile, find_files, hash_files, read_records
 from grok.data.prepare.workers import RecordGroup, encode_records
 from grok.data.text_stream import read_bytes
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import Tokenizer, load_tokenizer
 from grok.errors import DataError
 
 UNFINISHED = "unfinished"
@@ -112,7 +112,7 @@ def prepare_dataset(
     with exclusive_lock(folder / UNFINISHED):
         journal = ShardJournal(folder / UNFINISHED, identity)
         if not journal.ended:
-            _run(options, files, model, folder, journal, tell)
+            _write_shards(options, files, tokenizer, folder, journal, tell)
         totals = _totals(journal.entries)
         _check_share(options, folder, totals, journal.entries)
         if not totals["documents"]:
@@ -125,7 +125,7 @@ def prepare_dataset(
 
 def load(path: str) -> Tokenizer:
     """A tokenizer that can end documents; DataError where it has no piece for that."""
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     if tokenizer.eos_id < 0:
         raise DataError(
             f"tokenizer {path} has no end-of-sequence piece to end documents with; one that `grok "
@@ -158,10 +158,10 @@ def _identity(
     }
 
 
-def _run(
+def _write_shards(
     options: PrepareOptions,
     files: Sequence[SourceFile],
-    model: bytes,
+    tokenizer: Tokenizer,
     folder: Path,
     journal: ShardJournal,
     tell: Callable[[PrepareProgress], None],
@@ -173,7 +173,7 @@ def _run(
     shards = ShardWriter(journal, options.shard_bytes)
     records = read_records(files, options.fields.names(), journal.position)
     encoded = encode_records(
-        _units(records, files, options), model, options.fields, options.workers
+        _units(records, files, options), tokenizer, options.fields, options.workers
     )
     try:
         for raw, result in encoded:
@@ -252,8 +252,9 @@ def _check_share(
     place = first["file"] if first["line"] is None else f"{first['file']}:{first['line']}"
     raise DataError(
         f"{bad:,} of {records:,} records are bad, {bad / records:.2%}, more than --max-bad-share "
-        f"{options.max_bad_share:g} allows (all are in {folder / REJECTED_FILE}); the first: {place}: "
-        f"{first['reason']}. The same command with --max-bad-share {_above(bad / records)} goes on."
+        f"{options.max_bad_share:g} allows (all are in {folder / REJECTED_FILE}); the first: "
+        f"{place}: {first['reason']}. The same command with --max-bad-share "
+        f"{_above(bad / records)} goes on."
     )
 
 

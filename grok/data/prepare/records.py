@@ -14,7 +14,7 @@ import numpy as np
 
 from grok.data.dataset import encode_document
 from grok.data.prepare.sources import RawRecord
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import Tokenizer
 from grok.errors import DataError
 
 # Words before each message of a conversation, and what ends it: as xAI's chat models have it.
@@ -78,9 +78,9 @@ class BadRecord(Exception):
 class DocumentEncoder:
     """Makes documents of raw records."""
 
-    def __init__(self, model: bytes, fields: RecordFields) -> None:
-        """Use the SentencePiece model of these bytes, which must have an end-of-sequence piece."""
-        self._tokenizer = Tokenizer(model)
+    def __init__(self, tokenizer: Tokenizer, fields: RecordFields) -> None:
+        """Use `tokenizer`, which must have an end-of-sequence token."""
+        self._tokenizer = tokenizer
         self._fields = fields
         self._num_guard_ids = len(self._tokenizer.encode(GUARD))
 

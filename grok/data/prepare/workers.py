@@ -14,6 +14,7 @@ from typing import Any
 
 from grok.data.prepare.records import BadRecord, DocumentEncoder, EncodedDocument, RecordFields
 from grok.data.prepare.sources import RawRecord
+from grok.data.tokenizers import Tokenizer
 from grok.errors import DataError
 
 # A record with what is kept of its file; and with what became of it: a document, or a reason.
@@ -22,11 +23,11 @@ Result = tuple[RawRecord, EncodedDocument | str]
 
 
 def encode_records(
-    units: Iterator[RecordGroup], model: bytes, fields: RecordFields, workers: int
+    units: Iterator[RecordGroup], tokenizer: Tokenizer, fields: RecordFields, workers: int
 ) -> Generator[Result, None, None]:
     """What becomes of each record, in order."""
     if workers == 1:
-        encoder = DocumentEncoder(model, fields)
+        encoder = DocumentEncoder(tokenizer, fields)
         for unit in units:
             yield from _outcomes(unit, _encode_unit(unit, encoder))
         return
@@ -34,7 +35,7 @@ def encode_records(
         workers,
         multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(model, fields),
+        initargs=(tokenizer, fields),
     )
     try:
         waiting: collections.deque[tuple[RecordGroup, Future]] = collections.deque()
@@ -60,16 +61,16 @@ def _outcomes(unit: RecordGroup, results: list[EncodedDocument | str]) -> Iterat
         yield raw, result
 
 
-# A process's own, made once: loading the model takes longer than a unit.
+# A process's own, made once: loading the tokenizer takes longer than a unit.
 _encoder: DocumentEncoder | None = None
 
 
-def _start_worker(model: bytes, fields: RecordFields) -> None:
+def _start_worker(tokenizer: Tokenizer, fields: RecordFields) -> None:
     global _encoder
     # Ctrl-C goes to all processes of a terminal; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = DocumentEncoder(model, fields)
+    _encoder = DocumentEncoder(tokenizer, fields)
 
 
 def _end_with_parent() -> None:

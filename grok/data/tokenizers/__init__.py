@@ -1,1 +1,26 @@
-"""Tokenizers: text to token ids and back."""
+"""Tokenizers: text to token ids and back, whichever library is behind the file."""
+
+from pathlib import Path
+
+from grok.data.text_stream import read_bytes
+from grok.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from grok.data.tokenizers.tokenizer import StreamDecoder, Tokenizer, token_bytes
+from grok.errors import DataError
+
+__all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer", "parse_tokenizer", "token_bytes"]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a tokenizer file; DataError when it is missing or of no known kind."""
+    return parse_tokenizer(read_bytes(path, "tokenizer file"), path)
+
+
+def parse_tokenizer(data: bytes, path: str | Path) -> Tokenizer:
+    """The tokenizer in the bytes of the file `path`; DataError when they are of no known kind."""
+    try:
+        return SentencePieceTokenizer(data)
+    except RuntimeError:
+        raise DataError(
+            f"{path} is not a SentencePiece model; a file that `grok data tokenizer` wrote, or the "
+            f"release's tokenizer.model, would work."
+        ) from None

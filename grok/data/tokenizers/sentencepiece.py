@@ -4,16 +4,15 @@ Works with the release's tokenizer file and with the small ones that `train_toke
 latter lose nothing: `decode(encode(text)) == text` for every text that is valid Unicode.
 """
 
-import codecs
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 
-from grok.data.text_stream import read_bytes, read_text
+from grok.data.text_stream import read_text
+from grok.data.tokenizers.tokenizer import StreamDecoder
 from grok.errors import DataError
 
 # SentencePiece writes a space as this character (U+2581), inside its pieces.
@@ -22,57 +21,28 @@ SPACE = "\u2581"
 NEWLINE_RUNS = ["\n" * length for length in (1, 2, 3, 4)]
 
 
-class Tokenizer:
-    """A loaded SentencePiece model; make one with `Tokenizer.load`."""
+class SentencePieceTokenizer:
+    """A `Tokenizer` (see there) over a SentencePiece model."""
 
     def __init__(self, model: bytes) -> None:
-        """Take the bytes of a model file; RuntimeError when they are not one."""
-        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        """Takes the bytes of a model file; RuntimeError when they are not one."""
+        if not model:
+            raise RuntimeError("an empty file")
+        self._model = model
+        self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size: int = processor.vocab_size()
+        self.pad_id: int = processor.pad_id()
+        self.bos_id: int = processor.bos_id()
+        self.eos_id: int = processor.eos_id()
+        self.unk_id: int = processor.unk_id()
         # A model with the "dummy prefix" writes a space before every text and drops it again.
-        self._adds_space = self._pieces.encode("a", out_type=str)[0].startswith(SPACE)
-        bytes_of_space = [self._pieces.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
-        self._space_char_ids = (
-            bytes_of_space if all(self._pieces.is_byte(i) for i in bytes_of_space) else None
-        )
+        self._adds_space = processor.encode("a", out_type=str)[0].startswith(SPACE)
+        byte_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self._space_char_ids = byte_ids if all(map(processor.is_byte, byte_ids)) else None
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a SentencePiece model file; DataError when it is missing or something else."""
-        model = read_bytes(path, "tokenizer file")
-        if model:
-            try:
-                return cls(model)
-            except RuntimeError:
-                pass
-        raise DataError(
-            f"{path} is not a SentencePiece model; a file that `grok.data.tokenizers.sentencepiece."
-            f"train_tokenizer` wrote, or the release's tokenizer.model, would work."
-        )
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of pieces; every id is below it."""
-        return self._pieces.vocab_size()
-
-    @property
-    def pad_id(self) -> int:
-        """Id of the padding piece, or -1 where the model has none."""
-        return self._pieces.pad_id()
-
-    @property
-    def bos_id(self) -> int:
-        """Id of the begin-of-sequence piece, or -1 where the model has none."""
-        return self._pieces.bos_id()
-
-    @property
-    def eos_id(self) -> int:
-        """Id of the end-of-sequence piece, or -1 where the model has none."""
-        return self._pieces.eos_id()
-
-    @property
-    def unk_id(self) -> int:
-        """Id of the piece for what has no other."""
-        return self._pieces.unk_id()
+    def __reduce__(self) -> tuple[type, tuple[bytes]]:
+        """Pickled as the bytes of its file."""
+        return SentencePieceTokenizer, (self._model,)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without bos or eos; DataError when it is not valid Unicode."""
@@ -84,10 +54,10 @@ class Tokenizer:
                 f"cannot hold; the character that was meant would work."
             ) from None
         if SPACE not in text or self._adds_space or self._space_char_ids is None:
-            return self._pieces.encode(text)
+            return self._processor.encode(text)
         # A literal U+2581 would come back as a space, so it goes in as its three bytes.
-        first, *rest = self._pieces.encode(text.split(SPACE))
-        return first + [i for part in rest for i in (*self._space_char_ids, *part)]
+        first, *rest = self._processor.encode(text.split(SPACE))
+        return first + [i for ids in rest for i in (*self._space_char_ids, *ids)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, control pieces nothing."""
@@ -95,63 +65,26 @@ class Tokenizer:
         return "".join([decoder.push(i) for i in ids]) + decoder.flush()
 
     def piece(self, token_id: int) -> str:
-        """The name that one id has in the model, such as `</s>` of a control piece."""
-        return self._pieces.id_to_piece(token_id)
+        """Name of a piece in the model, such as `</s>`."""
+        return self._processor.id_to_piece(token_id)
 
     def piece_bytes(self, token_id: int, *, first: bool = False) -> bytes:
-        """UTF-8 bytes that one id stands for; `first`: as the first of a text.
-
-        A character may be spread over several ids, so the bytes of one need not be whole UTF-8.
-        """
+        """UTF-8 bytes of a piece, at the start of a text where `first`; control ones have none."""
         if not 0 <= token_id < self.vocab_size:
             raise DataError(
                 f"token id {token_id} is not among the tokenizer's {self.vocab_size} pieces; "
                 f"0 to {self.vocab_size - 1} would work."
             )
-        if self._pieces.is_control(token_id):
+        if self._processor.is_control(token_id):
             return b""
-        if self._pieces.is_unknown(token_id):
-            return self._pieces.decode([token_id]).encode()
-        piece = self._pieces.id_to_piece(token_id)
-        if self._pieces.is_byte(token_id):
+        if self._processor.is_unknown(token_id):
+            return self._processor.decode([token_id]).encode()
+        piece = self._processor.id_to_piece(token_id)
+        if self._processor.is_byte(token_id):
             return bytes([int(piece[1:-1], base=16)])
         if first and self._adds_space:
             piece = piece.removeprefix(SPACE)
         return piece.replace(SPACE, " ").encode()
-
-
-def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """How many UTF-8 bytes each id stands for inside a text, int32 (V,); control pieces none."""
-    ids = range(tokenizer.vocab_size)
-    return np.array([len(tokenizer.piece_bytes(token_id)) for token_id in ids], np.int32)
-
-
-class StreamDecoder:
-    """Decodes ids one at a time: what `push` and `flush` return, joined, is `decode(ids)`.
-
-    `after` holds the ids that come before, as those of a prompt. They are not returned; with them
-    the first piece keeps its leading space, and a character begun in the prompt is completed.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
-        """Start behind the ids of `after`."""
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._first = True
-        for token_id in after:
-            self.push(token_id)
-
-    def push(self, token_id: int) -> str:
-        """The text that `token_id` completes: perhaps none, never part of a character."""
-        data = self._tokenizer.piece_bytes(token_id, first=self._first)
-        if self._first and not self._tokenizer.piece_bytes(token_id):
-            return ""
-        self._first = False
-        return self._utf8.decode(data)
-
-    def flush(self) -> str:
-        """What an unfinished character at the end reads as: U+FFFD, or nothing."""
-        return self._utf8.decode(b"", final=True)
 
 
 def train_tokenizer(
@@ -159,14 +92,13 @@ def train_tokenizer(
     out_path: str | Path,
     vocab_size: int,
     special: Sequence[str] = (),
-) -> Tokenizer:
-    """Train a BPE tokenizer of exactly `vocab_size` pieces on text files, and write its model, in a
-    folder that is made where there is none.
+) -> SentencePieceTokenizer:
+    """Trains a BPE tokenizer of exactly `vocab_size` pieces on text files and writes its model.
 
-    Ids 0 to 3 are padding, begin, end and unknown; then come runs of newlines, `special` texts that
-    are one piece each, the 256 bytes (for characters too rare for a piece), and merges. Digits are
-    pieces of their own and text is not normalised, so nothing is lost. The same files give the same
-    bytes. DataError when a file cannot be read or its text has too few distinct words, or too many
+    Ids 0 to 3 are padding, begin, end and unknown; then come runs of newlines, the `special` texts
+    (a piece each), the 256 bytes (for characters too rare for a piece), and merges. Each digit is a
+    piece and text is not normalised, so nothing is lost. The same files give the same bytes.
+    DataError when a file cannot be read or its text has too few distinct words, or too many
     characters, for `vocab_size`.
     """
     texts = [read_text(path) for path in files]
@@ -198,7 +130,7 @@ def train_tokenizer(
     except RuntimeError as error:
         raise _refusal(str(error), files, vocab_size) from None
     Path(out_path).write_bytes(model.getvalue())
-    return Tokenizer(model.getvalue())
+    return SentencePieceTokenizer(model.getvalue())
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
@@ -209,14 +141,14 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 def _refusal(message: str, files: Sequence[str | Path], vocab_size: int) -> DataError:
     """SentencePiece's refusal of a vocabulary size, as a sentence with a size that would work."""
     names = ", ".join(str(path) for path in files)
-    if found := re.search(r"Please set it to a value <= (\d+)", message):
+    if match := re.search(r"Please set it to a value <= (\d+)", message):
         return DataError(
             f"the text of {names} is too short for a vocabulary of {vocab_size} pieces; "
-            f"{found[1]} would work."
+            f"{match[1]} would work."
         )
-    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return DataError(
             f"a vocabulary of {vocab_size} pieces cannot hold the 256 bytes and the characters of "
-            f"{names}; {int(found[1]) + 1} would work."
+            f"{names}; {int(match[1]) + 1} would work."
         )
     return DataError(f"SentencePiece cannot train a tokenizer on {names}: {message}")

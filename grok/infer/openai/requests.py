@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grok.config.engine import SamplingConfig
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import Tokenizer
 from grok.errors import DataError
 from grok.infer.chat_template import Render
 from grok.infer.request import Request, RequestError, SamplingParams

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from grok.data.tokenizers.sentencepiece import Tokenizer
+from grok.data.tokenizers import Tokenizer
 from grok.infer.openai.requests import CompletionRequest
 from grok.infer.request import Output, TokenLogprobs
 

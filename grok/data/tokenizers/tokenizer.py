@@ -1,0 +1,73 @@
+"""The interface of every tokenizer, and decoding over it that never splits a character."""
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back; picklable, so that worker processes get a copy.
+
+    vocab_size: number of tokens, every id is below it; pad_id, bos_id, eos_id: ids of padding,
+    begin and end of sequence, -1 where the tokenizer has none.
+    """
+
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without bos or eos; DataError when it is not valid Unicode."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, special tokens nothing."""
+        ...
+
+    def piece(self, token_id: int) -> str:
+        """Name of a token in the vocabulary, such as `</s>`."""
+        ...
+
+    def piece_bytes(self, token_id: int, *, first: bool = False) -> bytes:
+        """UTF-8 bytes of a token, at the start of a text where `first`; special tokens have none.
+
+        A character may span several tokens, so the bytes of one need not be valid UTF-8.
+        """
+        ...
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """Number of UTF-8 bytes of each token inside a text, int32 (V,); 0 for special tokens."""
+    ids = range(tokenizer.vocab_size)
+    return np.array([len(tokenizer.piece_bytes(token_id)) for token_id in ids], np.int32)
+
+
+class StreamDecoder:
+    """Decodes ids one at a time: the results of `push` and `flush`, joined, are `decode(ids)`.
+
+    `after` holds the ids that precede, such as a prompt's. Their text is not returned; with them
+    the first token keeps its leading space, and a character begun in the prompt is completed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
+        """Start behind the ids of `after`."""
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._first = True
+        for token_id in after:
+            self.push(token_id)
+
+    def push(self, token_id: int) -> str:
+        """Text that `token_id` completes: perhaps none, never part of a character."""
+        data = self._tokenizer.piece_bytes(token_id, first=self._first)
+        if self._first and not self._tokenizer.piece_bytes(token_id):
+            return ""
+        self._first = False
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """U+FFFD for an unfinished character at the end, otherwise an empty string."""
+        return self._utf8.decode(b"", final=True)
