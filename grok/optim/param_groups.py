@@ -82,7 +82,8 @@ def partition(model: Any, wanted: Callable[[str], bool]) -> Any:
 
 
 def combine(part: Any, model: Any) -> Any:
-    """The whole model: tensors out of `part`, which `partition` made, and the rest out of `model`."""
+    """The whole model: tensors out of `part`, which `partition` made, and the rest out of
+    `model`."""
     return jax.tree.map(
         lambda mine, rest: rest if mine is None else mine, part, model, is_leaf=lambda x: x is None
     )
