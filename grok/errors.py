@@ -5,7 +5,7 @@ that escapes is a bug and keeps its stack trace.
 """
 
 # What a run's exit code tells whoever started it; anything else is unexpected, and worth another
-# start. README has the table.
+# start. docs/train.md has the table.
 DONE = 0
 REFUSED = 2  # config, data or checkpoint must be changed first: do not restart
 DIVERGED = 65  # the numbers went bad: do not restart (EX_DATAERR)

@@ -1,5 +1,9 @@
-"""The quickstart from end to end with few steps, and then the commands of README, as printed."""
+"""The quickstart from end to end with few steps, and then the commands of README and docs/.
 
+Blocks marked `bash` and `python` are run as printed; tests/test_docs.py checks all other commands.
+"""
+
+import json
 import os
 import pty
 import re
@@ -15,6 +19,7 @@ from rich.console import Console
 from grok.config.load import load_config
 from grok.errors import DONE, GrokError
 from grok.quickstart.tour import prepare, run
+from grok.train.telemetry.event_log import read_events
 from grok.train.telemetry.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +41,7 @@ def home(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("XLA_FLAGS")  # compiled as users' are
         assert run(folder) == DONE
-    for name in ("README.md", "CONTRIBUTING.md"):  # its commands prepare these two
+    for name in ("README.md", "CONTRIBUTING.md"):  # the commands of docs/ prepare these two
         shutil.copy(ROOT / name, home)
     return home
 
@@ -71,14 +76,38 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
         prepare(tmp_path, Console())
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
+# In the order in which their commands build on each other.
+PAGES = (
+    "README.md",
+    "docs/own-text.md",
+    "docs/train.md",
+    "docs/fine-tune.md",
+    "docs/data.md",
+    "docs/evaluate.md",
+    "docs/weights.md",
+    "docs/sharding.md",
+)
 
 
-def test_the_commands_of_readme_work_one_after_the_other(home: Path):
-    commands = readme_commands()
-    assert len(commands) >= 7
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+def test_every_page_with_commands_to_run_is_listed():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    runnable = {str(page.relative_to(ROOT)) for page in pages if blocks(page, "bash")}
+    assert runnable == set(PAGES)
+
+
+def test_the_commands_of_the_docs_work_one_after_the_other(home: Path):
+    commands = [
+        line
+        for page in PAGES
+        for block in blocks(ROOT / page, "bash")
+        for line in block.splitlines()
+    ]
+    assert len(commands) >= 18
     for command in commands:
         arguments = shlex.split(command)
         assert arguments[0] == "grok"
@@ -91,6 +120,16 @@ def test_the_commands_of_readme_work_one_after_the_other(home: Path):
         )
         assert (done.returncode, done.stderr) == (0, ""), command
         assert done.stdout, command
+
+
+def test_every_metric_and_event_is_in_the_reference(home: Path):
+    reference, folder = (ROOT / "docs" / "metrics.md").read_text(), home / "runs" / "quickstart"
+    names = {name for line in read_metrics(folder / "metrics.jsonl") for name in line}
+    names |= {line["event"] for line in read_events(folder / "events.jsonl")}
+    manifest = json.loads((folder / "run.json").read_text())
+    names |= manifest.keys() | manifest["starts"][0].keys()
+    missing = [name for name in sorted(names) if f"`{name.split('/')[0]}`" not in reference]
+    assert not missing
 
 
 def test_a_conversation_says_what_takes_time_and_goes_on_after_a_stray_byte(home: Path):
@@ -113,7 +152,7 @@ def test_a_conversation_says_what_takes_time_and_goes_on_after_a_stray_byte(home
     assert (done.returncode, done.stdout.decode().count("> ")) == (0, 4)
 
 
-def test_the_python_of_readme_works():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def test_the_python_of_the_docs_works():
+    (code,) = blocks(ROOT / "docs" / "python.md", "python")
     check = code + "\nassert logits_BTV.shape == (jax.device_count(), 16, config.vocab_size)\n"
     subprocess.run([sys.executable, "-c", check], check=True)
