@@ -24,9 +24,10 @@ import numpy as np
 
 import grok
 from grok.config import EngineConfig, GrokConfig
+from grok.config.sampling import SamplingParams
 from grok.hardware import configure_devices
 from grok.infer.engine import Engine
-from grok.infer.request import Request, SamplingParams
+from grok.infer.request import Request
 from grok.model import moe
 from grok.ops.moe.experts_xla import experts_reference, experts_tiled, few_tile_rows
 

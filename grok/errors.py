@@ -31,6 +31,16 @@ class DataError(GrokError, ValueError):
     exit_code = REFUSED
 
 
+class RequestError(GrokError, ValueError):
+    """A request for tokens that cannot be served; `parameter` names what has to change."""
+
+    exit_code = REFUSED
+
+    def __init__(self, parameter: str, message: str):
+        super().__init__(message)
+        self.parameter = parameter
+
+
 class CheckpointError(GrokError, ValueError):
     """Checkpoint or weight files that are missing, damaged, or of another model."""
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What each layer may import of grok, itself always included. The longest name that fits a module
 # is its layer.
-BASE = ("errors", "config", "config.engine", "infer.request", "storage", "progress")
+BASE = ("errors", "config", "storage", "progress")
 MODEL = (*BASE, "hardware", "sharding", "ops", "model")
 WEIGHTS = (*MODEL, "distributed", "weights", "checkpoint")
 RUNS = (*WEIGHTS, "preemption", "data", "optim")
@@ -23,9 +23,7 @@ RUNNERS = (*RUNS, "train", "infer", "plan")
 ALLOWED = {
     "__init__": (),
     "errors": (),
-    "config": ("errors", "config.engine"),
-    "infer.request": ("errors",),
-    "config.engine": ("errors", "config", "infer.request"),
+    "config": ("errors",),
     "storage": ("errors",),
     "progress": ("errors",),
     "hardware": (),
@@ -39,7 +37,7 @@ ALLOWED = {
     "checkpoint": (*MODEL, "distributed", "weights"),
     "weights": (*MODEL, "checkpoint"),
     "train": RUNS,
-    "infer": (*RUNS, "config.engine", "infer.request"),
+    "infer": RUNS,
     "plan": (*RUNS, "train", "infer"),
     "report": (*BASE, "train"),
     "evaluate": (*RUNS, "train", "infer"),

@@ -12,9 +12,10 @@ from typing import Any
 
 from grok.data.prepare.records import BadRecord, parse_json_object
 from grok.data.prepare.sources import RawRecord
+from grok.errors import RequestError
 from grok.infer.openai.requests import CHAT, COMPLETION, CompletionRequest, RequestParser
 from grok.infer.openai.responses import ResponseBuilder, error_response
-from grok.infer.request import Request, RequestError
+from grok.infer.request import Request
 
 ENVELOPE = ("custom_id", "method", "url", "body")
 COLUMNS = sorted({"id", *ENVELOPE, *COMPLETION, *CHAT})

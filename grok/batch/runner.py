@@ -13,11 +13,11 @@ from grok.batch.replicas import Replica
 from grok.config.batch import BatchConfig
 from grok.data.prepare.sources import RawRecord
 from grok.data.tokenizers import Tokenizer
-from grok.errors import SAVED, GrokError
+from grok.errors import SAVED, GrokError, RequestError
 from grok.infer.loader import ServedModel
 from grok.infer.openai.requests import RequestParser
 from grok.infer.openai.responses import ResponseBuilder
-from grok.infer.request import Output, RequestError
+from grok.infer.request import Output
 from grok.preemption import PreemptionSignal
 
 # Answers that wait for a place in the engine: enough that it never idles, and that it sees prompts

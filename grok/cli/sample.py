@@ -9,66 +9,60 @@ import click
 
 from grok.errors import ConfigError
 
+# A conversation reads better a little below the model's own distribution.
+DEFAULTS = {"temperature": 0.7, "top_p": 0.95}
 
-@click.command()
+
+class _SampleCommand(click.Command):
+    """A command whose options besides its own are the fields of SamplingConfig, `n` and `seed`."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Arguments and options, those for sampling made when they are asked for."""
+        return [*self.params, *_sampling_options(), *super().get_params(ctx)[len(self.params) :]]
+
+
+def _sampling_options() -> list[click.Parameter]:
+    import dataclasses
+
+    from grok.config.load import schema
+    from grok.config.sampling import SamplingConfig, SamplingParams
+
+    names = [*(field.name for field in dataclasses.fields(SamplingConfig)), "n", "seed"]
+    settings = schema(SamplingParams)
+    options: list[click.Parameter] = []
+    for name in names:
+        repeated = isinstance(settings[name].default, tuple)
+        options.append(
+            click.Option(
+                [f"--{name.replace('_', '-')}"],
+                type=str if repeated else settings[name].kind,
+                multiple=repeated,
+                default=None if repeated else DEFAULTS.get(name, settings[name].default),
+                show_default=not repeated,
+                help=f"{settings[name].meaning.capitalize()}.",
+            )
+        )
+    return options
+
+
+@click.command(cls=_SampleCommand)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--prompt",
     "prompts",
     multiple=True,
-    help="Text to continue; may be given several times. None: texts are asked for, one after the "
-    "other, each continued with all before it.",
+    help="Text to continue; may be given several times. Without it, the command is interactive: "
+    "each turn continues the whole conversation.",
 )
-@click.option(
-    "--max-tokens",
-    default=128,
-    show_default=True,
-    type=click.IntRange(1),
-    help="New tokens at most.",
-)
-@click.option(
-    "--temperature",
-    default=0.7,
-    show_default=True,
-    type=click.FloatRange(0),
-    help="0 takes the likeliest token.",
-)
-@click.option(
-    "--top-p",
-    default=0.95,
-    show_default=True,
-    type=click.FloatRange(0, 1),
-    help="Share of probability that the nucleus keeps.",
-)
-@click.option(
-    "--top-k",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0),
-    help="Likeliest tokens; 0: all.",
-)
-@click.option(
-    "--min-p",
-    default=0.0,
-    show_default=True,
-    type=click.FloatRange(0, 1),
-    help="Least probability, relative to the likeliest token's.",
-)
-@click.option(
-    "--repetition-penalty", default=1.0, show_default=True, help="Above 1: fewer repetitions."
-)
-@click.option("--stop", multiple=True, help="Text that ends an answer; may be given several times.")
-@click.option("--n", default=1, show_default=True, type=click.IntRange(1), help="Answers a prompt.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the draws.")
-def sample(checkpoint, overrides, prompts, **chosen) -> None:
+def sample(checkpoint, overrides, prompts, **sampling) -> None:
     """Continue text with the newest checkpoint in CHECKPOINT, the folder of a run.
 
     One device is used unless KEY=VALUE says otherwise, as in mesh.tensor=4.
     """
-    from grok.infer.request import SamplingParams
+    from grok.config.sampling import SamplingParams
 
-    params = SamplingParams(**chosen)
+    params = SamplingParams(**sampling)
     if params.n > 1 and not prompts:
         raise ConfigError(f"--n {params.n} needs --prompt: what is typed has one answer.")
 

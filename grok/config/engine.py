@@ -1,52 +1,12 @@
 """What `grok batch` and `grok serve` have in common in their configs: weights, mesh, defaults."""
 
 import dataclasses
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from grok.config import EngineConfig, MeshConfig
-from grok.config.numbers import Count, CountOrZero, Positive, PositiveOrZero, Share
-from grok.errors import ConfigError
-from grok.infer.request import RequestError, SamplingParams
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """What holds for a request that does not say otherwise."""
-
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    max_tokens: Annotated[Count, Field(description="new tokens at most")] = 128
-    min_tokens: Annotated[CountOrZero, Field(description="tokens before it may end")] = 0
-    temperature: Annotated[
-        PositiveOrZero, Field(description="divides logits; 0: the likeliest token")
-    ] = 1.0
-    top_k: Annotated[CountOrZero, Field(description="draw from the likeliest so many; 0: all")] = 0
-    top_p: Annotated[Share, Field(description="share of probability that the nucleus keeps")] = 1.0
-    min_p: Annotated[Share, Field(description="least probability beside the likeliest's")] = 0.0
-    repetition_penalty: Annotated[
-        Positive, Field(description="divides logits of tokens that were there; 1: none")
-    ] = 1.0
-    presence_penalty: Annotated[
-        float, Field(description="taken off logits of tokens of the answer; 0: none")
-    ] = 0.0
-    frequency_penalty: Annotated[
-        float, Field(description="the same for each time that they were there; 0: none")
-    ] = 0.0
-    stop: Annotated[
-        tuple[str, ...], Field(description="texts that end the answer, and are cut from it")
-    ] = ()
-
-    def __post_init__(self) -> None:
-        try:
-            self.params()
-        except RequestError as error:
-            raise ConfigError(f"sampling.{error}") from None
-
-    def params(self, **changes: Any) -> SamplingParams:
-        """The parameters of a request that asks for these changes."""
-        return SamplingParams(**{**dataclasses.asdict(self), **changes})
+from grok.config.sampling import SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,8 +39,8 @@ class InferConfig:
         default=EngineConfig()
     )
     sampling: Annotated[
-        SamplingConfig, Field(description="what holds where a request says nothing else")
-    ] = SamplingConfig()
+        SamplingConfig, Field(description="defaults for requests that leave a parameter out")
+    ] = dataclasses.field(default=SamplingConfig())
     chat_template: Annotated[
         str, Field(description="Jinja text that makes a prompt of messages; none: no chat")
     ] = ""

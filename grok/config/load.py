@@ -268,7 +268,9 @@ def _name(loc: Sequence[str | int]) -> str:
 _WANTED = {  # pydantic's kind of error -> what it wanted, in words
     "int_type": "a whole number",
     "float_type": "a number",
+    "bool_type": "true or false",
     "string_type": "text",
+    "string_too_short": "text that is not empty",
     "tuple_type": "a list, such as [a.txt, b.txt]",
     "dataclass_type": "a mapping of keys",
     "literal_error": "{expected}",
@@ -279,13 +281,19 @@ _WANTED = {  # pydantic's kind of error -> what it wanted, in words
 }
 
 
+def expectation(error: Mapping[str, Any]) -> str | None:
+    """The type or bound that a pydantic error asks for, as in "at least 0"; None if it has none."""
+    words = _WANTED.get(error["type"])
+    return words and words.format(**error.get("ctx", {}))
+
+
 def _wrong(error: Mapping[str, Any], config: type) -> str:
     """A sentence on a value of the wrong type or size: what was wanted, given, and could be."""
     loc, kind, value = error["loc"], error["type"], error["input"]
     key = _name(loc)
-    if kind not in _WANTED:
+    wanted = expectation(error)
+    if wanted is None:
         return f"{key or 'a config'} cannot be read: {error['msg']}."
-    wanted = _WANTED[kind].format(**error.get("ctx", {}))
     given = json.dumps(value, ensure_ascii=False)
     given = given if len(given) <= 60 else f"{given[:60]}..."
     sentence = f"{key or 'a config'} must be {wanted}, not {given}"

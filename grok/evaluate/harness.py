@@ -13,11 +13,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from grok.config import EngineConfig
+from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import Tokenizer
 from grok.errors import DataError
 from grok.evaluate.scores import Scorer
 from grok.infer.engine import Engine
-from grok.infer.request import Request, SamplingParams
+from grok.infer.request import Request
 from grok.model.decoder import Grok
 
 MAX_NEW_TOKENS = 256
@@ -75,7 +76,8 @@ class HarnessModel(TemplateLM):
         room = self._scorer.context_length - limit
         prompt = (self.tok_encode(context) or [self.eot_token_id])[-room:]
         stop = tuple(_as_list(options.get("until")))
-        return Request(name, tuple(prompt), SamplingParams(limit, temperature=0, stop=stop))
+        params = SamplingParams(max_tokens=limit, temperature=0, stop=stop)
+        return Request(name, tuple(prompt), params)
 
 
 def run_tasks(

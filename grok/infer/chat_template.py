@@ -7,8 +7,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from grok.data.tokenizers import Tokenizer
-from grok.errors import ConfigError
-from grok.infer.request import RequestError
+from grok.errors import ConfigError, RequestError
 
 Render = Callable[[Sequence[Mapping[str, Any]]], str]
 

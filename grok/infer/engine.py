@@ -20,16 +20,11 @@ from jax.sharding import Mesh
 
 from grok import sharding
 from grok.config import EngineConfig
+from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import Tokenizer
+from grok.errors import RequestError
 from grok.infer.completion import Completion
-from grok.infer.request import (
-    EngineStats,
-    Output,
-    Request,
-    RequestError,
-    SamplingParams,
-    TokenLogprobs,
-)
+from grok.infer.request import EngineStats, Output, Request, TokenLogprobs
 from grok.infer.sampling import Sampled
 from grok.infer.scheduler import ScheduledStep, Scheduler, SequenceState
 from grok.infer.step import forward_and_sample, score_prompt

@@ -5,9 +5,11 @@ import itertools
 import signal
 from collections.abc import Callable, Iterator, Sequence
 
+from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import Tokenizer
+from grok.errors import RequestError
 from grok.infer.engine import Engine
-from grok.infer.request import Request, RequestError, SamplingParams
+from grok.infer.request import Request
 
 _numbers = itertools.count()
 

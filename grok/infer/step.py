@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from grok import sharding
-from grok.infer.request import MOST_LOGPROBS
+from grok.config.sampling import MAX_LOGPROBS
 from grok.infer.sampling import Sampled, SamplingBatch, logprobs, sample_tokens
 from grok.model.attend import PagedCache, Places
 from grok.model.decoder import Grok
@@ -71,4 +71,4 @@ def score_prompt(model: Grok, x_BTD: jax.Array, next_BUQ) -> tuple[jax.Array, ja
 
 def most_logprobs(model: Grok) -> int:
     """How many of the likeliest tokens are told at most."""
-    return min(MOST_LOGPROBS, model.config.vocab_size)
+    return min(MAX_LOGPROBS, model.config.vocab_size)

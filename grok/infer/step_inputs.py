@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grok.config import GrokConfig
+from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import Tokenizer
-from grok.infer.request import SamplingParams
 from grok.infer.sampling import SamplingBatch
 from grok.infer.scheduler import ScheduledStep
 from grok.model.attend import Places

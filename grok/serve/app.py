@@ -20,9 +20,9 @@ from starlette.routing import Route
 
 from grok.config.serve import ServeConfig
 from grok.data.tokenizers import Tokenizer
+from grok.errors import RequestError
 from grok.infer.openai.requests import CompletionRequest, RequestParser
 from grok.infer.openai.responses import ResponseBuilder, error_response
-from grok.infer.request import RequestError
 from grok.serve.engine_thread import EngineFailed, EngineThread, RequestHandle
 from grok.serve.prometheus import Metrics
 

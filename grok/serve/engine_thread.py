@@ -7,7 +7,8 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from grok.infer.request import Output, Request, RequestError
+from grok.errors import RequestError
+from grok.infer.request import Output, Request
 
 
 class EngineFailed(Exception):

@@ -16,8 +16,8 @@ from grok.batch.replicas import Replica
 from grok.batch.runner import run
 from grok.config import EngineConfig, MeshConfig
 from grok.config.batch import BatchConfig
-from grok.config.engine import SamplingConfig
 from grok.config.load import load_config
+from grok.config.sampling import SamplingConfig
 from grok.errors import SAVED, ConfigError, DataError
 from grok.weights.huggingface.export import export_huggingface
 from tests.batch.jobs import Killed, Process, answer, lines, write_lines
@@ -87,8 +87,8 @@ def test_what_is_wrong_with_a_request_is_said_of_it_and_the_job_goes_on(
 ):
     bad = {
         b'{"prompt": "The", "temprature": 1}': ("temprature", "did you mean temperature?"),
-        b'{"prompt": "The", "temperature": "hot"}': ("temperature", "should be a number from 0"),
-        b'{"prompt": "The", "max_tokens": 3.5}': ("max_tokens", "should be a whole number from 1"),
+        b'{"prompt": "The", "temperature": "hot"}': ("temperature", "must be a number"),
+        b'{"prompt": "The", "max_tokens": 3.5}': ("max_tokens", "must be a whole number"),
         b'{"prompt": "The", "max_tokens": 500}': ("max_tokens", "longer than the model's context"),
         b'{"prompt": ""}': ("prompt", "the prompt is empty"),
         b'{"id": 4}': ("prompt", "should be a text"),

@@ -5,7 +5,8 @@ import hashlib
 from collections import deque
 
 from grok.data.tokenizers import StreamDecoder, Tokenizer
-from grok.infer.request import EngineStats, Output, Request, RequestError, TokenLogprobs
+from grok.errors import RequestError
+from grok.infer.request import EngineStats, Output, Request, TokenLogprobs
 
 
 class FakeEngine:

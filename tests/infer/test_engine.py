@@ -8,9 +8,11 @@ import pytest
 
 import grok
 from grok.config import EngineConfig
+from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import load_tokenizer
+from grok.errors import RequestError
 from grok.infer.engine import Engine
-from grok.infer.request import Request, RequestError, SamplingParams
+from grok.infer.request import Request
 
 OPTIONS = EngineConfig(max_num_seqs=8, page_size=16, prefill_chunk_size=32, num_pages=32)
 FEW = SamplingParams(max_tokens=3)

@@ -2,8 +2,10 @@
 
 import signal
 
+from grok.config.sampling import SamplingParams
+from grok.errors import RequestError
 from grok.infer.interactive import chat_loop, stream
-from grok.infer.request import Output, RequestError, SamplingParams
+from grok.infer.request import Output
 
 
 class Letters:

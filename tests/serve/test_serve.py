@@ -13,8 +13,8 @@ import httpx
 import openai
 import pytest
 
-from grok.config.engine import SamplingConfig
 from grok.config.load import checked
+from grok.config.sampling import SamplingConfig
 from grok.config.serve import ServeConfig
 from grok.data.tokenizers import Tokenizer, load_tokenizer
 from grok.errors import ConfigError
@@ -249,11 +249,11 @@ BAD = {
     "too long a prompt": (400, "100 at most are read", body(prompt=[40] * 101)),
     "too long an answer": (400, "longer than the model's context", body(max_tokens=128)),
     "too many answers": (400, "4 would work", body(n=5)),
-    "a parameter out of range": (400, "top_p=1.5 should be a number from 0", body(top_p=1.5)),
-    "a parameter of another type": (400, "temperature='hot' should be", body(temperature="hot")),
+    "a parameter out of range": (400, "top_p=1.5 must be at most 1", body(top_p=1.5)),
+    "a parameter of another type": (400, "temperature='hot' must be a number", body(temperature="hot")),
     "not a number": (
         400,
-        "temperature=nan should be",
+        "temperature=nan must be",
         {"data": b'{"prompt": "The", "temperature": NaN}'},
     ),
     "an unknown parameter": (400, "there is no parameter 'suffix'", body(suffix="x")),

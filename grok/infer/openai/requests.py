@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grok.config.engine import SamplingConfig
+from grok.config.sampling import SamplingConfig, SamplingParams
 from grok.data.tokenizers import Tokenizer
-from grok.errors import DataError
+from grok.errors import DataError, RequestError
 from grok.infer.chat_template import Render
-from grok.infer.request import Request, RequestError, SamplingParams
+from grok.infer.request import Request
 
 # Of the engine's parameters a body may name all but this one, which `echo` stands for.
 PARAMETERS = {field.name for field in dataclasses.fields(SamplingParams)} - {"prompt_logprobs"}

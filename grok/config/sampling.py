@@ -1,0 +1,129 @@
+"""Sampling parameters, declared once: the config section `sampling`, requests over HTTP and in
+files, the options of `grok sample` and the engine all read these fields."""
+
+import dataclasses
+import functools
+import typing
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from grok.config.load import expectation
+from grok.config.numbers import Count, CountOrZero, Finite, Positive, PositiveOrZero, Share
+from grok.errors import ConfigError, RequestError
+
+MAX_LOGPROBS = 20  # of likeliest tokens a position
+
+Text = Annotated[str, Field(min_length=1)]
+Tokens = tuple[CountOrZero, ...]
+TopCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Defaults for requests that leave a parameter out.
+
+    Order of the steps: penalties and bans change the logits; temperature 0 takes the likeliest
+    token; otherwise logits are divided by it, and a token is drawn from those that top_k, then
+    top_p, then min_p leave.
+    """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    max_tokens: Annotated[Count, Field(description="new tokens at most")] = 128
+    min_tokens: Annotated[CountOrZero, Field(description="new tokens before it may end")] = 0
+    temperature: Annotated[
+        PositiveOrZero, Field(description="divides logits; 0: the likeliest token")
+    ] = 1.0
+    top_k: Annotated[
+        CountOrZero, Field(description="draw from the k likeliest tokens and ties; 0: all")
+    ] = 0
+    top_p: Annotated[
+        Share, Field(description="draw from the likeliest tokens that sum to this probability")
+    ] = 1.0
+    min_p: Annotated[
+        Share, Field(description="least probability, relative to the likeliest token's")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        Positive, Field(description="divides logits of tokens in prompt or answer; 1: none")
+    ] = 1.0
+    presence_penalty: Annotated[
+        Finite, Field(description="subtracted from logits of tokens in the answer; 0: none")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        Finite, Field(description="the same for each occurrence; 0: none")
+    ] = 0.0
+    stop: Annotated[
+        tuple[Text, ...], Field(description="texts that end the answer, and are cut from it")
+    ] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            _check(self)
+        except RequestError as error:
+            raise ConfigError(f"sampling.{error}") from None
+
+    def params(self, **changes: Any) -> "SamplingParams":
+        """The parameters of a request that sets these fields."""
+        return SamplingParams(**{**dataclasses.asdict(self), **changes})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams(SamplingConfig):
+    """All parameters of one request. Raises RequestError for a value that cannot be."""
+
+    stop_token_ids: Annotated[Tokens, Field(description="tokens that end it, besides EOS")] = ()
+    allowed_token_ids: Annotated[Tokens, Field(description="no other tokens; none: all")] = ()
+    banned_token_ids: Annotated[Tokens, Field(description="tokens that are never chosen")] = ()
+    n: Annotated[Count, Field(description="answers to each prompt")] = 1
+    best_of: Annotated[
+        Count | None, Field(description="answers made, of which the n likeliest are returned")
+    ] = None
+    logprobs: Annotated[
+        TopCount | None, Field(description="report new tokens' log-probability and k likeliest")
+    ] = None
+    prompt_logprobs: Annotated[
+        TopCount | None, Field(description="the same of the prompt's tokens")
+    ] = None
+    seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1, description="seed of the draws")] = 0
+    ignore_eos: Annotated[bool, Field(description="do not end at EOS")] = False
+    experts: Annotated[bool, Field(description="report the experts of the answer's tokens")] = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError(
+                "best_of",
+                f"best_of={self.best_of} is fewer than n={self.n}; best_of={self.n} would work.",
+            )
+
+
+@functools.cache
+def _validators(params: type) -> dict[str, TypeAdapter]:
+    hints = typing.get_type_hints(params, include_extras=True)
+    return {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(params)}
+
+
+def _check(params: SamplingConfig) -> None:
+    """Refuses, as RequestError, what the declarations above do not allow; lists become tuples."""
+    kind: Any = type(params)
+    for name, validator in _validators(kind).items():
+        value = getattr(params, name)
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(params, name, value)
+        try:
+            validator.validate_python(value, strict=True)
+        except ValidationError as error:
+            raise RequestError(name, f"{name}={value!r} must be {_expected(error)}.") from None
+    if params.min_tokens > params.max_tokens:
+        raise RequestError(
+            "min_tokens",
+            f"min_tokens={params.min_tokens} is more than max_tokens={params.max_tokens}; "
+            f"min_tokens={params.max_tokens} would work.",
+        )
+
+
+def _expected(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return expectation(first) or first["msg"]
