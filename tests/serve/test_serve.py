@@ -250,7 +250,11 @@ BAD = {
     "too long an answer": (400, "longer than the model's context", body(max_tokens=128)),
     "too many answers": (400, "4 would work", body(n=5)),
     "a parameter out of range": (400, "top_p=1.5 must be at most 1", body(top_p=1.5)),
-    "a parameter of another type": (400, "temperature='hot' must be a number", body(temperature="hot")),
+    "a parameter of another type": (
+        400,
+        "temperature='hot' must be a number",
+        body(temperature="hot"),
+    ),
     "not a number": (
         400,
         "temperature=nan must be",
