@@ -76,16 +76,21 @@ def check_groups(config: RunConfig, tensors: Sequence[str]) -> None:
         )
 
 
-def partition(model: Any, wanted: Callable[[str], bool]) -> Any:
-    """The model's tree with None in place of the tensors that are not wanted."""
-    return map_named(lambda name, leaf: leaf if wanted(name) else None, model)
+def partition(model: Any, predicate: Callable[[str], bool]) -> tuple[Any, Any]:
+    """Splits the model into two trees of its structure: the tensors whose name satisfies
+    `predicate`, and the rest; None stands for a tensor of the other."""
+    selected = map_named(lambda name, leaf: leaf if predicate(name) else None, model)
+    rest = map_named(lambda name, leaf: None if predicate(name) else leaf, model)
+    return selected, rest
 
 
-def combine(part: Any, model: Any) -> Any:
-    """The whole model: tensors out of `part`, which `partition` made, and the rest out of
-    `model`."""
+def combine(selected: Any, rest: Any) -> Any:
+    """The inverse of `partition`: tensors from `selected` where it has them, else from `rest`."""
     return jax.tree.map(
-        lambda mine, rest: rest if mine is None else mine, part, model, is_leaf=lambda x: x is None
+        lambda leaf, other: other if leaf is None else leaf,
+        selected,
+        rest,
+        is_leaf=lambda x: x is None,
     )
 
 

@@ -52,7 +52,7 @@ def skipped_batches(checkpoints: Checkpoints, step: int) -> Skipped:
 
 def state_trees(state: TrainState) -> dict:
     """The state as the trees of a checkpoint: of a model with adapters, those without the rest."""
-    adapters = partition(state.model, is_adapter)
+    adapters, _ = partition(state.model, is_adapter)
     trees = {LORA: adapters} if jax.tree.leaves(adapters) else {MODEL: state.model}
     trees |= {OPTIMIZER: (state.step, state.opt_state, state.guard)}
     return trees if state.ema is None else trees | {EMA: state.ema}

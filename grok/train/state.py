@@ -65,7 +65,8 @@ def start_state(
     config: RunConfig, optimizer: optax.GradientTransformation, model: Grok
 ) -> TrainState:
     """The state of a run that starts from `model`; traced, or on arrays."""
-    params = as_float32(partition(model, trainable(config)))
+    trained, _ = partition(model, trainable(config))
+    params = as_float32(trained)
     # Not the parameters themselves: a step could not be given the same array twice.
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
     step = jnp.zeros((), jnp.int32)

@@ -204,7 +204,7 @@ def gradients_in(parts: int, balance: float) -> tuple:
     run = jax.jit(functools.partial(gradients, config=config))
     with jax.set_mesh(mesh()):
         model = first_state(CONFIG).model
-        loss, report, grads = run(partition(model, lambda name: True), model, batch())
+        loss, report, grads = run(*partition(model, lambda name: True), batch())
     return float(loss), jax.device_get(report), by_name(grads)
 
 
