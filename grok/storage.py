@@ -1,7 +1,8 @@
-"""Files on this machine or at gs://: listed, opened, written whole, copied.
+"""Files on this machine or at gs://: listed, opened, read by range, written atomically, copied.
 
-Whatever goes wrong is an OSError, also for what clients of remote storage raise; `reason` says it
-in a few words. Callers make the sentence, since they know what the file is for.
+Every failure is an OSError, also those of remote storage's clients, and `reason` puts it in a few
+words. Functions that read take the class of a GrokError, such as CheckpointError, to raise instead,
+with the sentence "PATH: cannot be read: REASON."
 """
 
 import contextlib
@@ -10,56 +11,60 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from grok.errors import GrokError
 
 StrPath = str | os.PathLike[str]
+TRUNCATED = "it became shorter while it was read"
+# Bytes to fetch at a time of a remote file of which only the header is read.
+HEADER_BLOCK = 1 << 16
 
 
 def is_remote(path: StrPath) -> bool:
-    """Whether `path` is a URL such as gs://bucket/folder."""
+    """Returns True for a URL such as gs://bucket/folder."""
     return "://" in os.fspath(path)
 
 
 def join(path: StrPath, *names: str) -> str:
-    """The path of something inside the folder `path`."""
+    """The path of `names`, one inside the other, in the folder `path`."""
     return "/".join([os.fspath(path).rstrip("/"), *names])
 
 
-def exists(path: StrPath) -> bool:
-    """Whether there is a file or folder at `path`."""
-    if not is_remote(path):
-        return Path(path).exists()
-    with errors(path):
+def exists(path: StrPath, error: type[Exception] = OSError) -> bool:
+    """Returns True where there is a file or folder at `path`."""
+    with errors(path, error):
+        if not is_remote(path):
+            return Path(path).exists()
         system, inside = remote(path)
         return system.exists(inside)
 
 
-def list_files(folder: StrPath) -> dict[str, int | None]:
-    """What is in a folder: bytes of each file by name, None for a folder in it."""
-    if not is_remote(folder):
-        with os.scandir(folder) as entries:
-            return {entry.name: _size(entry) for entry in entries}
-    with errors(folder):
+def list_files(folder: StrPath, error: type[Exception] = OSError) -> dict[str, int | None]:
+    """Sizes in bytes of the files in a folder by name, and None for each folder in it."""
+    with errors(folder, error):
+        if not is_remote(folder):
+            with os.scandir(folder) as entries:
+                return {entry.name: _size(entry) for entry in entries}
         system, inside = remote(folder)
-        found = {entry["name"]: entry for entry in system.ls(inside, detail=True)}
-    if list(found) == [inside.rstrip("/")]:
-        raise NotADirectoryError("Not a directory")
+        objects = {entry["name"]: entry for entry in system.ls(inside, detail=True)}
+        if list(objects) == [inside.rstrip("/")]:
+            raise NotADirectoryError("Not a directory")
     return {
         name.rstrip("/").rsplit("/", 1)[-1]: (
             None if entry["type"] == "directory" else entry["size"]
         )
-        for name, entry in found.items()
+        for name, entry in objects.items()
         # Consoles mark a folder by an empty object of its name.
         if name.rstrip("/") != inside.rstrip("/")
     }
 
 
 def list_tree(folder: StrPath) -> dict[str, int]:
-    """Bytes of all files below a folder, by their path in it."""
+    """Sizes in bytes of all files below a folder, by their path in it."""
     if not is_remote(folder):
         root = Path(folder)
         return {
@@ -78,27 +83,68 @@ def list_tree(folder: StrPath) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def open_file(path: StrPath, block_size: int | None = None) -> Iterator[BinaryIO]:
-    """The file for reading; of a remote one, `block_size` bytes are fetched at a time."""
-    if not is_remote(path):
+def open_file(
+    path: StrPath, error: type[Exception] = OSError, block_size: int | None = None
+) -> Iterator[BinaryIO]:
+    """Opens a file for reading; `error` is also for what fails inside the `with`.
+
+    Of a remote file, `block_size` bytes are fetched at a time. With `error`, a local file must be a
+    regular one, since opening a pipe would wait for its writer.
+    """
+    with errors(path, error):
+        if is_remote(path):
+            system, inside = remote(path)
+            with system.open(inside, "rb", block_size=block_size, cache_type="readahead") as file:
+                yield file
+            return
+        if error is not OSError and not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("Not a regular file")
         with open(path, "rb") as file:
             yield file
-        return
-    with errors(path):
-        system, inside = remote(path)
-        with system.open(inside, "rb", block_size=block_size, cache_type="readahead") as file:
-            yield file
 
 
-def read_bytes(path: StrPath) -> bytes:
-    """A whole small file."""
-    with open_file(path) as file:
+def read_bytes(path: StrPath, error: type[Exception] = OSError) -> bytes:
+    """The content of a small file."""
+    with open_file(path, error) as file:
         return file.read()
 
 
+def read_ranges(
+    path: StrPath, starts: Sequence[int], out: memoryview, error: type[Exception] = OSError
+) -> None:
+    """Fills `out` with byte ranges of one length of a file, which begin at `starts`, in order.
+
+    Of a local file exactly these bytes are read; of a remote one, where a request costs more than
+    the bytes between two ranges, all from the first byte to the last.
+    """
+    length = len(out) // len(starts)
+    rows = (out[row * length : (row + 1) * length] for row in range(len(starts)))
+    with errors(path, error):
+        if is_remote(path):
+            system, inside = remote(path)
+            begin, end = starts[0], starts[-1] + length
+            span = memoryview(system.cat_file(inside, begin, end))
+            if len(span) != end - begin:
+                raise OSError(TRUNCATED)
+            for row, start in zip(rows, starts, strict=True):
+                row[:] = span[start - begin : start - begin + length]
+            return
+        with open(path, "rb", buffering=0) as file:
+            for row, start in zip(rows, starts, strict=True):
+                _read_exactly(file.fileno(), row, start)
+
+
+def _read_exactly(descriptor: int, row: memoryview, offset: int) -> None:
+    while row:
+        # One call reads at most 2 GiB.
+        count = os.preadv(descriptor, [row[: 1 << 30]], offset)
+        if not count:
+            raise OSError(TRUNCATED)
+        row, offset = row[count:], offset + count
+
+
 def write_bytes(path: StrPath, data: bytes) -> None:
-    """Makes or replaces a small file, and the folders it is in: all of it, or nothing, also where
-    several processes write it at once."""
+    """Writes a small file atomically, and makes its folders; several processes may write it."""
     if is_remote(path):
         with errors(path):
             system, inside = remote(path)
@@ -191,24 +237,32 @@ def _options(emulated: bool) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def errors(path: StrPath) -> Iterator[None]:
-    """Makes an OSError of whatever a client of remote storage raises of `path`."""
+def errors(
+    path: StrPath, error: type[Exception] = OSError, problem: str = "cannot be read"
+) -> Iterator[None]:
+    """Turns failures of files at `path` into OSError, also those of remote storage's clients; or
+    into `error`, a class of GrokError, with the sentence "PATH: PROBLEM: REASON."
+    """
     try:
         yield
-    except (OSError, GrokError):
+    except GrokError:
         raise
-    except Exception as error:
-        # What these clients raise (HTTP, accounts, retries) has no class in common.
-        if not is_remote(path):
+    except Exception as cause:
+        # Exceptions of these clients (HTTP, accounts, retries) have no class in common.
+        if not isinstance(cause, OSError) and not is_remote(path):
             raise
-        raise OSError(str(error) or type(error).__name__) from error
+        if error is not OSError:
+            raise error(f"{path}: {problem}: {reason(cause)}.") from cause
+        if isinstance(cause, OSError):
+            raise
+        raise OSError(reason(cause)) from cause
 
 
-def reason(error: OSError) -> str:
-    """What went wrong, in a few words without the path."""
+def reason(error: Exception) -> str:
+    """The cause of an OSError in a few words, without the path."""
     if isinstance(error, FileNotFoundError):
         return "No such file or directory"
-    return error.strerror or str(error) or type(error).__name__
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _size(entry: os.DirEntry[str]) -> int | None:

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh
 
+from grok import storage
 from grok.checkpoint.manager import Checkpoints
 from grok.config import GrokConfig, RunConfig
 from grok.errors import CheckpointError
 from grok.model.decoder import Grok
-from grok.weights import byte_ranges
 from grok.weights.cast import converted
 from grok.weights.checksums import sample_checksum
 from grok.weights.detect import open_source, stated_config
@@ -85,6 +85,6 @@ def open_initial(path: str, model: GrokConfig) -> InitialWeights:
             f"model.{field}={ours}; model.{field}={theirs} would work."
         )
     source = open_source(path, model)
-    where = path if byte_ranges.is_remote(path) else os.path.abspath(path)
+    where = path if storage.is_remote(path) else os.path.abspath(path)
     identity = {"path": where, "format": source.format, "checksum": sample_checksum(source)}
     return InitialWeights(identity, source)

@@ -2,10 +2,10 @@
 
 import os
 
+from grok import storage
 from grok.config import GrokConfig
 from grok.config.load import from_dict
 from grok.errors import CheckpointError
-from grok.weights import byte_ranges
 from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.lora_source import LoraSource
 from grok.weights.orbax.metadata import LORA, read_meta
@@ -21,7 +21,7 @@ def open_source(path: str | os.PathLike[str], config: GrokConfig | None = None) 
     `config` is the model that should be there; without it the model is what the files say or
     imply. Raises CheckpointError where `path` is none of these, or holds another model.
     """
-    present = byte_ranges.listing(path)
+    present = storage.list_files(path, CheckpointError)
     if any(name.startswith("tensor0") for name in present):
         return ReleaseSource(path, config or implied_config(path))
     if "config.json" in present or any(name.endswith(".safetensors") for name in present):
@@ -29,13 +29,12 @@ def open_source(path: str | os.PathLike[str], config: GrokConfig | None = None) 
     ours = ("checkpoints", "config.yaml", "_CHECKPOINT_METADATA", ".import")
     if any(name in present for name in ours) or _has_steps(present):
         step = step_folder(os.fspath(path))
-        if LORA in byte_ranges.listing(step):
+        if LORA in storage.list_files(step, CheckpointError):
             return _merged(step, config)
         return OrbaxSource(path, config)
     if "ckpt-0" in present:
         raise CheckpointError(
-            f"{path}: has no weights itself; {byte_ranges.join(path, 'ckpt-0')} may be what you "
-            "mean."
+            f"{path}: has no weights itself; {storage.join(path, 'ckpt-0')} may be what you mean."
         )
     raise CheckpointError(
         f"{path}: is neither a ckpt-0 folder (tensor00000_000, ...), nor a Hugging Face folder "
@@ -46,7 +45,7 @@ def open_source(path: str | os.PathLike[str], config: GrokConfig | None = None) 
 def _merged(step: str, config: GrokConfig | None) -> Source:
     """The weights that a run with adapters started from, with the adapters of `step` added."""
     meta = read_meta(step)
-    run = from_dict(meta["config"], byte_ranges.join(step, "meta", "metadata"))
+    run = from_dict(meta["config"], storage.join(step, "meta", "metadata"))
     started = meta["init_from"]
     try:
         base = open_source(started["path"], config or run.model)
@@ -60,7 +59,7 @@ def _merged(step: str, config: GrokConfig | None) -> Source:
 
 def stated_config(path: str | os.PathLike[str]) -> GrokConfig | None:
     """The model that the files at `path` say they hold; None where only their shapes tell."""
-    present = byte_ranges.listing(path)
+    present = storage.list_files(path, CheckpointError)
     by_shape = ("tensor0", "model.safetensors", "model-0")
     if "config.json" not in present and any(name.startswith(by_shape) for name in present):
         return None

@@ -25,7 +25,7 @@ from grok.model.build import abstract, to_arrays
 from grok.model.decoder import Grok
 from grok.weights.cast import converted
 from grok.weights.detect import open_source
-from grok.weights.source import Part, Source, part_shape
+from grok.weights.source import Part, Source, part_shape, relative_to
 
 DTYPES = ("int8", "bfloat16", "float32")
 # Blocks that are read while earlier ones go to the devices, and about the size of one: together
@@ -123,14 +123,14 @@ class _Leaf:
             ]
             if any(s.start >= s.stop for s in common):
                 continue
-            own = np.ascontiguousarray(values[_within(common, block)])
+            own = np.ascontiguousarray(values[relative_to(block, common)])
             piece = jax.device_put(own, device)
             if tuple(common) == part:
                 self.shards[device] = piece
             else:
                 if device not in self.shards:
                     self.shards[device] = jnp.zeros(part_shape(part), self.dtype, device=device)
-                start = tuple(s.start for s in _within(common, part))
+                start = tuple(s.start for s in relative_to(part, common))
                 self.shards[device] = _write(self.shards[device], piece, start)
             count += own.nbytes
         # Reading may go on meanwhile, and no more than what it reads ahead is on the host.
@@ -177,13 +177,6 @@ def _slices(index, shape: tuple[int, ...]) -> Part:
 
 def _bounds(part: Part) -> tuple:
     return tuple((s.start, s.stop) for s in part)
-
-
-def _within(part, block: Part) -> Part:
-    """`part` counted from where `block` begins."""
-    return tuple(
-        slice(s.start - b.start, s.stop - b.start) for s, b in zip(part, block, strict=True)
-    )
 
 
 def _cut(part: Part, itemsize: int) -> Iterator[Part]:

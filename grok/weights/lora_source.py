@@ -6,11 +6,11 @@ the other weights are, and their checksum, is in its meta.
 
 import numpy as np
 
+from grok import storage
 from grok.config import RunConfig
 from grok.errors import CheckpointError
 from grok.model.params import MATRICES
 from grok.ops.weights.lora import LoraArray, factor_shapes, merged
-from grok.weights import byte_ranges
 from grok.weights.cast import converted
 from grok.weights.checksums import sample_checksum
 from grok.weights.orbax.metadata import LORA, read_tree
@@ -36,7 +36,7 @@ class LoraSource(Source):
         self.path, self.config = step, base.config
         self._base = converted(base, run.model.param_dtype)
         self._rank, self._scale = run.lora.rank, run.lora.scale
-        folder = byte_ranges.join(step, LORA)
+        folder = storage.join(step, LORA)
         self._arrays = ArrayTree(folder, read_tree(folder))
         self.tensors = {
             name: TensorSpec(name, spec.shape, np.dtype(np.float32))

@@ -8,11 +8,13 @@ import abc
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from grok import storage
 from grok.config import GrokConfig
+from grok.errors import CheckpointError
 from grok.model import params
 
 # One slice for each axis, with start and stop given and no step.
@@ -113,5 +115,51 @@ def scales_part(spec: TensorSpec, part: Part) -> Part:
 
 
 def part_shape(part: Part) -> tuple[int, ...]:
-    """The shape of what `part` selects."""
+    """The shape of the values that `part` selects."""
     return tuple(s.stop - s.start for s in part)
+
+
+def relative_to(outer: Part, part: Sequence[slice]) -> Part:
+    """`part` of an array as a part of `outer`, in which it lies."""
+    pairs = zip(part, outer, strict=True)
+    return tuple(slice(s.start - o.start, s.stop - o.start) for s, o in pairs)
+
+
+def read_part(
+    path: storage.StrPath, offset: int, shape: tuple[int, ...], dtype: np.dtype, part: Part
+) -> np.ndarray:
+    """Part of an array in C order that begins at byte `offset` of a file, local or at gs://.
+
+    Raises CheckpointError where the file cannot be read or became shorter.
+    """
+    out = np.empty(part_shape(part), dtype)
+    read_into(out, path, offset, shape, part)
+    return out
+
+
+def read_into(
+    out: np.ndarray, path: storage.StrPath, offset: int, shape: tuple[int, ...], part: Part
+) -> None:
+    """`read_part` into an array of the part's shape, in C order."""
+    assert out.flags.c_contiguous
+    starts = _run_offsets(shape, out.itemsize, part) + offset
+    data = memoryview(out.reshape(-1).view(np.uint8))
+    storage.read_ranges(path, starts.tolist(), data, CheckpointError)
+
+
+def _run_offsets(shape: tuple[int, ...], itemsize: int, part: Part) -> np.ndarray:
+    """Byte offsets in a C-ordered array of the contiguous runs of `part`, as long as they can be.
+
+    They are in order, and all runs have one length.
+    """
+    strides = [itemsize]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    axis = len(shape) - 1
+    # Axes behind the last one that is cut are taken entirely.
+    while axis > 0 and part[axis] == slice(0, shape[axis]):
+        axis -= 1
+    starts = np.array([part[axis].start * strides[axis]])
+    for cut, stride in reversed(list(zip(part[:axis], strides[:axis], strict=True))):
+        starts = np.add.outer(np.arange(cut.start, cut.stop) * stride, starts).reshape(-1)
+    return starts

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from grok import storage
 from grok.config import GrokConfig
 from grok.errors import CheckpointError
 from grok.model import params
-from grok.weights import byte_ranges
 from grok.weights.huggingface.source import HuggingFaceSource
 
 TINY = GrokConfig(
@@ -183,7 +183,7 @@ def test_folder_in_a_bucket(tmp_path, monkeypatch):
 
 def test_opening_reads_no_array(tmp_path, monkeypatch):
     folder = write(tmp_path / "hf", theirs(tree()))
-    monkeypatch.setattr(byte_ranges, "read_into", lambda *_: pytest.fail("an array was read"))
+    monkeypatch.setattr(storage, "read_ranges", lambda *_: pytest.fail("an array was read"))
     HuggingFaceSource(folder)
 
 
@@ -342,7 +342,7 @@ def test_files_and_index_that_disagree(tmp_path):
         f"{first}: is missing; the index says that it has '{table}'."
     )
     assert message("elsewhere", lambda _, where: where.update({table: second})) == (
-        f"{first}: has '{table}', which according to {index} is in {second}."
+        f"{first}: has '{table}', which {index} is in {second}."
     )
     assert message("unlisted", lambda _, where: where.pop(table)) == (
         f"{first}: has '{table}', which {index} leaves out."
@@ -409,6 +409,6 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     last = source.tensors["final_norm/scale_D"]
     with pytest.raises(
-        CheckpointError, match=r"of-00001\.safetensors: became shorter while it was"
+        CheckpointError, match=r"of-00001\.safetensors: .* became shorter while it was"
     ):
         source.read(last.name, last.whole)

@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
+from grok import storage
 from grok.config import GrokConfig
 from grok.errors import CheckpointError, ConfigError
 from grok.model.layers import RMS_EPSILON
-from grok.weights import byte_ranges
 from grok.weights.huggingface.safetensors import parse_object
 
 FILE = "config.json"
@@ -42,8 +42,8 @@ def read_config(folder: str) -> GrokConfig:
     Without head_dim it is hidden_size / num_attention_heads; other keys that are missing have
     GrokConfig's defaults. Raises CheckpointError, with the key, for what no Grok-1 can be.
     """
-    path = byte_ranges.join(folder, FILE)
-    data = parse_object(byte_ranges.read_bytes(path), f"{path}:")
+    path = storage.join(folder, FILE)
+    data = parse_object(storage.read_bytes(path, CheckpointError), f"{path}:")
     values: dict[str, Any] = {}
     for ours, theirs in (SIZES | FACTORS).items():
         key = next((key for key in theirs if data.get(key) is not None), None)

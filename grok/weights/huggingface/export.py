@@ -22,8 +22,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from grok import storage
 from grok.errors import CheckpointError
-from grok.weights import byte_ranges
 from grok.weights.checksums import sample_checksum
 from grok.weights.huggingface import card as huggingface_card
 from grok.weights.huggingface import config_json
@@ -83,7 +83,7 @@ def export_huggingface(
     manifest = None
     if data_manifest is not None:
         name = f"data_manifest{PurePath(data_manifest).suffix}"
-        manifest = name, byte_ranges.read_bytes(data_manifest)
+        manifest = name, storage.read_bytes(data_manifest, CheckpointError)
     _check_destination(folder)
     path = Path(folder)
     try:
@@ -115,14 +115,14 @@ def export_huggingface(
 
 
 def _check_destination(folder: str | os.PathLike[str]) -> None:
-    if byte_ranges.is_remote(folder):
+    if storage.is_remote(folder):
         raise CheckpointError(
             f"{folder}: exports go to a local folder, which can then be copied, as by `gcloud "
             "storage cp --recursive`."
         )
-    if not byte_ranges.exists(folder):
+    if not storage.exists(folder, CheckpointError):
         return
-    present = byte_ranges.listing(folder)
+    present = storage.list_files(folder, CheckpointError)
     others = sorted(name for name in present if not name.startswith("."))
     if others and UNFINISHED not in present:
         raise CheckpointError(

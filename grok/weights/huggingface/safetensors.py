@@ -14,8 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from grok import storage
 from grok.errors import CheckpointError
-from grok.weights import byte_ranges
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -48,7 +48,7 @@ def read_header(path: str, size: int) -> dict[str, TensorInfo]:
     Raises CheckpointError, with the file and the tensor, unless the header is whole and its
     tensors are float32, bfloat16 or float16 and fill the rest of the file exactly.
     """
-    with byte_ranges.open_file(path) as file:
+    with storage.open_file(path, CheckpointError, storage.HEADER_BLOCK) as file:
         start = file.read(8)
         if start == b"version ":
             raise CheckpointError(

@@ -14,16 +14,24 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from grok import storage
 from grok.config import GrokConfig
 from grok.errors import CheckpointError
 from grok.model import params
-from grok.weights import byte_ranges
 from grok.weights.huggingface.adapters import grok_1
 from grok.weights.huggingface.adapters.grok_1 import LM_HEAD, split
 from grok.weights.huggingface.config_json import FILE as CONFIG
 from grok.weights.huggingface.config_json import read_config
 from grok.weights.huggingface.safetensors import TensorInfo, parse_object, quoted, read_header
-from grok.weights.source import Part, Source, TensorSpec, blocks, part_shape
+from grok.weights.source import (
+    Part,
+    Source,
+    TensorSpec,
+    blocks,
+    part_shape,
+    read_into,
+    read_part,
+)
 from grok.weights.transpose import transpose_into
 
 INDEX = "model.safetensors.index.json"
@@ -43,7 +51,7 @@ class HuggingFaceSource(Source):
 
     def __init__(self, path: str | os.PathLike[str], config: GrokConfig | None = None):
         self.path = os.fspath(path)
-        present = byte_ranges.listing(self.path)
+        present = storage.list_files(self.path, CheckpointError)
         entries = _find_tensors(self.path, present)
         layout = grok_1.layout_of(entries)
         if layout is None:
@@ -54,8 +62,7 @@ class HuggingFaceSource(Source):
             )
         if config is None and CONFIG not in present:
             raise CheckpointError(
-                f"{byte_ranges.join(self.path, CONFIG)}: is missing; without it a config must be "
-                "given."
+                f"{storage.join(self.path, CONFIG)}: is missing; without it a config must be given."
             )
         self.config = config or read_config(self.path)
         whose = "this model's config" if config else f"this folder's {CONFIG}"
@@ -88,16 +95,16 @@ class HuggingFaceSource(Source):
         _, row_sizes, column_sizes = split(name, self.tensors[name].shape)
         place = (entry.path, entry.offset, (*column_sizes, *row_sizes))
         if not columns:
-            byte_ranges.read_into(out_RC.reshape(part_shape(rows)), *place, rows)
+            read_into(out_RC.reshape(part_shape(rows)), *place, rows)
             return
-        found = byte_ranges.read_part(*place, entry.dtype, (*columns, *rows))
+        found = read_part(*place, entry.dtype, (*columns, *rows))
         transpose_into(out_RC, found.reshape(out_RC.shape[::-1]))
 
     def _check_tied(self, head: TensorInfo, part: Part, table_VD: np.ndarray) -> None:
         spec = self.tensors["embed/table_VD"]
         bits = f"u{spec.dtype.itemsize}"
         for block in blocks(spec, part):
-            other_VD = byte_ranges.read_part(head.path, head.offset, spec.shape, spec.dtype, block)
+            other_VD = read_part(head.path, head.offset, spec.shape, spec.dtype, block)
             first = block[0].start - part[0].start
             mine_VD = table_VD[first : first + len(other_VD)]
             # As integers, so that a NaN equals itself.
@@ -115,7 +122,7 @@ def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, T
         raise CheckpointError(
             f"{folder}: is an unfinished export; the same `grok export hf` again finishes it."
         )
-    index = _read_index(byte_ranges.join(folder, INDEX)) if INDEX in present else None
+    index = _read_index(storage.join(folder, INDEX)) if INDEX in present else None
     if index is not None:
         _check_files(folder, present, index)
         files = sorted(set(index.values()))
@@ -126,7 +133,7 @@ def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, T
     # Sixteen at a time: a remote file takes some round trips.
     with ThreadPoolExecutor(16) as pool:
         sizes = [present[file] or 0 for file in files]
-        headers = list(pool.map(read_header, [byte_ranges.join(folder, f) for f in files], sizes))
+        headers = list(pool.map(read_header, [storage.join(folder, f) for f in files], sizes))
     entries: dict[str, TensorInfo] = {}
     for header in headers:
         for name, entry in header.items():
@@ -147,14 +154,14 @@ def _check_files(folder: str, present: Mapping[str, int | None], index: dict[str
     for name, file in index.items():
         if present.get(file) is None:
             raise CheckpointError(
-                f"{byte_ranges.join(folder, file)}: is missing; the index says that it has "
+                f"{storage.join(folder, file)}: is missing; the index says that it has "
                 f"{quoted(name)}."
             )
 
 
 def _check_index(folder: str, index: dict[str, str], entries: dict[str, TensorInfo]) -> None:
     for name, file in index.items():
-        path = byte_ranges.join(folder, file)
+        path = storage.join(folder, file)
         if name not in entries:
             raise CheckpointError(f"{path}: has no {quoted(name)}, which {INDEX} says it has.")
         if entries[name].path != path:
@@ -169,7 +176,7 @@ def _check_index(folder: str, index: dict[str, str], entries: dict[str, TensorIn
 
 
 def _read_index(path: str) -> dict[str, str]:
-    files = parse_object(byte_ranges.read_bytes(path), f"{path}:").get("weight_map")
+    files = parse_object(storage.read_bytes(path, CheckpointError), f"{path}:").get("weight_map")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{path}: should have a weight_map from tensors to files.")
     for name, file in files.items():

@@ -15,12 +15,12 @@ from typing import Any
 
 import xxhash
 
+from grok import storage
 from grok.config import RunConfig
 from grok.config.load import to_dict
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
 from grok.model import params
-from grok.weights import byte_ranges
 from grok.weights.checksums import ALGORITHM
 from grok.weights.importing.journal import Journal
 from grok.weights.importing.quantization_error import MeasuredQuantizedSource, RoundingError
@@ -106,14 +106,14 @@ def _resolved(run: RunConfig, source: Source, folder: Path, tokenizer: Path | No
 
 
 def _check_destination(folder: str | os.PathLike[str]) -> None:
-    if byte_ranges.is_remote(folder):
+    if storage.is_remote(folder):
         raise CheckpointError(
             f"{folder}: imports go to a local folder, which can then be copied, as by `gcloud "
             "storage cp --recursive`."
         )
-    if not byte_ranges.exists(folder):
+    if not storage.exists(folder, CheckpointError):
         return
-    present = byte_ranges.listing(folder)
+    present = storage.list_files(folder, CheckpointError)
     if STAGING in present:
         return
     if "checkpoints" in present:
@@ -182,7 +182,7 @@ def _kept(source: Source, journal: Journal) -> dict[str, Any]:
         parts = [RoundingError(*each["error"]) for each in facts if "error" in each]
         if parts:
             errors[spec.name] = sum(parts, RoundingError())
-    path = source.path if byte_ranges.is_remote(source.path) else os.path.abspath(source.path)
+    path = source.path if storage.is_remote(source.path) else os.path.abspath(source.path)
     return {
         "format": source.format,
         "path": path,

@@ -19,7 +19,16 @@ import numpy as np
 from grok.model import params
 from grok.weights.checksums import PieceChecksum
 from grok.weights.orbax.zarr import Slabs, ZarrArray, arrays, create, write_slabs
-from grok.weights.source import Part, Source, TensorSpec, blocks, part_shape, pieces, scales_part
+from grok.weights.source import (
+    Part,
+    Source,
+    TensorSpec,
+    blocks,
+    part_shape,
+    pieces,
+    relative_to,
+    scales_part,
+)
 
 # Blocks read ahead, no more than AHEAD_BYTES of them; and blocks on their way to the disk.
 READ_AHEAD, AHEAD_BYTES, IN_FLIGHT = 4, 1 << 28, 2
@@ -102,7 +111,7 @@ def stream(
             for block in of_piece:
                 checksum.update(block.values, block.scales)
                 for slabs in block.slabs:
-                    values = block.values[_inside(slabs.part, block.part)]
+                    values = block.values[relative_to(block.part, slabs.part)]
                     writer.write(piece, piece.values, slabs, values)
                 if block.scales is not None:
                     scales.append(block.scales)
@@ -160,13 +169,6 @@ def _read(source: Source, piece: Piece, part: Part, slabs: list[Slabs]) -> _Bloc
     if spec.groups is not None and slabs[0].offset == 0:
         scales = source.read_scales(spec.name, scales_part(spec, part))
     return _Block(piece, part, slabs, values, scales)
-
-
-def _inside(part: Part, whole: Part) -> Part:
-    """`part`, counted from where `whole` begins."""
-    return tuple(
-        slice(a.start - b.start, a.stop - b.start) for a, b in zip(part, whole, strict=True)
-    )
 
 
 @dataclasses.dataclass

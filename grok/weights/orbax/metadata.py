@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from grok import storage
 from grok.errors import CheckpointError
-from grok.weights import byte_ranges
 from grok.weights.orbax.zarr import ZarrArray
 
 MODEL, LORA, META = "model", "lora", "meta"
@@ -66,7 +66,7 @@ def write_files(step: Path, arrays: Iterable[ZarrArray], meta: dict[str, Any]) -
 
 def read_tree(folder: str) -> Tree:
     """What `_METADATA` in an item's folder lists; CheckpointError where it cannot be read."""
-    path = byte_ranges.join(folder, METADATA)
+    path = storage.join(folder, METADATA)
     data = _read(path)
     try:
         names = frozenset(
@@ -80,8 +80,8 @@ def read_tree(folder: str) -> Tree:
 
 def read_meta(step: str) -> dict[str, Any]:
     """The plain data of the checkpoint in folder `step`; empty where it has none."""
-    path = byte_ranges.join(step, META, "metadata")
-    return _read(path) if byte_ranges.exists(path) else {}
+    path = storage.join(step, META, "metadata")
+    return _read(path) if storage.exists(path, CheckpointError) else {}
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ def _write(path: Path, data: dict[str, Any]) -> None:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        data = json.loads(byte_ranges.read_bytes(path))
+        data = json.loads(storage.read_bytes(path, CheckpointError))
     except ValueError as error:
         raise CheckpointError(f"{path}: is not JSON: {error}.") from error
     if not isinstance(data, dict):

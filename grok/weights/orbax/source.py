@@ -9,12 +9,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from grok import storage
 from grok.checkpoint.integrity import UNFINISHED
 from grok.config import GrokConfig
 from grok.config.load import from_dict, load_config
 from grok.errors import CheckpointError
 from grok.model import params
-from grok.weights import byte_ranges
 from grok.weights.orbax.metadata import COMMITTED, LORA, METADATA, MODEL, Tree, read_meta, read_tree
 from grok.weights.orbax.zarr import open_array, wait
 from grok.weights.source import Part, Source, TensorSpec
@@ -41,7 +41,7 @@ class OrbaxSource(Source):
         meta = read_meta(self.step)
         self.config = config or _config(self.step, meta)
         self.checksums = _checksums(meta)
-        self._folder = byte_ranges.join(self.step, MODEL)
+        self._folder = storage.join(self.step, MODEL)
         self._arrays = ArrayTree(self._folder, read_tree(self._folder))
         self.tensors: Mapping[str, TensorSpec] = {
             name: self._arrays.spec(name, shape)
@@ -135,16 +135,16 @@ class ArrayTree:
 
 def step_folder(path: str) -> str:
     """The folder of the step that `path` means. Raises CheckpointError where none is finished."""
-    present = byte_ranges.listing(path)
+    present = storage.list_files(path, CheckpointError)
     if "checkpoints" in present:
-        return step_folder(byte_ranges.join(path, "checkpoints"))
+        return step_folder(storage.join(path, "checkpoints"))
     if MODEL in present or LORA in present or "_CHECKPOINT_METADATA" in present:
         if not _is_finished(path):
             raise CheckpointError(f"{path}: is a checkpoint that was not finished.")
         return path
     steps = sorted((int(name) for name in present if name.isdecimal()), reverse=True)
     for step in steps:
-        folder = byte_ranges.join(path, str(step))
+        folder = storage.join(path, str(step))
         if _is_finished(folder):
             return folder
     why = "has no finished checkpoint"
@@ -155,21 +155,21 @@ def step_folder(path: str) -> str:
 
 def _is_finished(step: str) -> bool:
     # Where folders cannot be renamed, Orbax writes a file last.
-    if byte_ranges.is_remote(step):
-        return byte_ranges.exists(byte_ranges.join(step, COMMITTED))
+    if storage.is_remote(step):
+        return storage.exists(storage.join(step, COMMITTED), CheckpointError)
     trees = (Path(step, name, METADATA) for name in (MODEL, LORA))
     return UNFINISHED not in Path(step).name and any(tree.is_file() for tree in trees)
 
 
 def _config(step: str, meta: dict[str, Any]) -> GrokConfig:
     beside = Path(step).parent.parent / "config.yaml"
-    if not byte_ranges.is_remote(step) and beside.is_file():
+    if not storage.is_remote(step) and beside.is_file():
         return load_config(beside).model
     if "config" not in meta:
         raise CheckpointError(
             f"{step}: does not say what model it is of; give its config with --config."
         )
-    return from_dict(meta["config"], byte_ranges.join(step, "meta", "metadata")).model
+    return from_dict(meta["config"], storage.join(step, "meta", "metadata")).model
 
 
 def _checksums(meta: dict[str, Any]) -> dict[tuple[str, int | None], str]:

@@ -25,9 +25,9 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
+from grok import storage
 from grok.errors import CheckpointError
 from grok.model import params
-from grok.weights import byte_ranges
 from grok.weights.source import Part, TensorSpec
 
 SHARD_BYTES = 1 << 28
@@ -177,7 +177,7 @@ def open_array(folder: str, name: str, zarr3: bool, ocdbt: bool) -> ts.Future:
     if ocdbt:
         kvstore: dict[str, Any] = {"driver": "ocdbt", "base": _kvstore(folder), "path": f"{name}/"}
     else:
-        kvstore = _kvstore(byte_ranges.join(folder, name))
+        kvstore = _kvstore(storage.join(folder, name))
     spec = {
         "driver": "zarr3" if zarr3 else "zarr",
         "kvstore": kvstore,
@@ -197,7 +197,7 @@ def wait(future: Any) -> Any:
 def reason(error: BaseException) -> str:
     """What went wrong, in few words, whether TensorStore raised it or what is around it."""
     if isinstance(error, OSError):
-        return byte_ranges.reason(error)
+        return storage.reason(error)
     code = re.search(r"os_error_code='(\d+)'", str(error))
     said = str(error).partition(" [")[0].splitlines()
     return os.strerror(int(code[1])) if code else said[0] if said else type(error).__name__
@@ -205,7 +205,7 @@ def reason(error: BaseException) -> str:
 
 def _kvstore(folder: str | os.PathLike[str]) -> dict[str, str]:
     """TensorStore's name of a folder."""
-    if not byte_ranges.is_remote(folder):
+    if not storage.is_remote(folder):
         return {"driver": "file", "path": f"{os.path.abspath(folder)}/"}
     scheme, _, rest = os.fspath(folder).partition("://")
     bucket, _, path = rest.partition("/")

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 
+from grok import storage
 from grok.config import GrokConfig
 from grok.errors import CheckpointError
-from grok.weights import byte_ranges
 from grok.weights.huggingface.safetensors import parse_object
 from grok.weights.huggingface.source import INDEX
 from grok.weights.importing.importer import STAGING
@@ -58,7 +58,7 @@ class Diagnosis:
 def diagnose(path: str, config: GrokConfig | None = None) -> Diagnosis:
     """What is at `path` that `open_source` refused; it raises nothing."""
     try:
-        present = set(byte_ranges.listing(path))
+        present = set(storage.list_files(path, CheckpointError))
         if any(name.startswith("tensor0") for name in present):
             return _release(path, present, config)
         if "config.json" in present or any(name.endswith(".safetensors") for name in present):
@@ -84,7 +84,7 @@ def _release(path: str, present: set[str], config: GrokConfig | None) -> Diagnos
     problems = [_missing(missing, len(expected))] if missing else []
     found: dict[str, list[StoredTensor]] = {tensor.name: [] for tensor in tensor_names(1)}
     with ThreadPoolExecutor(16) as pool:
-        records = pool.map(_record, [byte_ranges.join(path, tensor.file) for tensor in there])
+        records = pool.map(_record, [storage.join(path, tensor.file) for tensor in there])
         for tensor, record in zip(there, records, strict=True):
             if isinstance(record, str):
                 problems.append(record)
@@ -137,8 +137,8 @@ def _tensor(name: str, records: list[StoredTensor], config: GrokConfig | None) -
 def _huggingface(path: str, present: set[str]) -> Diagnosis:
     if INDEX not in present:
         return Diagnosis("huggingface")
-    found = parse_object(byte_ranges.read_bytes(byte_ranges.join(path, INDEX)), f"{INDEX}:")
-    index = found.get("weight_map")
+    data = storage.read_bytes(storage.join(path, INDEX), CheckpointError)
+    index = parse_object(data, f"{INDEX}:").get("weight_map")
     files = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
     missing = [file for file in files if file not in present]
     return Diagnosis("huggingface", problems=(_missing(missing, len(files)),) if missing else ())
@@ -146,9 +146,9 @@ def _huggingface(path: str, present: set[str]) -> Diagnosis:
 
 def _import(path: str) -> Diagnosis:
     """An import that was not finished, by its journal: one line on the weights, one each piece."""
-    journal = byte_ranges.join(path, STAGING, "journal.jsonl")
+    journal = storage.join(path, STAGING, "journal.jsonl")
     try:
-        lines = byte_ranges.read_bytes(journal).splitlines()
+        lines = storage.read_bytes(journal, CheckpointError).splitlines()
         # A kill may have cut the last line short.
         first, *rest = (json.loads(line) for line in lines if line.endswith(b"}"))
         specs = [

@@ -4,10 +4,10 @@ import dataclasses
 import os
 from typing import Any
 
+from grok import storage
 from grok.config import GrokConfig
 from grok.config.load import configs_folder, load_config
 from grok.errors import CheckpointError, ConfigError
-from grok.weights import byte_ranges
 from grok.weights.detect import open_source
 from grok.weights.huggingface import config_json
 from grok.weights.huggingface.safetensors import parse_object
@@ -172,8 +172,8 @@ def _origins(source: Source, config: GrokConfig | None) -> dict[str, str]:
 
 def _in_config_json(folder: str) -> set[str]:
     """The fields that a Hugging Face folder's config.json has."""
-    path = byte_ranges.join(folder, config_json.FILE)
-    data = parse_object(byte_ranges.read_bytes(path), f"{path}:")
+    path = storage.join(folder, config_json.FILE)
+    data = parse_object(storage.read_bytes(path, CheckpointError), f"{path}:")
     known = config_json.SIZES | config_json.FACTORS
     return {ours for ours, theirs in known.items() if any(data.get(key) for key in theirs)}
 

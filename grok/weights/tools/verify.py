@@ -17,10 +17,10 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 
+from grok import storage
 from grok.config import GrokConfig
 from grok.errors import CheckpointError
 from grok.model import params
-from grok.weights import byte_ranges
 from grok.weights.checksums import piece_checksum
 from grok.weights.detect import open_source
 from grok.weights.orbax.source import OrbaxSource
@@ -137,7 +137,7 @@ def open_both(
 
 
 def _is_release(path: str | os.PathLike[str]) -> bool:
-    return any(name.startswith("tensor0") for name in byte_ranges.listing(path))
+    return any(name.startswith("tensor0") for name in storage.list_files(path, CheckpointError))
 
 
 def check_comparable(a: Source, b: Source) -> None:

@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from grok import storage
 from grok.config import GrokConfig
 from grok.errors import CheckpointError, ConfigError
 from grok.model import params
-from grok.weights import byte_ranges
-from grok.weights.source import Part, Source, TensorSpec, part_shape
+from grok.weights.source import Part, Source, TensorSpec, part_shape, read_into, read_part
 from grok.weights.xai.objects import StoredArray, StoredInt8, StoredTensor
 from grok.weights.xai.unpickler import read_tensor
 
@@ -112,7 +112,7 @@ class ReleaseSource(Source):
         tensors = tensor_names(config.num_layers)
         _check_files(self.path, [tensor.file for tensor in tensors], config.num_layers)
         shapes = tensor_shapes(config)
-        paths = [byte_ranges.join(self.path, tensor.file) for tensor in tensors]
+        paths = [storage.join(self.path, tensor.file) for tensor in tensors]
         # Sixteen at a time: a remote file takes some round trips.
         with ThreadPoolExecutor(16) as pool:
             records = list(pool.map(read_tensor, paths))
@@ -150,13 +150,13 @@ class ReleaseSource(Source):
     def _read(self, name: str, part: Part, shape: tuple[int, ...], scales: bool) -> np.ndarray:
         if not name.startswith("layers/"):
             path, array = self._array(name, None, scales)
-            return byte_ranges.read_part(path, array.offset, shape, array.dtype, part)
+            return read_part(path, array.offset, shape, array.dtype, part)
         first, stop = part[0].start, part[0].stop
         out = np.empty(part_shape(part), self._array(name, first, scales)[1].dtype)
         for layer in range(first, stop):
             path, array = self._array(name, layer, scales)
             # Heads and their width are one axis in the file, and the same bytes as two.
-            byte_ranges.read_into(out[layer - first], path, array.offset, shape[1:], part[1:])
+            read_into(out[layer - first], path, array.offset, shape[1:], part[1:])
         return out
 
     def _array(self, name: str, layer: int | None, scales: bool) -> tuple[str, StoredArray]:
@@ -177,7 +177,7 @@ def implied_config(folder: str | os.PathLike[str]) -> GrokConfig:
     by_name = {tensor.name: tensor.file for tensor in tensor_names(1)}
 
     def shape(name: str, dims: int) -> tuple[int, ...]:
-        path = byte_ranges.join(folder, by_name[name])
+        path = storage.join(folder, by_name[name])
         record = read_tensor(path)
         found = (record.weight if isinstance(record, StoredInt8) else record).shape
         if len(found) != dims:
@@ -212,22 +212,22 @@ def implied_config(folder: str | os.PathLike[str]) -> GrokConfig:
 
 
 def _count_layers(folder: str | os.PathLike[str]) -> int:
-    present = {
-        name for name in byte_ranges.listing(folder) if re.fullmatch(r"tensor\d{5}_000", name)
-    }
+    files = storage.list_files(folder, CheckpointError)
+    present = {name for name in files if re.fullmatch(r"tensor\d{5}_000", name)}
     layers = max(1, math.ceil((len(present) - 2) / 12))
     missing = [tensor.file for tensor in tensor_names(layers) if tensor.file not in present]
     if missing:
         raise CheckpointError(
-            f"{byte_ranges.join(folder, missing[0])}: is missing; a release has 2 files and 12 for "
+            f"{storage.join(folder, missing[0])}: is missing; a release has 2 files and 12 for "
             f"each layer, so {2 + 12 * layers} and not {len(present)} here."
         )
     return layers
 
 
 def _check_files(folder: str, expected: list[str], num_layers: int) -> None:
-    # Hidden files are the droppings of file managers and downloaders.
-    present = {name for name in byte_ranges.listing(folder) if not name.startswith(".")}
+    # File managers and downloaders leave hidden files.
+    files = storage.list_files(folder, CheckpointError)
+    present = {name for name in files if not name.startswith(".")}
     right = (
         f"a release of {num_layers} layers has {len(expected)} files, "
         f"{expected[0]} to {expected[-1]}, and no others"
@@ -238,18 +238,16 @@ def _check_files(folder: str, expected: list[str], num_layers: int) -> None:
         whole, suffix = os.path.splitext(name)
         if suffix in UNFINISHED and whole in expected:
             raise CheckpointError(
-                f"{byte_ranges.join(folder, name)}: is what a download leaves while it is "
+                f"{storage.join(folder, name)}: is what a download leaves while it is "
                 f"unfinished; {whole} has to be downloaded to its end, and {name} to go."
             )
     if missing:
         others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         strangers = f"; {extra[0]} is here instead" if extra else ""
-        where = byte_ranges.join(folder, missing[0])
+        where = storage.join(folder, missing[0])
         raise CheckpointError(f"{where}: is missing{others}{strangers}; {right}.")
     if extra:
-        raise CheckpointError(
-            f"{byte_ranges.join(folder, extra[0])}: does not belong here; {right}."
-        )
+        raise CheckpointError(f"{storage.join(folder, extra[0])}: does not belong here; {right}.")
 
 
 def _check_shapes(
@@ -277,7 +275,7 @@ def _check_shapes(
     elif fitting:
         guess = f" It would fit {fitting[0]}: was a file renamed or copied?"
     raise CheckpointError(
-        f"{byte_ranges.join(folder, tensor.file)}: {tensor.release_name} is {_describe(record)}; "
+        f"{storage.join(folder, tensor.file)}: {tensor.release_name} is {_describe(record)}; "
         f"for this model's config it should be {form} {right.in_file}.{guess}"
     )
 

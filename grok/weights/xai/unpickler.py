@@ -14,8 +14,8 @@ import os
 import pickletools
 from typing import BinaryIO
 
+from grok import storage
 from grok.errors import CheckpointError
-from grok.weights import byte_ranges
 from grok.weights.xai.objects import (
     ArrayObject,
     FileBytes,
@@ -63,7 +63,7 @@ FOREIGN = {
 
 def read_tensor(path: str | os.PathLike[str]) -> StoredTensor:
     """The arrays of the file at `path`. Raises CheckpointError with the file and what is wrong."""
-    with byte_ranges.open_file(path) as file:
+    with storage.open_file(path, CheckpointError, storage.HEADER_BLOCK) as file:
         return parse_tensor(file, os.fspath(path))
 
 
