@@ -342,7 +342,7 @@ def test_files_and_index_that_disagree(tmp_path):
         f"{first}: is missing; the index says that it has '{table}'."
     )
     assert message("elsewhere", lambda _, where: where.update({table: second})) == (
-        f"{first}: has '{table}', which {index} is in {second}."
+        f"{first}: has '{table}', which {index} says is in {second}."
     )
     assert message("unlisted", lambda _, where: where.pop(table)) == (
         f"{first}: has '{table}', which {index} leaves out."
