@@ -4,7 +4,7 @@
 
 The model is that of train_against_maxtext.py. Steps are traced by JAX's profiler; what each thread
 spends in an instruction, less what it spends meanwhile in others, is charged to the innermost file
-of grok/, sharding.py aside, that the instruction was traced in: experts are in moe.py.
+of grok/, sharding/ aside, that the instruction was traced in: experts are in moe.py.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def files_of_instructions(text: str) -> dict[str, str]:
         while frame != "0":
             place, parent = parents[frame]
             path = paths[places[place]]
-            if "/grok/" in path and not path.endswith("/sharding.py"):
+            if "/grok/" in path and "/grok/sharding/" not in path:
                 return "grok/" + path.rpartition("/grok/")[2]
             frame = str(int(parent) - 1)  # 1: none
         return "outside grok: the optimizer"

@@ -1,4 +1,5 @@
-"""The specifications of each TPU generation, and the choice of the devices that JAX uses.
+"""The specifications of each TPU generation, the choice of the devices that JAX uses, and the facts
+of those that a program is traced for.
 
 From Google's published specifications; of the seventh generation partly from the press. JAX shows
 a chip of that one as two devices, each with half of what the table says.
@@ -17,7 +18,7 @@ class Chip(NamedTuple):
     bytes/s; devices: how many JAX devices it is; kinds: what JAX calls them; link: one wire to a
     neighbouring chip, one way, bytes/s; dimensions: of the grid that chips are wired in; ring: a
     side of the grid whose length is a multiple of this closes to a ring; network: a chip's share of
-    its host's way to other slices, bytes/s.
+    its host's way to other slices, bytes/s; vmem: vector memory of a core, bytes.
     """
 
     flops: float
@@ -29,25 +30,56 @@ class Chip(NamedTuple):
     dimensions: int
     ring: int
     network: float
+    vmem: int
 
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1200e9, 1, ("TPU v4",), 45e9, 3, 4, 6.25e9),
-    "v5e": Chip(197e12, 16 * GIB, 810e9, 1, ("TPU v5 lite", "TPU v5e"), 45e9, 2, 16, 3.125e9),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1, ("TPU v5", "TPU v5p"), 90e9, 3, 4, 6.25e9),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 1, ("TPU v6 lite", "TPU v6e"), 90e9, 2, 16, 12.5e9),
-    "7x": Chip(2307e12, 192 * GIB, 7300e9, 2, ("TPU7x",), 100e9, 3, 4, 12.5e9),
+    "v4": Chip(275e12, 32 * GIB, 1200e9, 1, ("TPU v4",), 45e9, 3, 4, 6.25e9, 16 * MIB),
+    "v5e": Chip(
+        197e12, 16 * GIB, 810e9, 1, ("TPU v5 lite", "TPU v5e"), 45e9, 2, 16, 3.125e9, 128 * MIB
+    ),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1, ("TPU v5", "TPU v5p"), 90e9, 3, 4, 6.25e9, 64 * MIB),
+    "v6e": Chip(
+        918e12, 32 * GIB, 1638e9, 1, ("TPU v6 lite", "TPU v6e"), 90e9, 2, 16, 12.5e9, 128 * MIB
+    ),
+    "7x": Chip(2307e12, 192 * GIB, 7300e9, 2, ("TPU7x",), 100e9, 3, 4, 12.5e9, 64 * MIB),
 }
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of JAX devices of this `device_kind`; None where it is not known."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 FLOP/s of one JAX device of this `device_kind`; None where it is not known."""
-    for chip in CHIPS.values():
-        if device_kind in chip.kinds:
-            return chip.flops / chip.devices
-    return None
+    chip = chip_of(device_kind)
+    return chip and chip.flops / chip.devices
+
+
+def platform() -> str:
+    """The platform that is traced for, "cpu" or "tpu": of the ambient mesh's devices, which need
+    not be this machine's, else of the default backend."""
+    import jax
+
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def device_kind() -> str:
+    """The kind of the devices that are traced for, such as "TPU v6 lite"."""
+    import jax
+
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def has_large_vmem() -> bool:
+    """True if a core of the devices that are traced for has at least 128 MiB of vector memory."""
+    chip = chip_of(device_kind())
+    return chip is not None and chip.vmem >= 128 * MIB
 
 
 def configure_devices(simulated: int) -> None:

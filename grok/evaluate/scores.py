@@ -104,4 +104,4 @@ def _scores(model: Grok, batch: dict) -> tuple[jax.Array, jax.Array]:
     counts_BT = batch["mask_BT"] > 0
     log_p_B = jnp.sum(jnp.where(counts_BT, log_p_BT, 0), axis=1)
     greedy_B = jnp.all(greedy_BT | ~counts_BT, axis=1)
-    return sharding.shard(log_p_B, None), sharding.shard(greedy_B, None)
+    return sharding.constrain(log_p_B, None), sharding.constrain(greedy_B, None)

@@ -63,7 +63,7 @@ class Engine:
         self._config = config = model.config
         self._page_size = size = options.page_size
         with jax.set_mesh(mesh):
-            groups = sharding.size("batch")
+            groups = sharding.axis_size("batch")
             slots = -(-options.max_num_seqs // groups)
             self._longest = -(-config.context_length // size)
             self._pages = -(-options.num_pages // groups) or slots * self._longest

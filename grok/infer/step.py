@@ -30,7 +30,7 @@ def forward_and_sample(
     U = logits_BUV.shape[1]
     fields, kind = jax.tree.flatten(settings)
     axes = [("batch", *(None,) * (field.ndim - 1)) for field in fields]
-    fields = [sharding.shard(field, *at) for field, at in zip(fields, axes, strict=True)]
+    fields = [sharding.constrain(field, *at) for field, at in zip(fields, axes, strict=True)]
 
     def local(logits_BUV, *fields):
         rows = [field.reshape(-1, *field.shape[2:]) for field in (logits_BUV, *fields)]
@@ -39,8 +39,8 @@ def forward_and_sample(
 
     two, three = ("batch", None), ("batch", None, None)
     form = sharding.shard_map(local, (three, *axes), (two, two, three, three))
-    parts = form(sharding.shard(logits_BUV, *three), *fields)
-    everywhere = [sharding.shard(part, *(None,) * part.ndim) for part in parts]
+    parts = form(sharding.constrain(logits_BUV, *three), *fields)
+    everywhere = [sharding.constrain(part, *(None,) * part.ndim) for part in parts]
     return Sampled(*everywhere), x_BTD, experts_LBTC, cache
 
 
@@ -60,12 +60,12 @@ def score_prompt(model: Grok, x_BTD: jax.Array, next_BUQ) -> tuple[jax.Array, ja
         x_BQD, next_BQ = inputs
         two, three = ("batch", None), ("batch", None, None)
         form = sharding.shard_map(local, (three, two), (two, three, three))
-        logits_BQV = sharding.shard(model.unembed(x_BQD), *three)
-        return form(logits_BQV, sharding.shard(next_BQ, *two))
+        logits_BQV = sharding.constrain(model.unembed(x_BQD), *three)
+        return form(logits_BQV, sharding.constrain(next_BQ, *two))
 
     found = jax.lax.map(block, (x_UBQD, jnp.moveaxis(jnp.asarray(next_BUQ), 1, 0)))
     moved = (jnp.moveaxis(part, 0, 1) for part in found)
-    logprob, top, top_logprob = (sharding.shard(part, *(None,) * part.ndim) for part in moved)
+    logprob, top, top_logprob = (sharding.constrain(part, *(None,) * part.ndim) for part in moved)
     return logprob, top, top_logprob
 
 

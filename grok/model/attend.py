@@ -58,7 +58,7 @@ def init_cache(config: GrokConfig, pages: int, page_size: int, dtype: str) -> Pa
     """Empty pages, `pages` over all groups, with values in `dtype`: a float type or int8."""
     shape = (config.num_layers, pages, page_size, config.num_kv_heads, 2)
     axes = ("layers", "batch", None, sharding.kv_axis(config.num_kv_heads), None)
-    kv = sharding.shard(jnp.zeros((*shape, config.head_dim), dtype), *axes, None)
+    kv = sharding.constrain(jnp.zeros((*shape, config.head_dim), dtype), *axes, None)
     if dtype != "int8":
         return PagedCache(kv)
-    return PagedCache(kv, sharding.shard(jnp.zeros(shape, jnp.float32), *axes))
+    return PagedCache(kv, sharding.constrain(jnp.zeros(shape, jnp.float32), *axes))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from grok import sharding
+from grok import hardware, sharding
 from grok.config import GrokConfig
 from grok.model.attend import PagedCache, Places
 from grok.model.layers import normal, product, rotate
@@ -28,8 +28,8 @@ class Attention(nnx.Module):
         c = config
         L, D, N, K, H = c.num_layers, c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
         kv, dtype = sharding.kv_axis(K), c.float_dtype
-        q_embed, q_heads = sharding.kept_head_axes("heads", N, c.param_dtype)
-        kv_embed, kv_heads = sharding.kept_head_axes(kv, K, c.param_dtype)
+        q_embed, q_heads = sharding.attention_weight_axes("heads", N, c.param_dtype)
+        kv_embed, kv_heads = sharding.attention_weight_axes(kv, K, c.param_dtype)
         q_axes = ("layers", q_embed, q_heads, None)
         kv_axes = ("layers", kv_embed, kv_heads, None)
         keys = jax.random.split(key, 4)
@@ -42,11 +42,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, segment_BT: jax.Array, positions_BT: jax.Array):
         """Attention of the rows over themselves, y_BTD; x and y are split as the stream is."""
-        x_BTD = sharding.shard(x_BTD, "batch", "length", None)
+        x_BTD = sharding.constrain(x_BTD, "batch", "length", None)
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions_BT)
         c = self.config
         kv = sharding.kv_axis(c.num_kv_heads)
-        flash = sharding.platform() == "tpu" and suits(x_BTD.shape[1])
+        flash = hardware.platform() == "tpu" and suits(x_BTD.shape[1])
 
         def local(q, k, v, segment):
             if flash:
@@ -60,7 +60,9 @@ class Attention(nnx.Module):
         in_axes = (q_axes, kv_axes, kv_axes, ("batch", None))
         form = sharding.shard_map(local, in_axes, q_axes, check_vma=not flash)
         o_BTNH = checkpoint_name(form(q_BTNH, k_BTKH, v_BTKH, segment_BT), "attention")
-        return sharding.shard(self._output(o_BTNH), *sharding.stream_axes(x_BTD.shape[1]))
+        return sharding.constrain(
+            self._output(o_BTNH), *sharding.sequence_parallel_axes(x_BTD.shape[1])
+        )
 
     def step(self, x_BTD: jax.Array, cache: PagedCache, places: Places, layer: jax.Array):
         """Attention over the cache and the new tokens, whose keys and values are put in it.
@@ -73,15 +75,15 @@ class Attention(nnx.Module):
         c, group = self.config, self.config.num_heads // self.config.num_kv_heads
         factors = (c.attn_output_multiplier, c.attn_logit_softcap)
         # With all kv heads and fewer query heads than share one, it is the same for all.
-        fewer = c.num_heads // sharding.size("heads") < group
-        kernel = sharding.platform() == "tpu" and not fewer
+        fewer = c.num_heads // sharding.axis_size("heads") < group
+        kernel = hardware.platform() == "tpu" and not fewer
         kernel = kernel and ragged.suits(cache.kv_LPSK2H, c.head_dim)
 
         def local(q, k, v, kv_pages, scales, table_BUM, start_BU, count_BU, layer):
             # Each device has the tokens of one group.
             new = jnp.stack([k, v], axis=3).reshape(-1, Q, *k.shape[2:3], 2, k.shape[3])
             table_UM, start_U = table_BUM[0], start_BU[0]
-            shared = sharding.index("heads") * q.shape[2] // group if fewer else None
+            shared = sharding.axis_index("heads") * q.shape[2] // group if fewer else None
             kv_pages, scales = write_pages(
                 kv_pages, scales, layer, new, table_UM, start_U, count_BU[0]
             )
@@ -120,7 +122,7 @@ class Attention(nnx.Module):
         kv = sharding.kv_axis(self.config.num_kv_heads)
 
         def project(subscripts, param, axis, heads):
-            kept = (*sharding.kept_head_axes(axis, heads, self.config.param_dtype), None)
+            kept = (*sharding.attention_weight_axes(axis, heads, self.config.param_dtype), None)
             return product(subscripts, x_BTD, param, kept, ("batch", "length", axis, None))
 
         q_BTNH = project("btd,dnh->btnh", self.w_query_DNH, "heads", self.config.num_heads)
@@ -150,11 +152,11 @@ class Attention(nnx.Module):
         if heads == k_BSKH.shape[2] * group:
             return k_BSKH, v_BSKH
         # This device has all kv heads and fewer query heads than share one of them.
-        first = sharding.index("heads") * heads // group
+        first = sharding.axis_index("heads") * heads // group
         return (jax.lax.dynamic_slice_in_dim(a, first, 1, axis=2) for a in (k_BSKH, v_BSKH))
 
     def _output(self, o_BTNH):
         c = self.config
-        embed, heads = sharding.kept_head_axes("heads", c.num_heads, c.param_dtype)
+        embed, heads = sharding.attention_weight_axes("heads", c.num_heads, c.param_dtype)
         axes = ("batch", "length", None)
         return product("btnh,nhd->btd", o_BTNH, self.w_out_NHD, (heads, None, embed), axes)

@@ -70,7 +70,7 @@ def abstract(
         model = jax.eval_shape(make)
     else:
         check_mesh(config, mesh)
-        model = sharding.abstract(make, mesh)
+        model = sharding.abstract_arrays(make, mesh)
 
     if not groups:
         return model

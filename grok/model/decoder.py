@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from grok import sharding
+from grok import hardware, sharding
 from grok.config import GrokConfig, check_model_fits
 from grok.errors import ConfigError
 from grok.model.attend import PagedCache, Places
@@ -88,10 +88,10 @@ class Grok(nnx.Module):
 
     def hidden(self, tokens_BT, segment_ids=None, positions=None) -> tuple[jax.Array, RouterStats]:
         """x_BTD after the final norm, in the compute type, and router statistics of L layers."""
-        with sharding.mesh_of(self.embed.table_VD[...]):
+        with sharding.use_mesh_of(self.embed.table_VD[...]):
             inputs = _inputs(tokens_BT, segment_ids, positions)
-            x_BTD, stats = sharding.unsplit(Grok._hidden)(self, *inputs)
-            return sharding.shard(x_BTD, "batch", "length", None), stats
+            x_BTD, stats = sharding.without_trivial_mesh(Grok._hidden)(self, *inputs)
+            return sharding.constrain(x_BTD, "batch", "length", None), stats
 
     def _hidden(self, tokens_BT, segment_BT, positions_BT):
         def block(x_BTD, xs):
@@ -101,13 +101,15 @@ class Grok(nnx.Module):
             policy = REMAT_POLICIES[self.config.remat]
             # Inside scan nothing can be merged with the forward pass: the guard is not needed.
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-        x_BTD = sharding.shard(self._embed(tokens_BT), *sharding.stream_axes(tokens_BT.shape[1]))
+        x_BTD = sharding.constrain(
+            self._embed(tokens_BT), *sharding.sequence_parallel_axes(tokens_BT.shape[1])
+        )
         x_BTD, stats = jax.lax.scan(block, x_BTD, self._per_layer())
         return self.final_norm(x_BTD), stats
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """Logits of all tokens from x after the final norm, logits_BTV, float32."""
-        with sharding.mesh_of(self.embed.table_VD[...]):
+        with sharding.use_mesh_of(self.embed.table_VD[...]):
             logits_BTV = self.embed.unembed(x_BTD, self.config.compute_dtype)
             return logits_BTV * self.config.output_multiplier
 
@@ -120,13 +122,13 @@ class Grok(nnx.Module):
         batch), in U blocks of Q = T/U tokens. Returns x_BTD after the final norm, for `unembed`,
         the cache with the new tokens in it, and the experts that tokens went to, chosen_LBTC.
         """
-        with sharding.mesh_of(self.embed.table_VD[...]):
-            tokens_BT = sharding.shard(tokens_BT, "batch", "length")
+        with sharding.use_mesh_of(self.embed.table_VD[...]):
+            tokens_BT = sharding.constrain(tokens_BT, "batch", "length")
             places = jax.tree.map(
-                lambda a: sharding.shard(a, "batch", *(None,) * (a.ndim - 1)), places
+                lambda a: sharding.constrain(a, "batch", *(None,) * (a.ndim - 1)), places
             )
             real_BT = places.real(tokens_BT.shape[1] // places.start_BU.shape[1])
-            tpu = sharding.platform() == "tpu"
+            tpu = hardware.platform() == "tpu"
 
             def block(carry, xs):
                 x_BTD, cache = carry
@@ -141,9 +143,9 @@ class Grok(nnx.Module):
 
     def next_logits(self, x_BTD: jax.Array, count_BU) -> jax.Array:
         """Logits after the last real token of each block, logits_BUV, from what `step` returned."""
-        with sharding.mesh_of(self.embed.table_VD[...]):
+        with sharding.use_mesh_of(self.embed.table_VD[...]):
             B, U = count_BU.shape
-            count_BU = sharding.shard(count_BU, "batch", None)
+            count_BU = sharding.constrain(count_BU, "batch", None)
             x_BUQD = x_BTD.reshape(B, U, -1, x_BTD.shape[-1])
             last_BUQ = jnp.arange(x_BUQD.shape[2])[None, None, :] == count_BU[:, :, None] - 1
             return self.unembed(jnp.where(last_BUQ[..., None], x_BUQD, 0).sum(2))
@@ -190,7 +192,7 @@ def _logits(model: Grok, tokens_BT, segment_ids, positions):
 def _inputs(tokens_BT, segment_ids, positions):
     """Tokens, segments and positions as int32 (B, T), split over the batch."""
     tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
-    rows = sharding.size("batch")
+    rows = sharding.axis_size("batch")
     if tokens_BT.shape[0] % rows:
         raise ValueError(
             f"a batch of {tokens_BT.shape[0]} rows cannot be split over the {rows} groups of "
@@ -201,7 +203,7 @@ def _inputs(tokens_BT, segment_ids, positions):
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
     arrays = (tokens_BT, jnp.asarray(segment_ids, jnp.int32), jnp.asarray(positions, jnp.int32))
-    return tuple(sharding.shard(a, "batch", "length") for a in arrays)
+    return tuple(sharding.constrain(a, "batch", "length") for a in arrays)
 
 
 def quick_to_compile() -> dict[str, int]:

@@ -37,11 +37,14 @@ def matrix(param: nnx.Param, axes: Axes, dtype) -> jax.Array:
     """
     w = param.get_value()
     if not isinstance(w, QuantizedArray):
-        return sharding.gather(w.astype(dtype), *axes)
+        return sharding.unshard(w.astype(dtype), *axes)
     w = w.sliced()
     scale_axes = quantized_axes(w, axes)
-    whole, whole_scales = sharding.whole(axes), sharding.whole(scale_axes)
-    values, scales = sharding.shard(w.values, *whole), sharding.shard(w.scales, *whole_scales)
+    whole, whole_scales = sharding.unsharded_axes(axes), sharding.unsharded_axes(scale_axes)
+    values, scales = (
+        sharding.constrain(w.values, *whole),
+        sharding.constrain(w.scales, *whole_scales),
+    )
 
     def local(values, scales):
         return dataclasses.replace(w, values=values, scales=scales).dequantize(dtype)
@@ -64,9 +67,9 @@ def product(subscripts: str, x: jax.Array, param: nnx.Param, w_axes: Axes, axes:
     columns = w_letters.removeprefix(rows)
     kept = out.removesuffix(columns)
     base, a, b = (
-        sharding.gather(w.base, *w_axes),
-        sharding.gather(w.a, *w_axes[: len(rows)], None),
-        sharding.gather(w.b, None, *w_axes[len(rows) :]),
+        sharding.unshard(w.base, *w_axes),
+        sharding.unshard(w.a, *w_axes[: len(rows)], None),
+        sharding.unshard(w.b, None, *w_axes[len(rows) :]),
     )
     low = sharding.einsum(f"{x_letters},{rows}r->{kept}r", x, a, axes=(*axes[: len(kept)], None))
     added = sharding.einsum(f"{kept}r,r{columns}->{out}", low, b, axes=axes)
@@ -87,7 +90,7 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang & Sennrich 2019), in float32; the scale is used as it is."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str):
-        self.scale_D = nnx.Param(sharding.shard(jnp.ones(shape, dtype), *(None,) * len(shape)))
+        self.scale_D = nnx.Param(sharding.constrain(jnp.ones(shape, dtype), *(None,) * len(shape)))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x / sqrt(mean(x^2) + 1e-5) * scale, in the type of `x_BTD`."""
@@ -118,17 +121,17 @@ class TokenTable(nnx.Module):
     def __init__(self, key: jax.Array, config: GrokConfig):
         c = config
         self.config, shape = c, (c.vocab_size, c.embed_dim)
-        axes = sharding.table_axes(c.vocab_size, c.param_dtype)
+        axes = sharding.embedding_axes(c.vocab_size, c.param_dtype)
         self.table_VD = normal(key, shape, axes, c.float_dtype, fan_in=c.embed_dim)
 
     def embed(self, tokens_BT: jax.Array, dtype: str) -> jax.Array:
         """Rows of the table, x_BTD. Each device looks up the part of the vocabulary it has."""
         table_VD = self.table_VD[...].astype(dtype)
-        table_axes = sharding.table_axes(len(table_VD), self.config.param_dtype)
+        table_axes = sharding.embedding_axes(len(table_VD), self.config.param_dtype)
 
         def local(tokens_BT, table_VD):
-            table_VD = sharding.vary(sharding.collect(table_VD, table_axes))
-            here_BT = tokens_BT - sharding.index("vocab") * table_VD.shape[0]
+            table_VD = sharding.pvary(sharding.unshard_local(table_VD, table_axes))
+            here_BT = tokens_BT - sharding.axis_index("vocab") * table_VD.shape[0]
             # Out of range on either side reads zeros; negative indices would count from the end.
             here_BT = jnp.where(here_BT < 0, table_VD.shape[0], here_BT)
             x_BTD = table_VD.at[here_BT].get(mode="fill", fill_value=0)
@@ -142,12 +145,12 @@ class TokenTable(nnx.Module):
         """Cross-entropy and log-partition of every token, (B, T) float32 each, of the scores times
         `multiplier`; those of all tokens never exist at once."""
         table_VD = self.table_VD[...].astype(x_BTD.dtype)
-        table_axes = sharding.table_axes(len(table_VD), self.config.param_dtype)
+        table_axes = sharding.embedding_axes(len(table_VD), self.config.param_dtype)
 
         def local(x_BTD, targets_BT, table_VD):
-            table_VD = sharding.collect(table_VD, table_axes)
+            table_VD = sharding.unshard_local(table_VD, table_axes)
             x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
-            arrays = jax.tree.map(sharding.vary, (x_RD, table_VD, targets_BT.reshape(-1)))
+            arrays = jax.tree.map(sharding.pvary, (x_RD, table_VD, targets_BT.reshape(-1)))
             losses = cross_entropy(*arrays, multiplier)
             return tuple(loss_R.reshape(targets_BT.shape) for loss_R in losses)
 
@@ -158,8 +161,8 @@ class TokenTable(nnx.Module):
     def unembed(self, x_BTD: jax.Array, dtype: str) -> jax.Array:
         """Scores of all tokens, logits_BTV in float32."""
         table_VD = self.table_VD[...].astype(dtype)
-        table_VD = sharding.gather(
-            table_VD, *sharding.table_axes(len(table_VD), self.config.param_dtype)
+        table_VD = sharding.unshard(
+            table_VD, *sharding.embedding_axes(len(table_VD), self.config.param_dtype)
         )
         return sharding.einsum(
             "btd,vd->btv",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from grok import sharding
+from grok import hardware, sharding
 from grok.config import GrokConfig
 from grok.model.layers import normal, quantized_axes
 from grok.ops.moe.experts_pallas import PARTS, experts_grouped, experts_in_parts
@@ -47,8 +47,8 @@ class MoE(nnx.Module):
     def __init__(self, key: jax.Array, config: GrokConfig):
         c = config
         L, D, F, E, dtype = c.num_layers, c.embed_dim, c.mlp_dim, c.num_experts, c.float_dtype
-        in_axes = ("layers", "experts", "kept_embed", "mlp")
-        out_axes = ("layers", "experts", "mlp", "kept_embed")
+        in_axes = ("layers", "experts", "fsdp_embed", "mlp")
+        out_axes = ("layers", "experts", "mlp", "fsdp_embed")
         keys = jax.random.split(key, 4)
         self.config = c
         self.router_DE = normal(keys[0], (L, D, E), (None, None, None), dtype, fan_in=D)
@@ -59,10 +59,10 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
         """y_BTD, and statistics over the tokens where `real_BT` holds; x and y are split as the
         stream is."""
-        axes = sharding.stream_axes(x_BTD.shape[1])
+        axes = sharding.sequence_parallel_axes(x_BTD.shape[1])
         probs_BTE = self.route(x_BTD, axes)
         gate_BTC, chosen_BTC = jax.lax.top_k(probs_BTE, self.config.num_selected_experts)
-        stats = _stats(probs_BTE, chosen_BTC, sharding.shard(real_BT, *axes[:2]))
+        stats = _stats(probs_BTE, chosen_BTC, sharding.constrain(real_BT, *axes[:2]))
         return self._experts(x_BTD, gate_BTC, chosen_BTC, axes), stats
 
     def step(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -71,7 +71,7 @@ class MoE(nnx.Module):
         axes = ("batch", "length", None)
         probs_BTE = self.route(x_BTD, axes)
         gate_BTC, chosen_BTC = jax.lax.top_k(probs_BTE, self.config.num_selected_experts)
-        if sharding.platform() != "tpu":  # whose kernels know no such choice
+        if hardware.platform() != "tpu":  # whose kernels know no such choice
             chosen_BTC = jnp.where(real_BT[:, :, None], chosen_BTC, self.config.num_experts)
         return self._experts(x_BTD, gate_BTC, chosen_BTC, axes), chosen_BTC
 
@@ -91,7 +91,7 @@ class MoE(nnx.Module):
         every expert on the rows that chose it, and hands the partial sums back."""
         C = self.config.num_selected_experts
         weights = [getattr(self, name).get_value() for name in EXPERTS]
-        w_in, w_out = ("experts", "kept_embed", "mlp"), ("experts", "mlp", "kept_embed")
+        w_in, w_out = ("experts", "fsdp_embed", "mlp"), ("experts", "mlp", "fsdp_embed")
         axes: list[sharding.Axes] = []
         for place, w_axes in enumerate((w_in, w_in, w_out)):
             w = weights[place]
@@ -99,7 +99,9 @@ class MoE(nnx.Module):
                 weights[place] = w.scaled(x_BTD.dtype)
                 axes += [w_axes, (*w_axes[:2], None), (w_axes[0], None, w_axes[2])]
                 continue
-            if sharding.size("kept_embed") > 1 and isinstance(w, StackedArray | QuantizedArray):
+            if sharding.axis_size("fsdp_embed") > 1 and isinstance(
+                w, StackedArray | QuantizedArray
+            ):
                 # What is collected from other devices should be one layer.
                 w = weights[place] = w.sliced()
             if isinstance(w, StackedArray):
@@ -116,35 +118,39 @@ class MoE(nnx.Module):
         kinds = jax.tree.structure(weights)
 
         def local(x, gate, chosen, *parts):
-            x, gate, chosen = (sharding.all_gather(a, "group", dim=0) for a in (x, gate, chosen))
-            x = sharding.embed_last(x)
+            x, gate, chosen = (
+                sharding.all_gather(a, "expert_group", dim=0) for a in (x, gate, chosen)
+            )
+            x = sharding.pin_row_major(x)
             rows = (x.reshape(-1, x.shape[-1]), gate.reshape(-1, C), chosen.reshape(-1, C))
             y_RD = self._routed(rows, parts, kinds, axes)
-            y = sharding.embed_last(y_RD.reshape(x.shape))
-            y = sharding.embed_last(sharding.psum_scatter(y, "group", dim=0))
-            if stream[1] == "stream_length":
-                return sharding.psum_scatter(y, "stream_length", dim=1).astype(x.dtype)
-            return sharding.psum(y, "mlp_rest").astype(x.dtype)
+            y = sharding.pin_row_major(y_RD.reshape(x.shape))
+            y = sharding.pin_row_major(sharding.psum_scatter(y, "expert_group", dim=0))
+            if stream[1] == "sp_length":
+                return sharding.psum_scatter(y, "sp_length", dim=1).astype(x.dtype)
+            return sharding.psum(y, "mlp_within_group").astype(x.dtype)
 
         tokens = ("batch", "length", None)
         form = sharding.shard_map(local, (tokens, tokens, tokens, *axes), stream)
-        return form(*(sharding.shard(a, *tokens) for a in (x_BTD, gate_BTC, chosen_BTC)), *parts)
+        return form(
+            *(sharding.constrain(a, *tokens) for a in (x_BTD, gate_BTC, chosen_BTC)), *parts
+        )
 
     def _routed(self, rows, parts, kinds, axes) -> jax.Array:
         """y_RD of rows (x_RD, gate_RC, chosen_RC), by this device's part of the experts' width."""
 
         def collect(parts):
-            whole = [sharding.collect(*each) for each in zip(parts, axes, strict=True)]
+            whole = [sharding.unshard_local(*each) for each in zip(parts, axes, strict=True)]
             return jax.tree.unflatten(kinds, whole)
 
-        rows = jax.tree.map(sharding.vary, rows)
-        tpu = sharding.platform() == "tpu"
+        rows = jax.tree.map(sharding.pvary, rows)
+        tpu = hardware.platform() == "tpu"
         plain = kinds == jax.tree.structure([*EXPERTS])
         # Else the blocks' remat computes the hidden layer again, and so would this: once too often.
         kept = self.config.keeps_experts
         if tpu and kept and plain and parts[0].shape[-1] % (PARTS * LANES) == 0:
-            return experts_in_parts(*rows, tuple(map(sharding.vary, parts)), collect)
-        weights = jax.tree.map(sharding.vary, collect(parts))
+            return experts_in_parts(*rows, tuple(map(sharding.pvary, parts)), collect)
+        weights = jax.tree.map(sharding.pvary, collect(parts))
         if tpu:
             return experts_grouped(*rows, *weights)
         (R, C), E = rows[1].shape, self.config.num_experts

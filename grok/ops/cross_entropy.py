@@ -37,7 +37,7 @@ def cross_entropy(x_RD, table_VD, targets_R, multiplier: float):
 
 
 def _forward(x_RD, table_VD, targets_R, multiplier):
-    first = sharding.index("vocab") * table_VD.shape[0]
+    first = sharding.axis_index("vocab") * table_VD.shape[0]
 
     def one_chunk(chunk):
         x_cD, targets_c = chunk
@@ -60,7 +60,7 @@ def _forward(x_RD, table_VD, targets_R, multiplier):
 def _backward(multiplier, saved, cotangents):
     x_RD, table_VD, targets_R, log_z_R = saved
     dentropy_R, dlog_z_R = cotangents
-    first = sharding.index("vocab") * table_VD.shape[0]
+    first = sharding.axis_index("vocab") * table_VD.shape[0]
 
     def one_chunk(dtable_VD, chunk):
         x_cD, targets_c, log_z_c, dtarget_c, dlog_z_c = chunk
@@ -74,7 +74,7 @@ def _backward(multiplier, saved, cotangents):
 
     # The entropy is log_z - target.
     rows = (x_RD, targets_R, log_z_R, dentropy_R, dentropy_R + dlog_z_R)
-    zeros_VD = sharding.vary(jnp.zeros(table_VD.shape, jnp.float32))
+    zeros_VD = sharding.pvary(jnp.zeros(table_VD.shape, jnp.float32))
     dtable_VD, dx = jax.lax.scan(one_chunk, zeros_VD, _chunks(rows, table_VD.shape[0]))
     return _joined(dx, len(x_RD)), dtable_VD.astype(table_VD.dtype), None
 

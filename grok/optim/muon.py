@@ -45,7 +45,7 @@ def _orthogonal_update(name: str, x: jax.Array) -> jax.Array:
         x_RC = jax.lax.map(orthogonalize, x.reshape(-1, R, C))
         return UPDATE_RMS * math.sqrt(max(R, C)) * x_RC.reshape(x.shape)
 
-    return sharding.on_whole(local, x, len(lead))
+    return sharding.map_matrices(local, x, len(lead))
 
 
 def orthogonalize(x_RC: jax.Array) -> jax.Array:

@@ -62,7 +62,7 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
     B, S = batch_of(config)
     size = config.engine.page_size
     pages = -(-S // size)
-    parts = sharding.size("batch")
+    parts = sharding.axis_size("batch")
     prefill = config.plan.program == "prefill"
     blocks, Q = (B // parts * pages, size) if prefill else (B // parts, 1)
     groups = {name: RELEASE_GROUPS.get(name, 1) for name in params.MATRICES}
@@ -72,7 +72,7 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
     same = config.engine.cache_dtype == "compute"
     dtype = config.model.compute_dtype if same else config.engine.cache_dtype
     make = functools.partial(init_cache, config.model, B * pages, size, dtype)
-    cache = sharding.abstract(make, mesh)
+    cache = sharding.abstract_arrays(make, mesh)
 
     def placed(*shape: int) -> jax.ShapeDtypeStruct:
         place = NamedSharding(mesh, sharding.spec("batch", *(None,) * (len(shape) - 1)))

@@ -20,9 +20,9 @@ def token_losses(model: Grok, x_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
 
     Where there are many logits they never exist all at once, in backward neither.
     """
-    with sharding.mesh_of(model.embed.table_VD[...]):
-        vocab = model.config.vocab_size // sharding.size("vocab")
-        if targets_BT.size // sharding.size("batch") * vocab > LOGITS:
+    with sharding.use_mesh_of(model.embed.table_VD[...]):
+        vocab = model.config.vocab_size // sharding.axis_size("vocab")
+        if targets_BT.size // sharding.axis_size("batch") * vocab > LOGITS:
             entropy_BT, log_z_BT = model.embed.cross_entropy(
                 x_BTD, targets_BT, model.config.output_multiplier
             )

@@ -55,7 +55,7 @@ def init_state(
 
 def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
     """Shapes, types and placements of `init_state`'s result, with nothing computed."""
-    state = sharding.abstract(_make(config, optimizer), mesh)
+    state = sharding.abstract_arrays(_make(config, optimizer), mesh)
     if config.optimizer.offload:
         state.opt_state = placed_on_host(state.opt_state)
     return state

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grok import sharding
+from grok import hardware, sharding
 from grok.config import RunConfig, TrainConfig
 from grok.model.params import MATRICES
 from grok.ops.weights.low_precision_grad import CastArray
@@ -46,7 +46,7 @@ def gradients(params, frozen, batch: dict, config: TrainConfig) -> tuple[jax.Arr
     weighted by its share of the tokens, add up to that of the batch.
     """
     dtype = frozen.config.compute_dtype
-    slots = grad_slots(params, dtype) if sharding.platform() == "tpu" else params
+    slots = grad_slots(params, dtype) if hardware.platform() == "tpu" else params
 
     def loss(slots, microbatch):
         model = with_grad_slots(combine(params, frozen), slots)

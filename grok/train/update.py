@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grok import sharding
+from grok import hardware, sharding
 from grok.config import OptimizerConfig, RunConfig
 from grok.model.build import to_arrays
 from grok.optim import offload
@@ -56,7 +56,7 @@ def update(
         bad, to_blame = detect_bad_step(state.guard, loss, grad_squares, config.train)
         guard = update_guard(state.guard, bad, global_norm(grad_squares))
     with jax.named_scope("apply_updates"):
-        if sharding.platform() == "cpu":
+        if hardware.platform() == "cpu":
             params, opt_state, update_squares = update_cpu.apply_in_place(
                 bad, old_params, old_opt_state, grads, updates, update_squares, optimizer
             )

@@ -34,7 +34,7 @@ def saved(model, tmp_path_factory):
 
 def wanted(config: GrokConfig, **mesh: int):
     make = lambda: grok.Grok(config, jax.random.key(0))  # noqa: E731
-    return sharding.abstract(make, grok.make_mesh(**mesh))
+    return sharding.abstract_arrays(make, grok.make_mesh(**mesh))
 
 
 def test_the_newest_stay(saved):

@@ -80,12 +80,12 @@ def trace(model: Grok, tokens_BT, segment_BT) -> dict[str, jax.Array]:
 
     `hidden_exact` comes out of the block itself; the others are its parts, called on its input.
     """
-    with sharding.mesh_of(model.embed.table_VD[...]):
-        tokens_BT = sharding.shard(jnp.asarray(tokens_BT), "batch", "length")
-        segment_BT = sharding.shard(jnp.asarray(segment_BT), "batch", "length")
+    with sharding.use_mesh_of(model.embed.table_VD[...]):
+        tokens_BT = sharding.constrain(jnp.asarray(tokens_BT), "batch", "length")
+        segment_BT = sharding.constrain(jnp.asarray(segment_BT), "batch", "length")
         positions_BT = jnp.zeros_like(tokens_BT) + jnp.arange(tokens_BT.shape[1])[None, :]
 
-        stream = sharding.stream_axes(tokens_BT.shape[1])
+        stream = sharding.sequence_parallel_axes(tokens_BT.shape[1])
 
         def block(x_BTD, layer):
             a_BTD = layer.attention(layer.pre_attn_norm(x_BTD), segment_BT, positions_BT)
@@ -98,9 +98,9 @@ def trace(model: Grok, tokens_BT, segment_BT) -> dict[str, jax.Array]:
                 "hidden_exact": x_BTD,
             }
 
-        x_BTD = sharding.shard(model._embed(tokens_BT), *stream)
+        x_BTD = sharding.constrain(model._embed(tokens_BT), *stream)
         x_BTD, parts = jax.lax.scan(block, x_BTD, model.layers)
-        x_BTD = sharding.shard(model.final_norm(x_BTD), "batch", "length", None)
+        x_BTD = sharding.constrain(model.final_norm(x_BTD), "batch", "length", None)
         return parts | {"logits_exact": model.unembed(x_BTD)}
 
 

@@ -143,7 +143,7 @@ def test_fresh_parameters_are_the_same_on_a_mesh():
 
 def test_a_device_draws_only_its_own_part_of_a_parameter():
     def draw(key):
-        axes = ("layers", "experts", "kept_embed", "mlp")
+        axes = ("layers", "experts", "fsdp_embed", "mlp")
         return normal(key, (2, 8, 64, 64), axes, "float32", fan_in=64)
 
     with jax.set_mesh(grok.make_mesh(2, 2, 2)):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from grok import sharding
+from grok import hardware
 from grok.ops.moe import grouped_matmul as kernels
 from grok.ops.moe import tiling
 from grok.ops.moe.experts_xla import join
@@ -176,7 +176,7 @@ def test_a_large_memory_has_wider_blocks_of_weights_and_lower_tiles(monkeypatch)
     have four, and two buffers only where a block stays for few tiles."""
     both = 6144, 4096, 2 * 2  # half of the width that four chips share, two matrices in bfloat16
     assert tiling.weight_blocks(*both, many_tiles=True) == (6144, 1024, 1)
-    monkeypatch.setattr(sharding, "device_kind", lambda: "TPU v6 lite")
+    monkeypatch.setattr(hardware, "device_kind", lambda: "TPU v6 lite")
     assert tiling.weight_blocks(*both, many_tiles=True) == (6144, 4096, 1)
     assert tiling.weight_blocks(*both, many_tiles=False) == (6144, 1024, 2)
     assert tile_rows(65536, 2, 8) == 256

@@ -201,7 +201,7 @@ def _down(rows_P, w_down_EFD, transposed: bool, tiles) -> jax.Array:
     What is collected from other devices along its columns has them first in memory, and is read
     so: its copy would be written for every layer.
     """
-    if sharding.size("kept_embed") > 1 and isinstance(w_down_EFD, jax.Array):
+    if sharding.axis_size("fsdp_embed") > 1 and isinstance(w_down_EFD, jax.Array):
         w_down_EFD, transposed = jnp.swapaxes(w_down_EFD, 1, 2), not transposed
     return _times([rows_P], [w_down_EFD], dtype=rows_P.dtype, transposed=transposed, **tiles)
 

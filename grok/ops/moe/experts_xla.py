@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from grok import sharding
+from grok import hardware, sharding
 from grok.ops.weights.int8 import QuantizedArray
 from grok.ops.weights.layer_slice import InPlace, StackedArray, product_in_place
 from grok.ops.weights.lora import (
@@ -202,7 +202,7 @@ def _take(x, indices):
 def _expert(w, e, dtype, tile: int) -> Weight | InPlace:
     """One expert's matrix as floats, or where it lies if the tile has few rows."""
     stacked = isinstance(w, StackedArray) or (isinstance(w, QuantizedArray) and w.layer is not None)
-    if stacked and tile <= FEW and sharding.platform() == "cpu":
+    if stacked and tile <= FEW and hardware.platform() == "cpu":
         return InPlace(w, e)
     if isinstance(w, QuantizedArray):
         return w[e].dequantize(dtype)
@@ -243,7 +243,7 @@ def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile, t
 
 def _zeros(shape, dtype=jnp.float32):
     """Zeros to add to; typed, like what is added, as different on every device."""
-    return sharding.vary(jnp.zeros(shape, dtype))
+    return sharding.pvary(jnp.zeros(shape, dtype))
 
 
 def _backward(tile, tiles, saved, dy_RD):

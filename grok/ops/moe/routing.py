@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grok.ops.moe.tiling import LANES, has_large_memory
+from grok.hardware import has_large_vmem
+from grok.ops.moe.tiling import LANES
 
 
 class Places(NamedTuple):
@@ -37,7 +38,7 @@ def tile_rows(rows: int, chosen: int, experts: int) -> int:
     unit gains nothing, and 512, or 256 where weights take most of a core's memory; and no more than
     there are rows."""
     share = rows * chosen // (8 * experts) // LANES * LANES
-    most = (2 if has_large_memory() else 4) * LANES
+    most = (2 if has_large_vmem() else 4) * LANES
     return min(max(share, LANES), most, -(-rows // 16) * 16)
 
 

@@ -2,7 +2,7 @@
 
 import jax
 
-from grok import sharding
+from grok.hardware import has_large_vmem
 
 LANES = 128
 
@@ -12,12 +12,6 @@ WEIGHTS, GRADIENT_BLOCK = 24 * 2**20, (2048, 2048)
 LARGE_WEIGHTS, LARGE_GRADIENT_BLOCK = 48 * 2**20, (3072, 4096)
 # There, a block that stays for many tiles may have most of it, of which this is all.
 LARGE_STANDING, LARGE_MEMORY = 96 * 2**20, 126 * 2**20
-LARGE = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
-
-
-def has_large_memory() -> bool:
-    """Whether a core of the devices in use has 128 MiB of vector memory."""
-    return sharding.device_kind() in LARGE
 
 
 def weight_blocks(K: int, N: int, itemsize: int, many_tiles: bool) -> tuple[int, int, int]:
@@ -27,9 +21,9 @@ def weight_blocks(K: int, N: int, itemsize: int, many_tiles: bool) -> tuple[int,
     time to read the next is little beside theirs, and a wider block reads the rows less often.
     Else one is read while another is used.
     """
-    room = LARGE_WEIGHTS if has_large_memory() else WEIGHTS
+    room = LARGE_WEIGHTS if has_large_vmem() else WEIGHTS
     if many_tiles:
-        whole = LARGE_STANDING if has_large_memory() else WEIGHTS
+        whole = LARGE_STANDING if has_large_vmem() else WEIGHTS
         tk, tn = _blocks(K, N, itemsize, whole)
         if tk == K:
             return tk, tn, 1
@@ -38,7 +32,7 @@ def weight_blocks(K: int, N: int, itemsize: int, many_tiles: bool) -> tuple[int,
 
 def gradient_blocks(K: int, N: int) -> tuple[int, int]:
     """Sides of a block of a weights' gradient."""
-    most = LARGE_GRADIENT_BLOCK if has_large_memory() else GRADIENT_BLOCK
+    most = LARGE_GRADIENT_BLOCK if has_large_vmem() else GRADIENT_BLOCK
     return _divisor(K, most[0]), _divisor(N, most[1])
 
 
@@ -57,7 +51,7 @@ def _divisor(size: int, most: int) -> int:
 def vmem_limit(blocks: int) -> int:
     """Vector memory to ask for: the blocks, and a quarter more for what the compiler adds."""
     asked = max(16 * 2**20, blocks + blocks // 4)
-    return min(asked, LARGE_MEMORY) if has_large_memory() else asked
+    return min(asked, LARGE_MEMORY) if has_large_vmem() else asked
 
 
 def like(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,80 @@
+"""`shard_map` by logical axes, and the collectives to use inside it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from grok.sharding.mesh import ambient_mesh
+from grok.sharding.rules import Axes, mesh_axes, spec
+
+
+def shard_map(
+    f: Callable,
+    in_axes: Sequence[Axes],
+    out_axes: Axes | tuple[Axes, ...],
+    *,
+    check_vma: bool = True,
+) -> Callable:
+    """`f` run by each device on its own shards; plain `f` when there is no mesh.
+
+    `in_axes` holds the logical axes of each argument, `out_axes` those of the result or results.
+    With `check_vma` JAX checks that replicated results are equal on all devices; kernels that do
+    not state it need it off.
+    """
+    if ambient_mesh() is None:
+        return f
+
+    def specs(axes: Any) -> Any:
+        several = bool(axes) and isinstance(axes[0], tuple)
+        return tuple(spec(*array_axes) for array_axes in axes) if several else spec(*axes)
+
+    in_specs, out_specs = specs(tuple(in_axes)), specs(out_axes)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+
+
+def _names(axis: str) -> tuple[str, ...]:
+    return () if ambient_mesh() is None else mesh_axes(axis)
+
+
+def _split_names(axis: str) -> tuple[str, ...]:
+    """Mesh axes of more than one device; XLA would copy an array that it gathers from one alone."""
+    return tuple(name for name in _names(axis) if ambient_mesh().shape[name] > 1)
+
+
+def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """The shards of `x` of all devices along `axis`, concatenated on dimension `dim`."""
+    names = _split_names(axis)
+    return jax.lax.all_gather(x, names, axis=dim, tiled=True) if names else x
+
+
+def psum(x: jax.Array, axis: str) -> jax.Array:
+    """The sum of `x` over the devices along `axis`."""
+    names = _names(axis)
+    return jax.lax.psum(x, names) if names else x
+
+
+def pmax(x: jax.Array, axis: str) -> jax.Array:
+    """The largest of `x` over the devices along `axis`."""
+    names = _names(axis)
+    return jax.lax.pmax(x, names) if names else x
+
+
+def psum_scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """The sum of `x` over the devices along `axis`, each with its shard of dimension `dim`."""
+    names = _split_names(axis)
+    return jax.lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True) if names else x
+
+
+def axis_index(axis: str) -> jax.Array | int:
+    """The index of this device's shard along `axis`."""
+    names = _names(axis)
+    return jax.lax.axis_index(names) if names else 0
+
+
+def pvary(x: jax.Array) -> jax.Array:
+    """`x` typed as possibly different on every device, so that its gradient is summed over all."""
+    mesh = ambient_mesh()
+    manual = () if mesh is None else mesh.manual_axes
+    invariant = tuple(name for name in manual if name not in jax.typeof(x).mat.varying)
+    return jax.lax.pcast(x, invariant, to="varying") if invariant else x
