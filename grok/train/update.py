@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grok import hardware, sharding
+from grok import hardware
 from grok.config import OptimizerConfig, RunConfig
 from grok.model.build import to_arrays
 from grok.optim import offload
