@@ -4,8 +4,8 @@
     python benchmarks/moe_against_dense.py FOLDER train.steps=3000 optimizer.peak_lr=1e-3
 
 Takes the .py, .md and .rst files of site-packages and Python's own language reference, holds some
-documents out, prepares the rest with `grok data`, and trains configs/from-scratch.yaml and
-configs/from-scratch-dense.yaml with `grok train`: the same batches in the same order, the same
+documents out, prepares the rest with `grok data`, and trains from-scratch and
+from-scratch-dense with `grok train`: the same batches in the same order, the same
 optimizer. Runs lie in FOLDER/moe and FOLDER/dense; started again, the same command goes on. Prints
 a table, then a line of JSON. On a machine whose cores are busy with other work,
 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false wastes less of them.

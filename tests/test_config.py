@@ -1,10 +1,13 @@
 """Configs: what loads, what is refused and in which words, presets, and meshes that fit."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from pydantic import ConfigDict, Field
 
 from grok.config import (
     MESH_AXES,
@@ -16,14 +19,9 @@ from grok.config import (
     check_model_fits,
     resolve_mesh,
 )
-from grok.config.load import (
-    configs_folder,
-    describe,
-    from_dict,
-    load_config,
-    schema,
-    to_dict,
-)
+from grok.config.load import from_dict, load_config, to_dict
+from grok.config.presets import presets
+from grok.config.schema import describe, schema
 from grok.config.text import to_yaml
 from grok.errors import ConfigError
 
@@ -184,6 +182,41 @@ def test_groups_round_trip(write):
     assert from_dict(to_dict(run)) == run
     write("run.yaml", to_yaml(run))
     assert load_config("run.yaml") == run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    dim: Annotated[int, Field(gt=0, description="width")]
+    router: Annotated[MeshConfig, Field(description="below")] = dataclasses.field(
+        default=MeshConfig()
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nested:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    experts: Annotated[Experts | None, Field(description="null: none")] = None
+    name: Annotated[str, Field(description="a name")] = ""
+
+
+def test_sections_of_sections_and_sections_that_may_be_null(write):
+    assert list(schema(Nested))[:4] == [
+        "experts",
+        "experts.dim",
+        "experts.router",
+        "experts.router.slice",
+    ]
+    for config in (Nested(), Nested(experts=Experts(dim=3, router=MeshConfig(tensor=2)))):
+        write("nested.yaml", to_yaml(config))
+        assert load_config("nested.yaml", (), Nested) == config
+    assert to_yaml(Nested()).split("\n")[0].split() == ["experts:", "null", "#", "null:", "none"]
+    with pytest.raises(ConfigError, match=r"did you mean experts\.router\.tensor\?"):
+        load_config("nested.yaml", ["experts.router.tenser=2"], Nested)
+    with pytest.raises(ConfigError, match=r"experts\.dim must be more than 0, not -1\."):
+        load_config("nested.yaml", ["experts.dim=-1"], Nested)
 
 
 # ---- what is refused
@@ -438,7 +471,7 @@ def test_stored_data_is_checked_likewise():
 @pytest.mark.parametrize("name", [*LADDER, "grok-1"])
 def test_a_preset_loads_and_its_head_comment_counts_right(name):
     model = load_config(name).model
-    head = (configs_folder() / f"{name}.yaml").read_text().split("\nmodel:")[0]
+    head = presets()[name].read_text().split("\nmodel:")[0]
     counts = re.search(r"^# ([\d,]+) parameters, ([\d,]+) active per token\.$", head, re.M)
     assert [int(count.replace(",", "")) for count in counts.groups()] == [
         model.num_parameters(),

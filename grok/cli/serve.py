@@ -25,13 +25,13 @@ def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
             f"`grok serve` needs {', '.join(missing)}; the package's extra `serve` "
             "(pip install 'grok[serve]') has it."
         )
-    from grok.config.load import checked, load_config
+    from grok.config.load import from_dict, load_config
     from grok.config.serve import ServeConfig
 
     if run_or_config.endswith((".yaml", ".yml")):
         config = load_config(run_or_config, overrides, ServeConfig)
     else:
-        config = checked({"weights": run_or_config}, overrides, ServeConfig, run_or_config)
+        config = from_dict({"weights": run_or_config}, run_or_config, overrides, ServeConfig)
 
     click.echo("loading JAX", err=True)
     from grok.hardware import configure_devices

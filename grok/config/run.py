@@ -10,7 +10,8 @@ from grok.config.data import DataConfig
 from grok.config.mesh import MeshConfig, check_model_fits, resolve_mesh
 from grok.config.model import GrokConfig
 from grok.config.numbers import Count, CountOrZero, round_up
-from grok.config.train import CheckpointConfig, LoraConfig, OptimizerConfig, TrainConfig
+from grok.config.optimizer import OptimizerConfig
+from grok.config.train import CheckpointConfig, LoraConfig, TrainConfig
 from grok.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from grok.config.load import expectation
+from grok.config.validate import expectation
 from grok.config.numbers import Count, CountOrZero, Finite, Positive, PositiveOrZero, Share
 from grok.errors import ConfigError, RequestError
 

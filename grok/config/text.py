@@ -5,23 +5,25 @@ import json
 import re
 from typing import Any
 
-from grok.config import RunConfig
-from grok.config.load import describe, schema
+from grok.config.run import RunConfig
+from grok.config.schema import describe, schema
 
 
 def to_yaml(config: Any) -> str:
     """The whole resolved config, a comment behind each key; of a run, parameter counts in the last
     line."""
-    rows, section = [], ""
-    sections = schema(config.__class__)
-    for key, value, meaning in describe(config):
-        parent, _, name = key.rpartition(".")
-        if parent and parent != section:
-            rows.append((f"{parent}:", sections[parent].meaning))
-        section = parent
-        rows.append((f"{'  ' if parent else ''}{name}: {_scalar(value)}", meaning))
+    rows: list[tuple[str, str]] = []
+    settings, path = schema(type(config)), [""]
+    for key, value, comment in describe(config):
+        *sections, name = key.split(".")
+        for depth in range(len(sections)):
+            if sections[: depth + 1] != path[: depth + 1]:
+                section = ".".join(sections[: depth + 1])
+                rows.append((f"{'  ' * depth}{sections[depth]}:", settings[section].meaning))
+        path = sections
+        rows.append((f"{'  ' * len(sections)}{name}: {_scalar(value)}", comment))
     width = max(len(line) for line, _ in rows if len(line) <= 48)
-    lines = [f"{line:{width}}  # {meaning}" for line, meaning in rows]
+    lines = [f"{line:{width}}  # {comment}" for line, comment in rows]
     if isinstance(config, RunConfig):
         total, active = config.model.num_parameters(), config.model.num_active_parameters()
         lines.append(f"# {total:,} parameters, {active:,} active per token")

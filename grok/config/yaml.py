@@ -14,73 +14,78 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from grok.errors import ConfigError
 
 Key = tuple[str, ...]
-Places = dict[Key, str]  # where each key was set: `run.yaml:7`, or "override `train.steps=50`"
+Locations = dict[Key, str]  # where keys were set: `run.yaml:7`, "override `train.steps=50`"
 
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
-def parse(text: str, place_of: Callable[[int], str], places: Places, key: Key = ()) -> Any:
+def parse_yaml(
+    text: str, location_of: Callable[[int], str], locations: Locations, key: Key = ()
+) -> Any:
     """The data of YAML text whose root is the key `key`; None if it holds nothing.
 
-    `place_of` words the place of a line, counted from 1; the place of each key is added to
-    `places`. Raises ConfigError for text that is not YAML, and for what is not plain data.
+    `location_of` words the location of a line, counted from 1; that of each key is added to
+    `locations`. Raises ConfigError for text that is not YAML, and for what is not plain data.
     """
     yaml = YAML(typ="safe", pure=True, plug_ins=[])
-    places[key] = place_of(1)
+    locations[key] = location_of(1)
     try:
         root = yaml.compose(text)
-        return None if root is None else _Reader(yaml, place_of, places).data(root, key)
+        return None if root is None else _Reader(yaml, location_of, locations).data(root, key)
     except RecursionError:
-        raise ConfigError(f"{place_of(1)}: the YAML is nested too deeply for a config.") from None
+        raise ConfigError(
+            f"{location_of(1)}: the YAML is nested too deeply for a config."
+        ) from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or getattr(error, "reason", "unreadable text")
-        place = place_of(mark.line + 1 if mark else 1)
-        raise ConfigError(f"{place}: not valid YAML: {what}.") from None
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "unreadable text")
+        location = location_of(mark.line + 1 if mark else 1)
+        raise ConfigError(f"{location}: not valid YAML: {problem}.") from None
 
 
 class _Reader:
-    """Turns composed nodes into data, noting places on the way."""
+    """Turns composed nodes into data, noting locations on the way."""
 
-    def __init__(self, yaml: YAML, place_of: Callable[[int], str], places: Places) -> None:
-        self.yaml, self.place_of, self.places = yaml, place_of, places
+    def __init__(self, yaml: YAML, location_of: Callable[[int], str], locations: Locations) -> None:
+        self.yaml, self.location_of, self.locations = yaml, location_of, locations
 
     def data(self, node: Node, key: Key) -> Any:
-        place = self._place(node)
+        location = self._location(node)
         tag = str(node.tag).removeprefix("tag:yaml.org,2002:")
         if node.anchor:
             raise ConfigError(
-                f"{place}: the anchor &{node.anchor} is not allowed; write the value out each time."
+                f"{location}: the anchor &{node.anchor} is not allowed; "
+                "write the value out each time."
             )
         if tag == "value" or (tag == "timestamp" and "-" in node.value[:5]):
             return node.value  # `=` and dates, which no key takes, are text
         if tag not in _PLAIN:
-            raise ConfigError(f"{place}: the tag {tag} is not allowed; write a plain value.")
+            raise ConfigError(f"{location}: the tag {tag} is not allowed; write a plain value.")
         if isinstance(node, MappingNode):
             return self._mapping(node, key)
         if isinstance(node, SequenceNode):
             items = [(item, (*key, str(index))) for index, item in enumerate(node.value)]
-            self.places.update({inner: self._place(item) for item, inner in items})
+            self.locations.update({inner: self._location(item) for item, inner in items})
             return [self.data(item, inner) for item, inner in items]
         try:
             return self.yaml.constructor.construct_object(node)
         except ValueError:  # such as an integer too long to read
-            raise ConfigError(f"{place}: {node.value[:20]}... cannot be read.") from None
+            raise ConfigError(f"{location}: {node.value[:20]}... cannot be read.") from None
 
     def _mapping(self, node: MappingNode, key: Key) -> dict[str, Any]:
         data: dict[str, Any] = {}
         for name, value in node.value:
             if not isinstance(name.value, str):
-                raise ConfigError(f"{self._place(name)}: a key must be a name, such as train.")
+                raise ConfigError(f"{self._location(name)}: a key must be a name, such as train.")
             inner = (*key, name.value)
             if name.value in data:
                 raise ConfigError(
-                    f"{self._place(name)}: {'.'.join(inner)} is set a second time, after "
-                    f"{self.places[inner]}; keep one of them."
+                    f"{self._location(name)}: {'.'.join(inner)} is set a second time, after "
+                    f"{self.locations[inner]}; keep one of them."
                 )
-            self.places[inner] = self._place(name)
+            self.locations[inner] = self._location(name)
             data[name.value] = self.data(value, inner)
         return data
 
-    def _place(self, node: Node) -> str:
-        return self.place_of(node.start_mark.line + 1)
+    def _location(self, node: Node) -> str:
+        return self.location_of(node.start_mark.line + 1)

@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from grok.config import DataConfig, RunConfig
-from grok.config.load import load_config, with_overrides
+from grok.config.load import from_dict, load_config, to_dict
 from grok.data.prepare.manifest import TOKENIZER_FILE
 from grok.errors import DataError
 from grok.infer.load import ONE_DEVICE
@@ -37,7 +37,7 @@ def config_of(path: str, config: str | None, overrides: Sequence[str]) -> RunCon
         model=dataclasses.replace(source.config, param_dtype=dtype),
         data=DataConfig(sequence_length=length),
     )
-    return with_overrides(run, changes, path)
+    return from_dict(to_dict(run), path, changes)
 
 
 def find_tokenizer(path: str, given: str | None, config: RunConfig, data: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from grok.config.load import flatten
-from grok.config.yaml import parse
+from grok.config.yaml import parse_yaml
 from grok.errors import GrokError
 from grok.train.telemetry.event_log import read_events
 from grok.train.telemetry.goodput import Goodput, measure
@@ -98,7 +98,7 @@ def read_run(folder: str | Path) -> RecordedRun:
     record = read_manifest(str(folder)) or {}
     config = record.get("config")
     if config is None and paths["config.yaml"].exists():
-        config = parse(paths["config.yaml"].read_text(), str, {})
+        config = parse_yaml(paths["config.yaml"].read_text(), str, {})
     return RecordedRun(
         name=folder.resolve().name,
         folder=folder,

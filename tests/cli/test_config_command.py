@@ -5,7 +5,8 @@ from click.testing import CliRunner
 
 from grok.cli.main import main
 from grok.config.batch import BatchConfig
-from grok.config.load import describe, load_config
+from grok.config.load import load_config
+from grok.config.schema import describe
 from grok.config.serve import ServeConfig
 
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import grok
 from grok.config import GrokConfig
-from grok.config.load import configs_folder
+from grok.config.presets import presets
 from grok.model.attend import Places, init_cache
 from grok.model.build import from_arrays, to_arrays
 from grok.model.decoder import Grok
@@ -31,7 +31,7 @@ CONFIG = GrokConfig(
     num_experts=4,
     compute_dtype="float32",
 )
-PRESETS = sorted(path.stem for path in configs_folder().glob("grok-*.yaml"))
+PRESETS = sorted(name for name in presets() if name.startswith("grok-"))
 TOKENS = np.asarray(jax.random.randint(jax.random.key(1), (4, 12), 0, CONFIG.vocab_size), np.int32)
 
 

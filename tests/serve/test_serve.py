@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from grok.config.load import checked
+from grok.config.load import from_dict
 from grok.config.sampling import SamplingConfig
 from grok.config.serve import ServeConfig
 from grok.data.tokenizers import Tokenizer, load_tokenizer
@@ -375,7 +375,7 @@ def test_an_engine_that_breaks_down(tokenizer):
 def test_refused_configs(monkeypatch, override, words):
     monkeypatch.delenv("GROK_API_KEYS", raising=False)
     with pytest.raises(ConfigError, match=words):
-        read_keys(checked({"weights": "w"}, [override], ServeConfig, "w"))
+        read_keys(from_dict({"weights": "w"}, "w", [override], ServeConfig))
 
 
 def test_an_address_that_is_taken_or_none_is_refused_before_anything_slow():

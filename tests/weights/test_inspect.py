@@ -158,7 +158,8 @@ def test_fields_that_config_json_does_not_have(formats, tmp_path):
 def test_presets(release, tmp_path, monkeypatch):
     configs = tmp_path / "configs"
     configs.mkdir()
-    monkeypatch.setattr(inspection, "configs_folder", lambda: configs)
+    files = lambda: {file.stem: file for file in configs.glob("*.yaml")}  # noqa: E731
+    monkeypatch.setattr(inspection, "presets", files)
     assert as_json(release)["preset"] is None
     run = RunConfig(model=WIDE, data=DataConfig(sequence_length=32))
     (configs / "wide.yaml").write_text(to_yaml(run))

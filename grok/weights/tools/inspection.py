@@ -6,7 +6,8 @@ from typing import Any
 
 from grok import storage
 from grok.config import GrokConfig
-from grok.config.load import configs_folder, load_config
+from grok.config.load import load_config
+from grok.config.presets import presets
 from grok.errors import CheckpointError, ConfigError
 from grok.weights.detect import open_source
 from grok.weights.huggingface import config_json
@@ -152,8 +153,7 @@ def _presets_of_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, GrokConf
 
 def _presets() -> dict[str, GrokConfig]:
     """The configs that are of a model alone, for no slice that it would run on."""
-    files = sorted(configs_folder().glob("*.yaml"))
-    configs = {file.stem: load_config(file) for file in files}
+    configs = {name: load_config(file) for name, file in presets().items()}
     return {name: each.model for name, each in configs.items() if not each.plan.topology}
 
 

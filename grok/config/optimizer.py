@@ -1,0 +1,136 @@
+"""The optimizer, its learning rate, and the parameters that it treats apart."""
+
+import dataclasses
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from grok.config.numbers import CountOrZero, Positive, PositiveOrZero, Share
+from grok.errors import ConfigError
+
+# A moment in bfloat16 with more stays what it is where no gradient comes any more: its decay is
+# below half of the last bit.
+MAX_BFLOAT16_DECAY = 0.99
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerGroup:
+    """What is different for the tensors whose names match a pattern."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    match: Annotated[
+        str, Field(description="pattern of tensor names; * stands for any text, as in *router*")
+    ]
+    name: Annotated[
+        str, Field(description="name of the group in metrics; none: as without the group")
+    ] = ""
+    lr_scale: Annotated[PositiveOrZero, Field(description="factor on the learning rate")] = 1.0
+    weight_decay: Annotated[
+        PositiveOrZero | None, Field(description="in place of optimizer.weight_decay")
+    ] = None
+    frozen: Annotated[bool, Field(description="not trained: no gradient, no moments")] = False
+
+    def __post_init__(self) -> None:
+        if self.frozen and (self.lr_scale != 1 or self.weight_decay is not None):
+            raise ConfigError(
+                f"optimizer.groups has {self.match} frozen and with a learning rate or decay of "
+                "its own; frozen: true alone would work."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its learning rate, after clipping by global norm."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    name: Annotated[
+        Literal["adamw", "adafactor", "lion", "muon"],
+        Field(description="muon: of attention and experts; the rest of the model has adamw"),
+    ] = "adamw"
+    peak_lr: Annotated[Positive, Field(description="learning rate after warm-up")] = 3e-4
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant", "wsd"],
+        Field(description="learning rate after warm-up; wsd: constant, then decay_steps of linear"),
+    ] = "cosine"
+    min_lr_ratio: Annotated[Share, Field(description="last learning rate over peak_lr")] = 0.1
+    warmup_steps: Annotated[CountOrZero, Field(description="steps of linear warm-up")] = 100
+    decay_steps: Annotated[CountOrZero, Field(description="last steps, in which wsd decays")] = 0
+    beta1: Annotated[
+        Share, Field(description="decay of the first moment; adafactor has none at 0")
+    ] = 0.9
+    beta2: Annotated[Share, Field(description="decay of the second moment; of lion's momentum")] = (
+        0.95
+    )
+    epsilon: Annotated[Positive, Field(description="Adam's epsilon")] = 1e-8
+    muon_momentum: Annotated[Share, Field(description="decay of muon's momentum")] = 0.95
+    moments_dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        Field(description="type that moments are kept in; adafactor's second is float32"),
+    ] = "float32"
+    offload: Annotated[
+        bool, Field(description="moments stay in the hosts' memory between steps")
+    ] = False
+    weight_decay: Annotated[
+        PositiveOrZero, Field(description="decoupled decay of matrices (norm scales have none)")
+    ] = 0.1
+    max_grad_norm: Annotated[Positive, Field(description="largest global norm of a gradient")] = 1.0
+    groups: Annotated[
+        tuple[OptimizerGroup, ...],
+        Field(description="tensors apart: {match, name, lr_scale, weight_decay, frozen} each"),
+    ] = ()
+    ema_decay: Annotated[
+        Share, Field(description="decay of the weights' moving average, such as 0.999; 0: none")
+    ] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.ema_decay == 1:
+            raise ConfigError(
+                "optimizer.ema_decay=1.0 would keep the initial weights; optimizer.ema_decay=0.999 "
+                "would work."
+            )
+        self._check_schedule()
+        self._check_moments()
+
+    def _check_schedule(self) -> None:
+        """Refuse keys that the schedule would not read."""
+        if (self.schedule == "wsd") != (self.decay_steps > 0):
+            works = (
+                "optimizer.decay_steps=100" if self.schedule == "wsd" else "optimizer.schedule=wsd"
+            )
+            raise ConfigError(
+                f"optimizer.decay_steps={self.decay_steps} and optimizer.schedule={self.schedule}: "
+                f"it is wsd that decays over the last steps; {works} would work."
+            )
+        if self.schedule == "constant" and self.min_lr_ratio not in (
+            1,
+            self._default("min_lr_ratio"),
+        ):
+            raise ConfigError(
+                f"optimizer.min_lr_ratio={self.min_lr_ratio} is not reached with "
+                "optimizer.schedule=constant; optimizer.schedule=linear would work."
+            )
+
+    def _check_moments(self) -> None:
+        """Refuse keys that the optimizer would not read, and moments that would stand still."""
+        for key, readers in {"epsilon": ("adamw", "muon"), "muon_momentum": ("muon",)}.items():
+            value, default = getattr(self, key), self._default(key)
+            if value != default and self.name not in readers:
+                raise ConfigError(
+                    f"optimizer.{key}={value} is nothing that optimizer.name={self.name} has; "
+                    f"optimizer.{key}={default} would work."
+                )
+        if self.moments_dtype == "float32":
+            return
+        for key in ("beta1", "beta2", "muon_momentum"):
+            if getattr(self, key) > MAX_BFLOAT16_DECAY:
+                raise ConfigError(
+                    f"optimizer.{key}={getattr(self, key)} decays by less than bfloat16's 8 bits "
+                    f"can hold; optimizer.{key}={MAX_BFLOAT16_DECAY} or "
+                    "optimizer.moments_dtype=float32 would work."
+                )
+
+    @classmethod
+    def _default(cls, key: str) -> Any:
+        return cls.__dataclass_fields__[key].default
