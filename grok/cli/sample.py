@@ -24,7 +24,7 @@ class _SampleCommand(click.Command):
 def _sampling_options() -> list[click.Parameter]:
     import dataclasses
 
-    from grok.config.load import schema
+    from grok.config.schema import schema
     from grok.config.sampling import SamplingConfig, SamplingParams
 
     names = [*(field.name for field in dataclasses.fields(SamplingConfig)), "n", "seed"]
@@ -35,7 +35,7 @@ def _sampling_options() -> list[click.Parameter]:
         options.append(
             click.Option(
                 [f"--{name.replace('_', '-')}"],
-                type=str if repeated else settings[name].kind,
+                type=str if repeated else settings[name].type,
                 multiple=repeated,
                 default=None if repeated else DEFAULTS.get(name, settings[name].default),
                 show_default=not repeated,

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from grok.config.validate import expectation
 from grok.config.numbers import Count, CountOrZero, Finite, Positive, PositiveOrZero, Share
+from grok.config.validate import expectation
 from grok.errors import ConfigError, RequestError
 
 MAX_LOGPROBS = 20  # of likeliest tokens a position
