@@ -24,8 +24,8 @@ class _SampleCommand(click.Command):
 def _sampling_options() -> list[click.Parameter]:
     import dataclasses
 
-    from grok.config.schema import schema
     from grok.config.sampling import SamplingConfig, SamplingParams
+    from grok.config.schema import schema
 
     names = [*(field.name for field in dataclasses.fields(SamplingConfig)), "n", "seed"]
     settings = schema(SamplingParams)
