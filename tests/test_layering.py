@@ -53,7 +53,7 @@ ONE_IMPORTER = {"orbax": "checkpoint.manager"}
 
 # What a command may import before it runs, besides the standard library and other commands: its
 # help must answer at once.
-CLI_AT_ONCE = ("click", "grok.errors", "grok.progress")
+CLI_AT_ONCE = ("click", "grok.errors")
 
 
 @dataclasses.dataclass(frozen=True)

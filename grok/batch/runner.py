@@ -8,7 +8,6 @@ from typing import Any
 from grok import distributed
 from grok.batch.items import COLUMNS, BatchItem, read_item, reason
 from grok.batch.job_dir import Input, JobDir, scan_input
-from grok.batch.progress import Display, say
 from grok.batch.replicas import Replica
 from grok.config.batch import BatchConfig
 from grok.data.prepare.sources import RawRecord
@@ -19,6 +18,7 @@ from grok.infer.openai.requests import RequestParser
 from grok.infer.openai.responses import ResponseBuilder
 from grok.infer.request import Output
 from grok.preemption import PreemptionSignal
+from grok.progress import ProgressDisplay
 
 # Answers that wait for a place in the engine: enough that it never idles, and that it sees prompts
 # with a common prefix together.
@@ -75,7 +75,7 @@ class BatchRunner:
         self._written_at = time.monotonic()
         self.done = 0
 
-    def run(self, shards: list[int], stop: PreemptionSignal, display: Display) -> None:
+    def run(self, shards: list[int], stop: PreemptionSignal, display: ProgressDisplay) -> None:
         """Does these shards. Raises Stopped where the process was asked to stop before its end."""
         self._written_at = time.monotonic()
         records = self._found.read(shards)
@@ -88,7 +88,12 @@ class BatchRunner:
             for output in self._engine.step():
                 self._take(output)
             stats = self._engine.stats
-            display.update(self.done, stats.tokens_in, stats.tokens_out)
+            if stats.tokens_out:  # what was before is compilation, and no part of the pace
+                display.update(
+                    self.done,
+                    f"{display.rate('in', stats.tokens_in):,.0f} tokens/s in",
+                    f"{display.rate('out', stats.tokens_out):,.0f} tokens/s out",
+                )
 
     def _submit_next(self, records: Iterator[tuple[int, int, RawRecord]]) -> bool:
         """Hands the next record to the engine; False where there is none."""
@@ -153,8 +158,11 @@ def run(config: BatchConfig, replica: Replica) -> None:
 
     Raises ConfigError, DataError and CheckpointError for what cannot work, and Stopped.
     """
-    tell = say if replica.writes else _silent
-    tell(f"reading {', '.join(config.input)}")
+    display = ProgressDisplay(
+        "requests {done:,}/{total:,}", note="compiling", quiet=not replica.writes
+    )
+    log = display.log
+    log(f"reading {', '.join(config.input)}")
     found = scan_input(config, COLUMNS)
     folder = JobDir(config.output)
     model = ServedModel(config, spans_all_hosts=replica.spans_all_hosts)
@@ -170,22 +178,21 @@ def run(config: BatchConfig, replica: Replica) -> None:
     )
     share = range(replica.number, len(found.starts), replica.count)
     missing = [shard for shard in share if shard not in done]
-    tell(f"{found.requests:,} requests; {len(done):,} of {len(found.starts):,} shards are done")
+    log(f"{found.requests:,} requests; {len(done):,} of {len(found.starts):,} shards are done")
     if missing:
         requests = sum(found.size(shard) for shard in share)
-        before = requests - sum(found.size(shard) for shard in missing)
-        engine = model.engine(tell)
+        engine = model.engine(log)
         reader = model.reader()
         work = BatchRunner(engine, model.tokenizer, reader, found, folder, replica, config.seed)
-        display = Display(requests, before, quiet=not replica.writes)
+        display.total = requests
+        display.done = work.done = requests - sum(found.size(shard) for shard in missing)
         with PreemptionSignal(model.mesh) as stop, display:
-            work.done = before
             work.run(missing, stop, display)
     if replica.writes and len(folder.done()) == len(found.starts):
         summary = folder.summarise(found)
-        tell(_total(summary, config.output))
+        log(_total(summary, config.output))
     else:
-        tell("this share is done; other processes have theirs")
+        log("this share is done; other processes have theirs")
 
 
 def _total(summary: dict[str, Any], output: str) -> str:
@@ -198,7 +205,3 @@ def _total(summary: dict[str, Any], output: str) -> str:
         f"{summary['failed']:,} failed{why}; {summary['prompt_tokens']:,} tokens in, "
         f"{summary['completion_tokens']:,} out: see {output}"
     )
-
-
-def _silent(text: str) -> None:
-    """What a process says that does not speak for its replica."""

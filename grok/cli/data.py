@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,6 @@ import click
 from grok.cli.export import size_in_bytes
 from grok.cli.tables import make_console, make_table
 from grok.errors import DataError
-from grok.progress import SECONDS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,8 +132,8 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
         shard_bytes=shard_size,
         **options,
     )
-    with _progress() as tell:
-        manifest = run(job, out, tell)
+    with _progress() as on_progress:
+        manifest = run(job, out, on_progress)
     counts = manifest["counts"]
     click.echo(
         f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of {counts['bytes']:,} "
@@ -165,38 +163,21 @@ def _fields(names):
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[["PrepareProgress"], None]]:
-    """Documents, tokens, MB/s and time left: a bar on a terminal, a line now and then elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    """Documents, tokens, MB/s and time left."""
+    from grok.progress import ProgressDisplay
 
-    console = Console(stderr=True)
-    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    name_column = TextColumn("{task.description}", markup=False)
-    watched = console.is_terminal
-    with Bar(*columns, name_column, console=console, disable=not watched) as bar:
-        task = bar.add_task("SHA-256 of the sources", total=1.0)
-        began = said = time.monotonic()
-        first: PrepareProgress | None = None
+    with ProgressDisplay(
+        "{share:4.0%}", total=1.0, note="SHA-256 of the sources", stderr=True
+    ) as display:
 
-        def tell(now: "PrepareProgress") -> None:
-            nonlocal began, said, first
-            moment = time.monotonic()
-            if first is None:
-                # What is done by now is of an earlier try, and no part of the rate.
-                began, said, first = moment, moment, now
-            if moment - said < (0.2 if watched else SECONDS):
+        def on_progress(now: "PrepareProgress") -> None:
+            if not display.due and display.done:  # called for every record
                 return
-            said = moment
-            rate = (now.bytes - first.bytes) / (moment - began)
-            words = f"{now.documents:,} documents, {now.tokens:,} tokens, {rate / 1e6:,.1f} MB/s"
-            bar.update(task, completed=now.share, description=words)
-            if not watched:
-                speed = (now.share - first.share) / (moment - began)
-                left = f", {(1 - now.share) / speed:,.0f} s left" if speed else ""
-                click.echo(f"{now.share:4.0%}: {words}{left}", err=True)
+            rate = display.rate("bytes", now.bytes) / 1e6
+            counts = f"{now.documents:,} documents", f"{now.tokens:,} tokens"
+            display.update(now.share, *counts, f"{rate:,.1f} MB/s")
 
-        yield tell
+        yield on_progress
 
 
 @data.command()

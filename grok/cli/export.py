@@ -5,8 +5,6 @@ from pathlib import Path
 
 import click
 
-from grok.progress import progress
-
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -50,12 +48,15 @@ def hf(src, dst, config, dtype, shard_size, base_weights, data_manifest) -> None
     an interruption the same command goes on with the files that were not finished.
     """
     from grok.config.load import load_config
+    from grok.progress import byte_progress
     from grok.weights.detect import open_source
     from grok.weights.huggingface.export import export_huggingface
 
     source = open_source(src, load_config(config).model if config else None)
-    with progress() as tell:
-        done = export_huggingface(source, dst, dtype, shard_size, base_weights, data_manifest, tell)
+    with byte_progress() as on_progress:
+        done = export_huggingface(
+            source, dst, dtype, shard_size, base_weights, data_manifest, on_progress
+        )
     files = f"{done.files:,} file{'' if done.files == 1 else 's'}"
     kept = f", {done.kept:,} from an earlier try" if done.kept else ""
     click.echo(f"{done.tensors:,} tensors, {done.nbytes:,} bytes, in {files}{kept}")
@@ -79,10 +80,11 @@ def params(src, dst, dtype) -> None:
     its `checkpoints`. DST is then the folder of a run that all commands read. After an
     interruption the same command goes on.
     """
+    from grok.progress import byte_progress
     from grok.weights.tools.export_params import export_params
 
-    with progress() as tell:
-        done = export_params(src, dst, dtype, tell)
+    with byte_progress() as on_progress:
+        done = export_params(src, dst, dtype, on_progress)
     kept = done.kept
     click.echo(
         f"{kept['tensors']:,} tensors, {kept['parameters']:,} parameters, {kept['dtype']}, "

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from grok.errors import CheckpointError, ConfigError, DataError
-from grok.progress import progress
 
 if TYPE_CHECKING:
     from grok.config import GrokConfig, RunConfig
@@ -87,6 +86,7 @@ def hf(src, dst, config, dtype, scales, tokenizer) -> None:
 
 def _import(form, src, dst, config, dtype, scales, tokenizer) -> None:
     from grok.config.load import load_config
+    from grok.progress import byte_progress
     from grok.weights.detect import open_source
     from grok.weights.importing.importer import import_weights
 
@@ -100,8 +100,8 @@ def _import(form, src, dst, config, dtype, scales, tokenizer) -> None:
     if tokenizer is not None:
         _check_tokenizer(tokenizer, source.config.vocab_size)
     source = _converted(source, dtype, scales)
-    with progress() as tell:
-        imported = import_weights(source, dst, run, tokenizer, tell)
+    with byte_progress() as on_progress:
+        imported = import_weights(source, dst, run, tokenizer, on_progress)
     _report(imported)
 
 

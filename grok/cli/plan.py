@@ -66,7 +66,7 @@ def plan(
     from grok.plan.prices import price_of, prices_file
     from grok.plan.search import candidates, ranking
     from grok.plan.topology import parse_slice
-    from grok.progress import phases
+    from grok.progress import phase_progress
 
     if slices is not None:
         overrides = (*overrides, f"mesh.slice={slices}")
@@ -86,12 +86,12 @@ def plan(
             raise ConfigError("--search compiles several programs; it prints a ranking, no files.")
         found = []
         for number, each in enumerate(candidates(checked, slice_)[:search], 1):
-            with phases(f"{number} of {search}: {each.describe()}") as tell:
-                found.append((each, compile_plan(each.config, slice_, paid, tell)))
+            with phase_progress(f"{number} of {search}: {each.describe()}") as on_phase:
+                found.append((each, compile_plan(each.config, slice_, paid, on_phase)))
         click.echo(ranking(found))
         return
-    with phases(f"{checked.plan.program} step for {slice_}") as tell:
-        planned = compile_plan(checked, slice_, paid, tell, dump, save)
+    with phase_progress(f"{checked.plan.program} step for {slice_}") as on_phase:
+        planned = compile_plan(checked, slice_, paid, on_phase, dump, save)
     click.echo(json.dumps(planned.to_dict(), indent=2) if as_json else report(planned))
     if not planned.fits:
         ctx.exit(NOT_FITTING)

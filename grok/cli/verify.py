@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import click
 
 from grok.cli.tables import make_console, make_table
-from grok.progress import progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,10 +54,11 @@ def verify(ctx: click.Context, a: str, b: str | None, config: str | None, tolera
 
 def _verify_checksums(console: "Console", source: "Source") -> list[bool]:
     """Counts and prints; for each tensor, whether it is equal."""
+    from grok.progress import byte_progress
     from grok.weights.tools.verify import verify_checksums
 
-    with progress() as tell:
-        found = list(verify_checksums(source, tell))
+    with byte_progress() as on_progress:
+        found = list(verify_checksums(source, on_progress))
     console.print(f"{source.path}  ({source.format}, {source.dtype})")
     table = make_table("tensor", "checksums", "differ", right=2)
     for tensor in found:
@@ -71,10 +71,11 @@ def _verify_checksums(console: "Console", source: "Source") -> list[bool]:
 
 def _compare(console: "Console", a: "Source", b: "Source", tolerance: float) -> list[bool]:
     """Compares and prints; for each tensor, whether it is equal."""
+    from grok.progress import byte_progress
     from grok.weights.tools.verify import compare
 
-    with progress() as tell:
-        found = list(compare(a, b, tolerance, tell))
+    with byte_progress() as on_progress:
+        found = list(compare(a, b, tolerance, on_progress))
     for letter, source in (("A", a), ("B", b)):
         console.print(f"{letter}  {source.path}  ({source.format}, {source.dtype})")
     for words, count in Counter(tensor.method.words for tensor in found).items():

@@ -9,6 +9,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from grok.errors import DONE, SAVED
+from grok.progress import duration
 from grok.report import page
 from grok.report.figures import (
     Marks,
@@ -22,7 +23,6 @@ from grok.report.figures import (
     svg,
 )
 from grok.report.recorded_run import RecordedRun
-from grok.train.telemetry.progress import duration
 
 SMALL, BROAD = (470, 280), (1000, 340)
 # The last share of a run's lines, over which its final figures are means.

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+from grok.progress import duration
 from grok.report import page
 from grok.report.curves import smooth
 from grok.report.figures import Series, draw_curves, png, short
 from grok.report.one_run import BROAD, drawn, final, last_step
 from grok.report.recorded_run import RecordedRun
-from grok.train.telemetry.progress import duration
 
 
 def several_runs(runs: Sequence[RecordedRun]) -> str:

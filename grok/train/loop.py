@@ -213,7 +213,7 @@ def train(run: Run, start: Start, stop: PreemptionSignal) -> int:
         step += 1
         stop.exchange()
         state, metrics = telemetry.run_step(step, run.step_function, state, batch)
-        telemetry.display.advance(step, saved if run.checkpoints.saving() else None)
+        telemetry.advance(step, saved if run.checkpoints.saving() else None)
         # Devices have this step when the host looks at the one before: none waits for the other.
         if before:
             raise_if_diverged(step - 1, before, tensors, limit)

@@ -51,7 +51,7 @@ def test_preparing_says_what_was_made_and_left_out(home, tmp_path):
 
 def test_slow_hashing_of_the_sources_is_no_part_of_the_rate(home, tmp_path, monkeypatch):
     clock = iter([0.0] + [60.0 + 20 * n for n in range(1000)])
-    monkeypatch.setattr("grok.cli.data.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("grok.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
     result = CliRunner().invoke(main, ["data", *map(str, command(home)), "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert " MB/s" in result.stderr

@@ -69,7 +69,7 @@ def test_the_answer_is_text_or_json_and_progress_goes_elsewhere(compiled):
     assert text.exit_code == 0
     assert text.stdout.startswith("program")
     assert "a chip-hour costs 1.5 USD (--price)" in text.stdout
-    assert text.stderr == "train step for v5p:4x4x4: compiling\n"
+    assert text.stderr == "train step for v5p:4x4x4  compiling\n"
     answer = json.loads(run("grok-10m", "--topology", "v5p:4x4x4", "--json").stdout)
     assert answer["fits"] is True
 

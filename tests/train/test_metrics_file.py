@@ -12,8 +12,8 @@ import pytest
 
 from grok.config import GrokConfig, RunConfig, TrainConfig
 from grok.errors import ConfigError
+from grok.progress import duration
 from grok.train.telemetry.metrics_file import MetricsFile, read_metrics, to_plain
-from grok.train.telemetry.progress import duration
 from grok.train.telemetry.trackers import open_trackers, scalars
 
 

@@ -6,6 +6,7 @@ to people: the display. Of several processes the first alone does any of this.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,14 +18,17 @@ from grok.config import GrokConfig, RunConfig
 from grok.errors import GrokError
 from grok.hardware import peak_flops
 from grok.model.flops import flops_per_token
+from grok.progress import ProgressDisplay
 from grok.train.run_data import RunData
 from grok.train.telemetry.event_log import EventLog
 from grok.train.telemetry.metrics_file import MetricsFile, to_plain
 from grok.train.telemetry.profiler import Profiler
-from grok.train.telemetry.progress import TrainProgress
 from grok.train.telemetry.run_dir import RunDir
 from grok.train.telemetry.run_manifest import RunManifest
 from grok.train.telemetry.trackers import Tracker, open_trackers
+
+# Share of the smoothed loss that stays from one logged step to the next.
+SMOOTHING = 0.9
 
 
 class Telemetry:
@@ -37,7 +41,16 @@ class Telemetry:
         self._config, self._mesh, self._data, self._step = config, mesh, data, first
         self._run_folder = RunDir(config.folder) if jax.process_index() == 0 else None
         self._folder = self._run_folder.path if self._run_folder else None
-        self.display = TrainProgress(config.train.steps, first, quiet=self._folder is None)
+        self._display = ProgressDisplay(
+            "step {done:,}/{total:,}",
+            config.train.steps,
+            first,
+            note="starting",
+            line_seconds=math.inf,  # a line for each logged step instead
+            quiet=self._folder is None,
+        )
+        self._figures: list[str] = []
+        self._smoothed_loss = SmoothedLoss()
         self._compiled: set[tuple[int, int]] = set()
 
     def __enter__(self) -> "Telemetry":
@@ -46,7 +59,7 @@ class Telemetry:
                 exits.enter_context(self._run_folder)
             path = None if self._folder is None else self._folder / "events.jsonl"
             self.events = exits.enter_context(EventLog(path, self._began))
-            exits.enter_context(self.display)
+            exits.enter_context(self._display)
             with self.events.during("start"):
                 self._open(exits)
             self._exits = exits.pop_all()
@@ -81,7 +94,7 @@ class Telemetry:
 
     def log(self, text: str) -> None:
         """Shows a line to people."""
-        self.display.log(text)
+        self._display.log(text)
 
     def began(self, step: int) -> None:
         """The steps begin, after `step`."""
@@ -119,8 +132,21 @@ class Telemetry:
         """Waits for the metrics of a logged step; writes them, and `more`, and shows the main."""
         values = to_plain(metrics) | more | self.rates.take()
         self._write(step, values)
-        self.display.report(step, values["loss"], values["tokens_per_second"], values.get("mfu"))
+        loss, speed, mfu = (values.get(key) for key in ("loss", "tokens_per_second", "mfu"))
+        self._figures = [f"loss {loss:.3f}", f"smoothed {self._smoothed_loss.add(loss):.3f}"]
+        if speed is not None:
+            self._figures.append(f"{speed:,.0f} tokens/s")
+        if mfu is not None:
+            self._figures.append(f"MFU {mfu:.1%}")
+        note = self._display.update(step, *self._figures)
+        if not self._display.is_terminal:
+            self.log(f"step {step}  {note}")
         self.events.steps_to(step, at_once=False)
+
+    def advance(self, step: int, saving: int | None) -> None:
+        """Moves the bar to `step`; `saving`: the step whose checkpoint is being written."""
+        saves = [] if saving is None else [f"saving step {saving}"]
+        self._display.update(step, *self._figures, *saves)
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:
         """Writes and shows what a validation pass found."""
@@ -156,6 +182,20 @@ class Telemetry:
         self.metrics.write(step, **values)
         for writer in self._writers:
             writer.write(step, values)
+
+
+class SmoothedLoss:
+    """Exponential mean of the finite losses so far, without the start's bias towards zero."""
+
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
+
+    def add(self, loss: float) -> float:
+        """The mean with `loss`; a loss that is not finite before any other is given back."""
+        if math.isfinite(loss):
+            self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
+            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        return self._sum / self._weight if self._weight else loss
 
 
 class Rates:
