@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -87,9 +87,10 @@ class ProgressDisplay:
         """Prints a line, above the bar where there is one."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _move(self, **fields: str) -> None:
-        counts = {"completed": self.done, "total": self.total}
-        self._bar.update(self._task, **counts, label=self._count(), **fields)
+    def _move(self, **fields: Any) -> None:
+        self._bar.update(
+            self._task, completed=self.done, total=self.total, label=self._count(), **fields
+        )
 
     def _count(self) -> str:
         share = self.done / self.total if self.total else 0.0

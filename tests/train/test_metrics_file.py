@@ -12,7 +12,6 @@ import pytest
 
 from grok.config import GrokConfig, RunConfig, TrainConfig
 from grok.errors import ConfigError
-from grok.progress import duration
 from grok.train.telemetry.metrics_file import MetricsFile, read_metrics, to_plain
 from grok.train.telemetry.trackers import open_trackers, scalars
 
@@ -128,11 +127,3 @@ def test_weights_and_biases_goes_on_with_the_same_run(tmp_path: Path, monkeypatc
 def test_a_profile_of_no_steps_of_the_run_is_refused(profile):
     with pytest.raises(ConfigError, match=r"train\.profile=\[20, 22\] would work"):
         TrainConfig(steps=1000, profile=profile)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(7, "7 s"), (98, "98 s"), (125, "2 min"), (12000, "3 h 20 min"), (443000, "5 d 3 h")],
-)
-def test_durations_are_for_people(seconds, text):
-    assert duration(seconds) == text

@@ -132,7 +132,7 @@ class Telemetry:
         """Waits for the metrics of a logged step; writes them, and `more`, and shows the main."""
         values = to_plain(metrics) | more | self.rates.take()
         self._write(step, values)
-        loss, speed, mfu = (values.get(key) for key in ("loss", "tokens_per_second", "mfu"))
+        loss, speed, mfu = values["loss"], values["tokens_per_second"], values.get("mfu")
         self._figures = [f"loss {loss:.3f}", f"smoothed {self._smoothed_loss.add(loss):.3f}"]
         if speed is not None:
             self._figures.append(f"{speed:,.0f} tokens/s")
