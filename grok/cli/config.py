@@ -6,6 +6,14 @@ import re
 import click
 
 
+def _print_reference(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        from grok.config.reference import reference
+
+        click.echo(reference(), nl=False)
+        ctx.exit()
+
+
 @click.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -17,30 +25,27 @@ import click
     show_default=True,
     help="The command that CONFIG is for.",
 )
+@click.option(
+    "--reference",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_reference,
+    help="Print every key of all commands with values, default and meaning, as Markdown.",
+)
 def config(config: str, overrides: tuple[str, ...], command: str) -> None:
     """Print every setting of CONFIG, a YAML file or a preset's name, as YAML.
 
     KEY=VALUE sets one key, as in train.steps=50. The output is itself a config file.
     """
+    from grok.config import RunConfig
+    from grok.config.batch import BatchConfig
     from grok.config.load import load_config
+    from grok.config.serve import ServeConfig
     from grok.config.text import to_yaml
 
-    text = to_yaml(load_config(config, overrides, _kind(command)))
+    config_type = {"train": RunConfig, "batch": BatchConfig, "serve": ServeConfig}[command]
+    text = to_yaml(load_config(config, overrides, config_type))
     dimmed = re.sub(r"# .*$", lambda comment: click.style(comment[0], dim=True), text, flags=re.M)
     # Styles are dropped where the output is no terminal.
     click.echo(dimmed, nl=False, color=False if os.environ.get("NO_COLOR") else None)
-
-
-def _kind(command: str) -> type:
-    """The dataclass of a command's configs."""
-    if command == "batch":
-        from grok.config.batch import BatchConfig
-
-        return BatchConfig
-    if command == "serve":
-        from grok.config.serve import ServeConfig
-
-        return ServeConfig
-    from grok.config import RunConfig
-
-    return RunConfig
