@@ -40,7 +40,7 @@ data.batch_schedule data.seed data.prefetch
 optimizer optimizer.name optimizer.peak_lr optimizer.schedule optimizer.min_lr_ratio
 optimizer.warmup_steps optimizer.decay_steps optimizer.beta1 optimizer.beta2 optimizer.epsilon
 optimizer.muon_momentum optimizer.moments_dtype optimizer.offload optimizer.weight_decay
-optimizer.max_grad_norm optimizer.groups optimizer.ema_decay
+optimizer.max_grad_norm optimizer.param_groups optimizer.ema_decay
 train train.steps train.seed train.init_from train.z_loss train.router_balance_loss
 train.grad_accum_steps train.grad_spike_factor train.max_bad_steps train.rollback_on_divergence
 train.log_every train.eval_every train.hang_timeout_seconds train.heartbeat_timeout_seconds
@@ -174,8 +174,8 @@ def test_a_mixture_round_trip(write):
 
 def test_groups_round_trip(write):
     groups = "[{match: '*router*', lr_scale: 0.1}, {match: 'layers/*', frozen: true}]"
-    run = load_config("grok-10m", [f"optimizer.groups={groups}"])
-    assert [(each.lr_scale, each.frozen) for each in run.optimizer.groups] == [
+    run = load_config("grok-10m", [f"optimizer.param_groups={groups}"])
+    assert [(each.lr_scale, each.frozen) for each in run.optimizer.param_groups] == [
         (0.1, False),
         (1, True),
     ]
@@ -327,14 +327,17 @@ def test_sections_of_sections_and_sections_that_may_be_null(write):
             "run.yaml:2: optimizer.beta2=0.999 decays by less than bfloat16's 8 bits can hold",
         ),
         ("optimizer: {ema_decay: 1}", "optimizer.ema_decay=0.999 would work."),
-        ("optimizer: {groups: [router]}", "optimizer.groups[0] must be a mapping of keys"),
         (
-            "optimizer: {groups: [{match: a, scale: 2}]}",
-            "optimizer.groups.0.scale; did you mean optimizer.groups.0.lr_scale?",
+            "optimizer: {param_groups: [router]}",
+            "optimizer.param_groups[0] must be a mapping of keys",
         ),
         (
-            "optimizer: {groups: [{match: '*', frozen: true, lr_scale: 2}]}",
-            "optimizer.groups has * frozen and with a learning rate or decay of its own",
+            "optimizer: {param_groups: [{match: a, scale: 2}]}",
+            "optimizer.param_groups.0.scale; did you mean optimizer.param_groups.0.lr_scale?",
+        ),
+        (
+            "optimizer: {param_groups: [{match: '*', frozen: true, lr_scale: 2}]}",
+            "optimizer.param_groups has * frozen and with a learning rate or decay of its own",
         ),
         ("train: {grad_spike_factor: 0.5}", "train.grad_spike_factor=10 would work."),
         (

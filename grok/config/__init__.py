@@ -8,7 +8,7 @@ would work.
 from grok.config.data import DataConfig, DatasetConfig, MixtureChange, ShapeChange
 from grok.config.mesh import MESH_AXES, MeshConfig, check_model_fits, resolve_mesh
 from grok.config.model import GrokConfig
-from grok.config.optimizer import OptimizerConfig, OptimizerGroup
+from grok.config.optimizer import OptimizerConfig, ParamGroup
 from grok.config.run import EngineConfig, PlanConfig, RunConfig, check_fits, check_trainable
 from grok.config.train import CheckpointConfig, LoraConfig, TrainConfig
 
@@ -23,7 +23,7 @@ __all__ = [
     "MeshConfig",
     "MixtureChange",
     "OptimizerConfig",
-    "OptimizerGroup",
+    "ParamGroup",
     "PlanConfig",
     "RunConfig",
     "ShapeChange",

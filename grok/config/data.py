@@ -15,10 +15,10 @@ class DatasetConfig:
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
-    path: Annotated[str, Field(description="folder that `grok data prepare` wrote")]
-    weight: Annotated[PositiveOrZero, Field(description="rows from here, relative to the rest")] = (
-        1.0
-    )
+    path: Annotated[str, Field(description="folder written by `grok data prepare`")]
+    weight: Annotated[
+        PositiveOrZero, Field(description="rows drawn from it, relative to the other datasets")
+    ] = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class MixtureChange:
 
     from_step: Annotated[Count, Field(description="first step with these weights")]
     weights: Annotated[
-        tuple[PositiveOrZero, ...], Field(description="one for each of data.datasets")
+        tuple[PositiveOrZero, ...], Field(description="a weight for each of data.datasets")
     ]
 
 
@@ -39,10 +39,15 @@ class ShapeChange:
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
-    from_step: Annotated[CountOrZero, Field(description="first step, from 0, of this shape")]
-    batch_size: Annotated[Count | None, Field(description="rows of a batch (B)")] = None
+    from_step: Annotated[
+        CountOrZero, Field(description="first step with this shape, counted from 0")
+    ]
+    batch_size: Annotated[
+        Count | None, Field(description="rows of a batch (B); null: unchanged")
+    ] = None
     sequence_length: Annotated[
-        Count | None, Field(description="tokens a row (T), a divisor of data.sequence_length")
+        Count | None,
+        Field(description="tokens per row (T), a divisor of data.sequence_length; null: unchanged"),
     ] = None
 
 
@@ -52,38 +57,42 @@ class DataConfig:
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
-    train: Annotated[tuple[str, ...], Field(description="text files to train on (UTF-8)")] = ()
+    train: Annotated[tuple[str, ...], Field(description="UTF-8 text files to train on")] = ()
     validation: Annotated[
-        tuple[str, ...], Field(description="text files held out for the validation pass")
+        tuple[str, ...], Field(description="UTF-8 text files held out for validation")
     ] = ()
     datasets: Annotated[
         tuple[DatasetConfig, ...],
-        Field(description="prepared datasets to train on, in place of text: {path, weight} each"),
+        Field(description="prepared datasets to train on, instead of text files"),
     ] = ()
     mixture_schedule: Annotated[
         tuple[MixtureChange, ...],
-        Field(description="other weights from a step on: {from_step, weights} each"),
+        Field(description="changes of the weights of data.datasets at given steps"),
     ] = ()
     validation_dataset: Annotated[
-        str, Field(description="prepared dataset for the validation pass, in place of text")
+        str, Field(description="prepared dataset for validation, instead of text files")
     ] = ""
     packing: Annotated[
         Literal["concat_then_split", "best_fit"],
-        Field(description="documents longer than a row: continued in the next, or truncated"),
+        Field(
+            description="documents longer than a row: continue in the next row, or are truncated"
+        ),
     ] = "concat_then_split"
     allow_data_change: Annotated[
-        bool, Field(description="resume although the prepared datasets are others than before")
+        bool, Field(description="resume even if the prepared datasets differ from the checkpoint's")
     ] = False
-    tokenizer: Annotated[str, Field(description="SentencePiece model file")] = ""
-    sequence_length: Annotated[Count, Field(description="tokens a row (T), at its longest")] = 1024
-    batch_size: Annotated[Count, Field(description="rows of a batch over all devices (B)")] = 8
+    tokenizer: Annotated[str, Field(description="tokenizer file")] = ""
+    sequence_length: Annotated[
+        Count, Field(description="tokens per row (T); the longest of data.batch_schedule")
+    ] = 1024
+    batch_size: Annotated[Count, Field(description="rows of the global batch (B)")] = 8
     batch_schedule: Annotated[
         tuple[ShapeChange, ...],
-        Field(description="others from a step on: {from_step, batch_size, sequence_length} each"),
+        Field(description="changes of the batch's shape at given steps"),
     ] = ()
-    seed: Annotated[CountOrZero, Field(description="seed of the order of rows")] = 0
+    seed: Annotated[CountOrZero, Field(description="seed of the data order")] = 0
     prefetch: Annotated[
-        CountOrZero, Field(description="batches made ahead, each in a thread; 0: none")
+        CountOrZero, Field(description="batches prepared in advance, each in a thread; 0: none")
     ] = 2
 
     def __post_init__(self) -> None:

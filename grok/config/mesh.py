@@ -19,12 +19,16 @@ class MeshConfig:
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
-    slice: Annotated[int, Field(description="replicas joined by the data-centre network")] = 1
-    data: Annotated[int, Field(description="batch, and parameters sharded over it; -1: rest")] = -1
-    expert: Annotated[int, Field(description="width of the experts, and the batch")] = 1
-    tensor: Annotated[int, Field(description="heads, expert width and vocabulary")] = 1
+    slice: Annotated[
+        int, Field(description="slices joined by the data-centre network; the batch")
+    ] = 1
+    data: Annotated[
+        int, Field(description="the batch; parameters and optimizer state (ZeRO-3)")
+    ] = -1
+    expert: Annotated[int, Field(description="the width of each expert; the batch")] = 1
+    tensor: Annotated[int, Field(description="heads, the width of each expert, the vocabulary")] = 1
     simulated_devices: Annotated[
-        CountOrZero, Field(description="CPU devices to simulate, over all hosts; 0: real ones")
+        CountOrZero, Field(description="CPU devices to simulate, over all hosts; 0: real devices")
     ] = 0
 
 

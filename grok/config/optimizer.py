@@ -14,28 +14,28 @@ MAX_BFLOAT16_DECAY = 0.99
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerGroup:
+class ParamGroup:
     """What is different for the tensors whose names match a pattern."""
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     match: Annotated[
-        str, Field(description="pattern of tensor names; * stands for any text, as in *router*")
+        str, Field(description="parameters by name; * stands for any text, as in `*router*`")
     ]
     name: Annotated[
-        str, Field(description="name of the group in metrics; none: as without the group")
+        str, Field(description="name of the group in metrics; empty: the default groups")
     ] = ""
-    lr_scale: Annotated[PositiveOrZero, Field(description="factor on the learning rate")] = 1.0
+    lr_scale: Annotated[PositiveOrZero, Field(description="multiplies the learning rate")] = 1.0
     weight_decay: Annotated[
-        PositiveOrZero | None, Field(description="in place of optimizer.weight_decay")
+        PositiveOrZero | None, Field(description="replaces optimizer.weight_decay")
     ] = None
-    frozen: Annotated[bool, Field(description="not trained: no gradient, no moments")] = False
+    frozen: Annotated[bool, Field(description="do not train: no gradient, no moments")] = False
 
     def __post_init__(self) -> None:
         if self.frozen and (self.lr_scale != 1 or self.weight_decay is not None):
             raise ConfigError(
-                f"optimizer.groups has {self.match} frozen and with a learning rate or decay of "
-                "its own; frozen: true alone would work."
+                f"optimizer.param_groups has {self.match} frozen and with a learning rate or decay "
+                "of its own; frozen: true alone would work."
             )
 
 
@@ -47,41 +47,50 @@ class OptimizerConfig:
 
     name: Annotated[
         Literal["adamw", "adafactor", "lion", "muon"],
-        Field(description="muon: of attention and experts; the rest of the model has adamw"),
+        Field(description="update rule; muon: for attention and experts, with adamw for the rest"),
     ] = "adamw"
-    peak_lr: Annotated[Positive, Field(description="learning rate after warm-up")] = 3e-4
+    peak_lr: Annotated[
+        Positive, Field(description="peak learning rate, reached after warmup_steps")
+    ] = 3e-4
     schedule: Annotated[
         Literal["cosine", "linear", "constant", "wsd"],
-        Field(description="learning rate after warm-up; wsd: constant, then decay_steps of linear"),
+        Field(
+            description="decay after warm-up; wsd: constant, then linear over the last decay_steps"
+        ),
     ] = "cosine"
-    min_lr_ratio: Annotated[Share, Field(description="last learning rate over peak_lr")] = 0.1
+    min_lr_ratio: Annotated[
+        Share, Field(description="final learning rate, relative to peak_lr")
+    ] = 0.1
     warmup_steps: Annotated[CountOrZero, Field(description="steps of linear warm-up")] = 100
-    decay_steps: Annotated[CountOrZero, Field(description="last steps, in which wsd decays")] = 0
+    decay_steps: Annotated[
+        CountOrZero, Field(description="steps of the linear decay at the end of wsd")
+    ] = 0
     beta1: Annotated[
-        Share, Field(description="decay of the first moment; adafactor has none at 0")
+        Share, Field(description="decay of the first moment; 0 with adafactor: no first moment")
     ] = 0.9
-    beta2: Annotated[Share, Field(description="decay of the second moment; of lion's momentum")] = (
-        0.95
-    )
-    epsilon: Annotated[Positive, Field(description="Adam's epsilon")] = 1e-8
+    beta2: Annotated[
+        Share, Field(description="decay of the second moment; with lion: of its momentum")
+    ] = 0.95
+    epsilon: Annotated[Positive, Field(description="epsilon of adamw")] = 1e-8
     muon_momentum: Annotated[Share, Field(description="decay of muon's momentum")] = 0.95
     moments_dtype: Annotated[
         Literal["float32", "bfloat16"],
-        Field(description="type that moments are kept in; adafactor's second is float32"),
+        Field(description="dtype of stored moments; adafactor's second moment stays float32"),
     ] = "float32"
-    offload: Annotated[
-        bool, Field(description="moments stay in the hosts' memory between steps")
-    ] = False
+    offload: Annotated[bool, Field(description="keep moments in host memory between steps")] = False
     weight_decay: Annotated[
-        PositiveOrZero, Field(description="decoupled decay of matrices (norm scales have none)")
+        PositiveOrZero,
+        Field(description="decoupled weight decay of matrices; none for norm scales"),
     ] = 0.1
-    max_grad_norm: Annotated[Positive, Field(description="largest global norm of a gradient")] = 1.0
-    groups: Annotated[
-        tuple[OptimizerGroup, ...],
-        Field(description="tensors apart: {match, name, lr_scale, weight_decay, frozen} each"),
+    max_grad_norm: Annotated[
+        Positive, Field(description="gradients are clipped to this global norm")
+    ] = 1.0
+    param_groups: Annotated[
+        tuple[ParamGroup, ...],
+        Field(description="settings of parameters by name; the first group that matches applies"),
     ] = ()
     ema_decay: Annotated[
-        Share, Field(description="decay of the weights' moving average, such as 0.999; 0: none")
+        Share, Field(description="decay of an exponential moving average of the weights; 0: none")
     ] = 0.0
 
     def __post_init__(self) -> None:

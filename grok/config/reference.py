@@ -11,10 +11,11 @@ from grok.config.serve import ServeConfig
 
 HEAD = """# Configuration reference
 
-Every key, its values, default and meaning. `grok config --reference > docs/configuration.md` writes this
-page. `grok config CONFIG` prints what a config resolves to, as YAML with the same meanings. A key is set in
-a YAML file, nested by its dots, or on the command line as `train.steps=50`; `extends: PRESET` in a file
-takes the rest from a preset or another file.
+Every key with its values, default and meaning. `grok config --reference > docs/configuration.md`
+generates this page; `grok config CONFIG` prints a resolved config with the same meanings.
+
+A key is set in a YAML file, nested by its dots, or on the command line, as in `train.steps=50`.
+`extends: PRESET` in a file takes everything else from a preset or another file.
 """
 
 COMMANDS = {
@@ -26,7 +27,8 @@ COMMANDS = {
 
 def reference() -> str:
     """The whole page; a section that a config has in common with an earlier one is linked."""
-    lines, written = [HEAD], {}
+    lines = [HEAD]
+    written: dict[type, str] = {}
     for title, config_type in COMMANDS.items():
         lines += [f"## {title}", ""]
         values = [(k, s) for k, s in schema(config_type).items() if "." not in k and not s.section]

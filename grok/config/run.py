@@ -55,12 +55,14 @@ class PlanConfig:
 
     program: Annotated[
         Literal["train", "prefill", "decode"],
-        Field(description="the training step, a step over prompts, a step of one token a row"),
+        Field(description="compiled step: of training, over prompts, or one token per row"),
     ] = "train"
-    topology: Annotated[str, Field(description="slice, such as v5p:4x4x8; --topology wins")] = ""
+    topology: Annotated[
+        str, Field(description="TPU slice, such as v5p:4x4x8; --topology overrides it")
+    ] = ""
     batch_size: Annotated[Count, Field(description="rows of a prefill or decode step")] = 8
     tokens: Annotated[
-        Count, Field(description="tokens a row: of a prompt, or in the cache when decoding")
+        Count, Field(description="tokens per row: of a prompt, or in the KV cache when decoding")
     ] = 2048
 
 
@@ -70,24 +72,35 @@ class RunConfig:
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
-    model: Annotated[GrokConfig, Field(description="shape and arithmetic of the model")]
-    folder: Annotated[str, Field(description="the run's folder: checkpoints, metrics, config")] = (
-        "runs/default"
+    model: Annotated[GrokConfig, Field(description="the decoder: dimensions, arithmetic, dtypes")]
+    folder: Annotated[
+        str, Field(description="folder of the run: checkpoints, metrics, resolved config")
+    ] = "runs/default"
+    mesh: Annotated[
+        MeshConfig,
+        Field(description="devices along each mesh axis; one may be -1: all that remain"),
+    ] = MeshConfig()
+    data: Annotated[DataConfig, Field(description="training and validation data, and batches")] = (
+        DataConfig()
     )
-    mesh: Annotated[MeshConfig, Field(description="devices along each axis")] = MeshConfig()
-    data: Annotated[DataConfig, Field(description="text and batches")] = DataConfig()
-    optimizer: Annotated[OptimizerConfig, Field(description="AdamW and its schedule")] = (
-        OptimizerConfig()
+    optimizer: Annotated[
+        OptimizerConfig, Field(description="optimizer and learning-rate schedule")
+    ] = OptimizerConfig()
+    train: Annotated[TrainConfig, Field(description="length, losses, safeguards and reports")] = (
+        TrainConfig()
     )
-    train: Annotated[TrainConfig, Field(description="length, losses, reports")] = TrainConfig()
-    lora: Annotated[LoraConfig, Field(description="adapters in place of all weights")] = (
-        LoraConfig()
-    )
-    checkpoint: Annotated[CheckpointConfig, Field(description="saves")] = CheckpointConfig()
-    engine: Annotated[EngineConfig, Field(description="inference: sequences, cache")] = (
-        EngineConfig()
-    )
-    plan: Annotated[PlanConfig, Field(description="what `grok plan` compiles")] = PlanConfig()
+    lora: Annotated[
+        LoraConfig, Field(description="low-rank adapters, trained instead of the weights")
+    ] = LoraConfig()
+    checkpoint: Annotated[
+        CheckpointConfig, Field(description="when checkpoints are saved, and which are kept")
+    ] = CheckpointConfig()
+    engine: Annotated[
+        EngineConfig, Field(description="inference: concurrent sequences and KV cache")
+    ] = EngineConfig()
+    plan: Annotated[
+        PlanConfig, Field(description="what `grok plan` compiles, and for which slice")
+    ] = PlanConfig()
 
     def __post_init__(self) -> None:
         if self.data.sequence_length > self.model.context_length:

@@ -16,30 +16,32 @@ class TrainConfig:
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     steps: Annotated[Count, Field(description="optimizer steps of the whole run")] = 1000
-    seed: Annotated[CountOrZero, Field(description="seed of the initial parameters")] = 0
+    seed: Annotated[CountOrZero, Field(description="seed of the parameter initialisation")] = 0
     init_from: Annotated[
         str,
         Field(description="weights to start from: ckpt-0, Hugging Face, or a checkpoint of grok"),
     ] = ""
     z_loss: Annotated[
-        PositiveOrZero, Field(description="weight of log(Z)^2 of the output softmax")
+        PositiveOrZero, Field(description="weight of log(Z)^2 of the output softmax in the loss")
     ] = 0.0
     router_balance_loss: Annotated[
-        PositiveOrZero, Field(description="weight of the expert load-balancing loss")
+        PositiveOrZero, Field(description="weight of the router's load-balancing loss")
     ] = 0.0
     grad_accum_steps: Annotated[
-        Count, Field(description="microbatches that a step splits its batch into, one by one")
+        Count, Field(description="microbatches per step, whose gradients are accumulated")
     ] = 1
     grad_spike_factor: Annotated[
         PositiveOrZero,
-        Field(description="skip steps with a gradient this many times its usual norm; 0: none"),
+        Field(
+            description="skip steps with a gradient norm above so many times its average; 0: none"
+        ),
     ] = 0.0
     max_bad_steps: Annotated[
-        Count, Field(description="bad steps in a row after which the run gives up")
+        Count, Field(description="consecutive bad steps after which the run ends")
     ] = 10
     rollback_on_divergence: Annotated[
         bool,
-        Field(description="go back to the last good checkpoint then, and leave those batches out"),
+        Field(description="return to the last good checkpoint instead, and skip those batches"),
     ] = False
     log_every: Annotated[Count, Field(description="steps between lines of metrics.jsonl")] = 10
     eval_every: Annotated[
@@ -47,20 +49,20 @@ class TrainConfig:
     ] = 0
     hang_timeout_seconds: Annotated[
         CountOrZero,
-        Field(description="a run of which no step ends for so long is ended, to restart; 0: never"),
+        Field(description="abort when no step finishes for so long, to be restarted; 0: never"),
     ] = 1800
     heartbeat_timeout_seconds: Annotated[
-        Count, Field(description="a host not heard of for so long is lost, which ends the others")
+        Count, Field(description="abort when a host is silent for so long")
     ] = 60
     tensorboard: Annotated[
-        bool, Field(description="write TensorBoard's files too (the extra `tensorboard`)")
+        bool, Field(description="write TensorBoard event files (extra `tensorboard`)")
     ] = False
     wandb: Annotated[
-        str, Field(description="project of Weights & Biases to send metrics to (the extra `wandb`)")
+        str, Field(description="Weights & Biases project that receives metrics (extra `wandb`)")
     ] = ""
     profile: Annotated[
         tuple[Count, ...],
-        Field(description="first and last step to record a profile of, for XProf; []: none"),
+        Field(description="first and last step of a profile for XProf; []: none"),
     ] = ()
 
     def __post_init__(self) -> None:
@@ -85,15 +87,11 @@ class LoraConfig:
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
-    rank: Annotated[
-        CountOrZero, Field(description="columns of an adapter's first factor; 0: no adapters")
-    ] = 0
-    alpha: Annotated[
-        Positive, Field(description="what adapters add is multiplied by alpha/rank")
-    ] = 16.0
+    rank: Annotated[CountOrZero, Field(description="rank of the adapters; 0: no adapters")] = 0
+    alpha: Annotated[Positive, Field(description="scales adapters by alpha/rank")] = 16.0
     targets: Annotated[
         tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...],
-        Field(description="matrices with adapters: of attention, and gate, up, down of experts"),
+        Field(description="matrices with adapters: four of attention, three of the experts"),
     ] = ("query", "key", "value", "out")
 
     def __post_init__(self) -> None:
@@ -115,17 +113,20 @@ class CheckpointConfig:
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
-    every: Annotated[Count, Field(description="steps between saves (the last is saved too)")] = 500
-    keep: Annotated[Count, Field(description="newest checkpoints that stay on disk")] = 3
+    every: Annotated[
+        Count, Field(description="steps between checkpoints; the last step is saved too")
+    ] = 500
+    keep: Annotated[Count, Field(description="newest checkpoints to keep")] = 3
     keep_every: Annotated[
-        CountOrZero, Field(description="checkpoints of multiples of so many steps stay; 0: none")
+        CountOrZero,
+        Field(description="also keep checkpoints at multiples of so many steps; 0: none"),
     ] = 0
     keep_best: Annotated[
-        CountOrZero, Field(description="checkpoints of the lowest best_metric that stay")
+        CountOrZero, Field(description="also keep so many checkpoints with the lowest best_metric")
     ] = 0
     best_metric: Annotated[
         Literal["validation_loss", "validation_bits_per_byte"],
-        Field(description="by what keep_best finds the best"),
+        Field(description="metric that keep_best compares"),
     ] = "validation_loss"
 
     def __post_init__(self) -> None:

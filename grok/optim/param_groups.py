@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from grok.config import OptimizerConfig, OptimizerGroup, RunConfig
+from grok.config import OptimizerConfig, ParamGroup, RunConfig
 from grok.errors import ConfigError
 from grok.model.build import name_of, to_arrays
 from grok.model.decoder import Grok
@@ -44,9 +44,9 @@ def trainable(config: RunConfig) -> Callable[[str], bool]:
     return is_trained
 
 
-def group_of(config: OptimizerConfig, name: str) -> OptimizerGroup | None:
+def group_of(config: OptimizerConfig, name: str) -> ParamGroup | None:
     """The first of the config's groups that the tensor is in."""
-    matching = (group for group in config.groups if fnmatch.fnmatchcase(name, group.match))
+    matching = (group for group in config.param_groups if fnmatch.fnmatchcase(name, group.match))
     return next(matching, None)
 
 
@@ -61,17 +61,17 @@ def metric_group(config: OptimizerConfig, name: str) -> str:
 def check_groups(config: RunConfig, tensors: Sequence[str]) -> None:
     """Refuse, as ConfigError, a group without tensors, and groups that leave nothing to train."""
     groups = [group_of(config.optimizer, name) for name in tensors]
-    for group in config.optimizer.groups:
+    for group in config.optimizer.param_groups:
         if group not in groups:
             taken = any(fnmatch.fnmatchcase(name, group.match) for name in tensors)
             reason = "only what groups before it match" if taken else "no tensor"
             raise ConfigError(
-                f"optimizer.groups has {group.match}, which matches {reason}; there are "
+                f"optimizer.param_groups has {group.match}, which matches {reason}; there are "
                 f"{', '.join(tensors)}."
             )
     if not any(map(trainable(config), tensors)):
         raise ConfigError(
-            "optimizer.groups has every tensor frozen, and nothing is left to train; a pattern "
+            "optimizer.param_groups freezes every tensor, and nothing is left to train; a pattern "
             "that leaves some, such as layers/moe/*, would work."
         )
 

@@ -104,7 +104,7 @@ def restore(
 
 def is_compatible_change(key: str, before: Any, now: Any) -> bool:
     """Whether a run can go on with another value: one that saves the same tensors."""
-    if key == "optimizer.groups":
+    if key == "optimizer.param_groups":
         frozen, frozen_now = (
             [group["match"] for group in groups or () if group["frozen"]]
             for groups in (before, now)

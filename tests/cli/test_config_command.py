@@ -1,12 +1,15 @@
 """`grok config`: what it prints is the whole config, and a config file itself."""
 
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
 from grok.cli.main import main
+from grok.config import RunConfig
 from grok.config.batch import BatchConfig
 from grok.config.load import load_config
-from grok.config.schema import describe
+from grok.config.schema import describe, schema
 from grok.config.serve import ServeConfig
 
 
@@ -77,3 +80,15 @@ def test_a_wrong_config_exits_with_2_and_one_sentence():
     assert result.stderr == (
         "error: override `train.stpes=50`: there is no key train.stpes; did you mean train.steps?\n"
     )
+
+
+def test_the_reference_page_is_what_the_command_prints():
+    result = grok_config("--reference")
+    assert result.exit_code == 0
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == result.stdout, (
+        "run `grok config --reference > docs/configuration.md`"
+    )
+    for config_type in (RunConfig, BatchConfig, ServeConfig):
+        for key, setting in schema(config_type).items():
+            assert setting.section or f"| `{key}` | " in result.stdout, key

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from grok import sharding
 from grok.checkpoint.manager import Checkpoints
 from grok.checkpoint.retention import RetentionPolicy
-from grok.config import GrokConfig, OptimizerConfig, OptimizerGroup, RunConfig, TrainConfig
+from grok.config import GrokConfig, OptimizerConfig, ParamGroup, RunConfig, TrainConfig
 from grok.errors import ConfigError
 from grok.model.build import abstract, from_arrays, to_arrays
 from grok.model.params import MATRICES, rows_and_columns
@@ -298,11 +298,11 @@ def test_the_other_schedules():
 
 def test_groups_scale_and_decay_their_tensors_and_the_first_match_counts():
     groups = (
-        OptimizerGroup(match="layers/moe/router_DE", lr_scale=0.5, weight_decay=0.0),
-        OptimizerGroup(match="layers/moe/*", lr_scale=2.0),
-        OptimizerGroup(match="final_norm/*", weight_decay=1.0),
+        ParamGroup(match="layers/moe/router_DE", lr_scale=0.5, weight_decay=0.0),
+        ParamGroup(match="layers/moe/*", lr_scale=2.0),
+        ParamGroup(match="final_norm/*", weight_decay=1.0),
     )
-    before, after = (updates_of(run_config(groups=groups)) for groups in ((), groups))
+    before, after = (updates_of(run_config(param_groups=groups)) for groups in ((), groups))
     for tensor in before:
         rate, param, found = 5e-3, arrays(0)[tensor], after[tensor]
         right = before[tensor]
@@ -336,18 +336,18 @@ def updates_of(config: RunConfig) -> dict[str, np.ndarray]:
             ["layers/*", "*router*"],
             r"has \*router\*, which matches only what groups before it match",
         ),
-        (["*"], r"every tensor frozen, and nothing is left to train; .* layers/moe/\*, would work"),
+        (["*"], r"freezes every tensor, and nothing is left to train; .* layers/moe/\*, would work"),
     ],
 )
 def test_groups_that_cannot_be_meant_are_refused(matches, sentence):
-    groups = tuple(OptimizerGroup(match=match, frozen=True) for match in matches)
+    groups = tuple(ParamGroup(match=match, frozen=True) for match in matches)
     with pytest.raises(ConfigError, match=sentence):
-        make_optimizer(run_config(groups=groups))
+        make_optimizer(run_config(param_groups=groups))
 
 
 def test_every_tensor_is_reported_in_some_group():
-    named = (OptimizerGroup(match="*w_out*", name="out"), OptimizerGroup(match="*w_key*"))
-    config = run_config(groups=named).optimizer
+    named = (ParamGroup(match="*w_out*", name="out"), ParamGroup(match="*w_key*"))
+    config = run_config(param_groups=named).optimizer
     found = {tensor: metric_group(config, tensor) for tensor in names(abstract(MODEL_CONFIG))}
     assert {name: found.pop(f"layers/attention/w_{name}") for name in ("out_NHD", "key_DKH")} == {
         "out_NHD": "out",
@@ -360,7 +360,7 @@ def test_every_tensor_is_reported_in_some_group():
 
 
 def test_frozen_tensors_have_no_moments():
-    config = run_config(groups=(OptimizerGroup(match="layers/attention/*", frozen=True),))
+    config = run_config(param_groups=(ParamGroup(match="layers/attention/*", frozen=True),))
     state = abstract_state(config, make_optimizer(config), sharding.make_mesh(2, 2, 2))
     moments = {name_in(p) for p, leaf in jax.tree.leaves_with_path(state.opt_state) if leaf.ndim}
     assert moments == {name for name in names(state.model) if "attention" not in name}

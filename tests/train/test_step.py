@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 import grok
 from grok import sharding
-from grok.config import GrokConfig, OptimizerConfig, OptimizerGroup, RunConfig, TrainConfig
+from grok.config import GrokConfig, OptimizerConfig, ParamGroup, RunConfig, TrainConfig
 from grok.model.build import to_arrays
 from grok.optim.optimizer import make_optimizer
 from grok.optim.param_groups import names, partition
@@ -41,12 +41,12 @@ CONFIG = RunConfig(
     train=TrainConfig(steps=10, z_loss=1e-3, router_balance_loss=0.01, grad_spike_factor=5),
 )
 FROZEN = (
-    OptimizerGroup(match="layers/attention/*", frozen=True),
-    OptimizerGroup(match="embed/*", frozen=True),
+    ParamGroup(match="layers/attention/*", frozen=True),
+    ParamGroup(match="embed/*", frozen=True),
 )
 ACCUMULATING = dataclasses.replace(
     CONFIG,
-    optimizer=dataclasses.replace(CONFIG.optimizer, groups=FROZEN),
+    optimizer=dataclasses.replace(CONFIG.optimizer, param_groups=FROZEN),
     train=dataclasses.replace(CONFIG.train, grad_accum_steps=2),
 )
 ROWS, LENGTH = 16, 8
