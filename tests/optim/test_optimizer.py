@@ -336,7 +336,10 @@ def updates_of(config: RunConfig) -> dict[str, np.ndarray]:
             ["layers/*", "*router*"],
             r"has \*router\*, which matches only what groups before it match",
         ),
-        (["*"], r"freezes every tensor, and nothing is left to train; .* layers/moe/\*, would work"),
+        (
+            ["*"],
+            r"freezes every tensor, and nothing is left to train; .* layers/moe/\*, would work",
+        ),
     ],
 )
 def test_groups_that_cannot_be_meant_are_refused(matches, sentence):
