@@ -23,7 +23,7 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
         distributed.initialize(checked, checked.train.heartbeat_timeout_seconds)
         configure_devices(checked.mesh.simulated_devices // distributed.process_count())
 
-        from grok.train.loop import run
+        from grok.train.loop import run_training
 
-        code = run(checked)
+        code = run_training(checked)
     sys.exit(code)

@@ -246,7 +246,7 @@ def history_section(run: RecordedRun) -> page.Section | None:
     elif run.training:
         lines.append("No update was skipped at a logged step.")
     for event in run.events:
-        if event["event"] == "returned":
+        if event["event"] == "rolled_back":
             lines.append(f"The run went back to the checkpoint of step {event['step']}.")
     if not rows and not lines:
         return None

@@ -1,15 +1,14 @@
 """A training run, top to bottom.
 
-In the run's folder: `config.yaml` (resolved), `tokenizer.model`, `checkpoints/`, and what
-`grok.train.telemetry.telemetry` tells: `metrics.jsonl`, `events.jsonl`, `run.json`.
-Started again with the same command, a run goes on from its newest checkpoint, bit for bit as if
-it had never stopped.
+The run's folder holds `config.yaml` (resolved), `tokenizer.model`, `checkpoints/`, and the files of
+`grok.train.telemetry.telemetry`: `metrics.jsonl`, `events.jsonl`, `run.json`. Started again with
+the same command, a run resumes from its newest checkpoint, bit for bit as if it had never stopped.
 """
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,16 +20,14 @@ from grok import distributed, sharding
 from grok.checkpoint.manager import Checkpoints
 from grok.config import RunConfig, check_fits, check_trainable
 from grok.config.text import to_yaml
-from grok.data.batch_schedule import Batch
 from grok.data.device_feed import global_batches
-from grok.data.text_stream import bits_per_byte
 from grok.errors import DONE, SAVED, Diverged, SaveError
 from grok.optim.optimizer import make_optimizer
 from grok.optim.param_groups import combine, names
 from grok.preemption import PreemptionSignal
 from grok.storage import join
 from grok.train.checkpointing import restore, retention_policy, save, skipped_batches
-from grok.train.evaluate import total_loss
+from grok.train.evaluate import validate
 from grok.train.init_from import InitialWeights, initial_weights
 from grok.train.rollback import (
     Skipped,
@@ -44,62 +41,65 @@ from grok.train.run_data import RunData, read_data
 from grok.train.state import TrainState, init_state
 from grok.train.step import eval_step, train_step
 from grok.train.telemetry.run_dir import write_file
+from grok.train.telemetry.run_manifest import describe_run
 from grok.train.telemetry.telemetry import Telemetry
 from grok.train.watchdog import Watchdog
 
 
 class Start(NamedTuple):
-    """Where the steps begin: after how many, with which state, which batches having been left out
-    before; `returned`: whether the run went back to here."""
+    """The point at which the steps begin: the steps done, the state after them, the batches that
+    were skipped before, and whether the run was rolled back to here."""
 
     step: int
     state: TrainState
     skipped: Skipped = ()
-    returned: bool = False
+    rolled_back: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run: what it works with, and what it reports through."""
+    """A run that is ready to start: its data, jitted steps, checkpoints and telemetry."""
 
     config: RunConfig
     mesh: Mesh
     data: RunData
     optimizer: optax.GradientTransformation
-    step_function: Callable  # train_step, compiled when it first runs
-    eval_function: Callable
+    train_step: Callable  # jitted; donates the state
+    eval_step: Callable  # jitted
     checkpoints: Checkpoints
-    initial: InitialWeights | None  # what the parameters started from, if not from the seed
+    initial: InitialWeights | None  # of train.init_from; None: initialised from the seed
     telemetry: Telemetry
     watchdog: Watchdog
-    first: int  # the step that this process goes on from
-    notices: tuple[str, ...]  # what was found wrong with later checkpoints
-    last: int  # and the one that it ends with
-    saves: bool  # whether it saves checkpoints
+    first_step: int  # steps done in the checkpoint that this process resumes from
+    last_step: int
+    notices: tuple[str, ...]  # defects of later checkpoints
+    saves: bool  # False: writes no checkpoints
 
 
-def run(config: RunConfig, replay_to: int | None = None) -> int:
+def run_training(config: RunConfig, replay_to: int | None = None) -> int:
     """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop.
 
-    With `replay_to` only the steps up to that one are done, and nothing is saved.
+    With `replay_to`, runs only the steps up to that one and saves nothing. With
+    train.rollback_on_divergence, a run that diverges is rolled back and continues.
     """
-    parts = open_run(config, replay_to)
-    with (
-        jax.set_mesh(parts.mesh),
-        PreemptionSignal(parts.mesh) as stop,
-        parts.telemetry as telemetry,
-    ):
-        with telemetry.events.during("start"):
-            start = first_state(parts)
-        with parts.watchdog:
-            step = train_on(parts, start, stop)
-        with telemetry.events.during("save"):
-            parts.checkpoints.close()
-        return finish(parts, step)
+    run = open_run(config, replay_to)
+    with jax.set_mesh(run.mesh), PreemptionSignal(run.mesh) as preemption, run.telemetry:
+        with run.telemetry.events.during("start"):
+            start = first_state(run)
+        with run.watchdog:
+            step = None
+            while step is None:
+                try:
+                    step = train_steps(run, start, preemption)
+                except Diverged as error:
+                    start = roll_back(run, start, error)
+        with run.telemetry.events.during("save"):
+            run.checkpoints.close()
+        return finish(run, step)
 
 
 def open_run(config: RunConfig, replay_to: int | None) -> Run:
-    """Devices, data and files: everything that can be wrong is found before anything compiles."""
+    """Opens devices, data and files, so that every mistake is found before anything compiles."""
     began = time.time()
     check_trainable(config)
     sizes = check_fits(config, jax.device_count())
@@ -109,34 +109,34 @@ def open_run(config: RunConfig, replay_to: int | None) -> Run:
     step = functools.partial(train_step, config=config, optimizer=optimizer)
     checkpoints = Checkpoints(join(config.folder, "checkpoints"), keep=retention_policy(config))
     notices: list[str] = []
-    first = checkpoints.newest_good(notices.append) or 0
+    first_step = checkpoints.newest_good(notices.append) or 0
     return Run(
         config=config,
         mesh=mesh,
         data=data,
         optimizer=optimizer,
-        step_function=jax.jit(step, donate_argnums=0),
-        eval_function=jax.jit(eval_step),
+        train_step=jax.jit(step, donate_argnums=0),
+        eval_step=jax.jit(eval_step),
         checkpoints=checkpoints,
         initial=initial_weights(config, checkpoints),
-        telemetry=Telemetry(config, mesh, data, first, began),
+        telemetry=Telemetry(config, mesh, data, first_step, began),
         watchdog=Watchdog(config.train.hang_timeout_seconds, config.folder),
-        first=first,
+        first_step=first_step,
+        last_step=config.train.steps if replay_to is None else replay_to,
         notices=tuple(notices),
-        last=config.train.steps if replay_to is None else replay_to,
         saves=replay_to is None,
     )
 
 
 def first_state(run: Run) -> Start:
-    """Where the run begins: at the newest checkpoint, or with a fresh state."""
+    """Returns the newest checkpoint's state, or a fresh one; writes config and tokenizer."""
     log = run.telemetry.log
-    log(describe(run.config, run.mesh))
+    log(describe_run(run.config, run.mesh))
     for notice in run.notices:
         log(notice)
-    if run.first:
-        log(f"resuming from the checkpoint of step {run.first}")
-        start = from_checkpoint(run, run.first)
+    if run.first_step:
+        log(f"resuming from the checkpoint of step {run.first_step}")
+        start = from_checkpoint(run, run.first_step)
     else:
         model = None
         if run.initial is not None:
@@ -146,14 +146,14 @@ def first_state(run: Run) -> Start:
         start = Start(0, init_state(run.config, run.optimizer, run.mesh, model))
     if distributed.is_primary():
         write_file(run.config.folder, "config.yaml", to_yaml(run.config).encode())
-        if not run.first:
+        if not run.first_step:
             tokenizer = Path(run.config.data.tokenizer).read_bytes()
             write_file(run.config.folder, "tokenizer.model", tokenizer)
     return start
 
 
 def from_checkpoint(run: Run, step: int) -> Start:
-    """The state saved at `step`; says what the config says differently now."""
+    """Restores the checkpoint of `step`; logs the config keys that have changed since."""
     with run.telemetry.events.during("restore", step=step):
         state, changes = restore(
             run.checkpoints, step, run.config, run.data, run.optimizer, run.mesh, run.initial
@@ -163,139 +163,103 @@ def from_checkpoint(run: Run, step: int) -> Start:
     return Start(step, state, skipped_batches(run.checkpoints, step))
 
 
-def train_on(run: Run, start: Start, stop: PreemptionSignal) -> int:
-    """`train`; where the config says so, a run whose numbers stay bad goes back and on."""
-    while True:
-        try:
-            return train(run, start, stop)
-        except Diverged as error:
-            run.watchdog.pause()
-            run.checkpoints.wait()
-            if not (run.config.train.rollback_on_divergence and run.saves):
-                raise
-            start = roll_back(run, start, error)
-
-
-def roll_back(run: Run, start: Start, error: Diverged) -> Start:
-    """The last good checkpoint, from which the run leaves out the batches up to the bad ones.
-
-    Raises `error` again where there is none.
-    """
-    step = rollback_step(run.checkpoints.steps(), error, start.step, start.returned)
-    run.checkpoints.delete_after(step)
-    good = from_checkpoint(run, step)
-    skipped = skip_batches(good.skipped, step, error, start.skipped)
-    first, last = skipped[-1]
-    run.telemetry.returned(step, skipped_batches=[first, last], reason=str(error))
-    run.telemetry.log(
-        f"{error} Back to the checkpoint of step {step}, and on without batches {first} to {last}."
-    )
-    return Start(step, good.state, skipped, returned=True)
-
-
-def train(run: Run, start: Start, stop: PreemptionSignal) -> int:
-    """Steps, reports, validations and saves, to the last step or until asked to stop.
+def train_steps(run: Run, start: Start, preemption: PreemptionSignal) -> int:
+    """Steps, reports, validates and saves, to the last step or until asked to stop.
 
     Returns the last step done, which is saved. Raises Diverged after too many bad steps.
     """
     config, telemetry = run.config, run.telemetry
-    tensors, limit = names(start.state.model), config.train.max_bad_steps
-    telemetry.began(start.step)
-    step = saved = start.step
+    check = functools.partial(
+        raise_if_diverged, names=names(start.state.model), limit=config.train.max_bad_steps
+    )
+    telemetry.resumed(start.step)
+    step = saved_step = start.step
     state = start.state
     batches = training_batches(run, start)
     metrics: dict[str, jax.Array] = {}
     save_due = False
-    while step < run.last:
-        before = metrics
+    while step < run.last_step:
+        previous_metrics = metrics
         with telemetry.events.waiting():
             batch = next(batches)
         step += 1
-        stop.exchange()
-        state, metrics = telemetry.run_step(step, run.step_function, state, batch)
-        telemetry.advance(step, saved if run.checkpoints.saving() else None)
-        # Devices have this step when the host looks at the one before: none waits for the other.
-        if before:
-            raise_if_diverged(step - 1, before, tensors, limit)
+        preemption.exchange()
+        # The device feed has moved the batch: nothing is transferred implicitly from here.
+        with telemetry.step(step, batch) as dispatch, jax.transfer_guard("disallow"):
+            if dispatch.is_first_of_shape:
+                distributed.compile_in_lockstep(run.train_step, state, batch)
+            state, metrics = dispatch.outputs = run.train_step(state, batch)
+        telemetry.advance(step, saved_step if run.checkpoints.saving() else None)
+        # The host looks at the step before the one just dispatched: neither waits for the other.
+        if previous_metrics:
+            check(step - 1, previous_metrics)
         run.watchdog.heartbeat(step - 1)
-        last = step == run.last
-        if last or step % config.train.log_every == 0:
-            report_step(run, step, metrics, start.skipped)
-        validated: dict[str, float] = {}
-        if last or (config.train.eval_every and step % config.train.eval_every == 0):
-            validated = report_validation(run, step, state)
+        is_last = step == run.last_step
+        if is_last or step % config.train.log_every == 0:
+            log_step(run, step, metrics, start.skipped)
+        losses: dict[str, float] = {}
+        if is_last or (config.train.eval_every and step % config.train.eval_every == 0):
+            losses = validation_losses(run, step, state)
         save_due = save_due or step % config.checkpoint.every == 0
-        if last:
-            raise_if_diverged(step, metrics, tensors, limit)
-        # What is saved on the way comes from a good step: one to go back to.
-        if run.saves and (last or (save_due and not is_bad_step(metrics))):
-            save_state(run, step, state, validated, start.skipped)
-            saved, save_due = step, False
-        if stop.should_stop():
+        if is_last:
+            check(step, metrics)
+        # A checkpoint on the way is of a good step: one to roll back to.
+        if run.saves and (is_last or (save_due and not is_bad_step(metrics))):
+            save_state(run, step, state, losses, start.skipped)
+            saved_step, save_due = step, False
+        if preemption.should_stop():
             break
-    if run.saves and saved != step:
-        raise_if_diverged(step, metrics, tensors, limit)
+    if run.saves and saved_step != step:
+        check(step, metrics)
         save_state(run, step, state, {}, start.skipped)
     return step
 
 
 def training_batches(run: Run, start: Start) -> Iterator[dict[str, jax.Array]]:
-    """The batches of all steps that remain."""
-    first, last = (batch_number(step, start.skipped) for step in (start.step, run.last))
+    """The batches of all remaining steps, on the devices."""
+    first, last = (batch_number(step, start.skipped) for step in (start.step, run.last_step))
     return global_batches(run.data.train, run.mesh, range(first, last), run.config.data.prefetch)
 
 
-def report_step(run: Run, step: int, metrics: dict[str, jax.Array], skipped: Skipped) -> None:
-    """Waits for the step's metrics, and writes and shows them; tokens of batches that were left
-    out count as seen."""
-    told = {name: value for name, value in metrics.items() if name != "bad_tensors"}
-    run.telemetry.step(
-        step, told, tokens_seen=run.data.train.tokens_seen(batch_number(step, skipped))
-    )
+def log_step(run: Run, step: int, metrics: dict[str, jax.Array], skipped: Skipped) -> None:
+    """Waits for the step's metrics, writes and shows them. Tokens of skipped batches count as
+    seen."""
+    tokens_seen = run.data.train.tokens_seen(batch_number(step, skipped))
+    shown = {name: value for name, value in metrics.items() if name != "bad_tensors"}
+    run.telemetry.log_metrics(step, shown, tokens_seen=tokens_seen)
 
 
-def report_validation(run: Run, step: int, state: TrainState) -> dict[str, float]:
-    """A validation pass, where there is data for one, and a second with the averaged weights; what
-    was measured."""
+def validation_losses(run: Run, step: int, state: TrainState) -> dict[str, float]:
+    """Runs and reports a validation pass, if there is data for one, and a second with the averaged
+    weights, if there are any."""
     if run.data.validation is None:
         return {}
-    against = (run.data.validation, run.data.num_bytes, run.mesh)
+    data = (run.data.validation, run.data.num_bytes, run.mesh)
     with run.telemetry.events.during("validate", step=step):
-        values = validate(run.eval_function, state.model, *against)
+        losses = validate(run.eval_step, state.model, *data)
         if state.ema is not None:
-            averaged = validate(run.eval_function, combine(state.ema, state.model), *against)
-            values |= {f"ema_{name}": value for name, value in averaged.items()}
-    run.telemetry.validation(step, values)
-    return values
-
-
-def validate(
-    eval_function, model, batches: Iterable[Batch], num_bytes: int | None, mesh
-) -> dict[str, float]:
-    """Loss of a validation pass in nats a token, and in bits per byte where bytes are known."""
-    nats, num_tokens = total_loss(eval_function, model, batches, mesh)
-    values = {"validation_loss": nats / num_tokens}
-    if num_bytes is not None:
-        values["validation_bits_per_byte"] = bits_per_byte(nats, num_bytes)
-    return values
+            ema_losses = validate(run.eval_step, combine(state.ema, state.model), *data)
+            losses |= {f"ema_{name}": value for name, value in ema_losses.items()}
+    run.telemetry.log_validation(step, losses)
+    return losses
 
 
 def save_state(
-    run: Run, step: int, state: TrainState, validated: dict[str, float], skipped: Skipped
+    run: Run, step: int, state: TrainState, losses: dict[str, float], skipped: Skipped
 ) -> None:
-    """Starts a save, which goes on in the background.
+    """Starts a save, which continues in the background.
 
-    One that fails is reported, and the run goes on: older checkpoints are whole, and the next save
-    may work. Of several hosts it ends all: the others wait for this one in the midst of the save.
+    A failed save is reported, and the run goes on: older checkpoints are whole, and the next save
+    may work. With several hosts it ends all: the others wait for this one in the midst of the save.
     """
 
     def begin() -> None:
-        save(run.checkpoints, step, state, run.config, run.data, run.initial, validated, skipped)
+        save(run.checkpoints, step, state, run.config, run.data, run.initial, losses, skipped)
 
     with run.telemetry.events.during("save", step=step):
-        for part in (run.checkpoints.wait, begin):
+        for phase in (run.checkpoints.wait, begin):
             try:
-                part()
+                phase()
             except SaveError as error:
                 if distributed.process_count() > 1:
                     raise
@@ -303,27 +267,33 @@ def save_state(
     run.telemetry.saved(step)
 
 
+def roll_back(run: Run, start: Start, error: Diverged) -> Start:
+    """Restores the last good checkpoint and skips the batches from there up to the bad ones.
+
+    Raises `error` again where the config does not ask for that, or no such checkpoint is left.
+    """
+    run.watchdog.pause()
+    run.checkpoints.wait()
+    if not (run.config.train.rollback_on_divergence and run.saves):
+        raise error
+    step = rollback_step(run.checkpoints.steps(), error, start.step, start.rolled_back)
+    run.checkpoints.delete_after(step)
+    good = from_checkpoint(run, step)
+    skipped = skip_batches(good.skipped, step, error, start.skipped)
+    first, last = skipped[-1]
+    run.telemetry.rolled_back(step, skipped_batches=[first, last], reason=str(error))
+    run.telemetry.log(
+        f"{error} Back to the checkpoint of step {step}, and on without batches {first} to {last}."
+    )
+    return Start(step, good.state, skipped, rolled_back=True)
+
+
 def finish(run: Run, step: int) -> int:
-    """Says how the run ended at `step`; the exit code."""
-    if step < run.last:
+    """Logs how the run ended after `step`; returns the exit code."""
+    if step < run.last_step:
         run.telemetry.log(f"stopped at step {step}, all saved; the same command goes on from there")
-        code = SAVED
-    else:
-        if run.saves:
-            run.telemetry.log(f"done: {step} steps, in {run.config.folder}")
-        code = DONE
+    elif run.saves:
+        run.telemetry.log(f"done: {step} steps, in {run.config.folder}")
+    code = SAVED if step < run.last_step else DONE
     run.telemetry.ended(step, code)
     return code
-
-
-def describe(config: RunConfig, mesh: Mesh) -> str:
-    """One line: model, mesh, batch."""
-    model, data = config.model, config.data
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    shapes = f"{data.batch_size} rows of {data.sequence_length} tokens a step"
-    for step, batch_size, length in data.shapes()[1:]:
-        shapes += f", {batch_size} of {length} from step {step}"
-    return (
-        f"{model.num_parameters():,} parameters ({model.num_active_parameters():,} a token) on "
-        f"mesh {axes}; {shapes}"
-    )

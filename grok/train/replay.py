@@ -18,7 +18,7 @@ from grok import storage
 from grok.config import RunConfig
 from grok.config.load import from_dict, load_config
 from grok.errors import DONE, CheckpointError
-from grok.train.loop import run
+from grok.train.loop import run_training
 from grok.train.telemetry.metrics_file import read_metrics
 from grok.train.telemetry.run_manifest import code_version, read_manifest
 
@@ -102,7 +102,7 @@ def replay(part: Part) -> list[Compared]:
             (again / "checkpoints").mkdir()
             saved = part.folder / "checkpoints" / str(part.first)
             (again / "checkpoints" / saved.name).symlink_to(saved.absolute())
-        if run(_config(part, again), replay_to=part.last) != DONE:
+        if run_training(_config(part, again), replay_to=part.last) != DONE:
             raise CheckpointError("the replay was stopped before its end.")
         repeated = {
             line["step"]: line for line in read_metrics(again / "metrics.jsonl") if "loss" in line

@@ -44,14 +44,14 @@ def batch_number(step: int, skipped: Skipped) -> int:
     return step + sum(last - first + 1 for first, last in skipped)
 
 
-def rollback_step(steps: Sequence[int], error: Diverged, began: int, returned: bool) -> int:
+def rollback_step(steps: Sequence[int], error: Diverged, began: int, rolled_back: bool) -> int:
     """The checkpoint, of those of `steps`, to go back to: the newest from before the trouble.
 
     Where a return to `began` has led into trouble without a checkpoint in between, it was not good
     enough, and the one before it is taken. Raises `error` again when none is left.
     """
-    good = [step for step in steps if step < error.first and not (returned and step >= began)]
-    newer = [step for step in steps if returned and began < step < error.first]
+    good = [step for step in steps if step < error.first and not (rolled_back and step >= began)]
+    newer = [step for step in steps if rolled_back and began < step < error.first]
     if not good and not newer:
         raise error
     return max(newer or good)

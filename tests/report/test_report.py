@@ -42,7 +42,7 @@ EVENTS = [
     {"time": 0, "event": "compile", "seconds": 20},
     {"time": 20, "event": "resumed", "step": 0},
     {"time": 20, "event": "steps", "first": 0, "last": 300, "seconds": 60},
-    {"time": 80, "event": "returned", "step": 300},
+    {"time": 80, "event": "rolled_back", "step": 300},
 ]
 
 

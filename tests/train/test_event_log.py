@@ -115,7 +115,7 @@ def test_steps_before_a_return_to_a_checkpoint_are_lost():
         (0, "began", {}),
         (0, "resumed", {"step": 0}),
         (0, "steps", {"first": 0, "last": 20, "seconds": 20}),
-        (20, "returned", {"step": 10}),
+        (20, "rolled_back", {"step": 10}),
         (20, "steps", {"first": 10, "last": 30, "seconds": 20}),
     )
     found = goodput.measure(events).seconds

@@ -17,8 +17,9 @@ from grok.checkpoint.manager import Checkpoints
 from grok.cli.main import main
 from grok.config import CheckpointConfig, OptimizerConfig, RunConfig, TrainConfig
 from grok.errors import DONE, CheckpointError
+from grok.train.evaluate import validate
 from grok.train.init_from import initial_weights, open_initial
-from grok.train.loop import run, validate
+from grok.train.loop import run_training
 from grok.train.run_data import read_data
 from grok.train.step import eval_step
 from grok.train.telemetry.metrics_file import read_metrics
@@ -43,7 +44,7 @@ def golden_run(config: RunConfig, folder: Path, init_from: Path, **train) -> Run
 @pytest.fixture(scope="module")
 def tuned(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
     config = golden_run(tiny_run, tmp_path_factory.mktemp("tuned") / "run", RELEASE)
-    assert run(config) == DONE
+    assert run_training(config) == DONE
     return config
 
 
@@ -132,4 +133,4 @@ def test_a_run_in_the_folder_of_an_import_is_refused(tuned: RunConfig, tmp_path)
     assert CliRunner().invoke(main, command).exit_code == 0
     there = dataclasses.replace(tuned, folder=str(tmp_path / "run"))
     with pytest.raises(CheckpointError, match=r"holds imported weights.*train\.init_from="):
-        run(there)
+        run_training(there)

@@ -19,7 +19,7 @@ from grok.config.text import to_yaml
 from grok.errors import DONE, SAVED, CheckpointError, ConfigError, DataError
 from grok.optim.offload import is_on_host
 from grok.optim.optimizer import make_optimizer
-from grok.train.loop import run
+from grok.train.loop import run_training
 from grok.train.state import abstract_state
 from grok.train.telemetry.event_log import read_events
 from grok.train.telemetry.metrics_file import MetricsFile, read_metrics
@@ -59,7 +59,7 @@ def steps_of(config: RunConfig) -> dict[int, dict]:
 def straight(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
     """Twenty steps without a stop, checkpoints at 10 and 20."""
     config = in_folder(tiny_run, tmp_path_factory.mktemp("straight") / "run")
-    assert run(config) == DONE
+    assert run_training(config) == DONE
     return config
 
 
@@ -85,7 +85,7 @@ def test_resumed_from_the_middle_every_bit_is_the_same(straight: RunConfig, tmp_
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines[:13]) + '{"step": 14, "lo')
-    assert run(resumed) == DONE
+    assert run_training(resumed) == DONE
     assert steps_of(resumed) == steps_of(straight)
     once, again = saved_state(straight, 20), saved_state(resumed, 20)
     assert once.keys() == again.keys()
@@ -101,7 +101,7 @@ def test_moments_on_the_hosts_change_no_bit(straight: RunConfig, tmp_path):
     assert {is_on_host(leaf) for leaf in jax.tree.leaves(wanted) if leaf.ndim > 1} == {True}
     shutil.copytree(straight.folder, there.folder)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
-    assert run(there) == DONE
+    assert run_training(there) == DONE
     assert steps_of(there) == steps_of(straight)
     here = in_folder(straight, there.folder)
     once, again = saved_state(straight, 20), saved_state(here, 20)
@@ -112,7 +112,7 @@ def test_moments_on_the_hosts_change_no_bit(straight: RunConfig, tmp_path):
 def test_a_finished_run_started_again_trains_no_further(straight: RunConfig, tmp_path):
     again = in_folder(straight, tmp_path / "run")
     shutil.copytree(straight.folder, again.folder)
-    assert run(again) == DONE
+    assert run_training(again) == DONE
     assert steps_of(again) == steps_of(straight)
 
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_goes_on_another_mesh(straight: RunConfig, tmp_path):
     )
     shutil.copytree(straight.folder, other.folder)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
-    assert run(other) == DONE
+    assert run_training(other) == DONE
     ours, theirs = steps_of(other), steps_of(straight)
     for step in range(11, 21):
         # Sums over devices are made in another order; ten steps of AdamW spread the difference.
@@ -135,7 +135,7 @@ def test_another_model_is_refused_by_name(straight: RunConfig, tmp_path):
         straight, model=dataclasses.replace(straight.model, rope_theta=500.0)
     )
     with pytest.raises(CheckpointError, match=r"model\.rope_theta=10000\.0 .* says 500\.0"):
-        run(other)
+        run_training(other)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -155,7 +155,7 @@ def test_asked_to_stop_a_run_saves_and_goes_on_later(tiny_run, straight, tmp_pat
         rest = process.stdout.read()
     assert process.returncode == SAVED
     assert "all saved" in rest
-    assert run(config) == DONE
+    assert run_training(config) == DONE
     assert steps_of(config) == steps_of(straight)
 
 
@@ -174,13 +174,13 @@ def test_what_is_missing_is_named(tiny_run: RunConfig, tmp_path):
     config = in_folder(tiny_run, tmp_path / "run")
     without = dataclasses.replace(config, data=dataclasses.replace(config.data, train=()))
     with pytest.raises(DataError, match=r"data\.train names no files"):
-        run(without)
+        run_training(without)
     without = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=""))
     with pytest.raises(DataError, match=r"data\.tokenizer names no"):
-        run(without)
+        run_training(without)
     mesh = MeshConfig(data=3, expert=1, tensor=1)
     with pytest.raises(ConfigError, match=r"needs 3 devices, and there are 8"):
-        run(dataclasses.replace(config, mesh=mesh, train=TrainConfig(steps=20)))
+        run_training(dataclasses.replace(config, mesh=mesh, train=TrainConfig(steps=20)))
 
 
 def names_in(folder: str) -> list[str]:
@@ -190,10 +190,10 @@ def names_in(folder: str) -> list[str]:
 def test_a_run_in_a_bucket_is_as_one_on_this_machine(tiny_run, straight, tmp_path):
     with bucket() as client:
         config = in_folder(tiny_run, "gs://bucket/run")
-        assert run(config) == DONE
+        assert run_training(config) == DONE
         # As after a crash behind step 10: no later checkpoint, and a line that is done again.
         storage.remove("gs://bucket/run/checkpoints/20")
-        assert run(config) == DONE
+        assert run_training(config) == DONE
         client.get("bucket/run", str(tmp_path / "run"), recursive=True)
     copied = in_folder(tiny_run, tmp_path / "run")
     assert steps_of(copied) == steps_of(straight)

@@ -14,7 +14,7 @@ from grok.cli.main import main
 from grok.config import CheckpointConfig, LoraConfig, RunConfig
 from grok.errors import DONE, CheckpointError, ConfigError
 from grok.train.init_from import initial_weights
-from grok.train.loop import run
+from grok.train.loop import run_training
 from grok.train.telemetry.metrics_file import read_metrics
 from grok.weights.detect import open_source
 from tests.fixtures.random_weights import RandomSource
@@ -43,7 +43,7 @@ def tuned(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
         lora=LORA,
         checkpoint=CheckpointConfig(every=3),
     )
-    assert run(config) == DONE
+    assert run_training(config) == DONE
     return config
 
 
@@ -86,7 +86,7 @@ def test_resumed_every_bit_is_the_same(tuned: RunConfig, tmp_path):
     shutil.copytree(tuned.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
     again = dataclasses.replace(tuned, folder=str(tmp_path / "run"))
-    assert run(again) == DONE
+    assert run_training(again) == DONE
     assert lines_of(again) == lines_of(tuned)
 
 
@@ -132,7 +132,7 @@ def test_adapters_of_other_weights_are_refused(tuned: RunConfig, tmp_path):
 def test_other_adapters_are_refused_by_name(tuned: RunConfig):
     other = dataclasses.replace(tuned, lora=dataclasses.replace(LORA, rank=8))
     with pytest.raises(CheckpointError, match=r"lora\.(rank=4|alpha=8\.0) and the config says"):
-        run(other)
+        run_training(other)
 
 
 def test_adapters_of_nothing_are_refused(tuned: RunConfig):

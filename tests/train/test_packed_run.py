@@ -10,7 +10,7 @@ import pytest
 
 from grok.config import CheckpointConfig, DatasetConfig, RunConfig, ShapeChange, TrainConfig
 from grok.errors import DONE, CheckpointError, DataError
-from grok.train.loop import run
+from grok.train.loop import run_training
 from grok.train.run_data import read_data
 from grok.train.telemetry.metrics_file import read_metrics
 from tests.data.fake_documents import FakeDocuments, random_lengths, write_prepared
@@ -57,7 +57,7 @@ def straight(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
         train=TrainConfig(steps=STEPS, log_every=1),
         checkpoint=CheckpointConfig(every=2),
     )
-    assert run(config) == DONE
+    assert run_training(config) == DONE
     return config
 
 
@@ -81,7 +81,7 @@ def test_tokens_of_each_dataset_are_metrics(straight: RunConfig):
 
 
 def test_resumed_every_bit_is_the_same(straight: RunConfig, halfway: RunConfig):
-    assert run(halfway) == DONE
+    assert run_training(halfway) == DONE
     assert lines_of(halfway) == lines_of(straight)
 
 
@@ -95,9 +95,9 @@ def test_changed_data_is_refused_unless_told(halfway: RunConfig, tmp_path):
     (changed / "manifest.json").write_text(json.dumps(manifest | {"licence": "other"}))
     sentence = r"checkpoints/2 was trained on .*/a \(manifest [0-9a-f]{12}\) and .*/changed \(mani"
     with pytest.raises(CheckpointError, match=sentence) as caught:
-        run(moved)
+        run_training(moved)
     assert "data.allow_data_change=true" in str(caught.value)
-    assert run(with_data(moved, allow_data_change=True)) == DONE
+    assert run_training(with_data(moved, allow_data_change=True)) == DONE
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(straight: RunConfig, tmp_path):
@@ -108,10 +108,10 @@ def test_a_dataset_of_another_tokenizer_is_refused(straight: RunConfig, tmp_path
     manifest["tokenizer"]["vocab_size"] = 400
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"up to 399, but model\.vocab_size=320; .*=400 would work"):
-        run(config)
+        run_training(config)
     manifest["tokenizer"]["sha256"] = "0" * 64
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"tokenizer of SHA-256 000000000000, and data\.tokenizer="):
-        run(config)
+        run_training(config)
     with pytest.raises(DataError, match=r"none has no manifest\.json"):
-        run(with_data(straight, datasets=(DatasetConfig(path=str(tmp_path / "none")),)))
+        run_training(with_data(straight, datasets=(DatasetConfig(path=str(tmp_path / "none")),)))

@@ -52,7 +52,7 @@ def healthy(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
         train=TrainConfig(steps=STEPS, log_every=1, max_bad_steps=2),
         checkpoint=CheckpointConfig(every=2, keep=10),
     )
-    assert loop.run(config) == DONE
+    assert loop.run_training(config) == DONE
     return config
 
 
@@ -67,7 +67,7 @@ def after_two(healthy: RunConfig, tmp_path) -> RunConfig:
 
 def test_one_bad_step_is_skipped_and_the_save_due_then_waits(after_two, monkeypatch):
     monkeypatch.setattr(loop, "read_data", poisoned(range(3, 4)))
-    assert loop.run(after_two) == DONE
+    assert loop.run_training(after_two) == DONE
     assert [step for step, line in steps_of(after_two).items() if line["skipped"]] == [4]
     assert Checkpoints(Path(after_two.folder) / "checkpoints").steps() == [2, 5, 6, 8]
 
@@ -75,7 +75,7 @@ def test_one_bad_step_is_skipped_and_the_save_due_then_waits(after_two, monkeypa
 def test_bad_steps_in_a_row_end_the_run_and_name_the_tensors(after_two, monkeypatch):
     monkeypatch.setattr(loop, "read_data", poisoned(range(4, 99)))
     with pytest.raises(Diverged, match=r"the 2 steps up to step 6 were bad .* gradients of embed"):
-        loop.run(after_two)
+        loop.run_training(after_two)
     *_, last = read_events(Path(after_two.folder) / "events.jsonl")
     assert (last["event"], last["code"]) == ("ended", DIVERGED)
     assert Checkpoints(Path(after_two.folder) / "checkpoints").steps() == [2, 4]
@@ -86,10 +86,10 @@ def test_a_run_goes_back_and_leaves_the_bad_batches_out(after_two, healthy, monk
         after_two, train=dataclasses.replace(after_two.train, rollback_on_divergence=True)
     )
     monkeypatch.setattr(loop, "read_data", poisoned(range(5, 7)))
-    assert loop.run(config) == DONE
+    assert loop.run_training(config) == DONE
     folder = Path(config.folder)
-    (returned,) = [line for line in read_events(folder / "events.jsonl") if "reason" in line]
-    assert (returned["step"], returned["skipped_batches"]) == (4, [4, 6])
+    (rolled_back,) = [line for line in read_events(folder / "events.jsonl") if "reason" in line]
+    assert (rolled_back["step"], rolled_back["skipped_batches"]) == (4, [4, 6])
     checkpoints = Checkpoints(folder / "checkpoints")
     assert checkpoints.meta(8)["skipped_batches"] == [[4, 6]]
     # Two checkpoints are made after the return; a run that goes on from the first repeats the rest.
@@ -99,21 +99,33 @@ def test_a_run_goes_back_and_leaves_the_bad_batches_out(after_two, healthy, monk
     assert lines[5]["loss"] != steps_of(healthy)[5]["loss"]
     assert not any(line["skipped"] for line in lines.values())
     shutil.rmtree(folder / "checkpoints" / "8")
-    assert loop.run(config) == DONE
+    assert loop.run_training(config) == DONE
     again = steps_of(config)
     assert [again[7]["loss"], again[8]["loss"]] == [lines[7]["loss"], lines[8]["loss"]]
 
 
+def test_the_loop_refuses_a_batch_that_is_still_on_the_host(after_two, monkeypatch):
+    feed = loop.global_batches
+
+    def unfed(*arguments):
+        for batch in feed(*arguments):
+            yield {name: np.asarray(array) for name, array in batch.items()}
+
+    monkeypatch.setattr(loop, "global_batches", unfed)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        loop.run_training(after_two)
+
+
 def test_where_to_go_back_to():
     error = Diverged("bad", first=25, last=34)
-    assert rollback_step([10, 20, 30], error, began=0, returned=False) == 20
-    assert rollback_step([10, 20], error, began=20, returned=False) == 20
-    assert rollback_step([10, 20], error, began=20, returned=True) == 10
-    assert rollback_step([10, 20], error, began=10, returned=True) == 20
+    assert rollback_step([10, 20, 30], error, began=0, rolled_back=False) == 20
+    assert rollback_step([10, 20], error, began=20, rolled_back=False) == 20
+    assert rollback_step([10, 20], error, began=20, rolled_back=True) == 10
+    assert rollback_step([10, 20], error, began=10, rolled_back=True) == 20
     with pytest.raises(Diverged):
-        rollback_step([30], error, began=0, returned=False)
+        rollback_step([30], error, began=0, rolled_back=False)
     with pytest.raises(Diverged):
-        rollback_step([20], error, began=20, returned=True)
+        rollback_step([20], error, began=20, rolled_back=True)
 
 
 def test_batches_left_out_add_up():

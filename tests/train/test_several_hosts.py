@@ -12,7 +12,7 @@ from grok import distributed
 from grok.config import RunConfig
 from grok.config.text import to_yaml
 from grok.errors import DONE, REFUSED, RESTART, SAVED, ConfigError
-from grok.train.loop import run
+from grok.train.loop import run_training
 from grok.train.telemetry.event_log import read_events
 from grok.train.telemetry.metrics_file import read_metrics
 from tests.train.several_hosts import Hosts
@@ -36,7 +36,7 @@ def test_a_signal_to_one_stops_both_and_one_host_goes_on(config: RunConfig, tmp_
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(config))
     straight = dataclasses.replace(config, folder=str(tmp_path / "straight"))
-    assert run(straight) == DONE
+    assert run_training(straight) == DONE
     both = Hosts([[str(file)]] * 2, tmp_path / "logs")
     try:
         assert both.wait_until(lambda: "\nstep 3 " in both.said(0)), both.said(0) + both.said(1)
@@ -49,7 +49,7 @@ def test_a_signal_to_one_stops_both_and_one_host_goes_on(config: RunConfig, tmp_
     events = read_events(Path(config.folder) / "events.jsonl")
     (stopped,) = [line["step"] for line in events if line["event"] == "ended"]
     assert stopped >= 3
-    assert run(config) == DONE
+    assert run_training(config) == DONE
     # The same sums in the same order, by other means of exchange.
     ours, theirs = losses(config), losses(straight)
     assert ours.keys() == theirs.keys()

@@ -16,7 +16,7 @@ from grok.cli.main import main
 from grok.config import RunConfig
 from grok.config.load import to_dict
 from grok.errors import DONE, CheckpointError
-from grok.train.loop import run
+from grok.train.loop import run_training
 from grok.train.replay import Compared, Part, find_part, replay
 from grok.train.telemetry import goodput
 from grok.train.telemetry.event_log import read_events
@@ -32,7 +32,7 @@ def finished(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
         train=dataclasses.replace(tiny_run.train, steps=6, tensorboard=True, profile=(3, 4)),
         checkpoint=dataclasses.replace(tiny_run.checkpoint, every=2, keep=2),
     )
-    assert run(config) == DONE
+    assert run_training(config) == DONE
     return config
 
 

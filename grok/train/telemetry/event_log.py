@@ -9,7 +9,8 @@ Each line has `time` (when it began, seconds since 1970), `event`, and, for what
             spans of `during`
   steps     training steps `first` + 1 to `last`, all spans left out
   data      seconds that the loop waited for batches since the line before
-  returned  the run went back to an earlier `step`, within one process
+  rolled_back
+            the run went back to an earlier `step`, within one process
   ended     the process left by itself after `step`, with exit `code`
 
 Lines are appended to those of earlier processes, each by one write, so a kill costs at most the

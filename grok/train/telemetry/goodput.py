@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 # Lines that say from which step the run goes on; what was done beyond it is done again.
-REWINDS = ("resumed", "returned")
+REWINDS = ("resumed", "rolled_back")
 SPANS = ("start", "restore", "compile", "data", "validate", "save", "profile")
 
 

@@ -29,7 +29,7 @@ class MetricsFile:
     def __enter__(self) -> "MetricsFile":
         if self._path is None:
             return self
-        self.forget(self._first_step)
+        self.truncate(self._first_step)
         self._file = self._path.open("a", buffering=1)
         return self
 
@@ -44,8 +44,8 @@ class MetricsFile:
                 json.dumps(_encode_non_finite({"step": step, **values}), allow_nan=False) + "\n"
             )
 
-    def forget(self, after: int) -> None:
-        """Drops the lines of steps after `after`, which are about to be done again."""
+    def truncate(self, after: int) -> None:
+        """Drops the lines of steps after step `after`, which are about to be done again."""
         if self._path is not None and self._path.exists():
             kept = [line for line in read_metrics(self._path) if line["step"] <= after]
             self._path.write_text(

@@ -40,7 +40,7 @@ class RunManifest:
     """The `run.json` in a run's folder, here or at gs://; without a folder nothing is written."""
 
     def __init__(self, folder: str | None, config: RunConfig, mesh: Mesh, data: RunData):
-        """Takes up what earlier processes wrote; `began` writes the first line of this one."""
+        """Takes up what earlier processes wrote; `resumed` writes the entry of this one."""
         self._folder = folder
         if folder is None:
             return
@@ -62,8 +62,8 @@ class RunManifest:
         """The run's identifier, eight hexadecimal digits."""
         return self._facts["id"]
 
-    def began(self, step: int) -> None:
-        """This process goes on after `step`."""
+    def resumed(self, step: int) -> None:
+        """Records that this process resumes after `step`."""
         if self._folder is not None:
             self._start["first_step"] = self._start["last_step"] = step
             self._write()
@@ -104,6 +104,19 @@ def read_manifest(folder: str) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return facts if isinstance(facts, dict) and {"id", "starts"} <= facts.keys() else None
+
+
+def describe_run(config: RunConfig, mesh: Mesh) -> str:
+    """One line about model, mesh and batch."""
+    model, data = config.model, config.data
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    shapes = f"{data.batch_size} rows of {data.sequence_length} tokens a step"
+    for step, batch_size, length in data.shapes()[1:]:
+        shapes += f", {batch_size} of {length} from step {step}"
+    return (
+        f"{model.num_parameters():,} parameters ({model.num_active_parameters():,} a token) on "
+        f"mesh {axes}; {shapes}"
+    )
 
 
 def describe_program() -> dict[str, Any]:

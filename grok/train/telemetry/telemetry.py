@@ -1,19 +1,19 @@
-"""All that a run tells while it goes on, in one place for the loop to talk to.
+"""Everything that a run records while it goes on, in one object for the loop to talk to.
 
-Into the run's folder: `metrics.jsonl` (what was measured), `events.jsonl` (what the time went to),
-`run.json` (what the run is), and where the config asks for them TensorBoard's files and a profile;
-to people: the display. Of several processes the first alone does any of this.
+In the run's folder: `metrics.jsonl` (what was measured), `events.jsonl` (what the time went to),
+`run.json` (the run manifest), and where the config asks for them TensorBoard's files and a profile;
+on the terminal: progress. Of several processes only the primary does any of this.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from grok import distributed, storage
+from grok import storage
 from grok.config import GrokConfig, RunConfig
 from grok.errors import GrokError
 from grok.hardware import peak_flops
@@ -31,16 +31,26 @@ from grok.train.telemetry.trackers import Tracker, open_trackers
 SMOOTHING = 0.9
 
 
+class Dispatch:
+    """One step, between `Telemetry.step` and the end of its block, which sets `outputs`: the new
+    state and the metrics that the step returned."""
+
+    def __init__(self, is_first_of_shape: bool):
+        """`is_first_of_shape`: no batch of this shape came before, so the step will compile."""
+        self.is_first_of_shape = is_first_of_shape
+        self.outputs: tuple[Any, dict[str, jax.Array]]
+
+
 class Telemetry:
-    """The reports of one process of a run; nothing is written before it is entered."""
+    """The records of one process of a run; nothing is written before it is entered."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, data: RunData, first: int, began: float):
-        """Of the run of `config` on `data`, going on after step `first` on `mesh`; `began`: when
+        """For a run of `config` on `data` that resumes after step `first` on `mesh`; `began`: when
         this process did, seconds since 1970."""
         self._began = began
         self._config, self._mesh, self._data, self._step = config, mesh, data, first
-        self._run_folder = RunDir(config.folder) if jax.process_index() == 0 else None
-        self._folder = self._run_folder.path if self._run_folder else None
+        self._run_dir = RunDir(config.folder) if jax.process_index() == 0 else None
+        self._folder = self._run_dir.path if self._run_dir else None
         self._display = ProgressDisplay(
             "step {done:,}/{total:,}",
             config.train.steps,
@@ -51,12 +61,12 @@ class Telemetry:
         )
         self._figures: list[str] = []
         self._smoothed_loss = SmoothedLoss()
-        self._compiled: set[tuple[int, int]] = set()
+        self._shapes: set[tuple[int, int]] = set()
 
     def __enter__(self) -> "Telemetry":
         with contextlib.ExitStack() as exits:
-            if self._run_folder:
-                exits.enter_context(self._run_folder)
+            if self._run_dir:
+                exits.enter_context(self._run_dir)
             path = None if self._folder is None else self._folder / "events.jsonl"
             self.events = exits.enter_context(EventLog(path, self._began))
             exits.enter_context(self._display)
@@ -72,14 +82,14 @@ class Telemetry:
         self.metrics = exits.enter_context(
             MetricsFile(None if folder is None else folder / "metrics.jsonl", self._step)
         )
-        self._record = RunManifest(
+        self._manifest = RunManifest(
             None if folder is None else config.folder, config, self._mesh, self._data
         )
-        self._writers: list[Tracker] = []
+        self._trackers: list[Tracker] = []
         if folder is not None:
-            self._writers = open_trackers(config, folder, self._record.run_id, self._step)
-        for writer in self._writers:
-            exits.callback(writer.close)
+            self._trackers = open_trackers(config, folder, self._manifest.run_id, self._step)
+        for tracker in self._trackers:
+            exits.callback(tracker.close)
         self._profiler = Profiler(
             None if folder is None else folder / "profile", config.train.profile, self.events
         )
@@ -96,40 +106,41 @@ class Telemetry:
         """Shows a line to people."""
         self._display.log(text)
 
-    def began(self, step: int) -> None:
-        """The steps begin, after `step`."""
+    def resumed(self, step: int) -> None:
+        """Records that the steps begin, after `step`."""
         self.events.note("resumed", step=step)
         self.events.steps_from(step)
         self.rates.take()
-        self._record.began(step)
+        self._manifest.resumed(step)
         if step:
             self.metrics.write(step, event="resumed")
 
-    def run_step(self, step: int, function: Callable, state: Any, batch: Mapping) -> tuple:
-        """`function(state, batch)`, dispatched as `step`; returns its state and metrics.
+    @contextlib.contextmanager
+    def step(self, step: int, batch: Mapping[str, jax.Array]) -> Iterator[Dispatch]:
+        """Times and profiles the block, which dispatches `step`.
 
-        The first of each shape of batches is waited for, since it is compiled: that time is part
-        of no speed.
+        The first step of each shape of batches compiles: it is waited for, as an event of its own,
+        and is part of no speed.
         """
         B, T = batch["targets_BT"].shape
+        dispatch = Dispatch(is_first_of_shape=(B, T) not in self._shapes)
         self._profiler.before(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            if (B, T) in self._compiled:
-                state, metrics = function(state, batch)
-                self.rates.count(B, T)
-            else:
-                self._compiled.add((B, T))
+            if dispatch.is_first_of_shape:
+                self._shapes.add((B, T))
                 self.log("compiling the training step")
                 with self.events.during("compile", step=step):
-                    distributed.compile_in_lockstep(function, state, batch)
-                    state, metrics = jax.block_until_ready(function(state, batch))
-        if self._profiler.after(step, metrics):
+                    yield dispatch
+                    jax.block_until_ready(dispatch.outputs)
+            else:
+                yield dispatch
+                self.rates.count(B, T)
+        if self._profiler.after(step, dispatch.outputs[1]):
             self.log(f"profile of the steps up to {step} in {self._folder}/profile")
         self._step = step
-        return state, metrics
 
-    def step(self, step: int, metrics: Mapping[str, jax.Array], **more: Any) -> None:
-        """Waits for the metrics of a logged step; writes them, and `more`, and shows the main."""
+    def log_metrics(self, step: int, metrics: Mapping[str, jax.Array], **more: Any) -> None:
+        """Waits for the metrics of a step; writes them, and `more`, and shows the main ones."""
         values = to_plain(metrics) | more | self.rates.take()
         self._write(step, values)
         loss, speed, mfu = values["loss"], values["tokens_per_second"], values.get("mfu")
@@ -148,40 +159,40 @@ class Telemetry:
         saves = [] if saving is None else [f"saving step {saving}"]
         self._display.update(step, *self._figures, *saves)
 
-    def validation(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes and shows what a validation pass found."""
-        self._write(step, values)
-        said = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
-        self.log(f"step {step}  {'  '.join(said)}")
+    def log_validation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Writes and shows the losses of a validation pass."""
+        self._write(step, losses)
+        figures = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in losses.items())
+        self.log(f"step {step}  {'  '.join(figures)}")
 
     def saved(self, step: int) -> None:
-        """A save of `step` was started."""
+        """Records that a save of `step` was started."""
         self.events.steps_to(step)
         try:
-            self._record.saved(step)
-            if self._run_folder:
-                self._run_folder.upload()
+            self._manifest.saved(step)
+            if self._run_dir:
+                self._run_dir.upload()
         except OSError as error:
             # The next save may find it mended, and the checkpoints tell for themselves.
             self.log(f"{self._config.folder} cannot be written: {storage.reason(error)}")
 
-    def returned(self, step: int, **facts: Any) -> None:
-        """The run has gone back to an earlier `step`; what was measured since is forgotten."""
+    def rolled_back(self, step: int, **facts: Any) -> None:
+        """Records that the run is back at an earlier `step`; drops the metrics of later steps."""
         self.events.steps_to(self._step)
-        self.events.note("returned", step=step, **facts)
-        self.metrics.forget(step)
+        self.events.note("rolled_back", step=step, **facts)
+        self.metrics.truncate(step)
         self._step = step
 
     def ended(self, step: int, code: int) -> None:
-        """The run leaves after `step` with exit code `code`; all saves are on disk."""
+        """Records that the run ends after `step` with exit code `code`; all saves are on disk."""
         self.events.steps_to(step)
         self.events.note("ended", step=step, code=code)
-        self._record.ended(step, code)
+        self._manifest.ended(step, code)
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         self.metrics.write(step, **values)
-        for writer in self._writers:
-            writer.write(step, values)
+        for tracker in self._trackers:
+            tracker.write(step, values)
 
 
 class SmoothedLoss:
@@ -199,7 +210,7 @@ class SmoothedLoss:
 
 
 class Rates:
-    """Speed of the steps since the last report; compilation, saves and validation left out."""
+    """Speed of the steps since the last report, without compilation, saves and validation."""
 
     def __init__(self, model: GrokConfig, mesh: Mesh, events: EventLog):
         self._model, self._clock = model, events.clock
@@ -209,13 +220,13 @@ class Rates:
         self._since = self._clock()
 
     def count(self, B: int, T: int) -> None:
-        """A step of B rows of T tokens was dispatched."""
+        """Counts a step of B rows of T tokens."""
         self._tokens += B * T
         self._flops += B * T * flops_per_token(self._model, T)
 
     def take(self) -> dict[str, float | None]:
-        """`tokens_per_second`, None where nothing was measured, and on chips that are known `mfu`:
-        the share of their peak that the model's own arithmetic (see `flops_per_token`) took."""
+        """Returns the rates since the last call: `tokens_per_second`, None without a step, and on
+        known chips `mfu`, the share of their peak FLOP/s that `flops_per_token` amounts to."""
         seconds = self._clock() - self._since
         rates: dict[str, float | None] = {"tokens_per_second": None}
         if self._tokens:
