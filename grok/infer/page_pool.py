@@ -1,4 +1,4 @@
-"""Which pages of the cache are whose: one group of devices' pages, and prefixes that are kept."""
+"""Pages of the cache of one group of devices: who uses them, and which prefixes they hold."""
 
 import collections
 import hashlib
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def prefix_keys(tokens: Sequence[int], page_size: int) -> list[bytes]:
-    """A key for each whole page of `tokens`, of it and all before it."""
+    """A key for each full page of `tokens`, of its tokens and all before them."""
     keys, key = [], b""
     for first in range(0, len(tokens) // page_size * page_size, page_size):
         page = np.asarray(tokens[first : first + page_size], np.int64).tobytes()
@@ -18,18 +18,18 @@ def prefix_keys(tokens: Sequence[int], page_size: int) -> list[bytes]:
 
 
 class PagePool:
-    """Pages by number. A page has as many users as sequences that read it.
+    """Pages by number, with a count of the sequences that read each.
 
-    One that holds a known prefix stays when its last user leaves, until the room is needed: the
-    one longest unused goes first.
+    A page that holds a prefix stays cached when its last user releases it, until the room is
+    needed: the least recently used one is evicted first.
     """
 
-    def __init__(self, pages: int):
-        self._free = list(reversed(range(pages)))
-        self._users = [0] * pages
+    def __init__(self, num_pages: int):
+        self._free = list(reversed(range(num_pages)))
+        self._users = [0] * num_pages
         self._keys: dict[int, bytes] = {}
-        self._found: dict[bytes, int] = {}
-        self._kept: collections.OrderedDict[int, None] = collections.OrderedDict()
+        self._page_of_key: dict[bytes, int] = {}
+        self._cached: collections.OrderedDict[int, None] = collections.OrderedDict()
 
     @property
     def free(self) -> int:
@@ -37,58 +37,58 @@ class PagePool:
         return len(self._free)
 
     @property
-    def kept(self) -> int:
+    def cached(self) -> int:
         """Pages without a user that hold prefixes."""
-        return len(self._kept)
+        return len(self._cached)
 
     @property
     def used(self) -> int:
         """Pages that have users."""
-        return len(self._users) - self.free - self.kept
+        return len(self._users) - self.free - self.cached
 
-    def take(self) -> int | None:
+    def allocate(self) -> int | None:
         """A page for one user, to write to; None where all have users."""
         if self._free:
             page = self._free.pop()
-        elif self._kept:
-            page, _ = self._kept.popitem(last=False)
-            del self._found[self._keys.pop(page)]
+        elif self._cached:
+            page, _ = self._cached.popitem(last=False)
+            del self._page_of_key[self._keys.pop(page)]
         else:
             return None
         self._users[page] = 1
         return page
 
-    def give_back(self, pages: Sequence[int]) -> None:
-        """One user less for each of a sequence's pages; the last ones are given up first."""
+    def release(self, pages: Sequence[int]) -> None:
+        """Removes one user of each of a sequence's pages; its last pages are evicted first."""
         for page in reversed(pages):
             self._users[page] -= 1
             if self._users[page]:
                 continue
             if page in self._keys:
-                self._kept[page] = None
+                self._cached[page] = None
             else:
                 self._free.append(page)
 
-    def remember(self, page: int, key: bytes) -> None:
-        """`page` holds, or will after the step now being made, the prefix of this key."""
-        if key not in self._found:
-            self._found[key], self._keys[page] = page, key
+    def register_prefix(self, page: int, key: bytes) -> None:
+        """Notes that `page` holds, or will after the scheduled step, the prefix of this key."""
+        if key not in self._page_of_key:
+            self._page_of_key[key], self._keys[page] = page, key
 
-    def known(self, keys: Sequence[bytes]) -> list[int]:
-        """Pages of the longest known prefix."""
+    def cached_prefix(self, keys: Sequence[bytes]) -> list[int]:
+        """Pages of the longest prefix that the cache holds."""
         pages = []
         for key in keys:
-            if key not in self._found:
+            if key not in self._page_of_key:
                 break
-            pages.append(self._found[key])
+            pages.append(self._page_of_key[key])
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
-        """One user more for each of these."""
+        """Adds one user to each of these pages."""
         for page in pages:
             self._users[page] += 1
-            self._kept.pop(page, None)
+            self._cached.pop(page, None)
 
     def available(self, besides: Sequence[int] = ()) -> int:
-        """How many pages `take` could give if `besides` were shared."""
-        return self.free + self.kept - sum(page in self._kept for page in besides)
+        """Number of pages that `allocate` could give if `besides` were shared."""
+        return self.free + self.cached - sum(page in self._cached for page in besides)

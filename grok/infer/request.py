@@ -1,20 +1,79 @@
-"""What is asked of the engine and what it answers. Nothing here imports JAX.
+"""A request to the engine and the completion that grows from it. Nothing here imports JAX.
 
 `grok.infer.engine.Engine` takes a `Request` with `submit` and gives `Output`s from `step`.
 """
 
 import dataclasses
 
+import numpy as np
+
 from grok.config.sampling import SamplingParams
+from grok.data.tokenizers import StreamDecoder, Tokenizer
+from grok.errors import RequestError
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt in tokens, and what is wanted after it. `id` is the caller's, unique in flight."""
+    """A prompt in tokens and its sampling parameters; `id` is unique among those in flight."""
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams = dataclasses.field(default=SamplingParams())
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Sizes that every request has to fit: of the model, and of one group's pages."""
+
+    vocab_size: int
+    context_length: int
+    page_size: int
+    pages_per_group: int
+    groups: int
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError, with what would fit, for a request that could never run."""
+        if not request.prompt:
+            raise RequestError(
+                "prompt", "the prompt is empty; one token at least is needed to continue from."
+            )
+        lists = ("stop_token_ids", "allowed_token_ids", "banned_token_ids")
+        self._check_ids("prompt", request.prompt)
+        for name in lists:
+            self._check_ids(name, getattr(request.params, name))
+        self._check_length(len(request.prompt), request.params.max_tokens)
+
+    def _check_ids(self, name: str, ids: tuple[int, ...]) -> None:
+        wrong = next((token for token in ids if not 0 <= token < self.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(
+                name,
+                f"{name} has token {wrong} and the model's vocabulary {self.vocab_size} tokens; "
+                "the tokenizer must be the one the model was trained with.",
+            )
+
+    def _check_length(self, prompt: int, new: int) -> None:
+        length, context = prompt + new, self.context_length
+        tokens = f"a prompt of {prompt} tokens with {new} new ones"
+        if prompt >= context:
+            raise RequestError(
+                "prompt",
+                f"a prompt of {prompt} tokens leaves no room for a new one in the model's context "
+                f"of {context}; at most {context - 1} tokens fit.",
+            )
+        if length > context:
+            raise RequestError(
+                "max_tokens",
+                f"{tokens} is longer than the model's context of {context}; at most "
+                f"{context - prompt} new tokens fit.",
+            )
+        if length > self.pages_per_group * self.page_size:
+            enough = -(-length // self.page_size) * self.groups
+            raise RequestError(
+                "max_tokens",
+                f"{tokens} needs more than the {self.pages_per_group} pages of {self.page_size} "
+                f"tokens that there are; engine.num_pages={enough} would work.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,37 +90,113 @@ class TokenLogprobs:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What is new of one answer (`choice` 0..n-1) of one request since its last Output.
+    """New tokens and text of one completion (`choice` 0..n-1) of a request since its last Output.
 
-    `token_ids` leave out the token that ended the answer. `text` never holds part of a character,
-    nor what may still turn out to begin a stop text: joined, the texts of an answer are the whole
-    of it. `finish_reason` is "stop", "length" or "cancelled" in the last Output of an answer.
-    `experts`, if asked, are those of further tokens of the answer in order, (L, C) each: a token
-    goes to them when the one after it is computed, so joined they lack those of the last token
-    where nothing was computed after it.
+    `token_ids` leave out the token that ended the completion. `text` holds neither part of a
+    character nor what may become a stop text. `finish_reason` is "stop", "length" or "cancelled" in
+    the last Output. `experts`, if asked for, are (L, C) for each token in order: they are known
+    when the next token is computed, so those of the last token may be missing.
     """
 
     request_id: str
     choice: int
     token_ids: tuple[int, ...] = ()
     text: str = ""
-    logprobs: tuple[TokenLogprobs, ...] | None = None  # one for each of token_ids, if asked
-    # One for each token of the prompt, the first of which has none; given once, by choice 0.
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # one for each of token_ids, if asked for
+    # One for each token of the prompt, None for the first; given once, by choice 0.
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: str | None = None
     experts: tuple[list[list[int]], ...] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineStats:
-    """What an engine has done since it was made, and holds now."""
+class Completion:
+    """One choice of a request as it grows: its tokens, and its text up to the first stop text."""
 
-    tokens_in: int  # of prompts that were read, those found in shared pages included
-    tokens_shared: int  # of those, found in pages that were there already
-    tokens_out: int
-    preempted: int  # times that a sequence gave up its pages and was run again later
-    running: int  # answers in slots
-    waiting: int  # answers not in a slot
-    pages_used: int  # pages that sequences in slots hold
-    pages_kept: int  # pages of no sequence that hold prefixes, given up when others need them
-    pages_free: int
+    def __init__(self, request: Request, choice: int, tokenizer: Tokenizer | None):
+        self.request, self.choice = request, choice
+        self.finish_reason: str | None = None
+        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, request.prompt)
+        params = request.params
+        eos = () if tokenizer is None or params.ignore_eos else (tokenizer.eos_id,)
+        self._stop_tokens = frozenset((*params.stop_token_ids, *eos))
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._experts: list[list[list[int]]] = []
+        self._text = ""
+        self._drained_tokens = self._drained_experts = self._drained_text = 0
+        self._logprob_sum = 0.0
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability of its tokens, which ranks the completions of `best_of`."""
+        return self._logprob_sum / max(1, len(self._tokens))
+
+    def add(self, logprobs: TokenLogprobs) -> None:
+        """Takes the next token; afterwards `finish_reason` may be set."""
+        params, token = self.request.params, logprobs.token
+        if token in self._stop_tokens:
+            self._finish("stop")
+            return
+        self._tokens.append(token)
+        self._logprobs.append(logprobs)
+        self._logprob_sum += logprobs.logprob
+        if self._decoder is not None:
+            self._add_text(self._decoder.push(token))
+        if self.finish_reason is None and len(self._tokens) == params.max_tokens:
+            self._finish("length")
+
+    def add_experts(self, experts_LC: np.ndarray) -> None:
+        """Takes the experts of its first token that has none yet."""
+        self._experts.append(experts_LC.tolist())
+
+    def cancel(self) -> None:
+        """Ends it here."""
+        self._finish("cancelled")
+
+    def drain(self) -> Output:
+        """Returns what is new since the last call."""
+        tokens = tuple(self._tokens[self._drained_tokens :])
+        logprobs = tuple(self._logprobs[self._drained_tokens :])
+        experts = tuple(self._experts[self._drained_experts :])
+        safe = len(self._text) - (self._stop_prefix_length() if self.finish_reason is None else 0)
+        text = self._text[self._drained_text : safe]
+        self._drained_tokens, self._drained_text = len(self._tokens), max(safe, self._drained_text)
+        self._drained_experts = len(self._experts)
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        return Output(
+            self.request.id,
+            self.choice,
+            tokens,
+            text,
+            None if self.request.params.logprobs is None else logprobs,
+            prompt_logprobs,
+            self.finish_reason,
+            experts if self.request.params.experts else None,
+        )
+
+    def _finish(self, reason: str) -> None:
+        if self._decoder is not None:
+            self._add_text(self._decoder.flush())
+        self.finish_reason = self.finish_reason or reason
+
+    def _add_text(self, text: str) -> None:
+        """Adds text, and ends before the first stop text in it."""
+        stops = self.request.params.stop
+        longest = max(map(len, stops), default=1)
+        first = max(0, len(self._text) - longest + 1)
+        self._text += text
+        positions = [at for stop in stops if (at := self._text.find(stop, first)) >= 0]
+        if positions:
+            self._text = self._text[: min(positions)]
+            self.finish_reason = "stop"
+
+    def _stop_prefix_length(self) -> int:
+        """Length of the longest end of the text that a stop text begins with."""
+        longest = 0
+        for stop in self.request.params.stop:
+            for length in range(min(len(stop) - 1, len(self._text)), longest, -1):
+                if stop.startswith(self._text[len(self._text) - length :]):
+                    longest = length
+                    break
+        return longest

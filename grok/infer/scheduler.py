@@ -1,9 +1,9 @@
-"""Which tokens the next step runs: slots, pages, and who waits.
+"""Continuous batching: which tokens the next step runs, and who holds slots and pages.
 
-A step is a prefill, which takes in prompts a page at a time, or a decode, one token for each slot;
-while both have work they take turns. A token of a prompt is always computed by a prefill and a
-token of an answer by a decode, since programs of other shapes round otherwise: a sequence that
-loses its pages has its answer fed in token by token again.
+A step is a prefill, which computes prompts a page at a time, or a decode, one token for each slot;
+while both have work they alternate. Prompt tokens are always computed by a prefill and answer
+tokens by a decode, since programs of other shapes round otherwise: the answer of a preempted
+sequence is decoded again token by token.
 """
 
 import collections
@@ -16,13 +16,13 @@ from grok.infer.request import Request
 
 @dataclasses.dataclass(eq=False)
 class SequenceState:
-    """One answer in the making: `tokens` are those of the prompt and of the answer so far."""
+    """One completion of a request in progress: `tokens` are its prompt and answer so far."""
 
     request: Request
     choice: int
     tokens: list[int]
-    no_prefix_reuse: bool = False  # every token of the prompt has to be run for its logits
-    scores: list = dataclasses.field(default_factory=list)  # log-probabilities of the prompt
+    no_prefix_reuse: bool = False  # logits of every prompt token are needed: compute them all
+    prompt_logprobs: list = dataclasses.field(default_factory=list)
     keys: list[bytes] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0  # tokens whose keys and values are in the pages
@@ -46,36 +46,36 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledStep:
-    """Blocks of each group, None where there is nothing to run."""
+    """Chunks of each group, None where a row of the step is padding."""
 
     prefill: bool
-    blocks_BU: list[list[Chunk | None]]
+    chunks_BU: list[list[Chunk | None]]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Groups, and blocks of each."""
-        return len(self.blocks_BU), len(self.blocks_BU[0])
+        """Groups, and chunks of each."""
+        return len(self.chunks_BU), len(self.chunks_BU[0])
 
-    def blocks(self) -> Iterator[tuple[Chunk, tuple[int, int]]]:
-        """Every block with its place (b, u)."""
-        for group, blocks in enumerate(self.blocks_BU):
-            for place, block in enumerate(blocks):
-                if block is not None:
-                    yield block, (group, place)
+    def chunks(self) -> Iterator[tuple[Chunk, tuple[int, int]]]:
+        """Every chunk with its index (b, u)."""
+        for group, chunks in enumerate(self.chunks_BU):
+            for row, chunk in enumerate(chunks):
+                if chunk is not None:
+                    yield chunk, (group, row)
 
 
 class Scheduler:
     """Slots and pages of `groups` groups of devices, and a queue."""
 
-    def __init__(self, groups: int, slots: int, pages: int, page_size: int, prefill_blocks: int):
-        """Numbers of slots, pages and blocks of a prefill are those of one group."""
+    def __init__(self, groups: int, slots: int, num_pages: int, page_size: int, max_chunks: int):
+        """`slots`, `num_pages` and `max_chunks` of a prefill are those of one group."""
         self.page_size = page_size
-        self.pools = [PagePool(pages) for _ in range(groups)]
+        self.pools = [PagePool(num_pages) for _ in range(groups)]
         self.slots: list[list[SequenceState | None]] = [[None] * slots for _ in range(groups)]
         self.waiting: collections.deque[SequenceState] = collections.deque()
-        self.preempted = self.shared = 0
-        self._prefill_blocks, self._submitted = prefill_blocks, 0
-        self._prefilled = False  # whether the last step was a prefill
+        self.preempted = self.cached_tokens = 0
+        self._max_chunks, self._submitted = max_chunks, 0
+        self._last_was_prefill = False
 
     def add(self, sequence: SequenceState) -> None:
         """Puts a sequence last in the queue."""
@@ -85,107 +85,107 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def remove(self, sequence: SequenceState) -> None:
-        """Takes a sequence out, finished or not; its pages are given back."""
+        """Takes a sequence out, finished or not, and releases its pages."""
         if sequence.group < 0:
             self.waiting.remove(sequence)
         else:
-            self._leave(sequence)
+            self._free_slot(sequence)
 
     def running(self, group: int | None = None) -> list[SequenceState]:
         """Sequences in slots, oldest first."""
         groups = self.slots if group is None else [self.slots[group]]
-        found = [sequence for slots in groups for sequence in slots if sequence is not None]
-        return sorted(found, key=lambda sequence: sequence.age)
+        sequences = [sequence for slots in groups for sequence in slots if sequence is not None]
+        return sorted(sequences, key=lambda sequence: sequence.age)
 
     def next_step(self) -> ScheduledStep | None:
-        """What to run next; None where nothing is to be done. It counts as done from here on."""
+        """The step to run next, counted as done from here on; None without work."""
         decoding = any(s.computed >= s.prompt_length for s in self.running())
         step = None
-        if not (decoding and self._prefilled):
+        if not (decoding and self._last_was_prefill):
             step = self._prefill()
         if step is None and decoding:
             step = self._decode()
-        self._prefilled = step is not None and step.prefill
+        self._last_was_prefill = step is not None and step.prefill
         return step
 
     def _prefill(self) -> ScheduledStep | None:
-        blocks_BU: list[list[Chunk | None]] = [[] for _ in self.slots]
-        for group, blocks in enumerate(blocks_BU):
+        chunks_BU: list[list[Chunk | None]] = [[] for _ in self.slots]
+        for group, chunks in enumerate(chunks_BU):
             for sequence in self.running(group):
-                self._schedule_prefill(sequence, blocks)
+                self._schedule_prefill(sequence, chunks)
         while self.waiting:
-            open_groups = [g for g, b in enumerate(blocks_BU) if len(b) < self._prefill_blocks]
+            open_groups = [g for g, c in enumerate(chunks_BU) if len(c) < self._max_chunks]
             if not self._admit(self.waiting[0], open_groups):
                 break
             sequence = self.waiting.popleft()
-            self._schedule_prefill(sequence, blocks_BU[sequence.group])
-        if not any(blocks_BU):
+            self._schedule_prefill(sequence, chunks_BU[sequence.group])
+        if not any(chunks_BU):
             return None
-        for blocks in blocks_BU:
-            blocks += [None] * (self._prefill_blocks - len(blocks))
-        return ScheduledStep(True, blocks_BU)
+        for chunks in chunks_BU:
+            chunks += [None] * (self._max_chunks - len(chunks))
+        return ScheduledStep(True, chunks_BU)
 
-    def _schedule_prefill(self, sequence: SequenceState, blocks: list[Chunk | None]) -> None:
-        """Adds what is left of a prompt, as far as there is room."""
-        while sequence.computed < sequence.prompt_length and len(blocks) < self._prefill_blocks:
+    def _schedule_prefill(self, sequence: SequenceState, chunks: list[Chunk | None]) -> None:
+        """Adds the rest of a prompt, as far as there is room."""
+        while sequence.computed < sequence.prompt_length and len(chunks) < self._max_chunks:
             start = sequence.computed
             count = min(self.page_size, sequence.prompt_length - start)
-            blocks.append(Chunk(sequence, start, count))
+            chunks.append(Chunk(sequence, start, count))
             sequence.computed += count
             if count == self.page_size:
-                # Sequences after this one, of the same step too, find it: a layer writes all its
+                # Later sequences, of the same step too, can share the page: a layer writes all its
                 # keys and values before it reads any.
                 page = start // self.page_size
                 pool = self.pools[sequence.group]
-                pool.remember(sequence.pages[page], sequence.keys[page])
+                pool.register_prefix(sequence.pages[page], sequence.keys[page])
 
     def _admit(self, sequence: SequenceState, groups: list[int]) -> bool:
-        """Gives a waiting sequence a slot, and pages for all tokens it has, in the group that
-        knows most of its prompt; False where none has room."""
-        # One token at least has to be run for the logits after it.
+        """Gives a waiting sequence a slot, and pages for all its tokens, in the group that caches
+        most of its prompt; False where none has room."""
+        # The last prompt token is always computed, for the logits after it.
         keys = sequence.keys[: (sequence.prompt_length - 1) // self.page_size]
         best = None
         for group in groups:
             if None not in self.slots[group]:
                 continue
             pool, running = self.pools[group], len(self.running(group))
-            known = [] if sequence.no_prefix_reuse else pool.known(keys)
-            wanted = -(-len(sequence.tokens) // self.page_size) - len(known)
-            # A page for each that runs, lest the newcomer be thrown out at once.
-            spare = pool.available(besides=known) - wanted - running
+            cached = [] if sequence.no_prefix_reuse else pool.cached_prefix(keys)
+            needed = -(-len(sequence.tokens) // self.page_size) - len(cached)
+            # A page for each running sequence, lest the new one be preempted at once.
+            spare = pool.available(besides=cached) - needed - running
             if spare < 0 and running:
                 continue
-            if best is None or (len(known), spare) > best[:2]:
-                best = len(known), spare, group, known, wanted
+            if best is None or (len(cached), spare) > best[:2]:
+                best = len(cached), spare, group, cached, needed
         if best is None:
             return False
-        _, _, group, known, wanted = best
+        _, _, group, cached, needed = best
         pool = self.pools[group]
-        pool.share(known)
-        new = [page for page in (pool.take() for _ in range(wanted)) if page is not None]
-        sequence.pages, sequence.computed = known + new, len(known) * self.page_size
+        pool.share(cached)
+        new = [page for page in (pool.allocate() for _ in range(needed)) if page is not None]
+        sequence.pages, sequence.computed = cached + new, len(cached) * self.page_size
         sequence.group = group
         self.slots[group][self.slots[group].index(None)] = sequence
-        self.shared += sequence.computed
+        self.cached_tokens += sequence.computed
         return True
 
     def _decode(self) -> ScheduledStep:
-        blocks_BU: list[list[Chunk | None]] = []
+        chunks_BU: list[list[Chunk | None]] = []
         for group, slots in enumerate(self.slots):
             ready = []
             for sequence in self.running(group):
                 if sequence.computed >= sequence.prompt_length and self._reserve_page(sequence):
                     ready.append(sequence)
-            blocks = [Chunk(s, s.computed, 1) if s in ready else None for s in slots]
+            chunks_BU.append([Chunk(s, s.computed, 1) if s in ready else None for s in slots])
             for sequence in ready:
                 sequence.computed += 1
-            blocks_BU.append(blocks)
-        return ScheduledStep(False, blocks_BU)
+        return ScheduledStep(False, chunks_BU)
 
     def _reserve_page(self, sequence: SequenceState) -> bool:
-        """Finds a page for the next token, at the youngest's expense; False if that is this one."""
+        """Ensures a page for the next token, preempting the youngest sequence where there is none;
+        False where that is this one."""
         while sequence.group >= 0 and len(sequence.pages) * self.page_size <= sequence.computed:
-            page = self.pools[sequence.group].take()
+            page = self.pools[sequence.group].allocate()
             if page is not None:
                 sequence.pages.append(page)
             else:
@@ -193,12 +193,12 @@ class Scheduler:
         return sequence.group >= 0
 
     def _preempt(self, sequence: SequenceState) -> None:
-        self._leave(sequence)
+        self._free_slot(sequence)
         self.waiting.appendleft(sequence)
         self.preempted += 1
 
-    def _leave(self, sequence: SequenceState) -> None:
-        self.pools[sequence.group].give_back(sequence.pages)
+    def _free_slot(self, sequence: SequenceState) -> None:
+        self.pools[sequence.group].release(sequence.pages)
         slots = self.slots[sequence.group]
         slots[slots.index(sequence)] = None
         sequence.pages, sequence.computed, sequence.group = [], 0, -1
