@@ -1,7 +1,7 @@
 """From logits to the next token: penalties, bans, temperature, filters, log-probabilities.
 
-What only some requests ask for is computed in a branch, taken when any row asks; the values of the
-other rows are the same either way.
+What only some requests ask for is computed in a branch that is taken when any row asks for it; it
+leaves the other rows as they are.
 
 Letters: B rows, V vocab, N tokens of a sequence, W bytes of V bits, X likeliest tokens.
 """
@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grok.ops.cross_entropy import target_logprobs
+
 REMOVED = -1e10
 
 
@@ -19,25 +21,25 @@ def nucleus(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
     """Logits with all but each row's nucleus set to -1e10, float32.
 
     The release's definition: going up from the least likely token, the first whose cumulative
-    probability reaches 1 - p is the threshold; it, everything above it, and every tie with it
-    stay. p = 0 keeps the most likely token and its ties, p = 1 keeps all. The release sums in the
-    logits' own type, which for bfloat16 filters nothing at p = 0.999; this sums in float32.
+    probability reaches 1 - p is the threshold; it and all that are no less likely stay. p = 0 keeps
+    the likeliest token and its ties, p = 1 keeps all. The release sums in the logits' type, which
+    for bfloat16 filters nothing at p = 0.999; this sums in float32.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     ascending_BV = jnp.sort(logits_BV, axis=-1)
     mass_BV = jnp.cumsum(jax.nn.softmax(ascending_BV, axis=-1), axis=-1)
     reached_BV = mass_BV >= 1 - top_p_B[:, None]
-    # Rounding may leave the whole sum a little under 1: the last place always counts as reached.
-    place_B = jnp.where(reached_BV[:, -1], jnp.argmax(reached_BV, axis=-1), logits_BV.shape[-1] - 1)
-    threshold_B1 = jnp.take_along_axis(ascending_BV, place_B[:, None], axis=-1)
+    # Rounding may leave the total a little under 1: the last position always counts as reached.
+    rank_B = jnp.where(reached_BV[:, -1], jnp.argmax(reached_BV, axis=-1), logits_BV.shape[-1] - 1)
+    threshold_B1 = jnp.take_along_axis(ascending_BV, rank_B[:, None], axis=-1)
     return jnp.where(logits_BV >= threshold_B1, logits_BV, REMOVED)
 
 
 def top_k(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
     """Logits with all but each row's k largest, and ties with the k-th, set to -1e10; 0: all."""
     descending_BV = -jnp.sort(-logits_BV, axis=-1)
-    place_B = jnp.clip(top_k_B - 1, 0, logits_BV.shape[-1] - 1)
-    threshold_B1 = jnp.take_along_axis(descending_BV, place_B[:, None], axis=-1)
+    rank_B = jnp.clip(top_k_B - 1, 0, logits_BV.shape[-1] - 1)
+    threshold_B1 = jnp.take_along_axis(descending_BV, rank_B[:, None], axis=-1)
     keep_BV = (top_k_B[:, None] == 0) | (logits_BV >= threshold_B1)
     return jnp.where(keep_BV, logits_BV, REMOVED)
 
@@ -64,13 +66,13 @@ def sample(
     greedy_B = jnp.argmax(logits_BV, axis=-1)
 
     def draw() -> jax.Array:
-        kept_BV = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1)[:, None]
+        filtered_BV = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1)[:, None]
         if top_k_B is not None:
-            kept_BV = _where_any(top_k_B > 0, lambda x: top_k(x, top_k_B), kept_BV)
-        kept_BV = _where_any(top_p_B < 1, lambda x: nucleus(x, top_p_B), kept_BV)
+            filtered_BV = _where_any(top_k_B > 0, lambda x: top_k(x, top_k_B), filtered_BV)
+        filtered_BV = _where_any(top_p_B < 1, lambda x: nucleus(x, top_p_B), filtered_BV)
         if min_p_B is not None:
-            kept_BV = _where_any(min_p_B > 0, lambda x: min_p(x, min_p_B), kept_BV)
-        return jax.vmap(jax.random.categorical)(keys_B, kept_BV)
+            filtered_BV = _where_any(min_p_B > 0, lambda x: min_p(x, min_p_B), filtered_BV)
+        return jax.vmap(jax.random.categorical)(keys_B, filtered_BV)
 
     drawn_B = jax.lax.cond(jnp.any(temperature_B > 0), draw, lambda: greedy_B)
     return jnp.where(temperature_B > 0, drawn_B, greedy_B).astype(jnp.int32)
@@ -84,10 +86,9 @@ def _where_any(asked_B, change, x):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class SamplingBatch:
-    """What each row asks for, as `SamplingParams` has it; leading axes may be more
-    than B. NumPy or JAX arrays."""
+    """SamplingParams of each row, as NumPy or JAX arrays; leading axes may be more than B."""
 
-    key_B2: Any  # the seed's two words, uint32
+    seed_B2: Any  # two words, uint32
     choice_B: Any
     position_B: Any  # of the new token in its sequence
     temperature_B: Any
@@ -98,8 +99,8 @@ class SamplingBatch:
     presence_B: Any
     frequency_B: Any
     prompt_length_B: Any
-    top_logprobs_B: Any  # whether any are wanted
-    tokens_BN: Any  # prompt and answer of rows with penalties; V where there is none
+    top_logprobs_B: Any  # true where the likeliest tokens are asked for
+    tokens_BN: Any  # prompt and answer of rows with penalties; V elsewhere
     banned_BW: Any  # a bit for each token of the vocabulary, the lowest first
 
 
@@ -114,11 +115,10 @@ class Sampled:
     top_logprob_BX: jax.Array
 
 
-def sample_tokens(logits_BV: jax.Array, settings: SamplingBatch, top: int) -> Sampled:
-    """The next token of every row, drawn by (seed, choice, position); log-probabilities are those
-    of the logits as they came."""
-    s = settings
-    keys_B = jax.vmap(_key)(s.key_B2, s.choice_B, s.position_B)
+def sample_tokens(logits_BV: jax.Array, s: SamplingBatch, top: int) -> Sampled:
+    """The next token of every row, drawn by (seed, choice, position), and log-probabilities by the
+    unchanged logits: of it and, where any row asks, of the `top` likeliest."""
+    keys_B = jax.vmap(_key)(s.seed_B2, s.choice_B, s.position_B)
     scores_BV = penalized(logits_BV, s)
     V = logits_BV.shape[-1]
     bits_BW8 = (s.banned_BW[:, :, None] >> jnp.arange(8, dtype=jnp.uint8)[None, None, :]) & 1
@@ -128,27 +128,26 @@ def sample_tokens(logits_BV: jax.Array, settings: SamplingBatch, top: int) -> Sa
     return Sampled(token_B, *logprobs(logits_BV, token_B, jnp.any(s.top_logprobs_B), top))
 
 
-def logprobs(logits_BV: jax.Array, token_B: jax.Array, want_top, top: int):
+def logprobs(logits_BV: jax.Array, token_B: jax.Array, with_top, top: int):
     """Log-probability of each row's token; the `top` likeliest tokens and theirs, zeros unless
-    `want_top`."""
-    sum_B = jax.nn.logsumexp(logits_BV, axis=-1)
-    logprob_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0] - sum_B
+    `with_top`."""
+    logprob_B, log_z_B = target_logprobs(logits_BV, token_B)
 
     def likeliest():
         value_BX, token_BX = jax.lax.top_k(logits_BV, top)
-        return token_BX, value_BX - sum_B[:, None]
+        return token_BX, value_BX - log_z_B[:, None]
 
-    def none():
-        zero_BX = jnp.zeros((1, top), jnp.float32) * sum_B[:, None]
+    def zeros():
+        zero_BX = jnp.zeros((1, top), jnp.float32) * log_z_B[:, None]
         return jnp.zeros((1, top), jnp.int32) * token_B[:, None], zero_BX
 
-    return logprob_B, *jax.lax.cond(want_top, likeliest, none)
+    return logprob_B, *jax.lax.cond(with_top, likeliest, zeros)
 
 
 def penalized(logits_BV: jax.Array, s: SamplingBatch) -> jax.Array:
-    """Logits after penalties. Repetition (Keskar et al. 2019) is of tokens in prompt or answer:
-    positive logits are divided by it, negative ones multiplied. Presence and frequency are of the
-    answer's tokens, taken off once and for each time."""
+    """Logits after penalties. Repetition (Keskar et al. 2019) divides positive logits of tokens in
+    prompt or answer, and multiplies negative ones. Presence is subtracted from logits of tokens in
+    the answer, frequency once for each occurrence."""
 
     def change(logits_BV):
         row_B1 = jnp.arange(len(logits_BV))[:, None]

@@ -1,7 +1,7 @@
-"""The programs of inference: what one step computes, compiled once for each of its two shapes.
+"""The compiled programs of inference, each compiled for the two shapes of a step.
 
-Letters: B groups of devices, U blocks of a step, Q tokens of a block, T = U*Q, D embed, V vocab,
-L layers, C chosen experts.
+Letters: B groups of devices, U chunks of a step, Q tokens of a chunk, T = U*Q, D embed, V vocab,
+L layers, C chosen experts, X likeliest tokens.
 """
 
 import functools
@@ -15,60 +15,65 @@ from grok.infer.sampling import Sampled, SamplingBatch, logprobs, sample_tokens
 from grok.model.attend import PagedCache, Places
 from grok.model.decoder import Grok
 
+TWO_AXES, THREE_AXES = ("batch", None), ("batch", None, None)
+
 
 @functools.partial(jax.jit, donate_argnums=1)
 def forward_and_sample(
-    model: Grok, cache: PagedCache, tokens_BT, places: Places, settings: SamplingBatch
+    model: Grok, cache: PagedCache, tokens_BT, batch: Places, sampling: SamplingBatch
 ) -> tuple[Sampled, jax.Array, jax.Array, PagedCache]:
-    """Runs new tokens and chooses one after each block's last real one.
+    """Runs new tokens and samples one after each chunk's last one.
 
-    `settings` has rows (B, U). Returns what was chosen, (B, U), on every device, x_BTD after the
-    final norm, the experts that tokens went to, experts_LBTC, and the cache.
+    `sampling` has rows (B, U). Returns the sampled tokens, (B, U), on every device, x_BTD after the
+    final norm, the experts of each token, experts_LBTC, and the cache.
     """
-    x_BTD, cache, experts_LBTC = model.step(tokens_BT, cache, places)
-    logits_BUV = model.next_logits(x_BTD, places.count_BU)
+    x_BTD, cache, experts_LBTC = model.step(tokens_BT, cache, batch)
+    logits_BUV = model.next_logits(x_BTD, batch.count_BU)
     U = logits_BUV.shape[1]
-    fields, kind = jax.tree.flatten(settings)
+    fields, structure = jax.tree.flatten(sampling)
     axes = [("batch", *(None,) * (field.ndim - 1)) for field in fields]
     fields = [sharding.constrain(field, *at) for field, at in zip(fields, axes, strict=True)]
 
     def local(logits_BUV, *fields):
         rows = [field.reshape(-1, *field.shape[2:]) for field in (logits_BUV, *fields)]
-        chosen = sample_tokens(rows[0], jax.tree.unflatten(kind, rows[1:]), most_logprobs(model))
-        return tuple(a.reshape(-1, U, *a.shape[1:]) for a in jax.tree.leaves(chosen))
+        row_sampling = jax.tree.unflatten(structure, rows[1:])
+        sampled = sample_tokens(rows[0], row_sampling, _max_logprobs(model))
+        return tuple(a.reshape(-1, U, *a.shape[1:]) for a in jax.tree.leaves(sampled))
 
-    two, three = ("batch", None), ("batch", None, None)
-    form = sharding.shard_map(local, (three, *axes), (two, two, three, three))
-    parts = form(sharding.constrain(logits_BUV, *three), *fields)
-    everywhere = [sharding.constrain(part, *(None,) * part.ndim) for part in parts]
-    return Sampled(*everywhere), x_BTD, experts_LBTC, cache
+    out_axes = (TWO_AXES, TWO_AXES, THREE_AXES, THREE_AXES)
+    sharded = sharding.shard_map(local, (THREE_AXES, *axes), out_axes)
+    sampled = sharded(sharding.constrain(logits_BUV, *THREE_AXES), *fields)
+    return Sampled(*map(_replicate, sampled)), x_BTD, experts_LBTC, cache
 
 
 @jax.jit
 def score_prompt(model: Grok, x_BTD: jax.Array, next_BUQ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probability of the token after each place, (B, U, Q), and the likeliest ones with
-    theirs, (B, U, Q, X), from `x_BTD` that a step returned; a block at a time."""
+    """Log-probability of the token after each position, (B, U, Q), and the likeliest ones with
+    theirs, (B, U, Q, X), from `x_BTD` that a step returned; a chunk at a time."""
     B, U, Q = next_BUQ.shape
     x_UBQD = jnp.moveaxis(x_BTD.reshape(B, U, Q, -1), 1, 0)
 
     def local(logits_BQV, next_BQ):
         rows = logits_BQV.reshape(-1, logits_BQV.shape[-1])
-        found = logprobs(rows, next_BQ.reshape(-1), True, most_logprobs(model))
-        return tuple(part.reshape(-1, Q, *part.shape[1:]) for part in found)
+        scores = logprobs(rows, next_BQ.reshape(-1), True, _max_logprobs(model))
+        return tuple(array.reshape(-1, Q, *array.shape[1:]) for array in scores)
 
-    def block(inputs):
+    def score_chunk(inputs):
         x_BQD, next_BQ = inputs
-        two, three = ("batch", None), ("batch", None, None)
-        form = sharding.shard_map(local, (three, two), (two, three, three))
-        logits_BQV = sharding.constrain(model.unembed(x_BQD), *three)
-        return form(logits_BQV, sharding.constrain(next_BQ, *two))
+        out_axes = (TWO_AXES, THREE_AXES, THREE_AXES)
+        sharded = sharding.shard_map(local, (THREE_AXES, TWO_AXES), out_axes)
+        logits_BQV = sharding.constrain(model.unembed(x_BQD), *THREE_AXES)
+        return sharded(logits_BQV, sharding.constrain(next_BQ, *TWO_AXES))
 
-    found = jax.lax.map(block, (x_UBQD, jnp.moveaxis(jnp.asarray(next_BUQ), 1, 0)))
-    moved = (jnp.moveaxis(part, 0, 1) for part in found)
-    logprob, top, top_logprob = (sharding.constrain(part, *(None,) * part.ndim) for part in moved)
+    scores = jax.lax.map(score_chunk, (x_UBQD, jnp.moveaxis(jnp.asarray(next_BUQ), 1, 0)))
+    logprob, top, top_logprob = (_replicate(jnp.moveaxis(array, 0, 1)) for array in scores)
     return logprob, top, top_logprob
 
 
-def most_logprobs(model: Grok) -> int:
-    """How many of the likeliest tokens are told at most."""
+def _replicate(array: jax.Array) -> jax.Array:
+    return sharding.constrain(array, *(None,) * array.ndim)
+
+
+def _max_logprobs(model: Grok) -> int:
+    """Likeliest tokens that are reported at most."""
     return min(MAX_LOGPROBS, model.config.vocab_size)

@@ -12,7 +12,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 # Of the engine's counts: those that only grow, and those of now.
 TOTALS = {
     "tokens_in": "tokens of prompts, those found in the cache included",
-    "tokens_shared": "tokens of prompts that were found in the cache",
+    "tokens_cached": "tokens of prompts that were found in the cache",
     "tokens_out": "new tokens",
     "preempted": "times that an answer gave up its pages and was run again",
 }
@@ -20,7 +20,7 @@ NOW = {
     "running": "answers in slots",
     "waiting": "answers that wait for a slot",
     "pages_used": "pages of the cache that answers in slots hold",
-    "pages_kept": "pages of the cache that hold prefixes alone",
+    "pages_cached": "pages of the cache that hold prefixes alone",
     "pages_free": "pages of the cache that hold nothing",
 }
 

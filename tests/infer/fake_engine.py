@@ -6,7 +6,8 @@ from collections import deque
 
 from grok.data.tokenizers import StreamDecoder, Tokenizer
 from grok.errors import RequestError
-from grok.infer.request import EngineStats, Output, Request, TokenLogprobs
+from grok.infer.engine import EngineStats
+from grok.infer.request import Output, Request, TokenLogprobs
 
 
 class FakeEngine:

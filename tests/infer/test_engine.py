@@ -84,8 +84,8 @@ def test_many_at_once_get_the_tokens_that_each_gets_alone(engine, asked, alone):
     stats = engine.stats
     assert stats.pages_used == 0
     assert (stats.running, stats.waiting, engine.unfinished) == (0, 0, 0)
-    assert stats.pages_kept + stats.pages_free == 32
-    assert stats.tokens_shared > 0
+    assert stats.pages_cached + stats.pages_free == 32
+    assert stats.tokens_cached > 0
 
 
 def test_greedy_tokens_are_those_of_the_full_forward(engine, asked, alone):
@@ -143,11 +143,11 @@ def test_experts_of_an_answer_are_those_of_the_full_forward(engine):
 def test_few_pages_give_the_same_tokens(engine, asked, alone):
     preempted = engine.stats.preempted
     pools = engine._scheduler.pools
-    held = [[pool.take() for _ in range(32 // len(pools) - 8)] for pool in pools]
+    held = [[pool.allocate() for _ in range(32 // len(pools) - 8)] for pool in pools]
     assert answers(engine, asked) == alone
     assert len(pools) > 1 or engine.stats.preempted > preempted
     for pool, pages in zip(pools, held, strict=True):
-        pool.give_back(pages)
+        pool.release(pages)
 
 
 def test_a_cancelled_request_gives_its_pages_back(engine, asked, alone):

@@ -24,5 +24,5 @@ def test_500_requests_get_together_what_each_gets_alone(tiny_run):
         assert answers(engine, asked) == alone
         stats = engine.stats
         print(f"\n{pages} pages: {stats}")
-        assert (stats.pages_used, stats.pages_kept + stats.pages_free) == (0, pages)
+        assert (stats.pages_used, stats.pages_cached + stats.pages_free) == (0, pages)
         assert bool(stats.preempted) == (pages == 12)
