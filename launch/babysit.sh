@@ -2,48 +2,48 @@
 # Usage: launch/babysit.sh -- COMMAND [ARGUMENT]...
 #        launch/babysit.sh
 #
-# Keeps a run going until it is done: makes the slice, sets it up, brings the code, starts the
-# command, and looks at it every LAUNCH_POLL_SECONDS. A slice that was taken away is made again; a
-# run that ended is started again as its exit code says:
+# Keeps a run going until it is done: creates the slice, sets it up, sends the code, starts the command,
+# and polls it every LAUNCH_POLL_SECONDS. Recreates a preempted slice, and restarts a run as its exit
+# code says:
 #
-#   0       done: babysit ends with 0
-#   2, 65   something must be changed first (config or data; numbers): babysit ends with that code
-#   75      saved and asked to stop: started again, unless launch/stop.sh or down.sh asked (then 75)
-#   other   started again after a wait that doubles
+#   0       done: babysit exits with 0
+#   2, 65   something must be changed first (config or data; divergence): babysit exits with that code
+#   75      saved and stopped: restarted, unless launch/stop.sh or down.sh stopped it (then exits with 75)
+#   other   restarted with exponential backoff
 #
-# It gives up, with 1, after LAUNCH_MAX_STALLS starts in a row that brought no new step (of a batch: no
-# new shard of answers), which it reads where folder= or output= of the command says. Killed and called
-# again, without the command or with the same, it goes on where it was: run it in tmux, or under
-# anything that restarts it. Restarts use the code of the first start, not today's tree.
+# Gives up, with 1, after LAUNCH_MAX_STALLS consecutive starts without a new step (batch: without a new
+# shard of answers), read from the folder= or output= of the command. If babysit itself is killed, call
+# it again without a command, or with the same one, and it continues; run it in tmux, or under anything
+# that restarts it. Restarts use the code of the first start, not the current tree.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
 source "$launch_dir/workers.sh"
 source "$launch_dir/verdict.sh"
 
-# What it remembers, in $state_dir/babysit: which slice is set up, starts so far, starts without
-# progress, the newest step or the number of shards, and whether a run is under way.
-remember() {
+# Saves the state to $state_dir/babysit: the slice that is set up, starts so far, starts without
+# progress, the newest step or number of shards, and whether a run is under way.
+save_state() {
   printf 'prepared=%q\nstarts=%q\nstalls=%q\nbest=%q\nunder_way=%q\n' \
     "$prepared" "$starts" "$stalls" "$best" "$under_way" >"$state_dir/babysit.new"
   mv "$state_dir/babysit.new" "$state_dir/babysit"
 }
 
-recall() {
+load_state() {
   prepared='' starts=0 stalls=0 best=0 under_way='' pause=''
   # shellcheck source=/dev/null
   [[ ! -f $state_dir/babysit ]] || source "$state_dir/babysit"
 }
 
-take_command() {
+resolve_command() {
   local before
   before=$(cat "$state_dir/command" 2>/dev/null || true)
   if ((${#command[@]} == 0)); then
-    [[ $before ]] || refuse "what to run comes after --, as in: launch/babysit.sh -- grok train grok-1b"
+    [[ $before ]] || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b"
     eval "command=($before)" # written by `quoted`, below
   elif [[ $(quoted "${command[@]}") != "$before" ]]; then
     [[ ! -f $state_dir/babysit ]] ||
-      refuse "$LAUNCH_NAME is at another command ($before): call it as before, or $(typed stop) first"
+      refuse "$LAUNCH_NAME runs another command ($before): repeat that one, or $(verb_path stop) first"
     quoted "${command[@]}" >"$state_dir/command"
   fi
 }
@@ -51,56 +51,56 @@ take_command() {
 only_one_babysitter() {
   local other
   other=$(cat "$state_dir/babysit.pid" 2>/dev/null || true)
-  # After a restart of this machine the number may be another process's.
+  # After a reboot the pid may belong to another process.
   [[ -z $other || $(ps -ww -o args= -p "$other") != *babysit.sh* ]] ||
-    refuse "process $other on this machine babysits $LAUNCH_NAME already"
+    refuse "process $other on this machine already babysits $LAUNCH_NAME"
   echo $$ >"$state_dir/babysit.pid"
 }
 
-# Ends; the next babysit begins anew.
+# Exits and forgets the state; the next babysit starts from the beginning.
 finish() {
   rm -f "$state_dir/babysit" "$state_dir/babysit.pid" "$state_dir/command"
-  say "${*:2}"
+  log "${*:2}"
   exit "$1"
 }
 
-# What stop.sh and down.sh leave.
-end_if_asked() {
+# Exits if stop.sh or down.sh was called.
+exit_if_stopped() {
   [[ ! -e $state_dir/stopped ]] || finish 75 "asked to stop, $(reached)"
 }
 
-# One try of each verb that a fresh slice needs; true when the slice is ready for a run.
+# Tries each verb that a new slice needs once; true if the slice is ready for a run.
 prepare_slice() {
   local now
   call_verb up || return 1
-  now=$(look_at_nodes | awk '{ print $1, $5 }' | tr '\n' ' ')
-  [[ $now != *'  '* ]] || return 1 # a node that did not say when it was made
+  now=$(list_nodes | awk '{ print $1, $5 }' | tr '\n' ' ')
+  [[ $now != *'  '* ]] || return 1 # a node without a creation time
   [[ $now != "$prepared" ]] || return 0
   call_verb setup || return 1
   if ((starts == 0)); then call_verb sync || return 1; else call_verb sync --again || return 1; fi
   prepared=$now under_way=''
-  remember
+  save_state
 }
 
-# A start counts as stalled until a new step or shard is seen.
-note_progress() {
-  look_at_progress
+# Resets `stalls` when a new step or shard appears.
+update_progress() {
+  read_progress
   [[ $progress != - ]] && ((progress > best)) || return 0
   best=$progress stalls=0
-  remember
+  save_state
 }
 
 reached() {
   case $(cat "$state_dir/progress" 2>/dev/null || true) in
-    shard*) echo "with $(counted "$best" shard)" ;;
+    shard*) echo "with $(plural "$best" shard)" ;;
     *) echo "at step $best" ;;
   esac
 }
 
-# What to do where spot slices go sooner than anything is saved.
+# Advice for spot slices that are preempted before anything is saved.
 advice() {
   case $(cat "$state_dir/progress" 2>/dev/null || true) in
-    shard*) echo "before a shard is whole, lower shard_size (and take another output)" ;;
+    shard*) echo "before a shard is finished, lower shard_size (and use another output)" ;;
     *) echo "before the run has saved, lower checkpoint.every" ;;
   esac
 }
@@ -109,94 +109,94 @@ wait_before_start() {
   local seconds=$LAUNCH_BACKOFF_SECONDS i
   for ((i = 1; i < stalls; i++)); do seconds=$((seconds * 2)); done
   ((seconds <= LAUNCH_BACKOFF_MAX_SECONDS)) || seconds=$LAUNCH_BACKOFF_MAX_SECONDS
-  say "waiting $(duration "$seconds") before the next start"
+  log "waiting $(duration "$seconds") before the next start"
   sleep "$seconds"
 }
 
 start_run() {
   ((stalls < LAUNCH_MAX_STALLS)) ||
-    finish 1 "gave up $(reached): $(counted "$stalls" start) in a row brought nothing new. See $(typed logs) --lines 100; where a spot slice is taken away $(advice)"
+    finish 1 "gave up $(reached): $(plural "$stalls" "consecutive start") without progress. See $(verb_path logs) --lines 100; if a spot slice is preempted $(advice)"
   if [[ $pause ]] || ((stalls)); then wait_before_start; fi
-  end_if_asked
+  exit_if_stopped
   starts=$((starts + 1)) stalls=$((stalls + 1)) under_way=1 pause=''
-  remember
-  say "start $starts: $(quoted "${command[@]}")"
-  call_verb run -- "${command[@]}" || say "not started everywhere; looking at what there is"
+  save_state
+  log "start $starts: $(quoted "${command[@]}")"
+  call_verb run -- "${command[@]}" || log "not started on all workers; checking what runs"
 }
 
-# Looks until there is something to do about it, and sets `verdict`.
+# Polls until something must be done, and sets `verdict`.
 watch_run() {
-  local odd=0 since_odd=$SECONDS
+  local bad_polls=0 bad_since=$SECONDS
   while true; do
     sleep "$LAUNCH_POLL_SECONDS"
-    end_if_asked
-    look_at_slice
+    exit_if_stopped
+    describe_slice
     case $slice_state in
       ACTIVE) ;;
-      UNKNOWN) say "gcloud does not answer: $slice_message" && continue ;;
+      UNKNOWN) log "gcloud does not answer: $slice_message" && continue ;;
       *) verdict="lost the slice is $slice_state" && return ;;
     esac
-    if ask_workers status; then
-      note_progress
+    if call_workers status; then
+      update_progress
       judge_reports
     else
-      judge_silence
+      judge_missing_answers
     fi
-    if [[ $verdict == running ]]; then odd=0 && continue; fi
-    ((++odd > 1)) || since_odd=$SECONDS
+    if [[ $verdict == running ]]; then bad_polls=0 && continue; fi
+    ((++bad_polls > 1)) || bad_since=$SECONDS
     case $verdict in
-      partial*) ((odd < LAUNCH_BAD_POLLS)) || return 0 ;;
-      silent*) if ((odd >= LAUNCH_BAD_POLLS)); then verdict="lost ${verdict#* }" && return; fi ;;
-      unreachable*) if ((odd >= 10 * LAUNCH_BAD_POLLS)); then verdict="lost ${verdict#* }" && return; fi ;;
-      leaving*) ((SECONDS - since_odd < LAUNCH_STOP_SECONDS)) || return 0 ;;
+      partial*) ((bad_polls < LAUNCH_BAD_POLLS)) || return 0 ;;
+      silent*) if ((bad_polls >= LAUNCH_BAD_POLLS)); then verdict="lost ${verdict#* }" && return; fi ;;
+      unreachable*) if ((bad_polls >= 10 * LAUNCH_BAD_POLLS)); then verdict="lost ${verdict#* }" && return; fi ;;
+      leaving*) ((SECONDS - bad_since < LAUNCH_STOP_SECONDS)) || return 0 ;;
       *) return ;;
     esac
   done
 }
 
-# Not all workers answered. Where none does and all nodes are ready, the way there may be what is
-# broken: that alone is a reason to delete a slice only after a long while.
-judge_silence() {
+# Judges missing answers. If no worker answers although all nodes are ready, the connection may be
+# broken rather than the slice, so the slice is deleted only after a long time.
+judge_missing_answers() {
   local nodes
-  nodes=$(look_at_nodes)
+  nodes=$(list_nodes)
   if grep -qv ' READY ' <<<"$nodes"; then
     verdict="silent $(awk '$2 != "READY" { print "node", $1, "is", $2; exit }' <<<"$nodes")"
   elif ((${#reports[@]})); then
-    verdict="silent ${#reports[@]} of $(counted "$workers" worker) answer"
+    verdict="silent ${#reports[@]} of $(plural "$workers" worker) answer"
   else
     verdict="unreachable no worker answers"
   fi
 }
 
-# What a verdict asks for; `finish` where that is the end.
+# Acts on the verdict; calls `finish` if the run is over.
 act_on() {
-  say "${verdict#* }"
+  log "${verdict#* }"
   case $verdict in
     done*) finish 0 "done, $(reached)" ;;
-    refused*) finish "$exit_code" "not started again: something must be changed first, see $(typed logs)" ;;
+    refused*) finish "$exit_code" "not restarted: something must be changed first, see $(verb_path logs)" ;;
     lost*) if [[ $slice_state == ACTIVE ]]; then delete_lost_slice; fi ;;
     partial* | leaving*)
-      ask_workers stop 0 || true
+      call_workers stop 0 || true
       pause=1
       ;;
     failed*) pause=1 ;;
     saved*) ;;
   esac
   under_way=''
-  remember
+  save_state
 }
 
 delete_lost_slice() {
-  note_history end "$(date +%s)"
-  delete_slice || say "the slice was not deleted; trying again"
+  record_history end "$(date +%s)"
+  delete_slice || log "the slice was not deleted; retrying"
 }
 
 babysit() {
   local failures=0
   while true; do
-    end_if_asked
+    exit_if_stopped
     if ! prepare_slice; then
-      ((++failures < LAUNCH_MAX_STALLS)) || finish 1 "gave up: the slice could not be made ready $failures times in a row"
+      ((++failures < LAUNCH_MAX_STALLS)) || finish 1 "gave up: preparing the slice failed $failures times in a row"
       sleep "$LAUNCH_POLL_SECONDS"
       continue
     fi
@@ -208,10 +208,10 @@ babysit() {
 }
 
 parse_common "$@"
-((${#args[@]} == 0)) || refuse "what to run comes after --, as in: launch/babysit.sh -- grok train grok-1b"
+((${#args[@]} == 0)) || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b"
 load_settings
 if [[ $dry_run ]]; then
-  ((${#command[@]})) || refuse "what to run comes after --, as in: launch/babysit.sh -- grok train grok-1b"
+  ((${#command[@]})) || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b"
   for step in up setup sync; do call_verb "$step"; done
   call_verb run -- "${command[@]}"
   exit
@@ -219,8 +219,8 @@ fi
 make_state_dir
 only_one_babysitter
 trap 'rm -f "$state_dir/babysit.pid"' EXIT
-# After stop.sh and down.sh a new beginning is meant, and another command may be.
+# After stop.sh or down.sh, start from the beginning; the command may be another one.
 [[ ! -e $state_dir/stopped ]] || rm -f "$state_dir/stopped" "$state_dir/babysit"
-take_command
-recall
+resolve_command
+load_state
 babysit

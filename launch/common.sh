@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# What all verbs share: options, settings, messages, dry runs, waiting, and what accelerators are.
-# Sourced, never run. Settings are variables LAUNCH_*; the environment wins over the settings file.
-# shellcheck disable=SC2034 # the scripts that source this use what it sets
+# Shared by all verbs: options, settings, messages, dry runs, waiting, and facts on accelerators.
+# Sourced, never run. Settings are variables LAUNCH_*; the environment overrides the settings file.
+# shellcheck disable=SC2034 # the scripts that source this use the variables that it sets
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   echo "launch: this is bash $BASH_VERSION; 4.4 or newer is needed (on a Mac: brew install bash)" >&2
@@ -13,11 +13,11 @@ root=$(dirname "$launch_dir")
 verb=$(basename "$0" .sh)
 dry_run=
 
-complain() { printf 'launch %s: %s\n' "$verb" "$*" >&2; }
-say() { [[ $dry_run ]] || complain "$@"; }
-fail() { complain "$*" && exit 1; }
-# Settings or options are wrong: nothing was done.
-refuse() { complain "$*" && exit 2; }
+warn() { printf 'launch %s: %s\n' "$verb" "$*" >&2; }
+log() { [[ $dry_run ]] || warn "$@"; }
+fail() { warn "$*" && exit 1; }
+# For wrong settings or options: nothing was done.
+refuse() { warn "$*" && exit 2; }
 
 # The comment at a script's head is its help.
 usage() {
@@ -25,7 +25,7 @@ usage() {
   printf '\nAlso: --settings FILE, --dry-run (print the commands, do nothing), --help.\n'
 }
 
-# Takes the options that every verb has; the rest is left in `args`, what follows -- in `command`.
+# Parses the options that every verb has. Leaves the rest in `args`, and what follows -- in `command`.
 parse_common() {
   settings=${LAUNCH_SETTINGS:-$launch_dir/settings.env}
   args=() command=()
@@ -47,16 +47,16 @@ parse_common() {
 
 no_more_args() {
   local words=("${args[@]}" "${command[@]}")
-  ((${#words[@]} == 0)) || refuse "what is '${words[0]}'? See $verb.sh --help"
+  ((${#words[@]} == 0)) || refuse "unknown argument '${words[0]}'; see $verb.sh --help"
 }
 
-# How a verb is called here: by itself, or as a verb of the worked run that called this script.
-typed() {
+# Prints the command line of a verb: its own script, or the worked run that called this script.
+verb_path() {
   if [[ ${LAUNCH_RUN:-} ]]; then echo "launch/runs/$LAUNCH_RUN.sh $1"; else echo "launch/$1.sh"; fi
 }
 
 # "1 worker", "4 workers".
-counted() { if (($1 == 1)); then echo "1 $2"; else echo "$1 $2s"; fi; }
+plural() { if (($1 == 1)); then echo "1 $2"; else echo "$1 $2s"; fi; }
 
 # Calls another verb with the same settings.
 call_verb() {
@@ -65,19 +65,19 @@ call_verb() {
 
 load_settings() {
   local example=$launch_dir/settings.env.example name
-  local -A given=()
+  local -A overrides=()
   [[ $settings == */* ]] || settings=./$settings # or `source` would search PATH for it
-  [[ -f $settings ]] || refuse "no settings: $(quoted cp "$example" "$settings"), and edit that"
-  while read -r name; do given[$name]=${!name}; done < <(compgen -v LAUNCH_)
-  trap 'refuse "$settings cannot be read, see above; its lines are NAME=value, with no space around ="' EXIT
+  [[ -f $settings ]] || refuse "no settings file: $(quoted cp "$example" "$settings"), then edit the copy"
+  while read -r name; do overrides[$name]=${!name}; done < <(compgen -v LAUNCH_)
+  trap 'refuse "$settings cannot be read, see above; write each line as NAME=value, without spaces around ="' EXIT
   # shellcheck source=launch/settings.env.example
   source "$settings"
   trap - EXIT
   while read -r name; do
-    [[ -n ${given[$name]+set} ]] || grep -q "^$name=" "$example" ||
-      refuse "$settings sets $name, which is no setting: see $example"
+    [[ -n ${overrides[$name]+set} ]] || grep -q "^$name=" "$example" ||
+      refuse "$settings sets $name, which is not a setting; see $example"
   done < <(compgen -v LAUNCH_)
-  for name in "${!given[@]}"; do printf -v "$name" %s "${given[$name]}"; done
+  for name in "${!overrides[@]}"; do printf -v "$name" %s "${overrides[$name]}"; done
   set_defaults
   check_settings
   : "${LAUNCH_RUNTIME:=$default_runtime}"
@@ -102,29 +102,29 @@ check_settings() {
   done
   check_form LAUNCH_NAME '^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$' \
     'lower-case letters, digits and inner hyphens, at most 40'
-  check_form LAUNCH_ZONE '^[a-z]+-[a-z]+[0-9]+-[a-z]$' 'a zone is written like us-east5-a'
-  check_form LAUNCH_PROVISIONING '^(spot|reserved|on-demand)$' 'it is spot, reserved or on-demand'
-  check_form LAUNCH_NODE_COUNT '^[1-9][0-9]*$' 'it is the number of slices, 1 or more'
-  check_form LAUNCH_BUCKET '^(gs://[a-z0-9._-]+)?$' 'a bucket is written like gs://my-bucket'
-  check_form LAUNCH_MOUNT '^(yes|no)$' 'it is yes or no'
-  [[ $LAUNCH_MOUNT == no || -n $LAUNCH_BUCKET ]] || refuse "LAUNCH_MOUNT is yes, and LAUNCH_BUCKET names no bucket"
-  check_form LAUNCH_INTERNAL_IPS '^(yes|no)$' 'it is yes or no'
-  check_form LAUNCH_IAP '^(yes|no)$' 'it is yes or no'
+  check_form LAUNCH_ZONE '^[a-z]+-[a-z]+[0-9]+-[a-z]$' 'write a zone as us-east5-a'
+  check_form LAUNCH_PROVISIONING '^(spot|reserved|on-demand)$' 'set it to spot, reserved or on-demand'
+  check_form LAUNCH_NODE_COUNT '^[1-9][0-9]*$' 'set it to the number of slices, 1 or more'
+  check_form LAUNCH_BUCKET '^(gs://[a-z0-9._-]+)?$' 'write a bucket as gs://my-bucket'
+  check_form LAUNCH_MOUNT '^(yes|no)$' 'set it to yes or no'
+  [[ $LAUNCH_MOUNT == no || -n $LAUNCH_BUCKET ]] || refuse "LAUNCH_MOUNT=yes needs a bucket in LAUNCH_BUCKET"
+  check_form LAUNCH_INTERNAL_IPS '^(yes|no)$' 'set it to yes or no'
+  check_form LAUNCH_IAP '^(yes|no)$' 'set it to yes or no'
   for name in LAUNCH_WAIT_SECONDS LAUNCH_CALL_SECONDS LAUNCH_STOP_SECONDS LAUNCH_BAD_POLLS \
     LAUNCH_BACKOFF_SECONDS LAUNCH_BACKOFF_MAX_SECONDS LAUNCH_MAX_STALLS; do
-    check_form "$name" '^(0|[1-9][0-9]*)$' 'it is a whole number'
+    check_form "$name" '^(0|[1-9][0-9]*)$' 'set it to a whole number'
   done
-  check_form LAUNCH_POLL_SECONDS '^[0-9]+(\.[0-9]+)?$' 'it is a number of seconds'
-  check_form LAUNCH_ENV '^[A-Za-z0-9_ ]*$' 'it lists names of variables and no values: "HF_TOKEN FOO"'
-  accelerator_facts
+  check_form LAUNCH_POLL_SECONDS '^[0-9]+(\.[0-9]+)?$' 'set it to a number of seconds'
+  check_form LAUNCH_ENV '^[A-Za-z0-9_ ]*$' 'list names of variables without values: "HF_TOKEN FOO"'
+  set_accelerator
 }
 
 check_form() { [[ ${!1} =~ $2 ]] || refuse "$1 is '${!1}'; $3"; }
 
 # Sets generation, chips, hosts and chips_per_host of one slice, and its default_runtime.
-accelerator_facts() {
+set_accelerator() {
   [[ $LAUNCH_ACCELERATOR =~ ^(v4|v5litepod|v5p|v6e)-([1-9][0-9]*)$ ]] ||
-    refuse "LAUNCH_ACCELERATOR is '$LAUNCH_ACCELERATOR'; it is v4-N, v5litepod-N (v5e), v5p-N or v6e-N"
+    refuse "LAUNCH_ACCELERATOR is '$LAUNCH_ACCELERATOR'; set it to v4-N, v5litepod-N (v5e), v5p-N or v6e-N"
   generation=${BASH_REMATCH[1]} chips=${BASH_REMATCH[2]} chips_per_host=4
   if [[ $generation == v4 || $generation == v5p ]]; then
     ((chips % 8 == 0)) ||
@@ -145,7 +145,7 @@ accelerator_facts() {
   esac
 }
 
-# One line that a shell reads back as the same words; plain words stay as they are.
+# Quotes words into one line that a shell reads back as the same words.
 quoted() {
   local word line=
   for word in "$@"; do
@@ -158,20 +158,20 @@ quoted() {
   printf '%s\n' "${line:1}"
 }
 
-# Runs a command, ended after LAUNCH_CALL_SECONDS: an ssh that hangs must not hang us.
+# Runs a command with a timeout of LAUNCH_CALL_SECONDS, in case ssh hangs.
 limited() {
   local timeout
   timeout=$(type -P timeout || type -P gtimeout) ||
-    fail "there is no 'timeout' on PATH (on a Mac: brew install coreutils)"
+    fail "'timeout' is not on PATH (on a Mac: brew install coreutils)"
   "$timeout" --kill-after=10 "$LAUNCH_CALL_SECONDS" "$@"
 }
 
-# The same, or in a dry run prints it.
+# The same; in a dry run prints the command instead.
 run() {
   if [[ $dry_run ]]; then quoted "$@"; else limited "$@"; fi
 }
 
-# Seconds as people say them.
+# Formats seconds for people.
 duration() {
   local s=$1
   if ((s < 120)); then
@@ -183,46 +183,46 @@ duration() {
   fi
 }
 
-# Waits one poll of a wait that began at SECONDS=$3; gives up after LAUNCH_WAIT_SECONDS (0: never).
+# Waits one poll of a wait that started at SECONDS=$3; gives up after LAUNCH_WAIT_SECONDS (0: never).
 wait_for() {
   local what=$1 now=$2 waited=$((SECONDS - $3))
   if ((LAUNCH_WAIT_SECONDS && waited >= LAUNCH_WAIT_SECONDS)); then
     fail "gave up waiting for $what after $(duration "$waited") (LAUNCH_WAIT_SECONDS); now: $now"
   fi
-  say "waiting for $what: $now, $(duration "$waited") so far"
+  log "waiting for $what: $now, $(duration "$waited") so far"
   sleep "$LAUNCH_POLL_SECONDS"
 }
 
-# What launch/runs/*.sh share: a verb with that run's settings and, where it takes one, its command,
-# which is given here, and what the user adds to it after --. Call after load_settings.
+# Shared by launch/runs/*.sh: calls a verb with that run's settings. babysit and run also get its
+# command (the arguments) and the keys that the user adds after --. Call after load_settings.
 worked_run() {
   local called=${args[0]:-babysit}
   export LAUNCH_RUN=$verb
   case $called in
     babysit | run)
-      ((${#args[@]} <= 1)) || refuse "what is '${args[1]}'? See $verb.sh --help"
+      ((${#args[@]} <= 1)) || refuse "unknown argument '${args[1]}'; see $verb.sh --help"
       local word
       for word in "${command[@]}"; do
-        [[ $word == *=* ]] || refuse "what is '$word'? This run has its command, and takes KEY=VALUE after --"
+        [[ $word == *=* ]] || refuse "'$word' is not KEY=VALUE: this run has its own command and takes only keys after --"
       done
-      [[ $LAUNCH_BUCKET ]] || refuse "LAUNCH_BUCKET names no bucket, where this run reads and writes"
+      [[ $LAUNCH_BUCKET ]] || refuse "LAUNCH_BUCKET is not set; this run reads from a bucket and writes to it"
       call_verb "$called" -- "$@" "${command[@]}"
       ;;
     up | setup | sync | logs | status | stop | down | cost | doctor)
-      ((${#command[@]} == 0)) || refuse "only babysit and run take what comes after --"
+      ((${#command[@]} == 0)) || refuse "only babysit and run take arguments after --"
       call_verb "${args[@]}"
       ;;
-    *) refuse "there is no verb '$called': see the table in launch/README.md" ;;
+    *) refuse "unknown verb '$called'; launch/README.md lists the verbs" ;;
   esac
 }
 
-# A folder of this slice's own, for what verbs remember and what they are about to send.
+# Creates this slice's own folder for state and for files to send.
 make_state_dir() {
   [[ $dry_run ]] || (umask 077 && mkdir -p "$state_dir")
 }
 
-# Lines `begin|end EPOCH ACCELERATOR SLICES PROVISIONING ZONE`, from which `cost` adds up.
-note_history() {
+# Appends a line `begin|end EPOCH ACCELERATOR SLICES PROVISIONING ZONE`, which `cost` adds up.
+record_history() {
   make_state_dir
   local line="$1 $2 $LAUNCH_ACCELERATOR $LAUNCH_NODE_COUNT $LAUNCH_PROVISIONING $LAUNCH_ZONE"
   grep -qxF -- "$line" "$state_dir/history" 2>/dev/null || echo "$line" >>"$state_dir/history"

@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
 # Usage: launch/cost.sh
 #
-# What the slices of this name have cost so far, and what a day costs, from the prices in
-# launch/prices.env (LAUNCH_PRICES), which are dated and are yours to correct. Asks nobody: it adds
-# up what `up`, `babysit` and `down` noted on this machine.
+# Prints the cost of the slices of this name so far and per day, from the dated prices in
+# launch/prices.env (LAUNCH_PRICES); correct them for your region. Calls no API: it adds up the history
+# that `up`, `babysit` and `down` recorded on this machine.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# Prints `CHIPS LOW HIGH`: the chips of so many slices, and the prices of one chip for an hour.
-priced() {
+# Prints `CHIPS LOW HIGH`: the chips of the slices, and the price range of a chip-hour.
+print_prices() {
   local LAUNCH_ACCELERATOR=$1 LAUNCH_NODE_COUNT=$2 kind=on_demand low high
-  accelerator_facts
+  set_accelerator
   [[ $3 != spot ]] || kind=spot
   low=PRICE_${generation}_${kind}_LOW high=PRICE_${generation}_${kind}_HIGH
   [[ -n ${!low:-} && -n ${!high:-} ]] || refuse "$low and $high are not in $LAUNCH_PRICES"
   echo "$((chips * LAUNCH_NODE_COUNT)) ${!low} ${!high}"
 }
 
-# Prints `up|down SECONDS CHIPS LOW HIGH` for every life of a slice: a `begin` and the next `end`.
-lives() {
+# Prints `up|down SECONDS CHIPS LOW HIGH` for every lifetime of a slice: a `begin` and the next `end`.
+lifetimes() {
   local what at accelerator slices provisioning since='' price
   while read -r what at accelerator slices provisioning _; do
     if [[ $what == begin && -z $since ]]; then
       since=$at
-      price=$(priced "$accelerator" "$slices" "$provisioning") || exit
+      price=$(print_prices "$accelerator" "$slices" "$provisioning") || exit
     elif [[ $what == end && $since ]]; then
       echo "down $((at - since)) $price"
       since=
@@ -35,12 +35,12 @@ lives() {
 parse_common "$@"
 no_more_args
 load_settings
-[[ -f $LAUNCH_PRICES ]] || refuse "no prices at $LAUNCH_PRICES (LAUNCH_PRICES)"
+[[ -f $LAUNCH_PRICES ]] || refuse "there is no price file $LAUNCH_PRICES (LAUNCH_PRICES)"
 # shellcheck source=launch/prices.env
 source "$LAUNCH_PRICES"
-now=$(priced "$LAUNCH_ACCELERATOR" "$LAUNCH_NODE_COUNT" "$LAUNCH_PROVISIONING")
+now=$(print_prices "$LAUNCH_ACCELERATOR" "$LAUNCH_NODE_COUNT" "$LAUNCH_PROVISIONING")
 past=
-[[ ! -f $state_dir/history ]] || past=$(lives)
+[[ ! -f $state_dir/history ]] || past=$(lifetimes)
 
 awk -v now="$now" -v what="$LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR $LAUNCH_PROVISIONING" \
   -v date="$PRICES_DATE" '
@@ -55,4 +55,4 @@ awk -v now="$now" -v what="$LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR $LAUNCH_PROV
     printf "a day    USD %s\n", usd(24 * price[1] * price[2], 24 * price[1] * price[3])
     printf "prices   USD %s a chip-hour, %s\n", usd(price[2] + 0, price[3] + 0), date
   }' <<<"$past"
-[[ $LAUNCH_PROVISIONING != reserved ]] || say "a reservation is paid for whether it is used or not"
+[[ $LAUNCH_PROVISIONING != reserved ]] || log "a reservation costs money even when it is not used"

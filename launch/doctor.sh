@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Usage: launch/doctor.sh
 #
-# Looks at what the other verbs need, and says for each thing that is missing what to do about it:
-# programs, login, project, settings, the zone, ssh key, bucket, quota, prices. Changes nothing.
-# Exits with 0 when nothing is missing.
+# Checks everything that the other verbs need and says how to fix what is missing: programs, login,
+# project, settings, zone, ssh key, bucket, quota, prices. Changes nothing. Exits with 0 if nothing is
+# missing.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
@@ -19,29 +19,29 @@ finding() {
 check_programs() {
   local program
   for program in git tar awk ssh; do
-    type -P "$program" >/dev/null || finding "there is no $program" "install it with the system's packages"
+    type -P "$program" >/dev/null || finding "$program is not installed" "install it with the system's package manager"
   done
   git -C "$root" rev-parse --quiet --verify HEAD >/dev/null 2>&1 ||
-    finding "$root is no git repository" "git clone it: sync sends a commit"
+    finding "$root is not a git repository" "clone it with git: sync sends a commit"
   type -P timeout >/dev/null || type -P gtimeout >/dev/null ||
-    finding "there is no timeout" "on a Mac: brew install coreutils"
+    finding "timeout is not installed" "on a Mac: brew install coreutils"
   good "bash $BASH_VERSION"
 }
 
 check_gcloud() {
   if [[ ! $dry_run ]] && ! type -P gcloud >/dev/null; then
-    finding "there is no gcloud" "install it: https://cloud.google.com/sdk/docs/install"
+    finding "gcloud is not installed" "install it: https://cloud.google.com/sdk/docs/install"
     return 1
   fi
   if ask_queued_resources; then
     good "gcloud has queued resources"
   else
-    finding "gcloud is too old: it has no queued resources" "gcloud components update"
+    finding "gcloud is too old and has no queued resources" "gcloud components update"
   fi
   if ask_account; then
     good "logged in as $answer"
   else
-    finding "nobody is logged in" "gcloud auth login, then doctor again: the cloud was not asked"
+    finding "no account is logged in" "gcloud auth login, then run doctor again: the cloud was not queried"
     [[ $dry_run ]]
   fi
 }
@@ -50,7 +50,7 @@ check_project() {
   if ask_project; then
     good "project $LAUNCH_PROJECT is $answer"
   else
-    finding "project $LAUNCH_PROJECT cannot be seen" "correct LAUNCH_PROJECT, or ask its owner for roles/tpu.admin"
+    finding "project $LAUNCH_PROJECT is not visible" "correct LAUNCH_PROJECT, or ask the project's owner for roles/tpu.admin"
   fi
   if ask_api; then
     good "the TPU API is enabled"
@@ -74,18 +74,18 @@ check_zone() {
   fi
 }
 
-# With several workers, gcloud wants its key in the agent: without it ssh would stall.
+# With several workers gcloud needs its key in the agent: without it ssh would hang.
 check_ssh_key() {
   local key=$HOME/.ssh/google_compute_engine fingerprint
   if [[ ! -f $key ]]; then
-    finding "gcloud has made no ssh key yet" "gcloud compute config-ssh --project=$LAUNCH_PROJECT, then ssh-add $key"
+    finding "gcloud has not created an ssh key yet" "gcloud compute config-ssh --project=$LAUNCH_PROJECT, then ssh-add $key"
     return
   fi
   fingerprint=$(ssh-keygen -lf "$key" 2>/dev/null | cut -d ' ' -f 2 || true)
   if ssh-add -l 2>/dev/null | grep -qF -- "${fingerprint:-none}"; then
     good "the ssh key is in the agent"
   elif ((workers == 1)); then
-    good "the ssh key is there (one worker needs no agent)"
+    good "the ssh key exists (one worker needs no agent)"
   else
     finding "the ssh key is not in the agent" "eval \"\$(ssh-agent)\" && ssh-add $key"
   fi
@@ -93,26 +93,26 @@ check_ssh_key() {
 
 check_bucket() {
   if [[ -z $LAUNCH_BUCKET ]]; then
-    finding "LAUNCH_BUCKET names no bucket" "checkpoints on a worker's disk go with the slice: gcloud storage buckets create gs://NAME --location=${LAUNCH_ZONE%-*}"
+    finding "LAUNCH_BUCKET is not set" "checkpoints on a worker's disk are deleted with the slice: gcloud storage buckets create gs://NAME --location=${LAUNCH_ZONE%-*}"
   elif ! ask_bucket; then
-    finding "bucket $LAUNCH_BUCKET cannot be seen" \
+    finding "bucket $LAUNCH_BUCKET is not visible" \
       "gcloud storage buckets create $LAUNCH_BUCKET --location=${LAUNCH_ZONE%-*} --project=$LAUNCH_PROJECT"
   elif [[ ${answer,,} != "${LAUNCH_ZONE%-*}" ]]; then
-    finding "bucket $LAUNCH_BUCKET is in ${answer,,}, the zone in ${LAUNCH_ZONE%-*}" \
-      "reading across regions is slow and is charged: a bucket in ${LAUNCH_ZONE%-*} is better"
+    finding "bucket $LAUNCH_BUCKET is in ${answer,,}, the zone is in ${LAUNCH_ZONE%-*}" \
+      "reads across regions are slow and are charged; use a bucket in ${LAUNCH_ZONE%-*}"
   else
     good "bucket $LAUNCH_BUCKET is in the zone's region"
   fi
 }
 
-# What cannot be looked up in general: said, not checked.
+# Prints hints on what cannot be checked in general.
 hints() {
   [[ $dry_run ]] && return
   local kind=on-demand amount=$((chips * LAUNCH_NODE_COUNT)) unit=chips
   [[ $LAUNCH_PROVISIONING != spot ]] || kind=preemptible
   if [[ $generation == v4 || $generation == v5p ]]; then amount=$((amount * 2)) unit=cores; fi
   printf 'note %s\n       %s\n' \
-    "this needs a quota of $amount $kind $generation $unit in $LAUNCH_ZONE, which is not looked up" \
+    "this needs a quota of $amount $kind $generation $unit in $LAUNCH_ZONE, which is not checked here" \
     "gcloud alpha services quota list --service=tpu.googleapis.com --consumer=projects/$LAUNCH_PROJECT"
   [[ $LAUNCH_INTERNAL_IPS == no ]] ||
     printf 'note %s\n' "workers without external addresses need Cloud NAT to install packages"
@@ -123,8 +123,8 @@ hints() {
 check_environment() {
   local name
   for name in $LAUNCH_ENV; do
-    if [[ -n ${!name+set} ]]; then good "$name is set and travels"; else
-      finding "LAUNCH_ENV names $name, which is not set here" "export it, or leave it out of LAUNCH_ENV"
+    if [[ -n ${!name+set} ]]; then good "$name is set and will be sent"; else
+      finding "LAUNCH_ENV names $name, which is not set here" "export it, or remove it from LAUNCH_ENV"
     fi
   done
 }
@@ -143,4 +143,4 @@ fi
 check_ssh_key
 hints
 ((findings == 0)) || fail "$findings to fix"
-say "nothing to fix"
+log "nothing to fix"

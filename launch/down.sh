@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # Usage: launch/down.sh
 #
-# Deletes the slice, whatever state it is in and whatever runs on it: from here on it costs nothing.
-# What is at gs:// stays. A babysitter, if there is one, ends too.
+# Deletes the slice in any state, whatever runs on it; it costs nothing from then on. Files at gs:// stay.
+# Ends the babysitter, too.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
 
-# Where notes say that there is one, it was deleted by other means, or costs in another zone.
-nothing_there() {
+# If the history has a slice, it was deleted by other means or still costs money in another zone.
+slice_is_absent() {
   local noted zone
   read -r noted _ _ _ _ zone < <(tail -n 1 "$state_dir/history" 2>/dev/null) || noted=''
   if [[ $noted == begin ]]; then
     [[ $zone == "$LAUNCH_ZONE" ]] ||
-      fail "there is no slice $LAUNCH_NAME in $LAUNCH_ZONE; the one made in $zone may still cost: LAUNCH_ZONE=$zone $(typed down)"
-    note_history end "$(date +%s)"
+      fail "there is no slice $LAUNCH_NAME in $LAUNCH_ZONE; the one created in $zone may still cost money: LAUNCH_ZONE=$zone $(verb_path down)"
+    record_history end "$(date +%s)"
   fi
-  say "there is no slice $LAUNCH_NAME in $LAUNCH_ZONE"
+  log "there is no slice $LAUNCH_NAME in $LAUNCH_ZONE"
   exit
 }
 
@@ -25,11 +25,11 @@ no_more_args
 load_settings
 make_state_dir
 [[ $dry_run ]] || touch "$state_dir/stopped"
-look_at_slice
+describe_slice
 case $slice_state in
-  UNKNOWN) fail "gcloud does not answer, and the slice may still cost: $slice_message" ;;
-  ABSENT) [[ $dry_run ]] || nothing_there ;;
+  UNKNOWN) fail "gcloud does not answer, and the slice may still cost money: $slice_message" ;;
+  ABSENT) [[ $dry_run ]] || slice_is_absent ;;
 esac
-delete_slice || fail "the slice was not deleted, for the reason above, and may still cost"
-[[ $dry_run ]] || note_history end "$(date +%s)"
-say "$LAUNCH_NAME is deleted"
+delete_slice || fail "the slice was not deleted and may still cost money; the reason is above"
+[[ $dry_run ]] || record_history end "$(date +%s)"
+log "$LAUNCH_NAME is deleted"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: launch/logs.sh [--follow] [--lines N]
 #
-# The last N lines (20) that the run wrote on each worker, with the worker's name before each line.
-# --follow goes on until Ctrl-C.
+# Prints the last N lines (20) of the run's output on each worker, prefixed with the worker's name.
+# --follow streams until Ctrl-C.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
@@ -17,16 +17,16 @@ while (($#)); do
       [[ ${2:-} =~ ^[0-9]+$ ]] || refuse "--lines needs a number"
       lines=$2 && shift
       ;;
-    *) refuse "what is '$1'? See logs.sh --help" ;;
+    *) refuse "unknown argument '$1'; see logs.sh --help" ;;
   esac
   shift
 done
 load_settings
-on_workers bash grok-launch/worker.sh logs "$lines" $follow
+ssh_command bash grok-launch/worker.sh logs "$lines" $follow
 if [[ $dry_run ]]; then
   quoted "${gcloud[@]}"
 elif [[ $follow ]]; then
-  exec "${gcloud[@]}" 2> >(tell_errors)
+  exec "${gcloud[@]}" 2> >(filter_errors)
 else
-  limited "${gcloud[@]}" 2> >(tell_errors) | sed '/^\[[^]]*\] @ ok$/d; s/ @ failed=/ /'
+  limited "${gcloud[@]}" 2> >(filter_errors) | sed '/^\[[^]]*\] @ ok$/d; s/ @ failed=/ /'
 fi

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# How far a run has come, by what it has written: the newest step of a training, the whole shards of a
+# Reads a run's progress from its files: the newest step of a training run, the finished shards of a
 # batch. Sourced on this machine and on the workers, never run.
-# shellcheck disable=SC2034 # the scripts that source this use what it sets
+# shellcheck disable=SC2034 # the scripts that source this use the variables that it sets
 
 # Sets progress (the newest step) and loss from the end of metrics.jsonl.
 read_metrics() {
@@ -12,8 +12,8 @@ read_metrics() {
   if [[ $line =~ \"loss\":\ ?([-+.0-9eE]+|NaN) ]]; then loss=${BASH_REMATCH[1]}; fi
 }
 
-# Sets progress (shards that are whole) and total from the names of answers and from job.json.
-read_answers() {
+# Sets progress (finished shards) and total from the names of answers and from job.json.
+read_shards() {
   local requests shard_size
   progress=- loss=- total=-
   [[ $2 =~ \"requests\":\ ?([0-9]+) ]] || return 0

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Everything that calls the cloud: queued resources of the Cloud TPU API, and gs://, by gcloud.
-# A second provider would be a file with these functions. Sourced after common.sh, never run.
-# shellcheck disable=SC2034,SC2154 # what it sets and reads belongs to the scripts that source it
+# All cloud calls, through gcloud: queued resources of the Cloud TPU API, and gs://.
+# A second provider would be a file with the same functions. Sourced after common.sh, never run.
+# shellcheck disable=SC2034,SC2154 # its variables belong to the scripts that source it
 
-# Sets `gcloud` to a command about this slice.
-about_slice() {
+# Sets `gcloud` to a command on this slice.
+tpu_command() {
   gcloud=(gcloud compute tpus "$@" --zone="$LAUNCH_ZONE" --project="$LAUNCH_PROJECT" --quiet)
 }
 
@@ -17,19 +17,19 @@ node_names() {
   fi
 }
 
-# Sets slice_state, slice_accelerator and slice_message. The state is ABSENT where there is no such
-# slice, and UNKNOWN, with what gcloud said as message, where there was no answer.
-look_at_slice() {
+# Sets slice_state, slice_accelerator and slice_message. The state is ABSENT if the slice does not
+# exist, and UNKNOWN, with gcloud's error as the message, if gcloud does not answer.
+describe_slice() {
   local errors answer format
   format='value[separator="|"](state.state,tpu.nodeSpec[0].node.acceleratorType,state.failedData.error.message)'
   slice_state=ABSENT slice_accelerator='' slice_message=''
-  about_slice queued-resources describe "$LAUNCH_NAME" --format="$format"
+  tpu_command queued-resources describe "$LAUNCH_NAME" --format="$format"
   if [[ $dry_run ]]; then quoted "${gcloud[@]}" && return; fi
   errors=$(mktemp)
   if answer=$(limited "${gcloud[@]}" 2>"$errors"); then
     IFS='|' read -r slice_state slice_accelerator slice_message <<<"$answer"
   elif ! grep -q NOT_FOUND "$errors"; then
-    # Of an error of many lines the first says what it is.
+    # The first line of a long error says what it is.
     slice_state=UNKNOWN slice_message=$(sed -n 's/^ERROR: ([^)]*) //p' "$errors" | head -n 1)
     : "${slice_message:=$(tail -n 1 "$errors")}"
     ! grep -q 'gcloud auth login' "$errors" || slice_message+=' (gcloud auth login)'
@@ -37,12 +37,12 @@ look_at_slice() {
   rm -f "$errors"
 }
 
-# Prints `NAME STATE HEALTH HOSTS EPOCH` for each node, the last being when it was created.
-look_at_nodes() {
+# Prints `NAME STATE HEALTH HOSTS EPOCH` for each node; EPOCH is its creation time.
+list_nodes() {
   local node answer state health endpoints created format
   format='value[separator="|"](state,health,networkEndpoints.len(),createTime.date("%s"))'
   for node in $(node_names); do
-    about_slice tpu-vm describe "$node" --format="$format"
+    tpu_command tpu-vm describe "$node" --format="$format"
     if [[ $dry_run ]]; then quoted "${gcloud[@]}" && continue; fi
     answer=$(limited "${gcloud[@]}" 2>/dev/null) || answer='UNKNOWN|||'
     IFS='|' read -r state health endpoints created <<<"$answer"
@@ -51,75 +51,75 @@ look_at_nodes() {
 }
 
 create_slice() {
-  local -a wanted=(--accelerator-type="$LAUNCH_ACCELERATOR" --runtime-version="$LAUNCH_RUNTIME")
+  local -a options=(--accelerator-type="$LAUNCH_ACCELERATOR" --runtime-version="$LAUNCH_RUNTIME")
   if ((LAUNCH_NODE_COUNT == 1)); then
-    wanted+=(--node-id="$LAUNCH_NAME")
+    options+=(--node-id="$LAUNCH_NAME")
   else
-    wanted+=(--node-count="$LAUNCH_NODE_COUNT" --node-prefix="$LAUNCH_NAME")
+    options+=(--node-count="$LAUNCH_NODE_COUNT" --node-prefix="$LAUNCH_NAME")
   fi
-  [[ $LAUNCH_PROVISIONING == on-demand ]] || wanted+=("--$LAUNCH_PROVISIONING")
-  [[ $LAUNCH_INTERNAL_IPS == no ]] || wanted+=(--internal-ips)
-  [[ -z $LAUNCH_NETWORK ]] || wanted+=(--network="$LAUNCH_NETWORK")
-  [[ -z $LAUNCH_SUBNETWORK ]] || wanted+=(--subnetwork="$LAUNCH_SUBNETWORK")
-  [[ -z $LAUNCH_SERVICE_ACCOUNT ]] || wanted+=(--service-account="$LAUNCH_SERVICE_ACCOUNT"
+  [[ $LAUNCH_PROVISIONING == on-demand ]] || options+=("--$LAUNCH_PROVISIONING")
+  [[ $LAUNCH_INTERNAL_IPS == no ]] || options+=(--internal-ips)
+  [[ -z $LAUNCH_NETWORK ]] || options+=(--network="$LAUNCH_NETWORK")
+  [[ -z $LAUNCH_SUBNETWORK ]] || options+=(--subnetwork="$LAUNCH_SUBNETWORK")
+  [[ -z $LAUNCH_SERVICE_ACCOUNT ]] || options+=(--service-account="$LAUNCH_SERVICE_ACCOUNT"
     --scopes=https://www.googleapis.com/auth/cloud-platform)
-  [[ -z $LAUNCH_LABELS ]] || wanted+=(--labels="$LAUNCH_LABELS")
-  [[ -z $LAUNCH_VALID_UNTIL ]] || wanted+=(--valid-until-duration="$LAUNCH_VALID_UNTIL")
-  about_slice queued-resources create "$LAUNCH_NAME" "${wanted[@]}" --async
+  [[ -z $LAUNCH_LABELS ]] || options+=(--labels="$LAUNCH_LABELS")
+  [[ -z $LAUNCH_VALID_UNTIL ]] || options+=(--valid-until-duration="$LAUNCH_VALID_UNTIL")
+  tpu_command queued-resources create "$LAUNCH_NAME" "${options[@]}" --async
   run "${gcloud[@]}"
 }
 
-# Returns when the slice is gone and its name is free.
+# Deletes the slice; returns when its name is free.
 delete_slice() {
-  about_slice queued-resources delete "$LAUNCH_NAME" --force
+  tpu_command queued-resources delete "$LAUNCH_NAME" --force
   run "${gcloud[@]}"
 }
 
-# Sets `everywhere` to the options that reach all workers at once. Without --batch-size=all a batch
-# with a failure in it would keep the next from starting.
-reach_everywhere() {
-  everywhere=(--node=all --worker=all --batch-size=all)
+# Sets `worker_options` to the options that reach all workers at once. Without --batch-size=all, a
+# failure in one batch would keep the next batch from starting.
+set_worker_options() {
+  worker_options=(--node=all --worker=all --batch-size=all)
   if [[ $LAUNCH_IAP == yes ]]; then
-    everywhere+=(--tunnel-through-iap)
+    worker_options+=(--tunnel-through-iap)
   elif [[ $LAUNCH_INTERNAL_IPS == yes ]]; then
-    everywhere+=(--internal-ip)
+    worker_options+=(--internal-ip)
   fi
 }
 
-# Sets `gcloud` to a command that runs words on all workers. gcloud splits them on spaces, and it
-# leaves out a node that it cannot prepare and still exits with 0: whoever calls counts the answers.
-on_workers() {
-  reach_everywhere
-  about_slice queued-resources ssh "$LAUNCH_NAME" "${everywhere[@]}" --command="$*"
+# Sets `gcloud` to a command that runs words on all workers. gcloud splits them on spaces. It skips a
+# node that it cannot prepare and still exits with 0, so callers must count the answers.
+ssh_command() {
+  set_worker_options
+  tpu_command queued-resources ssh "$LAUNCH_NAME" "${worker_options[@]}" --command="$*"
 }
 
-# Shows what gcloud says on the way to workers, without the lines of every time.
-tell_errors() {
+# Shows gcloud's errors on the way to workers, without its routine messages.
+filter_errors() {
   sed -e '/^S[CS][PH]: Attempting to connect/d' -e '/^Using s[cs][ph] batch size/d' \
-    -e "s|^.*NOT_FOUND.*|there is no slice $LAUNCH_NAME in $LAUNCH_ZONE: $(typed up) makes it|" \
-    -e "s|^bash: .*worker.sh: No such file.*|a worker is not set up: $(typed setup) does that|" >&2
+    -e "s|^.*NOT_FOUND.*|there is no slice $LAUNCH_NAME in $LAUNCH_ZONE: $(verb_path up) creates it|" \
+    -e "s|^bash: .*worker.sh: No such file.*|a worker is not set up: run $(verb_path setup)|" >&2
 }
 
-# Copies files into a folder of every worker: FOLDER FILE...
+# copy_to_workers FOLDER FILE...: copies files into a folder on every worker.
 copy_to_workers() {
-  reach_everywhere
-  about_slice queued-resources scp "${@:2}" "$LAUNCH_NAME:$1" "${everywhere[@]}"
-  run "${gcloud[@]}" 2> >(tell_errors)
+  set_worker_options
+  tpu_command queued-resources scp "${@:2}" "$LAUNCH_NAME:$1" "${worker_options[@]}"
+  run "${gcloud[@]}" 2> >(filter_errors)
 }
 
-# Prints the end of a file at gs://, or nothing where there is none yet.
-read_end_of() {
+# Prints the last 64 KiB of a file at gs://, or nothing if it does not exist yet.
+read_tail() {
   local -a cat=(gcloud storage cat --range=-65536 "$1" --project="$LAUNCH_PROJECT")
   if [[ $dry_run ]]; then quoted "${cat[@]}" && return; fi
   limited "${cat[@]}" 2>/dev/null || true
 }
 
-# Prints the names at gs:// that match, or nothing.
+# Prints the matching names at gs://, or nothing.
 list_files() {
   limited gcloud storage ls "$1" --project="$LAUNCH_PROJECT" 2>/dev/null || true
 }
 
-# What doctor asks: true with an answer, which is in `answer`.
+# Queries of doctor: true if there is an answer; sets `answer`.
 ask() {
   if [[ $dry_run ]]; then quoted "$@" && return 1; fi
   answer=$(limited "$@" 2>/dev/null) && [[ $answer ]]

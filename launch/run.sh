@@ -2,16 +2,16 @@
 # Usage: launch/run.sh -- COMMAND [ARGUMENT]...
 #        launch/run.sh -- grok train grok-1b folder=gs://my-bucket/runs/first
 #
-# Starts the command on all workers, in the code that `sync` brought, detached: it goes on when this
-# machine sleeps. Arguments arrive as they are here. The variables that LAUNCH_ENV names travel with
-# it, in a file that only the worker's user can read. Nothing starts where something runs already.
+# Starts the command on all workers, detached, with the code of the last `sync`: it continues when this
+# machine sleeps. Arguments arrive unchanged. Variables that LAUNCH_ENV names are sent in a file that
+# only the worker's user can read. Refuses to start while another run is live.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
 source "$launch_dir/workers.sh"
 
-# The files that travel: the command, the variables, and where to look for its progress.
-write_what_travels() {
+# Writes the files to send: the command, the variables, and the folder that shows its progress.
+write_outgoing() {
   local name word progress=
   for word in "${command[@]}"; do
     case $word in
@@ -20,9 +20,9 @@ write_what_travels() {
     esac
   done
   [[ $progress ]] ||
-    say "the command has no folder= or output=: status shows no progress, and to babysit no start brings any"
+    log "the command has no folder= or output=: status and babysit cannot see its progress"
   for name in $LAUNCH_ENV; do
-    [[ -n ${!name+set} ]] || refuse "LAUNCH_ENV names $name, which is not set here: export it, or leave it out"
+    [[ -n ${!name+set} ]] || refuse "LAUNCH_ENV names $name, which is not set here: export it, or remove it"
   done
   if [[ $dry_run ]]; then
     printf '# command.sh: exec %s\n' "$(quoted "${command[@]}")"
@@ -39,23 +39,23 @@ write_what_travels() {
   )
 }
 
-refuse_a_second_run() {
+refuse_second_run() {
   local report
-  ask_workers status || fail "all workers are needed; see $(typed status)"
+  call_workers status || fail "not all workers answered; see $(verb_path status)"
   for report in "${reports[@]}"; do
     [[ $(value_of state "$report") != running ]] ||
-      fail "a run is live on ${report%% *} (pid $(value_of pid "$report")): $(typed stop) first"
+      fail "a run is live on ${report%% *} (pid $(value_of pid "$report")): $(verb_path stop) first"
   done
 }
 
 parse_common "$@"
-((${#command[@]} && ${#args[@]} == 0)) || refuse "what to run comes after --, as in: launch/run.sh -- grok train grok-1b"
+((${#command[@]} && ${#args[@]} == 0)) || refuse "put the command after --, for example: launch/run.sh -- grok train grok-1b"
 load_settings
 outgoing=$state_dir/outgoing
 trap 'rm -rf "$outgoing"' EXIT
-write_what_travels
-refuse_a_second_run
+write_outgoing
+refuse_second_run
 copy_to_workers grok-launch/incoming/ "$outgoing/command.sh" "$outgoing/env" "$outgoing/progress" ||
-  fail "not all workers could be reached; nothing was started, the same command may be repeated"
-all_workers start
-say "started on $(counted "$workers" worker); see $(typed logs) --follow and $(typed status)"
+  fail "not all workers could be reached; nothing was started; retry the same command"
+call_all_workers start
+log "started on $(plural "$workers" worker); see $(verb_path logs) --follow and $(verb_path status)"

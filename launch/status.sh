@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: launch/status.sh
 #
-# What there is now: the slice and its nodes, what runs on the workers, the newest step and loss, or
-# how many shards of a batch are whole. Exits with 0 where the cloud has answered.
+# Shows the slice and its nodes, the state of the workers, and the newest step and loss, or the finished
+# shards of a batch. Exits with 0 if the cloud answered.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
@@ -15,11 +15,11 @@ show_nodes() {
   while read -r node state health hosts_there created; do
     up=
     [[ -z $created ]] || up=", up $(duration $(($(date +%s) - created)))"
-    line node "$node $state $health, $(counted "$hosts_there" host)$up"
-  done < <(look_at_nodes)
+    line node "$node $state $health, $(plural "$hosts_there" host)$up"
+  done < <(list_nodes)
 }
 
-# How many workers are in each state, and the names of those in a rare one.
+# Prints the number of workers in each state, and the code that they have.
 show_workers() {
   local report state key
   local -A count=()
@@ -35,20 +35,20 @@ show_workers() {
 parse_common "$@"
 no_more_args
 load_settings
-look_at_slice
+describe_slice
 if [[ $dry_run ]]; then
-  look_at_nodes
-  ask_workers status
+  list_nodes
+  call_workers status
   exit
 fi
 line slice "$LAUNCH_NAME $LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR $LAUNCH_PROVISIONING $LAUNCH_ZONE $slice_state${slice_message:+: $slice_message}"
 [[ $slice_state != UNKNOWN ]] || exit 1
 [[ $slice_state == ACTIVE ]] || exit 0
 show_nodes
-ask_workers status || true
+call_workers status || true
 ((${#reports[@]})) || exit 0
 show_workers
-look_at_progress
+read_progress
 where=$(sed -n 's/^[a-z]* /, in /p' "$state_dir/progress" 2>/dev/null || true)
 if [[ $unit == shard ]]; then
   line run "$progress of $total shards$where"

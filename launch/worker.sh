@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The workers' side of launch: `setup` sends this file to every host, the other verbs call it there
-# over ssh. Lines are shown with the worker's name; the last one, "@ ...", is its report.
+# The workers' side of launch: `setup` sends this file to every host, and the other verbs call it there
+# over ssh. Output lines are prefixed with the worker's name; the last one, "@ ...", is its report.
 set -euo pipefail
 
 home=$HOME/grok-launch
@@ -8,7 +8,7 @@ run=$home/run
 export PATH="$home/.venv/bin:$HOME/.local/bin:$PATH"
 # shellcheck source=launch/progress.sh
 source "$home/progress.sh"
-# Without this JAX would go on with the CPU where it finds no TPU.
+# Without this, JAX would fall back to the CPU if it finds no TPU.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
 
 reported=
@@ -16,7 +16,7 @@ report() { printf '@ %s\n' "$*" && reported=1; }
 failed() { report "failed=$*" && exit 1; }
 as_root() { if ((EUID)); then sudo -n "$@"; else "$@"; fi; }
 
-# A run holds this lock as long as any process of it lives, whatever happens to ssh or to this file.
+# A run holds this lock while any of its processes lives, whatever happens to ssh or to this file.
 run_is_live() { [[ -e $run/lock ]] && ! flock -n "$run/lock" true; }
 not_under_a_run() {
   ! run_is_live || failed "a run is live here (pid $(cat "$run/pid")): stop it first"
@@ -30,15 +30,15 @@ setup() {
   uv pip sync --quiet --python "$home/.venv/bin/python" --require-hashes "$home/requirements.lock"
   [[ ! -e $home/src ]] || install_code
   [[ -z ${4:-} ]] || mount_bucket "$4"
-  # All hosts of a slice do this at the same time: a TPU starts with all of them or not at all.
-  local found
-  found=$(timeout 300 python -c 'import jax; print(jax.local_device_count())') ||
-    failed "JAX found no TPU here in 300 s; 'stop --now' ends what may hold it"
-  ((found == $3)) || failed "JAX sees $found devices here, expected $3"
-  report "ok devices=$found python=$(python -c 'import platform; print(platform.python_version())')"
+  # All hosts of a slice do this at once: a TPU starts on all of them or not at all.
+  local devices
+  devices=$(timeout 300 python -c 'import jax; print(jax.local_device_count())') ||
+    failed "JAX devices no TPU here in 300 s; 'stop --now' kills what may hold it"
+  ((devices == $3)) || failed "JAX sees $devices devices here, expected $3"
+  report "ok devices=$devices python=$(python -c 'import platform; print(platform.python_version())')"
 }
 
-# The bucket as the folder ~/grok-launch/bucket, for programs that read files alone.
+# Mounts the bucket as ~/grok-launch/bucket, for programs that read local files only.
 mount_bucket() {
   mkdir -p "$home/bucket"
   ! mountpoint -q "$home/bucket" || return 0
@@ -59,11 +59,11 @@ install_code() {
     --editable "$home/src"
 }
 
-# unpack STAMP: the tarball of that name becomes the code that runs.
+# unpack STAMP: installs the tarball of that name as the code to run.
 unpack() {
   local code=$home/code/$1
   not_under_a_run
-  [[ -x $home/.venv/bin/python ]] || failed "no environment here yet: setup makes it"
+  [[ -x $home/.venv/bin/python ]] || failed "no environment here yet: run setup first"
   rm -rf "$home/code" && mkdir -p "$code" "$home/runs"
   tar -xzf "$home/incoming/grok-$1.tar.gz" -C "$code"
   rm -f "$home"/incoming/grok-*.tar.gz
@@ -75,7 +75,7 @@ unpack() {
 
 # start: runs incoming/command.sh detached, with the variables of incoming/env.
 start() {
-  [[ -e $home/src ]] || failed "no code here yet: sync brings it"
+  [[ -e $home/src ]] || failed "no code here yet: run sync first"
   mkdir -p "$run"
   exec 9>>"$run/lock"
   flock -n 9 || failed "a run is live here (pid $(cat "$run/pid")): stop it first"
@@ -91,7 +91,7 @@ start() {
   report "ok pid=$(cat "$run/pid")"
 }
 
-# What `start` leaves behind: waits for the command, and writes down how it ended.
+# The process that `start` leaves behind: waits for the command and records its exit code.
 supervise() {
   local child code
   cd "$home/src"
@@ -100,13 +100,13 @@ supervise() {
   # shellcheck source=/dev/null
   source "$run/env"
   set +a
-  # A shutdown of the machine asks all processes to end; this one ends when the command has.
+  # A shutdown signals all processes; this one exits only after the command.
   trap : TERM INT HUP
-  set -m # the command gets a process group of its own, for `stop` to end as a whole
+  set -m # the command gets its own process group, so that `stop` can kill all of it
   bash "$run/command.sh" &
   child=$!
   echo "$child" >"$run/pid.new" && mv "$run/pid.new" "$run/pid"
-  # A signal ends a `wait` early; bash remembers the code of a child that has ended, however soon.
+  # A signal ends a `wait` early; bash keeps the exit code of a child that has exited.
   while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
   wait "$child" && code=0 || code=$?
   printf '=== %s: exit code %s\n' "$(date -u +%FT%TZ)" "$code"
@@ -115,7 +115,7 @@ supervise() {
 
 code_stamp() { basename "$(readlink "$home/src" 2>/dev/null || echo none)"; }
 
-# state is running, exited (with a code), lost (ended, leaving no code) or idle.
+# state is running, exited (with a code), lost (gone without a code) or idle.
 status() {
   local state=idle code=- pid=- unit folder progress=- total=- loss=-
   if [[ -e $run/pid ]]; then
@@ -129,7 +129,7 @@ status() {
     cd "$home/src"
     read -r unit folder <"$run/progress" || true
     if [[ $unit == shard ]]; then
-      read_answers "$(ls "$folder/answers" 2>/dev/null)" "$(cat "$folder/job.json" 2>/dev/null)"
+      read_shards "$(ls "$folder/answers" 2>/dev/null)" "$(cat "$folder/job.json" 2>/dev/null)"
     elif [[ $folder ]]; then
       read_metrics "$(tail -n 100 "$folder/metrics.jsonl" 2>/dev/null)"
     fi
@@ -148,7 +148,7 @@ logs() {
   fi
 }
 
-# stop SECONDS: asks the run to save and leave, and after that long ends whatever holds the TPU.
+# stop SECONDS: asks the run to save and exit; after that time kills whatever holds the TPU.
 stop() {
   local until=$((SECONDS + $1)) ended=gently
   if run_is_live; then
@@ -161,13 +161,13 @@ stop() {
   fi
   if end_device_holders; then ended=killed; fi
   as_root rm -f "${LAUNCH_LIBTPU_LOCK:-/tmp/libtpu_lockfile}"
-  # The one that waits for the command writes its exit code a moment later.
+  # `supervise` writes the exit code a moment later.
   until=$((SECONDS + 10))
   while run_is_live && ((SECONDS < until)); do sleep "${LAUNCH_WORKER_POLL:-1}"; done
   status "ended=$ended"
 }
 
-# Ends processes by the device files they hold open: their names mislead. True if there were any.
+# Kills processes by the device files that they hold open, since names mislead. True if there were any.
 end_device_holders() {
   local device devices=()
   for device in ${LAUNCH_DEVICES:-/dev/vfio/[0-9]* /dev/accel[0-9]*}; do
@@ -180,13 +180,13 @@ main() {
   local name asked=$1
   name=$(hostname)
   (
-    trap '[[ $reported ]] || report "failed=$asked ended early; the lines above say why"' EXIT
+    trap '[[ $reported ]] || report "failed=$asked exited early; the lines above say why"' EXIT
     "$@"
   ) 2>&1 | sed -u "s/^/[$name] /"
 }
 
-# Bash reads all of the `case` before it runs it, and `exit` ends it there: what it finds behind may
-# be another version of this file.
+# Bash reads the whole `case` before it runs it, and `exit` ends it there, because by then this file may
+# have been replaced by another version.
 case ${1:-} in
   supervise)
     supervise

@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# Asking the workers: a verb of worker.sh on all of them at once. Sourced after provider.sh.
-# shellcheck disable=SC2034,SC2154 # what it sets and reads belongs to the scripts that source it
+# Calls verbs of worker.sh on all workers at once. Sourced after provider.sh.
+# shellcheck disable=SC2034,SC2154 # its variables belong to the scripts that source it
 source "$launch_dir/progress.sh"
 
-# Runs a verb of worker.sh with plain words on all workers. Shows their lines as they come, and keeps
-# what each reports at its end in `reports`: lines `WORKER KEY=VALUE ...`. True when all answered.
-ask_workers() {
+# Runs a verb of worker.sh with plain words on all workers. Shows their lines as they arrive, and sets
+# `reports` to their final reports, `WORKER KEY=VALUE ...`. True if all answered.
+call_workers() {
   local line errors
   reports=()
-  on_workers bash grok-launch/worker.sh "$@"
+  ssh_command bash grok-launch/worker.sh "$@"
   if [[ $dry_run ]]; then quoted "${gcloud[@]}" && return; fi
   errors=$(mktemp)
   while IFS= read -r line; do
@@ -19,41 +19,41 @@ ask_workers() {
     fi
   done < <(limited "${gcloud[@]}" 2>"$errors" </dev/null)
   if ((${#reports[@]} < workers)); then
-    complain "${#reports[@]} of $(counted "$workers" worker) answered"
-    tell_errors <"$errors"
+    warn "${#reports[@]} of $(plural "$workers" worker) answered"
+    filter_errors <"$errors"
   fi
   rm -f "$errors"
   ((${#reports[@]} == workers))
 }
 
-# The same, and every worker must have done it.
-all_workers() {
+# The same, and fails unless every worker succeeded.
+call_all_workers() {
   local report bad=0
-  ask_workers "$@" || bad=1
+  call_workers "$@" || bad=1
   for report in "${reports[@]}"; do
     [[ $report == *' failed='* ]] || continue
-    complain "${report%% *}: ${report#* failed=}"
+    warn "${report%% *}: ${report#* failed=}"
     bad=1
   done
-  ((bad == 0)) || fail "'$1' was not done on all workers; the same command may be repeated"
+  ((bad == 0)) || fail "'$1' did not succeed on all workers; retry the same command"
 }
 
-# The value of a key in a report.
+# value_of KEY REPORT: prints the value of a key in a report, or -.
 value_of() {
   if [[ " $2 " =~ \ $1=([^ ]*)\  ]]; then echo "${BASH_REMATCH[1]}"; else echo -; fi
 }
 
-# Sets unit (step or shard), progress, total and loss of the run: from gs://, or what the worker that
-# is farthest reports.
-look_at_progress() {
+# Sets unit (step or shard), progress, total and loss of the run: from gs://, or from the worker that has
+# come farthest.
+read_progress() {
   local report folder at
   unit=step progress=- total=- loss=-
   [[ -f $state_dir/progress ]] || return 0
   read -r unit folder <"$state_dir/progress"
   if [[ $folder == gs://* && $unit == shard ]]; then
-    read_answers "$(list_files "$folder/answers/*.jsonl")" "$(read_end_of "$folder/job.json")"
+    read_shards "$(list_files "$folder/answers/*.jsonl")" "$(read_tail "$folder/job.json")"
   elif [[ $folder == gs://* ]]; then
-    read_metrics "$(read_end_of "$folder/metrics.jsonl")"
+    read_metrics "$(read_tail "$folder/metrics.jsonl")"
   else
     for report in "${reports[@]}"; do
       at=$(value_of progress "$report")

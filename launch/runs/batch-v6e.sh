@@ -2,10 +2,10 @@
 # Usage: launch/runs/batch-v6e.sh [VERB [OPTION]...] [-- KEY=VALUE...]
 #        launch/runs/batch-v6e.sh --dry-run
 #
-# Batch generation with the open weights, as int8, on v6e 4x4: 16 chips, 4 hosts, which hold one model
-# together; on spot about USD 9 to 22 an hour. Reads from the bucket: grok-1/ckpt-0,
-# grok-1/tokenizer.model and prompts/*.jsonl; writes answers. Without a verb: babysit, until every
-# prompt has its answer. Keys after -- are added to its command.
+# Batch inference with the open weights, as int8, on v6e 4x4: 16 chips on 4 hosts hold one replica; about
+# USD 9 to 22 per hour on spot. Reads grok-1/ckpt-0, grok-1/tokenizer.model and prompts/*.jsonl from the
+# bucket; writes answers. Without a verb: babysits until every prompt is answered. Keys after -- are added
+# to its command.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 

@@ -3,10 +3,10 @@
 #        launch/runs/continue-v5p.sh -- train.steps=2000
 #        launch/runs/continue-v5p.sh status
 #
-# Continued pretraining of the open weights on v5p 4x4x8: 128 chips, 32 hosts, a sequence of 8192 a
-# chip; on spot about USD 110 to 215 an hour. The step was compiled for this slice ahead of time and
-# fits; it has not been run on one. Reads from the bucket, in grok-1: ckpt-0, tokenizer.model, data/train
-# and data/held-out (datasets prepared with that tokenizer). Without a verb: babysit, until it is done.
+# Continued pretraining of the open weights on v5p 4x4x8: 128 chips, 32 hosts, one sequence of 8192 tokens
+# per chip; about USD 110 to 215 per hour on spot. The step was compiled for this slice ahead of time and
+# fits; it was never run on one. Reads ckpt-0, tokenizer.model, data/train and data/held-out (datasets
+# prepared with that tokenizer) from grok-1 in the bucket. Without a verb: babysits until the run is done.
 # Keys after -- are added to its command.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"

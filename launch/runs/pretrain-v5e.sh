@@ -3,9 +3,9 @@
 #        launch/runs/pretrain-v5e.sh -- train.steps=2000
 #        launch/runs/pretrain-v5e.sh logs --follow
 #
-# Pretraining the ladder's model of 1 B parameters on v5e-8 spot: one host, 8 chips, about USD 2 to 5
-# an hour. Reads from the bucket: data/tokenizer.model, data/train and data/held-out (prepared
-# datasets). Without a verb: babysit, until the run is done. Keys after -- are added to its command.
+# Pretraining of the 1 B model on v5e-8 spot: one host, 8 chips, about USD 2 to 5 per hour. Reads
+# data/tokenizer.model, data/train and data/held-out (prepared datasets) from the bucket. Without a verb:
+# babysits until the run is done. Keys after -- are added to its command.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 

@@ -38,7 +38,7 @@ def test_what_reports_of_workers_mean(states: str, verdict: str) -> None:
         f"w-{i} state={state} code={code or '-'} pid=1"
         for i, (state, _, code) in enumerate(word.partition(".") for word in states.split())
     ]
-    script = "source $0/workers.sh; source $0/verdict.sh; counted() { echo $1; }; workers=$#"
+    script = "source $0/workers.sh; source $0/verdict.sh; plural() { echo $1; }; workers=$#"
     said = subprocess.run(
         [
             "bash",
@@ -70,7 +70,7 @@ def test_a_run_that_fails_is_started_again(cloud: Cloud) -> None:
     cloud.plan("step 1; exit 134", "step 2; exit 0")
     done = babysit(cloud)
     assert (done.returncode, cloud.starts()) == (0, 2), done.stderr
-    assert "t1v-t-w-0 ended with exit code 134" in done.stderr
+    assert "t1v-t-w-0 exited with code 134" in done.stderr
     assert len(cloud.calls("queued-resources create")) == 1
 
 
@@ -79,7 +79,7 @@ def test_a_run_that_must_be_changed_first_is_not_started_again(cloud: Cloud, cod
     cloud.plan(last=f"step 1; exit {code}")
     done = babysit(cloud)
     assert (done.returncode, cloud.starts()) == (code, 1)
-    assert f"t1v-t-w-0 ended with exit code {code}" in done.stderr
+    assert f"t1v-t-w-0 exited with code {code}" in done.stderr
     assert "something must be changed first, see launch/logs.sh" in done.stderr
 
 
@@ -87,7 +87,7 @@ def test_saved_without_being_asked_by_us_is_started_again_at_once(cloud: Cloud) 
     cloud.plan("step 1; exit 75", "step 2; exit 0")
     done = babysit(cloud)
     assert (done.returncode, cloud.starts()) == (0, 2)
-    assert "1 of 1 worker saved, being asked to stop" in done.stderr
+    assert "1 of 1 worker saved and stopped as asked" in done.stderr
     assert "before the next start" not in done.stderr
 
 
@@ -130,7 +130,7 @@ def test_one_of_two_hosts_that_died_is_noticed(cloud: Cloud) -> None:
     cloud.plan(**{"2": "step 2; exit 0"})
     done = babysit(cloud)
     assert (done.returncode, cloud.starts(0), cloud.starts(1)) == (0, 2, 2), done.stderr
-    assert "1 of 2 workers run, but t1v-t-w-1 ended with exit code 134" in done.stderr
+    assert "1 of 2 workers run, but t1v-t-w-1 exited with code 134" in done.stderr
 
 
 def test_a_host_that_hangs_while_the_others_have_left_is_ended(cloud: Cloud) -> None:
@@ -139,7 +139,7 @@ def test_a_host_that_hangs_while_the_others_have_left_is_ended(cloud: Cloud) -> 
     cloud.plan(**{"2": "step 2; exit 0"})
     done = babysit(cloud, LAUNCH_STOP_SECONDS="1")
     assert (done.returncode, cloud.starts(1)) == (0, 2), done.stderr
-    assert "1 of 2 workers run, the others have saved and left" in done.stderr
+    assert "1 of 2 workers still run, the others have saved and exited" in done.stderr
 
 
 def test_one_answer_of_do_not_restart_is_enough(cloud: Cloud) -> None:
@@ -154,7 +154,7 @@ def test_it_gives_up_without_progress(cloud: Cloud) -> None:
     cloud.plan(last="step 5; exit 69")
     done = babysit(cloud, LAUNCH_MAX_STALLS="2")
     assert (done.returncode, cloud.starts()) == (1, 3)
-    assert "gave up at step 5: 2 starts in a row brought nothing new" in done.stderr
+    assert "gave up at step 5: 2 consecutive starts without progress" in done.stderr
 
 
 def test_progress_starts_the_count_again(cloud: Cloud) -> None:
@@ -168,8 +168,8 @@ def test_a_new_shard_is_progress_of_a_batch(cloud: Cloud) -> None:
     cloud.plan("shard 0; exit 69", "shard 1; exit 69", last="exit 69")
     done = cloud.launch("babysit", *batch, LAUNCH_MAX_STALLS="1")
     assert (done.returncode, cloud.starts()) == (1, 3), done.stderr
-    assert "gave up with 2 shards: 1 start in a row brought nothing new" in done.stderr
-    assert "before a shard is whole, lower shard_size" in done.stderr
+    assert "gave up with 2 shards: 1 consecutive start without progress" in done.stderr
+    assert "before a shard is finished, lower shard_size" in done.stderr
 
 
 def test_waits_between_starts_double_up_to_a_limit(cloud: Cloud) -> None:
@@ -188,7 +188,7 @@ def test_a_slice_that_cannot_be_set_up_is_given_up(cloud: Cloud) -> None:
     cloud.devices(0)
     done = babysit(cloud, LAUNCH_MAX_STALLS="2")
     assert (done.returncode, cloud.starts()) == (1, 0)
-    assert "the slice could not be made ready 2 times in a row" in done.stderr
+    assert "preparing the slice failed 2 times in a row" in done.stderr
 
 
 def test_a_cloud_that_does_not_answer_for_a_while_changes_nothing(cloud: Cloud) -> None:
@@ -261,7 +261,7 @@ def test_two_babysitters_of_one_slice_are_refused(cloud: Cloud) -> None:
         cloud.wait_for(cloud.run_folder / "metrics.jsonl")
         again = babysit(cloud)
         assert again.returncode == 2
-        assert f"process {process.pid} on this machine babysits t already" in again.stderr
+        assert f"process {process.pid} on this machine already babysits t" in again.stderr
         cloud.launch("stop")
 
 
@@ -283,7 +283,7 @@ def test_another_command_while_one_is_unfinished_is_refused(cloud: Cloud) -> Non
         process.kill()
     done = cloud.launch("babysit", "--", "grok", "other")
     assert done.returncode == 2
-    assert "t is at another command (grok train tiny folder=" in done.stderr
+    assert "t runs another command (grok train tiny folder=" in done.stderr
 
     cloud.launch("stop")
     cloud.plan(last="exit 0")
@@ -293,7 +293,7 @@ def test_another_command_while_one_is_unfinished_is_refused(cloud: Cloud) -> Non
 def test_without_a_command_there_is_nothing_to_go_on_with(cloud: Cloud) -> None:
     done = cloud.launch("babysit")
     assert (done.returncode, cloud.calls()) == (2, [])
-    assert "what to run comes after --" in done.stderr
+    assert "put the command after --" in done.stderr
 
 
 def started(cloud: Cloud) -> subprocess.Popen[str]:

@@ -63,18 +63,18 @@ def test_only_the_provider_calls_gcloud() -> None:
     [
         ("LAUNCH_PROJECT", "", "LAUNCH_PROJECT is not set"),
         ("LAUNCH_NAME", "My Run", "lower-case letters, digits and inner hyphens"),
-        ("LAUNCH_ZONE", "us-east5", "a zone is written like us-east5-a"),
-        ("LAUNCH_ACCELERATOR", "a100", "it is v4-N, v5litepod-N (v5e), v5p-N or v6e-N"),
+        ("LAUNCH_ZONE", "us-east5", "write a zone as us-east5-a"),
+        ("LAUNCH_ACCELERATOR", "a100", "set it to v4-N, v5litepod-N (v5e), v5p-N or v6e-N"),
         ("LAUNCH_ACCELERATOR", "v5p-4", "N of v5p counts cores: 8, 16, 32"),
         ("LAUNCH_ACCELERATOR", "v6e-12", "N of v6e counts chips: 1, 4, 8, 16, 32"),
-        ("LAUNCH_PROVISIONING", "cheap", "it is spot, reserved or on-demand"),
-        ("LAUNCH_NODE_COUNT", "0", "it is the number of slices, 1 or more"),
-        ("LAUNCH_BUCKET", "bucket", "a bucket is written like gs://my-bucket"),
-        ("LAUNCH_MOUNT", "yes", "LAUNCH_MOUNT is yes, and LAUNCH_BUCKET names no bucket"),
-        ("LAUNCH_IAP", "true", "it is yes or no"),
-        ("LAUNCH_ENV", "KEY=secret", "it lists names of variables and no values"),
-        ("LAUNCH_WAIT_SECONDS", "6h", "LAUNCH_WAIT_SECONDS is '6h'; it is a whole number"),
-        ("LAUNCH_POLL_SECONDS", "soon", "it is a number of seconds"),
+        ("LAUNCH_PROVISIONING", "cheap", "set it to spot, reserved or on-demand"),
+        ("LAUNCH_NODE_COUNT", "0", "set it to the number of slices, 1 or more"),
+        ("LAUNCH_BUCKET", "bucket", "write a bucket as gs://my-bucket"),
+        ("LAUNCH_MOUNT", "yes", "LAUNCH_MOUNT=yes needs a bucket in LAUNCH_BUCKET"),
+        ("LAUNCH_IAP", "true", "set it to yes or no"),
+        ("LAUNCH_ENV", "KEY=secret", "list names of variables without values"),
+        ("LAUNCH_WAIT_SECONDS", "6h", "LAUNCH_WAIT_SECONDS is '6h'; set it to a whole number"),
+        ("LAUNCH_POLL_SECONDS", "soon", "set it to a number of seconds"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_anything_is_called(
@@ -88,15 +88,15 @@ def test_a_wrong_setting_is_refused_before_anything_is_called(
 def test_without_settings_the_way_to_get_them_is_said(cloud: Cloud) -> None:
     done = cloud.launch("up", LAUNCH_SETTINGS="/no where/settings.env")
     assert done.returncode == 2
-    assert "settings.env.example '/no where/settings.env', and edit that" in done.stderr
+    assert "settings.env.example '/no where/settings.env', then edit the copy" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("LAUNCH_PROVISION=reserved", "sets LAUNCH_PROVISION, which is no setting: see "),
-        ("LAUNCH_LABELS = team=x", "its lines are NAME=value, with no space around ="),
-        ('LAUNCH_LABELS="team=x', "its lines are NAME=value, with no space around ="),
+        ("LAUNCH_PROVISION=reserved", "sets LAUNCH_PROVISION, which is not a setting; see "),
+        ("LAUNCH_LABELS = team=x", "write each line as NAME=value, without spaces around ="),
+        ('LAUNCH_LABELS="team=x', "write each line as NAME=value, without spaces around ="),
     ],
 )
 def test_a_line_that_sets_nothing_is_refused(cloud: Cloud, line: str, said: str) -> None:
@@ -118,7 +118,7 @@ def test_settings_in_the_folder_of_the_call(cloud: Cloud, monkeypatch: pytest.Mo
 def test_an_unknown_word_is_refused(cloud: Cloud, verb: str) -> None:
     done = cloud.launch(verb, "--nonsense")
     assert (done.returncode, cloud.calls()) == (2, [])
-    assert "what is '--nonsense'?" in done.stderr
+    assert "unknown argument '--nonsense'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ ANSWERS = {
     ("missing", "said"),
     [
         (None, ""),
-        ("auth list", "nobody is logged in\n       gcloud auth login, then doctor again"),
-        ("projects describe p", "project p cannot be seen\n       correct LAUNCH_PROJECT"),
+        ("auth list", "no account is logged in\n       gcloud auth login, then run doctor again"),
+        ("projects describe p", "project p is not visible\n       correct LAUNCH_PROJECT"),
         ("services list", "gcloud services enable tpu.googleapis.com --project=p"),
         (
             "storage buckets describe gs://b",
@@ -209,14 +209,14 @@ def test_without_a_slice_the_way_to_get_one_is_said(cloud: Cloud, verb: str) -> 
     done = cloud.launch(verb, *command)
     assert done.returncode == 1
     assert "NOT_FOUND" not in done.stderr
-    assert "there is no slice t in us-east5-a: launch/up.sh makes it" in done.stderr
+    assert "there is no slice t in us-east5-a: launch/up.sh creates it" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("", "launch/setup.sh does that"),
-        ("runs/batch-v6e", "launch/runs/batch-v6e.sh setup does that"),
+        ("", "run launch/setup.sh"),
+        ("runs/batch-v6e", "run launch/runs/batch-v6e.sh setup"),
     ],
 )
 def test_without_setup_the_need_of_it_is_said(cloud: Cloud, script: str, said: str) -> None:
@@ -229,15 +229,15 @@ def test_without_setup_the_need_of_it_is_said(cloud: Cloud, script: str, said: s
 def test_a_command_without_dashes_is_pointed_to_them(cloud: Cloud, words: list[str]) -> None:
     done = cloud.launch("run", *words)
     assert (done.returncode, cloud.calls()) == (2, [])
-    assert "what to run comes after --, as in: launch/run.sh -- grok train" in done.stderr
+    assert "put the command after --, for example: launch/run.sh -- grok train" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--", "grok", "train"], "what is 'grok'? This run has its command"),
-        (["run", "train.steps=9"], "what is 'train.steps=9'? See pretrain-v5e.sh --help"),
-        (["status", "--", "train.steps=9"], "only babysit and run take what comes after --"),
+        (["--", "grok", "train"], "'grok' is not KEY=VALUE: this run has its own command"),
+        (["run", "train.steps=9"], "unknown argument 'train.steps=9'; see pretrain-v5e.sh --help"),
+        (["status", "--", "train.steps=9"], "only babysit and run take arguments after --"),
     ],
 )
 def test_a_worked_run_refuses_what_it_would_not_heed(
@@ -251,10 +251,10 @@ def test_a_worked_run_refuses_what_it_would_not_heed(
 def test_a_worked_run_needs_a_bucket(cloud: Cloud) -> None:
     done = cloud.launch("runs/batch-v6e")
     assert (done.returncode, cloud.calls()) == (2, [])
-    assert "LAUNCH_BUCKET names no bucket, where this run reads and writes" in done.stderr
+    assert "LAUNCH_BUCKET is not set; this run reads from a bucket and writes to it" in done.stderr
 
 
 def test_a_worked_run_knows_its_verbs(cloud: Cloud) -> None:
     done = cloud.launch("runs/batch-v6e", "fly", LAUNCH_BUCKET="gs://b")
     assert (done.returncode, cloud.calls()) == (2, [])
-    assert "there is no verb 'fly'" in done.stderr
+    assert "unknown verb 'fly'" in done.stderr

@@ -51,7 +51,7 @@ def test_setup_names_the_worker_that_sees_too_few_devices(cloud: Cloud) -> None:
     done = cloud.launch("setup")
     assert done.returncode == 1
     assert "t1v-t-w-1: JAX sees 3 devices here, expected 4" in done.stderr
-    assert "the same command may be repeated" in done.stderr
+    assert "retry the same command" in done.stderr
 
 
 def test_setup_shows_what_failed_on_a_worker(cloud: Cloud) -> None:
@@ -61,7 +61,7 @@ def test_setup_shows_what_failed_on_a_worker(cloud: Cloud) -> None:
     done = cloud.launch("setup")
     assert done.returncode == 1
     assert "[t1v-t-w-1] uv: no space left" in done.stdout
-    assert "t1v-t-w-1: setup ended early; the lines above say why" in done.stderr
+    assert "t1v-t-w-1: setup exited early; the lines above say why" in done.stderr
 
 
 @pytest.mark.parametrize("verb", ["setup", "sync"])
@@ -252,8 +252,8 @@ def test_changes_that_are_not_committed_travel_and_are_named(cloud: Cloud) -> No
     source = home / "grok-launch" / "src"
     stamp = source.resolve().name
     assert stamp.startswith(git(cloud.checkout, "rev-parse", "HEAD")[:12] + "-dirty-")
-    assert f"they go too, as {stamp}" in done.stderr
-    assert "1 file unknown to git stay here" in done.stderr
+    assert f"uncommitted changes are included, as {stamp}" in done.stderr
+    assert "not sent: 1 untracked file" in done.stderr
     assert (source / "Makefile").read_text() == "# changed\n"
     assert not (source / "unknown").exists()
     assert git(cloud.checkout, "status", "--short") == "M Makefile\n?? unknown"
