@@ -163,7 +163,10 @@ def test_down_in_another_zone_than_up_names_the_slice_that_costs(cloud: Cloud) -
     cloud.script(failures=absent)
     done = cloud.launch("down", LAUNCH_ZONE="us-central1-b")
     assert done.returncode == 1
-    assert "the one created in us-east5-a may still cost money: LAUNCH_ZONE=us-east5-a launch" in done.stderr
+    assert (
+        "the one created in us-east5-a may still cost money: LAUNCH_ZONE=us-east5-a launch"
+        in done.stderr
+    )
 
     cloud.script(failures=absent)  # deleted in the console
     assert cloud.launch("down").returncode == 0
