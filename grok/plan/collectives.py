@@ -1,11 +1,11 @@
-"""Collectives in a compiled program: which devices take part, and what each of them sends."""
+"""Collectives in a compiled program: which devices take part, and how much each of them sends."""
 
 import math
 import re
 
 import numpy as np
 
-from grok.plan.hlo import Computation, Instruction
+from grok.plan.hlo import Computation, Instruction, roots_of
 
 COLLECTIVES = (
     "all-gather",
@@ -19,44 +19,42 @@ COLLECTIVES = (
 
 def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
     """Devices of each group, [groups, members], from any of XLA's three ways to write them."""
-    found = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
-    if found:
-        axes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+    match = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    if match:
+        axes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
         names, sizes = list(axes), [int(size) for size in axes.values()]
-        across = [names.index(name) for name in re.findall(r"'([^']+)'", found[2])]
-        kept = [place for place in range(len(names)) if place not in across]
-        ids = np.arange(num_devices).reshape(sizes).transpose(*kept, *across)
-        return ids.reshape(-1, math.prod(sizes[place] for place in across))
-    found = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if found:
-        ids = np.arange(num_devices).reshape([int(n) for n in found[3].split(",")])
-        if found[4]:
-            ids = ids.transpose([int(n) for n in found[4].split(",")])
-        return ids.reshape(int(found[1]), int(found[2]))
-    found = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes)
-    if found:
-        return np.array(
-            [[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", found[1])]
-        )
+        members = [names.index(name) for name in re.findall(r"'([^']+)'", match[2])]
+        others = [axis for axis in range(len(names)) if axis not in members]
+        ids = np.arange(num_devices).reshape(sizes).transpose(*others, *members)
+        return ids.reshape(-1, math.prod(sizes[axis] for axis in members))
+    match = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if match:
+        ids = np.arange(num_devices).reshape([int(n) for n in match[3].split(",")])
+        if match[4]:
+            ids = ids.transpose([int(n) for n in match[4].split(",")])
+        return ids.reshape(int(match[1]), int(match[2]))
+    match = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes)
+    if match:
+        groups = re.findall(r"\{([\d,]+)\}", match[1])
+        return np.array([[int(n) for n in group.split(",")] for group in groups])
     return np.arange(num_devices)[None, :]
 
 
-def bytes_sent(inside: Computation, one: Instruction, kind: str, members: int) -> float:
+def bytes_sent(computation: Computation, collective: Instruction, kind: str, members: int) -> float:
     """Bytes that a device sends in a collective of so many, by the algorithms that send least: each
-    gets its part of a sum and passes it on, or passes on what it holds."""
-    whole = sum(a.size for name in one.operands if name in inside for a in inside[name].arrays)
+    device passes on partial sums, or the shards that it has."""
+    operands = [computation[name] for name in collective.operands if name in computation]
+    size = sum(array.size for operand in operands for array in operand.arrays)
     if kind == "collective-permute":
-        return whole
+        return size
     if kind == "all-gather":
-        return whole * (members - 1)
-    return (2 if kind == "all-reduce" else 1) * whole * (members - 1) / members
+        return size * (members - 1)
+    return (2 if kind == "all-reduce" else 1) * size * (members - 1) / members
 
 
-def cuts(fused: Computation) -> bool:
-    """Whether the computation ends by cutting a part out."""
-    roots = [one for one in fused.values() if one.is_root]
-    if roots[0].opcode == "tuple":
-        roots = [fused[name] for name in roots[0].operands]
-    while roots[0].opcode in ("bitcast", "copy"):
-        roots = [fused[roots[0].operands[0]]]
-    return roots[0].opcode == "dynamic-slice"
+def ends_in_slice(fused: Computation) -> bool:
+    """True if the computation returns a slice of an array."""
+    root = roots_of(fused)[0]
+    while root.opcode in ("bitcast", "copy"):
+        root = fused[root.operands[0]]
+    return root.opcode == "dynamic-slice"

@@ -1,7 +1,7 @@
-"""The text of a compiled XLA program, read into computations and instructions.
+"""A parser of the text of compiled XLA programs: computations and their instructions.
 
-Only what costs are counted from is kept: types, dimensions and memory of results, operands, and
-attributes as text.
+It reads only what costs need: types, dimensions and memory of results, operands, and attributes as
+text.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z\-]*)\(")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array in the program: type, dimensions, and whether it lies in HBM, or with the host."""
+    """An array of the program: type, dimensions, and the memory that it lies in."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,59 +50,73 @@ class Instruction:
     attributes: str  # what follows the operands
     is_root: bool
 
+    @property
+    def op_name(self) -> str:
+        """The path of the JAX operation that it comes from, or else its own name."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else self.name
+
     def called(self, key: str) -> list[str]:
         """Computations that an attribute names."""
-        found = re.search(rf"\b{key}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
-        if not found:
+        match = re.search(rf"\b{key}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
+        if not match:
             return []
-        return [name.strip().lstrip("%") for name in (found[1] or found[2]).split(",")]
+        return [name.strip().lstrip("%") for name in (match[1] or match[2]).split(",")]
 
 
 Computation = dict[str, Instruction]
 
 
-def parse(text: str) -> tuple[dict[str, Computation], str]:
+def parse_hlo(text: str) -> tuple[dict[str, Computation], str]:
     """The computations of a program by name, and the name of the one that it enters."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
         if current is None:
-            found = _COMPUTATION.match(line)
-            if found:
-                current = computations.setdefault(found[2], {})
-                entry = found[2] if found[1] else entry
+            match = _COMPUTATION.match(line)
+            if match:
+                current = computations.setdefault(match[2], {})
+                entry = match[2] if match[1] else entry
         elif _END.match(line):
             current = None
         else:
-            found = _INSTRUCTION.match(line)
-            if found:
-                current[found[2]] = _instruction(found[2], found[3], bool(found[1]))
+            match = _INSTRUCTION.match(line)
+            if match:
+                current[match[2]] = _instruction(match[2], match[3], bool(match[1]))
     return computations, entry
 
 
-def inlined(computations: dict[str, Computation], name: str) -> Computation:
+def roots_of(computation: Computation) -> list[Instruction]:
+    """The instructions that make a computation's results: the root, or operands of a root tuple."""
+    (root,) = (instruction for instruction in computation.values() if instruction.is_root)
+    if root.opcode == "tuple":
+        return [computation[name] for name in root.operands]
+    return [root]
+
+
+def inline_fusions(computations: dict[str, Computation], name: str) -> Computation:
     """A computation with the fusions inside it replaced by what they fuse."""
     result: Computation = {}
-    for one in computations[name].values():
-        if one.opcode != "fusion":
-            result[one.name] = one
+    for outer in computations[name].values():
+        if outer.opcode != "fusion":
+            result[outer.name] = outer
             continue
-        inner = inlined(computations, one.called("calls")[0])
-        for each in inner.values():
-            operands = tuple(f"{one.name}/{o}" if o in inner else o for o in each.operands)
+        fused = inline_fusions(computations, outer.called("calls")[0])
+        for inner in fused.values():
+            operands = tuple(f"{outer.name}/{o}" if o in fused else o for o in inner.operands)
             new = dataclasses.replace(
-                each, name=f"{one.name}/{each.name}", operands=operands, is_root=False
+                inner, name=f"{outer.name}/{inner.name}", operands=operands, is_root=False
             )
-            if each.opcode == "parameter":
-                given = one.operands[int(each.operands[0])]
-                new = dataclasses.replace(new, opcode="bitcast", operands=(given,))
+            if inner.opcode == "parameter":
+                argument = outer.operands[int(inner.operands[0])]
+                new = dataclasses.replace(new, opcode="bitcast", operands=(argument,))
             result[new.name] = new
-            if each.is_root:
-                several = each.opcode == "tuple"
-                result[one.name] = dataclasses.replace(
-                    one,
-                    opcode="tuple" if several else "bitcast",
-                    operands=operands if several else (new.name,),
+            if inner.is_root:
+                is_tuple = inner.opcode == "tuple"
+                result[outer.name] = dataclasses.replace(
+                    outer,
+                    opcode="tuple" if is_tuple else "bitcast",
+                    operands=operands if is_tuple else (new.name,),
                 )
     return result
 
@@ -120,12 +134,12 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Place of the bracket that closes the one at `start`."""
+    """Index of the bracket that closes the one at `start`."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
         if depth == 0:
-            return place
+            return index
     return len(text)
 
 
