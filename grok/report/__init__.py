@@ -1,1 +1,1 @@
-"""Pages about runs, for people: everything is read from the folders that runs leave."""
+"""Reports of runs as HTML pages and pictures, read from the folders that runs leave."""

@@ -1,4 +1,4 @@
-"""The page: sections of figures and tables, put into `page.html`, which escapes their text."""
+"""The HTML page: sections of figures and tables, put into `page.html`, which escapes their text."""
 
 import dataclasses
 import importlib.resources
@@ -8,17 +8,18 @@ from typing import NamedTuple
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from grok.report.figures import COLORS
+from grok.report.plots import COLORS
 
+# Colours of series on a dark page.
 DARK = {
-    "s0": "#58a6ff", "s1": "#f0883e", "s2": "#3fb98b", "s3": "#d477c4", "s4": "#d9a514",
-    "s5": "#9d8ff5", "s6": "#8b949e", "s7": "#39c5d9",
+    "s0": "#58a6ff", "s1": "#e6a32e", "s2": "#2fbf93", "s3": "#d98bb8", "s4": "#7cc4f0",
+    "s5": "#f0783e", "s6": "#f0e442", "s7": "#a0a8b0",
 }  # fmt: skip
 
 
 class Figure(NamedTuple):
-    """An SVG under a title; with a second one, `narrow`, it takes the width of the page, and the
-    second stands in for it on a phone."""
+    """An SVG under a title. With a second one, `narrow`, it takes the width of the page, and the
+    second replaces it on a phone."""
 
     title: str
     svg: Markup
@@ -26,7 +27,7 @@ class Figure(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """What stands in a table: text, as code or not, with a patch of colour or not."""
+    """Content of a table's cell: text, perhaps set as code, perhaps with a swatch of colour."""
 
     text: object
     color: str = ""
@@ -35,17 +36,17 @@ class Cell(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows under a head; columns numbered in `right` are set to the right; under `closed`, where
-    that is set, the table opens on a click."""
+    """Rows under a header; `right_aligned` numbers columns. A table with a `summary` is folded
+    under that text until clicked."""
 
     rows: Sequence[Sequence[Cell]]
-    head: Sequence[str] = ()
-    right: Sequence[int] = ()
-    closed: str = ""
+    header: Sequence[str] = ()
+    right_aligned: Sequence[int] = ()
+    summary: str = ""
 
 
-class Part(NamedTuple):
-    """A part of a bar."""
+class BarSegment(NamedTuple):
+    """A segment of a stacked bar."""
 
     name: str
     percent: float
@@ -54,25 +55,25 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A heading and what is under it; `heat`: the figures have the scale of a heat map."""
+    """A heading with paragraphs, a bar, figures and tables; `heat_scale`: its figures need one."""
 
     title: str
-    lines: Sequence[str] = ()
+    paragraphs: Sequence[str] = ()
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
-    bar: Sequence[Part] = ()
-    heat: bool = False
+    bar: Sequence[BarSegment] = ()
+    heat_scale: bool = False
 
 
-class Tile(NamedTuple):
-    """A figure that is read first."""
+class Metric(NamedTuple):
+    """A number at the top of the page."""
 
     name: str
     value: str
 
 
 class Status(NamedTuple):
-    """How things stand; `tone` is good, bad or muted."""
+    """State of the run in words; `tone` is good, bad or muted."""
 
     text: str
     tone: str
@@ -81,21 +82,19 @@ class Status(NamedTuple):
 def render(
     title: str,
     status: Status,
-    facts: Sequence[str],
-    tiles: Sequence[Tile],
     sections: Sequence[Section],
+    facts: Sequence[str] = (),
+    metrics: Sequence[Metric] = (),
 ) -> str:
-    """The whole page as HTML that needs nothing from anywhere else."""
+    """The whole page as HTML that loads nothing from anywhere else."""
     template = importlib.resources.files("grok.report").joinpath("page.html").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    series = {name: color for name, color in COLORS.items() if name not in ("ink", "muted")}
-    light = {name: color for name, color in series.items() if name.startswith("s")}
     return environment.from_string(template).render(
         title=title,
         status=status,
         facts=facts,
-        tiles=tiles,
+        metrics=metrics,
         sections=sections,
-        light=light,
+        light={name: color for name, color in COLORS.items() if name in DARK},
         dark=DARK,
     )

@@ -6,7 +6,8 @@ import pytest
 
 from grok.errors import DataError
 from grok.quickstart import plot
-from grok.report.recorded_run import as_one_run
+from grok.report.plots import raw_and_smooth
+from grok.report.recorded_run import drop_redone_steps
 
 BASELINES = {"unigram": 2.63, "bigram": 1.92, "gzip": 2.16}
 
@@ -45,19 +46,19 @@ def test_picture_has_its_size_and_is_not_empty(lines, tmp_path):
 
 
 def test_lines_done_again_after_a_restart_count_once():
-    lines, restarts = as_one_run(long_run())
+    lines, restarts = drop_redone_steps(long_run())
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(10, 1001, 10))
     assert restarts == [500]
 
 
 def test_smoothing_keeps_few_points_and_means_of_many():
-    few, changed = plot._smooth(np.arange(19.0) ** 2)
-    assert not changed
-    assert (few == np.arange(19.0) ** 2).all()
-    many, changed = plot._smooth(np.arange(100.0))
-    assert changed
-    np.testing.assert_allclose(many, np.arange(100.0))
+    steps_P = np.arange(100.0)
+    (few,) = raw_and_smooth("loss", steps_P[:19], steps_P[:19] ** 2)
+    assert (few.y_P == steps_P[:19] ** 2).all()
+    raw, smoothed = raw_and_smooth("loss", steps_P, steps_P)
+    assert (raw.y_P == steps_P).all()
+    np.testing.assert_allclose(smoothed.y_P, steps_P)
 
 
 def test_run_without_training_lines_is_refused(tmp_path):

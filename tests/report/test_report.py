@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grok.errors import GrokError
-from grok.report.curves import smooth, thin
+from grok.report.plots import smooth, thin
 from grok.report.recorded_run import read_run
 from grok.report.write import write_report
 
@@ -48,7 +48,7 @@ EVENTS = [
 
 def folder_of(path: Path, lines: list[dict], events: list[dict] = EVENTS, config="") -> Path:
     path.mkdir()
-    (path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for line in lines))
     (path / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in events))
     (path / "config.yaml").write_text(config)
     return path

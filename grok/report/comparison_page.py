@@ -1,0 +1,91 @@
+"""Several runs on one page: loss by tokens seen, and their final values side by side."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from grok.progress import duration
+from grok.report import page
+from grok.report.plots import SERIES_COLORS, Series, draw_curves, png, short, smooth
+from grok.report.recorded_run import RecordedRun, final_points
+from grok.report.run_sections import BROAD, svg_figure
+
+
+class Plot(NamedTuple):
+    """Curves of several runs over tokens seen."""
+
+    title: str
+    unit: str
+    series: list[Series]
+
+    def draw(self, axes: Axes) -> None:
+        """Draws the curves."""
+        draw_curves(axes, self.series, "tokens seen", self.unit)
+
+
+def comparison_page(runs: Sequence[RecordedRun]) -> str:
+    """The HTML page of several runs."""
+    figures = [svg_figure(plot.title, plot.draw, BROAD) for plot in plots(runs)]
+    return page.render(
+        title=" and ".join(run.name for run in runs),
+        status=page.Status(f"{len(runs)} runs", "muted"),
+        sections=[
+            page.Section("Loss by tokens seen", figures=figures),
+            page.Section("At the end", tables=[final_table(runs)]),
+        ],
+    )
+
+
+def comparison_png(runs: Sequence[RecordedRun]) -> bytes | None:
+    """The curves as a picture; None where there are none yet."""
+    curves = plots(runs)
+    return png([plot.draw for plot in curves], [plot.title for plot in curves]) if curves else None
+
+
+def plots(runs: Sequence[RecordedRun]) -> list[Plot]:
+    """Training loss and held-out bits per byte, one curve of each run that has it."""
+    training, held_out = [], []
+    for number, run in enumerate(runs):
+        steps_P, loss_P = run.series("loss")
+        tokens_P = run.tokens()
+        if len(loss_P) == len(tokens_P) > 0 and np.isfinite(tokens_P).all():
+            training.append(Series(run.name, tokens_P, smooth(loss_P), number))
+            validated_P, bits_P = run.series("validation_bits_per_byte", "validation")
+            if len(validated_P):
+                seen_P = np.interp(validated_P, steps_P, tokens_P)
+                held_out.append(Series(run.name, seen_P, bits_P, number, "dots"))
+    both = [
+        Plot("Training loss, smoothed", "nats per token", training),
+        Plot("Held-out text", "bits per byte", held_out),
+    ]
+    return [plot for plot in both if plot.series]
+
+
+def final_table(runs: Sequence[RecordedRun]) -> page.Table:
+    """A row for each run: its progress, and its values there."""
+    rows = []
+    for number, run in enumerate(runs):
+        _, loss_P = run.series("loss")
+        _, nats_P = run.series("validation_loss", "validation")
+        _, bits_P = run.series("validation_bits_per_byte", "validation")
+        _, speed_P = run.series("tokens_per_second")
+        tokens_P = run.tokens()
+        goodput = run.goodput
+        texts = [
+            f"{run.last_step:,}",
+            short(tokens_P[-1]) if len(tokens_P) else "",
+            f"{loss_P[-final_points(len(loss_P)) :].mean():.4f}" if len(loss_P) else "",
+            f"{nats_P[-1]:.4f}" if len(nats_P) else "",
+            f"{bits_P[-1]:.4f}" if len(bits_P) else "",
+            f"{np.median(speed_P):,.0f}" if len(speed_P) else "",
+            duration(goodput.total) if goodput is not None else "",
+        ]
+        color = f"s{number % len(SERIES_COLORS)}"
+        rows.append([page.Cell(run.name, color), *(page.Cell(text) for text in texts)])
+    header = (
+        "run", "steps", "tokens seen", "loss, last tenth", "held-out loss", "bits per byte",
+        "tokens/s", "wall time",
+    )  # fmt: skip
+    return page.Table(rows, header, range(1, len(header)))

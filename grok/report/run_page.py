@@ -1,0 +1,123 @@
+"""The report of one run: its state, its main numbers, and the sections about it."""
+
+import numpy as np
+
+from grok.errors import DONE, SAVED
+from grok.progress import duration
+from grok.report import page
+from grok.report.plots import Marks, draw_load_over_time, png, short
+from grok.report.recorded_run import RecordedRun
+from grok.report.run_sections import (
+    checkpoints_section,
+    config_section,
+    curves_section,
+    draw_metric,
+    goodput_section,
+    load_section,
+    loss_section,
+    processes_section,
+)
+from grok.report.run_text import commit_of, describe_exit
+
+
+def run_page(run: RecordedRun) -> str:
+    """The HTML page of a run."""
+    marks = Marks(run.restarts, run.bad_steps())
+    sections = [
+        loss_section(run, marks),
+        curves_section(run, marks),
+        load_section(run),
+        goodput_section(run),
+        processes_section(run),
+        checkpoints_section(run),
+        config_section(run),
+    ]
+    return page.render(
+        title=run.name,
+        status=status(run),
+        facts=facts(run),
+        metrics=headline_metrics(run),
+        sections=[section for section in sections if section is not None],
+    )
+
+
+def run_png(run: RecordedRun) -> bytes | None:
+    """The main curves as a picture; None before the first logged step."""
+    if not run.training:
+        return None
+    marks = Marks(run.restarts, run.bad_steps())
+    drawings = {
+        "Loss": draw_metric(run, "loss", "nats per token", marks),
+        "Speed": draw_metric(run, "tokens_per_second", "tokens per second", marks),
+        "Gradient norm": draw_metric(run, "grad_norm", "", marks),
+    }
+    steps_P, load_PLE = run.loads()
+    if len(steps_P):
+        title = "Load of each expert (blue: less than an even share, orange: more)"
+        drawings[title] = lambda axes: draw_load_over_time(axes, steps_P, load_PLE)
+    drawn = {title: draw for title, draw in drawings.items() if draw is not None}
+    return png(list(drawn.values()), list(drawn))
+
+
+def status(run: RecordedRun) -> page.Status:
+    """State of the run, as far as its folder records it."""
+    starts = run.manifest.get("starts", ())
+    step = run.last_step
+    progress = f"step {step:,} of {run.steps:,}" if run.steps else f"step {step:,}"
+    if not starts:
+        finished = run.steps and step >= run.steps
+        return page.Status(f"finished, {progress}" if finished else progress, "muted")
+    code = starts[-1]["exit_code"]
+    if code is None:
+        return page.Status(f"{progress}; still running, or killed: no end is recorded", "muted")
+    tone = "good" if code == DONE else "muted" if code == SAVED else "bad"
+    return page.Status(f"{describe_exit(code)}, {progress}", tone)
+
+
+def facts(run: RecordedRun) -> list[str]:
+    """The model, the batch, the devices and the code."""
+    lines = []
+    get = run.config.get
+    if "model.num_layers" in run.config:
+        lines.append(
+            f"{get('model.num_layers')} layers, width {get('model.embed_dim')}, "
+            f"{get('model.num_experts')} experts of which {get('model.num_selected_experts')} are "
+            f"used; {get('data.batch_size')} rows of {get('data.sequence_length')} tokens a step"
+        )
+    for start in run.manifest.get("starts", ())[-1:]:
+        axes = " x ".join(f"{axis} {size}" for axis, size in start["mesh"].items())
+        devices = start["devices"]
+        lines.append(
+            f"{devices['count']} x {devices['kind']}, {devices['processes']} "
+            f"process{'es' if devices['processes'] > 1 else ''}, mesh {axes}; grok "
+            f"{start['grok']}, commit {commit_of(start)}"
+        )
+    return lines
+
+
+def headline_metrics(run: RecordedRun) -> list[page.Metric]:
+    """The numbers at the top of the page."""
+    metrics = []
+    _, loss_P = run.series("loss")
+    if len(loss_P):
+        metrics.append(page.Metric("loss, last logged", f"{loss_P[-1]:.3f}"))
+    for key, name in (
+        ("validation_loss", "held-out loss"),
+        ("validation_bits_per_byte", "held-out bits per byte"),
+    ):
+        _, values_P = run.series(key, "validation")
+        if len(values_P):
+            metrics.append(page.Metric(name, f"{values_P[-1]:.3f}"))
+    if len(run.training) and np.isfinite(run.tokens()[-1]):
+        metrics.append(page.Metric("tokens seen", short(run.tokens()[-1])))
+    for key, name, style in (
+        ("tokens_per_second", "tokens per second", ",.0f"),
+        ("mfu", "MFU", ".1%"),
+    ):
+        _, values_P = run.series(key)
+        if len(values_P):
+            metrics.append(page.Metric(name, format(float(np.median(values_P)), style)))
+    if run.goodput is not None and run.goodput.total:
+        metrics.append(page.Metric("goodput", f"{run.goodput.share:.1%}"))
+        metrics.append(page.Metric("wall time", duration(run.goodput.total)))
+    return metrics

@@ -1,0 +1,244 @@
+"""Sections of a run's report: curves, expert load, goodput, processes, checkpoints, config."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+
+from grok.progress import duration
+from grok.report import page
+from grok.report.plots import (
+    HELD_OUT_COLOR,
+    Marks,
+    Series,
+    draw_curves,
+    draw_load,
+    draw_load_over_time,
+    raw_and_smooth,
+    svg,
+)
+from grok.report.recorded_run import RecordedRun, final_points
+from grok.report.run_text import commit_of, describe_exit, format_time
+
+SMALL, BROAD = (470, 280), (1000, 340)  # pixels
+# Name and colour of each kind of time in `grok.train.telemetry.goodput`.
+TIME_KINDS = {
+    "useful": ("steps that count", "s2"),
+    "lost": ("steps done again", "bad"),
+    "start": ("start", "s7"),
+    "data": ("waiting for data", "s1"),
+    "restore": ("reading a checkpoint", "s4"),
+    "compile": ("compiling (with its first step)", "s6"),
+    "validate": ("validation", "s0"),
+    "save": ("saving (while the loop waited)", "s3"),
+    "profile": ("profiling", "s5"),
+    "down": ("between processes", "muted"),
+    "other": ("other", "grid"),
+}
+Draw = Callable[[Axes], None]
+
+
+def draw_metric(run: RecordedRun, key: str, unit: str, marks: Marks) -> Draw | None:
+    """A drawing of a training metric, for the loss with the validation loss; None without points."""
+    steps_P, values_P = run.series(key)
+    if not len(steps_P):
+        return None
+    if key == "learning_rate":
+        series = [Series("", steps_P, values_P)]
+    else:
+        series = raw_and_smooth("training" if key == "loss" else "", steps_P, values_P)
+    if key == "loss" and run.validation:
+        series.append(_held_out(run, "validation_loss"))
+    return lambda axes: draw_curves(axes, series, "step", unit, marks)
+
+
+def _held_out(run: RecordedRun, key: str) -> Series:
+    return Series("held-out", *run.series(key, "validation"), HELD_OUT_COLOR, "dots")
+
+
+def svg_figure(title: str, draw: Draw, size: tuple[int, int] = SMALL) -> page.Figure:
+    """A figure of the page; one of the page's width has a second form for phones."""
+    if size == SMALL:
+        return page.Figure(title, Markup(svg(*SMALL, draw, title)))
+    narrow = svg(SMALL[0], max(120, min(SMALL[1], size[1])), draw, f"{title}, narrow")
+    return page.Figure(title, Markup(svg(*size, draw, title)), Markup(narrow))
+
+
+def loss_section(run: RecordedRun, marks: Marks) -> page.Section:
+    """Training and held-out loss."""
+    draw = draw_metric(run, "loss", "nats per token", marks)
+    if draw is None:
+        return page.Section("Loss", ["No step has been logged yet."])
+    paragraphs = [] if run.validation else ["No validation pass so far."]
+    return page.Section("Loss", paragraphs, [svg_figure("Loss", draw, BROAD)])
+
+
+def curves_section(run: RecordedRun, marks: Marks) -> page.Section | None:
+    """Held-out bits per byte, norms, learning rate, router, speed."""
+    drawings: dict[str, Draw | None] = {}
+    held_out = _held_out(run, "validation_bits_per_byte")
+    if len(held_out.x_P):
+        drawings["Held-out text"] = lambda axes: draw_curves(
+            axes, [held_out], "step", "bits per byte", marks
+        )
+    for prefix, title in (("grad_norm", "Gradient norm"), ("update_norm", "Update norm")):
+        series = [
+            Series(name, *run.series(f"{prefix}/{name}"), number)
+            for number, name in enumerate(run.groups(prefix))
+        ]
+        if series:
+            drawings[f"{title} of each group of parameters"] = functools.partial(
+                _draw_log_curves, series=series, marks=marks
+            )
+    for key, title, unit in (
+        ("learning_rate", "Learning rate", ""),
+        ("grad_norm", "Gradient norm", "before clipping"),
+        ("param_norm", "Parameter norm", ""),
+        ("router_entropy", "Router entropy", "nats"),
+        ("router_balance", "Router balance", "1: even"),
+        ("tokens_per_second", "Speed", "tokens per second"),
+        ("mfu", "MFU", "share of peak FLOP/s"),
+    ):
+        drawings[title] = draw_metric(run, key, unit, marks)
+    figures = [svg_figure(title, draw) for title, draw in drawings.items() if draw is not None]
+    title = "Held-out text, optimizer, router, speed"
+    return page.Section(title, figures=figures) if figures else None
+
+
+def _draw_log_curves(axes: Axes, series: Sequence[Series], marks: Marks) -> None:
+    draw_curves(axes, series, "step", "", marks)
+    if any(np.any(curve.y_P > 0) for curve in series):
+        axes.set_yscale("log")
+
+
+def load_section(run: RecordedRun) -> page.Section | None:
+    """Balance of the router over its experts: at the end, and over time."""
+    steps_P, load_PLE = run.loads()
+    if not len(steps_P):
+        return None
+    L, E = load_PLE.shape[1:]
+    count = final_points(len(steps_P))
+    last_LE = load_PLE[-count:].mean(axis=0)
+    height = int(min(900, max(180, 60 + 14 * L * E)))
+    figures = [
+        svg_figure(
+            f"Each expert's load, mean of steps {steps_P[-count]:.0f} to {steps_P[-1]:.0f}",
+            lambda axes: draw_load(axes, last_LE),
+            (BROAD[0], min(900, 90 + 26 * L)),
+        ),
+        svg_figure(
+            "Each expert's load over time",
+            lambda axes: draw_load_over_time(axes, steps_P, load_PLE),
+            (BROAD[0], height),
+        ),
+    ]
+    imbalance_P = (load_PLE.max(axis=2) / load_PLE.mean(axis=2)).mean(axis=1)
+    finite_P = imbalance_P[np.isfinite(imbalance_P)]
+    paragraphs = [f"Multiples of an even share, 1/{E} of the tokens that were routed."]
+    if len(finite_P):
+        averaged = f", averaged over {L} layers" if L > 1 else ""
+        paragraphs.append(
+            f"Most used expert over the mean{averaged}: {finite_P.mean():.2f} over the run, "
+            f"{finite_P[-count:].mean():.2f} at its end."
+        )
+    return page.Section("Load of the experts", paragraphs, figures, heat_scale=True)
+
+
+def goodput_section(run: RecordedRun) -> page.Section | None:
+    """Wall time by what it was spent on."""
+    goodput = run.goodput
+    if goodput is None or not goodput.total:
+        return None
+    bar, rows = [], []
+    for kind, seconds in goodput.seconds.items():
+        share = seconds / goodput.total
+        if share < 0.0005:
+            continue
+        name, color = TIME_KINDS[kind]
+        bar.append(page.BarSegment(name, round(100 * share, 3), color))
+        rows.append(
+            [page.Cell(name, color), page.Cell(duration(seconds)), page.Cell(f"{share:.1%}")]
+        )
+    paragraph = (
+        f"Goodput {goodput.share:.1%}: of {duration(goodput.total)} of wall time, over all "
+        "processes and the gaps between them, that share was spent on steps that are part of the "
+        "result."
+    )
+    table = page.Table(rows, ("", "time", "share"), (1, 2))
+    return page.Section("Goodput", [paragraph], tables=[table], bar=bar)
+
+
+def processes_section(run: RecordedRun) -> page.Section | None:
+    """The processes that worked on the run, and the updates that were skipped."""
+    rows = []
+    for start in run.manifest.get("starts", ()):
+        devices = start.get("devices", {})
+        rows.append(
+            [
+                page.Cell(format_time(start["began"])),
+                page.Cell(format_time(start["ended"])),
+                page.Cell(f"{start['first_step']} to {start['last_step']}"),
+                page.Cell(describe_exit(start["exit_code"])),
+                page.Cell(f"{devices.get('count')} x {devices.get('kind')}"),
+                page.Cell(commit_of(start), code=True),
+            ]
+        )
+    bad_steps = run.bad_steps()
+    paragraphs = []
+    if bad_steps:
+        steps = ", ".join(map(str, bad_steps[:30])) + (", ..." if len(bad_steps) > 30 else "")
+        paragraphs.append(f"{len(bad_steps)} updates skipped or not finite, at the steps {steps}.")
+    elif run.training:
+        paragraphs.append("No update was skipped at a logged step.")
+    for event in run.events:
+        if event["event"] == "rolled_back":
+            paragraphs.append(f"The run went back to the checkpoint of step {event['step']}.")
+    if not rows and not paragraphs:
+        return None
+    header = ("began", "ended", "steps", "exit", "devices", "commit")
+    tables = [page.Table(rows, header)] if rows else []
+    return page.Section("Processes and skipped updates", paragraphs, tables=tables)
+
+
+def checkpoints_section(run: RecordedRun) -> page.Section | None:
+    """Every checkpoint that was written, kept or deleted since."""
+    folder = run.folder / "checkpoints"
+    on_disk = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    saved = run.manifest.get("checkpoints", {})
+    steps = sorted({*saved, *(name for name in on_disk if name.isdecimal())}, key=int)
+    if not steps:
+        return None
+    rows = [
+        [
+            page.Cell(step),
+            page.Cell(f"{saved[step]['files']:,}" if step in saved else ""),
+            page.Cell(f"{saved[step]['bytes'] / 1e6:,.1f} MB" if step in saved else ""),
+            page.Cell("kept" if step in on_disk else "deleted"),
+            page.Cell(saved[step]["sha256"][:16] if step in saved else "", code=True),
+        ]
+        for step in steps
+    ]
+    header = ("step", "files", "size", "", "SHA-256 of names, sizes and indices")
+    return page.Section("Checkpoints", tables=[page.Table(rows, header, (0, 1, 2))])
+
+
+def config_section(run: RecordedRun) -> page.Section:
+    """The config, the data and the software."""
+    config = [[page.Cell(key, code=True), page.Cell(value)] for key, value in run.config.items()]
+    tables = [page.Table(config, ("key", "value"), summary=f"config, {len(config)} keys")]
+    data = [
+        [page.Cell(name), page.Cell(path), page.Cell(digest[:16], code=True)]
+        for source in run.manifest.get("data", ())
+        for (name, path), (_, digest) in [source.items()]
+    ]
+    if data:
+        tables.append(page.Table(data, ("", "path", "SHA-256"), summary="data"))
+    for start in run.manifest.get("starts", ())[-1:]:
+        versions = {"grok": start["grok"], "python": start["python"], **start["packages"]}
+        rows = [[page.Cell(name), page.Cell(version)] for name, version in versions.items()]
+        tables.append(
+            page.Table(rows, ("package", "version"), summary="software of the last start")
+        )
+    return page.Section("Configuration", tables=tables)
