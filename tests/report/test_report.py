@@ -48,8 +48,8 @@ EVENTS = [
 
 def folder_of(path: Path, lines: list[dict], events: list[dict] = EVENTS, config="") -> Path:
     path.mkdir()
-    (path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for line in lines))
-    (path / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in events))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (path / "config.yaml").write_text(config)
     return path
 
