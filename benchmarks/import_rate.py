@@ -28,7 +28,7 @@ from grok.config.load import load_config
 from grok.config.text import to_yaml
 from grok.weights.checksums import piece_checksum
 from grok.weights.orbax.source import OrbaxSource
-from grok.weights.source import pieces
+from grok.weights.source import layer_pieces
 from tests.fixtures.random_weights import RandomSource
 from tests.fixtures.release_writer import write_release
 
@@ -134,7 +134,7 @@ def measure(folder: Path, layers: int, dtype: str, rounds: int) -> dict:
     turns.append(run("import, resumed", grok))
     stored = OrbaxSource(imported)
     for spec in stored.tensors.values():
-        for layer, part in pieces(spec):
+        for layer, part in layer_pieces(spec):
             if piece_checksum(stored, spec, part) != stored.checksums[spec.name, layer]:
                 raise SystemExit(f"{spec.name} of layer {layer} is not what was imported")
     redone = turns[-1].written + there - written

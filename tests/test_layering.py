@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What each layer may import of grok, itself always included. The longest name that fits a module
 # is its layer.
-BASE = ("errors", "config", "storage", "progress")
+BASE = ("errors", "config", "storage", "progress", "resumable")
 MODEL = (*BASE, "hardware", "sharding", "ops", "model")
 WEIGHTS = (*MODEL, "distributed", "weights", "checkpoint")
 RUNS = (*WEIGHTS, "preemption", "data", "optim")
@@ -25,6 +25,7 @@ ALLOWED = {
     "errors": (),
     "config": ("errors",),
     "storage": ("errors",),
+    "resumable": ("errors", "storage"),
     "progress": ("errors",),
     "hardware": (),
     "distributed": (*BASE, "hardware"),

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from grok.cli.import_ import print_import
+
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -15,10 +17,10 @@ def export() -> None:
 
 def size_in_bytes(ctx: click.Context, param: click.Parameter, text: str) -> int:
     """The value of an option such as 500MB; 1 MB is 10^6 bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", text.strip().upper())
-    if not found:
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", text.strip().upper())
+    if not size:
         raise click.BadParameter(f"{text} is no size such as 5GB or 500MB.")
-    return int(float(found[1]) * UNITS[found[2]])
+    return int(float(size[1]) * UNITS[size[2]])
 
 
 @export.command()
@@ -54,14 +56,15 @@ def hf(src, dst, config, dtype, shard_size, base_weights, data_manifest) -> None
 
     source = open_source(src, load_config(config).model if config else None)
     with byte_progress() as on_progress:
-        done = export_huggingface(
+        exported = export_huggingface(
             source, dst, dtype, shard_size, base_weights, data_manifest, on_progress
         )
-    files = f"{done.files:,} file{'' if done.files == 1 else 's'}"
-    kept = f", {done.kept:,} from an earlier try" if done.kept else ""
-    click.echo(f"{done.tensors:,} tensors, {done.nbytes:,} bytes, in {files}{kept}")
-    rate = done.written / done.seconds / 1e9
-    click.echo(f"{done.written:,} bytes written in {done.seconds:.1f} s, {rate:.2f} GB/s")
+    files = f"{exported.files:,} file{'' if exported.files == 1 else 's'}"
+    if exported.files_resumed:
+        files += f", {exported.files_resumed:,} from an interrupted export"
+    click.echo(f"{exported.tensors:,} tensors, {exported.nbytes:,} bytes, in {files}")
+    rate = exported.written / exported.seconds / 1e9
+    click.echo(f"{exported.written:,} bytes written in {exported.seconds:.1f} s, {rate:.2f} GB/s")
     click.echo(f"{dst}: complete; README.md says what can read it")
 
 
@@ -84,12 +87,5 @@ def params(src, dst, dtype) -> None:
     from grok.weights.tools.export_params import export_params
 
     with byte_progress() as on_progress:
-        done = export_params(src, dst, dtype, on_progress)
-    kept = done.kept
-    click.echo(
-        f"{kept['tensors']:,} tensors, {kept['parameters']:,} parameters, {kept['dtype']}, "
-        f"{kept['bytes']:,} bytes"
-    )
-    rate = done.written / done.seconds / 1e9
-    click.echo(f"{done.written:,} bytes written in {done.seconds:.1f} s, {rate:.2f} GB/s")
-    click.echo(f"{done.checkpoint}: complete; checksums ({kept['checksum']}) in meta/metadata")
+        exported = export_params(src, dst, dtype, on_progress)
+    print_import(exported)

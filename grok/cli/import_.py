@@ -102,7 +102,7 @@ def _import(form, src, dst, config, dtype, scales, tokenizer) -> None:
     source = _converted(source, dtype, scales)
     with byte_progress() as on_progress:
         imported = import_weights(source, dst, run, tokenizer, on_progress)
-    _report(imported)
+    print_import(imported)
 
 
 def _run_of(model: "GrokConfig") -> "RunConfig":
@@ -138,21 +138,23 @@ def _converted(source: "Source", dtype: str, scales: str | None) -> "Source":
     return converted(source, dtype)
 
 
-def _report(imported: "Imported") -> None:
-    kept = imported.kept
+def print_import(imported: "Imported") -> None:
+    """Prints what an import wrote, its rate, and the rounding errors of quantised matrices."""
+    summary = imported.summary
     # In KiB on Linux, in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     click.echo(
-        f"{kept['tensors']:,} tensors, {kept['parameters']:,} parameters, {kept['dtype']}, "
-        f"{kept['bytes']:,} bytes"
+        f"{summary['tensors']:,} tensors, {summary['parameters']:,} parameters, "
+        f"{summary['dtype']}, {summary['bytes']:,} bytes"
     )
     click.echo(
         f"{imported.written:,} bytes written in {imported.seconds:.1f} s, "
         f"{imported.written / imported.seconds / 1e9:.2f} GB/s; peak memory {peak / 1e9:.2f} GB"
     )
-    if kept["rounding_errors"]:
+    if summary["rounding_errors"]:
         click.echo("rounding to int8, against largest and root mean square value:")
-    for name, error in kept["rounding_errors"].items():
+    for name, error in summary["rounding_errors"].items():
         click.echo(f"  {name:29} {error['relative']:.2e}  {error['relative_rms']:.2e}")
-    click.echo(f"{imported.checkpoint}: complete; checksums ({kept['checksum']}) in meta/metadata")
+    checksum = summary["checksum"]
+    click.echo(f"{imported.checkpoint}: complete; checksums ({checksum}) in meta/metadata")

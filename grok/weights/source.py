@@ -47,7 +47,7 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize + scales
 
     @property
-    def whole(self) -> Part:
+    def full_part(self) -> Part:
         """The part that is everything."""
         return tuple(slice(0, size) for size in self.shape)
 
@@ -81,13 +81,13 @@ class Source(abc.ABC):
         return str(self.tensors["layers/moe/w_gate_EDF"].dtype)
 
 
-def pieces(spec: TensorSpec) -> Iterator[tuple[int | None, Part]]:
+def layer_pieces(spec: TensorSpec) -> Iterator[tuple[int | None, Part]]:
     """A tensor layer by layer: (layer, its part); (None, everything) for one without layers."""
     if not spec.name.startswith("layers/"):
-        yield None, spec.whole
+        yield None, spec.full_part
         return
     for layer in range(spec.shape[0]):
-        yield layer, (slice(layer, layer + 1), *spec.whole[1:])
+        yield layer, (slice(layer, layer + 1), *spec.full_part[1:])
 
 
 def blocks(spec: TensorSpec, part: Part, limit: int = 1 << 28) -> Iterator[Part]:

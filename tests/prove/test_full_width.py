@@ -83,8 +83,8 @@ def progress(name, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 
 run = RunConfig(model=source.config)
-found = import_weights(source, folder / "imported", run, progress=progress)
-print(json.dumps({"written": found.written, "bytes": found.kept["bytes"], "peak": peak()}))
+found = import_weights(source, folder / "imported", run, on_progress=progress)
+print(json.dumps({"written": found.written, "bytes": found.summary["bytes"], "peak": peak()}))
 """
 
 

@@ -60,7 +60,7 @@ def test_any_part_is_the_part_of_the_whole(kind, to):
     source = converted(source_of(kind), to, GROUPS)
     rng = np.random.default_rng(5)
     for name, spec in source.tensors.items():
-        whole = source.read(name, spec.whole)
+        whole = source.read(name, spec.full_part)
         assert (whole.dtype, whole.shape) == (spec.dtype, spec.shape)
         for _ in range(20):
             part = random_part(rng, spec.shape)
@@ -82,7 +82,7 @@ def test_the_whole_by_definition(kind, to):
     assert source.dtype == to
     for name, spec in source.tensors.items():
         values = given.values[name]
-        found = source.read(name, spec.whole)
+        found = source.read(name, spec.full_part)
         matrix = params.MATRICES.get(name)
         if to == "int8" and matrix and kind != "int8":
             dims = matrix.row_dims, matrix.col_dims

@@ -125,7 +125,7 @@ def write(
 def assert_holds(source: HuggingFaceSource, expected: dict[str, np.ndarray]) -> None:
     assert list(source.tensors) == list(params.shapes(source.config))
     for name, spec in source.tensors.items():
-        found = source.read(name, spec.whole)
+        found = source.read(name, spec.full_part)
         assert (spec.shape, spec.dtype, spec.groups) == (found.shape, found.dtype, None)
         assert (found.shape, found.dtype) == (expected[name].shape, expected[name].dtype)
         assert found.tobytes() == expected[name].tobytes(), name
@@ -393,7 +393,7 @@ def test_one_table_for_embedding_and_output(tmp_path):
     with pytest.raises(CheckpointError, match=r"lm_head.weight differs from the token table, fir"):
         source.read("embed/table_VD", above)
     with pytest.raises(CheckpointError, match="first for token 17; Grok-1 has one table for both"):
-        source.read("embed/table_VD", source.tensors["embed/table_VD"].whole)
+        source.read("embed/table_VD", source.tensors["embed/table_VD"].full_part)
 
     float32 = tied | {"lm_head.weight": table.astype(np.float32)}
     assert refusal(write(tmp_path / "types", float32, files=1)) == (
@@ -411,4 +411,4 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"of-00001\.safetensors: .* became shorter while it was"
     ):
-        source.read(last.name, last.whole)
+        source.read(last.name, last.full_part)

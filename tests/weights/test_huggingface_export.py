@@ -49,7 +49,9 @@ def release(name: str) -> ReleaseSource:
 def assert_equal(a: Source, b: Source) -> None:
     assert a.tensors == b.tensors
     for name, spec in a.tensors.items():
-        assert a.read(name, spec.whole).tobytes() == b.read(name, spec.whole).tobytes(), name
+        assert a.read(name, spec.full_part).tobytes() == b.read(name, spec.full_part).tobytes(), (
+            name
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +65,7 @@ def test_release_to_hugging_face_and_back(tmp_path, name, dtype):
     total = (source.config.num_parameters() + np.prod(source.tensors["embed/table_VD"].shape)) * (
         DTYPES[dtype].itemsize
     )
-    assert (done.nbytes, done.files, done.kept) == (total, 1, 0)
+    assert (done.nbytes, done.files, done.files_resumed) == (total, 1, 0)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
@@ -107,7 +109,7 @@ def test_files_of_bounded_size_that_the_formats_library_opens(tmp_path):
     assert index["metadata"]["total_size"] == total == done.nbytes
 
     ours = {
-        name: converted(source, "bfloat16").read(name, spec.whole)
+        name: converted(source, "bfloat16").read(name, spec.full_part)
         for name, spec in source.tensors.items()
     }
     table = values["model.embed_tokens.weight"]
@@ -199,9 +201,9 @@ def test_an_interrupted_export_goes_on(tmp_path):
 
     calls: list[tuple[str, int, int]] = []
     done = export_huggingface(
-        source, folder, shard_bytes=400_000, progress=lambda *call: calls.append(call)
+        source, folder, shard_bytes=400_000, on_progress=lambda *call: calls.append(call)
     )
-    assert done.kept == len(finished)
+    assert done.files_resumed == len(finished)
     for path, before in finished.items():
         now = path.stat()
         assert (now.st_ino, now.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -239,15 +241,21 @@ def refusal(source: Source, folder, *args, **kwargs) -> str:
 def test_other_weights_and_settings_do_not_go_on(tmp_path):
     folder = tmp_path / "hf"
     refusal(Failing(RandomSource(TINY), 5), folder)
-    begun = f"{folder}: an export of other weights or settings was begun here ("
-    end = "); name another folder, or delete this one."
-    assert refusal(RandomSource(TINY, seed=1), folder) == f"{begun}values differs{end}"
+    begun = f"{folder}: has an unfinished job of other weights or settings ("
+    end = "); delete it, or name another folder."
+    message = refusal(RandomSource(TINY, seed=1), folder)
+    assert message.startswith(f"{begun}values was ") and message.endswith(end)
     source = RandomSource(TINY)
-    assert refusal(source, folder, "float32") == f"{begun}dtype, files differ{end}"
-    assert refusal(source, folder, shard_bytes=10_000) == f"{begun}files differs{end}"
-    for text in ("[]", "{}", "hello"):
+    message = refusal(source, folder, "float32")
+    assert message == f'{begun}dtype was "bfloat16" and is "float32"{end}'
+    message = refusal(source, folder, shard_bytes=10_000)
+    assert message.startswith(f"{begun}files.model-0000") and message.endswith(end)
+    for text in ("[]", "[]\n", "{}", "hello"):
         (folder / UNFINISHED).write_text(text)
-        assert refusal(source, folder) == f"{begun}{UNFINISHED} is of another program{end}"
+        assert refusal(source, folder) == (
+            f"{folder / UNFINISHED}: is no journal of grok; delete {folder}, or name another "
+            "folder."
+        )
 
 
 def test_destinations_that_cannot_be(tmp_path, monkeypatch):
@@ -255,24 +263,23 @@ def test_destinations_that_cannot_be(tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     assert refusal(source, tmp_path / "full") == (
-        f"{tmp_path}/full: is not empty (it has notes.txt), and an export goes to a folder of its "
-        "own."
+        f"{tmp_path}/full: is not empty (it has notes.txt); name another folder."
     )
     assert refusal(source, "gs://bucket/grok") == (
-        "gs://bucket/grok: exports go to a local folder, which can then be copied, as by `gcloud "
-        "storage cp --recursive`."
+        "gs://bucket/grok: the output goes to a local folder, which can then be copied, as by "
+        "`gcloud storage cp --recursive`."
     )
     assert "notes.txt: cannot be read: Not a dir" in refusal(source, tmp_path / "full/notes.txt")
     (tmp_path / "busy").mkdir()
     with (tmp_path / "busy" / UNFINISHED).open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert refusal(source, tmp_path / "busy") == (
-            f"{tmp_path}/busy: another export is writing here; wait for its end."
+            f"{tmp_path}/busy: another process is writing here; wait for its end."
         )
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9999, 9999, 1234))
     assert refusal(source, tmp_path / "hf").endswith(
-        "bytes are to be written, and the disk has 1,234 free."
+        "bytes will be written, and the disk has 1,234 free."
     )
 
 
@@ -282,8 +289,8 @@ def test_a_disk_that_fails_while_it_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     assert refusal(RandomSource(TINY), tmp_path / "hf") == (
-        f"{tmp_path}/hf/model-00001: cannot be written: No space left on device. What is done is "
-        "kept; the same command goes on from there."
+        f"{tmp_path}/hf/model-00001: cannot be written: No space left on device. Finished "
+        "pieces stay; the same command continues."
     )
 
 

@@ -30,7 +30,7 @@ from grok.weights.importing import importer
 from grok.weights.importing.importer import import_weights
 from grok.weights.importing.quantization_error import MeasuredQuantizedSource
 from grok.weights.orbax.source import OrbaxSource
-from grok.weights.source import Source, pieces, scales_part
+from grok.weights.source import Source, layer_pieces, scales_part
 from grok.weights.xai.source import ReleaseSource
 from tests.fixtures.random_weights import RandomSource
 from tests.model import golden
@@ -99,7 +99,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def same_weights(a: Source, b: Source) -> None:
     assert dict(a.tensors) == dict(b.tensors)
     for name, spec in a.tensors.items():
-        values = [source.read(name, spec.whole) for source in (a, b)]
+        values = [source.read(name, spec.full_part) for source in (a, b)]
         if spec.groups is not None:
             whole = tuple(slice(0, size) for size in spec.scales_shape)
             values += [source.read_scales(name, whole) for source in (a, b)]
@@ -115,7 +115,7 @@ def test_every_bit_arrives(tmp_path, name, dtype):
     stored = OrbaxSource(tmp_path / "run")
     same_weights(source, stored)
     assert stored.config == dataclasses.replace(source.config, param_dtype=dtype)
-    assert imported.written == imported.kept["bytes"]
+    assert imported.written == imported.summary["bytes"]
     assert imported.written == sum(spec.nbytes for spec in source.tensors.values())
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "checkpoints",
@@ -145,7 +145,7 @@ def test_int8_is_the_files_own(tmp_path):
     import_weights(source, tmp_path / "run", run_of(source.config))
     stored = OrbaxSource(tmp_path / "run")
     spec = stored.tensors["layers/moe/w_down_EFD"]
-    values = stored.read(spec.name, (slice(2, 3), *spec.whole[1:]))
+    values = stored.read(spec.name, (slice(2, 3), *spec.full_part[1:]))
     files = [p.read_bytes() for p in (golden.FOLDER / "pub_a" / "ckpt-0").iterdir()]
     assert sum(values.tobytes() in file for file in files) == 1
 
@@ -157,11 +157,11 @@ def test_checksums_are_kept(tmp_path, dtype):
     stored = OrbaxSource(tmp_path / "run")
     assert len(stored.checksums) == 2 + 12 * source.config.num_layers
     for name, spec in source.tensors.items():
-        for layer, part in pieces(spec):
+        for layer, part in layer_pieces(spec):
             assert stored.checksums[name, layer] == piece_checksum(source, spec, part)
             assert stored.checksums[name, layer] == piece_checksum(stored, spec, part)
-    assert imported.kept["checksum"] == "xxh3_128"
-    assert imported.kept["path"] == str(golden.FOLDER / "pub_a" / "ckpt-0")
+    assert imported.summary["checksum"] == "xxh3_128"
+    assert imported.summary["path"] == str(golden.FOLDER / "pub_a" / "ckpt-0")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,7 +183,7 @@ def test_orbax_restores_it_onto_a_mesh(tmp_path, dtype):
     arrays = to_arrays(model)
     for name, spec in source.tensors.items():
         values = arrays[name if spec.groups is None else f"{name}/values"]
-        np.testing.assert_array_equal(values, source.read(name, spec.whole))
+        np.testing.assert_array_equal(values, source.read(name, spec.full_part))
 
 
 # What ends the import: at a read, half-way through a line of the journal, and around the rename.
@@ -191,12 +191,12 @@ KILLS = {
     "the first read": "Source.read = killing_at(0)",
     "a later read": "Source.read = killing_at(75)",
     "a line of the journal": """
-def torn(self, line, write=Journal._write):
-    if line.get("name") == "layers/moe/w_gate_EDF":
+def torn(self, entry, append=Journal.append):
+    if entry["name"] == "layers/moe/w_gate_EDF":
         self._file.write(b'{"name": "layers/moe/w_ga')
         die()
-    write(self, line)
-Journal._write = torn
+    append(self, entry)
+Journal.append = torn
 """,
     "writing the last files": "importer.write_files = lambda *_: die()",
     "before the rename": "os.rename = lambda *_: die()",
@@ -205,7 +205,7 @@ Journal._write = torn
 CHILD = """
 import json, os, shutil, signal, sys
 from grok.weights.importing import importer
-from grok.weights.importing.journal import Journal
+from grok.resumable import Journal
 from grok.weights.xai.source import ReleaseSource as Source
 from grok.config.load import from_dict
 
@@ -276,7 +276,7 @@ def test_progress_counts_what_an_earlier_try_did(tmp_path):
     interrupt(source, folder)
     told: list[tuple[str, int, int]] = []
     imported = import_weights(
-        source, folder, run_of(source.config), progress=lambda *each: told.append(each)
+        source, folder, run_of(source.config), on_progress=lambda *each: told.append(each)
     )
     total = sum(spec.nbytes for spec in source.tensors.values())
     assert {each[2] for each in told} == {total}
@@ -289,14 +289,15 @@ def test_other_weights_are_refused(tmp_path):
     source, folder = RandomSource(TINY, seed=1), tmp_path / "run"
     interrupt(source, folder, after=30)
     for other, differing in (
-        (RandomSource(TINY, seed=2), r"\(values differ\)"),
-        (RandomSource(dataclasses.replace(TINY, mlp_dim=64), seed=1), r"\(tensors differ\)"),
-        (converted(source, "float32"), r"\(dtype, tensors differ\)"),
-        (RandomSource(TINY, seed=1, groups={}), r"\(tensors differ\)"),
+        (RandomSource(TINY, seed=2), r"\(values was "),
+        (RandomSource(dataclasses.replace(TINY, mlp_dim=64), seed=1), r"\(tensors\.layers/moe/w"),
+        (converted(source, "float32"), r'\(dtype was "int8" and is "float32"\)'),
+        (RandomSource(TINY, seed=1, groups={}), r"\(tensors\.layers/attention/w_out_NHD was "),
     ):
         with pytest.raises(CheckpointError, match=differing) as caught:
             import_weights(other, folder, run_of(other.config))
-        assert f"delete {folder / '.import'} to begin anew" in str(caught.value)
+        assert str(caught.value).startswith(f"{folder / '.import'}: has an unfinished job")
+        assert str(caught.value).endswith("; delete it, or name another folder.")
     import_weights(source, folder, run_of(TINY))
     same_weights(OrbaxSource(folder), source)
 
@@ -305,10 +306,10 @@ def test_two_imports_into_one_folder_are_refused(tmp_path):
     source = RandomSource(TINY)
 
     def second(name, done, total):
-        with pytest.raises(CheckpointError, match="another import is writing here"):
+        with pytest.raises(CheckpointError, match="another process is writing here"):
             import_weights(source, tmp_path / "run", run_of(TINY))
 
-    import_weights(source, tmp_path / "run", run_of(TINY), progress=second)
+    import_weights(source, tmp_path / "run", run_of(TINY), on_progress=second)
 
 
 def test_folders_with_something_else_are_refused(tmp_path):
@@ -318,14 +319,14 @@ def test_folders_with_something_else_are_refused(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").touch()
     for folder, message in (
-        ("run", "has checkpoints already; name another folder"),
+        ("run", r"is not empty \(it has checkpoints\); name another folder"),
         ("run/checkpoints", r"is not empty \(it has 0\)"),
         ("notes", r"is not empty \(it has a\.txt\)"),
         ("notes/a.txt", "cannot be read: Not a directory"),
     ):
         with pytest.raises(CheckpointError, match=message):
             import_weights(source, tmp_path / folder, run_of(TINY))
-    with pytest.raises(CheckpointError, match="imports go to a local folder"):
+    with pytest.raises(CheckpointError, match="the output goes to a local folder"):
         import_weights(source, "gs://bucket/run", run_of(TINY))
     assert files_of(tmp_path) == before | {"notes/a.txt": b""}
 
@@ -335,7 +336,7 @@ def test_a_folder_that_cannot_be_written_says_so_and_goes_on(tmp_path):
     interrupt(source, folder, after=10)
     in_the_way = folder / ".import" / "0" / "model" / "layers.moe.w_up_EDF.values" / "c.1.0.0.0"
     in_the_way.mkdir()
-    with pytest.raises(CheckpointError, match=r"cannot be written: .*the same command goes on"):
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*the same command continues"):
         import_weights(source, folder, run_of(TINY))
     assert ("layers/moe/w_up_EDF", 0) in journaled(folder)
     in_the_way.rmdir()
@@ -346,7 +347,7 @@ def test_a_folder_that_cannot_be_written_says_so_and_goes_on(tmp_path):
 def test_a_disk_too_small_is_refused_at_once(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(importer.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(CheckpointError, match=r"[\d,]+ bytes are to be written, and .* 1,000 free"):
+    with pytest.raises(CheckpointError, match=r"[\d,]+ bytes will be written, and .* 1,000 free"):
         import_weights(RandomSource(TINY), tmp_path / "run", run_of(TINY))
 
 
@@ -359,10 +360,10 @@ def test_rounding_is_measured_in_one_reading(tmp_path, groups):
     plain, stored = QuantizedSource(floats, groups), OrbaxSource(tmp_path / "run")
     same_weights(plain, stored)
     back = converted(stored, "float32")
-    assert imported.kept["rounding_errors"].keys() == params.MATRICES.keys()
-    for name, error in imported.kept["rounding_errors"].items():
-        w = floats.read(name, floats.tensors[name].whole)
-        off = back.read(name, floats.tensors[name].whole) - w
+    assert imported.summary["rounding_errors"].keys() == params.MATRICES.keys()
+    for name, error in imported.summary["rounding_errors"].items():
+        w = floats.read(name, floats.tensors[name].full_part)
+        off = back.read(name, floats.tensors[name].full_part) - w
         assert error["relative"] == pytest.approx(np.abs(off).max() / np.abs(w).max(), rel=1e-5)
         rms = np.sqrt(np.mean(off**2) / np.mean(w**2))
         assert error["relative_rms"] == pytest.approx(rms, rel=1e-4)
@@ -375,7 +376,7 @@ def test_wide_matrices_are_quantised_in_stripes(monkeypatch):
     measured, plain = MeasuredQuantizedSource(floats), QuantizedSource(floats)
     for name in params.MATRICES:
         spec = plain.tensors[name]
-        part = (slice(1, 2),) * (len(spec.shape) - 2 - ("attention" in name)) + spec.whole[
+        part = (slice(1, 2),) * (len(spec.shape) - 2 - ("attention" in name)) + spec.full_part[
             len(spec.shape) - 2 - ("attention" in name) :
         ]
         np.testing.assert_array_equal(measured.read(name, part), plain.read(name, part))

@@ -26,7 +26,7 @@ from grok.weights.cast import converted
 from grok.weights.detect import open_source
 from grok.weights.importing.importer import import_weights
 from grok.weights.orbax.source import OrbaxSource
-from grok.weights.source import Part, pieces
+from grok.weights.source import Part, layer_pieces
 from tests.fixtures.random_weights import RandomSource
 
 TINY = GrokConfig(
@@ -47,7 +47,7 @@ GATE = "layers/moe/w_gate_EDF"
 def model() -> Grok:
     """On a mesh that splits every axis that meshes split."""
     source = RandomSource(TINY, dtype="float32")
-    arrays = {name: source.read(name, spec.whole) for name, spec in source.tensors.items()}
+    arrays = {name: source.read(name, spec.full_part) for name, spec in source.tensors.items()}
     return from_arrays(TINY, arrays, sharding.make_mesh(data=2, expert=2, tensor=2))
 
 
@@ -121,7 +121,9 @@ def test_training_saves_matrices_apart(trained):
 def test_threads_may_read_at_once(trained, imported):
     for folder in (trained, imported):
         source = OrbaxSource(folder)
-        jobs = [(n, part) for n, spec in source.tensors.items() for _, part in pieces(spec)] * 4
+        jobs = [
+            (n, part) for n, spec in source.tensors.items() for _, part in layer_pieces(spec)
+        ] * 4
         with ThreadPoolExecutor(8) as pool:
             read = list(pool.map(source.read, *zip(*jobs, strict=True)))
         for job, values in zip(jobs, read, strict=True):
@@ -163,7 +165,7 @@ def test_a_copy_in_a_bucket_is_read(bucket, imported):
     source, local = OrbaxSource("gs://bucket/run"), OrbaxSource(imported)
     assert (source.step, source.config) == ("gs://bucket/run/checkpoints/0", local.config)
     for name in (GATE, "embed/table_VD"):
-        part = local.tensors[name].whole
+        part = local.tensors[name].full_part
         np.testing.assert_array_equal(source.read(name, part), local.read(name, part))
 
 
@@ -191,7 +193,10 @@ def test_a_training_checkpoint_can_be_imported_again(tmp_path, trained):
     import_weights(source, tmp_path / "run", RUN)
     stored = OrbaxSource(tmp_path / "run")
     for name, spec in source.tensors.items():
-        assert stored.read(name, spec.whole).tobytes() == source.read(name, spec.whole).tobytes()
+        assert (
+            stored.read(name, spec.full_part).tobytes()
+            == source.read(name, spec.full_part).tobytes()
+        )
 
 
 def edit_tree(folder: Path, edit) -> None:
@@ -276,7 +281,7 @@ def test_damaged_shards_are_refused_when_read(copy):
     array = copy / MODEL_FOLDER / "layers.moe.w_gate_EDF.values"
     (array / "c.1.2.0.0").unlink()
     os.truncate(array / "c.1.3.0.0", 1000)
-    source.read(GATE, (slice(0, 1), *source.tensors[GATE].whole[1:]))
+    source.read(GATE, (slice(0, 1), *source.tensors[GATE].full_part[1:]))
     for expert, problem in ((2, r"NOT_FOUND: .*c\.1\.2\.0\.0"), (3, r"DATA_LOSS: .*c\.1\.3\.0\.0")):
         part = (slice(1, 2), slice(expert, expert + 1), slice(0, 32), slice(0, 48))
         with pytest.raises(CheckpointError, match=f"w_gate_EDF/values cannot be read: {problem}"):

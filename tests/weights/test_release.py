@@ -99,7 +99,7 @@ def test_values_and_scales_are_those_of_the_files(name):
     for tensor in tensor_names(source.config.num_layers):
         spec = source.tensors[tensor.name]
         values, *scales = arrays_in(golden.FOLDER / name / "ckpt-0" / tensor.file)
-        whole = source.read(tensor.name, spec.whole)
+        whole = source.read(tensor.name, spec.full_part)
         ours = whole if tensor.layer is None else whole[tensor.layer]
         assert (ours.dtype, whole.shape) == (spec.dtype, spec.shape)
         np.testing.assert_array_equal(ours.reshape(values.shape), values, strict=True)
@@ -123,7 +123,7 @@ def test_dequantised_exactly(name):
         )
         if scales:
             values *= np.repeat(scales[0], values.shape[-2] // scales[0].shape[-2], axis=-2)
-        whole = exact.read(tensor.name, exact.tensors[tensor.name].whole)
+        whole = exact.read(tensor.name, exact.tensors[tensor.name].full_part)
         ours = whole if tensor.layer is None else whole[tensor.layer]
         assert ours.dtype == np.float32
         np.testing.assert_array_equal(ours.astype(np.float64).ravel(), values.ravel())
@@ -156,7 +156,7 @@ def test_twelve_layers_come_out_in_numeric_order(twelve):
         path = Path(read.file_of(tensor.name, tensor.layer))
         assert path.name == tensor.file
         if tensor.layer is not None:
-            part = (slice(tensor.layer, tensor.layer + 1), *read.tensors[tensor.name].whole[1:])
+            part = (slice(tensor.layer, tensor.layer + 1), *read.tensors[tensor.name].full_part[1:])
             values = written.read(tensor.name, part)
             np.testing.assert_array_equal(read.read(tensor.name, part), values, strict=True)
             np.testing.assert_array_equal(arrays_in(path)[0].ravel(), values.ravel())
@@ -183,7 +183,7 @@ def test_any_part_is_that_part_of_the_whole(twelve):
 def test_blocks_cover_a_tensor_with_its_scales(twelve):
     written, read = twelve
     for name, spec in read.tensors.items():
-        for part in blocks(spec, spec.whole):
+        for part in blocks(spec, spec.full_part):
             np.testing.assert_array_equal(read.read(name, part), written.read(name, part))
             if spec.groups:
                 of = scales_part(spec, part)
@@ -198,7 +198,7 @@ def test_opening_reads_no_arrays_and_reading_copies_once(tmp_path):
     tracemalloc.start()
     source = ReleaseSource(tmp_path, config)
     _, opening = tracemalloc.get_traced_memory()
-    values = source.read("layers/moe/w_gate_EDF", source.tensors["layers/moe/w_gate_EDF"].whole)
+    values = source.read("layers/moe/w_gate_EDF", source.tensors["layers/moe/w_gate_EDF"].full_part)
     _, reading = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert values.nbytes == 2 * 3 * 12 * 40_000

@@ -481,9 +481,9 @@ def test_files_that_shrink_after_they_were_opened(sound, tmp_path):
     (folder / TABLE).write_bytes(b"")
     (folder / NORM).unlink()
     with pytest.raises(CheckpointError, match=f"{TABLE}: became shorter while it was read"):
-        source.read("embed/table_VD", source.tensors["embed/table_VD"].whole)
+        source.read("embed/table_VD", source.tensors["embed/table_VD"].full_part)
     with pytest.raises(CheckpointError, match=f"{NORM}: cannot be read: No such file"):
-        source.read("final_norm/scale_D", source.tensors["final_norm/scale_D"].whole)
+        source.read("final_norm/scale_D", source.tensors["final_norm/scale_D"].full_part)
 
 
 def test_the_hook_sees_what_is_executed(tmp_path):

@@ -118,7 +118,7 @@ def test_what_is_written_is_read(tmp_path, dtype):
     read, written = ReleaseSource(tmp_path, TINY), converted(source, "int8")
     assert read.tensors == written.tensors
     for name, spec in written.tensors.items():
-        ours, theirs = (one.read(name, spec.whole) for one in (read, written))
+        ours, theirs = (one.read(name, spec.full_part) for one in (read, written))
         np.testing.assert_array_equal(ours, theirs, strict=True)
         if spec.groups:
             every = tuple(slice(0, size) for size in spec.scales_shape)
@@ -138,7 +138,7 @@ def test_only_a_new_folder_is_written(tmp_path):
 def test_random_weights_are_the_same_in_any_part(dtype):
     source, rng = RandomSource(TINY, dtype=dtype), np.random.default_rng(0)
     for name, spec in source.tensors.items():
-        whole = source.read(name, spec.whole)
+        whole = source.read(name, spec.full_part)
         assert (whole.dtype, whole.shape) == (spec.dtype, spec.shape)
         for _ in range(10):
             low = [int(rng.integers(size)) for size in spec.shape]
@@ -153,7 +153,7 @@ def test_random_weights_differ_by_seed_name_layer_and_expert():
     digests = set()
     for source in (RandomSource(TINY), RandomSource(TINY, seed=1)):
         for name, spec in source.tensors.items():
-            for part in blocks(spec, spec.whole):
+            for part in blocks(spec, spec.full_part):
                 digests.add(hashlib.sha256(source.read(name, part).tobytes()).hexdigest())
     # In each of two: four attention matrices and 3x3 of experts' in each layer, and six others.
     assert len(digests) == 2 * (3 * (4 + 9) + 7)
@@ -166,7 +166,7 @@ def test_random_weights_have_the_sizes_of_trained_ones(dtype):
     config = dataclasses.replace(TINY, embed_dim=256, mlp_dim=1024, vocab_size=500)
     source = converted(RandomSource(config, dtype=dtype), "float32")
     for name, spec in source.tensors.items():
-        values = source.read(name, spec.whole)
+        values = source.read(name, spec.full_part)
         if name.endswith("norm/scale_D"):
             assert 0.9 < values.mean() < 1.1 and values.std() < 0.2
         else:
@@ -186,4 +186,4 @@ def test_groups_of_random_weights():
         "layers/moe/w_down_EFD": 8,
     }
     down = RandomSource(TINY, groups={"layers/moe/w_down_EFD": 7}).tensors["layers/moe/w_down_EFD"]
-    assert (down.groups, part_shape(down.whole)[2]) == (5, 40)  # 7 does not divide 40
+    assert (down.groups, part_shape(down.full_part)[2]) == (5, 40)  # 7 does not divide 40

@@ -208,7 +208,7 @@ def test_a_release_in_a_bucket_is_as_on_this_machine(release):
     assert ours.tensors == local.tensors
     for name, spec in ours.tensors.items():
         # Everything, and from the middle of the last axis.
-        for part in (spec.whole, (*spec.whole[:-1], slice(2, 5))):
+        for part in (spec.full_part, (*spec.full_part[:-1], slice(2, 5))):
             np.testing.assert_array_equal(ours.read(name, part), local.read(name, part))
         if spec.groups:
             every = tuple(slice(0, size) for size in spec.scales_shape)

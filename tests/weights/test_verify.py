@@ -256,7 +256,7 @@ def test_the_error_of_quantisation():
         assert {name for name, each in found.items() if not each.equal} == params.MATRICES.keys()
         for name in params.MATRICES:
             w = floats.values[name].astype(np.float64)
-            error = back.read(name, back.tensors[name].whole) - w
+            error = back.read(name, back.tensors[name].full_part) - w
             assert found[name].method.quantization
             assert found[name].values.largest_absolute == np.abs(error).max()
             expected = math.sqrt((error**2).sum() / (w**2).sum())

@@ -1,10 +1,9 @@
-"""Any source of weights -> a checkpoint of ours, streamed, and restartable after a kill.
+"""Any source of weights -> a checkpoint of ours, streamed, and resumable after a kill.
 
-Until all is done it lies in the folder `.import` of the destination, with a journal of the finished
-pieces; a rename to `checkpoints/0` then makes it a checkpoint at once.
+An unfinished import lies in the folder `.import` of the destination, with a journal of its finished
+pieces; a rename to `checkpoints/0` makes it a checkpoint atomically.
 """
 
-import contextlib
 import dataclasses
 import os
 import shutil
@@ -21,16 +20,16 @@ from grok.config.load import to_dict
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
 from grok.model import params
+from grok.resumable import Journal, check_destination, check_space, continuable
 from grok.weights.checksums import ALGORITHM
-from grok.weights.importing.journal import Journal
 from grok.weights.importing.quantization_error import MeasuredQuantizedSource, RoundingError
 from grok.weights.importing.streaming import Piece, all_arrays, all_pieces, stream
 from grok.weights.orbax.metadata import MODEL, read_meta, write_files
-from grok.weights.source import Source, pieces
+from grok.weights.source import Source, layer_pieces
 
-STAGING = ".import"
+STAGING, JOURNAL = ".import", "journal.jsonl"
 
-# Told of a tensor's name, the bytes done, and the bytes of the whole checkpoint.
+# Called with a tensor's name, the bytes written so far, and the bytes of the checkpoint.
 Progress = Callable[[str, int, int], None]
 
 
@@ -38,16 +37,16 @@ Progress = Callable[[str, int, int], None]
 class Imported:
     """A finished import: the checkpoint's folder, and the bytes and seconds that this call took.
 
-    `kept` is what the checkpoint keeps of it: `format` and `path` of the source, `dtype`,
-    `tensors`, `parameters` and `bytes`; the name of the `checksum` and the `checksums` by tensor, a
-    list of one for each layer where it has layers; and of matrices quantised on the way
+    `summary` is stored in the checkpoint: `format` and `path` of the source, `dtype`, `tensors`,
+    `parameters` and `bytes`; the name of the `checksum` and the `checksums` by tensor, with a list
+    of one per layer where it has layers; and for matrices quantised by the import
     `rounding_errors` by tensor, `relative` and `relative_rms`.
     """
 
     checkpoint: Path
     written: int
     seconds: float
-    kept: dict[str, Any]
+    summary: dict[str, Any]
 
 
 def import_weights(
@@ -55,47 +54,44 @@ def import_weights(
     folder: str | os.PathLike[str],
     run: RunConfig,
     tokenizer: Path | None = None,
-    progress: Progress = lambda name, done, total: None,
+    on_progress: Progress = lambda name, done, total: None,
 ) -> Imported:
-    """Makes `folder` the folder of a run whose checkpoint, of step 0, holds `source` as it is.
+    """Makes `folder` the folder of a run whose checkpoint of step 0 holds the weights of `source`.
 
-    The run is `run` with the source's model, kept in the source's type, and `tokenizer`. Called
-    again after it was ended in any way, it goes on with the first piece that is not finished.
-    Raises CheckpointError where `folder` is remote, has anything else in it or cannot be written,
-    where an earlier try was of other weights, and for what `source` cannot read.
+    The run is `run` with the source's model and type, and `tokenizer`. After an interruption the
+    same call continues with the first piece that is not finished.
+
+    Raises CheckpointError where `folder` is remote, holds anything else or cannot be written, where
+    the interrupted import was of other weights, and for what `source` cannot read.
     """
     start = time.monotonic()
-    place = Path(folder)
-    run = _resolved(run, source, place, tokenizer)
-    _check_destination(folder)
-    staging, checkpoint, written = place / STAGING, place / "checkpoints" / "0", 0
+    path = Path(folder)
+    run = _resolved(run, source, path, tokenizer)
+    check_destination(folder, STAGING, CheckpointError)
+    staging, checkpoint, written = path / STAGING, path / "checkpoints" / "0", 0
     identity = _identity(source)
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(Journal(staging / "journal.jsonl", identity)) as journal:
-            # An earlier try may have ended between the rename and the end.
-            if not checkpoint.exists():
-                every = all_pieces(source)
-                written = _copy(source, every, staging / "0" / MODEL, journal, progress)
-                meta = {"config": to_dict(run), "import": _kept(source, journal)}
-                write_files(staging / "0", all_arrays(every), meta)
-                (place / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
-                if tokenizer is not None:
-                    shutil.copyfile(tokenizer, run.data.tokenizer)
-                checkpoint.parent.mkdir(exist_ok=True)
-                os.rename(staging / "0", checkpoint)
-            shutil.rmtree(staging)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: cannot be written: {error.strerror or error}; what is done is kept, and "
-            "the same command goes on from there."
-        ) from error
-    kept = read_meta(os.fspath(checkpoint))["import"]
-    return Imported(checkpoint, written, time.monotonic() - start, kept)
+    with (
+        continuable(folder, CheckpointError),
+        Journal(staging / JOURNAL, identity, CheckpointError) as journal,
+    ):
+        # A kill may have come between the rename and the end.
+        if not checkpoint.exists():
+            pieces = all_pieces(source)
+            written = _copy(source, pieces, staging / "0" / MODEL, journal, on_progress)
+            meta = {"config": to_dict(run), "import": _summary(source, journal)}
+            write_files(staging / "0", all_arrays(pieces), meta)
+            (path / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
+            if tokenizer is not None:
+                shutil.copyfile(tokenizer, run.data.tokenizer)
+            checkpoint.parent.mkdir(exist_ok=True)
+            os.rename(staging / "0", checkpoint)
+        shutil.rmtree(staging)
+    summary = read_meta(os.fspath(checkpoint))["import"]
+    return Imported(checkpoint, written, time.monotonic() - start, summary)
 
 
 def _resolved(run: RunConfig, source: Source, folder: Path, tokenizer: Path | None) -> RunConfig:
-    """`run` with what the import decides."""
+    """`run` with the source's model, this folder and tokenizer."""
     model: Any = {"param_dtype": source.dtype}
     data = run.data
     if tokenizer is not None:
@@ -105,32 +101,12 @@ def _resolved(run: RunConfig, source: Source, folder: Path, tokenizer: Path | No
     )
 
 
-def _check_destination(folder: str | os.PathLike[str]) -> None:
-    if storage.is_remote(folder):
-        raise CheckpointError(
-            f"{folder}: imports go to a local folder, which can then be copied, as by `gcloud "
-            "storage cp --recursive`."
-        )
-    if not storage.exists(folder, CheckpointError):
-        return
-    present = storage.list_files(folder, CheckpointError)
-    if STAGING in present:
-        return
-    if "checkpoints" in present:
-        raise CheckpointError(f"{folder}: has checkpoints already; name another folder.")
-    if present:
-        raise CheckpointError(
-            f"{folder}: is not empty (it has {sorted(present)[0]}), and an import goes to a folder "
-            "of its own."
-        )
-
-
 def _identity(source: Source) -> dict[str, Any]:
-    """What tells the weights of two imports apart, wherever they lie."""
+    """Plain data that tells the weights of two imports apart, independent of their path."""
     sample = xxhash.xxh3_128()
     for spec in source.tensors.values():
         if spec.name not in params.MATRICES:
-            row = (slice(0, 1), *spec.whole[1:]) if len(spec.shape) > 1 else spec.whole
+            row = (slice(0, 1), *spec.full_part[1:]) if len(spec.shape) > 1 else spec.full_part
             sample.update(source.read(spec.name, row).tobytes())
     tensors = {s.name: [s.shape, str(s.dtype), s.groups] for s in source.tensors.values()}
     return {
@@ -142,46 +118,45 @@ def _identity(source: Source) -> dict[str, Any]:
 
 
 def _copy(
-    source: Source, every: list[Piece], folder: Path, journal: Journal, progress: Progress
+    source: Source, pieces: list[Piece], folder: Path, journal: Journal, on_progress: Progress
 ) -> int:
-    """Writes the pieces that are not finished into `folder`; the bytes written."""
-    todo = [piece for piece in every if not (piece.key in journal.done and piece.is_in(folder))]
-    total, left = (sum(piece.nbytes for piece in some) for some in (every, todo))
+    """Writes the unfinished pieces into `folder`; returns the bytes written."""
+    finished = {(entry["name"], entry["layer"]) for entry in journal.entries}
+    todo = [piece for piece in pieces if not (piece.key in finished and piece.is_in(folder))]
+    total, remaining = (sum(piece.nbytes for piece in some) for some in (pieces, todo))
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if left > free:
-        raise CheckpointError(
-            f"{folder}: {left:,} bytes are to be written, and the disk has {free:,} free."
-        )
-    done = total - left
-    progress("", done, total)
+    check_space(folder, remaining, CheckpointError)
+    done = total - remaining
+    on_progress("", done, total)
 
-    def on_written(piece: Piece, count: int) -> None:
+    def on_written(piece: Piece, nbytes: int) -> None:
         nonlocal done
-        done += count
-        progress(piece.spec.name, done, total)
+        done += nbytes
+        on_progress(piece.spec.name, done, total)
 
     def on_finished(piece: Piece, checksum: str) -> None:
-        facts = {}
+        name, layer = piece.key
+        entry: dict[str, Any] = {"name": name, "layer": layer, "checksum": checksum}
         if isinstance(source, MeasuredQuantizedSource) and piece.key in source.errors:
-            facts["error"] = dataclasses.astuple(source.errors[piece.key])
-        journal.add(piece.key, checksum=checksum, **facts)
+            entry["error"] = dataclasses.astuple(source.errors[piece.key])
+        journal.append(entry)
 
     stream(source, todo, folder, on_written, on_finished)
-    return left
+    return remaining
 
 
-def _kept(source: Source, journal: Journal) -> dict[str, Any]:
-    """The `kept` of `Imported`."""
+def _summary(source: Source, journal: Journal) -> dict[str, Any]:
+    """The `summary` of `Imported`."""
     checksums: dict[str, Any] = {}
     errors: dict[str, RoundingError] = {}
+    entries = {(entry["name"], entry["layer"]): entry for entry in journal.entries}
     for spec in source.tensors.values():
-        facts = [journal.done[spec.name, layer] for layer, _ in pieces(spec)]
-        found = [each["checksum"] for each in facts]
-        checksums[spec.name] = found if spec.name.startswith("layers/") else found[0]
-        parts = [RoundingError(*each["error"]) for each in facts if "error" in each]
-        if parts:
-            errors[spec.name] = sum(parts, RoundingError())
+        of_tensor = [entries[spec.name, layer] for layer, _ in layer_pieces(spec)]
+        layers = [entry["checksum"] for entry in of_tensor]
+        checksums[spec.name] = layers if spec.name.startswith("layers/") else layers[0]
+        measured = [RoundingError(*entry["error"]) for entry in of_tensor if "error" in entry]
+        if measured:
+            errors[spec.name] = sum(measured, RoundingError())
     path = source.path if storage.is_remote(source.path) else os.path.abspath(source.path)
     return {
         "format": source.format,

@@ -24,8 +24,8 @@ from grok.weights.source import (
     Source,
     TensorSpec,
     blocks,
+    layer_pieces,
     part_shape,
-    pieces,
     relative_to,
     scales_part,
 )
@@ -78,7 +78,7 @@ def all_pieces(source: Source) -> list[Piece]:
     return [
         Piece(spec, layer, part, *arrays(spec))
         for spec in source.tensors.values()
-        for layer, part in pieces(spec)
+        for layer, part in layer_pieces(spec)
     ]
 
 

@@ -24,7 +24,15 @@ from grok.model import params
 from grok.weights.checksums import piece_checksum
 from grok.weights.detect import open_source
 from grok.weights.orbax.source import OrbaxSource
-from grok.weights.source import Part, Source, TensorSpec, blocks, part_shape, pieces, scales_part
+from grok.weights.source import (
+    Part,
+    Source,
+    TensorSpec,
+    blocks,
+    layer_pieces,
+    part_shape,
+    scales_part,
+)
 from grok.weights.tools.array_difference import ArrayDifference, array_difference
 
 # From fine to coarse.
@@ -221,7 +229,7 @@ def total_bytes(*sources: Source) -> int:
 def paired_blocks(a: Source, b: Source, name: str) -> Iterator[tuple[BlockValues, BlockValues]]:
     """A tensor of two sources block by block, in C order; the next are read meanwhile."""
     spec = a.tensors[name]
-    parts = [block for _, piece in pieces(spec) for block in blocks(spec, piece)]
+    parts = [block for _, piece in layer_pieces(spec) for block in blocks(spec, piece)]
     with ThreadPoolExecutor(2) as pool:
 
         def read(part: Part) -> list[Future[BlockValues]]:
@@ -275,7 +283,7 @@ def verify_checksums(
     progress("", done, total)
     with ThreadPoolExecutor(4) as pool:
         for name, spec in source.tensors.items():
-            every = list(pieces(spec))
+            every = list(layer_pieces(spec))
             found = pool.map(lambda piece, spec=spec: piece_checksum(source, spec, piece[1]), every)
             differing = []
             for (layer, _), checksum in zip(every, found, strict=True):
