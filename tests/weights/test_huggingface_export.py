@@ -20,6 +20,7 @@ from grok.config.load import load_config
 from grok.errors import CheckpointError, ConfigError
 from grok.ops.weights.int8 import dequantize
 from grok.weights.cast import converted
+from grok.weights.huggingface.adapters import EXPORT_ADAPTER
 from grok.weights.huggingface.export import DTYPES, SHARD_BYTES, export_huggingface
 from grok.weights.huggingface.shard_plan import index_data, plan
 from grok.weights.huggingface.source import HuggingFaceSource
@@ -125,7 +126,7 @@ def test_files_of_bounded_size_that_the_formats_library_opens(tmp_path):
 
 def test_plan_of_the_real_model():
     config = load_config("grok-1").model
-    shards = plan(config, DTYPES["bfloat16"], SHARD_BYTES)
+    shards = plan(EXPORT_ADAPTER, config, DTYPES["bfloat16"], SHARD_BYTES)
     index = index_data(shards)
     # The table is there twice: 315,684,820,992 parameters and 131072 x 6144 more.
     assert index["metadata"]["total_size"] == 2 * (315_684_820_992 + 131_072 * 6144)
@@ -192,7 +193,7 @@ def test_an_interrupted_export_goes_on(tmp_path):
     with pytest.raises(CheckpointError, match="the disk went away"):
         export_huggingface(Failing(source, 40), folder, shard_bytes=400_000)
     finished = {path: path.stat() for path in folder.glob("*.safetensors")}
-    shards = plan(source.config, DTYPES["bfloat16"], 400_000)
+    shards = plan(EXPORT_ADAPTER, source.config, DTYPES["bfloat16"], 400_000)
     unfinished = [shard for shard in shards if folder / shard.file not in finished]
     assert 2 <= len(finished) < len(list(whole.glob("*.safetensors")))
     assert not listing(folder) & {INDEX, "config.json"}

@@ -22,10 +22,10 @@ from grok.errors import CheckpointError
 from grok.resumable import Journal, check_destination, check_space, continuable
 from grok.weights.checksums import sample_checksum
 from grok.weights.huggingface import card as huggingface_card
-from grok.weights.huggingface import config_json
-from grok.weights.huggingface.adapters.grok_1 import LINEAR, HuggingFaceTensor, split
+from grok.weights.huggingface.adapters import EXPORT_ADAPTER
+from grok.weights.huggingface.adapters.adapter import LINEAR, HuggingFaceTensor, split_axes
 from grok.weights.huggingface.shard_plan import Shard, index_data, json_text, plan
-from grok.weights.huggingface.source import INDEX, UNFINISHED
+from grok.weights.huggingface.source import CONFIG, INDEX, UNFINISHED
 from grok.weights.source import Source, blocks, scales_part
 from grok.weights.transpose import strips
 
@@ -76,7 +76,8 @@ def export_huggingface(
     ConfigError where `shard_bytes` is less than a tensor takes.
     """
     start = time.monotonic()
-    shards = plan(source.config, DTYPES[dtype], shard_bytes)
+    adapter = EXPORT_ADAPTER
+    shards = plan(adapter, source.config, DTYPES[dtype], shard_bytes)
     manifest = None
     if data_manifest is not None:
         name = f"data_manifest{PurePath(data_manifest).suffix}"
@@ -89,9 +90,9 @@ def export_huggingface(
         check_space(path, sum(shard.file_bytes for shard in todo), CheckpointError)
         with Journal(path / UNFINISHED, _identity(source, dtype, shards), CheckpointError):
             _write_shards(source, path, todo, _ProgressCounter(shards, todo, on_progress))
-            config = json_text(config_json.config_data(source.config, dtype))
-            card = huggingface_card.model_card(source, dtype, base_weights, manifest)
-            storage.write_bytes(path / config_json.FILE, config.encode())
+            config = json_text(adapter.config_data(source.config, dtype))
+            card = huggingface_card.model_card(source, adapter, dtype, base_weights, manifest)
+            storage.write_bytes(path / CONFIG, config.encode())
             storage.write_bytes(path / huggingface_card.FILE, card.encode())
             if manifest is not None:
                 storage.write_bytes(path / manifest[0], manifest[1])
@@ -158,7 +159,7 @@ def _write_shards(source: Source, path: Path, todo: list[Shard], counter: _Progr
 
 def _workers(source: Source) -> int:
     sizes = (
-        math.prod(spec.shape[len(split(name, spec.shape)[0]) :]) * spec.dtype.itemsize
+        math.prod(spec.shape[len(split_axes(name, spec.shape)[0]) :]) * spec.dtype.itemsize
         for name, spec in source.tensors.items()
         if name in LINEAR
     )

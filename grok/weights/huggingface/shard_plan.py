@@ -1,4 +1,4 @@
-"""What an export to Hugging Face writes: which tensors in which files, from shapes alone."""
+"""Plans the files of an export to Hugging Face, from the shapes of its tensors."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ import numpy as np
 
 from grok.config import GrokConfig
 from grok.errors import ConfigError
-from grok.weights.huggingface.adapters.grok_1 import HPCAI, LM_HEAD, HuggingFaceTensor, tensors
+from grok.weights.huggingface.adapters.adapter import Adapter, HuggingFaceTensor
 from grok.weights.huggingface.safetensors import header_bytes
 
 # A header is at most this, and for each tensor its name and this, 8 of them for the length.
@@ -38,33 +38,33 @@ class Shard:
 
     @property
     def offsets(self) -> list[int]:
-        """Where each tensor begins in the file."""
+        """The byte in the file at which each tensor begins."""
         sizes = (_nbytes(tensor, self.dtype) for tensor in self.tensors[:-1])
         return list(itertools.accumulate(sizes, initial=len(self.header)))
 
 
-def plan(config: GrokConfig, dtype: np.dtype, shard_bytes: int) -> list[Shard]:
+def plan(adapter: Adapter, config: GrokConfig, dtype: np.dtype, shard_bytes: int) -> list[Shard]:
     """The files of an export, each of at most `shard_bytes` with all that is in it.
 
     Raises ConfigError where one tensor alone would take more.
     """
-    every = list(tensors(HPCAI, config))
-    every.append(dataclasses.replace(every[0], name=LM_HEAD))
+    tensors = list(adapter.tensors(adapter.export_layout, config))
+    tensors.append(dataclasses.replace(tensors[0], name=adapter.tied_head))
     groups: list[list[HuggingFaceTensor]] = []
     size = 0
-    for tensor in every:
-        own = _nbytes(tensor, dtype) + len(tensor.name) + HEADER_OVERHEAD
-        least = own + HEADER_OVERHEAD
+    for tensor in tensors:
+        nbytes = _nbytes(tensor, dtype) + len(tensor.name) + HEADER_OVERHEAD
+        least = nbytes + HEADER_OVERHEAD
         if least > shard_bytes:
             raise ConfigError(
                 f"a file of {shard_bytes:,} bytes is too small for {tensor.name}, which is not "
                 f"split; {least:,} would be enough for it."
             )
-        if not groups or size + own > shard_bytes:
+        if not groups or size + nbytes > shard_bytes:
             groups.append([])
             size = HEADER_OVERHEAD
         groups[-1].append(tensor)
-        size += own
+        size += nbytes
     return [
         Shard(
             f"model-{number:05d}-of-{len(groups):05d}.safetensors",
@@ -77,7 +77,7 @@ def plan(config: GrokConfig, dtype: np.dtype, shard_bytes: int) -> list[Shard]:
 
 
 def index_data(shards: list[Shard]) -> dict[str, Any]:
-    """What model.safetensors.index.json holds."""
+    """The content of model.safetensors.index.json."""
     return {
         "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},
         "weight_map": {tensor.name: shard.file for shard in shards for tensor in shard.tensors},

@@ -2,15 +2,16 @@
 
 A folder has `config.json`, the tensors in safetensors files, and an index that says which file has
 which tensor. Two repositories made such folders of the release, in two layouts
-(`huggingface_names.py`); the tensors' names tell which one it is.
+(`adapters/`); the tensors' names tell which one it is.
 """
 
 import itertools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +19,8 @@ from grok import storage
 from grok.config import GrokConfig
 from grok.errors import CheckpointError
 from grok.model import params
-from grok.weights.huggingface.adapters import grok_1
-from grok.weights.huggingface.adapters.grok_1 import LM_HEAD, split
-from grok.weights.huggingface.config_json import FILE as CONFIG
-from grok.weights.huggingface.config_json import read_config
+from grok.weights.huggingface.adapters import ADAPTERS, adapter_of
+from grok.weights.huggingface.adapters.adapter import Adapter, split_axes
 from grok.weights.huggingface.safetensors import TensorInfo, parse_object, quoted, read_header
 from grok.weights.source import (
     Part,
@@ -34,7 +33,7 @@ from grok.weights.source import (
 )
 from grok.weights.transpose import transpose_into
 
-INDEX = "model.safetensors.index.json"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 # There while an export is being written, and gone when it is whole.
 UNFINISHED = "unfinished-export.json"
 
@@ -53,21 +52,17 @@ class HuggingFaceSource(Source):
         self.path = os.fspath(path)
         present = storage.list_files(self.path, CheckpointError)
         entries = _find_tensors(self.path, present)
-        layout = grok_1.layout_of(entries)
-        if layout is None:
-            raise CheckpointError(
-                f"{self.path}: its tensors have names of another model, such as "
-                f"{quoted(min(entries))}; Grok-1's are known in the layouts of "
-                f"{' and '.join(grok_1.LAYOUTS)}."
-            )
+        adapter, layout = _adapter_of(self.path, entries)
         if config is None and CONFIG not in present:
             raise CheckpointError(
                 f"{storage.join(self.path, CONFIG)}: is missing; without it a config must be given."
             )
-        self.config = config or read_config(self.path)
+        self.adapter = adapter
+        self.config = config or adapter.read_config(*read_config_json(self.path))
         whose = "this model's config" if config else f"this folder's {CONFIG}"
-        self._entries = _arrange(self.path, layout, self.config, whose, entries)
-        self._lm_head = _checked_head(self._entries["embed/table_VD", ()], entries.get(LM_HEAD))
+        self._entries = _arrange(self.path, adapter, layout, self.config, whose, entries)
+        table = self._entries["embed/table_VD", ()]
+        self._tied_head = _checked_head(adapter, table, entries.get(adapter.tied_head))
         dtypes = {tree_name: entry.dtype for (tree_name, _), entry in self._entries.items()}
         self.tensors = {
             name: TensorSpec(name, shape, dtypes[name])
@@ -77,13 +72,13 @@ class HuggingFaceSource(Source):
     def read(self, name: str, part: Part) -> np.ndarray:
         """Values of a part, as they are. CheckpointError if the output layer is another table."""
         out = np.empty(part_shape(part), self.tensors[name].dtype)
-        lead, rows, columns = split(name, part)
+        lead, rows, columns = split_axes(name, part)
         each = out.reshape([math.prod(part_shape(axes)) for axes in (lead, rows, columns)])
         indices = itertools.product(*(range(s.start, s.stop) for s in lead))
         for one_RC, index in zip(each, indices, strict=True):
             self._read_one(one_RC, name, index, rows, columns)
-        if name == "embed/table_VD" and self._lm_head:
-            self._check_tied(self._lm_head, part, out)
+        if name == "embed/table_VD" and self._tied_head:
+            self._check_tied(self._tied_head, part, out)
         return out
 
     def read_scales(self, name: str, part: Part) -> np.ndarray:
@@ -92,7 +87,7 @@ class HuggingFaceSource(Source):
 
     def _read_one(self, out_RC: np.ndarray, name: str, index: tuple, rows: Part, columns: Part):
         entry = self._entries[name, index]
-        _, row_sizes, column_sizes = split(name, self.tensors[name].shape)
+        _, row_sizes, column_sizes = split_axes(name, self.tensors[name].shape)
         place = (entry.path, entry.offset, (*column_sizes, *row_sizes))
         if not columns:
             read_into(out_RC.reshape(part_shape(rows)), *place, rows)
@@ -111,9 +106,29 @@ class HuggingFaceSource(Source):
             differs = (mine_VD.view(bits) != other_VD.view(bits)).any(axis=1)
             if differs.any():
                 raise CheckpointError(
-                    f"{head.path}: {LM_HEAD} differs from the token table, first for token "
-                    f"{block[0].start + int(differs.argmax())}; Grok-1 has one table for both."
+                    f"{head.path}: {self.adapter.tied_head} differs from the token table, first "
+                    f"for token {block[0].start + int(differs.argmax())}; {self.adapter.family} has "
+                    "one table for both."
                 )
+
+
+def read_config_json(folder: str) -> tuple[str, dict[str, Any]]:
+    """The path and the content of a folder's config.json."""
+    path = storage.join(folder, CONFIG)
+    return path, parse_object(storage.read_bytes(path, CheckpointError), f"{path}:")
+
+
+def _adapter_of(folder: str, names: Collection[str]) -> tuple[Adapter, str]:
+    adapter = adapter_of(names)
+    if adapter is None:
+        known = (
+            f"{a.family}'s are known in the layouts of {' and '.join(a.layouts)}" for a in ADAPTERS
+        )
+        raise CheckpointError(
+            f"{folder}: its tensors have names of another model, such as {quoted(min(names))}; "
+            f"{'; '.join(known)}."
+        )
+    return adapter
 
 
 def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, TensorInfo]:
@@ -199,14 +214,19 @@ def _why_none(present: Mapping[str, int | None]) -> str:
 
 
 def _arrange(
-    folder: str, layout: str, config: GrokConfig, whose: str, entries: dict[str, TensorInfo]
+    folder: str,
+    adapter: Adapter,
+    layout: str,
+    config: GrokConfig,
+    whose: str,
+    entries: dict[str, TensorInfo],
 ) -> dict[tuple[str, tuple[int, ...]], TensorInfo]:
     """The entry of each parameter's layer and expert, all there with right shapes and types."""
     size = f"{whose} has {config.num_layers} layers of {config.num_experts} experts"
     found: dict[tuple[str, tuple[int, ...]], TensorInfo] = {}
     firsts: dict[str, str] = {}
-    expected = {LM_HEAD}
-    for tensor in grok_1.tensors(layout, config):
+    expected = {adapter.tied_head}
+    for tensor in adapter.tensors(layout, config):
         entry = entries.get(tensor.name)
         if entry is None:
             raise CheckpointError(f"{folder}: {tensor.name} is missing; {size}.")
@@ -230,10 +250,12 @@ def _arrange(
     return found
 
 
-def _checked_head(table: TensorInfo, head: TensorInfo | None) -> TensorInfo | None:
+def _checked_head(
+    adapter: Adapter, table: TensorInfo, head: TensorInfo | None
+) -> TensorInfo | None:
     if head and (head.dtype, head.shape) != (table.dtype, table.shape):
         raise CheckpointError(
-            f"{head.path}: {LM_HEAD} is {head.dtype} {head.shape}, and the token table "
-            f"{table.dtype} {table.shape}; Grok-1 has one table for both."
+            f"{head.path}: {adapter.tied_head} is {head.dtype} {head.shape}, and the token table "
+            f"{table.dtype} {table.shape}; {adapter.family} has one table for both."
         )
     return head

@@ -4,14 +4,12 @@ import dataclasses
 import os
 from typing import Any
 
-from grok import storage
 from grok.config import GrokConfig
 from grok.config.load import load_config
 from grok.config.presets import presets
 from grok.errors import CheckpointError, ConfigError
 from grok.weights.detect import open_source
-from grok.weights.huggingface import config_json
-from grok.weights.huggingface.safetensors import parse_object
+from grok.weights.huggingface.source import HuggingFaceSource, read_config_json
 from grok.weights.orbax.metadata import read_meta
 from grok.weights.orbax.source import OrbaxSource
 from grok.weights.source import Source
@@ -164,18 +162,10 @@ def _origins(source: Source, config: GrokConfig | None) -> dict[str, str]:
         return {name: FILES if IN_RELEASE.get(name) == FILES else GIVEN for name in fields}
     if source.format == "xai":
         return {name: IN_RELEASE.get(name, ASSUMED) for name in fields}
-    if source.format == "huggingface":
-        stored = _in_config_json(source.path)
+    if isinstance(source, HuggingFaceSource):
+        stored = source.adapter.stated_fields(read_config_json(source.path)[1])
         return {name: CONFIG_JSON if name in stored else ASSUMED for name in fields}
     return dict.fromkeys(fields, STORED)
-
-
-def _in_config_json(folder: str) -> set[str]:
-    """The fields that a Hugging Face folder's config.json has."""
-    path = storage.join(folder, config_json.FILE)
-    data = parse_object(storage.read_bytes(path, CheckpointError), f"{path}:")
-    known = config_json.SIZES | config_json.FACTORS
-    return {ours for ours, theirs in known.items() if any(data.get(key) for key in theirs)}
 
 
 def _kept(source: Source) -> dict[str, Any]:

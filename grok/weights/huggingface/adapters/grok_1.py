@@ -1,21 +1,17 @@
-"""Names and shapes of Grok-1's tensors on Hugging Face: two repositories, two layouts.
+"""Grok-1 on Hugging Face: two repositories with the release's weights, each with its own names."""
 
-A layer's tensors are one each there, an expert's too; ours are stacked. The weights of a linear
-layer are [out, in], the transpose of ours, with heads and their width as one axis.
-"""
-
-import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import Any
 
 from grok.config import GrokConfig
-from grok.model import params
+from grok.errors import CheckpointError, ConfigError
+from grok.model.layers import RMS_EPSILON
+from grok.weights.huggingface.adapters.adapter import Adapter
 
 HPCAI = "hpcai-tech/grok-1"
 KEYFAN = "keyfan/grok-1-hf"
-# The same in both: the token table once more, as the weights of the last linear layer.
-LM_HEAD = "lm_head.weight"
 
 
 def _in_layer(prefix: str, suffixes: dict[str, str]) -> dict[str, str]:
@@ -67,77 +63,140 @@ LAYOUTS = {
         "final_norm/scale_D": "transformer.rms_norm.weight",
     },
 }
-# A name that only one layout has, among the many of any folder of that layout.
-TELLING = {
+# Names that only one layout has; every layer has some.
+DISTINCTIVE_NAMES = {
     HPCAI: re.compile(r"model\.layers\.\d+\.(attn|moe_block)\."),
     KEYFAN: re.compile(r"transformer\.decoder_layer\.\d+\."),
 }
-# What is transposed there, and how its axes divide.
-LINEAR = params.MATRICES | {"layers/moe/router_DE": params.Matrix(1, 1)}
+CODE_FILES = ("configuration_grok1.py", "modeling_grok1.py", "modeling_grok1_outputs.py")
+
+# Our keys to theirs; the first is the one that exports write, others are other repositories'.
+SIZES = {
+    "vocab_size": ("vocab_size",),
+    "num_layers": ("num_hidden_layers",),
+    "embed_dim": ("hidden_size",),
+    "mlp_dim": ("intermediate_size",),
+    "num_heads": ("num_attention_heads",),
+    "num_kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "num_experts": ("num_experts", "num_local_experts"),
+    "num_selected_experts": ("num_experts_per_tok", "num_selected_experts"),
+    "context_length": ("max_position_embeddings",),
+}
+FACTORS = {
+    "embedding_multiplier": ("embedding_multiplier_scale",),
+    "output_multiplier": ("output_multiplier_scale",),
+    "attn_output_multiplier": ("attn_output_multiplier",),
+    "attn_logit_softcap": ("max_attn_value",),
+    "rope_theta": ("rope_theta",),
+}
+REQUIRED = ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads")
+# No model has more of anything, and arithmetic with more could take for ever.
+LARGEST_SIZE = 1 << 24
 
 
-@dataclasses.dataclass(frozen=True)
-class HuggingFaceTensor:
-    """One of their tensors: what it is called there, and which part of a parameter it is.
+class Grok1(Adapter):
+    """Grok-1 in the layouts of hpcai-tech/grok-1, which exports write, and keyfan/grok-1-hf."""
 
-    `lead` is the layer and expert, as far as the parameter `tree_name` has them; `shape` is theirs.
-    """
+    family = "Grok-1"
+    layouts, export_layout, tied_head = LAYOUTS, HPCAI, "lm_head.weight"
+    release, release_parameters = "xai-org/grok-1", 315_684_820_992
 
-    name: str
-    tree_name: str
-    lead: tuple[int, ...]
-    shape: tuple[int, ...]
+    def layout_of(self, names: Iterable[str]) -> str | None:
+        """The layout that tensors of these names are in; None for those of another family."""
+        for name in names:
+            for layout, pattern in DISTINCTIVE_NAMES.items():
+                if pattern.match(name):
+                    return layout
+        return None
 
-    @property
-    def transposed(self) -> bool:
-        """Whether it is [out, in]."""
-        return self.tree_name in LINEAR
+    def read_config(self, path: str, data: dict[str, Any]) -> GrokConfig:
+        """The model that a config.json describes.
+
+        Without head_dim it is hidden_size / num_attention_heads; other missing keys have the
+        defaults of our config.
+        """
+        values: dict[str, Any] = {}
+        for ours, theirs in (SIZES | FACTORS).items():
+            key = next((key for key in theirs if data.get(key) is not None), None)
+            if key is not None:
+                values[ours] = _checked(path, key, data[key], size=ours in SIZES)
+            elif ours in REQUIRED:
+                raise CheckpointError(f"{path}: {theirs[0]} is missing, a size of the model.")
+        if "head_dim" not in values:
+            if values["embed_dim"] % values["num_heads"]:
+                raise CheckpointError(
+                    f"{path}: hidden_size={values['embed_dim']} is no multiple of "
+                    f"num_attention_heads={values['num_heads']}, so head_dim must be given."
+                )
+            values["head_dim"] = values["embed_dim"] // values["num_heads"]
+        epsilon = data.get("rms_norm_eps", RMS_EPSILON)
+        if epsilon != RMS_EPSILON:
+            raise CheckpointError(
+                f"{path}: rms_norm_eps is {epsilon!r:.40}; Grok-1's is {RMS_EPSILON}, and there is "
+                "no setting for another."
+            )
+        try:
+            return GrokConfig(**values)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    def stated_fields(self, data: dict[str, Any]) -> set[str]:
+        """The fields of our config that a config.json has."""
+        known = SIZES | FACTORS
+        return {ours for ours, theirs in known.items() if any(data.get(key) for key in theirs)}
+
+    def config_data(self, config: GrokConfig, dtype: str) -> dict[str, Any]:
+        """The content of config.json for a model in the layout of hpcai-tech/grok-1."""
+        return {
+            "architectures": ["Grok1ModelForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "configuration_grok1.Grok1Config",
+                "AutoModel": "modeling_grok1.Grok1Model",
+                "AutoModelForCausalLM": "modeling_grok1.Grok1ModelForCausalLM",
+            },
+            "model_type": "grok-1",
+            **self.config_numbers(config),
+            "rms_norm_eps": RMS_EPSILON,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "torch_dtype": dtype,
+            "use_cache": True,
+        }
+
+    def config_numbers(self, config: GrokConfig) -> dict[str, int | float]:
+        """The model's sizes and factors under their keys in config.json."""
+        sizes = {theirs[0]: getattr(config, ours) for ours, theirs in SIZES.items()}
+        return sizes | {theirs[0]: float(getattr(config, ours)) for ours, theirs in FACTORS.items()}
+
+    def reading_notes(self, config: GrokConfig) -> str:
+        """Text of the model card on the programs that can read an export."""
+        text = (
+            "A generic decoder cannot read this folder. Its tensors are named and laid out as in "
+            f"[{HPCAI}](https://huggingface.co/{HPCAI}), whose model code it needs: copy "
+            f"{', '.join(f'`{file}`' for file in CODE_FILES)} from there to here, read them, since "
+            "they will be executed, and load the folder with `trust_remote_code=True`. The code of "
+            f"[{KEYFAN}](https://huggingface.co/{KEYFAN}) expects other names. No tokenizer is "
+            "here either; Grok-1's is the file `tokenizer.model` of xAI's repository."
+        )
+        if config.num_heads * config.head_dim != config.embed_dim or config.rope_theta != 10000:
+            text += (
+                "\n\nThat code takes the width of a head to be hidden_size / num_attention_heads "
+                "and the base of the rotary embedding to be 10000. This model differs (see "
+                "head_dim and rope_theta below), so the code must be changed accordingly."
+            )
+        return text
 
 
-def layout_of(found: Iterable[str]) -> str | None:
-    """The layout that these tensors are named in, if it is one of the two."""
-    for name in found:
-        for layout, telling in TELLING.items():
-            if telling.match(name):
-                return layout
-    return None
-
-
-def tensors(layout: str, config: GrokConfig) -> Iterator[HuggingFaceTensor]:
-    """All tensors of a layout but LM_HEAD, which need not be there: table, layers, final norm."""
-    shapes = params.shapes(config)
-
-    def one(tree_name: str, layer: int | None = None, expert: int | None = None):
-        name = LAYOUTS[layout][tree_name].format(layer=layer, expert=expert)
-        lead = tuple(index for index in (layer, expert) if index is not None)
-        return HuggingFaceTensor(name, tree_name, lead, their_shape(tree_name, shapes[tree_name]))
-
-    yield one("embed/table_VD")
-    for layer in range(config.num_layers):
-        for tree_name, name in LAYOUTS[layout].items():
-            if "{expert}" in name:
-                for expert in range(config.num_experts):
-                    yield one(tree_name, layer, expert)
-            elif "{layer}" in name:
-                yield one(tree_name, layer)
-    yield one("final_norm/scale_D")
-
-
-def their_shape(tree_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape there of one layer and expert of a parameter of `shape`."""
-    _, rows, columns = split(tree_name, shape)
-    return (math.prod(columns), math.prod(rows)) if tree_name in LINEAR else rows
-
-
-def split(tree_name: str, axes: tuple) -> tuple[tuple, tuple, tuple]:
-    """A parameter's axes, or what there is for each: those of layer and expert, rows, columns.
-
-    What is not transposed there is all rows.
-    """
-    if tree_name not in LINEAR:
-        lead = int(tree_name.startswith("layers/"))
-        return axes[:lead], axes[lead:], ()
-    matrix = LINEAR[tree_name]
-    columns = len(axes) - matrix.col_dims
-    lead = columns - matrix.row_dims
-    return axes[:lead], axes[lead:columns], axes[columns:]
+def _checked(path: str, key: str, value: Any, size: bool) -> int | float:
+    if size:
+        if type(value) is int and 0 < value <= LARGEST_SIZE:
+            return value
+        right = f"a whole number from 1 to {LARGEST_SIZE}"
+    else:
+        if type(value) in (int, float) and 0 < value < math.inf:
+            return float(value)
+        right = "a positive number"
+    raise CheckpointError(f"{path}: {key} is {value!r:.40}; it should be {right}.")

@@ -1,0 +1,118 @@
+"""A model family on Hugging Face: its tensors' names, its config.json, and its model card.
+
+PyTorch keeps the weights of a linear layer as [out, in], the transpose of ours, with heads and
+their width as one axis, and each layer and expert as a tensor of its own.
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from grok.config import GrokConfig
+from grok.model import params
+
+# Parameters that are transposed there, and how their axes divide.
+LINEAR = params.MATRICES | {"layers/moe/router_DE": params.Matrix(1, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceTensor:
+    """A tensor there: its name and shape, and the part of the parameter `tree_name` that it holds.
+
+    `lead` is its layer and expert, as far as the parameter has them.
+    """
+
+    name: str
+    tree_name: str
+    lead: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def transposed(self) -> bool:
+        """Returns True for [out, in]."""
+        return self.tree_name in LINEAR
+
+
+class Adapter(abc.ABC):
+    """A family: `layouts` are its repositories by name, each with names of its own.
+
+    A layout maps our names to theirs, with {layer} and {expert}, in the order of exports. Exports
+    write `export_layout`. `tied_head` is the token table's second name, as the output layer.
+    """
+
+    family: str
+    layouts: Mapping[str, Mapping[str, str]]
+    export_layout: str
+    tied_head: str
+    # Name of the released weights, and how many parameters they have.
+    release: str
+    release_parameters: int
+
+    @abc.abstractmethod
+    def layout_of(self, names: Iterable[str]) -> str | None:
+        """The layout that tensors of these names are in; None for those of another family."""
+
+    @abc.abstractmethod
+    def read_config(self, path: str, data: dict[str, Any]) -> GrokConfig:
+        """The model that `data`, the content of the config.json at `path`, describes.
+
+        Raises CheckpointError, with the key, for values that no model of the family can have.
+        """
+
+    @abc.abstractmethod
+    def stated_fields(self, data: dict[str, Any]) -> set[str]:
+        """The fields of our config that a config.json has."""
+
+    @abc.abstractmethod
+    def config_data(self, config: GrokConfig, dtype: str) -> dict[str, Any]:
+        """The content of config.json for a model in `export_layout`."""
+
+    @abc.abstractmethod
+    def config_numbers(self, config: GrokConfig) -> dict[str, int | float]:
+        """The model's sizes and factors under their keys in config.json."""
+
+    @abc.abstractmethod
+    def reading_notes(self, config: GrokConfig) -> str:
+        """Text of the model card on the programs that can read an export."""
+
+    def tensors(self, layout: str, config: GrokConfig) -> Iterator[HuggingFaceTensor]:
+        """All tensors of a layout except `tied_head`: table, layers, final norm."""
+        shapes = params.shapes(config)
+        names = self.layouts[layout]
+
+        def tensor(tree_name: str, layer: int | None = None, expert: int | None = None):
+            name = names[tree_name].format(layer=layer, expert=expert)
+            lead = tuple(index for index in (layer, expert) if index is not None)
+            return HuggingFaceTensor(name, tree_name, lead, _shape(tree_name, shapes[tree_name]))
+
+        yield tensor("embed/table_VD")
+        for layer in range(config.num_layers):
+            for tree_name, name in names.items():
+                if "{expert}" in name:
+                    for expert in range(config.num_experts):
+                        yield tensor(tree_name, layer, expert)
+                elif "{layer}" in name:
+                    yield tensor(tree_name, layer)
+        yield tensor("final_norm/scale_D")
+
+
+def _shape(tree_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape there of one layer and expert of a parameter of `shape`."""
+    _, rows, columns = split_axes(tree_name, shape)
+    return (math.prod(columns), math.prod(rows)) if tree_name in LINEAR else rows
+
+
+def split_axes(tree_name: str, axes: tuple) -> tuple[tuple, tuple, tuple]:
+    """A parameter's axes, or one value for each, as those of layer and expert, rows, and columns.
+
+    A parameter that is not transposed has rows only.
+    """
+    if tree_name not in LINEAR:
+        lead = int(tree_name.startswith("layers/"))
+        return axes[:lead], axes[lead:], ()
+    matrix = LINEAR[tree_name]
+    columns = len(axes) - matrix.col_dims
+    lead = columns - matrix.row_dims
+    return axes[:lead], axes[lead:columns], axes[columns:]
