@@ -107,8 +107,8 @@ class HuggingFaceSource(Source):
             if differs.any():
                 raise CheckpointError(
                     f"{head.path}: {self.adapter.tied_head} differs from the token table, first "
-                    f"for token {block[0].start + int(differs.argmax())}; {self.adapter.family} has "
-                    "one table for both."
+                    f"for token {block[0].start + int(differs.argmax())}; {self.adapter.family} "
+                    "has one table for both."
                 )
 
 
