@@ -54,13 +54,13 @@ class BatchItem:
         found = {"choices": answers.choices(), "usage": answers.usage()}
         if not self.openai:
             return _line({"index": self.index, "id": self.id, **found})
-        chat = answers.call.chat
+        chat = answers.request.chat
         body = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{self.index}",
             "object": "chat.completion" if chat else "text_completion",
             # Not the time: a job that is done again gives the same bytes.
             "created": 0,
-            "model": answers.call.model,
+            "model": answers.request.model,
             **found,
         }
         return _line(self._envelope(200, body))

@@ -182,7 +182,7 @@ def run(config: BatchConfig, replica: Replica) -> None:
     if missing:
         requests = sum(found.size(shard) for shard in share)
         engine = model.engine(log)
-        reader = model.reader()
+        reader = model.parser()
         work = BatchRunner(engine, model.tokenizer, reader, found, folder, replica, config.seed)
         display.total = requests
         display.done = work.done = requests - sum(found.size(shard) for shard in missing)

@@ -56,7 +56,7 @@ def eval_(
             "--tasks needs EleutherAI's lm-eval, which is not installed; the package's extra "
             "`eval` (pip install 'grok[eval]') has it."
         )
-    from grok.infer.weights import config_of, find_tokenizer, load_weights
+    from grok.infer.loader import config_of, find_tokenizer, make_mesh
 
     run = config_of(checkpoint, config, overrides)
 
@@ -65,12 +65,12 @@ def eval_(
     configure_devices(run.mesh.simulated_devices)
 
     from grok.config import check_fits
-    from grok.infer.load import make_run_mesh
+    from grok.weights.load import load
 
-    mesh = make_run_mesh(run)
+    mesh = make_mesh(run.mesh, run.model)
     check_fits(run, mesh.size)
     tokenizer = find_tokenizer(checkpoint, tokenizer, run, data)
-    model = load_weights(checkpoint, run, mesh)
+    model = load(checkpoint, run.model, mesh, run.model.param_dtype)
     losses = _losses(model, mesh, data, tokenizer, run, as_json)
     results = _tasks(model, mesh, tasks, tokenizer, run, tasks_folder, fewshot, limit, as_json)
     if as_json:

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import sys
-from pathlib import Path
 
 import click
 
@@ -46,7 +45,7 @@ def _sampling_options() -> list[click.Parameter]:
 
 
 @click.command(cls=_SampleCommand)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--prompt",
@@ -56,7 +55,8 @@ def _sampling_options() -> list[click.Parameter]:
     "each turn continues the whole conversation.",
 )
 def sample(checkpoint, overrides, prompts, **sampling) -> None:
-    """Continue text with the newest checkpoint in CHECKPOINT, the folder of a run.
+    """Continue text with the weights at CHECKPOINT: the folder of a run (its newest checkpoint is
+    read) or weights in any other format, with their tokenizer.model.
 
     One device is used unless KEY=VALUE says otherwise, as in mesh.tensor=4.
     """
@@ -67,23 +67,25 @@ def sample(checkpoint, overrides, prompts, **sampling) -> None:
         raise ConfigError(f"--n {params.n} needs --prompt: what is typed has one answer.")
 
     _note("loading JAX")
-    from grok.config.load import load_config
-    from grok.infer.load import ONE_DEVICE, config_file
+    from grok.infer.loader import config_of, find_tokenizer, make_mesh
 
-    alone = (*ONE_DEVICE, "mesh.simulated_devices=0")
-    config = load_config(config_file(checkpoint), (*alone, *overrides))
+    config = config_of(checkpoint, None, overrides)
+    tokenizer_file = find_tokenizer(checkpoint, None, config)
 
     from grok.hardware import configure_devices
 
     configure_devices(config.mesh.simulated_devices)
 
+    from grok.data.tokenizers import load_tokenizer
     from grok.infer.engine import Engine
     from grok.infer.interactive import chat_loop, stream
-    from grok.infer.load import load_run, make_run_mesh
+    from grok.weights.load import load
 
-    mesh = make_run_mesh(config)
-    _note(f"reading the weights at {checkpoint}, {config.model.param_dtype}")
-    model, tokenizer = load_run(checkpoint, config, mesh)
+    tokenizer = load_tokenizer(tokenizer_file)
+    mesh = make_mesh(config.mesh, config.model)
+    dtype = config.model.param_dtype
+    _note(f"reading the weights at {checkpoint}, {dtype}")
+    model = load(checkpoint, config.model, mesh, dtype)
     engine = Engine(model, tokenizer, mesh, config.engine)
     _note("compiling")
     if prompts:
@@ -100,7 +102,7 @@ def sample(checkpoint, overrides, prompts, **sampling) -> None:
 
 
 def _note(text: str) -> None:
-    """Says what takes time, where someone watches."""
+    """Prints a line before something slow, on a terminal."""
     if sys.stderr.isatty():
         click.echo(text, err=True)
 

@@ -1,4 +1,4 @@
-"""Prompts in text, answers as they come."""
+"""Text in, text out as it is generated: several prompts at once, or a conversation."""
 
 import contextlib
 import itertools
@@ -21,36 +21,30 @@ def stream(
     params: SamplingParams,
     echo: Callable[..., None],
 ) -> list[str]:
-    """Writes each prompt and its continuation through `echo(text, nl=...)`; returns the latter.
+    """Writes each prompt and its completions through `echo(text, nl=...)`; returns the latter.
 
-    All prompts run at once. The first is written piece by piece as its tokens come, each other one
-    as soon as those before it are written.
+    All prompts run at once. The first completion is written as its tokens come, each other one as
+    soon as those before it are written.
     """
-    names = [f"stream-{next(_numbers)}" for _ in prompts]
-    requests = [
-        Request(name, tuple(tokenizer.encode(prompt)), params)
-        for name, prompt in zip(names, prompts, strict=True)
-    ]
-    turns = [(place, choice) for place in range(len(prompts)) for choice in range(params.n)]
-    pieces: dict[tuple[int, int], list[str]] = {turn: [] for turn in turns}
-    ended, shown, current = set(), 0, 0
+    requests = [_request(tokenizer, prompt, params) for prompt in prompts]
+    index = {request.id: i for i, request in enumerate(requests)}
+    keys = [(i, choice) for i in range(len(prompts)) for choice in range(params.n)]
+    texts = {key: prompts[key[0]] for key in keys}
+    finished, written, current = set(), 0, 0
     for output in engine.generate(requests):
-        turn = names.index(output.request_id), output.choice
-        pieces[turn].append(output.text)
+        key = index[output.request_id], output.choice
+        texts[key] += output.text
         if output.finish_reason is not None:
-            ended.add(turn)
-        while current < len(turns):
-            if shown == 0:
-                echo(prompts[turns[current][0]], nl=False)
-                pieces[turns[current]].insert(0, "")
-                shown = 1
-            echo("".join(pieces[turns[current]][shown:]), nl=False)
-            shown = len(pieces[turns[current]])
-            if turns[current] not in ended:
+            finished.add(key)
+        while current < len(keys):
+            text = texts[keys[current]]
+            echo(text[written:], nl=False)
+            written = len(text)
+            if keys[current] not in finished:
                 break
             echo("\n")
-            current, shown = current + 1, 0
-    return ["".join(pieces[turn]) for turn in turns]
+            current, written = current + 1, 0
+    return [texts[key][len(prompts[key[0]]) :] for key in keys]
 
 
 def chat_loop(
@@ -60,9 +54,11 @@ def chat_loop(
     ask: Callable[[], str | None],
     echo: Callable[..., None],
 ) -> None:
-    """Continues what is typed, with all of what was typed and written before in front of it,
-    until `ask` gives None; Ctrl-C ends an answer where it is. Pages of prompts that came before
-    are not computed again; where they leave no room, what came before is forgotten."""
+    """Continues each line that `ask` returns, conditioned on the whole conversation, until None.
+
+    Ctrl-C ends an answer early. Pages of earlier turns are not computed again; once the context
+    window is full, the conversation is forgotten.
+    """
     text, line = "", ask()
     while line is not None:
         try:
@@ -85,12 +81,12 @@ def _answer(
     params: SamplingParams,
     echo: Callable[..., None],
 ) -> str:
-    """Writes the continuation of a prompt as it comes; all of it, or what came before Ctrl-C."""
-    request = Request(f"stream-{next(_numbers)}", tuple(tokenizer.encode(prompt)), params)
+    """Writes the completion of a prompt as it comes; returns all of it, or the text up to
+    Ctrl-C."""
     pieces = []
-    with _interrupt() as interrupted:
-        outputs = engine.generate([request])
-        for output in itertools.takewhile(lambda _: not interrupted, outputs):
+    with _catch_interrupt() as interrupts:
+        outputs = engine.generate([_request(tokenizer, prompt, params)])
+        for output in itertools.takewhile(lambda _: not interrupts, outputs):
             echo(output.text, nl=False)
             pieces.append(output.text)
         outputs.close()
@@ -98,13 +94,17 @@ def _answer(
     return "".join(pieces)
 
 
+def _request(tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Request:
+    return Request(f"interactive-{next(_numbers)}", tuple(tokenizer.encode(prompt)), params)
+
+
 @contextlib.contextmanager
-def _interrupt() -> Iterator[list[int]]:
-    """A list that Ctrl-C puts something in, between two steps: thrown inside one, it would leave
-    the engine without its cache."""
-    found: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: found.append(number))
+def _catch_interrupt() -> Iterator[list[int]]:
+    """Gives a list that Ctrl-C adds to, to be read between two steps: an exception inside a step
+    would leave the engine without its cache."""
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     try:
-        yield found
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, before)

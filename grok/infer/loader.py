@@ -1,26 +1,90 @@
-"""From a config to a model that answers: what `grok batch` and `grok serve` start with."""
+"""From weights in any format to a model that answers: its config, tokenizer, mesh and engine."""
 
+import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from grok import sharding, storage
-from grok.config import MESH_AXES, RunConfig, check_model_fits, resolve_mesh
+from grok.config import (
+    MESH_AXES,
+    DataConfig,
+    GrokConfig,
+    MeshConfig,
+    RunConfig,
+    check_model_fits,
+    resolve_mesh,
+)
 from grok.config.engine import InferConfig
-from grok.config.load import to_dict
+from grok.config.load import from_dict, load_config, to_dict
 from grok.data.prepare.manifest import TOKENIZER_FILE
 from grok.data.tokenizers import parse_tokenizer
 from grok.errors import ConfigError, DataError
-from grok.infer.chat_template import make_renderer
-from grok.infer.openai.requests import RequestParser
-from grok.infer.weights import config_of, find_tokenizer
-from grok.weights.cast import converted
+from grok.infer.openai.requests import RequestParser, make_renderer
 from grok.weights.checksums import sample_checksum
 from grok.weights.detect import open_source
-from grok.weights.load import place
+from grok.weights.load import DTYPES, load
+
+ONE_DEVICE = (*(f"mesh.{axis}=1" for axis in MESH_AXES), "mesh.simulated_devices=0")
+
+
+def config_of(path: str, config: str | None, overrides: Sequence[str]) -> RunConfig:
+    """The config to run the weights at `path` with, on one device unless overrides say otherwise.
+
+    It is the preset or file `config`, or the config.yaml of a run's folder, or made of what the
+    files at `path` say of their model and type. Raises ConfigError and CheckpointError.
+    """
+    changes = (*ONE_DEVICE, *overrides)
+    file = Path(path) / "config.yaml"
+    if config or file.is_file():
+        return load_config(config or file, changes)
+    source = open_source(path)
+    dtype: Any = source.dtype if source.dtype in DTYPES else "float32"
+    length = min(DataConfig.sequence_length, source.config.context_length)
+    run = RunConfig(
+        model=dataclasses.replace(source.config, param_dtype=dtype),
+        data=DataConfig(sequence_length=length),
+    )
+    return from_dict(to_dict(run), path, changes)
+
+
+def find_tokenizer(
+    path: str, tokenizer: str | None, config: RunConfig, datasets: Sequence[str] = ()
+) -> str:
+    """The tokenizer's file: `tokenizer`, or the one beside the weights, in the config, or in the
+    first prepared dataset. Raises DataError where there is none of these."""
+    folder = Path(path)
+    # Of one step of a run, the run's folder is two above.
+    folders = [folder, folder.parent, folder.parent.parent]
+    files = [folder / TOKENIZER_FILE for folder in folders]
+    files += [Path(config.data.tokenizer)] if config.data.tokenizer else []
+    files += [Path(dataset) / TOKENIZER_FILE for dataset in datasets]
+    file = tokenizer or next((str(file) for file in files if file.is_file()), None)
+    if file is None:
+        raise DataError(
+            f"there is no {TOKENIZER_FILE} beside {path}; the tokenizer of these weights, as in "
+            "--tokenizer FILE or tokenizer=FILE, would work."
+        )
+    return file
+
+
+def make_mesh(mesh: MeshConfig, model: GrokConfig, spans_all_hosts: bool = False) -> Mesh:
+    """The mesh over this host's devices, as many as it needs, or over those of all hosts. Raises
+    ConfigError where it fits neither them nor the model."""
+    devices = jax.devices() if spans_all_hosts else jax.local_devices()
+    sizes = [getattr(mesh, axis) for axis in MESH_AXES]
+    if -1 not in sizes and not spans_all_hosts:
+        devices = devices[: math.prod(sizes)]
+    resolved = resolve_mesh(mesh, len(devices), model)
+    check_model_fits(model, resolved)
+    return sharding.make_mesh(
+        resolved["data"], resolved["expert"], resolved["tensor"], resolved["slice"], devices
+    )
 
 
 class ServedModel:
@@ -35,23 +99,14 @@ class ServedModel:
         run = config_of(config.weights, config.model or None, changes)
         self.config, self._settings = run.model, config
         file, self._tokenizer_bytes = _read_tokenizer(config, run)
-        self.tokenizer = parse_tokenizer(self._tokenizer_bytes, file)
+        self.tokenizer = parse_tokenizer(self._tokenizer_bytes, f"tokenizer={file}")
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise ConfigError(
                 f"tokenizer={file} has {self.tokenizer.vocab_size} pieces and the model of "
                 f"weights={config.weights} knows {self.config.vocab_size}; the tokenizer that the "
                 "model was trained with would work."
             )
-        devices = jax.devices() if spans_all_hosts else jax.local_devices()
-        wanted = [getattr(config.mesh, axis) for axis in MESH_AXES]
-        if -1 not in wanted and not spans_all_hosts:
-            # A host may have more devices than are asked for.
-            devices = devices[: math.prod(wanted)]
-        sizes = resolve_mesh(config.mesh, len(devices), self.config)
-        check_model_fits(self.config, sizes)
-        self.mesh = sharding.make_mesh(
-            sizes["data"], sizes["expert"], sizes["tensor"], sizes["slice"], devices
-        )
+        self.mesh = make_mesh(config.mesh, self.config, spans_all_hosts)
         self._render = (
             make_renderer(config.chat_template, self.tokenizer) if config.chat_template else None
         )
@@ -65,37 +120,29 @@ class ServedModel:
             "tokenizer": {"sha256": hashlib.sha256(self._tokenizer_bytes).hexdigest()},
         }
 
-    def reader(self, most_choices: int = 128) -> RequestParser:
-        """What makes calls of bodies, with the config's defaults and template."""
-        return RequestParser(
-            self.tokenizer,
-            self._settings.sampling,
-            self.config.context_length,
-            self._render,
-            most_choices,
-        )
+    def parser(self, max_choices: int = 128) -> RequestParser:
+        """The parser of request bodies, with the config's defaults and chat template."""
+        defaults, context_length = self._settings.sampling, self.config.context_length
+        return RequestParser(self.tokenizer, defaults, context_length, self._render, max_choices)
 
-    def engine(self, say: Callable[[str], None]) -> Any:
-        """Reads the weights and makes the engine; `say` is told what takes time."""
+    def engine(self, log: Callable[[str], None]) -> Any:
+        """Reads the weights and makes the engine; `log` gets a line before each slow part."""
         from grok.infer.engine import Engine
 
-        source = open_source(self._settings.weights, self.config)
-        say(f"reading the weights at {self._settings.weights}, {self.config.param_dtype}")
-        model = place(converted(source, self.config.param_dtype), self.mesh)
-        say(f"compiling for the mesh {dict(self.mesh.shape)}")
+        path, dtype = self._settings.weights, self.config.param_dtype
+        log(f"reading the weights at {path}, {dtype}")
+        model = load(path, self.config, self.mesh, dtype)
+        log(f"compiling for the mesh {dict(self.mesh.shape)}")
         return Engine(model, self.tokenizer, self.mesh, self._settings.engine)
 
 
 def _read_tokenizer(config: InferConfig, run: RunConfig) -> tuple[str, bytes]:
     """The tokenizer's file, here or at gs://, and its bytes. Raises DataError without one."""
     file, beside = config.tokenizer, storage.join(config.weights, TOKENIZER_FILE)
-    try:
-        if not file and storage.is_remote(config.weights) and storage.exists(beside):
-            file = beside
-        file = file or find_tokenizer(config.weights, None, run, ())
-        data = storage.read_bytes(file)
-    except OSError as error:
-        raise DataError(f"tokenizer={file} cannot be read: {storage.reason(error)}.") from error
+    if not file and storage.is_remote(config.weights) and storage.exists(beside, DataError):
+        file = beside
+    file = file or find_tokenizer(config.weights, None, run)
+    data = storage.read_bytes(file, DataError)
     if not data:
         raise DataError(f"tokenizer={file} is empty.")
     return file, data

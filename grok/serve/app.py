@@ -180,7 +180,7 @@ class App:
         began: float,
     ) -> AsyncIterator[str]:
         """The answer as server-sent events."""
-        call = answers.call
+        call = answers.request
         usage = {"usage": None} if call.include_usage else {}
         try:
             while not answers.finished:

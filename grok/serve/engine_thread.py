@@ -1,4 +1,4 @@
-"""The engine in a thread of its own, asked from the event loop over a queue."""
+"""The engine in a thread of its own, driven from the event loop through a queue."""
 
 import asyncio
 import contextlib
@@ -12,44 +12,44 @@ from grok.infer.request import Output, Request
 
 
 class EngineFailed(Exception):
-    """The engine has broken down; nothing more is answered."""
+    """The engine has broken down; no request is answered any more."""
 
 
 class RequestHandle:
-    """Requests that were handed over together, and what came back of them."""
+    """Requests that were submitted together, and the queue of their outputs."""
 
     def __init__(self, requests: Sequence[Request]):
         self.requests = requests
-        self.left = 0  # answers that have not ended
-        self.arrived: asyncio.Queue[Output | Exception | None] = asyncio.Queue()
+        self.unfinished = 0  # answers
+        self.outputs: asyncio.Queue[Output | Exception | None] = asyncio.Queue()
 
     async def next(self) -> Output | None:
-        """What comes next: None once the engine has taken the requests, then their outputs.
+        """Returns None once the engine has accepted the requests, then their outputs one by one.
         Raises RequestError where it refuses them, EngineFailed where it broke."""
-        item = await self.arrived.get()
+        item = await self.outputs.get()
         if isinstance(item, Exception):
             raise item
         return item
 
 
 class EngineThread:
-    """Runs an engine's steps as long as there is something to do, in a thread.
+    """Runs an engine's steps in a thread as long as there is work.
 
-    Everything but `_run` and what it calls belongs to the event loop's thread.
+    Only `_run` and what it calls runs in that thread; all else belongs to the event loop's thread.
     """
 
     def __init__(self, engine: Any, on_failure: Callable[[BaseException], None]):
-        """`on_failure` is told, in the engine_thread's thread, what broke the engine."""
+        """`on_failure` is called, in the engine's thread, with the error that broke the engine."""
         self._engine, self._on_failure = engine, on_failure
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._handles: dict[str, RequestHandle] = {}
         self._thread = threading.Thread(target=self._run, name="grok-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self.failed = False
-        self.live = 0  # requests that are not over
+        self.live = 0  # handles inside `submit`
 
     def start(self) -> None:
-        """Begins; called in the event loop that will ask."""
+        """Begins; called in the event loop that will submit."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -65,19 +65,19 @@ class EngineThread:
 
     @contextlib.asynccontextmanager
     async def submit(self, requests: Sequence[Request]) -> AsyncIterator[RequestHandle]:
-        """Hands requests to the engine; those that have not ended at the exit are cancelled."""
+        """Submits requests to the engine; those unfinished at the exit are cancelled."""
         if self.failed:
             raise EngineFailed
         handle = RequestHandle(requests)
         self.live += 1
-        self._inbox.put(lambda: self._submit_all(handle))
+        self._inbox.put(lambda: self._submit(handle))
         try:
             yield handle
         finally:
             self.live -= 1
             self._inbox.put(lambda: self._cancel(handle))
 
-    # ---- in the thread
+    # ---- in the engine's thread
 
     def _run(self) -> None:
         try:
@@ -90,31 +90,31 @@ class EngineThread:
             for handle in set(self._handles.values()):
                 self._send(handle, EngineFailed())
             self._on_failure(error)
-            while (order := self._inbox.get()) is not None:
-                order()  # each of which is told the same
+            while (action := self._inbox.get()) is not None:
+                action()
 
     def _drain_inbox(self) -> bool:
-        """Does what was asked; waits for it where there is nothing else to do. False: stop."""
+        """Runs what is queued, waiting for it while the engine is idle; False to stop."""
         while not self._inbox.empty() or not self._engine.unfinished:
-            order = self._inbox.get()
-            if order is None:
+            action = self._inbox.get()
+            if action is None:
                 return False
-            order()
+            action()
         return True
 
-    def _submit_all(self, handle: RequestHandle) -> None:
+    def _submit(self, handle: RequestHandle) -> None:
         if self.failed:
             self._send(handle, EngineFailed())
             return
-        taken = []
+        submitted = []
         try:
             for request in handle.requests:
                 self._engine.submit(request)
-                taken.append(request.id)
+                submitted.append(request.id)
                 self._handles[request.id] = handle
-                handle.left += request.params.n
+                handle.unfinished += request.params.n
         except RequestError as error:
-            for request_id in taken:
+            for request_id in submitted:
                 self._engine.cancel(request_id)
                 del self._handles[request_id]
             self._send(handle, error)
@@ -129,10 +129,10 @@ class EngineThread:
     def _deliver(self, output: Output) -> None:
         handle = self._handles.get(output.request_id)
         if handle is None:
-            return  # its client has left
+            return  # its client has disconnected
         if output.finish_reason:
-            handle.left -= 1
-            if handle.left == 0:
+            handle.unfinished -= 1
+            if handle.unfinished == 0:
                 for request in handle.requests:
                     self._handles.pop(request.id, None)
         self._send(handle, output)
@@ -141,4 +141,4 @@ class EngineThread:
         assert self._loop is not None
         # The loop is closed where the server has stopped in the meantime.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(handle.arrived.put_nowait, item)
+            self._loop.call_soon_threadsafe(handle.outputs.put_nowait, item)

@@ -36,7 +36,7 @@ def run(config: ServeConfig) -> None:
         server.should_exit = True
 
     engine_thread = EngineThread(engine, stop)
-    reader = model.reader(config.max_choices)
+    reader = model.parser(config.max_choices)
     app = App(config, name, engine_thread, reader, model.tokenizer, keys)
     server = make_server(app)
     host = f"[{config.host}]" if ":" in config.host else config.host

@@ -18,8 +18,7 @@ from grok.config.sampling import SamplingConfig
 from grok.config.serve import ServeConfig
 from grok.data.tokenizers import Tokenizer, load_tokenizer
 from grok.errors import ConfigError
-from grok.infer.chat_template import make_renderer
-from grok.infer.openai.requests import RequestParser
+from grok.infer.openai.requests import RequestParser, make_renderer
 from grok.infer.openai.responses import ResponseBuilder
 from grok.infer.request import Output, TokenLogprobs
 from grok.serve.app import App

@@ -8,11 +8,12 @@ from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
 from grok.checkpoint.retention import RetentionPolicy
 from grok.cli.main import main
 from grok.config.load import load_config, to_dict
+from grok.data.tokenizers import load_tokenizer
 from grok.errors import CheckpointError
-from grok.infer.load import load_run, make_run_mesh
+from grok.infer.loader import find_tokenizer, make_mesh
 from grok.weights.cast import converted
 from grok.weights.detect import open_source
-from grok.weights.load import place
+from grok.weights.load import load, place
 from grok.weights.tools.export_params import export_params
 from tests.fixtures.random_weights import RandomSource
 
@@ -52,9 +53,10 @@ def test_the_command_and_those_that_read_its_folder(trained, tmp_path):
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 0, result.output
     config = load_config(f"{out}/config.yaml")
-    model, tokenizer = load_run(tmp_path / "out", config, make_run_mesh(config))
+    mesh = make_mesh(config.mesh, config.model)
+    model = load(tmp_path / "out", config.model, mesh, config.model.param_dtype)
     assert model.config.param_dtype == "int8"
-    assert tokenizer.vocab_size == 320
+    assert load_tokenizer(find_tokenizer(str(out), None, config)).vocab_size == 320
 
 
 def test_what_cannot_be_exported(trained, tmp_path):

@@ -1,155 +1,150 @@
-"""Bodies of OpenAI's completions interface, which `grok batch` and `grok serve` both read, to calls
-of the engine."""
+"""Bodies of OpenAI's completions interface, which `grok batch` and `grok serve` both parse, as
+requests to the engine."""
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from grok.config.sampling import SamplingConfig, SamplingParams
 from grok.data.tokenizers import Tokenizer
-from grok.errors import DataError, RequestError
-from grok.infer.chat_template import Render
+from grok.errors import ConfigError, DataError, RequestError
 from grok.infer.request import Request
 
-# Of the engine's parameters a body may name all but this one, which `echo` stands for.
+# A body may set any sampling parameter but this one, which `echo` stands for.
 PARAMETERS = {field.name for field in dataclasses.fields(SamplingParams)} - {"prompt_logprobs"}
-# What both kinds of body may have beside; `user` and `metadata` are the caller's own notes.
-OTHERS = {"model", "stream", "stream_options", "user", "metadata"}
-COMPLETION = PARAMETERS | OTHERS | {"prompt", "echo"}
-CHAT = (PARAMETERS - {"best_of"}) | OTHERS | {"messages", "max_completion_tokens", "top_logprobs"}
+# Allowed in both kinds of body; `user` and `metadata` are the client's own notes.
+COMMON = PARAMETERS | {"model", "stream", "stream_options", "user", "metadata"}
+COMPLETION = COMMON | {"prompt", "echo"}
+CHAT = (COMMON - {"best_of"}) | {"messages", "max_completion_tokens", "top_logprobs"}
+
+Render = Callable[[Sequence[Mapping[str, Any]]], str]
 
 
 @dataclasses.dataclass(frozen=True)
 class CompletionRequest:
-    """What a body asks for: its prompts, each a request with the same parameters.
+    """A parsed body: its prompts, each to be a request with the same parameters.
 
-    `scores_only`: of a body with max_tokens 0, which the engine knows as 1; that token is left out.
+    `scores_only`: max_tokens was 0, which the engine knows as 1; that token is left out.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     texts: tuple[str, ...]
     params: SamplingParams
-    chat: bool
     model: str
     seeded: bool
+    chat: bool = False
     echo: bool = False
     scores_only: bool = False
     stream: bool = False
     include_usage: bool = False
 
     def requests(self, key: str, seed: int) -> list[Request]:
-        """One for each prompt, with ids `key/0` and on; `seed` where the body gives none."""
+        """One for each prompt, with ids `key/0` and on; `seed` where the body sets none."""
         params = self.params if self.seeded else dataclasses.replace(self.params, seed=seed)
-        return [
-            Request(f"{key}/{number}", prompt, params) for number, prompt in enumerate(self.prompts)
-        ]
+        return [Request(f"{key}/{i}", prompt, params) for i, prompt in enumerate(self.prompts)]
 
 
 class RequestParser:
-    """Reads bodies, whatever was sent: all that is wrong with one is a RequestError."""
+    """Parses bodies, whatever was sent: all that is wrong with one is a RequestError."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        sampling: SamplingConfig,
+        defaults: SamplingConfig,
         context_length: int,
         render: Render | None = None,
-        most_choices: int = 128,
+        max_choices: int = 128,
     ):
-        """`most_choices` is how many answers a body may ask for, over all its prompts."""
-        self._tokenizer, self._sampling, self._render = tokenizer, sampling, render
-        self._context_length, self._most_choices = context_length, most_choices
+        """`max_choices` is the number of answers that a body may ask for, over all its prompts."""
+        self._tokenizer, self._defaults, self._render = tokenizer, defaults, render
+        self._context_length, self._max_choices = context_length, max_choices
 
     def completion(self, body: Mapping[str, Any]) -> CompletionRequest:
-        """What a body of /v1/completions asks for."""
-        _refuse_unknown(body, COMPLETION)
-        given = {name: value for name, value in body.items() if value is not None}
-        prompts, texts = self._prompts(given.get("prompt"))
-        params = {name: given[name] for name in PARAMETERS & given.keys()}
-        echo = _flag(given, "echo")
+        """Parses a body of /v1/completions."""
+        fields = _known_fields(body, COMPLETION)
+        prompts, texts = self._prompts(fields.get("prompt"))
+        params = {name: fields[name] for name in PARAMETERS & fields.keys()}
+        echo = _flag(fields, "echo")
         if echo:
             params["prompt_logprobs"] = params.get("logprobs")
         scores_only = params.get("max_tokens") == 0 and echo
         if scores_only:
             params["max_tokens"] = 1
-        return self._call(given, params, prompts, texts, echo=echo, scores_only=scores_only)
+        return self._request(fields, params, prompts, texts, echo=echo, scores_only=scores_only)
 
     def chat(self, body: Mapping[str, Any]) -> CompletionRequest:
-        """What a body of /v1/chat/completions asks for."""
-        _refuse_unknown(body, CHAT)
+        """Parses a body of /v1/chat/completions."""
+        fields = _known_fields(body, CHAT)
         if self._render is None:
             raise RequestError(
                 "messages",
                 "chat needs a template that makes a prompt of messages, and chat_template in the "
                 "config is empty; `prompt` in place of `messages` would work.",
             )
-        given = {name: value for name, value in body.items() if value is not None}
-        text = self._render(_messages(given.get("messages")))
-        params = {name: given[name] for name in PARAMETERS & given.keys()}
-        if "max_completion_tokens" in given:
-            params["max_tokens"] = given["max_completion_tokens"]
-        wanted = _flag(params, "logprobs")
-        params["logprobs"] = given.get("top_logprobs", 0) if wanted else None
-        if "top_logprobs" in given and not wanted:
+        text = self._render(_messages(fields.get("messages")))
+        params = {name: fields[name] for name in PARAMETERS & fields.keys()}
+        if "max_completion_tokens" in fields:
+            params["max_tokens"] = fields["max_completion_tokens"]
+        logprobs = _flag(params, "logprobs")
+        params["logprobs"] = fields.get("top_logprobs", 0) if logprobs else None
+        if "top_logprobs" in fields and not logprobs:
             raise RequestError("top_logprobs", "top_logprobs goes with logprobs=true alone.")
-        return self._call(given, params, (self._encode(text),), (text,), chat=True)
+        return self._request(fields, params, (self._encode(text),), (text,), chat=True)
 
-    def _call(
+    def _request(
         self,
-        given: Mapping[str, Any],
+        fields: Mapping[str, Any],
         params: dict[str, Any],
         prompts: tuple[tuple[int, ...], ...],
         texts: tuple[str, ...],
-        chat: bool = False,
-        **how: bool,
+        **flags: bool,
     ) -> CompletionRequest:
         if isinstance(params.get("stop"), str):
             params["stop"] = (params["stop"],)
         if "max_tokens" not in params:
-            # A default should not make a prompt too long that alone is not.
+            # The default must not make a prompt too long that would fit with fewer new tokens.
             room = self._context_length - max(map(len, prompts))
-            params["max_tokens"] = max(1, min(self._sampling.max_tokens, room))
-        checked = self._sampling.params(**params)
-        choices = len(prompts) * max(checked.n, checked.best_of or 1)
-        if choices > self._most_choices:
+            params["max_tokens"] = max(1, min(self._defaults.max_tokens, room))
+        sampling = self._defaults.params(**params)
+        choices = len(prompts) * max(sampling.n, sampling.best_of or 1)
+        if choices > self._max_choices:
             raise RequestError(
-                "n",
-                f"{choices} answers are asked for at once; {self._most_choices} would work.",
+                "n", f"{choices} answers are asked for at once; {self._max_choices} would work."
             )
-        stream = _flag(given, "stream")
-        if stream and checked.best_of is not None and checked.best_of > checked.n:
+        stream = _flag(fields, "stream")
+        if stream and sampling.best_of is not None and sampling.best_of > sampling.n:
             raise RequestError("stream", "the best of several answers cannot be streamed.")
-        options = given.get("stream_options", {})
+        options = fields.get("stream_options", {})
         if not isinstance(options, dict) or options.keys() - {"include_usage"}:
             raise RequestError("stream_options", "stream_options may have include_usage alone.")
-        model = given.get("model", "")
+        model = fields.get("model", "")
         if not isinstance(model, str):
             raise RequestError("model", "model should be text.")
         usage = _flag(options, "include_usage")
         seeded = "seed" in params
         return CompletionRequest(
-            prompts, texts, checked, chat, model, seeded, stream=stream, include_usage=usage, **how
+            prompts, texts, sampling, model, seeded, stream=stream, include_usage=usage, **flags
         )
 
-    def _prompts(self, given: Any) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
+    def _prompts(self, prompt: Any) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
         """Tokens and text of the prompts: one as a text or as tokens, or a list of either."""
-        if isinstance(given, str) or (_is_list(given) and all(type(each) is int for each in given)):
-            given = [given]
-        if not _is_list(given) or not all(
-            isinstance(each, str) or (_is_list(each) and all(type(i) is int for i in each))
-            for each in given
+        prompts = [prompt] if isinstance(prompt, str) or _is_tokens(prompt) else prompt
+        if not _is_list(prompts) or not all(
+            isinstance(prompt, str) or _is_tokens(prompt) for prompt in prompts
         ):
             raise RequestError(
                 "prompt", "prompt should be a text, a list of tokens, or a list of these."
             )
-        prompts = tuple(
-            self._encode(each) if isinstance(each, str) else self._checked(each) for each in given
-        )
-        texts = tuple(
-            each if isinstance(each, str) else self._tokenizer.decode(each) for each in given
-        )
-        return prompts, texts
+        encoded, texts = [], []
+        for prompt in prompts:
+            is_text = isinstance(prompt, str)
+            encoded.append(self._encode(prompt) if is_text else self._checked(prompt))
+            texts.append(prompt if is_text else self._tokenizer.decode(prompt))
+        return tuple(encoded), tuple(texts)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         try:
@@ -171,29 +166,72 @@ class RequestParser:
         return tuple(ids)
 
 
-def _refuse_unknown(body: Mapping[str, Any], known: set[str]) -> None:
-    for name, value in body.items():
-        # Clients send null for what they leave open.
-        if name not in known and value is not None:
-            near = difflib.get_close_matches(name, known, 1, cutoff=0.8)
-            right = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}."
-            raise RequestError(name, f"there is no parameter {name!r:.60} here; {right}")
+def make_renderer(template: str, tokenizer: Tokenizer) -> Render:
+    """The function that makes a prompt of messages, each with `role` and `content`.
+
+    `template` is Jinja as Hugging Face tokenizers have it: it sees `messages`, `bos_token`,
+    `eos_token`, `add_generation_prompt` (true) and `raise_exception(text)`. Raises ConfigError
+    for a template that does not compile; messages that it refuses are a RequestError.
+    """
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+    def refuse(text: str) -> None:
+        raise RequestError("messages", str(text))
+
+    def special(token: int) -> str:
+        return tokenizer.piece(token) if token >= 0 else ""
+
+    try:
+        compiled = environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"chat_template is no Jinja template: {error}.") from None
+
+    def render(messages: Sequence[Mapping[str, Any]]) -> str:
+        try:
+            return compiled.render(
+                messages=messages,
+                bos_token=special(tokenizer.bos_id),
+                eos_token=special(tokenizer.eos_id),
+                add_generation_prompt=True,
+                raise_exception=refuse,
+            )
+        except RequestError:
+            raise
+        # Whatever a template runs into with these messages: undefined names, types, the sandbox.
+        except Exception as error:
+            raise RequestError(
+                "messages", f"the chat template cannot write these messages: {error}."
+            ) from None
+
+    return render
 
 
-def _messages(given: Any) -> list[dict[str, Any]]:
-    if not (_is_list(given) and given and all(isinstance(each, dict) for each in given)):
+def _known_fields(body: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+    """The fields that are set: clients send null for what they leave open."""
+    fields = {name: value for name, value in body.items() if value is not None}
+    for name in fields:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(name, known, 1, cutoff=0.8)
+        right = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}."
+        raise RequestError(name, f"there is no parameter {name!r:.60} here; {right}")
+    return fields
+
+
+def _messages(messages: Any) -> list[dict[str, Any]]:
+    if not (_is_list(messages) and messages and all(isinstance(m, dict) for m in messages)):
         raise RequestError(
             "messages", "messages should be a list of objects with role and content, one at least."
         )
-    return [{**each, "content": _content(each.get("content"))} for each in given]
+    return [{**message, "content": _content(message.get("content"))} for message in messages]
 
 
-def _content(given: Any) -> str:
+def _content(content: Any) -> str:
     """A message's text, also where it comes in parts."""
-    if isinstance(given, str):
-        return given
+    if isinstance(content, str):
+        return content
     texts = []
-    for part in given if _is_list(given) else [None]:
+    for part in content if _is_list(content) else [None]:
         text = part.get("text") if isinstance(part, dict) else None
         if not isinstance(text, str):
             raise RequestError("messages", "the content of a message should be text.")
@@ -201,8 +239,8 @@ def _content(given: Any) -> str:
     return "".join(texts)
 
 
-def _flag(given: Mapping[str, Any], name: str) -> bool:
-    value = given.get(name, False)
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name, False)
     if not isinstance(value, bool):
         raise RequestError(name, f"{name} should be true or false.")
     return value
@@ -210,3 +248,7 @@ def _flag(given: Mapping[str, Any], name: str) -> bool:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
+
+
+def _is_tokens(value: Any) -> bool:
+    return _is_list(value) and all(type(token) is int for token in value)
