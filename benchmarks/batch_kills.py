@@ -1,11 +1,12 @@
-"""Kills a `grok batch` of two processes again and again, and compares its answers.
+"""Repeatedly kills a `grok batch` of two processes, and compares its answers.
 
     python -m benchmarks.batch_kills --prompts 5000 --kills 10
 
-From the root of the repository. A random tiny model answers prompts of many lengths and parameters,
-some of them bad: once undisturbed in one process, and once in two, of which one or the other gets a
-SIGKILL at a random moment and is started again. Prints how many requests are answered, how often
-each, and whether the lines are the same; ends with a line of JSON. Progress goes to stderr.
+Run it from the root of the repository. A random tiny model answers prompts of many lengths and
+parameters, some of them invalid: once undisturbed in one process, and once in two processes, one
+of which gets a SIGKILL at a random moment and is restarted. Prints how many requests are answered,
+how often each, and whether the lines are the same; ends with a line of JSON. Progress goes to
+stderr.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Tokens per second of the engine, in one run on one device, against simpler ways.
+"""Tokens per second of the engine compared with simpler methods, in one run on one device.
 
-(a) Static batching: as many requests as there are slots start together and the next ones start when
-the last of them has ended. A plain loop computes every row until then; one that leaves finished
-rows out reads fewer experts as rows end, and is shown beside it. Same engine, same programs.
-(b) Every expert on every token: in the release's form, and read in place as the engine's are, of
-which the difference is that of the bytes alone. Of each the time of a prompt, and of a decode step
-of one row and of all slots against what its bytes would take at the bandwidth that a sum reaches
-here.
+(a) Static batching: as many requests as there are slots start together, and the next ones start
+when the last of them has finished. A plain loop computes every row until then; one that drops
+finished rows reads fewer experts as rows finish. Same engine, same programs.
+(b) Every expert on every token: as in the released code, and with weights read in place as the
+engine does, which differs by the bytes alone. For each method: the time of a prompt, and the time
+of a decode step of one row and of all slots, compared with the time to read its bytes at the
+bandwidth that a sum reaches on this device.
 
     python benchmarks/decode.py
     python benchmarks/decode.py --requests 64 --slots 16 --layers 8

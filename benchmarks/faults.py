@@ -1,24 +1,24 @@
-"""Breaks runs of two hosts at random moments, starts them again, and compares how they end.
+"""Breaks runs of two hosts at random moments, restarts them, and compares how they end.
 
     python -m benchmarks.faults --times 10
     python -m benchmarks.faults --kinds kill hang --times 2 --seed 7
 
-From the root of the repository. Two processes of two simulated devices each, over the loopback
-network, train a tiny model for 60 steps with a checkpoint every 10 steps; first undisturbed, then
-from its checkpoint of step 10 with one fault each:
+Run it from the root of the repository. Two processes with two simulated devices each, connected
+over loopback, train a tiny model for 60 steps with a checkpoint every 10 steps: first undisturbed,
+then from the checkpoint of step 10 with one fault each:
 
-    kill      SIGKILL of one of the hosts
-    term      SIGTERM of one of the hosts
-    disk      the file system of the checkpoints (a tmpfs of its own: needs root) is full in a save
-    truncate  a file of the newest checkpoint is cut short between two starts
-    hang      SIGSTOP of one of the hosts
+    kill      SIGKILL of one host
+    term      SIGTERM of one host
+    disk      the checkpoints' file system (its own tmpfs: needs root) is full during a save
+    truncate  a file of the newest checkpoint is truncated between starts
+    hang      SIGSTOP of one host
     nan       a learning rate of 1e38 for one start, until every gradient is NaN
 
-A small launcher follows the exit codes: it starts again, or stops and has a "person" mend what is
-to be mended (makes room on the disk, sets the learning rate back). For each kind, the table has the
-exit codes of both hosts at the fault, how many steps were done that the next start had to do again,
-and how many of the runs ended with every loss and gradient norm of every step, and every parameter,
-equal to the undisturbed run's bit for bit. Ends with a line of JSON.
+A small launcher follows the exit codes: it restarts the run, or stops and lets a "person" repair
+the cause (frees disk space, resets the learning rate). For each kind, the table has the exit codes
+of both hosts at the fault, the number of steps that the next start repeated, and the number of
+runs whose losses, gradient norms and parameters all equal the undisturbed run's bit for bit. Ends
+with a line of JSON.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def newest_step(run: Path) -> int:
 
 
 def result_of(run: Path) -> tuple:
-    """What must be equal: figures of all steps, and a hash of the parameters."""
+    """Returns the figures of all steps and a hash of the parameters, which must be equal."""
     clock = ("tokens_per_second", "mfu")
     lines = [
         {key: value for key, value in line.items() if key not in clock}

@@ -1,15 +1,15 @@
-"""Feeds damaged and hostile release files to the parser, and counts what becomes of them.
+"""Feeds damaged and hostile release files to the parser, and counts the outcomes.
 
     python -m benchmarks.fuzz_release --cases 1000000 --seed 0
 
-Cases are valid files with bits, bytes, lengths or opcodes changed, spliced with each other or with
-calls of other globals, and random programs of opcodes. Each has to be accepted or refused by a
-CheckpointError. An accepted one is unpickled by Python too (with the release's globals alone) and
-has to hold the arrays that were found. While a case is parsed, an audit hook counts every event
-that Python reports: imports, opened files, compiled or executed code, started processes.
+Cases are valid files with changed bits, bytes, lengths or opcodes, spliced with each other or with
+calls of other globals, and random programs of opcodes. The parser must accept each one or refuse
+it with a CheckpointError. Python then unpickles accepted ones too (with the release's globals
+alone), and they must hold the same arrays. While a case is parsed, an audit hook counts every
+event that Python reports: imports, opened files, compiled or executed code, started processes.
 
-A million cases take some minutes of one CPU core. Leaves with 1 where anything but an acceptance
-or a refusal came, or any event.
+A million cases take several minutes of one CPU core. Exits with 1 on any other outcome or any
+event.
 """
 
 import argparse
@@ -39,7 +39,7 @@ EXTREMES = (0, 1, 2, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63, 
 
 @dataclasses.dataclass
 class Counts:
-    """What became of the cases; `refused` is by reason, `unhandled` and `events` should be none."""
+    """Counts of the outcomes; `refused` is by reason, `unhandled` and `events` should be empty."""
 
     cases: int = 0
     accepted: int = 0
@@ -263,7 +263,7 @@ class Control(pickle.Unpickler):
 
 
 def holds(data: bytes, record: StoredTensor) -> bool:
-    """Whether Python unpickles the arrays of `record` out of `data`."""
+    """Returns whether Python unpickles the arrays of `record` from `data`."""
     value = Control(io.BytesIO(data)).load()
     if isinstance(record, StoredArray):
         pairs = [(record, value)]

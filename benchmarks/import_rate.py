@@ -1,13 +1,14 @@
-"""Times `grok import` of full-width layers beside `cp` of the same bytes, and kills and resumes it.
+"""Times `grok import` of full-width layers against `cp`, and kills and resumes it.
 
     python -m benchmarks.import_rate --layers 1
 
-Makes a ckpt-0 folder of Grok-1's widths with random weights, then copies and imports it in turns,
-with the files in the page cache and without; every turn begins with nothing left to be written to
-disk, and the fastest of each kind counts. Then an import is killed by SIGKILL once half its bytes
-are there, the same command goes on, and all checksums are counted again from what is on disk.
+Writes a ckpt-0 folder of Grok-1's widths with random weights, then alternately copies and imports
+it, with the files in the page cache and without. Every turn starts with nothing left to flush to
+disk, and the fastest of each kind counts. Then an import is killed by SIGKILL when half of its
+bytes are written, the same command resumes it, and all checksums are recomputed from disk.
 
-One layer needs 17 GB of disk, two layers 27 GB, all given back. Prints a table and a line of JSON.
+One layer needs 17 GB of disk, two layers 27 GB, all freed at the end. Prints a table and a line of
+JSON.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""A mixture of experts from scratch beside a dense model of equal FLOPs a token, on a CPU.
+"""Trains a mixture of experts from scratch beside a dense model of equal FLOPs per token, on a CPU.
 
     python benchmarks/moe_against_dense.py FOLDER
     python benchmarks/moe_against_dense.py FOLDER train.steps=3000 optimizer.peak_lr=1e-3
 
-Takes the .py, .md and .rst files of site-packages and Python's own language reference, holds some
-documents out, prepares the rest with `grok data`, and trains from-scratch and
-from-scratch-dense with `grok train`: the same batches in the same order, the same
-optimizer. Runs lie in FOLDER/moe and FOLDER/dense; started again, the same command goes on. Prints
-a table, then a line of JSON. On a machine whose cores are busy with other work,
-XLA_FLAGS=--xla_cpu_multi_thread_eigen=false wastes less of them.
+Takes the .py, .md and .rst files of site-packages and Python's own language reference, holds out
+some documents, prepares the rest with `grok data`, and trains from-scratch and from-scratch-dense
+with `grok train`: the same batches in the same order, the same optimizer. The runs are in
+FOLDER/moe and FOLDER/dense; the same command resumes them. Prints a table, then a line of JSON. On
+a machine whose cores are busy with other work, XLA_FLAGS=--xla_cpu_multi_thread_eigen=false wastes
+fewer of them.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def write_config(folder: Path, name: str) -> str:
 
 
 def figures(folder: Path, name: str) -> dict:
-    """What a run came to. Expert load: the busiest expert's over the mean, mean over the layers and
+    """Results of a run. Expert load: the busiest expert's over the mean, mean over the layers and
     the logged steps after warm-up."""
     config = load_config(folder / name / "config.yaml")
     lines = read_metrics(folder / name / "metrics.jsonl")

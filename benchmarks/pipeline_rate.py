@@ -1,12 +1,12 @@
-"""Times the packed pipeline with the model switched off, and how fast it comes back at a step.
+"""Times the packed data pipeline without a model, and how fast it resumes at a step.
 
     python benchmarks/pipeline_rate.py data/python=0.5 data/docs=0.3 data/reference=0.2
 
-Each argument is the folder of a prepared dataset and its weight. For both ways of packing it prints
-the share of places that hold a token, the share of rows of each dataset over the first 10,000, the
-tokens a second of batches on the mesh, that rate over what a host of four v5p chips takes at 500
-tokens a second each, and the seconds from opened datasets to the first batch at steps near and far.
-Ends with a line of JSON.
+Each argument is the folder of a prepared dataset and its weight. For both ways of packing it
+prints the packing efficiency, the share of rows of each dataset over the first 10,000, the tokens
+per second of batches on the mesh, the ratio of that rate to what a host of four v5p chips consumes
+at 500 tokens per second each, and the seconds from opened datasets to the first batch at near and
+far steps. Ends with a line of JSON.
 """
 
 import argparse

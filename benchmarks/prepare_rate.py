@@ -1,11 +1,11 @@
-"""The rate of `grok data prepare` beside that of SentencePiece alone, on the same cores.
+"""Rate of `grok data prepare` compared with SentencePiece alone, on the same cores.
 
     python benchmarks/prepare_rate.py FOLDER --tokenizer FILE --workers 2 --glob '*.py'
 
-Both tokenise the same files with the same number of processes: once as `prepare` does, which also
-reads, hashes, checks and writes, and once with nothing but SentencePiece's encode over texts that
-are in memory. They take turns, so that other work on the machine slows both. Prints a line for each
-turn, and the ratio of the summed rates: by the clock, and by CPU time of all processes.
+Both tokenize the same files with the same number of processes: `prepare` also reads, hashes,
+checks and writes, while the other only runs SentencePiece's encode over texts in memory. They
+alternate, so that other work on the machine slows both. Prints a line for each turn, and the ratio
+of the summed rates, by wall time and by CPU time of all processes.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What an asynchronous save costs the training steps around it.
+"""Cost of an asynchronous save for the training steps around it.
 
     python -m benchmarks.save_cost --saves 10 --steps 20
 
-One run of a small model, on simulated CPU devices or the machine's own: steps are timed one by one,
-each waited for, and every `--steps` steps everything is saved into a temporary folder. Prints
-medians in milliseconds, and as a ratio to a step with no save going on: of the steps while a save
-goes on in the background, of what of a save the loop waits for, and of a whole save. The last line
-is the share of the run's time that saves cost.
+One run of a small model, on simulated CPU devices or the machine's own. Steps are timed one by
+one, and every `--steps` steps everything is saved into a temporary folder. Prints medians in
+milliseconds, and their ratio to a step without a save, of: steps while a save is in the
+background, the part of a save that the loop waits for, and a whole save. The last line is the
+share of the run's time that saves cost.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Clients by the hundred that read streams of `grok serve`, some of which vanish.
+"""Load test of `grok serve`: hundreds of clients that read streams, some of which disconnect.
 
     grok serve runs/quickstart engine.max_num_seqs=64 &
     python -m benchmarks.serve_load http://127.0.0.1:8000 --clients 200 --seconds 120 --pid $!
 
-Each client asks for one stream after another. Prints errors, tokens a second, p50 and p99 of the
+Each client requests one stream after another. Prints errors, tokens per second, p50 and p99 of the
 time to the first token and between tokens, and with --pid the server's memory at the start, in the
-middle and at the end; ends with a line of JSON. GROK_API_KEYS is the key, where there are keys.
+middle and at the end; ends with a line of JSON. If the server needs a key, set GROK_API_KEYS.
 """
 
 import argparse
@@ -23,7 +23,7 @@ GONE = 0.1  # share of the requests whose client leaves in the middle
 
 
 class Load:
-    """What the clients see, and until when they ask."""
+    """Measurements of the clients, and the time until which they send requests."""
 
     def __init__(self, url: str, seconds: float, seed: int):
         """Begins now."""

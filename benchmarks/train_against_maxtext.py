@@ -1,14 +1,14 @@
-"""A training step on CPU, ours and MaxText's, in one run.
+"""Times a training step on CPU, grok's and MaxText's, in one run.
 
     python -m benchmarks.train_against_maxtext
     python -m benchmarks.train_against_maxtext --maxtext ENV/bin/python --turns 2
 
-A mixture of experts in Grok's shape: 512 wide, 4 layers, 8 experts of which a token goes to two,
-8 rows of 256 tokens, float32, one device. MaxText comes from the Python package index, in an
-environment of its own (`pip install 'maxtext[tpu]==0.2.5'`, which brings JAX and needs no TPU), and
-trains its mixtral block with the same sizes: capacity 1.25, which drops tokens, and its two
-dropless forms. They take turns, so that a busy machine is busy for all; prints medians of the steps
-of all turns, tokens a second, and ratios.
+A mixture of experts in Grok's shape: embed dim 512, 4 layers, 8 experts of which each token
+selects two, 8 rows of 256 tokens, float32, one device. MaxText comes from the Python package
+index, in its own environment (`pip install 'maxtext[tpu]==0.2.5'`, which includes JAX and needs no
+TPU), and trains its mixtral block with the same sizes: capacity factor 1.25, which drops tokens,
+and its two dropless forms. They alternate, so that other work on the machine slows all of them.
+Prints medians of the steps of all turns, tokens per second, and ratios.
 """
 
 import argparse
@@ -92,15 +92,15 @@ def ours(steps: int, remat: str) -> list[float]:
 
 
 def maxtext(python: str, form: list[str], steps: int) -> list[float]:
-    """What it says of its steps after the first two."""
+    """Seconds of each step after the first two, as MaxText logs them."""
     with tempfile.TemporaryDirectory() as folder:
         command = [python, "-m", "maxtext.trainers.pre_train.train", "run_name=benchmark"]
         command += [f"base_output_directory={folder}", f"steps={steps + 2}", *MAXTEXT, *form]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    told = re.findall(r"completed step: \d+, seconds: ([\d.]+)", done.stdout + done.stderr)
-    if len(told) < steps + 2:
-        sys.exit(f"MaxText ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
-    return [float(seconds) for seconds in told[2:]]
+    seconds = re.findall(r"completed step: \d+, seconds: ([\d.]+)", done.stdout + done.stderr)
+    if len(seconds) < steps + 2:
+        sys.exit(f"MaxText exited with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
+    return [float(text) for text in seconds[2:]]
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Where the time of a training step on CPU goes, by file of the code.
+"""Splits the time of a training step on CPU by source file.
 
     python -m benchmarks.train_profile [--remat full] [--steps 3]
 
-The model is that of train_against_maxtext.py. Steps are traced by JAX's profiler; what each thread
-spends in an instruction, less what it spends meanwhile in others, is charged to the innermost file
-of grok/, sharding/ aside, that the instruction was traced in: experts are in moe.py.
+The model is that of train_against_maxtext.py. JAX's profiler traces the steps. The time that a
+thread spends in an instruction, minus the time in nested instructions, is charged to the innermost
+file of grok/ (except sharding/) that the instruction was traced in: experts are in moe.py.
 """
 
 import argparse
