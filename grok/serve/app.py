@@ -6,12 +6,11 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from importlib import resources
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -20,30 +19,22 @@ from starlette.routing import Route
 
 from grok.config.serve import ServeConfig
 from grok.data.tokenizers import Tokenizer
-from grok.errors import RequestError
 from grok.infer.openai.requests import CompletionRequest, RequestParser
 from grok.infer.openai.responses import ResponseBuilder, error_response
 from grok.serve.engine_thread import EngineFailed, EngineThread, RequestHandle
+from grok.serve.http_errors import ENGINE_FAILED, HANDLED, HttpError, to_response
 from grok.serve.prometheus import Metrics
 
-# The page is one file, and what it shows of answers is text: nothing else may be loaded or sent.
+# The page is one file and shows answers as text: it may load nothing and send nothing elsewhere.
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 )
-KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-
-
-class HttpError(Exception):
-    """A request that is not answered: the status and what to say."""
-
-    def __init__(self, status: int, message: str, parameter: str | None = None):
-        super().__init__(message)
-        self.status, self.parameter = status, parameter
+CHAT_PATH = "/v1/chat/completions"
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events, after which, or once the client has left, `stack` is unwound."""
+    """Server-sent events; `stack` is unwound after them, or when the client disconnects."""
 
     def __init__(self, events: AsyncIterator[str], stack: contextlib.AsyncExitStack):
         super().__init__(events, media_type="text/event-stream")
@@ -55,23 +46,23 @@ class _Stream(StreamingResponse):
 
 
 class App:
-    """What the routes need: `asgi` is the application."""
+    """The HTTP application of one served model, as `asgi`."""
 
     def __init__(
         self,
         config: ServeConfig,
         name: str,
         engine_thread: EngineThread,
-        reader: RequestParser,
+        parser: RequestParser,
         tokenizer: Tokenizer,
         keys: Sequence[str],
     ):
         """`name` is the model's; without `keys` anyone who reaches the server is answered."""
-        self._config, self._name, self._engine_thread = config, name, engine_thread
-        self._reader, self._tokenizer = reader, tokenizer
+        self._config, self._name, self._engine = config, name, engine_thread
+        self._parser, self._tokenizer = parser, tokenizer
         self._keys = {_digest(key) for key in keys}
         self._metrics = Metrics(engine_thread)
-        self._began = int(time.time())
+        self._created = int(time.time())
         self._page = resources.files("grok.serve").joinpath("page.html").read_text()
         routes = [
             Route("/", self._show_page),
@@ -80,28 +71,22 @@ class App:
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._models),
             Route("/v1/completions", self._complete, methods=["POST"]),
-            Route("/v1/chat/completions", self._complete, methods=["POST"]),
+            Route(CHAT_PATH, self._complete, methods=["POST"]),
         ]
-        # A page elsewhere, whose name leads to this machine, is not let in by a browser here.
+        # Against DNS rebinding: a browser here must not reach this server under another name.
         hosts = ["localhost", "127.0.0.1", "[::1]", config.host] if config.local else ["*"]
         self.asgi = Starlette(
             routes=routes,
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-            exception_handlers={
-                HttpError: self._refuse,
-                RequestError: self._refuse_request,
-                HTTPException: self._refuse_route,
-                EngineFailed: self._refuse_broken,
-                ClientDisconnect: self._note_left,
-            },
+            exception_handlers=dict.fromkeys(HANDLED, self._on_error),
             lifespan=self._lifespan,
         )
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        self._engine_thread.start()
+        self._engine.start()
         yield
-        self._engine_thread.stop()
+        self._engine.stop()
 
     # ---- small routes
 
@@ -109,8 +94,8 @@ class App:
         return HTMLResponse(self._page, headers={"content-security-policy": PAGE_POLICY})
 
     async def _health(self, _: Request) -> Response:
-        status = "failed" if self._engine_thread.failed else "ok"
-        return JSONResponse({"status": status}, 503 if self._engine_thread.failed else 200)
+        status = "failed" if self._engine.failed else "ok"
+        return JSONResponse({"status": status}, 503 if self._engine.failed else 200)
 
     async def _show_metrics(self, request: Request) -> Response:
         self._check_key(request)
@@ -118,7 +103,7 @@ class App:
 
     async def _models(self, request: Request) -> Response:
         self._check_key(request)
-        card = {"id": self._name, "object": "model", "created": self._began, "owned_by": "grok"}
+        card = {"id": self._name, "object": "model", "created": self._created, "owned_by": "grok"}
         if "name" not in request.path_params:
             return JSONResponse({"object": "list", "data": [card]})
         self._check_model(request.path_params["name"])
@@ -127,106 +112,75 @@ class App:
     # ---- completions
 
     async def _complete(self, request: Request) -> Response:
-        began = time.monotonic()
+        began = asyncio.get_running_loop().time()
         self._check_key(request)
         body = await self._body(request)
-        chat = request.url.path == "/v1/chat/completions"
-        # Tokenising a long prompt takes a while that other clients should not wait.
-        read = self._reader.chat if chat else self._reader.completion
-        call = await asyncio.to_thread(read, body)
-        self._check_model(call.model or self._name)
-        longest = max(map(len, call.prompts))
-        if 0 < self._config.max_prompt_tokens < longest:
-            raise HttpError(
-                400,
-                f"a prompt has {longest} tokens; {self._config.max_prompt_tokens} at most are "
-                "read here.",
-                "messages" if chat else "prompt",
-            )
-        if self._engine_thread.live >= self._config.max_queue:
-            raise HttpError(429, "too many requests are under way; try again in a moment.")
+        parse = self._parser.chat if request.url.path == CHAT_PATH else self._parser.completion
+        # Tokenizing a long prompt takes a while; other clients should not wait for it.
+        parsed = await asyncio.to_thread(parse, body)
+        self._check_limits(parsed)
         key = secrets.token_hex(12)
-        requests = call.requests(key, secrets.randbits(63))
-        answers = ResponseBuilder(call, self._tokenizer)
+        builder = ResponseBuilder(parsed, self._tokenizer)
         head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{key}",
-            "object": _object(call),
+            "id": f"{'chatcmpl' if parsed.chat else 'cmpl'}-{key}",
+            "object": _object(parsed),
             "created": int(time.time()),
             "model": self._name,
         }
         async with contextlib.AsyncExitStack() as stack:
-            handle = await stack.enter_async_context(self._engine_thread.submit(requests))
-            await handle.next()  # or its refusal
-            if call.stream:
-                events = self._events(handle, answers, head, began)
+            requests = parsed.requests(key, secrets.randbits(63))
+            handle = await stack.enter_async_context(self._engine.submit(requests))
+            await handle.next()  # accepted, or RequestError
+            if parsed.stream:
+                events = self._events(handle, builder, head, began)
                 return self._counted(request, _Stream(events, stack.pop_all()))
-            await self._unless_left(request, self._gather(handle, answers, began))
-        found = {**head, "choices": answers.choices(), "usage": answers.usage()}
-        return self._counted(request, JSONResponse(found))
+            await _unless_disconnected(request, self._gather(handle, builder, began))
+        response = {**head, "choices": builder.choices(), "usage": builder.usage()}
+        return self._counted(request, JSONResponse(response))
 
-    async def _gather(self, handle: RequestHandle, answers: ResponseBuilder, began: float) -> None:
+    async def _gather(self, handle: RequestHandle, builder: ResponseBuilder, began: float) -> None:
         try:
-            async with asyncio.timeout_at(self._deadline(began)):
-                while not answers.finished:
-                    self._add(await handle.next(), answers, began)
+            async with asyncio.timeout_at(began + self._config.max_seconds):
+                while not builder.finished:
+                    self._add(await handle.next(), builder, began)
         except TimeoutError:
-            raise HttpError(504, self._too_long()) from None
+            raise HttpError(504, self._timeout_message()) from None
 
     async def _events(
         self,
         handle: RequestHandle,
-        answers: ResponseBuilder,
+        builder: ResponseBuilder,
         head: dict[str, Any],
         began: float,
     ) -> AsyncIterator[str]:
         """The answer as server-sent events."""
-        call = answers.request
-        usage = {"usage": None} if call.include_usage else {}
+        include_usage = builder.request.include_usage
+        usage = {"usage": None} if include_usage else {}
         try:
-            while not answers.finished:
-                async with asyncio.timeout_at(self._deadline(began)):
-                    choices = self._add(await handle.next(), answers, began)
+            while not builder.finished:
+                async with asyncio.timeout_at(began + self._config.max_seconds):
+                    choices = self._add(await handle.next(), builder, began)
                 if choices:
                     yield _event({**head, "choices": choices, **usage})
         except TimeoutError:
-            yield _event(error_response(None, self._too_long(), "timeout_error"))
+            yield _event(error_response(None, self._timeout_message(), "timeout_error"))
         except EngineFailed:
-            yield _event(error_response(None, "the engine has broken down.", "server_error"))
-        if call.include_usage:
-            yield _event({**head, "choices": [], "usage": answers.usage()})
+            yield _event(error_response(None, ENGINE_FAILED, "server_error"))
+        if include_usage:
+            yield _event({**head, "choices": [], "usage": builder.usage()})
         yield "data: [DONE]\n\n"
 
-    def _add(self, output: Any, answers: ResponseBuilder, began: float) -> list[dict[str, Any]]:
-        seconds = time.monotonic() - began
-        first = answers.tokens == 0 and not any(answers.finish_reasons)
-        choices = answers.add(output)
+    def _add(self, output: Any, builder: ResponseBuilder, began: float) -> list[dict[str, Any]]:
+        seconds = asyncio.get_running_loop().time() - began
+        first = builder.tokens == 0 and not any(builder.finish_reasons)
+        choices = builder.add(output)
         if first:
             self._metrics.first_token.observe(seconds)
-        if answers.finished:
+        if builder.finished:
             self._metrics.duration.observe(seconds)
         return choices
 
-    async def _unless_left(self, request: Request, work: Any) -> None:
-        """Does `work`, and gives it up where the client leaves first. Raises ClientDisconnect."""
-        task = asyncio.ensure_future(work)
-        left = asyncio.ensure_future(_left(request))
-        try:
-            await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise ClientDisconnect
-            task.result()
-        finally:
-            task.cancel()
-            left.cancel()
-
-    def _deadline(self, began: float) -> float:
-        return (
-            asyncio.get_running_loop().time()
-            + self._config.max_seconds
-            - (time.monotonic() - began)
-        )
-
-    def _too_long(self) -> str:
+    def _timeout_message(self) -> str:
         return (
             f"the answer took more than the {self._config.max_seconds:g} s that it may take here."
         )
@@ -244,17 +198,30 @@ class App:
                 404, f"there is no model {name!r:.80} here; there is {self._name}.", "model"
             )
 
+    def _check_limits(self, parsed: CompletionRequest) -> None:
+        self._check_model(parsed.model or self._name)
+        longest = max(map(len, parsed.prompts))
+        if 0 < self._config.max_prompt_tokens < longest:
+            raise HttpError(
+                400,
+                f"a prompt has {longest} tokens; {self._config.max_prompt_tokens} at most are "
+                "read here.",
+                "messages" if parsed.chat else "prompt",
+            )
+        if self._engine.live >= self._config.max_queue:
+            raise HttpError(429, "too many requests are under way; try again in a moment.")
+
     async def _body(self, request: Request) -> dict[str, Any]:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json":
             raise HttpError(415, "the header Content-Type should be application/json.")
-        data, most = bytearray(), self._config.max_body_bytes
+        data, max_bytes = bytearray(), self._config.max_body_bytes
         try:
             async with asyncio.timeout(self._config.max_seconds):
                 async for chunk in request.stream():
                     data += chunk
-                    if len(data) > most:
-                        raise HttpError(413, f"the body is larger than {most} bytes.")
+                    if len(data) > max_bytes:
+                        raise HttpError(413, f"the body is larger than {max_bytes} bytes.")
         except TimeoutError:
             raise HttpError(408, "the body did not arrive in time.") from None
         try:
@@ -267,37 +234,10 @@ class App:
             raise HttpError(400, "the body should be a JSON object.")
         return body
 
-    # ---- refusals
+    # ---- responses
 
-    def _refuse(self, request: Request, error: Exception) -> Response:
-        assert isinstance(error, HttpError)
-        return self._error(request, error.status, str(error), error.parameter)
-
-    def _refuse_request(self, request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestError)
-        return self._error(request, 400, str(error), error.parameter)
-
-    def _refuse_route(self, request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        message = f"{error.detail}: {request.url.path:.200}"
-        response = self._error(request, error.status_code, message)
-        response.headers.update(error.headers or {})
-        return response
-
-    def _refuse_broken(self, request: Request, _: Exception) -> Response:
-        return self._error(request, 503, "the engine has broken down.")
-
-    def _note_left(self, request: Request, _: Exception) -> Response:
-        # Nobody reads it; the number is that of nginx's log.
-        return self._counted(request, Response(status_code=499))
-
-    def _error(
-        self, request: Request, status: int, message: str, parameter: str | None = None
-    ) -> Response:
-        kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-        headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(status)
-        body = error_response(parameter, message, kind)
-        return self._counted(request, JSONResponse(body, status, headers=headers))
+    def _on_error(self, request: Request, error: Exception) -> Response:
+        return self._counted(request, to_response(request, error))
 
     def _counted(self, request: Request, response: Response) -> Response:
         known = {route.path for route in self.asgi.routes if isinstance(route, Route)}
@@ -306,23 +246,37 @@ class App:
         return response
 
 
-async def _left(request: Request) -> None:
-    """Waits until the client has left; of its body nothing is left to read."""
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, None]) -> None:
+    """Does `work`, and cancels it when the client disconnects first. Raises ClientDisconnect."""
+    task = asyncio.ensure_future(work)
+    disconnected = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        task.result()
+    finally:
+        task.cancel()
+        disconnected.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    """Waits until the client has disconnected; its body was read already."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _object(call: CompletionRequest) -> str:
-    if not call.chat:
+def _object(parsed: CompletionRequest) -> str:
+    if not parsed.chat:
         return "text_completion"
-    return "chat.completion.chunk" if call.stream else "chat.completion"
+    return "chat.completion.chunk" if parsed.stream else "chat.completion"
 
 
 def _event(data: dict[str, Any]) -> str:
-    # In ASCII: many clients split text into lines, and Unicode has more ends of lines than events.
+    # In ASCII: many clients split text into lines, and Unicode has more line ends than events do.
     return f"data: {json.dumps(data)}\n\n"
 
 
 def _digest(key: str) -> bytes:
-    """Of equal length for all keys, so that comparing them takes the same time."""
+    """A hash, of equal length for all keys, so that comparing them takes constant time."""
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()

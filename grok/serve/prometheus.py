@@ -1,4 +1,4 @@
-"""What /metrics tells to Prometheus."""
+"""Metrics in Prometheus' text format: requests, latencies, and the engine's counts."""
 
 from collections.abc import Iterator
 
@@ -7,57 +7,52 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from grok.serve.engine_thread import EngineThread
 
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+BUCKET_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
-# Of the engine's counts: those that only grow, and those of now.
-TOTALS = {
+# Fields of EngineStats that only grow, and those of the present state.
+COUNTERS = {
     "tokens_in": "tokens of prompts, those found in the cache included",
     "tokens_cached": "tokens of prompts that were found in the cache",
     "tokens_out": "new tokens",
-    "preempted": "times that an answer gave up its pages and was run again",
+    "preempted": "times that a sequence lost its pages and was computed again",
 }
-NOW = {
-    "running": "answers in slots",
-    "waiting": "answers that wait for a slot",
-    "pages_used": "pages of the cache that answers in slots hold",
+GAUGES = {
+    "running": "sequences in slots",
+    "waiting": "sequences that wait for a slot",
+    "pages_used": "pages of the cache that sequences in slots hold",
     "pages_cached": "pages of the cache that hold prefixes alone",
     "pages_free": "pages of the cache that hold nothing",
 }
 
 
 class Metrics:
-    """Counts of requests and times, and the engine's own counts whenever someone looks."""
+    """Counts and latencies of requests; the engine's counts are read at each scrape."""
 
     def __init__(self, engine_thread: EngineThread):
-        self._engine_thread, self._registry = engine_thread, CollectorRegistry()
+        self._engine, self._registry = engine_thread, CollectorRegistry()
         self._registry.register(self)
         self.requests = Counter(
             "grok_requests", "requests answered", ("path", "code"), registry=self._registry
         )
-        self.first_token = Histogram(
-            "grok_time_to_first_token_seconds",
-            "from a request to its first token",
-            registry=self._registry,
-            buckets=SECONDS,
+        self.first_token = self._histogram(
+            "grok_time_to_first_token_seconds", "from a request to its first token"
         )
-        self.duration = Histogram(
-            "grok_request_seconds",
-            "from a request to the end of its answer",
-            registry=self._registry,
-            buckets=SECONDS,
+        self.duration = self._histogram(
+            "grok_request_seconds", "from a request to the end of its answer"
         )
+
+    def _histogram(self, name: str, meaning: str) -> Histogram:
+        return Histogram(name, meaning, registry=self._registry, buckets=BUCKET_SECONDS)
 
     def collect(self) -> Iterator[Metric]:
         """The engine's counts, for the registry."""
-        stats = self._engine_thread.stats
-        for name, meaning in TOTALS.items():
+        stats = self._engine.stats
+        for name, meaning in COUNTERS.items():
             yield CounterMetricFamily(f"grok_{name}", meaning, getattr(stats, name))
-        for name, meaning in NOW.items():
+        for name, meaning in GAUGES.items():
             yield GaugeMetricFamily(f"grok_{name}", meaning, getattr(stats, name))
-        yield GaugeMetricFamily(
-            "grok_requests_live", "requests under way", self._engine_thread.live
-        )
+        yield GaugeMetricFamily("grok_requests_live", "requests under way", self._engine.live)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -46,7 +46,7 @@ def test_a_batch_that_cannot_be_split(config_file):
 
 
 def test_sampling_from_what_is_no_run(tmp_path):
-    assert "no config.yaml" in refusal("sample", str(tmp_path), "--prompt", "x")
+    assert "nor a checkpoint of grok" in refusal("sample", str(tmp_path), "--prompt", "x")
 
 
 def test_sampling_before_the_first_checkpoint(tiny_run, tmp_path):

@@ -56,19 +56,19 @@ def serving(tokenizer: Tokenizer, keys: list[str], **settings) -> Iterator[Simpl
     engine = Gated(tokenizer)
     failures: list[BaseException] = []
     engine_thread = EngineThread(engine, failures.append)
-    reader = RequestParser(
+    parser = RequestParser(
         tokenizer,
         config.sampling,
         128,
         make_renderer(TEMPLATE, tokenizer),
         config.max_choices,
     )
-    app = App(config, "tiny", engine_thread, reader, tokenizer, keys)
-    server, place = make_server(app), bind(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
+    app = App(config, "tiny", engine_thread, parser, tokenizer, keys)
+    server, listener = make_server(app), bind(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     wait_until(lambda: server.started)
-    url = f"http://127.0.0.1:{place.getsockname()[1]}"
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     client = openai.OpenAI(api_key=KEY, base_url=f"{url}/v1", max_retries=0)
     http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"})
     with client, http:
@@ -136,8 +136,8 @@ def test_a_stream_adds_up_to_what_is_not_streamed(server):
 
 
 def test_log_probabilities_of_a_prompt_come_before_answers_that_were_faster(server, tokenizer):
-    reader = RequestParser(tokenizer, SamplingConfig(), 128)
-    call = reader.completion({"prompt": [40, 41], "n": 3, "echo": True, "logprobs": 0})
+    parser = RequestParser(tokenizer, SamplingConfig(), 128)
+    call = parser.completion({"prompt": [40, 41], "n": 3, "echo": True, "logprobs": 0})
     answers = ResponseBuilder(call, tokenizer)
 
     def output(choice: int, token: int, prompt: tuple | None = None) -> Output:
@@ -329,7 +329,7 @@ def test_asked_to_stop_it_says_so_and_asked_again_ends_at_once(server, monkeypat
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_place(server, stream):
+def test_a_request_is_cancelled_when_its_client_disconnects(server, stream):
     server.engine.gate.clear()
     server.engine.cancelled.clear()
     request = {"json": {**GOOD, "max_tokens": 100, "stream": stream}, "timeout": 0.3}
