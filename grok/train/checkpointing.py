@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and how a run goes on from one."""
+"""Checkpoints of a run: the trees they hold, and how a run resumes from one."""
 
 import dataclasses
 from typing import Any
@@ -27,31 +27,31 @@ def save(
     config: RunConfig,
     data: RunData,
     initial: InitialWeights | None,
-    validated: dict[str, float],
+    losses: dict[str, float],
     skipped: Skipped = (),
 ) -> None:
-    """Starts saving everything a resumed run needs; batches are numbered by step, those `skipped`
-    left out. `validated` is what a validation pass of this step measured, if there was one."""
+    """Starts saving all that a resumed run needs, `skipped` batches included; `losses` are those of
+    a validation pass at this step, if there was one."""
     meta = {"config": to_dict(config), "data": data.hashes, "skipped_batches": skipped}
     if initial is not None:
         meta["init_from"] = initial.identity
-    checkpoints.save(step, state_trees(state), meta, validated)
+    checkpoints.save(step, state_trees(state), meta, losses)
 
 
 def retention_policy(config: RunConfig) -> RetentionPolicy:
-    """Which checkpoints of the run stay."""
-    asked = config.checkpoint
-    return RetentionPolicy(asked.keep, asked.keep_every, asked.keep_best, asked.best_metric)
+    """Returns the policy of the config's `checkpoint` section."""
+    c = config.checkpoint
+    return RetentionPolicy(c.keep, c.keep_every, c.keep_best, c.best_metric)
 
 
 def skipped_batches(checkpoints: Checkpoints, step: int) -> Skipped:
-    """What the run that saved `step` had left out until then."""
-    stored = checkpoints.meta(step).get("skipped_batches", [])
-    return tuple((first, last) for first, last in stored)
+    """Returns the ranges of batches that were skipped up to the checkpoint of `step`."""
+    ranges = checkpoints.meta(step).get("skipped_batches", [])
+    return tuple((first, last) for first, last in ranges)
 
 
 def state_trees(state: TrainState) -> dict:
-    """The state as the trees of a checkpoint: of a model with adapters, those without the rest."""
+    """The state as the trees of a checkpoint; of a model with adapters, only the adapters."""
     adapters, _ = partition(state.model, is_adapter)
     trees = {LORA: adapters} if jax.tree.leaves(adapters) else {MODEL: state.model}
     trees |= {OPTIMIZER: (state.step, state.opt_state, state.guard)}
@@ -67,43 +67,49 @@ def restore(
     mesh: Mesh,
     initial: InitialWeights | None,
 ) -> tuple[TrainState, list[str]]:
-    """The state saved at `step`, placed on `mesh`, and what the config says differently now.
+    """Returns the state saved at `step`, on `mesh`, and the config keys that have changed since.
 
-    Raises CheckpointError when other tensors are trained, naming what differs, or when prepared
-    datasets are others than before and data.allow_data_change does not say that they may be.
+    Raises CheckpointError when other tensors are trained, naming the key, or when prepared datasets
+    have changed without data.allow_data_change.
     """
     meta = checkpoints.meta(step)
     if not config.data.allow_data_change:
         check_unchanged(meta.get("data", []), data.hashes, checkpoints.path(step))
-    stored = dict(flatten(meta["config"]))
-    changes = []
-    for key, value in flatten(to_dict(config)):
-        before = stored.get(key)
-        if before == value:
-            continue
-        if not is_compatible_change(key, before, value):
-            raise CheckpointError(
-                f"{checkpoints.path(step)} was trained with {key}={before} and the config "
-                f"says {value}; set it back, or name another folder."
-            )
-        changes.append(f"{key} from {before} to {value}")
-    wanted = abstract_state(config, optimizer, mesh)
-    new_ema = wanted.ema is not None and not stored.get("optimizer.ema_decay")
-    if new_ema:
-        wanted = dataclasses.replace(wanted, ema=None)
-    read = checkpoints.restore(step, state_trees(wanted))
-    if LORA in read:
+    saved_config = dict(flatten(meta["config"]))
+    changes = config_changes(saved_config, config, checkpoints.path(step))
+    abstract = abstract_state(config, optimizer, mesh)
+    is_ema_new = abstract.ema is not None and not saved_config.get("optimizer.ema_decay")
+    if is_ema_new:
+        abstract = dataclasses.replace(abstract, ema=None)
+    trees = checkpoints.restore(step, state_trees(abstract))
+    if LORA in trees:
         assert initial is not None
         base = init_state(config, optimizer, mesh, initial.load(mesh)).model
-        read[MODEL] = combine(read[LORA], base)
-    if new_ema:
-        read[EMA] = start_state(config, optimizer, read[MODEL]).ema
-    steps_done, opt_state, guard = read[OPTIMIZER]
-    return TrainState(steps_done, read[MODEL], opt_state, guard, read.get(EMA)), changes
+        trees[MODEL] = combine(trees[LORA], base)
+    if is_ema_new:
+        trees[EMA] = start_state(config, optimizer, trees[MODEL]).ema
+    steps_done, opt_state, guard = trees[OPTIMIZER]
+    return TrainState(steps_done, trees[MODEL], opt_state, guard, trees.get(EMA)), changes
+
+
+def config_changes(saved: dict[str, Any], config: RunConfig, checkpoint: str) -> list[str]:
+    """Lists the keys whose values differ from the `saved` ones, as `KEY from OLD to NEW`; raises
+    CheckpointError for the first that may not change."""
+    changes = []
+    for key, value in flatten(to_dict(config)):
+        if saved.get(key) == value:
+            continue
+        if not is_compatible_change(key, saved.get(key), value):
+            raise CheckpointError(
+                f"{checkpoint} was trained with {key}={saved.get(key)} and the config says "
+                f"{value}; set it back, or name another folder."
+            )
+        changes.append(f"{key} from {saved.get(key)} to {value}")
+    return changes
 
 
 def is_compatible_change(key: str, before: Any, now: Any) -> bool:
-    """Whether a run can go on with another value: one that saves the same tensors."""
+    """True if a run with the new value saves the same tensors, so that it can resume."""
     if key == "optimizer.param_groups":
         frozen, frozen_now = (
             [group["match"] for group in groups or () if group["frozen"]]

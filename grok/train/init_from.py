@@ -1,7 +1,7 @@
-"""The weights that a run starts from, where its config names some with train.init_from.
+"""The weights that a run starts from: train.init_from.
 
-They are read at step 0 of a fresh run alone; a run that resumes goes on from its own checkpoint.
-(With adapters they are read again: its checkpoints hold the adapters alone.) What they were stays
+They are read at step 0 of a fresh run; a resumed run reads its own checkpoint instead. (A run with
+adapters reads them again, since its checkpoints hold only the adapters.) Their identity is stored
 in the meta of every checkpoint.
 """
 
@@ -26,55 +26,54 @@ from grok.weights.tools.verify import differing_field
 
 @dataclasses.dataclass(frozen=True)
 class InitialWeights:
-    """Weights that a run started from, or is about to: `identity` (path, format, checksum) is what
-    checkpoints keep of them, and `source` None where the run goes on from its own."""
+    """Weights that a run starts from: their `identity` (path, format, checksum) for the meta of
+    checkpoints, and their `source`, None in a resumed run that does not read them."""
 
     identity: dict[str, str]
     source: Source | None = None
 
     def load(self, mesh: Mesh, on_bytes: Callable[[int], None] | None = None) -> Grok:
-        """The model with these weights in its `param_dtype`, each process reading what its own
-        devices hold; int8 matrices are multiplied by their scales on the way."""
+        """Returns the model with these weights in its `param_dtype`, int8 matrices dequantized;
+        each process reads what its own devices hold."""
         assert self.source is not None
         return place(converted(self.source, self.source.config.param_dtype), mesh, on_bytes)
 
 
 def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeights | None:
-    """What the run in this folder starts from or has started from; None: from its seed.
+    """Returns the weights that the run in this folder starts or has started from; None: it was
+    initialised from its seed.
 
-    Raises CheckpointError as `open_initial` does, and where the folder is an import's, whose
-    weights would not be used.
+    Raises CheckpointError as `open_initial` does, when adapters belong to other weights, and when
+    the folder is an import's, whose weights would not be used.
     """
-    newest = checkpoints.latest()
-    if newest:
-        kept = checkpoints.meta(newest).get("init_from")
-        if kept and config.lora.rank:
-            return _reopen(kept, config, f"{checkpoints.folder}/{newest}")
-        return InitialWeights(kept) if kept else None
+    newest, path = checkpoints.latest(), config.train.init_from
     if newest == 0:
         raise CheckpointError(
             f"{config.folder} holds imported weights, and a run starts in a folder of its own; "
             f"train.init_from={config.folder} with another folder would work."
         )
-    return open_initial(config.train.init_from, config.model) if config.train.init_from else None
-
-
-def _reopen(kept: dict[str, str], config: RunConfig, checkpoint: str) -> InitialWeights:
-    """The weights that adapters in a checkpoint belong to, which may have moved meanwhile."""
-    found = open_initial(config.train.init_from, config.model)
-    if found.identity["checksum"] != kept["checksum"]:
+    if newest is None:
+        return open_initial(path, config.model) if path else None
+    identity = checkpoints.meta(newest).get("init_from")
+    if not identity or not config.lora.rank:
+        return InitialWeights(identity) if identity else None
+    # The base of the adapters, which may have moved meanwhile.
+    base = open_initial(path, config.model)
+    if base.identity["checksum"] != identity["checksum"]:
         raise CheckpointError(
-            f"{checkpoint} has adapters of the weights that were at {kept['path']}, and "
-            f"train.init_from={config.train.init_from} holds others; the same weights would work."
+            f"{checkpoints.folder}/{newest} has adapters of the weights that were at "
+            f"{identity['path']}, and train.init_from={path} holds others; the same weights would "
+            "work."
         )
-    return found
+    return base
 
 
 def open_initial(path: str, model: GrokConfig) -> InitialWeights:
-    """The weights at `path`, in any format that `open_source` knows, local or at gs://.
+    """Opens the weights at `path`, in any format that `open_source` knows, local or at gs://, and
+    reads a small sample.
 
-    Opening reads a small sample. Raises CheckpointError where they are of another model than
-    `model`, naming what differs, and as `open_source` does.
+    Raises CheckpointError when they are of another model than `model`, naming the field, and as
+    `open_source` does.
     """
     stated = stated_config(path)
     field = stated and differing_field(stated, model)
@@ -85,6 +84,6 @@ def open_initial(path: str, model: GrokConfig) -> InitialWeights:
             f"model.{field}={ours}; model.{field}={theirs} would work."
         )
     source = open_source(path, model)
-    where = path if storage.is_remote(path) else os.path.abspath(path)
-    identity = {"path": where, "format": source.format, "checksum": sample_checksum(source)}
+    location = path if storage.is_remote(path) else os.path.abspath(path)
+    identity = {"path": location, "format": source.format, "checksum": sample_checksum(source)}
     return InitialWeights(identity, source)

@@ -18,7 +18,7 @@ from grok.ops.cross_entropy import LOGITS
 def token_losses(model: Grok, x_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy in nats and squared log-partition of every token, (B, T) float32 each.
 
-    Where there are many logits they never exist all at once, in backward neither.
+    If there are many logits, they never exist all at once, not in the backward pass either.
     """
     with sharding.use_mesh_of(model.embed.table_VD[...]):
         vocab = model.config.vocab_size // sharding.axis_size("vocab")
@@ -28,20 +28,21 @@ def token_losses(model: Grok, x_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
             )
             return entropy_BT, jnp.square(log_z_BT)
     logits_BTV = model.unembed(x_BTD)
-    log_z = jax.nn.logsumexp(logits_BTV, axis=-1)
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     # A sum under a mask, not an index: the vocabulary is split over devices.
-    is_target = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[:, :, None]
-    target = jnp.sum(jnp.where(is_target, logits_BTV, 0), axis=-1)
-    return log_z - target, jnp.square(log_z)
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[:, :, None]
+    target_logit_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0), axis=-1)
+    return log_z_BT - target_logit_BT, jnp.square(log_z_BT)
 
 
 def hidden(model: Grok, batch: dict) -> tuple[jax.Array, RouterStats]:
-    """What `Grok.hidden` makes of a batch, whose rows are packed or one segment each."""
+    """`Grok.hidden` of a batch, whose rows are packed or one segment each."""
     return model.hidden(batch["tokens_BT"], batch.get("segment_ids_BT"), batch.get("positions_BT"))
 
 
 class TokenCounts(NamedTuple):
-    """How many tokens of a batch count in the loss, and how many are no padding (float32)."""
+    """Numbers of tokens of a batch, float32: those that count in the loss, and those that are not
+    padding."""
 
     counted: jax.Array
     real: jax.Array
@@ -55,30 +56,30 @@ def count_tokens(batch: dict) -> TokenCounts:
 
 
 def batch_loss(
-    model: Grok, batch: dict, config: TrainConfig, whole: TokenCounts | None = None
+    model: Grok, batch: dict, config: TrainConfig, totals: TokenCounts | None = None
 ) -> tuple[jax.Array, dict]:
-    """What a training step minimises, per token, and what it reports (float32).
+    """The loss that a training step minimises, per token, and the metrics of it (float32).
 
     `batch` holds tokens_BT, targets_BT and mask_BT (1 where a token counts), and where rows are
-    packed segment_ids_BT and positions_BT. A batch in which no token counts has no loss. Of a
-    microbatch, `whole` counts the tokens of the batch that it is a part of: losses and reports of
-    the parts then add up to those of the batch. Only the balance loss, which is no sum over tokens,
-    is that of the microbatches, their mean weighted by their real tokens.
+    packed segment_ids_BT and positions_BT. A batch in which no token counts has no loss. For a
+    microbatch, `totals` counts the tokens of its batch: losses and metrics of microbatches then add
+    up to those of the batch, but for the balance loss, which is no sum over tokens and becomes the
+    mean over microbatches, weighted by their real tokens.
 
-    Reported: `loss`, the cross-entropy in nats a token; `z_loss`, the mean squared log-partition,
+    Metrics: `loss`, the cross-entropy in nats a token; `z_loss`, the mean squared log-partition,
     where it is minimised; `router_balance`, 1 when experts are used evenly; `router_entropy`, nats;
     `expert_load`, share of each expert, mean over layers; `expert_load_layers`, of each layer.
     """
-    whole = whole or count_tokens(batch)
+    totals = totals or count_tokens(batch)
     x_BTD, stats = hidden(model, batch)
-    entropy_BT, z_BT = token_losses(model, x_BTD, batch["targets_BT"])
-    mask_BT = batch["mask_BT"]
-    entropy = jnp.sum(entropy_BT * mask_BT) / whole.counted
-    z = jnp.sum(z_BT * mask_BT) / whole.counted
-    share = count_tokens(batch).real / whole.real
+    with jax.named_scope("cross_entropy"):
+        entropy_BT, z_BT = token_losses(model, x_BTD, batch["targets_BT"])
+        entropy = jnp.sum(entropy_BT * batch["mask_BT"]) / totals.counted
+        z = jnp.sum(z_BT * batch["mask_BT"]) / totals.counted
+    share = count_tokens(batch).real / totals.real
     balance = share * jnp.mean(stats.balance_loss())
     total = entropy + config.z_loss * z + config.router_balance_loss * balance
-    report = {
+    metrics = {
         "loss": entropy,
         "router_balance": balance,
         "router_entropy": share * jnp.mean(stats.entropy),
@@ -86,5 +87,5 @@ def batch_loss(
         "expert_load_layers": share * stats.load_E,
     }
     if config.z_loss:
-        report["z_loss"] = z
-    return total, report
+        metrics["z_loss"] = z
+    return total, metrics

@@ -1,8 +1,7 @@
-"""A part of a run done again, to see that it comes out the same, bit for bit.
+"""Replay: repeats some steps of a run, to see that they come out the same, bit for bit.
 
-It is done in a temporary folder, from a checkpoint of the run or from its beginning, by the loop
-that did it first, with the config of that time. Compared is every loss and every gradient norm
-that the run logged.
+It runs the training loop in a temporary folder, from a checkpoint of the run or from its beginning,
+with the config of that time, and compares every loss and gradient norm that the run logged.
 """
 
 import dataclasses
@@ -20,116 +19,109 @@ from grok.config.load import from_dict, load_config
 from grok.errors import DONE, CheckpointError
 from grok.train.loop import run_training
 from grok.train.telemetry.metrics_file import read_metrics
-from grok.train.telemetry.run_manifest import code_version, read_manifest
+from grok.train.telemetry.run_manifest import code_version, device_facts, read_manifest
 
 
-class Part(NamedTuple):
-    """A part of the run in `folder`: its steps `first` + 1 to `last`, what was logged of them, the
-    config they were done with, and what `run.json` says of the process that did them."""
+class Segment(NamedTuple):
+    """Steps `first` + 1 to `last` of the run in `folder`, the metrics `logged` of them, the config
+    of that time, and the entry of `run.json` for the process that ran them ({}: unknown)."""
 
     folder: Path
     first: int
     last: int
     logged: list[dict[str, Any]]
     config: RunConfig
-    start: dict[str, Any]
+    process: dict[str, Any]
 
 
-class Compared(NamedTuple):
-    """A number that was logged, and what it was when the step was done again."""
+class Comparison(NamedTuple):
+    """A number that was logged, and its value in the replay."""
 
     step: int
     name: str
-    before: float
-    again: float
+    logged: float
+    replayed: float
 
     @property
     def equal(self) -> bool:
-        """Whether they are the same float32; two that are no numbers are."""
-        return np.array_equal(np.float32(self.before), np.float32(self.again), equal_nan=True)
+        """True if both are the same float32, or both NaN."""
+        return np.array_equal(np.float32(self.logged), np.float32(self.replayed), equal_nan=True)
 
 
-def find_part(folder: Path, first: int | None, num_steps: int | None) -> Part:
-    """The part of a run that follows its checkpoint `first` (0: from the beginning; default: the
-    newest checkpoint with a logged step after it), `num_steps` long, or up to the end of what one
-    config and one set of devices did.
+def find_segment(folder: Path, first: int | None, num_steps: int | None) -> Segment:
+    """Finds the steps after the checkpoint `first` (0: from the beginning; default: the newest
+    checkpoint with a logged step after it): `num_steps` of them, or as many as have the same config
+    and devices.
 
-    CheckpointError where the run does not have it.
+    Raises CheckpointError when the run does not have them.
     """
-    lines = folder / "metrics.jsonl"
-    if storage.is_remote(folder) or not lines.exists():
+    path = folder / "metrics.jsonl"
+    if storage.is_remote(folder) or not path.exists():
         raise CheckpointError(
             f"{folder} is no folder of a run on this machine: it has no metrics.jsonl to compare "
             "with; a folder that `grok train` has worked in would work."
         )
-    logged = [line for line in read_metrics(lines) if "loss" in line]
-    first = _checkpoint(folder, first, logged)
-    record = read_manifest(str(folder))
-    config, start, limit = (
-        (load_config(folder / "config.yaml"), {}, None)
-        if record is None
-        else _as_it_was(record, first)
-    )
+    logged = _logged_steps(path)
+    first = _first_step(folder, first, logged)
+    config, process, limit = _config_at(folder, first)
     steps = [line["step"] for line in logged if line["step"] > first]
     end = min(limit or steps[-1], steps[-1]) if steps else first
     last = end if num_steps is None else first + num_steps
-    if last > end or not [step for step in steps if step <= last]:
-        fitting = [step - first for step in steps if step <= end]
+    if last > end or not any(step <= last for step in steps):
+        lengths = [step - first for step in steps if step <= end]
+        advice = "an earlier checkpoint"
+        if lengths:
+            advice = f"--steps from {lengths[0]} to {lengths[-1]}"
         raise CheckpointError(
             f"{folder} has no logged steps of one config and devices from {first + 1} to "
-            f"{max(last, first + 1)}; "
-            + (
-                f"--steps from {fitting[0]} to {fitting[-1]} would work."
-                if fitting
-                else "an earlier checkpoint would work."
-            )
+            f"{max(last, first + 1)}; {advice} would work."
         )
-    part = [line for line in logged if first < line["step"] <= last]
-    return Part(folder, first, last, part, config, start)
+    logged = [line for line in logged if first < line["step"] <= last]
+    return Segment(folder, first, last, logged, config, process)
 
 
-def replay(part: Part) -> list[Compared]:
-    """Does the steps of the part again, and compares.
+def replay(segment: Segment) -> list[Comparison]:
+    """Runs the steps again and compares.
 
-    CheckpointError when these are other devices than those it was done on, the text is another, or
-    the replay was asked to stop.
+    Raises CheckpointError when devices or text are not those of the run, or the replay was asked to
+    stop.
     """
-    _check_devices(part)
-    _check_text(part)
+    _check_devices(segment)
+    _check_text(segment)
     with tempfile.TemporaryDirectory(prefix="grok-replay-") as name:
-        again = Path(name)
-        if part.first:
-            (again / "checkpoints").mkdir()
-            saved = part.folder / "checkpoints" / str(part.first)
-            (again / "checkpoints" / saved.name).symlink_to(saved.absolute())
-        if run_training(_config(part, again), replay_to=part.last) != DONE:
+        folder = Path(name)
+        if segment.first:
+            (folder / "checkpoints").mkdir()
+            saved = segment.folder / "checkpoints" / str(segment.first)
+            (folder / "checkpoints" / saved.name).symlink_to(saved.absolute())
+        if run_training(_replay_config(segment, folder), replay_to=segment.last) != DONE:
             raise CheckpointError("the replay was stopped before its end.")
-        repeated = {
-            line["step"]: line for line in read_metrics(again / "metrics.jsonl") if "loss" in line
-        }
+        replayed = {line["step"]: line for line in _logged_steps(folder / "metrics.jsonl")}
     return [
-        Compared(line["step"], name, line[name], repeated[line["step"]].get(name, float("nan")))
-        for line in part.logged
+        Comparison(line["step"], name, line[name], replayed[line["step"]].get(name, float("nan")))
+        for line in segment.logged
         for name in line
         if name == "loss" or name.startswith("grad_norm")
     ]
 
 
-def program_then_and_now(part: Part) -> tuple[str, str]:
-    """The commit of the code that did the part, and that of this one; empty where not known."""
-    return _commit(part.start), _commit(code_version())
+def commits(segment: Segment) -> tuple[str, str]:
+    """The commit of the code that ran the segment, and the one of this code; empty if unknown."""
+    then, now = (
+        (program.get("commit") or "")[:12] + (", with changes" if program.get("dirty") else "")
+        for program in (segment.process, code_version())
+    )
+    return then, now
 
 
-def _commit(program: dict[str, Any]) -> str:
-    commit = program.get("commit") or ""
-    return f"{commit[:12]}, with changes" if program.get("dirty") else commit[:12]
+def _logged_steps(path: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(path) if "loss" in line]
 
 
-def _checkpoint(folder: Path, first: int | None, logged: list[dict[str, Any]]) -> int:
-    """The checkpoint to begin from; 0 is the beginning, which every run has."""
-    inside = folder / "checkpoints"
-    there = [int(path.name) for path in inside.glob("*") if path.name.isdecimal()]
-    steps = sorted({0, *there})
+def _first_step(folder: Path, first: int | None, logged: list[dict[str, Any]]) -> int:
+    """The step of the checkpoint to start from; 0 is the beginning, which every run has."""
+    names = [path.name for path in (folder / "checkpoints").glob("*")]
+    steps = sorted({0, *(int(name) for name in names if name.isdecimal())})
     if first is None:
         last = logged[-1]["step"] if logged else 0
         return max((step for step in steps if step < last), default=0)
@@ -141,39 +133,38 @@ def _checkpoint(folder: Path, first: int | None, logged: list[dict[str, Any]]) -
     return first
 
 
-def _as_it_was(record: dict[str, Any], first: int) -> tuple[RunConfig, dict[str, Any], int | None]:
-    """The config that the steps after `first` were done with, the process that did them, and the
-    step at which another config or other devices took over, if any did."""
-    starts = record["starts"]
-    # Where processes did the same steps, the lines of the last are in the log.
-    covering = [i for i, start in enumerate(starts) if (start["first_step"] or 0) <= first]
-    covering = [i for i in covering if starts[i]["first_step"] is not None]
-    number = covering[-1] if covering else 0
-    changes = [start.get("config_before") for start in starts[number + 1 :]]
-    config = next((each for each in changes if each is not None), record["config"])
-    limit, changed = None, False
-    for start in starts[number + 1 :]:
-        changed |= "config_before" in start or start["devices"] != starts[number]["devices"]
+def _config_at(folder: Path, first: int) -> tuple[RunConfig, dict[str, Any], int | None]:
+    """The config of the steps after `first`, the process that ran them, and the step at which
+    another config or other devices took over, if any."""
+    manifest = read_manifest(str(folder))
+    if manifest is None:
+        return load_config(folder / "config.yaml"), {}, None
+    processes = manifest["starts"]
+    # Of several processes that ran the same steps, the metrics of the last are in the file.
+    covering = [
+        i
+        for i, process in enumerate(processes)
+        if process["first_step"] is not None and process["first_step"] <= first
+    ]
+    index = covering[-1] if covering else 0
+    process, later = processes[index], processes[index + 1 :]
+    replaced = [p["config_before"] for p in later if p.get("config_before") is not None]
+    config = from_dict(replaced[0] if replaced else manifest["config"], "run.json")
+    changed = False
+    for successor in later:
+        changed |= "config_before" in successor or successor["devices"] != process["devices"]
         # One that died before its first step changed the config all the same.
-        if changed and start["first_step"] is not None:
-            limit = start["first_step"]
-            break
-    return from_dict(config, "run.json"), starts[number], limit
+        if changed and successor["first_step"] is not None:
+            return config, process, successor["first_step"]
+    return config, process, None
 
 
-def _check_devices(part: Part) -> None:
-    then = part.start.get("devices")
-    device = jax.devices()[0]
-    now = {
-        "kind": device.device_kind,
-        "platform": device.platform,
-        "count": jax.device_count(),
-        "processes": jax.process_count(),
-    }
+def _check_devices(segment: Segment) -> None:
+    then, now = segment.process.get("devices"), device_facts(jax.devices())
     if then is not None and then != now:
         raise CheckpointError(
-            f"{part.folder} ran on {_devices(then)}, and here are {_devices(now)}; bits are the "
-            "same on the same devices alone."
+            f"{segment.folder} ran on {_devices(then)}, and here are {_devices(now)}; only the "
+            "same devices give the same bits."
         )
 
 
@@ -182,32 +173,25 @@ def _devices(facts: dict[str, Any]) -> str:
     return f"{facts['count']} x {facts['kind']} in {count} process{'es' if count > 1 else ''}"
 
 
-def _check_text(part: Part) -> None:
-    record = read_manifest(str(part.folder)) or {}
-    for each in record.get("data", ()):
-        path = each.get("file")
-        if path not in part.config.data.train:
+def _check_text(segment: Segment) -> None:
+    manifest = read_manifest(str(segment.folder)) or {}
+    for source in manifest.get("data", ()):
+        path = source.get("file")
+        if path not in segment.config.data.train:
             continue
-        if hashlib.sha256(storage.read_bytes(path)).hexdigest() != each["sha256"]:
+        if hashlib.sha256(storage.read_bytes(path)).hexdigest() != source["sha256"]:
             raise CheckpointError(
-                f"{path} is not the text that {part.folder} was trained on; the file of SHA-256 "
-                f"{each['sha256'][:12]} would work."
+                f"{path} is not the text that {segment.folder} was trained on; the file of SHA-256 "
+                f"{source['sha256'][:12]} would work."
             )
 
 
-def _config(part: Part, folder: Path) -> RunConfig:
-    """The part's config, without what is no part of its arithmetic."""
-    config = part.config
-    return dataclasses.replace(
-        config,
-        folder=str(folder),
-        data=dataclasses.replace(
-            config.data,
-            validation=(),
-            validation_dataset="",
-            tokenizer=str(part.folder / "tokenizer.model"),
-        ),
-        train=dataclasses.replace(
-            config.train, tensorboard=False, wandb="", profile=(), eval_every=0
-        ),
+def _replay_config(segment: Segment, folder: Path) -> RunConfig:
+    """The segment's config in another folder, without what does not affect the numbers."""
+    config = segment.config
+    tokenizer = str(segment.folder / "tokenizer.model")
+    data = dataclasses.replace(
+        config.data, validation=(), validation_dataset="", tokenizer=tokenizer
     )
+    train = dataclasses.replace(config.train, tensorboard=False, wandb="", profile=(), eval_every=0)
+    return dataclasses.replace(config, folder=str(folder), data=data, train=train)

@@ -1,10 +1,10 @@
-"""The data of a run, as its config names it, and the check that a resumed run has the same."""
+"""The data of a run, and the check that a resumed run has the same."""
 
 import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from grok.config import DataConfig, RunConfig
+from grok.config import RunConfig
 from grok.data.batch_schedule import Batch, BatchSchedule
 from grok.data.dataset import TokenDataset
 from grok.data.device_feed import StreamBatches, StreamValidation, TrainBatches
@@ -16,11 +16,11 @@ from grok.errors import CheckpointError, DataError
 
 
 class RunData(NamedTuple):
-    """What a run reads.
+    """The data of a run.
 
-    train: batches by step; validation: the batches of a pass, None without one; num_bytes: UTF-8
-    bytes of what is predicted in it, None without one; hashes: path and manifest hash of
-    every prepared dataset that is trained on, in order.
+    train: batches by step. validation: the batches of a pass, and num_bytes: the UTF-8 bytes that
+    it predicts; None without validation data. hashes: path and manifest hash of each prepared
+    dataset that is trained on, in order.
     """
 
     train: TrainBatches
@@ -30,7 +30,8 @@ class RunData(NamedTuple):
 
 
 def read_data(config: RunConfig) -> RunData:
-    """Opens what the config names; DataError when it is missing, or not for its tokenizer."""
+    """Opens the data that the config names. Raises DataError when it is missing, or was prepared
+    for another tokenizer."""
     data, vocab_size = config.data, config.model.vocab_size
     if not data.train and not data.datasets:
         raise DataError(
@@ -40,18 +41,19 @@ def read_data(config: RunConfig) -> RunData:
     if not data.tokenizer:
         raise DataError("data.tokenizer names no SentencePiece model; set it to a .model file.")
     tokenizer = load_tokenizer(data.tokenizer)
-    shapes = BatchSchedule(data.sequence_length, data.batch_size, data.shapes()[1:])
-    shape = {"sequence_length": data.sequence_length, "batch_size": data.batch_size}
+    schedule = BatchSchedule(data.sequence_length, data.batch_size, data.shapes()[1:])
     train: TrainBatches
+    hashes = []
     if data.datasets:
-        datasets = {each.path: open_dataset(each.path, config) for each in data.datasets}
-        hashes = [{"path": path, "hash": prepared.hash} for path, prepared in datasets.items()]
-        mixture = mixture_of(data, shapes)
-        train = PackedBatches(datasets, mixture, shapes, seed=data.seed, packing=data.packing)
+        datasets = {dataset.path: open_dataset(dataset.path, config) for dataset in data.datasets}
+        hashes = [{"path": path, "hash": dataset.hash} for path, dataset in datasets.items()]
+        changes = [(schedule.first_row(m.from_step), m.weights) for m in data.mixture_schedule]
+        mixture = Mixture([dataset.weight for dataset in data.datasets], changes)
+        train = PackedBatches(datasets, mixture, schedule, seed=data.seed, packing=data.packing)
     else:
-        hashes = []
         stream = read_stream(data.train, tokenizer, vocab_size)
-        train = StreamBatches(stream, shapes, seed=data.seed)
+        train = StreamBatches(stream, schedule, seed=data.seed)
+    shape = {"sequence_length": data.sequence_length, "batch_size": data.batch_size}
     if data.validation_dataset:
         packed = PackedValidation(open_dataset(data.validation_dataset, config), **shape)
         return RunData(train, packed, packed.num_bytes(token_bytes(tokenizer)), hashes)
@@ -62,41 +64,39 @@ def read_data(config: RunConfig) -> RunData:
 
 
 def open_dataset(path: str, config: RunConfig) -> TokenDataset:
-    """A prepared dataset, after checking that it was made with the run's tokenizer."""
-    prepared = TokenDataset(path)
-    made_with, tokenizer = prepared.manifest["tokenizer"], config.data.tokenizer
-    hash_ours = hashlib.sha256(read_bytes(tokenizer, "tokenizer file")).hexdigest()
-    if made_with["sha256"] != hash_ours:
+    """Opens a prepared dataset. Raises DataError when it was made with another tokenizer than the
+    run's, or one of more tokens than the model has."""
+    dataset = TokenDataset(path)
+    stored, tokenizer = dataset.manifest["tokenizer"], config.data.tokenizer
+    sha256 = hashlib.sha256(read_bytes(tokenizer, "tokenizer file")).hexdigest()
+    if stored["sha256"] != sha256:
         raise DataError(
-            f"dataset {path} was prepared with a tokenizer of SHA-256 {made_with['sha256'][:12]}, "
-            f"and data.tokenizer={tokenizer} has {hash_ours[:12]}; the same tokenizer would work."
+            f"dataset {path} was prepared with a tokenizer of SHA-256 {stored['sha256'][:12]}, "
+            f"and data.tokenizer={tokenizer} has {sha256[:12]}; the same tokenizer would work."
         )
-    size, ours = made_with["vocab_size"], config.model.vocab_size
-    if size > ours:
+    if stored["vocab_size"] > config.model.vocab_size:
         raise DataError(
-            f"dataset {path} may have tokens up to {size - 1}, but model.vocab_size={ours}; "
-            f"model.vocab_size={size} would work."
+            f"dataset {path} may have tokens up to {stored['vocab_size'] - 1}, but "
+            f"model.vocab_size={config.model.vocab_size}; model.vocab_size={stored['vocab_size']} "
+            "would work."
         )
-    return prepared
+    return dataset
 
 
-def mixture_of(data: DataConfig, shapes: BatchSchedule) -> Mixture:
-    """The mixture of the config's datasets, by row of the run."""
-    changes = [(shapes.first_row(each.from_step), each.weights) for each in data.mixture_schedule]
-    return Mixture([each.weight for each in data.datasets], changes)
-
-
-def check_unchanged(stored: list[dict[str, str]], hashes: list[dict[str, str]], where: str) -> None:
-    """Refuse, as CheckpointError, to go on from the checkpoint `where` on other prepared datasets
+def check_unchanged(
+    stored: list[dict[str, str]], hashes: list[dict[str, str]], checkpoint: str
+) -> None:
+    """Raises CheckpointError when a run would resume from `checkpoint` on other prepared datasets
     than it was trained on; a dataset may have moved."""
-    if [each["hash"] for each in stored] != [each["hash"] for each in hashes]:
+    if [dataset["hash"] for dataset in stored] != [dataset["hash"] for dataset in hashes]:
         raise CheckpointError(
-            f"{where} was trained on {_names(stored)}, and the config now names {_names(hashes)}; "
-            "the same data, or data.allow_data_change=true to continue with the new, would work."
+            f"{checkpoint} was trained on {_names(stored)}, and the config now names "
+            f"{_names(hashes)}; the same data, or data.allow_data_change=true to continue with the "
+            "new, would work."
         )
 
 
 def _names(hashes: list[dict[str, str]]) -> str:
     """`data/a (manifest 0123456789ab) and ...` for messages."""
-    named = [f"{each['path']} (manifest {each['hash'][:12]})" for each in hashes]
-    return " and ".join(named) or "no prepared datasets"
+    names = [f"{dataset['path']} (manifest {dataset['hash'][:12]})" for dataset in hashes]
+    return " and ".join(names) or "no prepared datasets"

@@ -1,4 +1,4 @@
-"""Everything a step changes: step number, parameters, the optimizer's moments, and what watches."""
+"""The state that a step changes: step number, parameters, optimizer moments, guard, average."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from grok.train.bad_steps import Guard, init_guard
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """What is saved and restored; a plain pytree, donated from step to step."""
+    """The state of a run between steps, saved and restored; a pytree, donated from step to step."""
 
     step: jax.Array  # int32 scalar: steps done, bad ones among them
     model: Grok
@@ -35,26 +35,23 @@ def init_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     model: Grok | None = None,
-):
-    """A fresh TrainState, every array made on the devices that hold it.
+) -> TrainState:
+    """Returns a fresh TrainState, every array made on the devices that hold it.
 
-    Its parameters are those of `model`, which is given up to it, or else drawn from the seed, and
-    fresh adapters where the config has some.
+    Its parameters are those of `model`, which is donated, or else drawn from the seed; adapters,
+    if the config has some, are new.
     """
     make = _make(config, optimizer)
-    wanted = abstract_state(config, optimizer, mesh)
-    placements = jax.tree.map(lambda leaf: leaf.sharding, wanted)
-    compiled = functools.partial(
-        jax.jit, out_shardings=placements, compiler_options=quick_to_compile()
-    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+    jit = functools.partial(jax.jit, out_shardings=shardings, compiler_options=quick_to_compile())
     with jax.set_mesh(mesh):
-        if model is None:
-            return compiled(make)()
-        return compiled(make, donate_argnums=0)(model)
+        return jit(make)() if model is None else jit(make, donate_argnums=0)(model)
 
 
-def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
-    """Shapes, types and placements of `init_state`'s result, with nothing computed."""
+def abstract_state(
+    config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`'s result, with nothing computed."""
     state = sharding.abstract_arrays(_make(config, optimizer), mesh)
     if config.optimizer.offload:
         state.opt_state = placed_on_host(state.opt_state)
@@ -65,12 +62,10 @@ def start_state(
     config: RunConfig, optimizer: optax.GradientTransformation, model: Grok
 ) -> TrainState:
     """The state of a run that starts from `model`; traced, or on arrays."""
-    trained, _ = partition(model, trainable(config))
-    params = as_float32(trained)
-    # Not the parameters themselves: a step could not be given the same array twice.
+    params = as_float32(partition(model, trainable(config))[0])
+    # A copy: a step cannot be given the same array twice.
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
-    step = jnp.zeros((), jnp.int32)
-    return TrainState(step, model, optimizer.init(params), init_guard(), ema)
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(params), init_guard(), ema)
 
 
 def _make(config: RunConfig, optimizer: optax.GradientTransformation):
@@ -85,5 +80,5 @@ def _make(config: RunConfig, optimizer: optax.GradientTransformation):
 
 
 def as_float32(tree):
-    """The tree in float32: moments are made in it whatever the parameters' type."""
+    """The tree in float32, which moments are computed in whatever the parameters' type."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

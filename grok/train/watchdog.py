@@ -1,4 +1,4 @@
-"""Notices that a run hangs, says where, and ends it so that it can be started again."""
+"""The watchdog: ends a run that hangs, after printing where, so that it can be started again."""
 
 import faulthandler
 import sys
@@ -12,25 +12,25 @@ from grok.storage import is_remote
 
 
 class Watchdog:
-    """Ends the process with RESTART when there is no sign of life for `seconds` (0: never).
+    """Ends the process with RESTART when no heartbeat comes for `seconds` (0: never).
 
-    It looks away until the first sign, and after `pause` until the next: what compiles takes as
-    long as it takes. Before the end, the stacks of all threads go to stderr and, where the run's
+    It is paused until the first heartbeat, and from `pause` to the next, since compilation takes as
+    long as it takes. Before the end, the stacks of all threads go to stderr and, if the run's
     folder is on this machine, to `stacks-PROCESS.txt` in it.
     """
 
     def __init__(self, seconds: int, folder: str):
         self._seconds, self._folder = seconds, folder
-        self._step, self._last = 0, float("inf")
-        self._over = threading.Event()
+        self._step, self._last_heartbeat = 0, float("inf")
+        self._stopped = threading.Event()
 
     def heartbeat(self, step: int) -> None:
-        """A sign of life: `step` is done, or something that belongs to it."""
-        self._step, self._last = step, time.monotonic()
+        """Reports that `step` is done."""
+        self._step, self._last_heartbeat = step, time.monotonic()
 
     def pause(self) -> None:
-        """Looks away until the next sign of life."""
-        self._last = float("inf")
+        """Stops watching until the next heartbeat."""
+        self._last_heartbeat = float("inf")
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
@@ -38,19 +38,18 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopped.set()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1, self._seconds / 4)):
-            if time.monotonic() - self._last > self._seconds:
+        while not self._stopped.wait(min(1, self._seconds / 4)):
+            if time.monotonic() - self._last_heartbeat > self._seconds:
                 self._abort()
 
     def _abort(self) -> None:
         faulthandler.dump_traceback(sys.stderr)
         if not is_remote(self._folder):
-            with (Path(self._folder) / f"stacks-{distributed.process_index()}.txt").open(
-                "w"
-            ) as file:
+            stacks = Path(self._folder) / f"stacks-{distributed.process_index()}.txt"
+            with stacks.open("w") as file:
                 faulthandler.dump_traceback(file)
         distributed.abort(
             RESTART,

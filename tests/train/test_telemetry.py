@@ -17,7 +17,7 @@ from grok.config import RunConfig
 from grok.config.load import to_dict
 from grok.errors import DONE, CheckpointError
 from grok.train.loop import run_training
-from grok.train.replay import Compared, Part, find_part, replay
+from grok.train.replay import Comparison, Segment, find_segment, replay
 from grok.train.telemetry import goodput
 from grok.train.telemetry.event_log import read_events
 from grok.train.telemetry.metrics_file import read_metrics
@@ -108,19 +108,19 @@ def test_a_profile_of_the_steps_is_there(finished: RunConfig):
 
 
 def test_a_part_done_again_is_equal_to_the_last_bit(finished: RunConfig, copied: Path):
-    compared = replay(find_part(copied, 4, None))
-    assert {each.step for each in compared} == {5, 6}
-    assert {"loss", "grad_norm"} <= {each.name for each in compared}
-    assert all(each.equal for each in compared)
+    comparisons = replay(find_segment(copied, 4, None))
+    assert {comparison.step for comparison in comparisons} == {5, 6}
+    assert {"loss", "grad_norm"} <= {comparison.name for comparison in comparisons}
+    assert all(comparison.equal for comparison in comparisons)
     assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["4", "6"]
 
 
 @pytest.mark.parametrize(("flip", "code"), [(False, 0), (True, 1)])
 def test_the_verdict_is_an_exit_code(finished: RunConfig, monkeypatch, flip, code):
-    def repeated(part: Part) -> list[Compared]:
-        norm = part.logged[0]["grad_norm"]
+    def repeated(segment: Segment) -> list[Comparison]:
+        norm = segment.logged[0]["grad_norm"]
         again = norm * (1 + 2**-22) if flip else norm
-        return [Compared(5, "loss", 2.0, 2.0), Compared(5, "grad_norm", norm, again)]
+        return [Comparison(5, "loss", 2.0, 2.0), Comparison(5, "grad_norm", norm, again)]
 
     monkeypatch.setattr("grok.train.replay.replay", repeated)
     result = CliRunner().invoke(main, ["replay", finished.folder, "--from", "4", "--steps", "1"])
@@ -132,10 +132,10 @@ def test_the_verdict_is_an_exit_code(finished: RunConfig, monkeypatch, flip, cod
 
 
 def test_numbers_are_compared_as_bits():
-    assert Compared(1, "loss", math.nan, math.nan).equal
-    assert not Compared(1, "loss", 1.0, math.nan).equal
-    assert Compared(1, "loss", 0.1, float(np.float32(0.1))).equal
-    assert not Compared(1, "loss", 1.0, 1.0 + 2**-23).equal
+    assert Comparison(1, "loss", math.nan, math.nan).equal
+    assert not Comparison(1, "loss", 1.0, math.nan).equal
+    assert Comparison(1, "loss", 0.1, float(np.float32(0.1))).equal
+    assert not Comparison(1, "loss", 1.0, 1.0 + 2**-23).equal
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_numbers_are_compared_as_bits():
 )
 def test_a_part_that_is_not_there_is_refused(finished: RunConfig, first, steps, problem):
     with pytest.raises(CheckpointError, match=problem):
-        find_part(Path(finished.folder), first, steps)
+        find_segment(Path(finished.folder), first, steps)
 
 
 def test_a_part_ends_where_another_config_or_other_devices_took_over(copied: Path):
@@ -158,11 +158,14 @@ def test_a_part_ends_where_another_config_or_other_devices_took_over(copied: Pat
     record["config"] = {**record["config"], "folder": "elsewhere"}
     record["starts"].append(longer)
     path.write_text(json.dumps(record))
-    part = find_part(copied, 0, None)
-    assert (part.last, part.config.folder) == (4, record["starts"][1]["config_before"]["folder"])
-    assert find_part(copied, 4, None).config.folder == "elsewhere"
+    segment = find_segment(copied, 0, None)
+    assert (segment.last, segment.config.folder) == (
+        4,
+        record["starts"][1]["config_before"]["folder"],
+    )
+    assert find_segment(copied, 4, None).config.folder == "elsewhere"
     with pytest.raises(CheckpointError, match=r"one config and devices from 1 to 5"):
-        find_part(copied, 0, 5)
+        find_segment(copied, 0, 5)
 
 
 def test_other_devices_and_other_text_are_refused(copied: Path):
@@ -172,16 +175,16 @@ def test_other_devices_and_other_text_are_refused(copied: Path):
     text["sha256"] = "0" * 64
     path.write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=r"is not the text that"):
-        replay(find_part(copied, 4, None))
+        replay(find_segment(copied, 4, None))
     record["starts"][0]["devices"]["count"] = 4
     path.write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=r"ran on 4 x cpu .*, and here are 8 x cpu"):
-        replay(find_part(copied, 4, None))
+        replay(find_segment(copied, 4, None))
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"is no folder of a run on this machine"):
-        find_part(tmp_path, None, None)
+        find_segment(tmp_path, None, None)
 
 
 def test_the_report_of_the_run_is_one_page_and_a_picture(copied: Path):

@@ -1,4 +1,4 @@
-"""`run.json`: what a stranger needs to audit a run, kept up to date while it goes on.
+"""`run.json`: the facts that an audit of a run needs, kept up to date while it goes on.
 
 id            of this run, made at its first start
 config        as of the last start
@@ -6,7 +6,7 @@ data          each prepared dataset with the SHA-256 of its manifest, each text 
               tokenizer with that of their bytes
 starts        one entry for each process (the first of its hosts) that worked on the run: when it
               `began` and `ended`, the steps it went on from and came to, its exit code (null:
-              killed, or still going), code, packages, devices, mesh, config if it was another
+              killed, or still running), code, packages, devices, mesh, config if it was another
 checkpoints   every one that was written, by step: number of files, bytes, and a SHA-256 over
               names, sizes, and contents of files up to a mebibyte, where Orbax keeps its indices
 """
@@ -18,6 +18,7 @@ import json
 import platform
 import secrets
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +38,24 @@ SMALL_FILE = 2**20
 
 
 class RunManifest:
-    """The `run.json` in a run's folder, here or at gs://; without a folder nothing is written."""
+    """The `run.json` in a run's folder, here or at gs://."""
 
-    def __init__(self, folder: str | None, config: RunConfig, mesh: Mesh, data: RunData):
-        """Takes up what earlier processes wrote; `resumed` writes the entry of this one."""
+    def __init__(self, folder: str, config: RunConfig, mesh: Mesh, data: RunData):
+        """Reads what earlier processes wrote; `resumed` writes the entry of this one."""
         self._folder = folder
-        if folder is None:
-            return
         self._facts = read_manifest(folder) or {"id": secrets.token_hex(4), "starts": []}
         checkpoints = self._facts.get("checkpoints", {})
-        before = self._facts.get("config")
+        config_before = self._facts.get("config")
         self._facts["config"] = to_dict(config)
         self._facts["data"] = describe_data(config, data)
         self._facts["checkpoints"] = checkpoints
-        self._start: dict[str, Any] = {"began": _now(), "ended": None}
-        self._start |= {"first_step": None, "last_step": None, "exit_code": None}
-        self._start |= describe_program() | describe_devices(mesh)
-        if before not in (None, self._facts["config"]):
-            self._start["config_before"] = before
-        self._facts["starts"].append(self._start)
+        self._process: dict[str, Any] = {"began": _now(), "ended": None}
+        self._process |= {"first_step": None, "last_step": None, "exit_code": None}
+        self._process |= describe_program()
+        self._process |= {"devices": device_facts(mesh.devices.flat), "mesh": dict(mesh.shape)}
+        if config_before not in (None, self._facts["config"]):
+            self._process["config_before"] = config_before
+        self._facts["starts"].append(self._process)
 
     @property
     def run_id(self) -> str:
@@ -64,37 +64,34 @@ class RunManifest:
 
     def resumed(self, step: int) -> None:
         """Records that this process resumes after `step`."""
-        if self._folder is not None:
-            self._start["first_step"] = self._start["last_step"] = step
-            self._write()
+        self._process["first_step"] = self._process["last_step"] = step
+        self._write()
 
     def saved(self, step: int) -> None:
-        """A save of `step` has begun; those before it are whole by now."""
-        if self._folder is not None:
-            self._start["last_step"] = step
-            self._note_checkpoints(before=step)
-            self._write()
+        """Records that a save of `step` has begun; those before it are complete."""
+        self._process["last_step"] = step
+        self._add_checkpoints(before=step)
+        self._write()
 
     def ended(self, step: int, code: int) -> None:
-        """This process ends after `step`, all saves written, with exit code `code`."""
-        if self._folder is not None:
-            self._start |= {"ended": _now(), "last_step": step, "exit_code": code}
-            self._note_checkpoints(before=None)
-            self._write()
+        """Records that this process ends after `step`, all saves complete, with exit `code`."""
+        self._process |= {"ended": _now(), "last_step": step, "exit_code": code}
+        self._add_checkpoints(before=None)
+        self._write()
 
-    def _note_checkpoints(self, before: int | None) -> None:
-        """Records the checkpoints that are not yet."""
-        folder = storage.join(self._folder or "", "checkpoints")
-        known = self._facts["checkpoints"]
+    def _add_checkpoints(self, before: int | None) -> None:
+        """Adds the complete checkpoints that are not listed yet."""
+        folder = storage.join(self._folder, "checkpoints")
+        checkpoints = self._facts["checkpoints"]
         for name in storage.list_files(folder) if storage.exists(folder) else ():
-            due = name.isdecimal() and (before is None or int(name) < before)
-            if due and name not in known:
-                known[name] = describe_checkpoint(storage.join(folder, name))
-        self._facts["checkpoints"] = dict(sorted(known.items(), key=lambda item: int(item[0])))
+            complete = name.isdecimal() and (before is None or int(name) < before)
+            if complete and name not in checkpoints:
+                checkpoints[name] = describe_checkpoint(storage.join(folder, name))
+        self._facts["checkpoints"] = dict(sorted(checkpoints.items(), key=lambda c: int(c[0])))
 
     def _write(self) -> None:
         text = json.dumps(self._facts, indent=1) + "\n"
-        storage.write_bytes(storage.join(self._folder or "", "run.json"), text.encode())
+        storage.write_bytes(storage.join(self._folder, "run.json"), text.encode())
 
 
 def read_manifest(folder: str) -> dict[str, Any] | None:
@@ -141,33 +138,28 @@ def code_version() -> dict[str, Any]:
     return {"commit": commit.strip(), "dirty": bool(status)}
 
 
-def describe_devices(mesh: Mesh) -> dict[str, Any]:
-    """What the run's arrays live on."""
-    device = mesh.devices.flat[0]
+def device_facts(devices: Iterable[jax.Device]) -> dict[str, Any]:
+    """Kind, platform and number of the devices and of the processes that they belong to."""
+    devices = list(devices)
     return {
-        "devices": {
-            "kind": device.device_kind,
-            "platform": device.platform,
-            "count": mesh.devices.size,
-            "processes": jax.process_count(),
-        },
-        "mesh": dict(mesh.shape),
+        "kind": devices[0].device_kind,
+        "platform": devices[0].platform,
+        "count": len(devices),
+        "processes": jax.process_count(),
     }
 
 
 def describe_data(config: RunConfig, data: RunData) -> list[dict[str, str]]:
-    """What is trained and validated on, and the tokenizer, with hashes."""
+    """The training and validation data and the tokenizer, with hashes."""
     files = (*config.data.train, *config.data.validation, config.data.tokenizer)
-    hashes = [{"dataset": each["path"], "manifest": each["hash"]} for each in data.hashes]
-    for path in files:
-        hashes.append(
-            {"file": path, "sha256": hashlib.sha256(storage.read_bytes(path)).hexdigest()}
-        )
-    return hashes
+    return [{"dataset": d["path"], "manifest": d["hash"]} for d in data.hashes] + [
+        {"file": path, "sha256": hashlib.sha256(storage.read_bytes(path)).hexdigest()}
+        for path in files
+    ]
 
 
 def describe_checkpoint(folder: str) -> dict[str, Any]:
-    """Size and hash of a checkpoint, read in a moment whatever its size."""
+    """Size and hash of a checkpoint; only its small files are read."""
     files = storage.list_tree(folder)
     digest = hashlib.sha256()
     for name, size in sorted(files.items()):
@@ -185,7 +177,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says; None where it fails or is not installed."""
+    """Output of a git command; None if it fails or git is not installed."""
     try:
         return subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True

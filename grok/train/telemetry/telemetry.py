@@ -82,11 +82,10 @@ class Telemetry:
         self.metrics = exits.enter_context(
             MetricsFile(None if folder is None else folder / "metrics.jsonl", self._step)
         )
-        self._manifest = RunManifest(
-            None if folder is None else config.folder, config, self._mesh, self._data
-        )
+        self._manifest: RunManifest | None = None
         self._trackers: list[Tracker] = []
         if folder is not None:
+            self._manifest = RunManifest(config.folder, config, self._mesh, self._data)
             self._trackers = open_trackers(config, folder, self._manifest.run_id, self._step)
         for tracker in self._trackers:
             exits.callback(tracker.close)
@@ -111,7 +110,8 @@ class Telemetry:
         self.events.note("resumed", step=step)
         self.events.steps_from(step)
         self.rates.take()
-        self._manifest.resumed(step)
+        if self._manifest:
+            self._manifest.resumed(step)
         if step:
             self.metrics.write(step, event="resumed")
 
@@ -169,8 +169,8 @@ class Telemetry:
         """Records that a save of `step` was started."""
         self.events.steps_to(step)
         try:
-            self._manifest.saved(step)
-            if self._run_dir:
+            if self._manifest and self._run_dir:
+                self._manifest.saved(step)
                 self._run_dir.upload()
         except OSError as error:
             # The next save may find it mended, and the checkpoints tell for themselves.
@@ -187,7 +187,8 @@ class Telemetry:
         """Records that the run ends after `step` with exit code `code`; all saves are on disk."""
         self.events.steps_to(step)
         self.events.note("ended", step=step, code=code)
-        self._manifest.ended(step, code)
+        if self._manifest:
+            self._manifest.ended(step, code)
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         self.metrics.write(step, **values)
