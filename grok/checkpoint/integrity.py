@@ -1,8 +1,8 @@
-"""Whether a checkpoint is as it was saved, told from the sizes of its files and its small files.
+"""Detects damaged checkpoints, by the sizes of their files and the content of the small ones.
 
-A list of the files, `files.json`, is the last that a save adds to them. Small ones have their
-checksum in it, so that no bit of what describes the arrays can turn unnoticed; of large ones the
-sizes are compared, which costs no reading.
+A save writes the list of its files, `files.json`, last. Small files have a checksum there, so that
+a flipped bit in any description of the arrays is noticed; of large files, sizes are compared, which
+costs no reading.
 """
 
 import json
@@ -16,30 +16,31 @@ from grok.weights.checksums import ALGORITHM
 from grok.weights.orbax.metadata import COMMITTED
 
 FILES = "files.json"
-# Up to so many bytes a file is compared by its content.
-SMALL = 1 << 20
-# In the name of a local checkpoint that Orbax is writing.
+# Files of at most this many bytes are compared by checksum.
+SMALL_BYTES = 1 << 20
+# Part of the name of a local checkpoint that Orbax is writing.
 UNFINISHED = ".orbax-checkpoint-tmp"
 # Orbax writes the time into it when the checkpoint appears.
 STEP_METADATA = "_CHECKPOINT_METADATA"
-# What describes a checkpoint, for those without a list.
+# Files that every checkpoint has, for those without a list.
 METADATA = ("meta/metadata", "model/_METADATA")
 
 
 def write_list(folder: StrPath) -> None:
-    """Lists the files in `folder`. Raises OSError where it cannot be written."""
-    files = {
-        name: {"bytes": size} | ({ALGORITHM: _checksum(folder, name)} if size <= SMALL else {})
-        for name, size in sorted(storage.list_tree(folder).items())
-        if name != STEP_METADATA
-    }
+    """Writes the list of the files in `folder`. Raises OSError where it cannot be written."""
+    files: dict[str, dict[str, Any]] = {}
+    for name, size in sorted(storage.list_tree(folder).items()):
+        if name != STEP_METADATA:
+            files[name] = {"bytes": size}
+            if size <= SMALL_BYTES:
+                files[name][ALGORITHM] = _checksum(folder, name)
     storage.write_bytes(join(folder, FILES), json.dumps(files).encode())
 
 
-def damage(folder: StrPath) -> str | None:
-    """What is wrong with the checkpoint in `folder`, in a few words; None where nothing is.
+def find_damage(folder: StrPath) -> str | None:
+    """Describes the damage of the checkpoint in `folder` in a few words; None where it has none.
 
-    Raises OSError where it cannot be read, which says nothing of what it holds.
+    Raises OSError where `folder` cannot be read, which is no damage.
     """
     present = storage.list_tree(folder)
     if not present:
@@ -47,37 +48,37 @@ def damage(folder: StrPath) -> str | None:
     if storage.is_remote(folder) and COMMITTED not in present:
         return f"lacks the file {COMMITTED}"
     for name in (STEP_METADATA, *([FILES] if FILES in present else METADATA)):
-        if name not in present or not (found := _object(folder, name)):
+        if name not in present or not (content := _read_object(folder, name)):
             return f"has no readable {name}"
     if FILES not in present:
         return None
     try:
-        problems = (_difference(folder, present, name, was) for name, was in found.items())
+        problems = (_file_damage(folder, present, name, saved) for name, saved in content.items())
         return next((problem for problem in problems if problem), None)
     except (KeyError, TypeError, ValueError):
         return f"has no readable {FILES}"
 
 
 def is_unfinished(folder: str) -> bool:
-    """Whether a save into `folder` was cut off. Raises OSError where it cannot be read."""
+    """Returns True for a save that was cut off. Raises OSError where `folder` cannot be read."""
     name = folder.rpartition("/")[2]
     if not storage.is_remote(folder):
         return UNFINISHED in name
-    # Nothing can be renamed there, so a save is finished by a file of its own, after the list.
+    # Buckets cannot rename, so a save there is finished by a file of its own, after the list.
     return name.isdecimal() and not any(
         storage.exists(join(folder, last)) for last in (COMMITTED, FILES)
     )
 
 
-def _difference(
-    folder: StrPath, present: dict[str, int], name: str, was: dict[str, Any]
+def _file_damage(
+    folder: StrPath, present: dict[str, int], name: str, saved: dict[str, Any]
 ) -> str | None:
-    """How the file `name` differs from what the list says it was."""
+    """The difference between the file `name` and its entry in the list."""
     if name not in present:
         return f"lacks the file {name}"
-    if present[name] != was["bytes"]:
-        return f"has {present[name]:,} bytes in {name}, which was saved with {was['bytes']:,}"
-    if ALGORITHM in was and _checksum(folder, name) != was[ALGORITHM]:
+    if present[name] != saved["bytes"]:
+        return f"has {present[name]:,} bytes in {name}, which was saved with {saved['bytes']:,}"
+    if ALGORITHM in saved and _checksum(folder, name) != saved[ALGORITHM]:
         return f"has other bytes in {name} than were saved"
     return None
 
@@ -86,10 +87,10 @@ def _checksum(folder: StrPath, name: str) -> str:
     return xxhash.xxh3_128_hexdigest(storage.read_bytes(join(folder, name)))
 
 
-def _object(folder: StrPath, name: str) -> dict[str, Any]:
-    """The JSON object in a file; empty where it is none."""
+def _read_object(folder: StrPath, name: str) -> dict[str, Any]:
+    """The JSON object in a file; empty where it has none."""
     try:
-        found = json.loads(storage.read_bytes(join(folder, name)))
+        content = json.loads(storage.read_bytes(join(folder, name)))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay on disk."""
+"""The checkpoints of a run that stay on disk."""
 
 import dataclasses
 import math
@@ -7,21 +7,23 @@ from collections.abc import Collection, Mapping
 
 @dataclasses.dataclass(frozen=True)
 class RetentionPolicy:
-    """The `last` ones, those of every `every`-th step, and the `best` ones by the lowest `metric`;
-    0 for none of a kind. What is kept for one reason need not be for another."""
+    """Retains the `last` checkpoints, every `every`-th step, and the `best` by the lowest `metric`.
+
+    0 means none of a kind. A checkpoint stays if any of the three rules retains it.
+    """
 
     last: int
     every: int = 0
     best: int = 0
     metric: str = "validation_loss"
 
-    def staying(
+    def retained(
         self, steps: Collection[int], metrics: Mapping[int, Mapping[str, float]]
     ) -> set[int]:
-        """Those of `steps` that stay; `metrics` holds what is known of some of them."""
+        """The `steps` that stay; `metrics` holds the metrics of some of them."""
         newest = sorted(steps)[-self.last :]
-        for_ever = [step for step in steps if self.every and step % self.every == 0]
+        permanent = [step for step in steps if self.every and step % self.every == 0]
         values = {step: metrics.get(step, {}).get(self.metric, math.nan) for step in steps}
         ranked = sorted((value, step) for step, value in values.items() if not math.isnan(value))
         best = [step for _, step in ranked[: self.best]]
-        return {*newest, *for_ever, *best}
+        return {*newest, *permanent, *best}

@@ -107,7 +107,7 @@ def open_run(config: RunConfig, replay_to: int | None) -> Run:
     data = read_data(config)
     optimizer = make_optimizer(config)
     step = functools.partial(train_step, config=config, optimizer=optimizer)
-    checkpoints = Checkpoints(join(config.folder, "checkpoints"), keep=retention_policy(config))
+    checkpoints = Checkpoints(join(config.folder, "checkpoints"), retention_policy(config))
     notices: list[str] = []
     first_step = checkpoints.newest_good(notices.append) or 0
     return Run(

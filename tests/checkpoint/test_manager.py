@@ -25,7 +25,7 @@ def model(tiny_run):
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    checkpoints = Checkpoints(folder, keep=RetentionPolicy(2))
+    checkpoints = Checkpoints(folder, RetentionPolicy(2))
     for step in (1, 2, 3):
         checkpoints.save(step, {MODEL: model, OPTIMIZER: {"count": np.int32(step)}}, {"step": step})
     checkpoints.close()
@@ -82,10 +82,10 @@ def test_which_stay():
     loss = {10: 3.0, 20: 1.0, 30: float("nan"), 40: 2.0, 60: 4.0}
     metrics = {step: {"validation_loss": value} for step, value in loss.items()}
     steps = [10, 20, 30, 40, 50, 60]
-    assert RetentionPolicy(2).staying(steps, metrics) == {50, 60}
-    assert RetentionPolicy(1, every=30).staying(steps, metrics) == {30, 60}
-    assert RetentionPolicy(1, best=2).staying(steps, metrics) == {20, 40, 60}
-    assert RetentionPolicy(1, best=2, metric="other").staying(steps, metrics) == {60}
+    assert RetentionPolicy(2).retained(steps, metrics) == {50, 60}
+    assert RetentionPolicy(1, every=30).retained(steps, metrics) == {30, 60}
+    assert RetentionPolicy(1, best=2).retained(steps, metrics) == {20, 40, 60}
+    assert RetentionPolicy(1, best=2, metric="other").retained(steps, metrics) == {60}
 
 
 def tree(step: int) -> dict:
@@ -183,7 +183,7 @@ def test_where_none_is_whole_nothing_begins_anew(copy):
         os.truncate(largest(copy / str(step)), 10)
     for told in ([], ["nothing more"]):
         checkpoints = Checkpoints(copy, RetentionPolicy(3))
-        with pytest.raises(CheckpointError, match="no checkpoint that is whole, only damaged ones"):
+        with pytest.raises(CheckpointError, match="has damaged checkpoints only"):
             checkpoints.newest_good(told.append)
         checkpoints.close()
         assert len(told) in (1, 3)

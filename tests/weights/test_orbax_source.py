@@ -1,6 +1,7 @@
 """Checkpoints of ours, of training runs and of imports, read part by part; and refusals."""
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from grok.storage import remote
 from grok.weights.cast import converted
 from grok.weights.detect import open_source
 from grok.weights.importing.importer import import_weights
+from grok.weights.orbax.metadata import HANDLERS
 from grok.weights.orbax.source import OrbaxSource
 from grok.weights.source import Part, layer_pieces
 from tests.fixtures.random_weights import RandomSource
@@ -55,7 +57,7 @@ def model() -> Grok:
 def trained(tmp_path_factory, model) -> Path:
     """A run's folder with checkpoints of steps 3 and 20, as training saves them."""
     folder = tmp_path_factory.mktemp("trained")
-    checkpoints = Checkpoints(folder / "checkpoints", keep=RetentionPolicy(2))
+    checkpoints = Checkpoints(folder / "checkpoints", RetentionPolicy(2))
     zeros = jax.tree.map(lambda x: x * 0, model)
     for step, tree in ((3, zeros), (20, model)):
         checkpoints.save(step, {MODEL: tree, OPTIMIZER: {"step": 1}}, {"config": to_dict(RUN)})
@@ -314,3 +316,9 @@ def test_unfinished_checkpoints_are_no_checkpoints(tmp_path, copy):
         OrbaxSource(tmp_path / "started")
     with pytest.raises(CheckpointError, match=r"nowhere: cannot be read: No such file"):
         OrbaxSource(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", HANDLERS.values())
+def test_handlers_that_imports_name_are_classes_of_the_installed_orbax(name):
+    module, _, cls = name.rpartition(".")
+    assert isinstance(getattr(importlib.import_module(module), cls), type)
