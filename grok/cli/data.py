@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from grok.data.dataset_stats import DatasetStats
     from grok.data.prepare.job import PrepareProgress
 
-BAR = 40  # characters of the longest bar
+BAR = 40  # characters of the longest bar of a histogram
 MISMATCH = 1  # exit code
 
 
 @click.group()
 def data() -> None:
-    """Make datasets of documents from text, and look at them."""
+    """Train tokenizers, and make and inspect datasets of tokens."""
 
 
 @data.command()
@@ -58,23 +58,23 @@ def _check_tokenizer(file: str, config: str) -> None:
     from grok.config.load import load_config
     from grok.data.tokenizers import load_tokenizer
 
-    found, vocab_size = load_tokenizer(file), load_config(config).model.vocab_size
-    if found.vocab_size > vocab_size:
+    loaded, vocab_size = load_tokenizer(file), load_config(config).model.vocab_size
+    if loaded.vocab_size > vocab_size:
         raise DataError(
-            f"tokenizer {file} has {found.vocab_size} pieces, more than model.vocab_size="
-            f"{vocab_size} of {config}; model.vocab_size={found.vocab_size} would work."
+            f"tokenizer {file} has {loaded.vocab_size} pieces, more than model.vocab_size="
+            f"{vocab_size} of {config}; model.vocab_size={loaded.vocab_size} would work."
         )
-    if found.eos_id < 0:
+    if loaded.eos_id < 0:
         raise DataError(f"tokenizer {file} has no end-of-sequence piece to end documents with.")
-    if found.pad_id not in (0, -1):
+    if loaded.pad_id not in (0, -1):
         raise DataError(
-            f"tokenizer {file} has padding id {found.pad_id}, and the released model's is 0."
+            f"tokenizer {file} has padding id {loaded.pad_id}, and the released model's is 0."
         )
-    unused = vocab_size - found.vocab_size
-    said = f", {unused:,} rows of the model's table are unused" if unused else ""
+    unused = vocab_size - loaded.vocab_size
+    note = f", {unused:,} rows of the model's table are unused" if unused else ""
     click.echo(
-        f"{file} fits {config}: {found.vocab_size:,} pieces, padding {found.pad_id}, begin "
-        f"{found.bos_id}, end {found.eos_id}{said}"
+        f"{file} fits {config}: {loaded.vocab_size:,} pieces, padding {loaded.pad_id}, begin "
+        f"{loaded.bos_id}, end {loaded.eos_id}{note}"
     )
 
 
@@ -96,7 +96,7 @@ def _check_tokenizer(file: str, config: str) -> None:
 @click.option("--licence-field", help="Field to keep as its licence.")
 @click.option("--licence", help="Licence of all sources.")
 @click.option("--prompt-field", help="Supervised: field before, without loss.")
-@click.option("--completion-field", help="Supervised: field that is learnt.")
+@click.option("--completion-field", help="Supervised: field that bears loss.")
 @click.option("--messages-field", help="Supervised: list of objects with role and content.")
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
 @click.option(
@@ -121,8 +121,7 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
     Parquet (a document each record), any of them as .gz or .zst. The bytes written do not depend
     on --workers; after a kill the same command goes on. Bad records go to rejected.jsonl.
     """
-    from grok.data.prepare.job import PrepareOptions
-    from grok.data.prepare.job import prepare_dataset as run
+    from grok.data.prepare.job import PrepareOptions, prepare_dataset
 
     fields = _fields({name: options.pop(f"{name}_field") for name in FIELDS})
     job = PrepareOptions(
@@ -133,7 +132,7 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
         **options,
     )
     with _progress() as on_progress:
-        manifest = run(job, out, on_progress)
+        manifest = prepare_dataset(job, out, on_progress)
     counts = manifest["counts"]
     click.echo(
         f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of {counts['bytes']:,} "
@@ -191,64 +190,76 @@ def _progress() -> Iterator[Callable[["PrepareProgress"], None]]:
 )
 @click.option("--samples", default=2, show_default=True, type=click.IntRange(0), help="To show.")
 @click.option("--tokenizer", metavar="FILE", help="For the samples.  [default: the dataset's]")
-@click.option("--check", "checked", is_flag=True, help="Compare all files with the manifest.")
+@click.option("--check", "verify", is_flag=True, help="Compare all files with the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context
-def inspect(ctx: click.Context, folder, length, samples, tokenizer, checked, as_json) -> None:
-    """Show what the dataset at DIR holds: counts, lengths, packing, samples.
+def inspect(ctx: click.Context, folder, length, samples, tokenizer, verify, as_json) -> None:
+    """Show counts, lengths, packing efficiency and samples of the dataset at DIR.
 
     With --check the exit code is 1 where a file does not match the manifest.
     """
-    from grok.data.dataset_stats import compute_stats as look
+    from grok.data.dataset_stats import compute_stats
 
-    found = look(folder, length, samples, tokenizer, checked)
+    stats = compute_stats(folder, length, samples, tokenizer, verify)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        click.echo(json.dumps(dataclasses.asdict(stats), indent=2))
     else:
-        _print(make_console(), folder, found, checked)
-    ctx.exit(MISMATCH if found.problems else 0)
+        console = make_console()
+        _print_counts(console, folder, stats, verify)
+        _print_histogram(console, stats)
+        _print_samples(console, stats)
+    ctx.exit(MISMATCH if stats.problems else 0)
 
 
-def _print(console: "Console", folder: str, found: "DatasetStats", checked: bool) -> None:
-    manifest, counts = found.manifest, found.manifest["counts"]
-    console.print(folder, style="bold")
-    for label in ("documents", "bytes", "tokens", "loss_tokens", "rejected", "duplicates"):
-        console.print(f"  {label.replace('_', ' '):<12}{counts[label]:,}")
-    console.print(f"  {'tokenizer':<12}{manifest['tokenizer']['vocab_size']:,} pieces")
-    console.print(f"  {'shards':<12}{len(manifest['shards']):,}")
-    console.print(f"  {'hash':<12}{found.hash}")
+def _print_counts(console: "Console", folder: str, stats: "DatasetStats", verified: bool) -> None:
+    manifest, counts = stats.manifest, stats.manifest["counts"]
+    rows = [
+        (name.replace("_", " "), f"{counts[name]:,}")
+        for name in ("documents", "bytes", "tokens", "loss_tokens", "rejected", "duplicates")
+    ]
+    rows.append(("tokenizer", f"{manifest['tokenizer']['vocab_size']:,} pieces"))
+    rows.append(("shards", f"{len(manifest['shards']):,}"))
+    rows.append(("hash", stats.hash))
     for source in manifest["sources"]:
-        of = source["counts"]
         licence = f", {source['licence']}" if source.get("licence") else ""
-        console.print(
-            f"  {'source':<12}{source['name']}: {_plural(source['files'], 'file')}, "
-            f"{of['documents']:,} documents, {of['tokens']:,} tokens{licence}"
-        )
-    console.print(
-        f"  {'packing':<12}at length {found.length}: "
-        f"{found.packing['concat_then_split']:.2%} concat_then_split, "
-        f"{found.packing['best_fit']:.2%} best_fit "
-        f"(which leaves out {found.cut_share:.1%} of tokens)"
+        documents, tokens = source["counts"]["documents"], source["counts"]["tokens"]
+        files = _plural(source["files"], "file")
+        text = f"{source['name']}: {files}, {documents:,} documents, {tokens:,} tokens{licence}"
+        rows.append(("source", text))
+    share = stats.efficiency
+    packing = (
+        f"at length {stats.sequence_length}: {share['concat_then_split']:.2%} with "
+        f"concat_then_split, {share['best_fit']:.2%} with best_fit (which truncates "
+        f"{stats.truncated_share:.1%} of tokens)"
     )
-    if checked:
-        console.print(f"  {'files':<12}{'differ' if found.problems else 'match the manifest'}")
-    for problem in found.problems:
+    rows.append(("packing", packing))
+    if verified:
+        rows.append(("files", "differ" if stats.problems else "match the manifest"))
+    console.print(folder, style="bold")
+    for label, text in rows:
+        console.print(f"  {label:<12}{text}")
+    for problem in stats.problems:
         console.print(f"  {'problem':<12}{problem}", style="red")
+
+
+def _print_histogram(console: "Console", stats: "DatasetStats") -> None:
     table = make_table("length", "documents", "tokens", "", right=3)
     table.columns[-1].justify = "left"
-    most = max(bin.documents for bin in found.histogram)
-    for bin in found.histogram:
+    most = max(bin.documents for bin in stats.histogram)
+    for bin in stats.histogram:
         bar = "█" * -(-BAR * bin.documents // most)
         table.add_row(f"{bin.low}-{bin.high}", f"{bin.documents:,}", f"{bin.tokens:,}", bar)
     console.print()
     console.print(table)
-    for sample in found.samples:
-        learnt = f", {sample.learnt:.0%} learnt" if sample.learnt < 1 else ""
-        console.print(
-            f"\ndocument {sample.document}, {sample.tokens:,} tokens{learnt}", style="bold"
-        )
-        if sample.fields:
-            console.print(f"  {json.dumps(sample.fields, ensure_ascii=False)}")
+
+
+def _print_samples(console: "Console", stats: "DatasetStats") -> None:
+    for sample in stats.samples:
+        loss = f", loss on {sample.loss_share:.0%}" if sample.loss_share < 1 else ""
+        header = f"\ndocument {sample.document}, {sample.tokens:,} tokens{loss}"
+        console.print(header, style="bold")
+        if sample.metadata:
+            console.print(f"  {json.dumps(sample.metadata, ensure_ascii=False)}")
         console.print(f"  {json.dumps(sample.text, ensure_ascii=False)}")
 
 

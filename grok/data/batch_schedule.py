@@ -1,10 +1,10 @@
-"""The shape of every step's batch, and which rows of the data it is made of.
+"""Shape of every step's batch, and the rows of data that it is made of.
 
-Rows are laid out as long as the longest of the run and numbered through it. A batch of shorter rows
-is whole long rows, each cut into equal parts, so that no change of shape loses a token or has one
-twice.
+Rows are packed as long as the longest of the run and numbered through it. A batch of shorter rows
+consists of whole long rows, each split into equal parts, so that no change of shape loses or
+repeats a token.
 
-B rows of a batch, T tokens of a row; R rows laid out, S tokens of each, k = S / T parts of each.
+B rows of a batch, T tokens of a row; R long rows, S tokens of each, k = S / T parts of each.
 """
 
 import bisect
@@ -16,12 +16,12 @@ Batch = dict[str, np.ndarray]
 
 
 class BatchSchedule:
-    """Shapes by step; what may change at a step is B, T, or both."""
+    """Shape of the batch by step; B, T, or both may change at a step."""
 
     def __init__(
         self, sequence_length: int, batch_size: int, changes: Sequence[tuple[int, int, int]] = ()
     ) -> None:
-        """Begin with `batch_size` rows of `sequence_length` tokens, which rows are laid out in.
+        """Starts with `batch_size` rows of `sequence_length` tokens, the length of packed rows.
 
         Each of `changes` is a first step (they increase), and B and T from there on: T divides
         `sequence_length`, and the number of parts divides B.
@@ -29,53 +29,52 @@ class BatchSchedule:
         self.sequence_length = sequence_length
         self._first_steps = [0]
         self._stages = [(0, batch_size, sequence_length)]  # first row, B, T
-        for first_step, rows, length in changes:
-            stage = self.first_row(first_step), rows, length
+        for first_step, batch_rows, length in changes:
+            stage = self.first_row(first_step), batch_rows, length
             self._first_steps.append(first_step)
             self._stages.append(stage)
 
     def shape(self, step: int) -> tuple[int, int]:
         """B and T of the batch of `step`."""
-        _, rows, length = self._stages[self._stage(step)]
-        return rows, length
+        _, batch_rows, length = self._stages[self._stage(step)]
+        return batch_rows, length
 
     def first_row(self, step: int) -> int:
-        """How many laid out rows all batches before `step` are made of."""
+        """Number of long rows in all batches before `step`."""
         stage = self._stage(step)
-        before, rows, length = self._stages[stage]
+        first_row, batch_rows, length = self._stages[stage]
         steps = step - self._first_steps[stage]
-        return before + steps * (rows * length // self.sequence_length)
+        return first_row + steps * (batch_rows * length // self.sequence_length)
 
-    def rows(self, step: int, wanted: slice) -> range:
-        """The laid out rows that hold rows `wanted` of the batch of `step`."""
-        rows, length = self.shape(step)
+    def long_rows(self, step: int, batch_rows: slice) -> range:
+        """The long rows that hold rows `batch_rows` of the batch of `step`."""
+        num_rows, length = self.shape(step)
         parts = self.sequence_length // length
-        start, stop, _ = wanted.indices(rows)
+        start, stop, _ = batch_rows.indices(num_rows)
         first = self.first_row(step)
         return range(first + start // parts, first - (-stop // parts))
 
-    def cut(self, step: int, wanted: slice, whole: Batch) -> Batch:
-        """Rows `wanted` of the batch of `step`, out of `whole`: the rows that `rows` says,
-        [R, S] each."""
-        rows, length = self.shape(step)
+    def split(self, step: int, batch_rows: slice, long: Batch) -> Batch:
+        """Rows `batch_rows` of the batch of `step`, [B, T], out of its `long_rows`, [R, S]."""
+        num_rows, length = self.shape(step)
         parts = self.sequence_length // length
         if parts == 1:
-            return whole
-        start, stop, _ = wanted.indices(rows)
+            return long
+        start, stop, _ = batch_rows.indices(num_rows)
         inside = slice(start % parts, start % parts + stop - start)
-        batch = {name: a.reshape(-1, length)[inside] for name, a in whole.items()}
+        batch = {name: a.reshape(-1, length)[inside] for name, a in long.items()}
         if "segment_ids_BT" in batch:
-            _number_anew(batch)
+            _renumber(batch)
         return batch
 
     def _stage(self, step: int) -> int:
         return bisect.bisect_right(self._first_steps, step) - 1
 
 
-def _number_anew(batch: Batch) -> None:
-    """Segments from 1 in each row, and positions from 0 in the segment that a cut went through."""
+def _renumber(batch: Batch) -> None:
+    """Numbers segments from 1 in each row, and positions from 0 in a segment that was split."""
     segments_BT, positions_BT = batch["segment_ids_BT"], batch["positions_BT"]
     first_B1 = segments_BT[:, :1]
-    goes_on_BT = segments_BT == first_B1
-    batch["positions_BT"] = positions_BT - np.where(goes_on_BT, positions_BT[:, :1], 0)
+    is_split_BT = segments_BT == first_B1
+    batch["positions_BT"] = positions_BT - np.where(is_split_BT, positions_BT[:, :1], 0)
     batch["segment_ids_BT"] = np.where(segments_BT > 0, segments_BT - first_B1 + 1, 0)

@@ -1,10 +1,10 @@
-"""Prepared datasets: documents as records of tokens in ArrayRecord shards, read at random.
+"""Token datasets: documents as records of tokens in ArrayRecord shards, with random access.
 
 `grok data prepare` writes the folder: `manifest.json`, the shards that it names, `lengths.npy`
 (tokens of every document, in order), `sources.jsonl` (every file that was read, with its SHA-256),
 the tokenizer, and `rejected.jsonl` where records were bad. A record is little-endian: uint32 S,
 uint8 flags (bit 0: has a loss mask), S uint32 tokens, S uint8 of mask if it has one, and the
-document's kept fields as JSON.
+document's metadata as JSON.
 
 S tokens of a document, N documents.
 """
@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from grok.data.text_stream import read_bytes
+from grok import storage
 from grok.errors import DataError
 
 HAS_MASK = 1
-_HEAD = struct.Struct("<IB")
+_HEADER = struct.Struct("<IB")
 
 MANIFEST_FILE = "manifest.json"
 LENGTHS_FILE = "lengths.npy"
@@ -32,35 +32,38 @@ FORMAT = "grok documents 1"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Document:
-    """One document: its tokens, which of them bear loss, and what else was kept of it.
+    """One document.
 
-    tokens_S: int32; mask_S: uint8, 1 where a token is to be predicted, or None: all are;
-    fields: of id, language, licence and source (number in the manifest) those that are known.
+    tokens_S: int32; mask_S: uint8, 1 where a token bears loss, or None: all do; metadata: those of
+    id, language, licence and source (number in the manifest) that are known.
     """
 
     tokens_S: np.ndarray
     mask_S: np.ndarray | None
-    fields: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
 
 def encode_document(
-    tokens_S: np.ndarray, mask_S: np.ndarray | None, fields: Mapping[str, Any]
+    tokens_S: np.ndarray, mask_S: np.ndarray | None, metadata: Mapping[str, Any]
 ) -> bytes:
     """The record of a document; its tokens and mask may be of any integer type."""
-    parts = [_HEAD.pack(len(tokens_S), HAS_MASK if mask_S is not None else 0)]
-    parts.append(np.asarray(tokens_S).astype("<u4", copy=False).tobytes())
-    if mask_S is not None:
-        parts.append(np.asarray(mask_S).astype("u1", copy=False).tobytes())
-    parts.append(json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode())
-    return b"".join(parts)
+    header = _HEADER.pack(len(tokens_S), HAS_MASK if mask_S is not None else 0)
+    tokens = np.asarray(tokens_S).astype("<u4", copy=False).tobytes()
+    mask = b"" if mask_S is None else np.asarray(mask_S).astype("u1", copy=False).tobytes()
+    return (
+        header
+        + tokens
+        + mask
+        + json.dumps(metadata, ensure_ascii=False, separators=(",", ":")).encode()
+    )
 
 
 def decode_document(record: bytes) -> Document:
-    """The document of a record; DataError where the bytes are none."""
+    """The document of a record; DataError where the bytes are no record."""
     try:
-        length, flags = _HEAD.unpack_from(record)
-        tokens_S = np.frombuffer(record, "<u4", length, _HEAD.size).astype(np.int32)
-        end, mask_S = _HEAD.size + 4 * length, None
+        length, flags = _HEADER.unpack_from(record)
+        tokens_S = np.frombuffer(record, "<u4", length, _HEADER.size).astype(np.int32)
+        end, mask_S = _HEADER.size + 4 * length, None
         if flags & HAS_MASK:
             mask_S = np.frombuffer(record, np.uint8, length, end)
             end += length
@@ -73,13 +76,13 @@ def decode_document(record: bytes) -> Document:
 
 
 class TokenDataset:
-    """The documents of a prepared dataset, by number; threads may read at once.
+    """The documents of a dataset by number; safe to read from several threads.
 
-    manifest: what `manifest.json` holds; lengths_N: uint32, tokens of each document.
+    manifest: content of `manifest.json`; lengths: uint32 (N,), tokens of each document.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Open what `grok data prepare` wrote; DataError when it is missing or not whole."""
+        """Opens a folder that `grok data prepare` wrote; DataError when a file is damaged."""
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.lengths = self._read_lengths()
@@ -92,12 +95,14 @@ class TokenDataset:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Document:
-        """Document `index`; DataError where its shard cannot be read or has another one."""
+        """Document `index`; DataError where its shard is missing or damaged."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         # Two threads may both open a shard; one of the readers is then dropped.
-        reader = self._readers.get(shard) or self._readers.setdefault(shard, self._open(shard))
+        reader = self._readers.get(shard) or self._readers.setdefault(
+            shard, self._open_shard(shard)
+        )
         try:
             (record,) = reader.read([int(index - self._starts[shard])])
         except (RuntimeError, ValueError, IndexError) as error:
@@ -112,12 +117,12 @@ class TokenDataset:
         return document
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
-        """Travels to other processes as its folder: readers stay here."""
+        """Pickled as its folder: each process opens its own readers."""
         return TokenDataset, (self.folder,)
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the manifest, which names the bytes of everything else."""
+        """SHA-256 of the manifest, which has the hashes of all other files."""
         return manifest_hash(self.manifest)
 
     def _read_lengths(self) -> np.ndarray:
@@ -136,14 +141,14 @@ class TokenDataset:
             )
         return lengths_N
 
-    def _open(self, shard: int) -> Any:
+    def _open_shard(self, shard: int) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader
 
         path = self.folder / self.manifest["shards"][shard]["name"]
         if not path.exists():
             raise DataError(f"shard {path} is missing, and {MANIFEST_FILE} names it.")
         try:
-            # Records are read one by one, in any order: reading ahead would be in vain.
+            # Records are read one by one, in any order: reading ahead would be wasted.
             reader = ArrayRecordReader(
                 str(path), "readahead_buffer_size:0", file_reader_buffer_size=1 << 15
             )
@@ -156,15 +161,15 @@ class TokenDataset:
 
     def _damaged(self, shard: int, reason: object) -> DataError:
         name = self.manifest["shards"][shard]["name"]
-        said = str(reason).strip().split("\n")[0][:200]
+        first_line = str(reason).strip().split("\n")[0][:200]
         return DataError(
-            f"shard {self.folder / name} is damaged ({said}); `grok data inspect --check` compares "
-            f"all shards with the manifest."
+            f"shard {self.folder / name} is damaged ({first_line}); `grok data inspect --check` "
+            f"compares all shards with the manifest."
         )
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a prepared dataset; DataError when `folder` has none that can be read."""
+    """The manifest of a dataset; DataError when `folder` has none that can be read."""
     path = Path(folder) / MANIFEST_FILE
     if not path.exists():
         raise DataError(
@@ -172,7 +177,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             "work."
         )
     try:
-        manifest = json.loads(read_bytes(path, "manifest"))
+        manifest = json.loads(storage.read_bytes(path, DataError))
     except ValueError as error:
         raise DataError(f"manifest {path} is not JSON ({error}).") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

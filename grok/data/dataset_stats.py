@@ -1,4 +1,4 @@
-"""What a prepared dataset holds: counts, lengths, how well they pack, and some of its text.
+"""Statistics of a token dataset: counts, lengths, packing efficiency, and samples of its text.
 
 N documents, S tokens of a document.
 """
@@ -19,7 +19,7 @@ SAMPLE_TOKENS = 60
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LengthBin:
-    """Documents of `low` to `high` tokens, and the tokens that they have together."""
+    """Documents of `low` to `high` tokens, and the sum of their tokens."""
 
     low: int
     high: int
@@ -29,60 +29,64 @@ class LengthBin:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DocumentSample:
-    """The beginning of a document; learnt: share of its tokens that bear loss."""
+    """The beginning of a document; loss_share: share of its tokens that bear loss."""
 
     document: int
     tokens: int
-    learnt: float
-    fields: dict[str, Any]
+    loss_share: float
+    metadata: dict[str, Any]
     text: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetStats:
-    """What `grok data inspect` shows.
+    """Output of `grok data inspect`.
 
-    packing: share of places that hold a token, by form; cut_share: of tokens that "best_fit" leaves
-    out; problems: a sentence for each file unlike the manifest, empty where it was not asked for.
+    efficiency: share of positions that hold a token, by packing; truncated_share: share of the
+    tokens that best_fit leaves out; problems: a sentence for each file that differs from the
+    manifest, empty where they were not compared.
     """
 
     hash: str
     manifest: dict[str, Any]
     histogram: list[LengthBin]
-    length: int
-    packing: dict[str, float]
-    cut_share: float
+    sequence_length: int
+    efficiency: dict[str, float]
+    truncated_share: float
     samples: list[DocumentSample]
     problems: list[str]
 
 
 def compute_stats(
     folder: str | Path,
-    length: int = 2048,
+    sequence_length: int = 2048,
     samples: int = 2,
     tokenizer: str | None = None,
-    checked: bool = False,
+    verify: bool = False,
 ) -> DatasetStats:
-    """Look at a prepared dataset; its own tokenizer decodes where no other is given.
+    """Statistics of the dataset in `folder`, with text of so many samples.
 
-    length: tokens of a row, for the packing; checked: read everything and compare with the
-    manifest. Raises DataError where the folder is no prepared dataset.
+    The dataset's own tokenizer decodes them where no other is given; `verify` reads all files and
+    compares them with the manifest. DataError where the folder is no dataset.
     """
-    problems = verify_dataset(folder) if checked else []
+    problems = verify_dataset(folder) if verify else []
     data = TokenDataset(folder)
-    layouts = {
-        form: make_packer(form, data.lengths, length, "")
-        for form in ("concat_then_split", "best_fit")
+    packers = {
+        packing: make_packer(packing, data.lengths, sequence_length, "")
+        for packing in ("concat_then_split", "best_fit")
     }
-    cut = np.maximum(data.lengths.astype(np.int64) - length - 1, 0).sum()
+    truncated_N = np.maximum(data.lengths.astype(np.int64) - sequence_length - 1, 0)
     return DatasetStats(
         hash=data.hash,
         manifest=data.manifest,
         histogram=length_histogram(data.lengths),
-        length=length,
-        packing={form: packing_efficiency(layout, length) for form, layout in layouts.items()},
-        cut_share=float(cut / data.lengths.sum(dtype=np.int64)),
-        # Documents of a damaged shard may be no documents.
+        sequence_length=sequence_length,
+        efficiency={
+            packing: packing_efficiency(packer, sequence_length)
+            for packing, packer in packers.items()
+        },
+        truncated_share=float(truncated_N.sum() / data.lengths.sum(dtype=np.int64)),
+        # Documents of a damaged shard may not be readable.
         samples=[] if problems else _samples(data, samples, tokenizer),
         problems=problems,
     )
@@ -91,7 +95,6 @@ def compute_stats(
 def length_histogram(lengths_N: np.ndarray) -> list[LengthBin]:
     """Documents by length, in bins that double: 1, 2 to 3, 4 to 7 tokens and so on."""
     exponents_N = np.frexp(lengths_N.astype(np.float64))[1] - 1
-    first, last = int(exponents_N.min()), int(exponents_N.max())
     return [
         LengthBin(
             low=2**exponent,
@@ -99,24 +102,23 @@ def length_histogram(lengths_N: np.ndarray) -> list[LengthBin]:
             documents=int((exponents_N == exponent).sum()),
             tokens=int(lengths_N[exponents_N == exponent].sum(dtype=np.int64)),
         )
-        for exponent in range(first, last + 1)
+        for exponent in range(int(exponents_N.min()), int(exponents_N.max()) + 1)
     ]
 
 
-def _samples(data: TokenDataset, count: int, tokenizer: str | None) -> list[DocumentSample]:
+def _samples(data: TokenDataset, count: int, tokenizer_file: str | None) -> list[DocumentSample]:
     """Documents at even distances, from the first on."""
-    pieces = load_tokenizer(tokenizer or data.folder / TOKENIZER_FILE)
-    found = []
+    tokenizer = load_tokenizer(tokenizer_file or data.folder / TOKENIZER_FILE)
+    samples = []
     for number in range(0, len(data), -(-len(data) // count)) if count else ():
         document = data[number]
-        mask_S = document.mask_S
-        found.append(
+        samples.append(
             DocumentSample(
                 document=number,
                 tokens=len(document.tokens_S),
-                learnt=1.0 if mask_S is None else float(mask_S.mean()),
-                fields=dict(document.fields),
-                text=pieces.decode(document.tokens_S[:SAMPLE_TOKENS].tolist()),
+                loss_share=1.0 if document.mask_S is None else float(document.mask_S.mean()),
+                metadata=dict(document.metadata),
+                text=tokenizer.decode(document.tokens_S[:SAMPLE_TOKENS].tolist()),
             )
         )
-    return found
+    return samples

@@ -1,33 +1,34 @@
-"""Plans of epochs, kept while they are needed, the next one made before it is."""
+"""Cache of what is computed once an epoch, filled for the next epoch in the background."""
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-# The one that goes on, the one before, whose end is in the same batch, and the next.
-KEPT = 3
+# The current epoch, the one before, whose end may be in the same batch, and the next.
+MAX_EPOCHS = 3
 
 
-class EpochCache[Plan]:
-    """What `make` gives for an epoch, made once; threads may ask at once."""
+class EpochCache[Value]:
+    """Values of `compute` by epoch, each computed once; safe to use from several threads."""
 
-    def __init__(self, make: Callable[[int], Plan]) -> None:
-        self._make = make
-        self._plans: dict[int, Future[Plan]] = {}
+    def __init__(self, compute: Callable[[int], Value]) -> None:
+        self._compute = compute
+        self._values: dict[int, Future[Value]] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(1, "epoch")
 
-    def at(self, epoch: int, share: float) -> Plan:
-        """The plan of `epoch`, of which `share` is over; past the middle the next is begun."""
+    def get(self, epoch: int, progress: float) -> Value:
+        """The value of `epoch`, of which a share of `progress` is over; from the middle on, the
+        next epoch's is computed in the background."""
         with self._lock:
-            wanted = self._begin(epoch)
-            if share >= 0.5:
-                self._begin(epoch + 1)
-        return wanted.result()
+            value = self._start(epoch)
+            if progress >= 0.5:
+                self._start(epoch + 1)
+        return value.result()
 
-    def _begin(self, epoch: int) -> Future[Plan]:
-        plan = self._plans.pop(epoch, None) or self._pool.submit(self._make, epoch)
-        self._plans[epoch] = plan
-        if len(self._plans) > KEPT:
-            del self._plans[next(iter(self._plans))]
-        return plan
+    def _start(self, epoch: int) -> Future[Value]:
+        value = self._values.pop(epoch, None) or self._pool.submit(self._compute, epoch)
+        self._values[epoch] = value
+        if len(self._values) > MAX_EPOCHS:
+            del self._values[next(iter(self._values))]
+        return value

@@ -1,4 +1,4 @@
-"""Which dataset each row of a run comes from, by weights that may change on the way.
+"""The dataset that each row of a run comes from, by weights that may change during the run.
 
 D datasets.
 """
@@ -19,28 +19,28 @@ class Mixture:
     def __init__(
         self, weights: Sequence[float], changes: Sequence[tuple[int, Sequence[float]]] = ()
     ) -> None:
-        """Start with `weights`; each of `changes` is a first row and the weights from there on.
+        """Starts with `weights`; each of `changes` is a first row and the weights from there on.
 
         Weights are relative, not negative, and not all zero; first rows increase.
         """
         self._first_rows = [0]
         self._shares = [_shares(weights)]
         self._counts = [[0] * len(weights)]
-        for first_row, changed in changes:
+        for first_row, new_weights in changes:
             counts = self.counts(first_row)
             self._first_rows.append(first_row)
-            self._shares.append(_shares(changed))
+            self._shares.append(_shares(new_weights))
             self._counts.append(counts)
 
     def counts(self, row: int) -> list[int]:
-        """How many of the rows before `row` are of each dataset."""
+        """Number of the rows before `row` from each dataset."""
         stage = bisect.bisect_right(self._first_rows, row) - 1
-        left = row - self._first_rows[stage]
+        rows_left = row - self._first_rows[stage]
         counts = []
         for share, before in zip(self._shares[stage], self._counts[stage], strict=True):
-            taken = _round(left * share)
+            taken = _round(rows_left * share)
             counts.append(before + taken)
-            left -= taken
+            rows_left -= taken
         return counts
 
     def locate(self, row: int) -> tuple[int, int]:
@@ -51,12 +51,12 @@ class Mixture:
 
 
 def _shares(weights: Sequence[float]) -> list[Fraction]:
-    """Each weight over the sum of it and those after it, exactly as the decimals say."""
+    """Each weight over the sum of it and those after it, exact in decimals."""
     exact = [Fraction(repr(weight)) for weight in weights]
-    rest = [sum(exact[d:], Fraction(0)) for d in range(len(exact))]
-    return [w / r if r else Fraction(0) for w, r in zip(exact, rest, strict=True)]
+    sums = [sum(exact[d:], Fraction(0)) for d in range(len(exact))]
+    return [w / total if total else Fraction(0) for w, total in zip(exact, sums, strict=True)]
 
 
 def _round(number: Fraction) -> int:
-    """The nearest whole number, halves upwards: never down where `number` grows."""
+    """The nearest integer, halves upwards, so that it never falls as `number` grows."""
     return (2 * number.numerator + number.denominator) // (2 * number.denominator)

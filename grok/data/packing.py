@@ -1,8 +1,7 @@
-"""Documents into rows: which tokens of which documents a row holds, epoch by epoch.
+"""Packing documents into rows: the tokens of documents that each row holds, epoch by epoch.
 
-A layout is a pure function of the documents' lengths and a key (seed and data), so that any row of
-any epoch can be found without the rows before it. Inside a row a piece of a document is a segment
-of its own.
+A packer is a pure function of the documents' lengths and a key (seed and data), so any row of any
+epoch is found without the rows before it. Each slice of a document is a segment of its row.
 
 N documents, T tokens of a row, R rows of an epoch.
 """
@@ -16,8 +15,8 @@ from grok.data.epoch_cache import EpochCache
 
 
 class DocumentSlice(NamedTuple):
-    """Part of a document in a row: `size` inputs from its token `start` on; targets are the next
-    tokens, where the document has them."""
+    """`size` inputs of a document from its token `start` on; the targets are the next tokens, as
+    far as the document has them."""
 
     document: int
     start: int
@@ -25,37 +24,36 @@ class DocumentSlice(NamedTuple):
 
 
 class RowPacker(Protocol):
-    """Rows of T tokens, without end: row numbers go on from one epoch to the next."""
+    """Rows of T tokens, without end: rows are numbered on from one epoch to the next."""
 
     rows_per_epoch: int
 
-    def pieces(self, row: int) -> list[DocumentSlice]:
-        """What lies in a row, in order; what they leave free is padding."""
+    def slices(self, row: int) -> list[DocumentSlice]:
+        """Content of a row, in order; the rest of the row is padding."""
         ...
 
     def tokens_before(self, row: int) -> int:
-        """Inputs, without padding, of all rows before this one."""
+        """Inputs, without padding, of all rows before `row`."""
         ...
 
 
 def make_packer(packing: str, lengths_N: np.ndarray, sequence_length: int, key: str) -> RowPacker:
     """The packer that data.packing names, for documents of these lengths in tokens."""
-    form = ConcatThenSplit if packing == "concat_then_split" else BestFit
-    return form(lengths_N, sequence_length, key)
+    packer = ConcatThenSplit if packing == "concat_then_split" else BestFit
+    return packer(lengths_N, sequence_length, key)
 
 
-def packing_efficiency(layout: RowPacker, sequence_length: int) -> float:
-    """Share of the places of an epoch's rows that hold a token."""
-    rows = layout.rows_per_epoch
-    return layout.tokens_before(rows) / (rows * sequence_length)
+def packing_efficiency(packer: RowPacker, sequence_length: int) -> float:
+    """Share of the positions of an epoch's rows that hold a token."""
+    rows = packer.rows_per_epoch
+    return packer.tokens_before(rows) / (rows * sequence_length)
 
 
 def permutation(count: int, *key: object) -> np.ndarray:
-    """Order of `count` things, drawn by `key`: int64 (count,).
+    """A random permutation of `count` indices by `key`: int64 (count,).
 
-    Sorted by the raw words of a counter-based generator, but for as many of their low bits as a
-    place takes: both are fixed for good, where NumPy may change how it shuffles from version to
-    version.
+    Sorts the raw words of a counter-based generator, without as many low bits as an index takes.
+    Both are fixed for good, whereas NumPy may change its shuffle from version to version.
     """
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     words = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
@@ -63,9 +61,9 @@ def permutation(count: int, *key: object) -> np.ndarray:
 
 
 def stable_argsort(values_N: np.ndarray) -> np.ndarray:
-    """The stable argsort of whole numbers from 0 to 2**64 / 2**(bits of N): int64 (N,).
+    """The stable argsort of integers from 0 to 2**64 / 2**(bits of N): int64 (N,).
 
-    Sorts the values with their places in the low bits, which takes a fraction of argsort's time.
+    Sorts the values with their indices in the low bits, in a fraction of argsort's time.
     """
     bits = np.uint64(len(values_N).bit_length())
     keys_N = values_N.astype(np.uint64) << bits
@@ -76,15 +74,15 @@ def stable_argsort(values_N: np.ndarray) -> np.ndarray:
 
 
 class ConcatThenSplit:
-    """All documents of an epoch end to end in a new random order, cut every T tokens.
+    """All documents of an epoch end to end in a new random order, split every T tokens.
 
-    A document that does not fit goes on in the next row; that row's first target was the last of
-    the row before, so every token but a document's first is predicted exactly once an epoch. Only
-    the last row of an epoch has padding.
+    A document that does not fit continues in the next row, whose first target was the last of the
+    row before: every token but a document's first is predicted exactly once an epoch. Only the last
+    row of an epoch has padding.
     """
 
     def __init__(self, lengths_N: np.ndarray, sequence_length: int, key: str | None) -> None:
-        """Lay out documents of `lengths_N` tokens in rows of T; without a key, in their order."""
+        """Packs documents of `lengths_N` tokens in rows of T; without a key, in their order."""
         self._lengths_N = lengths_N.astype(np.int64)
         self._sequence_length = sequence_length
         self._key = key
@@ -92,24 +90,24 @@ class ConcatThenSplit:
         self.rows_per_epoch = -(-self._num_tokens // sequence_length)
         self._orders = EpochCache(self._order)
 
-    def pieces(self, row: int) -> list[DocumentSlice]:
-        """What lies in row `row`, counted over all epochs."""
+    def slices(self, row: int) -> list[DocumentSlice]:
+        """Content of row `row`, counted over all epochs."""
         epoch, row = divmod(row, self.rows_per_epoch)
-        order_N, ends_N = self._orders.at(epoch, row / self.rows_per_epoch)
-        place = row * self._sequence_length
-        stop = min(place + self._sequence_length, self._num_tokens)
-        first = np.searchsorted(ends_N, place, side="right")
+        order_N, ends_N = self._orders.get(epoch, row / self.rows_per_epoch)
+        position = row * self._sequence_length
+        stop = min(position + self._sequence_length, self._num_tokens)
+        first = np.searchsorted(ends_N, position, side="right")
         last = np.searchsorted(ends_N, stop, side="left")
-        found = []
+        slices = []
         for document, end in zip(
             order_N[first : last + 1].tolist(), ends_N[first : last + 1].tolist(), strict=True
         ):
-            size = min(end, stop) - place
+            size = min(end, stop) - position
             if size:
-                start = place - (end - int(self._lengths_N[document]))
-                found.append(DocumentSlice(document, start, size))
-            place += size
-        return found
+                start = position - (end - int(self._lengths_N[document]))
+                slices.append(DocumentSlice(document, start, size))
+            position += size
+        return slices
 
     def tokens_before(self, row: int) -> int:
         """Inputs of all rows before row `row`, counted over all epochs."""
@@ -117,7 +115,7 @@ class ConcatThenSplit:
         return epoch * self._num_tokens + row * self._sequence_length
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Documents in the order of an epoch, and where each ends in the row of them all."""
+        """Documents in the order of an epoch, and the token after the end of each."""
         num_documents = len(self._lengths_N)
         if self._key is None:
             order_N = np.arange(num_documents)
@@ -127,21 +125,21 @@ class ConcatThenSplit:
 
 
 class BestFit:
-    """Whole documents only: what is longer than T + 1 tokens loses its end.
+    """Whole documents only: a document longer than T + 1 tokens is truncated.
 
-    A document of n tokens takes n - 1 places, since its last token predicts nothing. Which
-    documents share a row is drawn once; every epoch has these rows in a new random order, so that
-    an epoch's number of rows is always the same.
+    A document of n tokens takes n - 1 positions, since its last token predicts nothing. The
+    documents of a row are chosen once; every epoch has the same rows in a new random order, so that
+    all epochs have equally many rows.
     """
 
     def __init__(self, lengths_N: np.ndarray, sequence_length: int, key: str) -> None:
-        """Lay out documents of `lengths_N` tokens in rows of T."""
+        """Packs documents of `lengths_N` tokens in rows of T."""
         self._sizes_N = np.clip(lengths_N.astype(np.int64) - 1, 0, sequence_length)
         shuffled_N = permutation(len(lengths_N), key, "rows")
         row_N = best_fit_decreasing(self._sizes_N[shuffled_N], sequence_length)
         self._key = key
         self.rows_per_epoch = int(row_N.max(initial=-1)) + 1
-        # Documents by row; those without a place (row -1) come first and are left out.
+        # Documents by row; those in no row (-1) come first and are left out.
         self._documents_N = shuffled_N[stable_argsort(row_N + 1)]
         documents_R = np.bincount(row_N + 1, minlength=self.rows_per_epoch + 1)
         self._starts_R = np.cumsum(documents_R)
@@ -149,17 +147,17 @@ class BestFit:
         self._tokens_R = np.diff(before_N[self._starts_R])
         self._orders = EpochCache(self._order)
 
-    def pieces(self, row: int) -> list[DocumentSlice]:
-        """What lies in row `row`, counted over all epochs."""
+    def slices(self, row: int) -> list[DocumentSlice]:
+        """Content of row `row`, counted over all epochs."""
         epoch, row = divmod(row, self.rows_per_epoch)
-        row = self._orders.at(epoch, row / self.rows_per_epoch)[0][row]
+        row = self._orders.get(epoch, row / self.rows_per_epoch)[0][row]
         documents = self._documents_N[self._starts_R[row] : self._starts_R[row + 1]]
         return [DocumentSlice(int(d), 0, int(self._sizes_N[d])) for d in documents]
 
     def tokens_before(self, row: int) -> int:
         """Inputs, without padding, of all rows before row `row`, counted over all epochs."""
         epoch, row = divmod(row, self.rows_per_epoch)
-        return epoch * int(self._tokens_R.sum()) + int(self._orders.at(epoch, 0)[1][row])
+        return epoch * int(self._tokens_R.sum()) + int(self._orders.get(epoch, 0)[1][row])
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows in the order of an epoch, and the tokens before each."""
@@ -169,14 +167,15 @@ class BestFit:
 
 
 def best_fit_decreasing(sizes_N: np.ndarray, capacity: int) -> np.ndarray:
-    """Row of each of N things of `sizes_N` (0 to `capacity`), int64 (N,); -1 where the size is 0.
+    """Row of each of N items of `sizes_N` (0 to `capacity`), int64 (N,); -1 where the size is 0.
 
-    Best-fit decreasing: the largest first, each into the fullest row that still has room. Things of
-    one size are placed together, as many at a time as there are rows equally full.
+    The largest first, each into the fullest row that still has room (Johnson, "Near-optimal bin
+    packing algorithms", 1973). Items of one size are placed together, as many at a time as there
+    are rows equally full.
     """
     row_N = np.full(len(sizes_N), -1, np.int64)
     num_rows = 0
-    # Rows by the room that they have, as pieces of arrays.
+    # Rows by the room that they have, as chunks of arrays.
     rows_with: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
     num_with = np.zeros(capacity + 1, np.int64)
 
@@ -190,20 +189,20 @@ def best_fit_decreasing(sizes_N: np.ndarray, capacity: int) -> np.ndarray:
     sizes = np.flatnonzero(num_of)[::-1]
     ends = np.cumsum(num_of[sizes])
     for size, end, count in zip(sizes.tolist(), ends.tolist(), num_of[sizes], strict=True):
-        waiting = by_size_N[end - count : end] if size else by_size_N[:0]
-        while len(waiting):
+        unplaced = by_size_N[end - count : end] if size else by_size_N[:0]
+        while len(unplaced):
             fitting = np.flatnonzero(num_with[size:])
             if not len(fitting):
-                needed = -(-len(waiting) // (capacity // size))
+                needed = -(-len(unplaced) // (capacity // size))
                 add(capacity, np.arange(num_rows, num_rows + needed))
                 num_rows += needed
                 continue
             room = size + int(fitting[0])
             rows = rows_with[room].pop()
             num_with[room] -= len(rows)
-            placed = min(len(rows), len(waiting))
-            row_N[waiting[:placed]] = rows[:placed]
+            placed = min(len(rows), len(unplaced))
+            row_N[unplaced[:placed]] = rows[:placed]
             add(room - size, rows[:placed])
             add(room, rows[placed:])
-            waiting = waiting[placed:]
+            unplaced = unplaced[placed:]
     return row_N

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from grok import storage
 from grok.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TokenStream:
-    """Documents in a row, each ended by `eos_id`.
+    """Documents end to end, each ended by `eos_id`.
 
     tokens_S: int32 ids; num_bytes: UTF-8 bytes of the text (eos has none).
     """
@@ -29,22 +30,12 @@ class TokenStream:
     eos_id: int
 
 
-def read_bytes(path: str | Path, what: str) -> bytes:
-    """Bytes of a file; a DataError that says `what` it was to be when it cannot be read."""
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{what} {path} does not exist; the path of one would work.") from None
-    except OSError as error:
-        raise DataError(f"{what} {path} cannot be read: {error.strerror}.") from None
-
-
 def read_text(path: str | Path) -> str:
     """Text of a UTF-8 file, line ends as they are.
 
-    DataError when the file is missing or empty, or where its first byte that is not UTF-8 lies.
+    DataError when the file is missing or empty, or naming its first byte that is not UTF-8.
     """
-    data = read_bytes(path, "text file")
+    data = storage.read_bytes(path, DataError)
     if not data:
         raise DataError(f"text file {path} is empty; one with text would work.")
     try:
@@ -59,17 +50,17 @@ def read_text(path: str | Path) -> str:
 def read_stream(
     paths: Sequence[str | Path], tokenizer: "Tokenizer", vocab_size: int
 ) -> TokenStream:
-    """Tokenise text files, each a document, for a model of `vocab_size` tokens.
+    """Tokenizes text files, a document each, for a model of `vocab_size` tokens.
 
     DataError when there are no files, a file cannot be read, the tokenizer has no end-of-sequence
-    piece, or a token is not below `vocab_size`.
+    token, or a token is not below `vocab_size`.
     """
     if not paths:
         raise DataError("no text files were given (data.train, data.validation); one would work.")
     if tokenizer.eos_id < 0:
         raise DataError(
-            "the tokenizer has no end-of-sequence piece to end documents with; one trained by "
-            "`grok.data.tokenizers.sentencepiece.train_tokenizer` would work."
+            "the tokenizer has no end-of-sequence token to end documents with; one that `grok data "
+            "tokenizer` trained would work."
         )
     documents, num_bytes = [], 0
     for path in paths:
@@ -88,5 +79,5 @@ def read_stream(
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Summed loss of a text in nats, as bits per UTF-8 byte: free of the tokenizer's choices."""
+    """Summed loss of a text in nats, as bits per UTF-8 byte: comparable across tokenizers."""
     return nats / math.log(2) / num_bytes

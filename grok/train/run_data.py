@@ -4,13 +4,15 @@ import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from grok import storage
 from grok.config import RunConfig
 from grok.data.batch_schedule import Batch, BatchSchedule
 from grok.data.dataset import TokenDataset
-from grok.data.device_feed import StreamBatches, StreamValidation, TrainBatches
+from grok.data.device_feed import TrainBatches
 from grok.data.mixture import Mixture
 from grok.data.packed_batches import PackedBatches, PackedValidation
-from grok.data.text_stream import read_bytes, read_stream
+from grok.data.stream_batches import StreamBatches, StreamValidation
+from grok.data.text_stream import read_stream
 from grok.data.tokenizers import load_tokenizer, token_bytes
 from grok.errors import CheckpointError, DataError
 
@@ -68,7 +70,7 @@ def open_dataset(path: str, config: RunConfig) -> TokenDataset:
     run's, or one of more tokens than the model has."""
     dataset = TokenDataset(path)
     stored, tokenizer = dataset.manifest["tokenizer"], config.data.tokenizer
-    sha256 = hashlib.sha256(read_bytes(tokenizer, "tokenizer file")).hexdigest()
+    sha256 = hashlib.sha256(storage.read_bytes(tokenizer, DataError)).hexdigest()
     if stored["sha256"] != sha256:
         raise DataError(
             f"dataset {path} was prepared with a tokenizer of SHA-256 {stored['sha256'][:12]}, "

@@ -92,8 +92,8 @@ def test_inspect_as_json(home):
     for bin in found["histogram"]:
         inside = lengths[(lengths >= bin["low"]) & (lengths <= bin["high"])]
         assert (bin["documents"], bin["tokens"]) == (len(inside), inside.sum())
-    assert 0.9 < found["packing"]["concat_then_split"] <= 1
-    assert 0.5 < found["packing"]["best_fit"] <= 1
+    assert 0.9 < found["efficiency"]["concat_then_split"] <= 1
+    assert 0.5 < found["efficiency"]["best_fit"] <= 1
     assert found["problems"] == []
     assert found["hash"] == TokenDataset(home / "out").hash
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from grok.data.batch_schedule import BatchSchedule
-from grok.data.device_feed import StreamBatches
 from grok.data.mixture import Mixture
 from grok.data.packed_batches import PackedBatches
+from grok.data.stream_batches import StreamBatches
 from tests.data.fake_documents import FakeDocuments, random_lengths
 from tests.data.test_device_feed import stream_of
 

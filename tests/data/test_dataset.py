@@ -27,7 +27,7 @@ def test_a_document_survives_its_record(mask, fields):
     tokens_S = np.array([1, 2**31 - 1, 0])
     found = decode_document(encode_document(tokens_S, mask and np.array(mask), fields))
     np.testing.assert_array_equal(found.tokens_S, tokens_S.astype(np.int32), strict=True)
-    assert found.fields == fields
+    assert found.metadata == fields
     assert (found.mask_S is None) == (mask is None)
     if mask is not None:
         np.testing.assert_array_equal(found.mask_S, np.array(mask, np.uint8), strict=True)

@@ -8,7 +8,8 @@ import pytest
 
 from grok import sharding
 from grok.data.batch_schedule import BatchSchedule
-from grok.data.device_feed import StreamBatches, StreamValidation, shard_batch
+from grok.data.device_feed import shard_batch
+from grok.data.stream_batches import StreamBatches, StreamValidation
 from grok.data.text_stream import TokenStream, bits_per_byte, read_stream
 from grok.data.tokenizers.sentencepiece import train_tokenizer
 from grok.errors import DataError
@@ -63,7 +64,7 @@ def test_stream_refuses_files_that_are_no_text(files, tmp_path):
         read_stream([bad], tokenizer, 310)
     with pytest.raises(DataError, match=r"empty\.txt is empty"):
         read_stream([empty], tokenizer, 310)
-    with pytest.raises(DataError, match=r"text file .*none\.txt does not exist"):
+    with pytest.raises(DataError, match=r"none\.txt: cannot be read: No such file"):
         read_stream([tmp_path / "none.txt"], tokenizer, 310)
     with pytest.raises(DataError, match="no text files"):
         read_stream([], tokenizer, 310)

@@ -24,7 +24,7 @@ ROW = 32
 
 def epoch_of(layout, epoch: int) -> list[list[DocumentSlice]]:
     rows = range(epoch * layout.rows_per_epoch, (epoch + 1) * layout.rows_per_epoch)
-    return [layout.pieces(row) for row in rows]
+    return [layout.slices(row) for row in rows]
 
 
 def test_a_permutation_is_fixed_for_good():
@@ -83,7 +83,7 @@ def test_tokens_before_a_row_are_those_of_its_pieces(packing):
     seen = 0
     for row in range(2 * layout.rows_per_epoch + 3):
         assert layout.tokens_before(row) == seen
-        seen += sum(piece.size for piece in layout.pieces(row))
+        seen += sum(piece.size for piece in layout.slices(row))
 
 
 @pytest.mark.parametrize("packing", ["concat_then_split", "best_fit"])
@@ -124,11 +124,11 @@ def test_the_order_of_the_next_epoch_is_made_in_the_background():
         return 10 * epoch
 
     orders = EpochCache(order)
-    assert [orders.at(0, share) for share in (0, 0.4, 0.5, 0.9)] == [0] * 4
+    assert [orders.get(0, share) for share in (0, 0.4, 0.5, 0.9)] == [0] * 4
     assert made == [0]  # the next has been begun, and nothing waited for it
     going.set()
-    assert orders.at(1, 0) == 10
-    assert orders.at(0, 0.9) == 0
+    assert orders.get(1, 0) == 10
+    assert orders.get(0, 0.9) == 0
     assert made == [0, 1]
 
 
@@ -136,7 +136,7 @@ def test_orders_of_far_epochs_are_dropped_and_made_again():
     made = []
     orders = EpochCache(made.append)
     for epoch in (0, 1, 2, 7, 2, 0):
-        orders.at(epoch, 0)
+        orders.get(epoch, 0)
     assert made == [0, 1, 2, 7, 0]
 
 

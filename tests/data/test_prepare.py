@@ -83,7 +83,7 @@ def test_a_folder_is_walked_in_order_without_hidden_files(tmp_path, tokenizer):
     names = ["a/z.md", "b.md", "c.rst"]
     assert texts_of(data, tokenizer) == [f"text of {name}" for name in names]
     for number, name in enumerate(names):
-        assert data[number].fields == {"source": 0, "licence": "MIT", "id": f"{root}/{name}"}
+        assert data[number].metadata == {"source": 0, "licence": "MIT", "id": f"{root}/{name}"}
     (source,) = data.manifest["sources"]
     assert source["files"] == 3
     lines = (tmp_path / "out" / "sources.jsonl").read_bytes()
@@ -103,7 +103,7 @@ def test_kept_fields(tmp_path, tokenizer):
     fields = RecordFields(id="key", language="lang", licence="rights")
     made(tmp_path / "out", [str(path)], tokenizer, fields=fields, licence="CC0-1.0")
     data = TokenDataset(tmp_path / "out")
-    assert [data[i].fields for i in range(3)] == [
+    assert [data[i].metadata for i in range(3)] == [
         {"source": 0, "licence": "MIT", "id": "x1", "language": "en"},
         {"source": 0, "licence": "CC0-1.0", "id": 7},
         {"source": 0, "licence": "CC0-1.0", "id": "half ? a pair"},

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grok import __version__
+from grok import __version__, storage
 from grok.data.dataset import MANIFEST_FILE, read_manifest
 from grok.data.prepare.manifest import (
     REJECTED_FILE,
@@ -34,7 +34,6 @@ from grok.data.prepare.shards import (
 )
 from grok.data.prepare.sources import RawRecord, SourceFile, find_files, hash_files, read_records
 from grok.data.prepare.workers import RecordGroup, encode_records
-from grok.data.text_stream import read_bytes
 from grok.data.tokenizers import Tokenizer, load_tokenizer
 from grok.errors import DataError
 
@@ -94,7 +93,7 @@ def prepare_dataset(
                 f"{folder} is inside source {source} and would be read as one of its files; a "
                 f"folder beside it would work."
             )
-    model, tokenizer = read_bytes(options.tokenizer, "tokenizer file"), load(options.tokenizer)
+    model, tokenizer = storage.read_bytes(options.tokenizer, DataError), load(options.tokenizer)
     files = hash_files(find_files(options.sources, options.patterns, options.format))
     identity = _identity(options, files, model, tokenizer)
     if (folder / MANIFEST_FILE).exists():

@@ -55,10 +55,10 @@ PLAIN = RecordFields()
 
 
 class TextSegment(NamedTuple):
-    """A stretch of text, and whether its tokens are to be learnt."""
+    """A stretch of text, and whether its tokens bear loss."""
 
     text: str
-    learnt: bool
+    has_loss: bool
 
 
 class EncodedDocument(NamedTuple):
@@ -98,7 +98,7 @@ class DocumentEncoder:
         else:
             segments = self._segments(data)
             kept = {**kept, **self._kept(data)}
-        if not any(segment.text.strip() for segment in segments if segment.learnt):
+        if not any(segment.text.strip() for segment in segments if segment.has_loss):
             raise BadRecord("has no text to learn" if self._fields.supervised else "is empty")
         tokens_S, mask_S = self._tokenise(segments)
         texts = [segment.text.encode() for segment in segments]
@@ -117,9 +117,9 @@ class DocumentEncoder:
         for segment in segments:
             ids = self._ids(segment.text, first=not tokens)
             tokens.extend(ids)
-            mask.extend(bytes([segment.learnt]) * len(ids))
+            mask.extend(bytes([segment.has_loss]) * len(ids))
         tokens.append(self._tokenizer.eos_id)
-        mask.append(segments[-1].learnt)
+        mask.append(segments[-1].has_loss)
         tokens_S = np.frombuffer(tokens, np.uintc)
         return tokens_S, np.frombuffer(mask, np.uint8) if self._fields.supervised else None
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from grok.data.text_stream import read_bytes
+from grok import storage
 from grok.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from grok.data.tokenizers.tokenizer import StreamDecoder, Tokenizer, token_bytes
 from grok.errors import DataError
@@ -12,7 +12,7 @@ __all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer", "parse_tokenizer", "t
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a tokenizer file; DataError when it is missing or of no known kind."""
-    return parse_tokenizer(read_bytes(path, "tokenizer file"), path)
+    return parse_tokenizer(storage.read_bytes(path, DataError), path)
 
 
 def parse_tokenizer(data: bytes, path: str | Path) -> Tokenizer:
