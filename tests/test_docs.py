@@ -167,6 +167,15 @@ def test_files_scripts_and_targets_exist(page: Path) -> None:
                 assert (ROOT / f"launch/{words[1]}.sh").exists(), words
 
 
+def test_the_tree_is_complete() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    tree = re.findall(r"^  (\w+(?:/|\.py)) ", page, flags=re.MULTILINE)
+    entries = {path.name for path in (ROOT / "grok").iterdir() if not path.name.startswith("__")}
+    assert {entry.rstrip("/") for entry in tree} == entries - {
+        "configs"
+    }  # the presets, where the package is installed
+
+
 PRESETS = sorted((ROOT / "configs").glob("*/*.yaml"))
 
 
