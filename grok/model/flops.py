@@ -1,9 +1,9 @@
-"""Arithmetic that a model needs, whatever an implementation spends on it: the numerator of MFU.
+"""FLOPs that a model needs, whatever an implementation spends: the numerator of MFU.
 
 Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways" (2022), appendix B: each token
-costs two FLOPs forward and four backward for every matrix parameter that it meets, and attention's
-two products come on top. What is computed again in the backward pass does not count, so with
-everything recomputed MFU cannot pass 75%. Shape letters are those of `grok.model.decoder`.
+costs two FLOPs forward and four backward for every matrix parameter that it meets, plus attention's
+two products. Rematerialization does not count, so with full remat MFU cannot pass 75%. Shape
+letters are those of `grok.model.decoder`.
 """
 
 from grok.config import GrokConfig
@@ -22,5 +22,5 @@ def flops_per_token(model: GrokConfig, sequence_length: int) -> int:
 
 
 def attention_flops(model: GrokConfig, sequence_length: int) -> int:
-    """Of these, attention's two products in the forward pass."""
+    """FLOPs of attention's two products in the forward pass, for one token."""
     return 2 * model.num_layers * model.num_heads * model.head_dim * sequence_length

@@ -1,4 +1,4 @@
-"""Adafactor: second moments of matrices kept as one number a row and one a column.
+"""Adafactor: second moments of matrices, stored as one number per row and one per column.
 
 Shazeer & Stern 2018, in the form of Zhai et al. 2022 (Scaling Vision Transformers, appendix): the
 decay of the second moment has a ceiling, and neither learning rate nor update depends on the
@@ -14,9 +14,9 @@ import optax
 from grok.model.params import MATRICES, Matrix
 from grok.optim.param_groups import map_named
 
-# Added to squared gradients, so that rows of zeros have a second moment.
+# Added to squared gradients, so that the second moment of a row of zeros is not 0.
 EPSILON = 1e-30
-# The second moment is at first an even mean over all steps, and later less and less of one.
+# Decay 1 - t^-POWER: at first an even mean over all steps, later an exponential one.
 POWER = 0.8
 
 FACTORED = MATRICES | {"embed/table_VD": Matrix(1, 1)}
@@ -25,11 +25,11 @@ FACTORED = MATRICES | {"embed/table_VD": Matrix(1, 1)}
 class FactoredState(NamedTuple):
     """Second moments, as trees like the parameters.
 
-    rows: the mean over a matrix's columns; of tensors that are no matrix, the whole moment.
-    columns: the mean over its rows; None for the others.
+    rows: the mean over a matrix's columns; of other tensors, the full second moment.
+    columns: the mean over its rows; None for other tensors.
     """
 
-    updates: jax.Array  # int32: how many so far
+    updates: jax.Array  # int32: updates so far
     rows: Any
     columns: Any
 
@@ -52,14 +52,14 @@ def scale_by_factored_second_moment(ceiling: float) -> optax.GradientTransformat
         updates = state.updates + 1
         decay = jnp.minimum(1 - updates.astype(jnp.float32) ** -POWER, ceiling)
 
-        def moved(old, grad, axes):
+        def ema_update(old, grad, axes):
             return decay * old + (1 - decay) * jnp.mean(grad * grad + EPSILON, axis=axes)
 
         def rows_of(name, grad, old):
-            return moved(old, grad, column_axes(name, grad.ndim))
+            return ema_update(old, grad, column_axes(name, grad.ndim))
 
         def columns_of(name, grad, old):
-            return None if old is None else moved(old, grad, row_axes(name, grad.ndim))
+            return None if old is None else ema_update(old, grad, row_axes(name, grad.ndim))
 
         rows = map_named(rows_of, grads, state.rows)
         columns = map_named(columns_of, grads, state.columns)
@@ -69,7 +69,7 @@ def scale_by_factored_second_moment(ceiling: float) -> optax.GradientTransformat
 
 
 def _divide(name: str, grad: jax.Array, rows: jax.Array, columns: jax.Array | None) -> jax.Array:
-    """The gradient over the root of its second moment, rows * columns / mean(rows)."""
+    """Divides the gradient by the root of its second moment, rows * columns / mean(rows)."""
     if columns is None:
         return grad * jax.lax.rsqrt(rows)
     over_rows, over_columns = row_axes(name, grad.ndim), column_axes(name, grad.ndim)
@@ -79,7 +79,7 @@ def _divide(name: str, grad: jax.Array, rows: jax.Array, columns: jax.Array | No
 
 
 def row_axes(name: str, ndim: int) -> tuple[int, ...]:
-    """Axes of a tensor that are a matrix's rows; none of a tensor that is not factored."""
+    """Axes of a tensor that are a matrix's rows; () if the tensor is not factored."""
     matrix = FACTORED.get(name, Matrix(0, 0))
     columns = ndim - matrix.col_dims
     return tuple(range(columns - matrix.row_dims, columns))
@@ -92,5 +92,5 @@ def column_axes(name: str, ndim: int) -> tuple[int, ...]:
 
 
 def _zero_mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Zeros of the shape and placement of a mean over these axes."""
+    """Zeros of the shape and sharding of a mean over these axes."""
     return jnp.zeros_like(jax.eval_shape(lambda x: jnp.mean(x, axis=axes), x))

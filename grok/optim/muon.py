@@ -1,4 +1,4 @@
-"""Muon: momentum of a matrix, made orthogonal before it is applied (Jordan et al. 2024).
+"""Muon: the momentum of a matrix, orthogonalized before it is applied (Jordan et al. 2024).
 
 Letters: R rows, C columns of one matrix: of one layer, and of one expert of a layer.
 """
@@ -22,10 +22,10 @@ UPDATE_RMS = 0.2
 
 
 def scale_by_muon(momentum: float) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonal by matrix; for tensors of `names.MATRICES` alone.
+    """Nesterov momentum, orthogonalized per matrix; only for tensors of `params.MATRICES`.
 
-    The momentum lies as its parameter does. To be made orthogonal, whole matrices travel to the
-    devices, each to one where layers and experts are enough for all, and back.
+    The momentum is sharded as its parameter. To be orthogonalized, matrices are gathered: each on
+    one device, if there are enough layers and experts for all devices.
     """
 
     def update(grads, moments, params=None):
@@ -37,7 +37,7 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
 
 
 def _orthogonal_update(name: str, x: jax.Array) -> jax.Array:
-    """All matrices of a tensor, each orthogonal and of the update's size."""
+    """Orthogonalizes each matrix of a tensor, and scales it to the size of an update."""
     lead, rows, columns = rows_and_columns(name, x.shape)
     R, C = math.prod(rows), math.prod(columns)
 
@@ -49,7 +49,7 @@ def _orthogonal_update(name: str, x: jax.Array) -> jax.Array:
 
 
 def orthogonalize(x_RC: jax.Array) -> jax.Array:
-    """Nearly the orthogonal matrix nearest to x_RC, by Newton-Schulz iteration."""
+    """Approximates the orthogonal matrix nearest to x_RC by Newton-Schulz iteration."""
     a, b, c = COEFFICIENTS
     wide = x_RC if x_RC.shape[0] <= x_RC.shape[1] else x_RC.T
     wide /= jnp.sqrt(jnp.sum(wide * wide)) + EPSILON

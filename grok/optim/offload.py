@@ -1,6 +1,6 @@
-"""Moments that stay in the memory of the hosts between steps, and visit the devices for an update.
+"""Offloading: moments that lie in host memory between steps, and on the devices for the update.
 
-Matrices alone: counters and vectors are small, and stay.
+Only matrices are offloaded; counters and vectors are small, and stay on the devices.
 """
 
 from typing import Any
@@ -11,26 +11,26 @@ HOST = "pinned_host"
 
 
 def placed_on_host(tree: Any) -> Any:
-    """The abstract arrays of a tree with its matrices in the hosts' memory."""
+    """The abstract arrays of a tree, with its matrices in host memory."""
 
     def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if leaf.ndim < 2:
             return leaf
-        place = leaf.sharding.with_memory_kind(HOST)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        sharding = leaf.sharding.with_memory_kind(HOST)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(one, tree)
 
 
 def to_device(tree: Any) -> Any:
-    """The tree, in a traced program, with what hosts hold on the devices."""
+    """Moves the leaves in host memory to the devices; traced."""
     return jax.tree.map(
         lambda x: jax.device_put(x, jax.memory.Space.Device) if _on_host(x) else x, tree
     )
 
 
 def back(tree: Any, before: Any) -> Any:
-    """The tree where it was as `before`, which is of the same structure."""
+    """Moves leaves to host memory where those of `before`, of the same structure, are; traced."""
 
     def one(x: jax.Array, was: jax.Array) -> jax.Array:
         return jax.device_put(x, jax.memory.Space.Host) if _on_host(was) else x
@@ -39,7 +39,7 @@ def back(tree: Any, before: Any) -> Any:
 
 
 def is_on_host(leaf: Any) -> bool:
-    """Whether an array, or an abstract one, is in the hosts' memory."""
+    """True if an array, concrete or abstract, is in host memory."""
     return leaf.sharding.memory_kind == HOST
 
 

@@ -1,7 +1,7 @@
-"""The optimizer of a run, by name, out of optax's parts and our own.
+"""The optimizer of a run, by name, made of optax's transformations and our own.
 
-Each turns a gradient into a direction; clipping before it, and decay, learning rate and groups
-after it, are the same for all.
+Each optimizer turns a gradient into a direction; clipping before it, and decay, learning rate and
+parameter groups after it, are the same for all.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from grok.optim.schedule import make_schedule
 
 
 def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
-    """The optimizer that the config names, for the parameters that it trains.
+    """Returns the optimizer that the config names, for the parameters that it trains.
 
-    Raises ConfigError when the config's groups are not about tensors of its model.
+    Raises ConfigError when a parameter group matches no tensor of the model.
     """
     check_groups(run, tensor_names(run.model, run.lora))
     config = run.optimizer
@@ -36,7 +36,7 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019), whose decay is added later."""
+    """AdamW (Loshchilov & Hutter 2019), without its decay, which `decay_weights` adds."""
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
     return keep_moments_in(config.moments_dtype, adam)
 
@@ -75,12 +75,12 @@ DIRECTIONS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]]
 def keep_moments_in(
     dtype: str, inner: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """`inner`, computed in float32, with its moments kept in another type from step to step."""
+    """`inner`, computed in float32, with its moments stored in `dtype` between steps."""
     if dtype == "float32":
         return inner
 
     def convert(state, before, after):
-        # Counts are whole numbers and stay what they are.
+        # Step counts are integers and keep their type.
         return jax.tree.map(lambda x: x.astype(after) if x.dtype == before else x, state)
 
     def init(params):
@@ -94,7 +94,7 @@ def keep_moments_in(
 
 
 def decay_weights(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adds to each update its tensor's decay; norm scales have none, unless a group says so."""
+    """Adds weight decay to each update; norm scales have none, unless a group says so."""
 
     def decay(name: str) -> float:
         group = group_of(config, name)
@@ -109,7 +109,7 @@ def decay_weights(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def scale_groups(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Multiplies each update by its group's factor on the learning rate."""
+    """Multiplies each update by its group's `lr_scale`."""
 
     def scale(name: str, update):
         group = group_of(config, name)

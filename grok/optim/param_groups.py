@@ -1,8 +1,8 @@
-"""Which tensors are trained, and which group of them each is in: by patterns over their names.
+"""Trained and frozen tensors, and parameter groups: patterns over the tensors' names.
 
-A tensor's name is its path in the model, as in `layers/moe/router_DE`: what checkpoints use. What
-is trained of a model is the model's own tree with None in place of every frozen tensor, so that
-nothing is computed or kept for those.
+A tensor's name is its path in the model, as in `layers/moe/router_DE`. The trained part of a model
+is the model's own tree with None in place of every frozen tensor, so that nothing is computed or
+stored for those.
 """
 
 import fnmatch
@@ -17,7 +17,7 @@ from grok.model.build import name_of, to_arrays
 from grok.model.decoder import Grok
 from grok.model.lora import is_adapter
 
-# What metrics call the groups of tensors that the config does not name: by part of the name.
+# Groups in metrics of tensors that are in no named group of the config, by part of the name.
 DEFAULT_GROUPS = {
     "scale_D": "norms",
     "router": "router",
@@ -33,25 +33,26 @@ def names(model: Grok) -> list[str]:
 
 
 def trainable(config: RunConfig) -> Callable[[str], bool]:
-    """Tells by a tensor's name whether the run trains it: with adapters, those alone."""
+    """Returns the predicate over names of the tensors that are trained: of a run with adapters,
+    only those."""
 
-    def is_trained(name: str) -> bool:
+    def is_trainable(name: str) -> bool:
         if config.lora.rank and not is_adapter(name):
             return False
         group = group_of(config.optimizer, name)
         return group is None or not group.frozen
 
-    return is_trained
+    return is_trainable
 
 
 def group_of(config: OptimizerConfig, name: str) -> ParamGroup | None:
-    """The first of the config's groups that the tensor is in."""
+    """The first of the config's groups that matches the tensor."""
     matching = (group for group in config.param_groups if fnmatch.fnmatchcase(name, group.match))
     return next(matching, None)
 
 
 def metric_group(config: OptimizerConfig, name: str) -> str:
-    """What metrics call the tensor's group: as the config does, or else by what the tensor is."""
+    """The name of the tensor's group in metrics: the config's, or else one of DEFAULT_GROUPS."""
     group = group_of(config, name)
     if group is not None and group.name:
         return group.name
@@ -59,14 +60,14 @@ def metric_group(config: OptimizerConfig, name: str) -> str:
 
 
 def check_groups(config: RunConfig, tensors: Sequence[str]) -> None:
-    """Refuse, as ConfigError, a group without tensors, and groups that leave nothing to train."""
+    """Raises ConfigError for a group without tensors, and for groups that freeze everything."""
     groups = [group_of(config.optimizer, name) for name in tensors]
     for group in config.optimizer.param_groups:
         if group not in groups:
-            taken = any(fnmatch.fnmatchcase(name, group.match) for name in tensors)
-            reason = "only what groups before it match" if taken else "no tensor"
+            is_shadowed = any(fnmatch.fnmatchcase(name, group.match) for name in tensors)
+            matches = "only what groups before it match" if is_shadowed else "no tensor"
             raise ConfigError(
-                f"optimizer.param_groups has {group.match}, which matches {reason}; there are "
+                f"optimizer.param_groups has {group.match}, which matches {matches}; there are "
                 f"{', '.join(tensors)}."
             )
     if not any(map(trainable(config), tensors)):
@@ -86,12 +87,11 @@ def partition(model: Any, predicate: Callable[[str], bool]) -> tuple[Any, Any]:
 
 def combine(selected: Any, rest: Any) -> Any:
     """The inverse of `partition`: tensors from `selected` where it has them, else from `rest`."""
-    return jax.tree.map(
-        lambda leaf, other: other if leaf is None else leaf,
-        selected,
-        rest,
-        is_leaf=lambda x: x is None,
-    )
+
+    def one(leaf, other):
+        return other if leaf is None else leaf
+
+    return jax.tree.map(one, selected, rest, is_leaf=lambda x: x is None)
 
 
 def map_named(f: Callable, tree: Any, *rest: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The learning rate by step: a linear warm-up, then one of four courses."""
+"""The learning rate by step: a linear warm-up, then one of four schedules."""
 
 import optax
 
@@ -6,7 +6,7 @@ from grok.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of a run of `steps` steps, as a function of the steps done.
+    """Returns the learning rate of a run of `steps` steps, as a function of the steps done.
 
     It rises from peak_lr / (warmup_steps + 1) to peak_lr. From there to min_lr_ratio of it go
     half a cosine, a straight line, or, for wsd (warm-up, stable, decay; Hu et al. 2024, section 4),

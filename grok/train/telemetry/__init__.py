@@ -1,1 +1,1 @@
-"""What a run records: metrics, events, the run manifest, trackers, profiles."""
+"""Telemetry of a run: metrics, events, run manifest, trackers, profiles."""

@@ -1,20 +1,20 @@
-"""The log of what a run's time went to: `events.jsonl`, one JSON object a line.
+"""`events.jsonl`: the log of how a run spent its time, one JSON object a line.
 
-Each line has `time` (when it began, seconds since 1970), `event`, and, for what takes time,
-`seconds`, not counting what went on inside it and has a line of its own. Lines that others read:
+Each line has `time` (its start, seconds since 1970), `event` and, for a span, `seconds`, without
+the spans inside it. Events that others read:
 
-  began     a process took the run up
-  resumed   it goes on after `step` steps, 0 at the very beginning
+  began     a process started to work on the run
+  resumed   it continues after `step` steps, 0 at the very beginning
   start, restore, compile, validate, save, profile
             spans of `during`
-  steps     training steps `first` + 1 to `last`, all spans left out
+  steps     training steps `first` + 1 to `last`, without spans
   data      seconds that the loop waited for batches since the line before
   rolled_back
-            the run went back to an earlier `step`, within one process
-  ended     the process left by itself after `step`, with exit `code`
+            the run was rolled back to an earlier `step`, within one process
+  ended     the process exited by itself after `step`, with exit `code`
 
-Lines are appended to those of earlier processes, each by one write, so a kill costs at most the
-line being written. `grok.train.telemetry.goodput` adds them up.
+Lines are appended, each by one write, so a kill costs at most the line being written.
+`grok.train.telemetry.goodput` adds them up.
 """
 
 import contextlib
@@ -24,23 +24,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Between two lines of steps, where nothing else calls for one.
+# Longest time between two lines of steps.
 LAP_SECONDS = 30
 
 
 class EventLog:
-    """Writes the log. Without a path (processes other than the first) nothing is written."""
+    """Writes the log. Without a path (all processes but the primary) nothing is written."""
 
     def __init__(self, path: Path | None, began: float | None = None):
-        """Opens `path` to append to it, and notes that a process `began` (default: now), with
-        what has passed since as its start."""
+        """Opens `path` to append to it, and records that a process `began` (default: now), with the
+        time since then as its start."""
         self._file = None
         if path is not None:
-            cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+            is_cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
             self._file = path.open("ab", buffering=0)
-            if cut_short:
+            if is_cut_short:
                 self._file.write(b"\n")
-        self._inside = [0.0]  # seconds of what ended within each open span; the first: no span
+        self._nested = [0.0]  # seconds of the spans that ended within each open span; first: none
         self._waited = 0.0
         now = time.time()
         self._write(now if began is None else began, "began", {})
@@ -49,16 +49,16 @@ class EventLog:
         self.steps_from(0)
 
     def clock(self) -> float:
-        """Seconds, from any moment on, that stand still during spans: what is left is steps."""
-        return time.monotonic() - self._inside[0]
+        """Seconds from an arbitrary start, stopped during spans: the time of steps."""
+        return time.monotonic() - self._nested[0]
 
     def note(self, event: str, **facts: Any) -> None:
-        """Writes one line for something that happened now."""
+        """Writes the line of an event that takes no time."""
         self._write(time.time(), event, facts)
 
     @contextlib.contextmanager
     def during(self, event: str, **facts: Any) -> Iterator[None]:
-        """A span: its line is written when it ends, with how long it took."""
+        """Times a span; its line is written when it ends."""
         began = time.time()
         with self._timed() as seconds:
             yield
@@ -66,21 +66,21 @@ class EventLog:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """A wait for data; waits are added up, and written with the next line of steps."""
+        """Times a wait for data; the sum of waits is written with the next line of steps."""
         with self._timed() as seconds:
             yield
         self._waited += seconds[0]
 
     def steps_from(self, step: int) -> None:
-        """Steps are counted from here: `step` are done."""
+        """Starts to count steps, of which `step` are done."""
         self._lap_step, self._lap_time, self._lap_clock = step, time.time(), self.clock()
         self._waited = 0.0
 
     def steps_to(self, step: int, at_once: bool = True) -> None:
-        """Writes the steps done since the last line of them, up to `step`; where that need not
-        be `at_once`, only when the last line is LAP_SECONDS old."""
-        due = at_once or time.time() - self._lap_time >= LAP_SECONDS
-        if step == self._lap_step or not due:
+        """Writes the steps since the last line of them, up to `step`; unless `at_once`, only when
+        that line is LAP_SECONDS old."""
+        is_due = at_once or time.time() - self._lap_time >= LAP_SECONDS
+        if step == self._lap_step or not is_due:
             return
         seconds = round(self.clock() - self._lap_clock, 6)
         self._write(
@@ -98,15 +98,15 @@ class EventLog:
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[list[float]]:
-        """Gives a list that holds, at the end, the seconds outside spans within this one."""
+        """Yields a list that holds, at the end, the seconds without the spans inside this one."""
         began, result = time.monotonic(), [0.0]
-        self._inside.append(0.0)
+        self._nested.append(0.0)
         try:
             yield result
         finally:
             total = time.monotonic() - began
-            result[0] = total - self._inside.pop()
-            self._inside[-1] += total
+            result[0] = total - self._nested.pop()
+            self._nested[-1] += total
 
     def _write(self, began: float, event: str, facts: dict[str, Any]) -> None:
         if self._file is not None:
@@ -115,7 +115,7 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The lines of an `events.jsonl`, in order; those that a crash cut short are left out."""
+    """The lines of an `events.jsonl`, in order, without those that a crash cut short."""
     lines = []
     for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):

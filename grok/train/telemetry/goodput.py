@@ -1,8 +1,8 @@
-"""Goodput: the share of a run's wall time that went into steps which are part of its result.
+"""Goodput: the share of a run's wall time spent on steps that are part of its result.
 
 The wall time is that of all processes that worked on the run, one after the other, and of the gaps
-between them, except after one that had finished: that is where the run was over. Steps that a
-later process did again, because they were not saved, are lost.
+between them, except after one that had finished the run. Steps that were not saved, so that a later
+process repeated them, are lost.
 """
 
 import dataclasses
@@ -10,17 +10,17 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-# Lines that say from which step the run goes on; what was done beyond it is done again.
+# Events that set the step from which the run continues; steps beyond it are repeated.
 REWINDS = ("resumed", "rolled_back")
 SPANS = ("start", "restore", "compile", "data", "validate", "save", "profile")
 
 
 @dataclasses.dataclass(frozen=True)
 class Goodput:
-    """Seconds by what they went to, in the order of `KINDS`.
+    """Wall time by kind, in the order of `KINDS`.
 
-    useful: steps; lost: steps done again; the spans of `grok.train.telemetry.event_log`; down:
-    between processes, from the last line of one that died; other: the rest.
+    useful: steps; lost: repeated steps; the spans of `grok.train.telemetry.event_log`; down: from
+    the last line of a process that died to the next process; other: the rest.
     """
 
     seconds: dict[str, float]
@@ -47,14 +47,14 @@ def measure(events: Sequence[dict[str, Any]]) -> Goodput:
         for line in lines:
             if line["event"] in SPANS:
                 seconds[line["event"]] += line["seconds"]
-    # Backwards: which steps count is known from what came after them.
-    kept: float = float("inf")
+    # Backwards: whether a step counts depends on what came after it.
+    rewound_to: float = float("inf")
     for line in reversed(events):
         if line["event"] in REWINDS:
-            kept = min(kept, line["step"])
+            rewound_to = min(rewound_to, line["step"])
         elif line["event"] == "steps":
             first, last = line["first"], line["last"]
-            share = min(1.0, max(0.0, (kept - first) / (last - first)))
+            share = min(1.0, max(0.0, (rewound_to - first) / (last - first)))
             seconds["useful"] += share * line["seconds"]
             seconds["lost"] += (1 - share) * line["seconds"]
     for lines in processes:
@@ -78,5 +78,5 @@ def _processes(events: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _end(lines: Sequence[dict[str, Any]]) -> float:
-    """When a process was last heard of."""
+    """The time of a process's last sign of life."""
     return max(line["time"] + line.get("seconds", 0.0) for line in lines)

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: what a run measured, as lines of JSON for programs."""
+"""`metrics.jsonl`: the metrics of a run, as lines of JSON."""
 
 import json
 import math
@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-# JSON has no such numbers; they are written as Protocol Buffers' JSON writes them.
+# JSON lacks these numbers; they are written as in Protocol Buffers' JSON.
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-# Digits behind the point of loads of single layers: L x E of them in each line are its bulk.
+# Decimals of the expert loads per layer: L x E of them are the bulk of each line.
 LOAD_DIGITS = 4
 
 
@@ -19,11 +19,8 @@ class MetricsFile:
     """`metrics.jsonl` of a run: one JSON object a line, each with the `step` it belongs to."""
 
     def __init__(self, path: Path | None, first_step: int):
-        """Of the file at `path` (None: kept nowhere); once entered, it appends what follows step
-        `first_step`.
-
-        Lines of later steps, done before a crash and about to be done again, are dropped then.
-        """
+        """The file at `path` (None: writes nothing). Entering it drops the lines after step
+        `first_step`, which were written before a crash and are about to be repeated."""
         self._path, self._first_step = path, first_step
 
     def __enter__(self) -> "MetricsFile":
@@ -40,21 +37,17 @@ class MetricsFile:
     def write(self, step: int, **values: Any) -> None:
         """Appends one line; it is in the file when this returns."""
         if self._path is not None:
-            self._file.write(
-                json.dumps(_encode_non_finite({"step": step, **values}), allow_nan=False) + "\n"
-            )
+            self._file.write(_to_line({"step": step, **values}))
 
     def truncate(self, after: int) -> None:
-        """Drops the lines of steps after step `after`, which are about to be done again."""
+        """Drops the lines of steps after step `after`."""
         if self._path is not None and self._path.exists():
-            kept = [line for line in read_metrics(self._path) if line["step"] <= after]
-            self._path.write_text(
-                "".join(json.dumps(_encode_non_finite(line)) + "\n" for line in kept)
-            )
+            lines = [line for line in read_metrics(self._path) if line["step"] <= after]
+            self._path.write_text("".join(map(_to_line, lines)))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that a crash cut short is left out."""
+    """The lines of a `metrics.jsonl`, without a last line that a crash cut short."""
     lines = []
     for line in path.read_text().splitlines():
         try:
@@ -65,10 +58,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def to_plain(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """Waits for a step's metrics; their values as Python's numbers and lists.
+    """Waits for a step's metrics; returns them as Python numbers and lists.
 
-    A float32 becomes the shortest decimal that is read back as the same float32, and loads of
-    single layers are rounded.
+    A float32 becomes the shortest decimal that reads back as the same float32; expert loads per
+    layer are rounded.
     """
     values = {}
     for name, value in jax.device_get(dict(metrics)).items():
@@ -79,19 +72,23 @@ def to_plain(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
     return values
 
 
+def _to_line(values: dict[str, Any]) -> str:
+    return json.dumps(_encode_non_finite(values), allow_nan=False) + "\n"
+
+
 def _shortest(value: np.ndarray) -> Any:
     if value.ndim:
-        return [_shortest(part) for part in value]
+        return [_shortest(item) for item in value]
     return float(str(value)) if value.dtype == np.float32 else value.item()
 
 
 def _encode_non_finite(value: Any) -> Any:
-    """Plain data with numbers that JSON lacks as text."""
+    """Replaces numbers that JSON lacks by text."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {name: _encode_non_finite(part) for name, part in value.items()}
-    return [_encode_non_finite(part) for part in value] if isinstance(value, list) else value
+        return {name: _encode_non_finite(item) for name, item in value.items()}
+    return [_encode_non_finite(item) for item in value] if isinstance(value, list) else value
 
 
 def _decode_non_finite(value: Any) -> Any:
@@ -99,5 +96,5 @@ def _decode_non_finite(value: Any) -> Any:
     if isinstance(value, str):
         return NOT_FINITE.get(value, value)
     if isinstance(value, dict):
-        return {name: _decode_non_finite(part) for name, part in value.items()}
-    return [_decode_non_finite(part) for part in value] if isinstance(value, list) else value
+        return {name: _decode_non_finite(item) for name, item in value.items()}
+    return [_decode_non_finite(item) for item in value] if isinstance(value, list) else value

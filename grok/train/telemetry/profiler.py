@@ -1,4 +1,4 @@
-"""A profile of some steps of a run, in the format that XProf and TensorBoard read."""
+"""A profile of some steps of a run, in the format of XProf and TensorBoard."""
 
 from pathlib import Path
 
@@ -12,22 +12,22 @@ class Profiler:
     operation by its scope."""
 
     def __init__(self, folder: Path | None, steps: tuple[int, ...], events: EventLog):
-        """`steps`: the first and the last; empty for none, as where there is no folder. What it
-        costs to start and to write a profile is told to `events`."""
+        """`steps`: the first and the last; () for none. Without a folder nothing is profiled. The
+        time to start and to write a profile is an event of its own."""
         self._folder, self._events = folder, events
         self._first, self._last = steps if steps and folder is not None else (0, 0)
         self._running = False
 
     def before(self, step: int) -> None:
-        """To be called before `step` is dispatched."""
-        # A run that was resumed in the middle records what is left.
+        """Call it before `step` is dispatched."""
+        # A run that resumes in the middle records the rest.
         if self._first <= step <= self._last and not self._running:
             with self._events.during("profile"):
                 jax.profiler.start_trace(str(self._folder))
             self._running = True
 
     def after(self, step: int, metrics: dict[str, jax.Array]) -> bool:
-        """To be called with what `step` returned; whether the profile was finished by it."""
+        """Call it with the metrics of `step`; returns whether that ended the profile."""
         if not self._running or step < self._last:
             return False
         jax.block_until_ready(metrics)
@@ -35,7 +35,7 @@ class Profiler:
         return True
 
     def close(self) -> None:
-        """Ends a profile that is still being recorded."""
+        """Ends the profile, if one is being recorded."""
         if self._running:
             with self._events.during("profile"):
                 jax.profiler.stop_trace()

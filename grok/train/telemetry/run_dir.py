@@ -1,4 +1,4 @@
-"""The folder of a run, here or at gs://, for files that grow while the run goes on."""
+"""The folder of a run, here or at gs://, for files that grow during the run."""
 
 import contextlib
 import tempfile
@@ -7,15 +7,15 @@ from pathlib import Path
 from grok import storage
 from grok.errors import CheckpointError
 
-# What a run that goes on appends to.
+# Files that a resumed run appends to.
 GROWING = ("metrics.jsonl", "events.jsonl")
 
 
 class RunDir:
-    """Where a process writes what belongs into a run's folder: `path`, the folder itself.
+    """A local folder, `path`, for the files of a run's folder.
 
-    Nothing can be appended to at gs://, so there `path` is a temporary folder: it begins with what
-    is at gs://, and `upload` copies what has changed in it. Once entered, leaving it uploads.
+    It is the run's folder itself, or, since nothing can be appended to at gs://, a temporary one:
+    entering downloads the files to append to, and `upload` and leaving copy back what has changed.
     """
 
     def __init__(self, folder: str):
@@ -39,13 +39,13 @@ class RunDir:
 
     def __exit__(self, *_: object) -> None:
         if self._temporary:
-            # What ended the run may be the same.
+            # The failure that ended the run may be the same.
             with contextlib.suppress(OSError):
                 self.upload()
             self._temporary.cleanup()
 
     def upload(self) -> None:
-        """Copies to gs:// what is there in another size than before. Raises OSError."""
+        """Copies the files whose size has changed to gs://. Raises OSError."""
         if not self._temporary:
             return
         for name, size in storage.list_tree(self.path).items():
@@ -55,7 +55,7 @@ class RunDir:
 
 
 def write_file(folder: str, name: str, data: bytes) -> None:
-    """Writes a file of a run's folder whole. Raises CheckpointError where it cannot be written."""
+    """Writes a file of a run's folder. Raises CheckpointError if it cannot."""
     try:
         storage.write_bytes(storage.join(folder, name), data)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Metrics sent elsewhere when the config asks for it: TensorBoard, Weights & Biases."""
+"""Experiment trackers that metrics are sent to: TensorBoard, Weights & Biases."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -11,29 +11,29 @@ from grok.errors import ConfigError
 
 
 class Tracker(Protocol):
-    """Somewhere that metrics go."""
+    """A service or format that metrics are sent to."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Takes the metrics of a step."""
+        """Sends the metrics of a step."""
 
     def close(self) -> None:
         """Sends what is left."""
 
 
 def open_trackers(config: RunConfig, folder: Path, run_id: str, first: int) -> list[Tracker]:
-    """The writers that `train.tensorboard` and `train.wandb` ask for; they keep their files in
-    `folder`, and go on with a run of this `run_id` after step `first`.
+    """Opens the trackers of `train.tensorboard` and `train.wandb`, with files in `folder`; they
+    continue the run `run_id` after step `first`.
 
-    Raises ConfigError where a package is missing, or the service does not let us in.
+    Raises ConfigError when a package is missing, or the service refuses the login.
     """
-    writers: list[Tracker] = []
+    trackers: list[Tracker] = []
     if config.train.tensorboard:
         _require("tensorboardX", "train.tensorboard=true", "tensorboard")
-        writers.append(TensorBoard(folder / "tensorboard", first))
+        trackers.append(TensorBoard(folder / "tensorboard", first))
     if config.train.wandb:
         _require("wandb", f"train.wandb={config.train.wandb}", "wandb")
-        writers.append(WeightsAndBiases(config, folder, run_id))
-    return writers
+        trackers.append(WeightsAndBiases(config, folder, run_id))
+    return trackers
 
 
 class TensorBoard:
@@ -42,7 +42,7 @@ class TensorBoard:
     def __init__(self, folder: Path, first: int):
         from tensorboardX import SummaryWriter
 
-        # What a process that died wrote of later steps is not shown.
+        # Hides later steps, written by a process that died.
         self._writer = SummaryWriter(str(folder), purge_step=first + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -70,7 +70,7 @@ class WeightsAndBiases:
                 name=Path(config.folder).name,
                 config=to_dict(config),
                 resume="allow",
-                # Our progress display is for people, not for a log file.
+                # The progress display is for a terminal, not for a log file.
                 settings=wandb.Settings(console="off"),
             )
         except wandb.errors.Error as error:
@@ -89,24 +89,21 @@ class WeightsAndBiases:
 
 
 def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers among `values`, those of lists and mappings as `name/key`; of single layers'
-    loads, which would be hundreds of curves, and of text nothing."""
+    """The numbers among `values`, those in lists and mappings as `name/key`. Skips text, and nested
+    lists (expert loads per layer), which would be hundreds of curves."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from ((f"{name}/{key}", number) for key, number in scalars(value))
         elif isinstance(value, list):
-            yield from scalars({f"{name}/{i}": v for i, v in enumerate(value) if not _many(v)})
+            numbers = {f"{name}/{i}": x for i, x in enumerate(value) if isinstance(x, int | float)}
+            yield from scalars(numbers)
         elif isinstance(value, int | float):
             yield name, value
-
-
-def _many(value: Any) -> bool:
-    return isinstance(value, list | dict)
 
 
 def _require(package: str, key: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
             f"{key} needs {package}, which is not installed; `pip install 'grok[{extra}]'` would "
-            f"bring it."
+            "install it."
         )
