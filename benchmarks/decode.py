@@ -29,7 +29,8 @@ from grok.hardware import configure_devices
 from grok.infer.engine import Engine
 from grok.infer.request import Request
 from grok.model import moe
-from grok.ops.moe.experts_xla import experts_reference, experts_tiled, few_tile_rows
+from grok.ops.moe.experts_xla import experts_reference, experts_xla
+from grok.ops.moe.tiling import serving_tile_rows
 
 Clock = Callable[[], float]
 PROMPT = 256  # tokens, in chunks of half as many
@@ -80,12 +81,12 @@ def main() -> None:
     print(f"memory is read at {speed / 1e9:.1f} GB/s")
     steps("chosen experts")
     # The layer looks its form up by name when a program is traced.
-    tiled = moe.experts_tiled
+    original = moe.experts_xla
     for form, function in (("all, in place", in_place), ("all, plain", plain)):
-        moe.experts_tiled = function
+        moe.experts_xla = function
         jax.clear_caches()
         steps(form)
-    moe.experts_tiled = tiled
+    moe.experts_xla = original
     jax.clear_caches()
 
     running, requests = engine(asked.slots), mixed(asked.requests)
@@ -98,18 +99,18 @@ def main() -> None:
         print(f"static batching{name} {static:.1f} tokens/s, {continuous / static:.2f} times less")
 
 
-def plain(x_RD, gate_RC, chosen_RC, *rest):
+def plain(x_RD, topk_weights_RC, expert_ids_RC, *rest):
     """Every expert on every row, of weights that are an array of their own."""
-    return experts_reference(x_RD, gate_RC, chosen_RC, *(w.sliced() for w in rest[:3]))
+    return experts_reference(x_RD, topk_weights_RC, expert_ids_RC, *(w.sliced() for w in rest[:3]))
 
 
-def in_place(x_RD, gate_RC, chosen_RC, *rest):
-    """The same without copies: each row has all experts, most of them with gate 0."""
+def in_place(x_RD, topk_weights_RC, expert_ids_RC, *rest):
+    """The same without copies: each row has all experts, most of them with weight 0."""
     E, R = rest[0].shape[0], len(x_RD)
-    every_RE = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None, :], (R, E))
-    is_RCE = chosen_RC[:, :, None] == every_RE[:, None, :]
-    gate_RE = jnp.sum(is_RCE * gate_RC[:, :, None], axis=1)
-    return experts_tiled(x_RD, gate_RE, every_RE, *rest[:3], few_tile_rows(R, E, E))
+    expert_ids_RE = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None, :], (R, E))
+    is_RCE = expert_ids_RC[:, :, None] == expert_ids_RE[:, None, :]
+    topk_weights_RE = jnp.sum(is_RCE * topk_weights_RC[:, :, None], axis=1)
+    return experts_xla(x_RD, topk_weights_RE, expert_ids_RE, *rest[:3], serving_tile_rows(R, E, E))
 
 
 def read_parameters(config: GrokConfig, rows: int) -> float:

@@ -34,6 +34,7 @@ class Chip(NamedTuple):
 
 
 GIB, MIB = 2**30, 2**20
+LANES = 128  # elements of a TPU's vector register along the last axis of an array
 
 CHIPS = {
     "v4": Chip(275e12, 32 * GIB, 1200e9, 1, ("TPU v4",), 45e9, 3, 4, 6.25e9, 16 * MIB),

@@ -31,7 +31,7 @@ ALLOWED = {
     "distributed": (*BASE, "hardware"),
     "preemption": (*BASE, "distributed", "sharding"),
     "sharding": (*BASE, "hardware"),
-    "ops": (*BASE, "hardware", "sharding"),
+    "ops": ("hardware",),
     "model": (*BASE, "hardware", "sharding", "ops"),
     "data": (*BASE, "sharding"),
     "optim": MODEL,

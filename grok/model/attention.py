@@ -17,7 +17,7 @@ from grok.model.attend import PagedCache, Places
 from grok.model.layers import normal, product, rotate
 from grok.ops.attention import ragged
 from grok.ops.attention.causal import attention
-from grok.ops.attention.flash import flash_attention, suits
+from grok.ops.attention.flash import flash_attention, supports
 from grok.ops.attention.paged import paged_attention, write_pages
 
 
@@ -46,12 +46,12 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions_BT)
         c = self.config
         kv = sharding.kv_axis(c.num_kv_heads)
-        flash = hardware.platform() == "tpu" and suits(x_BTD.shape[1])
+        flash = hardware.platform() == "tpu" and supports(x_BTD.shape[1])
 
         def local(q, k, v, segment):
             if flash:
                 k, v = self._own_kv_heads(q, k, v)
-                factors = {"multiplier": c.attn_output_multiplier, "cap": c.attn_logit_softcap}
+                factors = {"scale": c.attn_output_multiplier, "softcap": c.attn_logit_softcap}
                 return flash_attention(q, k, v, segment, **factors)
             index = jnp.broadcast_to(jnp.arange(q.shape[1])[None, :], segment.shape)
             return self._attend(q, k, v, index, segment, segment)
@@ -77,7 +77,7 @@ class Attention(nnx.Module):
         # With all kv heads and fewer query heads than share one, it is the same for all.
         fewer = c.num_heads // sharding.axis_size("heads") < group
         kernel = hardware.platform() == "tpu" and not fewer
-        kernel = kernel and ragged.suits(cache.kv_LPSK2H, c.head_dim)
+        kernel = kernel and ragged.supports(cache.kv_LPSK2H, c.head_dim)
 
         def local(q, k, v, kv_pages, scales, table_BUM, start_BU, count_BU, layer):
             # Each device has the tokens of one group.
@@ -142,8 +142,8 @@ class Attention(nnx.Module):
             index_BT,
             segment_BT,
             segment_BS,
-            multiplier=c.attn_output_multiplier,
-            cap=c.attn_logit_softcap,
+            scale=c.attn_output_multiplier,
+            softcap=c.attn_logit_softcap,
         )
 
     def _own_kv_heads(self, q_BTNH, k_BSKH, v_BSKH):

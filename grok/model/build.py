@@ -59,8 +59,8 @@ def abstract(
     """The model of `config` as shapes, types and, on a mesh, placements.
 
     Matrices named in `groups` are int8, with that many groups of rows; on a mesh that splits the
-    rows, groups are divided further until each device has whole ones (`finer_groups`). Raises
-    ConfigError when the model cannot be split over the mesh.
+    rows, groups are divided further until each device has whole ones (`sharded_scale_groups`).
+    Raises ConfigError when the model cannot be split over the mesh.
     """
 
     def make() -> Grok:
@@ -96,7 +96,7 @@ def _abstract_int8(name: str, w, groups: int) -> QuantizedArray:
         rows = columns - matrix.row_dims
         over = () if parts[rows] is None else parts[rows]
         split = math.prod(mesh.shape[axis] for axis in ((over,) if isinstance(over, str) else over))
-        finer = finer_groups(groups, split)
+        finer = sharded_scale_groups(groups, split)
         spec = P(*parts[:rows], None if groups == 1 else parts[rows], *parts[columns:])
         shape = params.scales_shape(name, w.shape, finer)
         values = jax.ShapeDtypeStruct(w.shape, jnp.int8, sharding=w.sharding)
@@ -104,7 +104,7 @@ def _abstract_int8(name: str, w, groups: int) -> QuantizedArray:
     return QuantizedArray(values, scales, matrix.row_dims, matrix.col_dims)
 
 
-def finer_groups(groups: int, split: int) -> int:
+def sharded_scale_groups(groups: int, split: int) -> int:
     """How many groups of rows a device grid that splits the rows `split` ways needs.
 
     A group cut into equal parts with its scale repeated is the same matrix. One group stays one:

@@ -21,7 +21,7 @@ from grok.model.attention import Attention
 from grok.model.layers import RMSNorm, TokenTable
 from grok.model.moe import EXPERTS, MoE, RouterStats
 from grok.ops.weights.int8 import QuantizedArray
-from grok.ops.weights.layer_slice import StackedArray
+from grok.ops.weights.layer_slice import LayerSlice
 
 REMAT_POLICIES = {
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
@@ -60,11 +60,11 @@ class Block(nnx.Module):
         return x_BTD + self.post_moe_norm(m_BTD), stats
 
     def step(self, x_BTD, cache: PagedCache, places: Places, real_BT, layer):
-        """The same for new tokens that see what is in the cache: x_BTD, cache, chosen_BTC."""
+        """The same for new tokens that see what is in the cache: x_BTD, cache, expert_ids_BTC."""
         a_BTD, cache = self.attention.step(self.pre_attn_norm(x_BTD), cache, places, layer)
         x_BTD = x_BTD + self.post_attn_norm(a_BTD)
-        m_BTD, chosen_BTC = self.moe.step(self.pre_moe_norm(x_BTD), real_BT)
-        return x_BTD + self.post_moe_norm(m_BTD), cache, chosen_BTC
+        m_BTD, expert_ids_BTC = self.moe.step(self.pre_moe_norm(x_BTD), real_BT)
+        return x_BTD + self.post_moe_norm(m_BTD), cache, expert_ids_BTC
 
 
 class Grok(nnx.Module):
@@ -120,7 +120,7 @@ class Grok(nnx.Module):
 
         Row b holds the tokens of one group of devices (there are as many rows as parts of the
         batch), in U blocks of Q = T/U tokens. Returns x_BTD after the final norm, for `unembed`,
-        the cache with the new tokens in it, and the experts that tokens went to, chosen_LBTC.
+        the cache with the new tokens in it, and the experts that tokens went to, expert_ids_LBTC.
         """
         with sharding.use_mesh_of(self.embed.table_VD[...]):
             tokens_BT = sharding.constrain(tokens_BT, "batch", "length")
@@ -133,13 +133,13 @@ class Grok(nnx.Module):
             def block(carry, xs):
                 x_BTD, cache = carry
                 layer = self._layer(*xs)
-                x_BTD, cache, chosen_BTC = layer.step(x_BTD, cache, places, real_BT, xs[1])
-                return (x_BTD, cache), chosen_BTC
+                x_BTD, cache, expert_ids_BTC = layer.step(x_BTD, cache, places, real_BT, xs[1])
+                return (x_BTD, cache), expert_ids_BTC
 
             carry = (self._embed(tokens_BT), cache)
-            each = self._per_layer(stay=not tpu)
-            (x_BTD, cache), chosen_LBTC = jax.lax.scan(block, carry, each)
-            return self.final_norm(x_BTD), cache, chosen_LBTC
+            each = self._per_layer(in_place=not tpu)
+            (x_BTD, cache), expert_ids_LBTC = jax.lax.scan(block, carry, each)
+            return self.final_norm(x_BTD), cache, expert_ids_LBTC
 
     def next_logits(self, x_BTD: jax.Array, count_BU) -> jax.Array:
         """Logits after the last real token of each block, logits_BUV, from what `step` returned."""
@@ -150,15 +150,15 @@ class Grok(nnx.Module):
             last_BUQ = jnp.arange(x_BUQD.shape[2])[None, None, :] == count_BU[:, :, None] - 1
             return self.unembed(jnp.where(last_BUQ[..., None], x_BUQD, 0).sum(2))
 
-    def _per_layer(self, stay: bool = False):
-        """What a scan over the layers hands to `_layer`: parameters, and the layer's number.
+    def _per_layer(self, in_place: bool = False):
+        """The inputs of a scan over the layers, for `_layer`: parameters, and the layer's index.
 
-        If they `stay`, as those of an int8 model do, it is the number alone, so that a layer takes
-        the experts that it needs from all layers in place; sliced by the scan, all its experts
-        would be copied first.
+        With `in_place`, and for an int8 model, it is the index alone, so that a layer takes the
+        experts that it needs from all layers in place; sliced by the scan, all its experts would
+        be copied first.
         """
         numbers = jnp.arange(self.config.num_layers)
-        return (None if stay or self.config.param_dtype == "int8" else self.layers), numbers
+        return (None if in_place or self.config.param_dtype == "int8" else self.layers), numbers
 
     def _layer(self, layer: Block | None, number: jax.Array) -> Block:
         """A block with the parameters of one layer."""
@@ -170,7 +170,7 @@ class Grok(nnx.Module):
             if isinstance(w, QuantizedArray):
                 return param.replace(dataclasses.replace(w, layer=number))
             if path[-1].name in EXPERTS and isinstance(w, jax.Array):
-                return param.replace(StackedArray(w, number))
+                return param.replace(LayerSlice(w, number))
             index = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
             return param.replace(jax.tree.map(lambda a: index(a, number), w))
 

@@ -13,6 +13,7 @@ from flax import nnx
 from grok import sharding
 from grok.config import GrokConfig
 from grok.ops.cross_entropy import cross_entropy
+from grok.ops.varying import pvary
 from grok.ops.weights.int8 import QuantizedArray
 from grok.ops.weights.lora import LoraArray
 from grok.sharding import Axes
@@ -81,9 +82,9 @@ def quantized_axes(w: QuantizedArray, axes: Axes) -> Axes:
 
     Several groups of rows are split like the rows; a single one is on every device.
     """
-    columns = len(axes) - w.col_dims
-    rows = columns - w.row_dims
-    return (*axes[:rows], None if w.groups == 1 else axes[rows], *axes[columns:])
+    columns = len(axes) - w.output_dims
+    rows = columns - w.contract_dims
+    return (*axes[:rows], None if w.num_scale_groups == 1 else axes[rows], *axes[columns:])
 
 
 class RMSNorm(nnx.Module):
@@ -130,7 +131,7 @@ class TokenTable(nnx.Module):
         table_axes = sharding.embedding_axes(len(table_VD), self.config.param_dtype)
 
         def local(tokens_BT, table_VD):
-            table_VD = sharding.pvary(sharding.unshard_local(table_VD, table_axes))
+            table_VD = pvary(sharding.unshard_local(table_VD, table_axes))
             here_BT = tokens_BT - sharding.axis_index("vocab") * table_VD.shape[0]
             # Out of range on either side reads zeros; negative indices would count from the end.
             here_BT = jnp.where(here_BT < 0, table_VD.shape[0], here_BT)
@@ -141,17 +142,17 @@ class TokenTable(nnx.Module):
         form = sharding.shard_map(local, axes, ("batch", "length", None))
         return form(tokens_BT, table_VD)
 
-    def cross_entropy(self, x_BTD, targets_BT, multiplier: float):
+    def cross_entropy(self, x_BTD, targets_BT, scale: float):
         """Cross-entropy and log-partition of every token, (B, T) float32 each, of the scores times
-        `multiplier`; those of all tokens never exist at once."""
+        `scale`; those of all tokens never exist at once."""
         table_VD = self.table_VD[...].astype(x_BTD.dtype)
         table_axes = sharding.embedding_axes(len(table_VD), self.config.param_dtype)
 
         def local(x_BTD, targets_BT, table_VD):
             table_VD = sharding.unshard_local(table_VD, table_axes)
             x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
-            arrays = jax.tree.map(sharding.pvary, (x_RD, table_VD, targets_BT.reshape(-1)))
-            losses = cross_entropy(*arrays, multiplier)
+            arrays = jax.tree.map(pvary, (x_RD, table_VD, targets_BT.reshape(-1)))
+            losses = cross_entropy(*arrays, scale, sharding.axis_names("vocab"))
             return tuple(loss_R.reshape(targets_BT.shape) for loss_R in losses)
 
         tokens = ("batch", "length")

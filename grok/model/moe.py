@@ -11,12 +11,14 @@ from flax import nnx
 
 from grok import hardware, sharding
 from grok.config import GrokConfig
+from grok.hardware import LANES
 from grok.model.layers import normal, quantized_axes
-from grok.ops.moe.experts_pallas import PARTS, experts_grouped, experts_in_parts
-from grok.ops.moe.experts_xla import experts_tiled, few_tile_rows, tile_rows, training_tile_rows
-from grok.ops.moe.tiling import LANES
+from grok.ops.moe.experts_pallas import MLP_SPLITS, experts_pallas, experts_pallas_split_mlp
+from grok.ops.moe.experts_xla import experts_xla
+from grok.ops.moe.tiling import serving_tile_rows, training_tile_rows, xla_tile_rows
+from grok.ops.varying import pvary
 from grok.ops.weights.int8 import QuantizedArray
-from grok.ops.weights.layer_slice import StackedArray
+from grok.ops.weights.layer_slice import LayerSlice
 from grok.ops.weights.lora import LoraArray
 
 # The matrices of which a token needs those of its experts alone.
@@ -61,19 +63,23 @@ class MoE(nnx.Module):
         stream is."""
         axes = sharding.sequence_parallel_axes(x_BTD.shape[1])
         probs_BTE = self.route(x_BTD, axes)
-        gate_BTC, chosen_BTC = jax.lax.top_k(probs_BTE, self.config.num_selected_experts)
-        stats = _stats(probs_BTE, chosen_BTC, sharding.constrain(real_BT, *axes[:2]))
-        return self._experts(x_BTD, gate_BTC, chosen_BTC, axes), stats
+        topk_weights_BTC, expert_ids_BTC = jax.lax.top_k(
+            probs_BTE, self.config.num_selected_experts
+        )
+        stats = _stats(probs_BTE, expert_ids_BTC, sharding.constrain(real_BT, *axes[:2]))
+        return self._experts(x_BTD, topk_weights_BTC, expert_ids_BTC, axes), stats
 
     def step(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """y_BTD, and the experts chosen_BTC, the likeliest first; tokens that are not real go to no
-        expert, so that none is read for them."""
+        """y_BTD, and the experts expert_ids_BTC, the likeliest first; tokens that are not real go
+        to no expert, so that none is read for them."""
         axes = ("batch", "length", None)
         probs_BTE = self.route(x_BTD, axes)
-        gate_BTC, chosen_BTC = jax.lax.top_k(probs_BTE, self.config.num_selected_experts)
+        topk_weights_BTC, expert_ids_BTC = jax.lax.top_k(
+            probs_BTE, self.config.num_selected_experts
+        )
         if hardware.platform() != "tpu":  # whose kernels know no such choice
-            chosen_BTC = jnp.where(real_BT[:, :, None], chosen_BTC, self.config.num_experts)
-        return self._experts(x_BTD, gate_BTC, chosen_BTC, axes), chosen_BTC
+            expert_ids_BTC = jnp.where(real_BT[:, :, None], expert_ids_BTC, self.config.num_experts)
+        return self._experts(x_BTD, topk_weights_BTC, expert_ids_BTC, axes), expert_ids_BTC
 
     def route(self, x_BTD: jax.Array, axes: sharding.Axes) -> jax.Array:
         """Router probabilities of all experts, probs_BTE, in float32 whatever the type of x."""
@@ -86,7 +92,7 @@ class MoE(nnx.Module):
         )
         return jax.nn.softmax(logits_BTE, axis=-1)
 
-    def _experts(self, x_BTD, gate_BTC, chosen_BTC, stream: sharding.Axes):
+    def _experts(self, x_BTD, topk_weights_BTC, expert_ids_BTC, stream: sharding.Axes):
         """Tokens travel to the experts: each device collects those of its group, runs its slice of
         every expert on the rows that chose it, and hands the partial sums back."""
         C = self.config.num_selected_experts
@@ -99,12 +105,10 @@ class MoE(nnx.Module):
                 weights[place] = w.scaled(x_BTD.dtype)
                 axes += [w_axes, (*w_axes[:2], None), (w_axes[0], None, w_axes[2])]
                 continue
-            if sharding.axis_size("fsdp_embed") > 1 and isinstance(
-                w, StackedArray | QuantizedArray
-            ):
+            if sharding.axis_size("fsdp_embed") > 1 and isinstance(w, LayerSlice | QuantizedArray):
                 # What is collected from other devices should be one layer.
                 w = weights[place] = w.sliced()
-            if isinstance(w, StackedArray):
+            if isinstance(w, LayerSlice):
                 axes += [(None, *w_axes), ()]  # and the number of the layer
                 continue
             if not isinstance(w, QuantizedArray):
@@ -133,38 +137,43 @@ class MoE(nnx.Module):
         tokens = ("batch", "length", None)
         form = sharding.shard_map(local, (tokens, tokens, tokens, *axes), stream)
         return form(
-            *(sharding.constrain(a, *tokens) for a in (x_BTD, gate_BTC, chosen_BTC)), *parts
+            *(sharding.constrain(a, *tokens) for a in (x_BTD, topk_weights_BTC, expert_ids_BTC)),
+            *parts,
         )
 
     def _routed(self, rows, parts, kinds, axes) -> jax.Array:
-        """y_RD of rows (x_RD, gate_RC, chosen_RC), by this device's part of the experts' width."""
+        """y_RD of rows (x_RD, topk_weights_RC, expert_ids_RC), by this device's part of the
+        experts' width."""
 
         def collect(parts):
             whole = [sharding.unshard_local(*each) for each in zip(parts, axes, strict=True)]
             return jax.tree.unflatten(kinds, whole)
 
-        rows = jax.tree.map(sharding.pvary, rows)
+        rows = jax.tree.map(pvary, rows)
         tpu = hardware.platform() == "tpu"
+        # Gathered along its columns, a matrix has them major in memory.
+        down_is_column_major = sharding.axis_size("fsdp_embed") > 1
         plain = kinds == jax.tree.structure([*EXPERTS])
         # Else the blocks' remat computes the hidden layer again, and so would this: once too often.
         kept = self.config.keeps_experts
-        if tpu and kept and plain and parts[0].shape[-1] % (PARTS * LANES) == 0:
-            return experts_in_parts(*rows, tuple(map(sharding.pvary, parts)), collect)
-        weights = jax.tree.map(sharding.pvary, collect(parts))
+        if tpu and kept and plain and parts[0].shape[-1] % (MLP_SPLITS * LANES) == 0:
+            shards = tuple(map(pvary, parts))
+            return experts_pallas_split_mlp(*rows, shards, collect, down_is_column_major)
+        weights = jax.tree.map(pvary, collect(parts))
         if tpu:
-            return experts_grouped(*rows, *weights)
+            return experts_pallas(*rows, *weights, down_is_column_major)
         (R, C), E = rows[1].shape, self.config.num_experts
-        serving = isinstance(weights[0], StackedArray | QuantizedArray)
-        tile = few_tile_rows(R, C, E) if serving else tile_rows(R * C, E)
-        return experts_tiled(*rows, *weights, tile, training_tile_rows(R * C, E))
+        is_serving = isinstance(weights[0], LayerSlice | QuantizedArray)
+        tile_rows = serving_tile_rows if is_serving else xla_tile_rows
+        return experts_xla(*rows, *weights, tile_rows(R, C, E), training_tile_rows(R, C, E))
 
 
-def _stats(probs_BTE, chosen_BTC, real_BT) -> RouterStats:
+def _stats(probs_BTE, expert_ids_BTC, real_BT) -> RouterStats:
     real_BT = real_BT.astype(jnp.float32)
     total = jnp.maximum(jnp.sum(real_BT), 1)
     experts = jnp.arange(probs_BTE.shape[-1])[None, None, None, :]
-    picks_BTE = jnp.sum(chosen_BTC[..., None] == experts, axis=2, dtype=jnp.float32)
-    load_E = jnp.sum(picks_BTE * real_BT[:, :, None], axis=(0, 1)) / chosen_BTC.shape[-1]
+    picks_BTE = jnp.sum(expert_ids_BTC[..., None] == experts, axis=2, dtype=jnp.float32)
+    load_E = jnp.sum(picks_BTE * real_BT[:, :, None], axis=(0, 1)) / expert_ids_BTC.shape[-1]
     probability_E = jnp.sum(probs_BTE * real_BT[:, :, None], axis=(0, 1))
     entropy_BT = jnp.sum(jax.scipy.special.entr(jax.lax.stop_gradient(probs_BTE)), axis=-1)
     entropy = jnp.sum(entropy_BT * real_BT)

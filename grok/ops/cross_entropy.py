@@ -8,18 +8,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from grok import sharding
+from grok.ops.varying import pvary
 
-# Logits that exist at a time, 256 MiB of float32.
-LOGITS = 2**26
+MAX_LOGITS = 2**26  # that exist at a time: 256 MiB of float32
 
 
-def cross_entropy_reference(x_RD, table_VD, targets_R, multiplier: float):
+def cross_entropy_reference(x_RD, table_VD, targets_R, scale: float):
     """Cross-entropy in nats and log-partition of each row, (R,) float32, all logits at once.
 
-    Logits are `multiplier * x table^T`, in float32.
+    Logits are `scale * x table^T`, in float32.
     """
-    logits_RV = _logits(x_RD, table_VD, multiplier)
+    logits_RV = _logits(x_RD, table_VD, scale)
     log_z_R = jax.nn.logsumexp(logits_RV, axis=-1)
     target_R = jnp.take_along_axis(logits_RV, targets_R[:, None], axis=-1)[:, 0]
     return log_z_R - target_R, log_z_R
@@ -36,83 +35,95 @@ def target_logprobs(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, j
     return target_logits - log_z, log_z
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def cross_entropy(x_RD, table_VD, targets_R, multiplier: float):
-    """What `cross_entropy_reference` computes, in chunks of rows; backward computes logits again.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def cross_entropy(
+    x_RD, table_VD, targets_R, scale: float, axis_names: tuple[str, ...] = ()
+) -> tuple[jax.Array, jax.Array]:
+    """`cross_entropy_reference` in chunks of rows; the backward pass computes logits again.
 
-    For use inside `shard_map`, where `table_VD` is the device's part of the vocabulary; results
-    are of the whole one. The gradient of the table is summed in float32, whatever its type; that
-    of x is of this part of the vocabulary alone.
+    Inside `shard_map`, `table_VD` is the device's shard of a vocabulary that is split over the mesh
+    axes `axis_names`; results are of the whole one. The gradient of the table is summed in float32,
+    whatever its type; that of x is of this shard of the vocabulary alone.
     """
-    return _forward(x_RD, table_VD, targets_R, multiplier)[0]
+    return _forward(x_RD, table_VD, targets_R, scale, axis_names)[0]
 
 
-def _forward(x_RD, table_VD, targets_R, multiplier):
-    first = sharding.axis_index("vocab") * table_VD.shape[0]
+def _forward(x_RD, table_VD, targets_R, scale, axis_names):
+    first = _axis_index(axis_names) * table_VD.shape[0]
 
     def one_chunk(chunk):
         x_cD, targets_c = chunk
-        logits_cV = _logits(x_cD, table_VD, multiplier)
-        largest_c = sharding.pmax(jnp.max(logits_cV, axis=-1), "vocab")
+        logits_cV = _logits(x_cD, table_VD, scale)
+        largest_c = _reduce(jax.lax.pmax, jnp.max(logits_cV, axis=-1), axis_names)
         sum_c = jnp.sum(jnp.exp(logits_cV - largest_c[:, None]), axis=-1)
-        log_z_c = largest_c + jnp.log(sharding.psum(sum_c, "vocab"))
-        # A sum under a mask, not an index: the target may be in the part of another device.
-        is_target_cV = _is(targets_c - first, logits_cV.shape[1])
-        target_c = sharding.psum(jnp.sum(jnp.where(is_target_cV, logits_cV, 0), axis=-1), "vocab")
+        log_z_c = largest_c + jnp.log(_reduce(jax.lax.psum, sum_c, axis_names))
+        # A sum under a mask, not an index: the target may be in the shard of another device.
+        is_target_cV = _one_hot(targets_c - first, logits_cV.shape[1])
+        target_c = jnp.sum(jnp.where(is_target_cV, logits_cV, 0), axis=-1)
+        target_c = _reduce(jax.lax.psum, target_c, axis_names)
         return log_z_c - target_c, log_z_c
 
     entropy_R, log_z_R = (
-        _joined(a, len(x_RD))
-        for a in jax.lax.map(one_chunk, _chunks((x_RD, targets_R), table_VD.shape[0]))
+        _rows(chunks, len(x_RD))
+        for chunks in jax.lax.map(one_chunk, _chunks((x_RD, targets_R), table_VD.shape[0]))
     )
     return (entropy_R, log_z_R), (x_RD, table_VD, targets_R, log_z_R)
 
 
-def _backward(multiplier, saved, cotangents):
-    x_RD, table_VD, targets_R, log_z_R = saved
+def _backward(scale, axis_names, residuals, cotangents):
+    x_RD, table_VD, targets_R, log_z_R = residuals
     dentropy_R, dlog_z_R = cotangents
-    first = sharding.axis_index("vocab") * table_VD.shape[0]
+    first = _axis_index(axis_names) * table_VD.shape[0]
 
     def one_chunk(dtable_VD, chunk):
         x_cD, targets_c, log_z_c, dtarget_c, dlog_z_c = chunk
-        logits_cV = _logits(x_cD, table_VD, multiplier)
+        logits_cV = _logits(x_cD, table_VD, scale)
         dlogits_cV = jnp.exp(logits_cV - log_z_c[:, None]) * dlog_z_c[:, None]
-        dlogits_cV -= jnp.where(_is(targets_c - first, logits_cV.shape[1]), dtarget_c[:, None], 0)
-        dlogits_cV = (multiplier * dlogits_cV).astype(x_cD.dtype)
+        is_target_cV = _one_hot(targets_c - first, logits_cV.shape[1])
+        dlogits_cV -= jnp.where(is_target_cV, dtarget_c[:, None], 0)
+        dlogits_cV = (scale * dlogits_cV).astype(x_cD.dtype)
         dx_cD = jnp.dot(dlogits_cV, table_VD, preferred_element_type=jnp.float32)
         dtable_VD += jnp.dot(dlogits_cV.T, x_cD, preferred_element_type=jnp.float32)
         return dtable_VD, dx_cD.astype(x_cD.dtype)
 
     # The entropy is log_z - target.
     rows = (x_RD, targets_R, log_z_R, dentropy_R, dentropy_R + dlog_z_R)
-    zeros_VD = sharding.pvary(jnp.zeros(table_VD.shape, jnp.float32))
+    zeros_VD = pvary(jnp.zeros(table_VD.shape, jnp.float32))
     dtable_VD, dx = jax.lax.scan(one_chunk, zeros_VD, _chunks(rows, table_VD.shape[0]))
-    return _joined(dx, len(x_RD)), dtable_VD.astype(table_VD.dtype), None
+    return _rows(dx, len(x_RD)), dtable_VD.astype(table_VD.dtype), None
 
 
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _logits(x_RD, table_VD, multiplier: float) -> jax.Array:
-    return multiplier * jnp.dot(x_RD, table_VD.T, preferred_element_type=jnp.float32)
+def _logits(x_RD, table_VD, scale: float) -> jax.Array:
+    return scale * jnp.dot(x_RD, table_VD.T, preferred_element_type=jnp.float32)
 
 
-def _is(targets_c, vocab: int) -> jax.Array:
-    """Where in a part of the vocabulary each row's target is."""
-    return jnp.arange(vocab)[None, :] == targets_c[:, None]
+def _axis_index(axis_names: tuple[str, ...]) -> jax.Array | int:
+    return jax.lax.axis_index(axis_names) if axis_names else 0
 
 
-def _chunks(arrays, vocab: int):
-    """Arrays (R, ...) as (chunks, c, ...), the last filled up with zeros."""
+def _reduce(reduce, x: jax.Array, axis_names: tuple[str, ...]) -> jax.Array:
+    return reduce(x, axis_names) if axis_names else x
+
+
+def _one_hot(targets_c, vocab_size: int) -> jax.Array:
+    """True at the target of each row, if it is in this shard of the vocabulary."""
+    return jnp.arange(vocab_size)[None, :] == targets_c[:, None]
+
+
+def _chunks(arrays, vocab_size: int):
+    """Arrays (R, ...) as (chunks, c, ...), the last padded with zeros."""
     rows = len(arrays[0])
-    c = min(rows, max(1, LOGITS // vocab))
-    filled = -rows % c
+    c = min(rows, max(1, MAX_LOGITS // vocab_size))
+    padding = -rows % c
     return tuple(
-        jnp.pad(a, ((0, filled), *[(0, 0)] * (a.ndim - 1))).reshape(-1, c, *a.shape[1:])
+        jnp.pad(a, ((0, padding), *[(0, 0)] * (a.ndim - 1))).reshape(-1, c, *a.shape[1:])
         for a in arrays
     )
 
 
-def _joined(chunks, rows: int):
-    """The opposite, of one array."""
+def _rows(chunks, rows: int):
+    """The inverse of `_chunks`, of one array."""
     return chunks.reshape(-1, *chunks.shape[2:])[:rows]

@@ -28,7 +28,7 @@ from grok.config import (
 )
 from grok.config.load import from_dict
 from grok.errors import ConfigError, GrokError
-from grok.ops.attention.paged import SPAN
+from grok.ops.attention.paged import KV_BLOCK
 from grok.plan.program_cost import CompiledProgram
 from grok.plan.programs import bytes_per_device, make_program
 from grok.plan.topology import Slice, parse_slice
@@ -132,7 +132,7 @@ def mesh_sizes(config: RunConfig, num_devices: int) -> dict[str, int]:
 def turns(config: RunConfig) -> int:
     """How often a loop over the cache runs, the only one whose count a program leaves open: as far
     as the rows are long."""
-    return -(-config.plan.tokens // max(SPAN, config.engine.page_size))
+    return -(-config.plan.tokens // max(KV_BLOCK, config.engine.page_size))
 
 
 def wires(mesh: Mesh, across: str, slice_: Slice) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from grok.config import MESH_AXES
 from grok.sharding.collectives import (
     all_gather,
     axis_index,
+    axis_names,
     pmax,
     psum,
     psum_scatter,
-    pvary,
     shard_map,
 )
 from grok.sharding.fsdp import map_matrices, pin_row_major, unshard, unshard_local
@@ -51,6 +51,7 @@ __all__ = [
     "ambient_mesh",
     "attention_weight_axes",
     "axis_index",
+    "axis_names",
     "axis_size",
     "constrain",
     "einsum",
@@ -62,7 +63,6 @@ __all__ = [
     "pmax",
     "psum",
     "psum_scatter",
-    "pvary",
     "sequence_parallel_axes",
     "shard_map",
     "spec",

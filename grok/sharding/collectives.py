@@ -33,13 +33,14 @@ def shard_map(
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
 
-def _names(axis: str) -> tuple[str, ...]:
+def axis_names(axis: str) -> tuple[str, ...]:
+    """Names of the mesh axes along `axis`, for collectives of JAX; none without a mesh."""
     return () if ambient_mesh() is None else mesh_axes(axis)
 
 
 def _split_names(axis: str) -> tuple[str, ...]:
     """Mesh axes of more than one device; XLA would copy an array that it gathers from one alone."""
-    return tuple(name for name in _names(axis) if ambient_mesh().shape[name] > 1)
+    return tuple(name for name in axis_names(axis) if ambient_mesh().shape[name] > 1)
 
 
 def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
@@ -50,13 +51,13 @@ def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
 
 def psum(x: jax.Array, axis: str) -> jax.Array:
     """The sum of `x` over the devices along `axis`."""
-    names = _names(axis)
+    names = axis_names(axis)
     return jax.lax.psum(x, names) if names else x
 
 
 def pmax(x: jax.Array, axis: str) -> jax.Array:
     """The largest of `x` over the devices along `axis`."""
-    names = _names(axis)
+    names = axis_names(axis)
     return jax.lax.pmax(x, names) if names else x
 
 
@@ -68,13 +69,5 @@ def psum_scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
 
 def axis_index(axis: str) -> jax.Array | int:
     """The index of this device's shard along `axis`."""
-    names = _names(axis)
+    names = axis_names(axis)
     return jax.lax.axis_index(names) if names else 0
-
-
-def pvary(x: jax.Array) -> jax.Array:
-    """`x` typed as possibly different on every device, so that its gradient is summed over all."""
-    mesh = ambient_mesh()
-    manual = () if mesh is None else mesh.manual_axes
-    invariant = tuple(name for name in manual if name not in jax.typeof(x).mat.varying)
-    return jax.lax.pcast(x, invariant, to="varying") if invariant else x

@@ -12,7 +12,7 @@ from grok import sharding
 from grok.config import TrainConfig
 from grok.model.decoder import Grok
 from grok.model.moe import RouterStats
-from grok.ops.cross_entropy import LOGITS
+from grok.ops.cross_entropy import MAX_LOGITS
 
 
 def token_losses(model: Grok, x_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
@@ -22,7 +22,7 @@ def token_losses(model: Grok, x_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
     """
     with sharding.use_mesh_of(model.embed.table_VD[...]):
         vocab = model.config.vocab_size // sharding.axis_size("vocab")
-        if targets_BT.size // sharding.axis_size("batch") * vocab > LOGITS:
+        if targets_BT.size // sharding.axis_size("batch") * vocab > MAX_LOGITS:
             entropy_BT, log_z_BT = model.embed.cross_entropy(
                 x_BTD, targets_BT, model.config.output_multiplier
             )

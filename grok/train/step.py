@@ -12,7 +12,7 @@ import optax
 from grok import hardware, sharding
 from grok.config import RunConfig, TrainConfig
 from grok.model.params import MATRICES
-from grok.ops.weights.low_precision_grad import CastArray
+from grok.ops.weights.low_precision_grad import LowPrecisionGrad
 from grok.optim.param_groups import combine, map_named, partition, trainable
 from grok.train.loss import batch_loss, count_tokens, hidden, token_losses
 from grok.train.state import TrainState, as_float32
@@ -87,7 +87,7 @@ def with_grad_slots(model, slots):
     def one(slot, w):
         if slot is None:
             return w
-        return slot if slot.dtype == w.dtype else CastArray(w, slot)
+        return slot if slot.dtype == w.dtype else LowPrecisionGrad(w, slot)
 
     return jax.tree.map(one, slots, model, is_leaf=lambda x: x is None)
 

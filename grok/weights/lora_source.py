@@ -10,7 +10,7 @@ from grok import storage
 from grok.config import RunConfig
 from grok.errors import CheckpointError
 from grok.model.params import MATRICES
-from grok.ops.weights.lora import LoraArray, factor_shapes, merged
+from grok.ops.weights.lora import LoraArray, factor_shapes, merge_adapter
 from grok.weights.cast import converted
 from grok.weights.checksums import sample_checksum
 from grok.weights.orbax.metadata import LORA, read_tree
@@ -63,7 +63,7 @@ class LoraSource(Source):
         rank = slice(0, self._rank)
         a = self._arrays.read(f"{name}/a", (*part[:columns], rank))
         b = self._arrays.read(f"{name}/b", (*part[:lead], rank, *part[columns:]))
-        return merged(LoraArray(base, a, b, self._scale), matrix.row_dims, matrix.col_dims)
+        return merge_adapter(LoraArray(base, a, b, self._scale), matrix.row_dims, matrix.col_dims)
 
     def read_scales(self, name: str, part: Part) -> np.ndarray:
         """A float tensor has none."""

@@ -17,8 +17,8 @@ from grok.model.build import from_arrays, to_arrays
 from grok.model.decoder import Grok
 from grok.model.lora import TARGETS, adapted, is_adapter, tensor_names
 from grok.model.params import MATRICES, shapes
-from grok.ops.moe.experts_xla import experts_reference, experts_tiled
-from grok.ops.weights.lora import LoraArray, merged
+from grok.ops.moe.experts_xla import experts_reference, experts_xla
+from grok.ops.weights.lora import LoraArray, merge_adapter
 from grok.weights.load import place
 from tests.fixtures.random_weights import RandomSource
 
@@ -73,7 +73,7 @@ def merged_model(model: Grok) -> Grok:
         if part == "base":
             shape = MATRICES[matrix]
             w = LoraArray(array, parts[f"{matrix}/a"], parts[f"{matrix}/b"], LORA.scale)
-            arrays[matrix] = merged(w, shape.row_dims, shape.col_dims)
+            arrays[matrix] = merge_adapter(w, shape.row_dims, shape.col_dims)
         elif not is_adapter(name):
             arrays[name] = array
     return from_arrays(CONFIG, arrays)
@@ -103,24 +103,25 @@ def test_gradients_of_experts_are_those_through_the_merged_weights():
         return jnp.asarray(random.standard_normal(shape, np.float32))
 
     R, C, E, D, F, r = 24, 2, 4, 8, 12, 3
-    x_RD, gate_RC, dy_RD = draw(R, D), draw(R, C), draw(R, D)
-    chosen_RC = jnp.asarray(random.integers(0, E, (R, C)), jnp.int32)
+    x_RD, topk_weights_RC, dy_RD = draw(R, D), draw(R, C), draw(R, D)
+    expert_ids_RC = jnp.asarray(random.integers(0, E, (R, C)), jnp.int32)
     bases = draw(E, D, F), draw(E, D, F), draw(E, F, D)
     factors = [(draw(E, *w.shape[1:2], r), draw(E, r, *w.shape[2:])) for w in bases]
 
-    def beside(x_RD, gate_RC, factors):
+    def beside(x_RD, topk_weights_RC, factors):
         weights = [LoraArray(w, a, b) for w, (a, b) in zip(bases, factors, strict=True)]
-        return experts_tiled(x_RD, gate_RC, chosen_RC, *weights, 8)
+        return experts_xla(x_RD, topk_weights_RC, expert_ids_RC, *weights, 8)
 
-    def inside(x_RD, gate_RC, factors):
+    def inside(x_RD, topk_weights_RC, factors):
         weights = [
-            merged(LoraArray(w, a, b), 1, 1) for w, (a, b) in zip(bases, factors, strict=True)
+            merge_adapter(LoraArray(w, a, b), 1, 1)
+            for w, (a, b) in zip(bases, factors, strict=True)
         ]
-        return experts_reference(x_RD, gate_RC, chosen_RC, *weights)
+        return experts_reference(x_RD, topk_weights_RC, expert_ids_RC, *weights)
 
     def gradients(form):
         return jax.jit(jax.grad(lambda *args: jnp.sum(form(*args) * dy_RD), argnums=(0, 1, 2)))(
-            x_RD, gate_RC, factors
+            x_RD, topk_weights_RC, factors
         )
 
     ours, expected = (jax.tree.leaves(gradients(form)) for form in (beside, inside))

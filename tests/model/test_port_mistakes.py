@@ -20,15 +20,23 @@ NAME = "pub_a"  # grouped queries
 right_experts, right_attention = MoE._experts, grok.model.attention.attention
 
 
-def renormalised(self, x_BTD, gate_BTC, chosen_BTC, axes):
+def renormalised(self, x_BTD, topk_weights_BTC, expert_ids_BTC, axes):
     """Gates divided by their sum."""
-    return right_experts(self, x_BTD, gate_BTC / gate_BTC.sum(-1, keepdims=True), chosen_BTC, axes)
+    return right_experts(
+        self,
+        x_BTD,
+        topk_weights_BTC / topk_weights_BTC.sum(-1, keepdims=True),
+        expert_ids_BTC,
+        axes,
+    )
 
 
-def softmax_after_top_k(self, x_BTD, gate_BTC, chosen_BTC, axes):
+def softmax_after_top_k(self, x_BTD, topk_weights_BTC, expert_ids_BTC, axes):
     """The softmax over the chosen experts' logits only."""
     # The logarithm of a probability is the logit less a constant, which a softmax ignores.
-    return right_experts(self, x_BTD, jax.nn.softmax(jnp.log(gate_BTC), axis=-1), chosen_BTC, axes)
+    return right_experts(
+        self, x_BTD, jax.nn.softmax(jnp.log(topk_weights_BTC), axis=-1), expert_ids_BTC, axes
+    )
 
 
 def softcapped_router(self, x_BTD, axes):
@@ -71,7 +79,7 @@ MISTAKES = {
     softcapped_router: (MoE, "route", "router_probs_exact", 100),
     jax.nn.silu: (grok.ops.moe.experts_xla, "gelu", "moe_exact", 1000),
     exact_gelu: (grok.ops.moe.experts_xla, "gelu", "moe_exact", 10),
-    hard_clamp: (grok.ops.attention.causal, "softcap", "attention_exact", 1000),
+    hard_clamp: (grok.ops.attention.causal, "apply_softcap", "attention_exact", 1000),
     heads_dealt_out: (grok.model.attention, "attention", "attention_exact", 1000),
     interleaved_rotary: (grok.model.attention, "rotate", "attention_exact", 1000),
 }

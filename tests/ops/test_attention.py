@@ -14,7 +14,7 @@ import grok.ops.attention.causal
 from grok.ops.attention.causal import attention, attention_reference
 
 B, T, N, K, H = 2, 32, 6, 2, 8
-OPTIONS = {"multiplier": 0.7, "cap": 5.0}  # logits of several units: the cap matters
+OPTIONS = {"scale": 0.7, "softcap": 5.0}  # logits of several units: the softcap matters
 
 # Sums of at most 32 products and a softmax, in float32: some units of 2^-24 = 6e-8.
 TOLERANCE = 2e-6
@@ -39,7 +39,7 @@ reference = jax.jit(functools.partial(attention_reference, **OPTIONS))
 @pytest.fixture
 def chunked(monkeypatch):
     """The form for long rows, made to work on this short one."""
-    monkeypatch.setattr(grok.ops.attention.causal, "CHUNK", 8)
+    monkeypatch.setattr(grok.ops.attention.causal, "QUERY_BLOCK", 8)
     return jax.jit(lambda *inputs: attention(*inputs, **OPTIONS))
 
 
@@ -51,8 +51,8 @@ def by_hand(q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS) -> np.ndar
     for b, t, n in np.ndindex(*q.shape[:3]):
         seen = (np.arange(k.shape[1]) <= index[b, t]) & (k_segment[b] == q_segment[b, t])
         head = n // (q.shape[2] // k.shape[2])
-        logits = k[b, seen, head] @ q[b, t, n] * OPTIONS["multiplier"]
-        weights = np.exp(OPTIONS["cap"] * np.tanh(logits / OPTIONS["cap"]))
+        logits = k[b, seen, head] @ q[b, t, n] * OPTIONS["scale"]
+        weights = np.exp(OPTIONS["softcap"] * np.tanh(logits / OPTIONS["softcap"]))
         o[b, t, n] = weights @ v[b, seen, head] / weights.sum()
     return o
 

@@ -33,7 +33,7 @@ def value_and_gradients(form, dtype=jnp.float32):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(grok.ops.cross_entropy, "LOGITS", 4 * V)
+    monkeypatch.setattr(grok.ops.cross_entropy, "MAX_LOGITS", 4 * V)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2**-7)])
@@ -48,8 +48,8 @@ def test_values_and_gradients_equal_the_references(small_chunks, dtype, toleranc
 
 def test_a_mesh_has_the_losses_and_gradients_of_one_device(monkeypatch):
     """Rows split over data and expert, the vocabulary over tensor."""
-    monkeypatch.setattr(grok.train.loss, "LOGITS", 0)
-    monkeypatch.setattr(grok.ops.cross_entropy, "LOGITS", 8 * test_meshes.CONFIG.vocab_size)
+    monkeypatch.setattr(grok.train.loss, "MAX_LOGITS", 0)
+    monkeypatch.setattr(grok.ops.cross_entropy, "MAX_LOGITS", 8 * test_meshes.CONFIG.vocab_size)
     find = test_meshes.loss_and_gradients.__wrapped__
     (losses, ours), (right_losses, right) = find((2, 2, 2, 1)), test_meshes.loss_and_gradients(None)
     for name, expected in (right_losses | right).items():

@@ -14,8 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 import grok.model.moe
 import grok.ops.moe.experts_pallas
-from grok import sharding
-from grok.ops.moe.experts_pallas import experts_grouped, experts_in_parts
+from grok import hardware
+from grok.ops.moe.experts_pallas import experts_pallas, experts_pallas_split_mlp
 from grok.ops.moe.experts_xla import experts_reference
 from grok.ops.moe.grouped_hidden import grouped_hidden_reference
 from grok.ops.moe.grouped_matmul import grouped_matmul_reference, weight_gradient_reference
@@ -36,8 +36,10 @@ from tests.ops.test_experts_xla import (
 
 RACES = pltpu.InterpretParams(detect_races=True)
 
-run_grouped = value_and_gradients(lambda *inputs: experts_grouped(*inputs, RACES))
-run_in_parts = value_and_gradients(lambda *inputs: experts_in_parts(*inputs[:3], inputs[3:], list))
+run_grouped = value_and_gradients(lambda *inputs: experts_pallas(*inputs, False, RACES))
+run_in_parts = value_and_gradients(
+    lambda *inputs: experts_pallas_split_mlp(*inputs[:3], inputs[3:], list)
+)
 
 
 @pytest.fixture
@@ -45,7 +47,16 @@ def plain_kernels(monkeypatch) -> None:
     """The references in place of the kernels, which tests/ops/test_grouped_matmul.py compares."""
 
     def matmul(
-        xs, ws, tiles_E, tile, *, dtype, transposed=False, most=None, start=None, interpret=False
+        xs,
+        ws,
+        tiles_E,
+        tile,
+        *,
+        dtype,
+        transposed=False,
+        max_tiles=None,
+        start=None,
+        interpret=False,
     ):
         ws = [jnp.swapaxes(w, 1, 2) if transposed else w for w in ws]
         parts = [grouped_matmul_reference(x, w, tiles_E, tile) for x, w in zip(xs, ws, strict=True)]
@@ -54,8 +65,8 @@ def plain_kernels(monkeypatch) -> None:
     def gradient(x, dy, tiles_E, tile, *, dtype, interpret=False):
         return weight_gradient_reference(x, dy, tiles_E, tile).astype(dtype)
 
-    def hidden(*inputs, tiles_E, tile, join, products, most=None, interpret=False):
-        return grouped_hidden_reference(*inputs, tiles_E, tile, join=join)
+    def hidden(*inputs, tiles_E, tile, activation, keep_products, max_tiles=None, interpret=False):
+        return grouped_hidden_reference(*inputs, tiles_E, tile, activation=activation)
 
     monkeypatch.setattr(grok.ops.moe.experts_pallas, "grouped_hidden", hidden)
     monkeypatch.setattr(grok.ops.moe.experts_pallas, "grouped_matmul", matmul)
@@ -84,7 +95,7 @@ def test_half_the_width_after_the_other_equals_the_references(kind, plain_kernel
 
 def test_bfloat16_is_near_the_reference(plain_kernels):
     inputs, chosen = arrays(R, jnp.bfloat16), routing("random")
-    run = value_and_gradients(experts_grouped)
+    run = value_and_gradients(experts_pallas)
     found, expected = run(inputs, chosen), run_reference(inputs, chosen)
     assert found.pop("y").dtype == jnp.bfloat16
     expected.pop("y")
@@ -95,7 +106,9 @@ def test_bfloat16_is_near_the_reference(plain_kernels):
 def test_one_expert_a_row_and_all_rows_on_one_expert():
     x, gate, *weights = arrays(R)
     chosen = jnp.full((R, 1), 3, jnp.int32)
-    found = jax.jit(experts_grouped, static_argnums=6)(x, gate[:, :1], chosen, *weights, RACES)
+    found = jax.jit(experts_pallas, static_argnums=(6, 7))(
+        x, gate[:, :1], chosen, *weights, False, RACES
+    )
     expected = experts_reference(x, gate[:, :1], chosen, *weights)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
 
@@ -104,7 +117,7 @@ def test_int8_weights():
     x, gate, *weights = arrays(R)
     int8 = [QuantizedArray(*quantize(w, 2)) for w in weights]
     chosen = jnp.asarray(routing("random"), jnp.int32)
-    found = jax.jit(experts_grouped, static_argnums=6)(x, gate, chosen, *int8, RACES)
+    found = jax.jit(experts_pallas, static_argnums=(6, 7))(x, gate, chosen, *int8, False, RACES)
     expected = experts_reference(x, gate, chosen, *(w.dequantize(jnp.float32) for w in int8))
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
 
@@ -124,7 +137,7 @@ def test_adapters_have_the_gradients_of_what_they_add_up_to(plain_kernels):
         pairs = zip(weights, factors, strict=True)
         if beside:
             adapted = [LoraArray(w, a, b) for w, (a, b) in pairs]
-            y = experts_grouped(x, gate, chosen, *adapted)
+            y = experts_pallas(x, gate, chosen, *adapted)
         else:
             y = experts_reference(x, gate, chosen, *(w + a @ b for w, (a, b) in pairs))
         return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape)))
@@ -144,9 +157,9 @@ def test_a_mesh_has_the_losses_and_gradients_of_one_device(
     sizes, remat, plain_kernels, monkeypatch
 ):
     """With `experts` the backward pass has half the width of the experts after the other."""
-    in_parts = Mock(wraps=experts_in_parts)
-    monkeypatch.setattr(grok.model.moe, "experts_in_parts", in_parts)
-    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    in_parts = Mock(wraps=experts_pallas_split_mlp)
+    monkeypatch.setattr(grok.model.moe, "experts_pallas_split_mlp", in_parts)
+    monkeypatch.setattr(hardware, "platform", lambda: "tpu")
     monkeypatch.setattr(grok.model.moe, "LANES", 1)
     find = test_meshes.loss_and_gradients.__wrapped__
     (losses, ours), (right_losses, right) = (

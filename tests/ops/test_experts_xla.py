@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grok.ops.moe.cpu import for_each_tile
 from grok.ops.moe.experts_xla import (
     expert_mlp,
     experts_reference,
-    experts_tiled,
-    for_each_tile,
+    experts_xla,
     gelu,
-    tile_rows,
-    training_tile_rows,
 )
+from grok.ops.moe.tiling import training_tile_rows, xla_tile_rows
 
 R, C, D, F, E = 37, 2, 8, 12, 4  # an odd number of rows, of which tiles of 8 leave a rest
 TILE = 8
@@ -26,7 +25,7 @@ TOLERANCE = 2e-6
 
 
 def routing(kind: str) -> np.ndarray:
-    """Experts of each row, chosen_RC: two different ones, as top-k gives."""
+    """Experts of each row, expert_ids_RC: two different ones, as top-k gives."""
     rng = np.random.default_rng(3)
     every = np.stack([rng.permutation(E)[:C] for _ in range(R)])
     match kind:
@@ -67,11 +66,11 @@ def arrays(rows: int, dtype=jnp.float32) -> list[jax.Array]:
 
 
 def tiled(x, gate, chosen, *weights):
-    return experts_tiled(x, gate, chosen, *weights, TILE)
+    return experts_xla(x, gate, chosen, *weights, TILE)
 
 
 def of_two_sizes(x, gate, chosen, *weights):
-    return experts_tiled(x, gate, chosen, *weights, TILE, (16, 4))
+    return experts_xla(x, gate, chosen, *weights, TILE, (16, 4))
 
 
 def value_and_gradients(form):
@@ -151,7 +150,7 @@ def test_tile_size_changes_no_value():
     x, gate, *weights = inputs
     expected = tiled(x, gate, chosen, *weights)
     for tile in (1, 16, 512):
-        found = experts_tiled(x, gate, chosen, *weights, tile)
+        found = experts_xla(x, gate, chosen, *weights, tile)
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
 
 
@@ -160,7 +159,7 @@ def test_tile_size_changes_no_value():
     [(2, 8, 8), (128, 8, 8), (1024, 8, 64), (1040, 8, 72), (8192, 8, 512), (2**20, 8, 512)],
 )
 def test_tiles_are_half_a_fair_share_in_eights_between_8_and_512(assignments, experts, rows):
-    assert tile_rows(assignments, experts) == rows
+    assert xla_tile_rows(assignments, 1, experts) == rows
 
 
 @pytest.mark.parametrize(
@@ -175,7 +174,7 @@ def test_tiles_are_half_a_fair_share_in_eights_between_8_and_512(assignments, ex
     ],
 )
 def test_tiles_in_training_are_a_fair_share_and_an_eighth_of_it(assignments, experts, rows):
-    assert training_tile_rows(assignments, experts) == rows
+    assert training_tile_rows(assignments, 1, experts) == rows
 
 
 def test_an_expert_is_gelu_of_one_branch_times_the_other():

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from grok.ops.attention.causal import attention_reference
-from grok.ops.attention.flash import flash_attention, suits
+from grok.ops.attention.flash import flash_attention, supports
 
 B, T, N, K = 1, 256, 4, 2
-OPTIONS = {"multiplier": 0.3, "cap": 5.0}  # logits of several units: the cap matters
+OPTIONS = {"scale": 0.3, "softcap": 5.0}  # logits of several units: the softcap matters
 
 # Sums of at most 256 products and a softmax in two orders: some units of 2^-24 = 6e-8.
 TOLERANCE = 5e-6
@@ -54,4 +54,4 @@ def test_values_and_gradients_equal_the_references(inputs):
 
 
 def test_which_lengths_it_takes():
-    assert suits(8192) and suits(128) and not suits(100)
+    assert supports(8192) and supports(128) and not supports(100)

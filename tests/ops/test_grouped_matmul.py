@@ -1,6 +1,6 @@
 """The TPU kernels, interpreted with a look-out for races, against their plain references.
 
-Letters: R rows, C chosen experts of a row, E experts, M rows of a tile, P places, K contracted
+Letters: R rows, C chosen experts of a row, E experts, M rows of a tile, P slots, K contracted
 axis, N columns.
 """
 
@@ -15,9 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 from grok import hardware
 from grok.ops.moe import grouped_matmul as kernels
 from grok.ops.moe import tiling
-from grok.ops.moe.experts_xla import join
+from grok.ops.moe.experts_xla import gated_activation
 from grok.ops.moe.grouped_hidden import grouped_hidden, grouped_hidden_reference
-from grok.ops.moe.routing import place, tile_rows, visits
+from grok.ops.moe.routing import group_by_expert, tile_schedule
 from grok.ops.weights.int8 import QuantizedArray, quantize
 
 R, C, E, K, N, M = 40, 2, 4, 32, 24, 48
@@ -83,7 +83,7 @@ def test_sum_of_two_products_with_transposed_matrices(arrays):
 def test_sum_from_a_start_on(arrays, split, monkeypatch):
     """The matrices in one block or in several."""
     if split:
-        monkeypatch.setattr(tiling, "_blocks", lambda *_: (8, 12))
+        monkeypatch.setattr(tiling, "_block_sides", lambda *_: (8, 12))
     x, start, w = arrays
     tiles_E = jnp.asarray(TILES[0], jnp.int32)
     found = kernels.grouped_matmul(
@@ -94,7 +94,7 @@ def test_sum_from_a_start_on(arrays, split, monkeypatch):
 
 def test_blocks_of_rows_and_columns_of_the_weights(arrays, monkeypatch):
     """A matrix too large for one block, as int8 with groups of rows and as floats."""
-    monkeypatch.setattr(tiling, "_blocks", lambda *_: (8, 12))
+    monkeypatch.setattr(tiling, "_block_sides", lambda *_: (8, 12))
     x, _, w = arrays
     tiles_E = jnp.asarray(TILES[0], jnp.int32)
     run = functools.partial(
@@ -123,12 +123,14 @@ def test_int8_matrices_of_one_layer_of_several(arrays):
 def test_hidden_layer_in_one_kernel(arrays, tiles, split, monkeypatch):
     """With the products and without them, the matrices in one block or in several."""
     if split:
-        monkeypatch.setattr(tiling, "_blocks", lambda *_: (8, 12))
+        monkeypatch.setattr(tiling, "_block_sides", lambda *_: (8, 12))
     x, _, w = arrays
     inputs = x, w, w[:, ::-1], jnp.asarray(tiles, jnp.int32), 16
-    expected = grouped_hidden_reference(*inputs, join=join)
+    expected = grouped_hidden_reference(*inputs, activation=gated_activation)
     for products in (True, False):
-        found = grouped_hidden(*inputs, join=join, products=products, interpret=RACES)
+        found = grouped_hidden(
+            *inputs, activation=gated_activation, keep_products=products, interpret=RACES
+        )
         assert len(found) == (3 if products else 1)
         for ours, right in zip(found, expected, strict=False):
             assert_near(ours, right, tiles)
@@ -148,19 +150,19 @@ def gradient(x, dy, tiles_E):
     return kernels.grouped_weight_gradient(x, dy, tiles_E, 16, dtype=jnp.float32, interpret=RACES)
 
 
-def test_places_are_in_tiles_of_one_expert():
+def test_slots_are_in_tiles_of_one_expert():
     rng = np.random.default_rng(1)
     for chosen in (np.argsort(rng.random((R, E)))[:, :C], np.tile([2, 0], (R, 1))):
-        places = place(jnp.asarray(chosen, jnp.int32), E)
-        pair_P, place_RC = np.asarray(places.pair_P), np.asarray(places.place_RC)
-        tile = tile_rows(R, C, E)
+        layout = group_by_expert(jnp.asarray(chosen, jnp.int32), E)
+        assignment_P, slot_RC = np.asarray(layout.assignment_P), np.asarray(layout.slot_RC)
+        tile = tiling.kernel_tile_rows(R, C, E)
         assert tile == M
-        np.testing.assert_array_equal(pair_P[place_RC], np.arange(R * C).reshape(R, C))
-        assert (pair_P < R * C).sum() == R * C
-        visit = visits(places.tiles_E, len(pair_P) // tile)
-        of_place = np.repeat(np.asarray(visit.expert_I), tile)
-        np.testing.assert_array_equal(of_place[place_RC], chosen)
-        assert place_RC.max() < visit.steps[0] * tile
+        np.testing.assert_array_equal(assignment_P[slot_RC], np.arange(R * C).reshape(R, C))
+        assert (assignment_P < R * C).sum() == R * C
+        schedule = tile_schedule(layout.tiles_E, len(assignment_P) // tile)
+        expert_of_slot = np.repeat(np.asarray(schedule.expert_I), tile)
+        np.testing.assert_array_equal(expert_of_slot[slot_RC], chosen)
+        assert slot_RC.max() < schedule.num_steps[0] * tile
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_places_are_in_tiles_of_one_expert():
     [(1, 2, 8, 16), (64, 2, 8, 64), (300, 2, 8, 128), (8192, 2, 8, 256), (65536, 2, 8, 512)],
 )
 def test_tiles_are_an_eighth_of_a_fair_share_between_128_and_512(rows, chosen, experts, tile):
-    assert tile_rows(rows, chosen, experts) == tile
+    assert tiling.kernel_tile_rows(rows, chosen, experts) == tile
 
 
 def test_a_large_memory_has_wider_blocks_of_weights_and_lower_tiles(monkeypatch):
@@ -179,5 +181,5 @@ def test_a_large_memory_has_wider_blocks_of_weights_and_lower_tiles(monkeypatch)
     monkeypatch.setattr(hardware, "device_kind", lambda: "TPU v6 lite")
     assert tiling.weight_blocks(*both, many_tiles=True) == (6144, 4096, 1)
     assert tiling.weight_blocks(*both, many_tiles=False) == (6144, 1024, 2)
-    assert tile_rows(65536, 2, 8) == 256
+    assert tiling.kernel_tile_rows(65536, 2, 8) == 256
     assert tiling.vmem_limit(100 * 2**20) < 128 * 2**20

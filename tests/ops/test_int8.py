@@ -26,7 +26,7 @@ KINDS = {
     "w_out, groups end inside heads": ((2, 8, 6, 10), 2, 1, 16),
 }
 kinds = pytest.mark.parametrize(
-    ("shape", "row_dims", "col_dims", "groups"), KINDS.values(), ids=KINDS
+    ("shape", "contract_dims", "output_dims", "groups"), KINDS.values(), ids=KINDS
 )
 
 
@@ -37,22 +37,25 @@ def matrix(shape, seed=0) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def in_groups(array, groups, row_dims, col_dims) -> np.ndarray:
+def in_groups(array, groups, contract_dims, output_dims) -> np.ndarray:
     """(leading, group, row of the group, column), by plain counting."""
-    lead = math.prod(array.shape[: array.ndim - row_dims - col_dims])
-    columns = math.prod(array.shape[array.ndim - col_dims :])
+    lead = math.prod(array.shape[: array.ndim - contract_dims - output_dims])
+    columns = math.prod(array.shape[array.ndim - output_dims :])
     return array.reshape(lead, groups, -1, columns)
 
 
 @kinds
-def test_scales_and_values_by_definition(shape, row_dims, col_dims, groups):
+def test_scales_and_values_by_definition(shape, contract_dims, output_dims, groups):
     w = matrix(shape)
-    values, scales = quantize(w, groups, row_dims, col_dims)
+    values, scales = quantize(w, groups, contract_dims, output_dims)
     assert (values.dtype, scales.dtype, values.shape) == (np.int8, BF16, shape)
-    lead, columns = shape[: len(shape) - row_dims - col_dims], shape[len(shape) - col_dims :]
+    lead, columns = (
+        shape[: len(shape) - contract_dims - output_dims],
+        shape[len(shape) - output_dims :],
+    )
     assert scales.shape == (*lead, groups, *columns)
-    w_grouped = in_groups(w, groups, row_dims, col_dims)
-    values = in_groups(values, groups, row_dims, col_dims)
+    w_grouped = in_groups(w, groups, contract_dims, output_dims)
+    values = in_groups(values, groups, contract_dims, output_dims)
     scales = scales.reshape(len(w_grouped), groups, -1)
     for i, g, column in np.ndindex(scales.shape):
         rows = w_grouped[i, g, :, column]
@@ -63,11 +66,14 @@ def test_scales_and_values_by_definition(shape, row_dims, col_dims, groups):
 
 
 @kinds
-def test_error_is_at_most_half_a_scale(shape, row_dims, col_dims, groups):
+def test_error_is_at_most_half_a_scale(shape, contract_dims, output_dims, groups):
     w = matrix(shape)
-    values, scales = quantize(w, groups, row_dims, col_dims)
+    values, scales = quantize(w, groups, contract_dims, output_dims)
     error = in_groups(
-        dequantize(values, scales, np.float64, row_dims, col_dims) - w, groups, row_dims, col_dims
+        dequantize(values, scales, np.float64, contract_dims, output_dims) - w,
+        groups,
+        contract_dims,
+        output_dims,
     )
     # A scale that was rounded down by at most 2^-9 puts the largest value a quarter of a step past
     # 127, so rounding to whole steps stays the larger error. The quotient is a float32.
@@ -124,15 +130,19 @@ def test_requantising_a_release_gives_it_back(name, dtype):
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), BF16], ids=str)
 @pytest.mark.parametrize("kind", ["w_down, grouped", "w_out, groups straddle heads"])
 def test_jax_gives_the_bits_of_numpy(kind, dtype, jit):
-    shape, row_dims, col_dims, groups = KINDS[kind]
+    shape, contract_dims, output_dims, groups = KINDS[kind]
     w = matrix(shape).astype(dtype)
-    run = functools.partial(quantize, groups=groups, row_dims=row_dims, col_dims=col_dims)
+    run = functools.partial(
+        quantize, num_scale_groups=groups, contract_dims=contract_dims, output_dims=output_dims
+    )
     values, scales = run(w)
     ours, own_scales = (jax.jit(run) if jit else run)(jnp.asarray(w))
     assert isinstance(ours, jax.Array)
     np.testing.assert_array_equal(np.asarray(ours), values)
     np.testing.assert_array_equal(np.asarray(own_scales), scales)
-    back = functools.partial(dequantize, dtype=dtype, row_dims=row_dims, col_dims=col_dims)
+    back = functools.partial(
+        dequantize, dtype=dtype, contract_dims=contract_dims, output_dims=output_dims
+    )
     np.testing.assert_array_equal(
         np.asarray((jax.jit(back) if jit else back)(ours, own_scales)), back(values, scales)
     )
@@ -159,4 +169,4 @@ def test_a_part_of_a_quantized_array_dequantises_alike():
 
 def test_rows_that_groups_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="48 rows cannot be split into 5 equal groups"):
-        quantize(matrix((8, 6, 10)), 5, row_dims=2)
+        quantize(matrix((8, 6, 10)), 5, contract_dims=2)

@@ -9,11 +9,11 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_pa
 
 from grok.ops.attention import ragged
 from grok.ops.attention.paged import paged_attention_reference
-from grok.ops.attention.ragged import ragged_attention, suits
+from grok.ops.attention.ragged import ragged_attention, supports
 
 # Layers, pages, tokens of a page, kv heads, heads, head_dim.
 L, P, S, K, N, H = 2, 12, 8, 2, 4, 128
-OPTIONS = {"multiplier": 0.3, "cap": 5.0}  # logits of several units: the cap matters
+OPTIONS = {"scale": 0.3, "softcap": 5.0}  # logits of several units: the softcap matters
 
 
 @pytest.mark.parametrize(("queries", "starts"), [(1, [0, 7, 20]), (6, [0, 5, 18])])
@@ -36,6 +36,6 @@ def test_it_computes_what_the_reference_does(queries, starts, monkeypatch):
 
 
 def test_which_pages_it_takes():
-    assert suits(jnp.zeros((), jnp.bfloat16), 128)
-    assert not suits(jnp.zeros((), jnp.int8), 128)
-    assert not suits(jnp.zeros((), jnp.bfloat16), 64)
+    assert supports(jnp.zeros((), jnp.bfloat16), 128)
+    assert not supports(jnp.zeros((), jnp.int8), 128)
+    assert not supports(jnp.zeros((), jnp.bfloat16), 64)

@@ -54,8 +54,8 @@ def test_chunks_of_tokens_change_nothing(model, monkeypatch):
         return jax.jit(jax.value_and_grad(both))(model)
 
     whole, whole_grad = losses()
-    monkeypatch.setattr(loss, "LOGITS", 0)
-    monkeypatch.setattr(cross_entropy, "LOGITS", 8 * model.config.vocab_size)
+    monkeypatch.setattr(loss, "MAX_LOGITS", 0)
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", 8 * model.config.vocab_size)
     parts, parts_grad = losses()
     assert float(parts) == pytest.approx(float(whole), rel=1e-6)
     for a, b in zip(jax.tree.leaves(whole_grad), jax.tree.leaves(parts_grad), strict=True):

@@ -1,4 +1,4 @@
-"""Attention of rows over themselves on TPU: the splash kernel of JAX (Dao et al. 2022, by blocks).
+"""Attention of rows over themselves on TPU: JAX's splash kernel, by blocks (Dao et al. 2022).
 
 Letters: B batch, T length, N heads, K kv heads, H head_dim.
 """
@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-LANES = 128
-BLOCKS = (1024, 512, 256, 128)
+from grok.hardware import LANES
+
+BLOCK_SIZES = (1024, 512, 256, 128)  # tokens; the largest that divides a row is taken
 
 
-def suits(length: int) -> bool:
-    """Whether the kernel takes rows of this length."""
+def supports(length: int) -> bool:
+    """True if the kernel takes rows of this length."""
     return length % LANES == 0
 
 
@@ -24,21 +25,20 @@ def flash_attention(
     v_BTKH: jax.Array,
     segment_BT: jax.Array,
     *,
-    multiplier: float,
-    cap: float,
+    scale: float,
+    softcap: float,
     interpret: Any = False,
 ) -> jax.Array:
-    """What `attention_reference` computes where queries and keys are the same tokens, o_BTNH.
+    """`attention_reference` of queries and keys of the same tokens, o_BTNH.
 
-    No array of T x T exists, and keys are not repeated for the heads that share them. Blocks of
-    keys behind all queries of a block are passed over. `suits` says which lengths it takes. Heads
-    are filled up with zeros to whole lanes, which a TPU multiplies anyway. Inside `shard_map` it
-    has to be one that does not check what varies between devices.
+    No array of T x T exists, keys are not repeated for the heads that share them, and blocks that
+    are masked as a whole are skipped. T must be one that `supports` takes. Heads are padded to
+    whole lanes, which a TPU multiplies anyway. The kernel needs a `shard_map` with check_vma=False.
     """
     T, N, H = q_BTNH.shape[1:]
-    fill = [(0, 0)] * 3 + [(0, -H % LANES)]
-    q_BTNH, k_BTKH, v_BTKH = (jnp.pad(x, fill) for x in (q_BTNH, k_BTKH, v_BTKH))
-    block = next(size for size in BLOCKS if T % size == 0)
+    padding = [(0, 0)] * 3 + [(0, -H % LANES)]
+    q_BTNH, k_BTKH, v_BTKH = (jnp.pad(x, padding) for x in (q_BTNH, k_BTKH, v_BTKH))
+    block = next(size for size in BLOCK_SIZES if T % size == 0)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -52,16 +52,16 @@ def flash_attention(
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        attn_logits_soft_cap=cap,
+        attn_logits_soft_cap=softcap,
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
 
-    def one_row(q_TNH, k_TKH, v_TKH, segment_T):
-        # The kernel has the cap and no multiplier, which comes before it.
-        q_TNH = (q_TNH.astype(jnp.float32) * multiplier).astype(q_TNH.dtype)
+    def attend_row(q_TNH, k_TKH, v_TKH, segment_T):
+        # The kernel caps its logits but does not scale them.
+        q_TNH = (q_TNH.astype(jnp.float32) * scale).astype(q_TNH.dtype)
         heads_first = (jnp.swapaxes(x, 0, 1) for x in (q_TNH, k_TKH, v_TKH))
         o_NTH = kernel(*heads_first, segment_ids=splash.SegmentIds(segment_T, segment_T))
         return jnp.swapaxes(o_NTH, 0, 1)
 
-    return jax.vmap(one_row)(q_BTNH, k_BTKH, v_BTKH, segment_BT)[..., :H]
+    return jax.vmap(attend_row)(q_BTNH, k_BTKH, v_BTKH, segment_BT)[..., :H]

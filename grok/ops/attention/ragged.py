@@ -1,4 +1,4 @@
-"""Attention over keys and values in pages, on TPU: JAX's kernel for many sequences of any length.
+"""Attention over a paged KV cache on TPU: JAX's kernel for many sequences of any length.
 
 Letters: U blocks of Q tokens, L layers, P pages of S tokens, M pages of the longest sequence,
 K kv heads, N heads, H head_dim.
@@ -8,17 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-from grok.ops.attention.flash import LANES
+from grok.hardware import LANES
 
-# Keys that the kernel takes at a time, and queries.
-SPAN = 512
-QUERIES = 32
-VECTOR_MEMORY = 64 * 2**20
+KV_BLOCK, QUERY_BLOCK = 512, 32  # keys and queries that the kernel multiplies at a time
+VMEM_LIMIT_BYTES = 64 * 2**20
 
 
-def suits(kv: jax.Array, head_dim: int) -> bool:
-    """Whether the kernel takes pages of this type, and heads of this width; int8 pages have scales
-    of every token, of which it knows nothing."""
+def supports(kv: jax.Array, head_dim: int) -> bool:
+    """True if the kernel takes pages of this type, and heads of this width; it knows no scales, so
+    no int8 pages."""
     return kv.dtype != jnp.int8 and head_dim % LANES == 0
 
 
@@ -28,14 +26,13 @@ def ragged_attention(
     layer: jax.Array,
     table_UM: jax.Array,
     start_U: jax.Array,
-    multiplier: float,
-    cap: float,
+    scale: float,
+    softcap: float,
 ) -> jax.Array:
-    """What `paged_attention_reference` computes without scales, o_UQNH.
+    """`paged_attention_reference` without scales, o_UQNH.
 
-    Pages are read where they lie, each once for a block of queries, and none beyond a sequence.
-    `suits` says of which pages. Inside `shard_map` it has to be one that does not check what varies
-    between devices.
+    Pages are read in place, once for a block of queries, and none beyond the end of a sequence.
+    They must be such as `supports` takes. The kernel needs a `shard_map` with check_vma=False.
     """
     U, Q, N, H = q_UQNH.shape
     L, P, S, K = kv_LPSK2H.shape[:4]
@@ -48,10 +45,10 @@ def ragged_attention(
         table_UM + layer * P,
         jnp.arange(U + 1, dtype=jnp.int32) * Q,
         jnp.full(1, U, jnp.int32),
-        sm_scale=multiplier,
-        soft_cap=cap,
-        num_kv_pages_per_block=max(1, min(SPAN // S, table_UM.shape[1])),
-        num_queries_per_block=min(QUERIES, U * Q),
-        vmem_limit_bytes=VECTOR_MEMORY,
+        sm_scale=scale,
+        soft_cap=softcap,
+        num_kv_pages_per_block=max(1, min(KV_BLOCK // S, table_UM.shape[1])),
+        num_queries_per_block=min(QUERY_BLOCK, U * Q),
+        vmem_limit_bytes=VMEM_LIMIT_BYTES,
     )
     return o.reshape(q_UQNH.shape)

@@ -1,10 +1,10 @@
-"""The routed experts on TPU: rows sorted by expert once, then products by kernels.
+"""The routed experts on TPU: rows grouped by expert once, then products by kernels.
 
 The same mathematics as `grok.ops.moe.experts_xla`, whose reference is this form's too. Shapes do
 not depend on the routing: exact, nothing dropped, and at any imbalance the cost of the chosen
 experts.
 
-Letters: R rows (tokens), C chosen experts of a row, D embed, F mlp, E experts, P places of pairs.
+Letters: R rows (tokens), C chosen experts of a row, D embed, F mlp, E experts, P slots.
 """
 
 import functools
@@ -14,217 +14,230 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grok import sharding
-from grok.ops.moe.experts_xla import Weight, join
+from grok.ops.moe.experts_xla import Weight, gated_activation
 from grok.ops.moe.grouped_hidden import grouped_hidden
 from grok.ops.moe.grouped_matmul import grouped_matmul, grouped_weight_gradient
-from grok.ops.moe.routing import Places, place, tile_rows
+from grok.ops.moe.routing import GroupedLayout, group_by_expert
+from grok.ops.moe.tiling import kernel_tile_rows
 from grok.ops.weights.int8 import QuantizedArray
 from grok.ops.weights.lora import LoraArray
 
-# Parts of the width of the experts, one after the other, where memory is little.
-PARTS = 2
+# Parts of the experts' width, one after the other, where memory is scarce.
+MLP_SPLITS = 2
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def experts_grouped(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def experts_pallas(
     x_RD: jax.Array,
-    gate_RC: jax.Array,
-    chosen_RC: jax.Array,
+    topk_weights_RC: jax.Array,
+    expert_ids_RC: jax.Array,
     w_gate_EDF: Weight | QuantizedArray,
     w_up_EDF: Weight | QuantizedArray,
     w_down_EFD: Weight | QuantizedArray,
+    down_is_column_major: bool = False,
     interpret: Any = False,
 ) -> jax.Array:
-    """Sum over each row's chosen experts of gate * expert(row), y_RD in the type of `x_RD`.
+    """Sum over each row's experts of weight * expert(row), y_RD in the type of `x_RD`.
 
-    `chosen_RC` int32 in [0, E), different within a row; `gate_RC` float32. Products are summed in
-    float32 and kept in the type of x. Gradients as of `experts_tiled`. `interpret` runs the
-    kernels without a TPU, as `pallas_call` has it.
+    `expert_ids_RC` int32 in [0, E), different within a row; `topk_weights_RC` float32. Products are
+    summed in float32 and stored in the type of x. Gradients as of `experts_xla`.
+    `down_is_column_major` states that the down matrix, gathered along its columns, has them major
+    in memory; it is then read so, where XLA would write a copy for every layer. `interpret` as of
+    `pallas_call`, to run without a TPU.
     """
-    places, tiles = _tiled(chosen_RC, w_gate_EDF, interpret)
-    hidden_PF, *_ = _hidden_layer(_spread(x_RD, places), w_gate_EDF, w_up_EDF, False, tiles)
-    y_PD = _down(hidden_PF, w_down_EFD, False, tiles)
-    return _joined(y_PD, places, gate_RC).astype(x_RD.dtype)
+    layout, kernel_args = _group(expert_ids_RC, w_gate_EDF, interpret)
+    x_PD = _dispatch(x_RD, layout)
+    hidden_PF, *_ = _hidden(x_PD, w_gate_EDF, w_up_EDF, False, kernel_args)
+    y_PD = _matmul_down(hidden_PF, w_down_EFD, False, down_is_column_major, kernel_args)
+    return _combine(y_PD, layout, topk_weights_RC).astype(x_RD.dtype)
 
 
-def _forward(x_RD, gate_RC, chosen_RC, w_gate_EDF, w_up_EDF, w_down_EFD, interpret):
-    places, tiles = _tiled(chosen_RC, w_gate_EDF, interpret)
-    x_PD = _spread(x_RD, places)
-    hidden_PF, branch_PF, up_PF = _hidden_layer(x_PD, w_gate_EDF, w_up_EDF, True, tiles)
-    y_RD = _joined(_down(hidden_PF, w_down_EFD, False, tiles), places, gate_RC).astype(x_RD.dtype)
-    weights = w_gate_EDF, w_up_EDF, w_down_EFD
-    # The products are kept for backward, which would otherwise compute two of three again.
-    return y_RD, (x_RD, gate_RC, places, branch_PF, up_PF, weights)
+def _forward(
+    x_RD, topk_weights_RC, expert_ids_RC, w_gate_EDF, w_up_EDF, w_down_EFD, column_major, interpret
+):
+    layout, kernel_args = _group(expert_ids_RC, w_gate_EDF, interpret)
+    x_PD = _dispatch(x_RD, layout)
+    hidden_PF, gate_PF, up_PF = _hidden(x_PD, w_gate_EDF, w_up_EDF, True, kernel_args)
+    y_PD = _matmul_down(hidden_PF, w_down_EFD, False, column_major, kernel_args)
+    y_RD = _combine(y_PD, layout, topk_weights_RC).astype(x_RD.dtype)
+    matrices = w_gate_EDF, w_up_EDF, w_down_EFD
+    # Without the stored products the backward pass would compute two of three again.
+    return y_RD, (x_RD, topk_weights_RC, layout, gate_PF, up_PF, matrices)
 
 
-def _backward(interpret, saved, dy_RD):
-    x_RD, gate_RC, places, branch_PF, up_PF, weights = saved
-    w_gate_EDF, w_up_EDF, w_down_EFD = weights
+def _backward(column_major, interpret, residuals, dy_RD):
+    x_RD, topk_weights_RC, layout, gate_PF, up_PF, matrices = residuals
+    w_gate_EDF, w_up_EDF, w_down_EFD = matrices
     dtype = x_RD.dtype
-    tiles = _tiles(gate_RC, places, interpret)
-    dy_PD = _spread(dy_RD.astype(dtype), places)
-    gate_P = _gates(gate_RC, places)
-    dgate_P, dbranch_PF, dup_PF, dw_down = _down_gradients(
-        dy_PD, gate_P, branch_PF, up_PF, w_down_EFD, tiles
+    kernel_args = _kernel_args(topk_weights_RC, layout, interpret)
+    dy_PD = _dispatch(dy_RD.astype(dtype), layout)
+    weight_P = _weights_of_slots(topk_weights_RC, layout)
+    dweight_P, dgate_PF, dup_PF, dw_down = _down_gradients(
+        dy_PD, weight_P, gate_PF, up_PF, w_down_EFD, column_major, kernel_args
     )
-    # Rows of x only after those of dy are done with: memory for both is much.
+    # Rows of x only after those of dy are used: both together need much memory.
     x_RD, dw_down = jax.lax.optimization_barrier((x_RD, dw_down))
     dx_PD, dw_gate, dw_up = _hidden_gradients(
-        _spread(x_RD, places), dbranch_PF, dup_PF, w_gate_EDF, w_up_EDF, tiles
+        _dispatch(x_RD, layout), dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args
     )
-    dx_RD = _joined(dx_PD, places, jnp.ones_like(gate_RC))
-    return dx_RD.astype(dtype), dgate_P[places.place_RC], None, dw_gate, dw_up, dw_down
+    dx_RD = _combine(dx_PD, layout, jnp.ones_like(topk_weights_RC))
+    return dx_RD.astype(dtype), dweight_P[layout.slot_RC], None, dw_gate, dw_up, dw_down
 
 
-# Under remat the first pass is the function itself, and nothing is written for a backward pass.
-experts_grouped.defvjp(_forward, _backward, optimize_remat=True)
+# Under remat the first pass is the function itself, and stores no residuals.
+experts_pallas.defvjp(_forward, _backward, optimize_remat=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def experts_in_parts(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def experts_pallas_split_mlp(
     x_RD: jax.Array,
-    gate_RC: jax.Array,
-    chosen_RC: jax.Array,
+    topk_weights_RC: jax.Array,
+    expert_ids_RC: jax.Array,
     shards: tuple[jax.Array, jax.Array, jax.Array],
-    collect: Callable,
+    unshard: Callable,
+    down_is_column_major: bool = False,
     interpret: Any = False,
 ) -> jax.Array:
-    """As `experts_grouped` of the matrices that `collect` makes of `shards`, with F of each in it.
+    """As `experts_pallas` of the matrices `unshard(shards)`; every shard has all of its F.
 
-    Nothing is kept for the backward pass, which computes the hidden layer again, one half of its
-    width after the other: matrices, their gradients, and all between them are half as large there.
+    No residuals are stored: the backward pass computes the hidden layer again, one half of its
+    width after the other, which halves the memory of matrices, their gradients and intermediates.
     """
-    return experts_grouped(x_RD, gate_RC, chosen_RC, *collect(shards), interpret)
+    matrices = unshard(shards)
+    return experts_pallas(
+        x_RD, topk_weights_RC, expert_ids_RC, *matrices, down_is_column_major, interpret
+    )
 
 
-def _forward_whole(x_RD, gate_RC, chosen_RC, shards, collect, interpret):
-    y_RD = experts_in_parts(x_RD, gate_RC, chosen_RC, shards, collect, interpret)
-    return y_RD, (x_RD, gate_RC, chosen_RC, shards)
+def _forward_split_mlp(
+    x_RD, topk_weights_RC, expert_ids_RC, shards, unshard, column_major, interpret
+):
+    rows = x_RD, topk_weights_RC, expert_ids_RC
+    y_RD = experts_pallas_split_mlp(*rows, shards, unshard, column_major, interpret)
+    return y_RD, (*rows, shards)
 
 
-def _backward_in_parts(collect, interpret, saved, dy_RD):
-    x_RD, gate_RC, chosen_RC, shards = saved
-    places, tiles = _tiled(chosen_RC, shards[0], interpret)
-    x_PD, dy_PD = _spread(x_RD, places), _spread(dy_RD.astype(x_RD.dtype), places)
-    gate_P = _gates(gate_RC, places)
-    dx_PD, dgate_P, dshards = None, jnp.zeros_like(gate_P), None
-    for part in range(PARTS):
-        if dx_PD is not None:  # Not both parts at once, which is what takes half of the memory.
+def _backward_split_mlp(unshard, column_major, interpret, residuals, dy_RD):
+    x_RD, topk_weights_RC, expert_ids_RC, shards = residuals
+    layout, kernel_args = _group(expert_ids_RC, shards[0], interpret)
+    x_PD, dy_PD = _dispatch(x_RD, layout), _dispatch(dy_RD.astype(x_RD.dtype), layout)
+    weight_P = _weights_of_slots(topk_weights_RC, layout)
+    dx_PD, dweight_P, dshards = None, jnp.zeros_like(weight_P), None
+    for part in range(MLP_SPLITS):
+        if dx_PD is not None:  # Both halves at once would need twice the memory.
             x_PD, dx_PD = jax.lax.optimization_barrier((x_PD, dx_PD))
-        cut: Callable = functools.partial(_part, part=part)
-        weights, pull = jax.vjp(lambda shards, cut=cut: collect(cut(shards)), shards)
-        w_gate_EDF, w_up_EDF, w_down_EFD = weights
-        _, branch_PF, up_PF = _hidden_layer(x_PD, w_gate_EDF, w_up_EDF, True, tiles)
-        more_P, dbranch_PF, dup_PF, dw_down = _down_gradients(
-            dy_PD, gate_P, branch_PF, up_PF, w_down_EFD, tiles
+        take_part: Callable = functools.partial(_mlp_part, part=part)
+        matrices, pull = jax.vjp(lambda shards, take=take_part: unshard(take(shards)), shards)
+        w_gate_EDF, w_up_EDF, w_down_EFD = matrices
+        _, gate_PF, up_PF = _hidden(x_PD, w_gate_EDF, w_up_EDF, True, kernel_args)
+        added_P, dgate_PF, dup_PF, dw_down = _down_gradients(
+            dy_PD, weight_P, gate_PF, up_PF, w_down_EFD, column_major, kernel_args
         )
         dx_PD, dw_gate, dw_up = _hidden_gradients(
-            x_PD, dbranch_PF, dup_PF, w_gate_EDF, w_up_EDF, tiles, dx_PD
+            x_PD, dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args, dx_PD
         )
-        dgate_P += more_P
-        (more,) = pull([dw_gate, dw_up, dw_down])
-        dshards = more if dshards is None else jax.tree.map(jnp.add, dshards, more)
-    dx_RD = _joined(dx_PD, places, jnp.ones_like(gate_RC))
-    return dx_RD.astype(x_RD.dtype), dgate_P[places.place_RC], None, dshards
+        dweight_P += added_P
+        (added,) = pull([dw_gate, dw_up, dw_down])
+        dshards = added if dshards is None else jax.tree.map(jnp.add, dshards, added)
+    dx_RD = _combine(dx_PD, layout, jnp.ones_like(topk_weights_RC))
+    return dx_RD.astype(x_RD.dtype), dweight_P[layout.slot_RC], None, dshards
 
 
-experts_in_parts.defvjp(_forward_whole, _backward_in_parts)
+experts_pallas_split_mlp.defvjp(_forward_split_mlp, _backward_split_mlp)
 
 
-def _part(shards, part: int):
-    """A half of the width of matrices that are in shards."""
+def _mlp_part(shards, part: int):
+    """A half of the width of sharded matrices."""
     w_gate_EDF, w_up_EDF, w_down_EFD = shards
-    width = w_gate_EDF.shape[2] // PARTS
+    width = w_gate_EDF.shape[2] // MLP_SPLITS
     half = slice(part * width, (part + 1) * width)
     return w_gate_EDF[:, :, half], w_up_EDF[:, :, half], w_down_EFD[:, half]
 
 
-def _tiled(chosen_RC, w_gate_EDF, interpret) -> tuple[Places, dict[str, Any]]:
-    """Where the pairs of rows and experts lie, and what kernels have to know of it."""
-    places = place(chosen_RC, w_gate_EDF.shape[0])
-    return places, _tiles(chosen_RC, places, interpret)
+def _group(expert_ids_RC, w_gate_EDF, interpret) -> tuple[GroupedLayout, dict[str, Any]]:
+    """The slots of the assignments, and the arguments that all kernels take."""
+    layout = group_by_expert(expert_ids_RC, w_gate_EDF.shape[0])
+    return layout, _kernel_args(expert_ids_RC, layout, interpret)
 
 
-def _tiles(pairs_RC, places: Places, interpret) -> dict[str, Any]:
-    """What kernels have to know of the places of so many pairs."""
-    (R, C), E = pairs_RC.shape, places.tiles_E.size
-    return {
-        "tiles_E": places.tiles_E,
-        "tile": tile_rows(R, C, E),
-        "most": R * C,
-        "interpret": interpret,
-    }
+def _kernel_args(x_RC, layout: GroupedLayout, interpret) -> dict[str, Any]:
+    (R, C), E = x_RC.shape, layout.tiles_E.size
+    tile = kernel_tile_rows(R, C, E)
+    return {"tiles_E": layout.tiles_E, "tile": tile, "max_tiles": R * C, "interpret": interpret}
 
 
-def _gates(gate_RC, places: Places) -> jax.Array:
-    """The gate of the pair at each place, 0 where there is none."""
-    return gate_RC.reshape(-1).at[places.pair_P].get(mode="fill", fill_value=0)
+def _dispatch(x_RD, layout: GroupedLayout) -> jax.Array:
+    """Each assignment's row in its slot, and some row in empty ones, whose weight is 0."""
+    C = layout.slot_RC.shape[1]
+    row_P = jnp.minimum(layout.assignment_P // C, len(x_RD) - 1)
+    return x_RD.at[row_P].get(mode="promise_in_bounds")
 
 
-def _down_gradients(dy_PD, gate_P, branch_PF, up_PF, w_down_EFD, tiles):
-    """Gradients of gates, dgate_P, of both products of the hidden layer, and of the down matrix,
-    where those of what the experts gave before their gates are gate * dy."""
-    dhidden_PF = _down(dy_PD, w_down_EFD, True, tiles).astype(jnp.float32)
-    hidden_PF, pull = jax.vjp(join, branch_PF, up_PF)
-    dgate_P = jnp.sum(dhidden_PF * hidden_PF, axis=-1)
-    dbranch_PF, dup_PF = pull(dhidden_PF * gate_P[:, None])
-    scaled_PF = (hidden_PF * gate_P[:, None]).astype(dy_PD.dtype)
-    dw_down = _gradient(scaled_PF, dy_PD, w_down_EFD, tiles, embed_first=True)
-    return dgate_P, dbranch_PF, dup_PF, dw_down
+def _combine(y_PD, layout: GroupedLayout, weights_RC) -> jax.Array:
+    """Sum over each row's slots, each times its weight, in float32."""
+    terms = (
+        y_PD.at[layout.slot_RC[:, c]].get(mode="promise_in_bounds").astype(jnp.float32)
+        * weights_RC[:, c, None]
+        for c in range(weights_RC.shape[1])
+    )
+    return functools.reduce(jnp.add, terms)
 
 
-def _hidden_gradients(x_PD, dbranch_PF, dup_PF, w_gate_EDF, w_up_EDF, tiles, start=None):
-    """Gradients of rows, added to `start`, and of the hidden layer's matrices."""
-    dw_gate = _gradient(x_PD, dbranch_PF, w_gate_EDF, tiles)
-    dw_up = _gradient(x_PD, dup_PF, w_up_EDF, tiles)
-    both = [dbranch_PF, dup_PF], [w_gate_EDF, w_up_EDF]
-    if start is not None:
-        tiles = tiles | {"start": start}
-    return _times(*both, dtype=x_PD.dtype, transposed=True, **tiles), dw_gate, dw_up
+def _weights_of_slots(topk_weights_RC, layout: GroupedLayout) -> jax.Array:
+    """The weight of the assignment in each slot, 0 in empty ones."""
+    return topk_weights_RC.reshape(-1).at[layout.assignment_P].get(mode="fill", fill_value=0)
 
 
-def _hidden_layer(x_PD, w_gate_EDF, w_up_EDF, products: bool, tiles) -> tuple[jax.Array, ...]:
-    """hidden_PF, and with `products` branch_PF and up_PF, that it was made of, in the type of x."""
+def _hidden(x_PD, w_gate_EDF, w_up_EDF, keep_products: bool, kernel_args) -> tuple[jax.Array, ...]:
+    """hidden_PF, and with `keep_products` gate_PF and up_PF, all in the type of x."""
     if isinstance(w_gate_EDF, jax.Array) and isinstance(w_up_EDF, jax.Array):
-        both = w_gate_EDF, w_up_EDF
-        return grouped_hidden(x_PD, *both, join=join, products=products, **tiles)
-    branch_PF, up_PF = (
-        _times([x_PD], [w], dtype=x_PD.dtype, **tiles) for w in (w_gate_EDF, w_up_EDF)
+        run: Callable = functools.partial(grouped_hidden, activation=gated_activation)
+        return run(x_PD, w_gate_EDF, w_up_EDF, keep_products=keep_products, **kernel_args)
+    gate_PF, up_PF = (
+        _matmul([x_PD], [w], dtype=x_PD.dtype, **kernel_args) for w in (w_gate_EDF, w_up_EDF)
     )
-    return join(branch_PF, up_PF).astype(x_PD.dtype), branch_PF, up_PF
+    return gated_activation(gate_PF, up_PF).astype(x_PD.dtype), gate_PF, up_PF
 
 
-def _down(rows_P, w_down_EFD, transposed: bool, tiles) -> jax.Array:
-    """Rows times the down matrix of their expert, `transposed` or not.
+def _hidden_gradients(x_PD, dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args, start=None):
+    """Gradients of rows, added to `start`, and of the gate and up matrices."""
+    dw_gate = _weight_gradient(x_PD, dgate_PF, w_gate_EDF, kernel_args)
+    dw_up = _weight_gradient(x_PD, dup_PF, w_up_EDF, kernel_args)
+    if start is not None:
+        kernel_args = kernel_args | {"start": start}
+    dx_PD = _matmul(
+        [dgate_PF, dup_PF],
+        [w_gate_EDF, w_up_EDF],
+        dtype=x_PD.dtype,
+        transposed=True,
+        **kernel_args,
+    )
+    return dx_PD, dw_gate, dw_up
 
-    What is collected from other devices along its columns has them first in memory, and is read
-    so: its copy would be written for every layer.
-    """
-    if sharding.axis_size("fsdp_embed") > 1 and isinstance(w_down_EFD, jax.Array):
+
+def _down_gradients(dy_PD, weight_P, gate_PF, up_PF, w_down_EFD, column_major, kernel_args):
+    """Gradients of the weights, dweight_P, of gate_PF, up_PF, and the down matrix; that of an
+    expert's output is weight * dy."""
+    dhidden_PF = _matmul_down(dy_PD, w_down_EFD, True, column_major, kernel_args)
+    dhidden_PF = dhidden_PF.astype(jnp.float32)
+    hidden_PF, pull = jax.vjp(gated_activation, gate_PF, up_PF)
+    dweight_P = jnp.sum(dhidden_PF * hidden_PF, axis=-1)
+    dgate_PF, dup_PF = pull(dhidden_PF * weight_P[:, None])
+    weighted_PF = (hidden_PF * weight_P[:, None]).astype(dy_PD.dtype)
+    dw_down = _weight_gradient(weighted_PF, dy_PD, w_down_EFD, kernel_args, column_major=True)
+    return dweight_P, dgate_PF, dup_PF, dw_down
+
+
+def _matmul_down(rows_P, w_down_EFD, transposed: bool, column_major: bool, kernel_args):
+    """Rows times the down matrix of their expert, `transposed` or not."""
+    if column_major and isinstance(w_down_EFD, jax.Array):
         w_down_EFD, transposed = jnp.swapaxes(w_down_EFD, 1, 2), not transposed
-    return _times([rows_P], [w_down_EFD], dtype=rows_P.dtype, transposed=transposed, **tiles)
+    return _matmul([rows_P], [w_down_EFD], dtype=rows_P.dtype, transposed=transposed, **kernel_args)
 
 
-def _spread(x_RD, places: Places) -> jax.Array:
-    """Each pair's row at its place, and some row where there is none: its gate is 0 there."""
-    rows_P = jnp.minimum(places.pair_P // places.place_RC.shape[1], len(x_RD) - 1)
-    return x_RD.at[rows_P].get(mode="promise_in_bounds")
-
-
-def _joined(y_PD, places: Places, factor_RC) -> jax.Array:
-    """Sum of what lies at a row's places, each times its factor, in float32."""
-    parts = (
-        y_PD.at[places.place_RC[:, c]].get(mode="promise_in_bounds").astype(jnp.float32)
-        * factor_RC[:, c, None]
-        for c in range(factor_RC.shape[1])
-    )
-    return functools.reduce(jnp.add, parts)
-
-
-def _times(xs, ws, *, dtype, transposed: bool = False, **tiles) -> jax.Array:
-    """Sum of rows times the matrix of their expert, `transposed` or not, over pairs of both."""
-    run: Callable = functools.partial(grouped_matmul, **tiles, transposed=transposed)
+def _matmul(xs, ws, *, dtype, transposed: bool = False, **kernel_args) -> jax.Array:
+    """Sum over pairs of rows and matrices of rows times the matrix of their expert."""
+    run: Callable = functools.partial(grouped_matmul, **kernel_args, transposed=transposed)
     bases = tuple(w.base if isinstance(w, LoraArray) else w for w in ws)
     adapted = [(x, w) for x, w in zip(xs, ws, strict=True) if isinstance(w, LoraArray)]
     y = run(tuple(xs), bases, dtype=jnp.float32 if adapted else dtype)
@@ -234,19 +247,19 @@ def _times(xs, ws, *, dtype, transposed: bool = False, **tiles) -> jax.Array:
     return y.astype(dtype)
 
 
-def _gradient(x, dy, w: Weight, tiles, *, embed_first: bool = False) -> Weight:
+def _weight_gradient(x, dy, w: Weight, kernel_args, *, column_major: bool = False) -> Weight:
     """Gradient of the sum of <dy, x w>, as `w` in structure; a LoraArray's base has none.
 
-    With `embed_first` the columns, which are those that devices share, lie first in memory: a sum
-    of which each device keeps some columns would be made whole everywhere.
+    With `column_major` the columns, which devices share, are major in memory: a sum of which each
+    device keeps some columns would be made whole everywhere.
     """
-    places = {name: tiles[name] for name in ("tiles_E", "tile", "interpret")}
-    run: Callable = functools.partial(grouped_weight_gradient, **places)
+    args = {name: kernel_args[name] for name in ("tiles_E", "tile", "interpret")}
+    run: Callable = functools.partial(grouped_weight_gradient, **args)
     if not isinstance(w, LoraArray):
-        if embed_first:
+        if column_major:
             return jnp.swapaxes(run(dy, x, dtype=w.dtype), 1, 2)
         return run(x, dy, dtype=w.dtype)
-    times: Callable = functools.partial(grouped_matmul, **tiles, dtype=x.dtype)
-    da = run(x, times((dy,), (w.b,), transposed=True), dtype=w.a.dtype)
-    db = run(times((x,), (w.a,)), dy, dtype=w.b.dtype)
+    matmul: Callable = functools.partial(grouped_matmul, **kernel_args, dtype=x.dtype)
+    da = run(x, matmul((dy,), (w.b,), transposed=True), dtype=w.a.dtype)
+    db = run(matmul((x,), (w.a,)), dy, dtype=w.b.dtype)
     return LoraArray(None, da, db)

@@ -1,8 +1,7 @@
-"""The hidden layer of the experts in one TPU kernel: both products, and what joins them.
+"""The hidden layer of the experts in one TPU kernel: both products, and their gated activation.
 
 Rows are read once for two matrices, and where nothing is differentiated the two products never
-leave the core. The form of `grok.ops.moe.grouped_matmul`, whose letters these are: E experts, I
-tiles, M rows of a tile, P = I*M places, K contracted axis, N columns.
+leave the core. Letters as in `grok.ops.moe.grouped_call`.
 """
 
 from collections.abc import Callable
@@ -11,23 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from grok.ops.moe.grouped_matmul import dot, grouped_matmul_reference
-from grok.ops.moe.routing import visits
-from grok.ops.moe.tiling import like, vmem_limit, weight_blocks
+from grok.ops.moe.grouped_call import dot, grouped_call, make_blocks
+from grok.ops.moe.grouped_matmul import grouped_matmul_reference
+from grok.ops.varying import shape_like
 
-# Rows that are joined at a time, so that what is between fits into registers.
-JOINED = 16
+ROWS_PER_STORE = 16  # rows activated at a time, so that intermediates fit into registers
 
 
-def grouped_hidden_reference(x_PK, w_gate_EKN, w_up_EKN, tiles_E, tile: int, *, join: Callable):
-    """As `grouped_hidden` with `products`."""
-    branch_PN, up_PN = (
+def grouped_hidden_reference(x_PK, w_gate_EKN, w_up_EKN, tiles_E, tile: int, *, activation):
+    """As `grouped_hidden` with `keep_products`."""
+    gate_PN, up_PN = (
         grouped_matmul_reference(x_PK, w, tiles_E, tile).astype(x_PK.dtype)
         for w in (w_gate_EKN, w_up_EKN)
     )
-    return join(branch_PN, up_PN).astype(x_PK.dtype), branch_PN, up_PN
+    return activation(gate_PN, up_PN).astype(x_PK.dtype), gate_PN, up_PN
 
 
 def grouped_hidden(
@@ -37,80 +34,68 @@ def grouped_hidden(
     tiles_E: jax.Array,
     tile: int,
     *,
-    join: Callable,
-    products: bool,
-    most: int | None = None,
+    activation: Callable,
+    keep_products: bool,
+    max_tiles: int | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, ...]:
-    """`join(branch, up)` of each tile's products with its expert's matrices, hidden_PN, and with
-    `products` also branch_PN and up_PN, all in the type of x.
+    """`activation(gate, up)` of each tile's products with its expert's matrices, hidden_PN, and
+    with `keep_products` also gate_PN and up_PN, all in the type of x.
 
-    Products are summed in float32 and rounded to the type of x before `join`, which works on each
-    number by itself and returns float32. What lies beyond the last tile is not written. `most` as
-    of `grouped_matmul`.
+    Products are summed in float32 and rounded to the type of x before `activation`, which is
+    elementwise and returns float32. Slots after the last tile are not written. `max_tiles` as of
+    `grouped_matmul`.
     """
-    (P, K), (E, _, N), M, dtype = x_PK.shape, w_gate_EKN.shape, tile, x_PK.dtype
-    itemsize = dtype.itemsize
-    tk, tn, buffers = weight_blocks(K, N, 2 * w_gate_EKN.dtype.itemsize, P // M >= 4 * E)
-    visit = visits(tiles_E, P // M)
-    steps = P // M if most is None else min(most, P // M)
+    P, N, dtype, w_dtype = len(x_PK), w_gate_EKN.shape[2], x_PK.dtype, w_gate_EKN.dtype
+    b = make_blocks(x_PK, N, 2 * w_dtype.itemsize, tiles_E, tile, max_tiles)
+    outputs = 3 if keep_products else 1
 
-    def kernel(expert, tile, x_ref, gate_ref, up_ref, *refs):
-        *out_refs, branch_ref, sum_ref = refs
+    def kernel(expert, tile, x_ref, w_gate_ref, w_up_ref, *refs):
+        *out_refs, gate_ref, up_ref = refs
         k = pl.program_id(2)
 
         @pl.when(k == 0)
         def _():
-            branch_ref[...] = jnp.zeros_like(branch_ref)
-            sum_ref[...] = jnp.zeros_like(sum_ref)
+            gate_ref[...] = jnp.zeros_like(gate_ref)
+            up_ref[...] = jnp.zeros_like(up_ref)
 
-        branch_ref[...] += dot(x_ref[...], gate_ref[...], 0)
-        sum_ref[...] += dot(x_ref[...], up_ref[...], 0)
+        gate_ref[...] += dot(x_ref[...], w_gate_ref[...], 0)
+        up_ref[...] += dot(x_ref[...], w_up_ref[...], 0)
 
-        @pl.when(k == K // tk - 1)
+        @pl.when(k == b.K // b.tk - 1)
         def _():
-            @pl.loop(0, M, step=JOINED)
+            @pl.loop(0, b.M, step=ROWS_PER_STORE)
             def _(row):
-                rows = pl.ds(row, JOINED)
-                parts = branch_ref[rows, :].astype(dtype), sum_ref[rows, :].astype(dtype)
-                out_refs[0][rows, :] = join(*parts).astype(dtype)
-                for ref, part in zip(out_refs[1:], parts, strict=False):
-                    ref[rows, :] = part
+                rows = pl.ds(row, ROWS_PER_STORE)
+                products = gate_ref[rows, :].astype(dtype), up_ref[rows, :].astype(dtype)
+                out_refs[0][rows, :] = activation(*products).astype(dtype)
+                for ref, product in zip(out_refs[1:], products, strict=False):
+                    ref[rows, :] = product
 
-    outputs = 3 if products else 1
-    blocks = 2 * M * (tk + outputs * tn) * itemsize + 2 * 4 * M * tn
-    blocks += 2 * buffers * tk * tn * w_gate_EKN.dtype.itemsize
     w_spec = pl.BlockSpec(
-        (None, tk, tn),
+        (None, b.tk, b.tn),
         lambda n, i, k, expert, tile: (expert[i], k, n),
-        pipeline_mode=pl.Buffered(buffers),
+        pipeline_mode=pl.Buffered(b.buffers),
     )
-    y_spec = pl.BlockSpec((M, tn), lambda n, i, k, expert, tile: (tile[i], n))
-    return pl.pallas_call(
+    bytes_per_row = 2 * (b.tk + outputs * b.tn) * dtype.itemsize + 2 * 4 * b.tn
+    return grouped_call(
         kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(N // tn, visit.steps[0], K // tk),
-            in_specs=[
-                pl.BlockSpec((M, tk), lambda n, i, k, expert, tile: (tile[i], k)),
-                w_spec,
-                w_spec,
-            ],
-            out_specs=(y_spec,) * outputs,
-            scratch_shapes=[pltpu.VMEM((M, tn), jnp.float32)] * 2,
-        ),
-        out_shape=(like(x_PK, (P, N), dtype),) * outputs,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=vmem_limit(blocks),
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * 2 * steps * M * K * N,
-            bytes_accessed=steps * M * K * itemsize * (N // tn)
-            + 2 * K * N * w_gate_EKN.dtype.itemsize * (min(E, steps) if tk == K else steps)
-            + outputs * steps * M * N * itemsize,
-            transcendentals=steps * M * N,
+        (b.schedule.expert_I, b.schedule.tile_I),
+        (x_PK, w_gate_EKN, w_up_EKN),
+        grid=b.grid,
+        in_specs=[b.x_spec, w_spec, w_spec],
+        out_specs=(b.y_spec,) * outputs,
+        out_shape=(shape_like(x_PK, (P, N), dtype),) * outputs,
+        sums=[(b.M, b.tn)] * 2,
+        block_bytes=b.M * bytes_per_row + 2 * b.buffers * b.tk * b.tn * w_dtype.itemsize,
+        parallel_dims=1,
+        cost_estimate=b.cost(
+            products=2,
+            x_bytes=dtype.itemsize,
+            w_bytes=2 * w_dtype.itemsize,
+            y_bytes=outputs * dtype.itemsize,
+            transcendentals=1,
         ),
         interpret=interpret,
         name="grouped_hidden",
-    )(visit.expert_I, visit.tile_I, x_PK, w_gate_EKN, w_up_EKN)
+    )

@@ -1,48 +1,48 @@
 """Products of tiles of rows with the matrix of each tile's expert: TPU kernels.
 
-The weights stand still: a block of an expert's matrix is read once for all its tiles, and as int8
-where it is int8.
-
-Letters: E experts, I tiles, M rows of a tile, P = I*M places, K contracted axis, N columns,
-G groups of scales, L layers.
+Weights are stationary: a block of an expert's matrix is read once for all its tiles, and as int8
+where it is int8. Letters as in `grok.ops.moe.grouped_call`, and G groups of scales, L layers.
 """
 
+import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from grok.ops.moe.routing import visits
-from grok.ops.moe.tiling import gradient_blocks, like, vmem_limit, weight_blocks
+from grok.ops.moe.grouped_call import Blocks, dot, grouped_call, make_blocks
+from grok.ops.moe.routing import tile_schedule
+from grok.ops.moe.tiling import gradient_blocks
+from grok.ops.varying import shape_like
 from grok.ops.weights.int8 import QuantizedArray
 
 
 def grouped_matmul_reference(x_PK, w_EKN, tiles_E, tile: int) -> jax.Array:
-    """Each tile times its expert's matrix, y_PN in float32; zeros beyond the last tile."""
+    """Each tile times its expert's matrix, y_PN in float32; zeros after the last tile."""
     w_EKN = w_EKN.dequantize(jnp.float32) if isinstance(w_EKN, QuantizedArray) else w_EKN
     x_IMK = x_PK.reshape(-1, tile, x_PK.shape[1])
-    share_IE = _shares(tiles_E, len(x_IMK))
     y_IEMN = jnp.einsum("imk,ekn->iemn", x_IMK, w_EKN, preferred_element_type=jnp.float32)
-    return jnp.einsum("ie,iemn->imn", share_IE, y_IEMN).reshape(len(x_PK), -1)
+    return jnp.einsum("ie,iemn->imn", _experts_of_tiles(tiles_E, len(x_IMK)), y_IEMN).reshape(
+        len(x_PK), -1
+    )
 
 
 def weight_gradient_reference(x_PK, dy_PN, tiles_E, tile: int) -> jax.Array:
     """Sum over each expert's rows of x^T dy, (E, K, N) in float32."""
     x_IMK, dy_IMN = (a.astype(jnp.float32).reshape(-1, tile, a.shape[1]) for a in (x_PK, dy_PN))
     dw_IKN = jnp.einsum("imk,imn->ikn", x_IMK, dy_IMN)
-    return jnp.einsum("ie,ikn->ekn", _shares(tiles_E, len(x_IMK)), dw_IKN)
+    return jnp.einsum("ie,ikn->ekn", _experts_of_tiles(tiles_E, len(x_IMK)), dw_IKN)
 
 
-def _shares(tiles_E, most: int) -> jax.Array:
+def _experts_of_tiles(tiles_E, max_tiles: int) -> jax.Array:
     """1 where a tile is an expert's."""
-    visit = visits(tiles_E, most)
-    experts = jnp.arange(tiles_E.size)
-    here_I = jnp.arange(most) < visit.steps
-    is_IE = (visit.expert_I[:, None] == experts[None, :]) & here_I[:, None]
-    return is_IE.astype(jnp.float32)
+    schedule = tile_schedule(tiles_E, max_tiles)
+    is_used_I = jnp.arange(max_tiles) < schedule.num_steps
+    is_IE = schedule.expert_I[:, None] == jnp.arange(tiles_E.size)[None, :]
+    return (is_IE & is_used_I[:, None]).astype(jnp.float32)
 
 
 def grouped_matmul(
@@ -53,100 +53,124 @@ def grouped_matmul(
     *,
     dtype,
     transposed: bool = False,
-    most: int | None = None,
+    max_tiles: int | None = None,
     start: jax.Array | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """Sum over pairs of x_PK and w_EKN of each tile times its expert's matrix, y_PN in `dtype`.
 
     `ws` are arrays, of shape (E, N, K) when `transposed`, or one QuantizedArray. Products are
-    summed in float32, from `start` on if it is given, an array like y_PN, whose memory y_PN takes
-    over. What lies beyond the last tile is not written. At most `most` tiles have rows, if it is
-    given, and the kernel is said to cost no more.
+    summed in float32, from `start` on if given, an array like y_PN that y_PN overwrites. Slots
+    after the last tile are not written. `max_tiles` bounds the tiles with rows, for the cost
+    estimate.
     """
-    scales: list[jax.Array] = []
-    layer: Any = 0
-    if isinstance(ws[0], QuantizedArray):
-        layer, (values, scales) = _all_layers(ws[0])
-    else:
-        values = [w[None] for w in ws]
-    (P, K), M = xs[0].shape, tile
-    (E, _, _), N = values[0].shape[1:], values[0].shape[2 if transposed else 3]
-    itemsizes = sum(w.dtype.itemsize for w in values)
-    tk, tn, buffers = weight_blocks(K, N, itemsizes, P // M >= 4 * E)
-    group = K // scales[0].shape[2] if scales else K
-    if scales and tk % group and group % tk:
-        tk = math.gcd(tk, group)
-    visit = visits(tiles_E, P // M)
-    steps = P // M if most is None else min(most, P // M)
-    prefetch = (visit.expert_I, visit.tile_I, jnp.asarray(layer, jnp.int32).reshape(1))
-
-    def w_block(n, i, k, expert, tile, layer):
-        return layer[0], expert[i], *((n, k) if transposed else (k, n))
-
-    def kernel(expert, tile, layer, *refs):
-        y_ref, sum_ref = refs[-2:]
-        k = pl.program_id(2)
-
-        @pl.when(k == 0)
-        def _():
-            sum_ref[...] = refs[-3][...].astype(jnp.float32) if starts else jnp.zeros_like(sum_ref)
-
-        for x_ref, w_ref in zip(refs, refs[len(xs) : 2 * len(xs)], strict=False):
-            if scales:
-                sum_ref[...] += _dot_int8(x_ref, w_ref, refs[2], k * tk, group)
-            else:
-                sum_ref[...] += dot(x_ref[...], w_ref[...], 1 if transposed else 0)
-
-        @pl.when(k == K // tk - 1)
-        def _():
-            y_ref[...] = sum_ref[...].astype(dtype)
-
-    w_shape = (None, None, *((tn, tk) if transposed else (tk, tn)))
+    layer, values, scales = _operands(ws)
+    P, N = len(xs[0]), values[0].shape[2 if transposed else 3]
     x_bytes, w_bytes = (sum(a.dtype.itemsize for a in arrays) for arrays in (xs, values))
-    itemsize = jnp.dtype(dtype).itemsize
+    b = make_blocks(xs[0], N, w_bytes, tiles_E, tile, max_tiles)
+    if scales:
+        b = _whole_scale_groups(b, scales[0].shape[2])
     starts = [] if start is None else [start]
-    moved = (1 + len(starts)) * M * itemsize  # of a column, to memory and from it
-    blocks = 2 * M * tk * x_bytes + 2 * moved * tn + buffers * tk * tn * w_bytes + 8 * M * tn
-    y_spec = pl.BlockSpec((M, tn), lambda n, i, k, expert, tile, layer: (tile[i], n))
-    before = len(prefetch) + len(xs) + len(values) + len(scales)
-    return pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(prefetch),
-            grid=(N // tn, visit.steps[0], K // tk),
-            in_specs=[
-                *[pl.BlockSpec((M, tk), lambda n, i, k, expert, tile, layer: (tile[i], k))]
-                * len(xs),
-                *[pl.BlockSpec(w_shape, w_block, pipeline_mode=pl.Buffered(buffers))] * len(values),
-                *(
-                    pl.BlockSpec(
-                        (None, None, a.shape[2], tn),
-                        lambda n, i, k, expert, tile, layer: (layer[0], expert[i], 0, n),
-                    )
-                    for a in scales
-                ),
-                *[y_spec] * len(starts),
-            ],
-            out_specs=y_spec,
-            scratch_shapes=[pltpu.VMEM((M, tn), jnp.float32)],
-        ),
-        out_shape=like(xs[0], (P, N), dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=vmem_limit(blocks),
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * steps * M * K * N * len(xs),
-            bytes_accessed=steps * M * K * x_bytes * (N // tn)
-            + K * N * w_bytes * (min(E, steps) if tk == K else steps)
-            + steps * moved * N,
-            transcendentals=0,
-        ),
-        input_output_aliases={before: 0} if starts else {},
+    prefetch = b.schedule.expert_I, b.schedule.tile_I, jnp.asarray(layer, jnp.int32).reshape(1)
+    # A result is written, and read where the sum starts from it.
+    y_bytes = (1 + len(starts)) * jnp.dtype(dtype).itemsize
+    bytes_per_row = 2 * b.tk * x_bytes + 2 * y_bytes * b.tn + 8 * b.tn
+    return grouped_call(
+        functools.partial(_matmul_kernel, b, len(xs), transposed, bool(scales), bool(starts)),
+        prefetch,
+        (*xs, *values, *scales, *starts),
+        grid=b.grid,
+        in_specs=[
+            *[b.x_spec] * len(xs),
+            *_weight_specs(b, transposed, values, scales),
+            *[b.y_spec] * len(starts),
+        ],
+        out_specs=b.y_spec,
+        out_shape=shape_like(xs[0], (P, N), dtype),
+        sums=[(b.M, b.tn)],
+        block_bytes=b.M * bytes_per_row + b.buffers * b.tk * b.tn * w_bytes,
+        parallel_dims=1,
+        cost_estimate=b.cost(products=len(xs), x_bytes=x_bytes, w_bytes=w_bytes, y_bytes=y_bytes),
+        aliases={len(prefetch) + len(xs) + len(values) + len(scales): 0} if starts else {},
         interpret=interpret,
         name="grouped_matmul",
-    )(*prefetch, *xs, *values, *scales, *starts)
+    )
+
+
+def _operands(ws: tuple[Any, ...]) -> tuple[Any, list[jax.Array], list[jax.Array]]:
+    """The layer's number, and values and scales of all layers: a slice would be a copy first."""
+    if not isinstance(ws[0], QuantizedArray):
+        return 0, [w[None] for w in ws], []
+    (w,) = ws
+    if w.layer is None:
+        return 0, [w.values[None]], [w.scales[None]]
+    return w.layer, [w.values], [w.scales]
+
+
+def _whole_scale_groups(b: Blocks, num_scale_groups: int) -> Blocks:
+    """Blocks that hold whole groups of scales, or lie in one."""
+    group = b.K // num_scale_groups
+    if b.tk % group and group % b.tk:
+        return dataclasses.replace(b, tk=math.gcd(b.tk, group))
+    return b
+
+
+def _weight_specs(b: Blocks, transposed: bool, values, scales) -> list[pl.BlockSpec]:
+    """Blocks of values (L, E, K, N), or (L, E, N, K) if `transposed`, and of scales (L, E, G,
+    N)."""
+
+    def w_index(n, i, k, expert, tile, layer):
+        return layer[0], expert[i], *((n, k) if transposed else (k, n))
+
+    w_shape = (None, None, *((b.tn, b.tk) if transposed else (b.tk, b.tn)))
+    w_spec = pl.BlockSpec(w_shape, w_index, pipeline_mode=pl.Buffered(b.buffers))
+    return [w_spec] * len(values) + [
+        pl.BlockSpec(
+            (None, None, a.shape[2], b.tn),
+            lambda n, i, k, expert, tile, layer: (layer[0], expert[i], 0, n),
+        )
+        for a in scales
+    ]
+
+
+def _matmul_kernel(b: Blocks, products: int, transposed: bool, scaled: bool, starts: bool, *refs):
+    """One block of K; `refs` are those of the operands, the result and its sum."""
+    refs = refs[3:]  # without the prefetched scalars
+    y_ref, sum_ref = refs[-2:]
+    k = pl.program_id(2)
+
+    @pl.when(k == 0)
+    def _():
+        sum_ref[...] = refs[-3][...].astype(jnp.float32) if starts else jnp.zeros_like(sum_ref)
+
+    for x_ref, w_ref in zip(refs, refs[products : 2 * products], strict=False):
+        if scaled:
+            sum_ref[...] += _dot_int8(x_ref, w_ref, refs[2], k * b.tk, b.K)
+        else:
+            sum_ref[...] += dot(x_ref[...], w_ref[...], 1 if transposed else 0)
+
+    @pl.when(k == b.K // b.tk - 1)
+    def _():
+        y_ref[...] = sum_ref[...].astype(y_ref.dtype)
+
+
+def _dot_int8(x_ref, w_ref, scale_ref, row, K: int) -> jax.Array:
+    """x w of a block of an int8 matrix of K rows that begins at `row`; its scales are all of them.
+
+    Scales multiply the sum of their group: an int8 is exact in the type of x, so that nothing is
+    rounded but what a product with floats rounds.
+    """
+    rows = w_ref.shape[0]
+    y_MN = jnp.zeros((x_ref.shape[0], w_ref.shape[1]), jnp.float32)
+    scale_GN = scale_ref[...].astype(jnp.float32)
+    group = K // len(scale_GN)
+    index_GN = jax.lax.broadcasted_iota(jnp.int32, scale_GN.shape, 0)
+    for start in range(0, rows, min(group, rows)):
+        part = slice(start, start + min(group, rows))
+        is_group_GN = index_GN == (row + start) // group
+        scale_N = jnp.sum(jnp.where(is_group_GN, scale_GN, 0), axis=0, keepdims=True)
+        y_MN += dot(x_ref[:, part], w_ref[part, :].astype(x_ref.dtype), 0) * scale_N
+    return y_MN
 
 
 def grouped_weight_gradient(
@@ -161,50 +185,23 @@ def grouped_weight_gradient(
     """Sum over each expert's rows of x^T dy, (E, K, N), in float32 and then `dtype`."""
     (P, K), N, M, E = x_PK.shape, dy_PN.shape[1], tile, tiles_E.size
     tk, tn = gradient_blocks(K, N)
-    visit = visits(tiles_E, P // M + E, empty=1)
-
-    def kernel(expert, tile, live, count, x_ref, dy_ref, dw_ref, sum_ref):
-        i = pl.program_id(2)
-
-        @pl.when((i == 0) | (expert[jnp.maximum(i - 1, 0)] != expert[i]))
-        def _():
-            sum_ref[...] = jnp.zeros_like(sum_ref)
-
-        @pl.when(live[i] > 0)
-        def _():
-            sum_ref[...] += jax.lax.dot_general(
-                x_ref[...],
-                dy_ref[...],
-                (((0,), (0,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
-
-        last = count[0] - 1
-
-        @pl.when((i == last) | (expert[jnp.minimum(i + 1, last)] != expert[i]))
-        def _():
-            dw_ref[...] = sum_ref[...].astype(dtype)
-
+    schedule = tile_schedule(tiles_E, P // M + E, empty=1)
     itemsize = jnp.dtype(dtype).itemsize
-    blocks = 2 * M * (tk * x_PK.dtype.itemsize + tn * dy_PN.dtype.itemsize)
-    blocks += tk * tn * (2 * itemsize + 4 * 2)
-    return pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(visit),
-            grid=(K // tk, N // tn, visit.steps[0]),
-            in_specs=[
-                pl.BlockSpec((M, tk), lambda k, n, i, expert, tile, *_: (tile[i], k)),
-                pl.BlockSpec((M, tn), lambda k, n, i, expert, tile, *_: (tile[i], n)),
-            ],
-            out_specs=pl.BlockSpec((None, tk, tn), lambda k, n, i, expert, *_: (expert[i], k, n)),
-            scratch_shapes=[pltpu.VMEM((tk, tn), jnp.float32)],
-        ),
-        out_shape=like(x_PK, (E, K, N), dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=vmem_limit(blocks),
-        ),
+    row_bytes = 2 * M * (tk * x_PK.dtype.itemsize + tn * dy_PN.dtype.itemsize)
+    return grouped_call(
+        _weight_gradient_kernel,
+        schedule,
+        (x_PK, dy_PN),
+        grid=(K // tk, N // tn, schedule.num_steps[0]),
+        in_specs=[
+            pl.BlockSpec((M, tk), lambda k, n, i, expert, tile, *_: (tile[i], k)),
+            pl.BlockSpec((M, tn), lambda k, n, i, expert, tile, *_: (tile[i], n)),
+        ],
+        out_specs=pl.BlockSpec((None, tk, tn), lambda k, n, i, expert, *_: (expert[i], k, n)),
+        out_shape=shape_like(x_PK, (E, K, N), dtype),
+        sums=[(tk, tn)],
+        block_bytes=row_bytes + tk * tn * (2 * itemsize + 4 * 2),
+        parallel_dims=2,
         cost_estimate=pl.CostEstimate(
             flops=2 * P * K * N,
             bytes_accessed=x_PK.nbytes * (N // tn)
@@ -214,36 +211,25 @@ def grouped_weight_gradient(
         ),
         interpret=interpret,
         name="grouped_weight_gradient",
-    )(*visit, x_PK, dy_PN)
-
-
-def _all_layers(w: QuantizedArray):
-    """The layer's number, and values and scales of all layers: a slice would be a copy first."""
-    if w.layer is None:
-        return 0, ([w.values[None]], [w.scales[None]])
-    return w.layer, ([w.values], [w.scales])
-
-
-def dot(x_MK, w, dim: int) -> jax.Array:
-    """x w, contracting dimension `dim` of w, in float32."""
-    return jax.lax.dot_general(
-        x_MK, w, (((1,), (dim,)), ((), ())), preferred_element_type=jnp.float32
     )
 
 
-def _dot_int8(x_ref, w_ref, scale_ref, row, group: int) -> jax.Array:
-    """x w of a block of an int8 matrix that begins at `row`; its scales are those of all rows.
+def _weight_gradient_kernel(expert, tile, has_rows, num_steps, x_ref, dy_ref, dw_ref, sum_ref):
+    """One tile; the gradient of an expert is written after its last."""
+    i = pl.program_id(2)
 
-    Scales multiply the sum of their group: an int8 is exact in the type of x, so that nothing is
-    rounded but what a product with floats rounds.
-    """
-    rows = w_ref.shape[0]
-    y_MN = jnp.zeros((x_ref.shape[0], w_ref.shape[1]), jnp.float32)
-    scale_GN = scale_ref[...].astype(jnp.float32)
-    groups_GN = jax.lax.broadcasted_iota(jnp.int32, scale_GN.shape, 0)
-    for start in range(0, rows, min(group, rows)):
-        part = slice(start, start + min(group, rows))
-        here_GN = groups_GN == (row + start) // group
-        scale_N = jnp.sum(jnp.where(here_GN, scale_GN, 0), axis=0, keepdims=True)
-        y_MN += dot(x_ref[:, part], w_ref[part, :].astype(x_ref.dtype), 0) * scale_N
-    return y_MN
+    @pl.when((i == 0) | (expert[jnp.maximum(i - 1, 0)] != expert[i]))
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    @pl.when(has_rows[i] > 0)
+    def _():
+        sum_ref[...] += jax.lax.dot_general(
+            x_ref[...], dy_ref[...], (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+
+    last = num_steps[0] - 1
+
+    @pl.when((i == last) | (expert[jnp.minimum(i + 1, last)] != expert[i]))
+    def _():
+        dw_ref[...] = sum_ref[...].astype(dw_ref.dtype)

@@ -16,26 +16,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LARGEST = 127
+MAX_INT8 = 127
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "scales", "layer"],
-    meta_fields=["row_dims", "col_dims"],
+    meta_fields=["contract_dims", "output_dims"],
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
     """A matrix as int8 `values` (..., rows, columns) and `scales` (..., groups, columns).
 
-    With `layer`, a number, both still have all layers in front, and the matrix is that layer's:
-    what then takes one expert reads no other, where a slice of the layer would copy them all.
+    With `layer`, an index, both still have all layers in front, and the matrix is that layer's:
+    taking one expert then reads no other, where a slice of the layer would copy them all.
     """
 
     values: Any  # jax.Array, or its shape and type
     scales: Any
-    row_dims: int = 1
-    col_dims: int = 1
+    contract_dims: int = 1
+    output_dims: int = 1
     layer: Any = None
 
     @property
@@ -44,9 +44,9 @@ class QuantizedArray:
         return self.values.shape if self.layer is None else self.values.shape[1:]
 
     @property
-    def groups(self) -> int:
-        """Groups of rows, each with a scale for every column."""
-        return self.scales.shape[-1 - self.col_dims]
+    def num_scale_groups(self) -> int:
+        """Number of groups of rows, each with a scale for every column."""
+        return self.scales.shape[-1 - self.output_dims]
 
     def __getitem__(self, index) -> "QuantizedArray":
         """The matrix at `index` of the first of several leading axes."""
@@ -54,7 +54,7 @@ class QuantizedArray:
         return dataclasses.replace(self, values=self.values[at], scales=self.scales[at], layer=None)
 
     def sliced(self) -> "QuantizedArray":
-        """The same with the other layers left behind."""
+        """The same without the other layers."""
         if self.layer is None:
             return self
         values, scales = (
@@ -66,46 +66,47 @@ class QuantizedArray:
     def dequantize(self, dtype) -> jax.Array:
         """values * scales in `dtype`."""
         w = self.sliced()
-        return dequantize(w.values, w.scales, dtype, w.row_dims, w.col_dims)
+        return dequantize(w.values, w.scales, dtype, w.contract_dims, w.output_dims)
 
 
-def dequantize(values, scales, dtype, row_dims: int = 1, col_dims: int = 1):
+def dequantize(values, scales, dtype, contract_dims: int = 1, output_dims: int = 1):
     """values * scales, as `values` in shape; exact in float32, rounded once to another `dtype`.
 
     An int8 has 7 bits and a bfloat16 scale 8: their product fits in float32's 24.
     """
-    groups = scales.shape[scales.ndim - col_dims - 1]
-    split = _split(values.shape, groups, row_dims, col_dims)
-    shape = (*split[: len(split) - col_dims - 1], 1, *split[len(split) - col_dims :])
+    num_scale_groups = scales.shape[scales.ndim - output_dims - 1]
+    split = _split(values.shape, num_scale_groups, contract_dims, output_dims)
+    shape = (*split[: len(split) - output_dims - 1], 1, *split[len(split) - output_dims :])
     product = values.reshape(split).astype(np.float32) * scales.reshape(shape).astype(np.float32)
     return product.astype(dtype).reshape(values.shape)
 
 
-def quantize(w, groups: int, row_dims: int = 1, col_dims: int = 1):
+def quantize(w, num_scale_groups: int, contract_dims: int = 1, output_dims: int = 1):
     """int8 values and bfloat16 scales of a float matrix `w` (..., rows, columns).
 
     A scale is its group's largest magnitude / 127, rounded; values are rounded to the nearest. A
-    group of zeros has scale 0. Requantising what `dequantize` gave, in float32 or bfloat16, gives
-    the same values back for every group whose largest one has magnitude 127. (Where bfloat16
-    rounded that largest product, the division may miss the scale by one place; of the scale and
-    its neighbours that one is taken which gives `w` back exactly, if any does.)
+    group of zeros has scale 0. Requantising a result of `dequantize`, in float32 or bfloat16, gives
+    the same values for every group whose largest one has magnitude 127. (Where bfloat16 rounded
+    that largest product, the division may miss the scale by one unit in the last place; of the
+    scale and its neighbours the one is taken that reproduces `w` exactly, if any does.)
     """
     xp = jnp if isinstance(w, jax.Array) else np
-    split = _split(w.shape, groups, row_dims, col_dims)
-    axis = len(split) - col_dims - 1
+    split = _split(w.shape, num_scale_groups, contract_dims, output_dims)
+    axis = len(split) - output_dims - 1
     w_split = w.reshape(split)
     largest = xp.max(xp.abs(w_split), axis=axis, keepdims=True).astype(np.float32)
-    scales = (largest / np.float32(LARGEST)).astype(jnp.bfloat16)
+    scales = (largest / np.float32(MAX_INT8)).astype(jnp.bfloat16)
     values = _rounded(xp, w_split, scales)
     if w.dtype == jnp.bfloat16:
-        found = _gives_back(w_split, values, scales, axis)
+        is_exact = _reproduces(w_split, values, scales, axis)
         for step in (1, -1):
-            place = xp.maximum(scales.view(np.uint16).astype(np.int32) + step, 0)
-            near = place.astype(np.uint16).view(jnp.bfloat16)
-            near_values = _rounded(xp, w_split, near)
-            better = ~found & _gives_back(w_split, near_values, near, axis)
-            scales, values = xp.where(better, near, scales), xp.where(better, near_values, values)
-            found |= better
+            bits = xp.maximum(scales.view(np.uint16).astype(np.int32) + step, 0)
+            neighbour = bits.astype(np.uint16).view(jnp.bfloat16)
+            new_values = _rounded(xp, w_split, neighbour)
+            is_better = ~is_exact & _reproduces(w_split, new_values, neighbour, axis)
+            scales = xp.where(is_better, neighbour, scales)
+            values = xp.where(is_better, new_values, values)
+            is_exact |= is_better
     return values.reshape(w.shape), scales.reshape((*split[:axis], *split[axis + 1 :]))
 
 
@@ -114,19 +115,19 @@ def _rounded(xp, w_split, scales):
     divisor = scales.astype(np.float32)
     divisor = xp.where(divisor == 0, np.float32(1), divisor)
     quotient = w_split.astype(np.float32) / divisor
-    return xp.clip(xp.rint(quotient), -LARGEST, LARGEST).astype(np.int8)
+    return xp.clip(xp.rint(quotient), -MAX_INT8, MAX_INT8).astype(np.int8)
 
 
-def _gives_back(w_split, values, scales, axis: int):
-    """Whether values * scale, rounded as w is, are w in the whole group."""
+def _reproduces(w_split, values, scales, axis: int):
+    """True where values * scale, rounded as w is, equal w in the whole group."""
     product = values.astype(np.float32) * scales.astype(np.float32)
     return (product.astype(w_split.dtype) == w_split).all(axis=axis, keepdims=True)
 
 
-def _split(shape, groups: int, row_dims: int, col_dims: int) -> tuple[int, ...]:
+def _split(shape, num_scale_groups: int, contract_dims: int, output_dims: int) -> tuple[int, ...]:
     """`shape` with its rows as (groups, rows/groups)."""
-    lead = shape[: len(shape) - row_dims - col_dims]
-    rows = math.prod(shape[len(lead) : len(shape) - col_dims])
-    if groups < 1 or rows % groups:
-        raise ValueError(f"{rows} rows cannot be split into {groups} equal groups")
-    return (*lead, groups, rows // groups, *shape[len(shape) - col_dims :])
+    lead = shape[: len(shape) - contract_dims - output_dims]
+    rows = math.prod(shape[len(lead) : len(shape) - output_dims])
+    if num_scale_groups < 1 or rows % num_scale_groups:
+        raise ValueError(f"{rows} rows cannot be split into {num_scale_groups} equal groups")
+    return (*lead, num_scale_groups, rows // num_scale_groups, *shape[len(shape) - output_dims :])

@@ -43,14 +43,14 @@ class LoraArray:
         return LoraArray(self.base.astype(dtype), self.a.astype(dtype), b)
 
 
-def product(x_RD: jax.Array, w_DF: Any) -> jax.Array:
+def matmul(x_RD: jax.Array, w_DF: Any) -> jax.Array:
     """x w, summed in float32; `w` an array or a scaled LoraArray."""
     if not isinstance(w_DF, LoraArray):
         return _dot(x_RD, w_DF)
     return _dot(x_RD, w_DF.base) + _dot(_dot(x_RD, w_DF.a).astype(x_RD.dtype), w_DF.b)
 
 
-def product_transposed(y_RF: jax.Array, w_DF: Any) -> jax.Array:
+def matmul_transposed(y_RF: jax.Array, w_DF: Any) -> jax.Array:
     """y w^T, summed in float32."""
     if not isinstance(w_DF, LoraArray):
         return _dot(y_RF, w_DF.T)
@@ -66,24 +66,24 @@ def weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, w_DF: Any) -> Any:
     return LoraArray(None, da_Dr, db_rF)
 
 
-def trained_part(w: Any) -> Any:
+def trainable_part(w: Any) -> Any:
     """What of a weight has a gradient, as `weight_gradient` gives it."""
     return dataclasses.replace(w, base=None) if isinstance(w, LoraArray) else w
 
 
 def factor_shapes(
-    shape: tuple[int, ...], row_dims: int, col_dims: int, rank: int
+    shape: tuple[int, ...], contract_dims: int, output_dims: int, rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of `a` and `b` for a matrix of this shape."""
-    columns = len(shape) - col_dims
-    rows = columns - row_dims
+    columns = len(shape) - output_dims
+    rows = columns - contract_dims
     return (*shape[:columns], rank), (*shape[:rows], rank, *shape[columns:])
 
 
-def merged(w: LoraArray, row_dims: int, col_dims: int):
+def merge_adapter(w: LoraArray, contract_dims: int, output_dims: int):
     """The matrix with its adapter added, float32; for NumPy and JAX arrays."""
-    columns = len(w.shape) - col_dims
-    lead = w.shape[: columns - row_dims]
+    columns = len(w.shape) - output_dims
+    lead = w.shape[: columns - contract_dims]
     rank = w.a.shape[-1]
     a = w.a.reshape(*lead, -1, rank).astype("float32")
     b = w.b.reshape(*lead, rank, math.prod(w.shape[columns:])).astype("float32")

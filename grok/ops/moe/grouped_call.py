@@ -1,0 +1,116 @@
+"""What the grouped kernels share: blocks of rows and weights, costs, and the call itself.
+
+Letters: E experts, I tiles, M rows of a tile, P = I*M slots, K contracted axis, N columns.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from grok.ops.moe.routing import TileSchedule, tile_schedule
+from grok.ops.moe.tiling import vmem_limit, weight_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The grid (N / tn, steps, K / tk) of a kernel that multiplies tiles by the matrix of their
+    expert, and its blocks (M, tk) of rows, (tk, tn) of weights and (M, tn) of results."""
+
+    E: int
+    M: int
+    K: int
+    N: int
+    tk: int
+    tn: int
+    buffers: int  # of a block of weights
+    max_tiles: int
+    schedule: TileSchedule
+
+    @property
+    def grid(self) -> tuple:
+        """Blocks of columns, tiles, blocks of the contracted axis."""
+        return self.N // self.tn, self.schedule.num_steps[0], self.K // self.tk
+
+    @property
+    def x_spec(self) -> pl.BlockSpec:
+        """The block of rows (P, K) of a step."""
+        return pl.BlockSpec((self.M, self.tk), lambda n, i, k, expert, tile, *_: (tile[i], k))
+
+    @property
+    def y_spec(self) -> pl.BlockSpec:
+        """The block of results (P, N) of a step."""
+        return pl.BlockSpec((self.M, self.tn), lambda n, i, k, expert, tile, *_: (tile[i], n))
+
+    def cost(self, *, products: int, x_bytes: int, w_bytes: int, y_bytes: int, transcendentals=0):
+        """Cost of `products` products; bytes are those of a number of all arrays of a kind."""
+        tiles, M, K, N = self.max_tiles, self.M, self.K, self.N
+        weight_reads = min(self.E, tiles) if self.tk == K else tiles
+        return pl.CostEstimate(
+            flops=2 * products * tiles * M * K * N,
+            bytes_accessed=tiles * M * K * x_bytes * (N // self.tn)
+            + K * N * w_bytes * weight_reads
+            + tiles * M * N * y_bytes,
+            transcendentals=transcendentals * tiles * M * N,
+        )
+
+
+def make_blocks(
+    x_PK: jax.Array, N: int, w_bytes: int, tiles_E: jax.Array, tile: int, max_tiles: int | None
+) -> Blocks:
+    """Blocks for rows in tiles of `tile` and matrices that have `w_bytes` in each place
+    together."""
+    (P, K), E = x_PK.shape, tiles_E.size
+    tk, tn, buffers = weight_blocks(K, N, w_bytes, P // tile >= 4 * E)
+    max_tiles = P // tile if max_tiles is None else min(max_tiles, P // tile)
+    return Blocks(E, tile, K, N, tk, tn, buffers, max_tiles, tile_schedule(tiles_E, P // tile))
+
+
+def grouped_call(
+    kernel: Callable,
+    prefetch: Sequence[jax.Array],
+    operands: Sequence[jax.Array],
+    *,
+    grid: tuple,
+    in_specs: Sequence[pl.BlockSpec],
+    out_specs: Any,
+    out_shape: Any,
+    sums: Sequence[tuple[int, int]],
+    block_bytes: int,
+    parallel_dims: int,
+    cost_estimate: pl.CostEstimate,
+    interpret: Any,
+    name: str,
+    aliases: dict[int, int] | None = None,
+) -> Any:
+    """`pl.pallas_call` of a kernel that sums in float32, in scratch arrays of the shapes `sums`."""
+    semantics: Any = ["parallel" if d < parallel_dims else "arbitrary" for d in range(len(grid))]
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetch),
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums],
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=semantics, vmem_limit_bytes=vmem_limit(block_bytes)
+        ),
+        cost_estimate=cost_estimate,
+        input_output_aliases=aliases or {},
+        interpret=interpret,
+        name=name,
+    )(*prefetch, *operands)
+
+
+def dot(x_MK: jax.Array, w: jax.Array, contract_dim: int) -> jax.Array:
+    """x w, contracting dimension `contract_dim` of w, in float32."""
+    return jax.lax.dot_general(
+        x_MK, w, (((1,), (contract_dim,)), ((), ())), preferred_element_type=jnp.float32
+    )
