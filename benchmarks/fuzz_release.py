@@ -268,7 +268,7 @@ def holds(data: bytes, record: StoredTensor) -> bool:
     if isinstance(record, StoredArray):
         pairs = [(record, value)]
     else:
-        pairs = [(record.weight, value.weight), (record.scales, value.scales)]
+        pairs = [(record.values, value.weight), (record.scales, value.scales)]
     return all(
         (array.shape, array.dtype) == (record.shape, record.dtype)
         and array.tobytes() == data[record.offset : record.offset + record.nbytes]

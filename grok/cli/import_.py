@@ -84,7 +84,7 @@ def hf(src, dst, config, dtype, scales, tokenizer) -> None:
     _import("huggingface", src, dst, config, dtype, scales, tokenizer)
 
 
-def _import(form, src, dst, config, dtype, scales, tokenizer) -> None:
+def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None:
     from grok.config.load import load_config
     from grok.progress import byte_progress
     from grok.weights.detect import open_source
@@ -92,7 +92,7 @@ def _import(form, src, dst, config, dtype, scales, tokenizer) -> None:
 
     run = load_config(config) if config else None
     source = open_source(src, run.model if run else None)
-    if source.format != form:
+    if source.format != expected_format:
         other = COMMANDS.get(source.format)
         hint = f"`grok import {other}` takes it" if other else "it needs no import"
         raise CheckpointError(f"{src}: is in {FORMATS[source.format]} format; {hint}.")

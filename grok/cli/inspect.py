@@ -36,56 +36,57 @@ def inspect(ctx: click.Context, path: str, config: str | None, as_json: bool) ->
     from grok.config.load import load_config
     from grok.weights.tools.inspection import inspect as inspect_path
 
-    found = inspect_path(path, load_config(config).model if config else None)
+    inspection = inspect_path(path, load_config(config).model if config else None)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2))
-    elif found.format is None:
-        raise CheckpointError(found.problems[0])
+        click.echo(json.dumps(inspection.to_dict(), indent=2))
+    elif inspection.format is None:
+        raise CheckpointError(inspection.problems[0])
     else:
-        _print(make_console(), found)
-    ctx.exit(CheckpointError.exit_code if found.problems else 0)
+        _print(make_console(), inspection)
+    ctx.exit(CheckpointError.exit_code if inspection.problems else 0)
 
 
-def _print(console: "Console", found: "Inspection") -> None:
-    console.print(found.path, style="bold")
-    for label, text in _summary(found):
+def _print(console: "Console", inspection: "Inspection") -> None:
+    console.print(inspection.path, style="bold")
+    for label, text in _summary(inspection):
         console.print(f"  {label:<12}{text}")
-    for problem in found.problems:
+    for problem in inspection.problems:
         console.print(f"  {'problem':<12}{problem}", style="red")
-    if found.tensors:
+    if inspection.tensors:
         table = make_table("tensor", "shape", "type", "bytes", right=1)
-        for tensor in found.tensors:
+        for tensor in inspection.tensors:
             shape = "x".join(map(str, tensor.shape))
             table.add_row(tensor.name, shape, _kind(tensor), size(tensor.bytes))
         console.print()
         console.print(table)
-    if found.config is not None:
+    if inspection.config is not None:
         table = make_table("config", "value", "from")
-        for name, origin in found.origins.items():
-            table.add_row(name, str(getattr(found.config, name)), origin)
+        for name, origin in inspection.origins.items():
+            table.add_row(name, str(getattr(inspection.config, name)), origin)
         console.print()
         console.print(table)
 
 
-def _summary(found: "Inspection") -> Iterator[tuple[str, str]]:
-    yield "format", FORMATS[str(found.format)]
-    if found.tensors:
-        partly = ", as far as they are there" if found.problems else ""
-        kind = f"; matrices are {found.dtype}" if found.dtype else ""
-        yield "weights", f"{len(found.tensors)} tensors{partly}{kind}"
-        yield "size", f"{found.bytes:,} bytes ({size(found.bytes)})"
-    if found.parameters is not None:
-        active, without = found.parameters["active"], found.parameters["active_without_embedding"]
-        yield "parameters", f"{found.parameters['total']:,}"
-        yield "per token", f"{active:,}, without the embedding {without:,}"
-        yield "preset", found.preset or "none is this config"
-    for name in found.fitting:
+def _summary(inspection: "Inspection") -> Iterator[tuple[str, str]]:
+    yield "format", FORMATS[str(inspection.format)]
+    if inspection.tensors:
+        partly = ", as far as they are there" if inspection.problems else ""
+        kind = f"; matrices are {inspection.dtype}" if inspection.dtype else ""
+        yield "weights", f"{len(inspection.tensors)} tensors{partly}{kind}"
+        yield "size", f"{inspection.bytes:,} bytes ({size(inspection.bytes)})"
+    if inspection.parameters is not None:
+        counts = inspection.parameters
+        yield "parameters", f"{counts['total']:,}"
+        without = counts["active_without_embedding"]
+        yield "per token", f"{counts['active']:,}, without the embedding {without:,}"
+        yield "preset", inspection.preset or "none is this config"
+    for name in inspection.fitting:
         yield "", f"shapes are those of preset {name} (--config {name})"
-    if found.step is not None:
-        yield "step", str(found.step)
-    if found.imported_from is not None:
-        yield "imported", f"from {found.imported_from}, {found.checksums} checksums"
-    if not found.problems:
+    if inspection.step is not None:
+        yield "step", str(inspection.step)
+    if inspection.imported_from is not None:
+        yield "imported", f"from {inspection.imported_from}, {inspection.checksums} checksums"
+    if not inspection.problems:
         yield "complete", "yes"
 
 

@@ -53,49 +53,49 @@ def verify(ctx: click.Context, a: str, b: str | None, config: str | None, tolera
 
 
 def _verify_checksums(console: "Console", source: "Source") -> list[bool]:
-    """Counts and prints; for each tensor, whether it is equal."""
+    """Verifies and prints; returns True for each tensor that is equal."""
     from grok.progress import byte_progress
     from grok.weights.tools.verify import verify_checksums
 
     with byte_progress() as on_progress:
-        found = list(verify_checksums(source, on_progress))
+        results = list(verify_checksums(source, on_progress))
     console.print(f"{source.path}  ({source.format}, {source.dtype})")
     table = make_table("tensor", "checksums", "differ", right=2)
-    for tensor in found:
+    for tensor in results:
         table.add_row(tensor.spec.name, str(tensor.checksums), _layers(tensor))
     console.print()
     console.print(table)
     console.print()
-    return [tensor.equal for tensor in found]
+    return [tensor.equal for tensor in results]
 
 
 def _compare(console: "Console", a: "Source", b: "Source", tolerance: float) -> list[bool]:
-    """Compares and prints; for each tensor, whether it is equal."""
+    """Compares and prints; returns True for each tensor that is equal."""
     from grok.progress import byte_progress
     from grok.weights.tools.verify import compare
 
     with byte_progress() as on_progress:
-        found = list(compare(a, b, tolerance, on_progress))
+        comparisons = list(compare(a, b, tolerance, on_progress))
     for letter, source in (("A", a), ("B", b)):
         console.print(f"{letter}  {source.path}  ({source.format}, {source.dtype})")
-    for words, count in Counter(tensor.method.words for tensor in found).items():
+    for words, count in Counter(tensor.method.words for tensor in comparisons).items():
         console.print(f"   {count} tensors, {words}")
     if tolerance:
         console.print(f"   floats equal where they differ relatively by {tolerance:g} at most")
     titles = ["differ"]
-    if not all(tensor.equal for tensor in found):
+    if not all(tensor.equal for tensor in comparisons):
         console.print("   largest: of |A - B|; relative: of |A - B| / max(|A|, |B|)")
         titles += ["largest", "relative"]
-    if any(tensor.method.quantization and not tensor.equal for tensor in found):
+    if any(tensor.method.quantization and not tensor.equal for tensor in comparisons):
         console.print("   rms: root mean square of A - B over that of the floats")
         titles.append("rms")
     table = make_table("tensor", *titles, right=len(titles))
-    for tensor in found:
+    for tensor in comparisons:
         _add_rows(table, tensor)
     console.print()
     console.print(table)
     console.print()
-    return [tensor.equal for tensor in found]
+    return [tensor.equal for tensor in comparisons]
 
 
 def _layers(tensor: "ChecksumResult") -> str:
@@ -107,26 +107,26 @@ def _layers(tensor: "ChecksumResult") -> str:
 
 
 def _add_rows(table: "Table", tensor: "Comparison") -> None:
-    """A row for the tensor and one for scales that differ, each followed by where it is most."""
+    """Adds rows for the tensor and for scales that differ, each with its largest difference."""
     if tensor.equal:
         table.add_row(tensor.spec.name, "equal")
         return
     rms = [f"{tensor.values.relative_rms:.3g}"] if tensor.method.quantization else []
     table.add_row(tensor.spec.name, *_numbers(tensor.values), *rms)
     if tensor.values.differing:
-        table.add_row(_place(*tensor.farthest()))
+        table.add_row(_position(*tensor.farthest()))
     if tensor.scales is not None and tensor.scales.differing:
         table.add_row("  scales", *_numbers(tensor.scales))
-        table.add_row(_place(*tensor.farthest(of_scales=True)))
+        table.add_row(_position(*tensor.farthest(of_scales=True)))
 
 
-def _numbers(found: "ArrayDifference") -> tuple[str, str, str]:
-    largest, relative = found.largest_absolute, found.largest_relative
-    if not found.differing:
+def _numbers(difference: "ArrayDifference") -> tuple[str, str, str]:
+    largest, relative = difference.largest_absolute, difference.largest_relative
+    if not difference.differing:
         return "0", "", ""
-    return f"{found.differing:,}", f"{largest:.3g}", f"{relative:.3g}"
+    return f"{difference.differing:,}", f"{largest:.3g}", f"{relative:.3g}"
 
 
-def _place(layer: int | None, index: tuple[int, ...]) -> str:
+def _position(layer: int | None, index: tuple[int, ...]) -> str:
     at = ",".join(map(str, index))
     return f"  at [{at}]" if layer is None else f"  at layer {layer} [{at}]"

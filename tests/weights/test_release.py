@@ -51,7 +51,7 @@ def opened(name: str) -> ReleaseSource:
 def arrays_in(path: Path) -> list[np.ndarray]:
     """The arrays of a file by plain reads of its bytes at the recorded places."""
     record, data = read_tensor(path), path.read_bytes()
-    parts = [record] if isinstance(record, StoredArray) else [record.weight, record.scales]
+    parts = [record] if isinstance(record, StoredArray) else [record.values, record.scales]
     return [
         np.frombuffer(data[p.offset : p.offset + p.nbytes], p.dtype).reshape(p.shape) for p in parts
     ]

@@ -37,7 +37,7 @@ def parse(data: bytes) -> StoredArray | StoredInt8:
 def arrays_of(record: StoredArray | StoredInt8) -> dict[str, StoredArray]:
     if isinstance(record, StoredArray):
         return {"array": record}
-    return {"weight": record.weight, "scales": record.scales}
+    return {"weight": record.values, "scales": record.scales}
 
 
 def edited(data: bytes, old: bytes, new: bytes) -> bytes:
@@ -93,7 +93,7 @@ def test_an_mmap_and_binbytes8_are_read_too(tmp_path):
     path.write_bytes(data)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
         record = parse_tensor(view, "the-file")
-        assert view[record.weight.offset :][: record.weight.nbytes] == QUANTIZED[PAYLOAD]
+        assert view[record.values.offset :][: record.values.nbytes] == QUANTIZED[PAYLOAD]
 
 
 class CountingFile(io.BytesIO):

@@ -21,7 +21,7 @@ from grok.weights.importing.importer import import_weights
 from grok.weights.source import TensorSpec
 from grok.weights.tools import verify as verification
 from grok.weights.tools.array_difference import ArrayDifference, array_difference
-from grok.weights.tools.verify import Comparison, compare, method
+from grok.weights.tools.verify import Comparison, choose_method, compare
 from grok.weights.xai.objects import StoredInt8
 from grok.weights.xai.source import ReleaseSource
 from grok.weights.xai.unpickler import read_tensor
@@ -114,10 +114,10 @@ def test_two_imports_of_two_formats_are_equal(imported):
     ("file", "array", "number", "name", "place"),
     [
         # Layer 1; its files begin at 14. Two of eight groups of 64 rows come first.
-        (15, "weight", (3, 140, 9), DOWN, "  at layer 1 [3,140,9]"),
+        (15, "values", (3, 140, 9), DOWN, "  at layer 1 [3,140,9]"),
         (15, "scales", (3, 2, 9), DOWN, "  at layer 1 [3,2,9]"),
         # 16 heads of 6: row 13 is row 1 of head 2.
-        (6, "weight", (13, 95), OUT, "  at layer 0 [2,1,95]"),
+        (6, "values", (13, 95), OUT, "  at layer 0 [2,1,95]"),
         (6, "scales", (7, 0), OUT, "  at layer 0 [7,0]"),
         (0, "array", (383, 95), TABLE, "  at [383,95]"),
         (24, "array", (0,), "layers/post_moe_norm/scale_D", "  at layer 1 [0]"),
@@ -273,7 +273,7 @@ def test_two_float_types_are_compared_in_the_coarser(small):
     a.values[TABLE][7, 8] = 1
     b.values[TABLE][7, 8] = 1.001
     assert only(compared(a, b), TABLE).farthest() == (None, (7, 8))
-    assert method(b.tensors[TABLE], TensorSpec(TABLE, (20, 24), BF16)).dtype == BF16
+    assert choose_method(b.tensors[TABLE], TensorSpec(TABLE, (20, 24), BF16)).dtype == BF16
 
 
 def test_bits_count_without_a_tolerance(small):
@@ -313,7 +313,7 @@ def test_chunks_make_no_difference(small, monkeypatch, chunk):
         source.values[TABLE][rng.random((20, 24)) < 0.1] = rng.random()
         source.values[DOWN][2] = rng.permutation(source.values[DOWN][2], axis=1)
     whole = list(compare(a, b))
-    monkeypatch.setattr(verification, "CHUNK", chunk)
+    monkeypatch.setattr(verification, "CHUNK_VALUES", chunk)
     for one, other in zip(whole, compare(a, b), strict=True):
         assert one.spec == other.spec
         assert one.scales == other.scales
@@ -321,13 +321,13 @@ def test_chunks_make_no_difference(small, monkeypatch, chunk):
 
 
 def without_sums(found: ArrayDifference) -> tuple:
-    return found.size, found.differing, found.largest_absolute, found.largest_relative, found.place
+    return found.size, found.differing, found.largest_absolute, found.largest_relative, found.index
 
 
 def test_the_first_of_equal_differences_is_named():
     a, b = np.zeros(9, np.float32), np.zeros(9, np.float32)
     b[[2, 5, 8]] = 1, 3, -3
-    assert array_difference(a, b).place == 5
+    assert array_difference(a, b).index == 5
     parts = [array_difference(a[i : i + 3], b[i : i + 3]) for i in range(0, 9, 3)]
     assert sum(parts, ArrayDifference()) == array_difference(a, b)
 

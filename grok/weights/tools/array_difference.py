@@ -1,4 +1,4 @@
-"""How far two arrays are apart: how many numbers differ, by how much, and where the most."""
+"""The difference of two arrays: the count, size and position of the values that differ."""
 
 import dataclasses
 import math
@@ -8,35 +8,34 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDifference:
-    """How many of `size` numbers differ, by how much at most, and where.
+    """`differing` of `size` values differ, at most by the largest differences.
 
-    A relative difference is |a - b| / max(|a|, |b|); where one of the two is not finite both kinds
-    are infinite. `place` counts the numbers before the one with the largest absolute difference,
-    or is None where nothing differs. `squares` sums (a - b)^2, and `value_squares`, where somebody
-    counts it, the squares of a or b. The sum of two differences is that of their arrays one after
-    the other.
+    A relative difference is |a - b| / max(|a|, |b|); both kinds are infinite where a or b is not
+    finite. `index` is the flat index of the largest absolute difference, None where nothing
+    differs. `squares` sums (a - b)^2; `value_squares` may sum the squares of a or b. The sum of two
+    differences is that of their concatenated arrays.
     """
 
     size: int = 0
     differing: int = 0
     largest_absolute: float = 0.0
     largest_relative: float = 0.0
-    place: int | None = None
+    index: int | None = None
     squares: float = 0.0
     value_squares: float = 0.0
 
     def __add__(self, other: "ArrayDifference") -> "ArrayDifference":
-        place = self.place
-        if other.place is not None and (
-            place is None or other.largest_absolute > self.largest_absolute
+        index = self.index
+        if other.index is not None and (
+            index is None or other.largest_absolute > self.largest_absolute
         ):
-            place = self.size + other.place
+            index = self.size + other.index
         return ArrayDifference(
             self.size + other.size,
             self.differing + other.differing,
             max(self.largest_absolute, other.largest_absolute),
             max(self.largest_relative, other.largest_relative),
-            place,
+            index,
             self.squares + other.squares,
             self.value_squares + other.value_squares,
         )
@@ -48,24 +47,24 @@ class ArrayDifference:
 
 
 def array_difference(a: np.ndarray, b: np.ndarray, tolerance: float = 0.0) -> ArrayDifference:
-    """The difference of two arrays of one type and size, numbers counted in C order.
+    """The difference of two arrays of one type and size, with indices in C order.
 
-    With `tolerance` 0 numbers are equal whose bits are; else also those whose relative difference
-    is no more than it.
+    With `tolerance` 0, values are equal if their bits are; otherwise also if their relative
+    difference is at most `tolerance`.
     """
     a, b = a.reshape(-1), b.reshape(-1)
     bits = f"u{a.itemsize}"
-    places = np.flatnonzero(a.view(bits) != b.view(bits))
-    if not places.size:
+    indices = np.flatnonzero(a.view(bits) != b.view(bits))
+    if not indices.size:
         return ArrayDifference(a.size)
-    x, y = a[places].astype(np.float64), b[places].astype(np.float64)
+    x, y = a[indices].astype(np.float64), b[indices].astype(np.float64)
     with np.errstate(invalid="ignore"):
         absolute = np.nan_to_num(np.abs(x - y), nan=np.inf, posinf=np.inf)
     larger = np.maximum(np.abs(x), np.abs(y))
     relative = np.where(np.isfinite(absolute), 0, np.inf)
     # Not for 0 and -0, which differ in their bits alone.
     np.divide(absolute, larger, out=relative, where=np.isfinite(absolute) & (larger > 0))
-    far = relative > tolerance if tolerance else np.ones(places.shape, bool)
+    far = relative > tolerance if tolerance else np.ones(indices.shape, bool)
     if not far.any():
         return ArrayDifference(a.size, squares=float(absolute @ absolute))
     largest = int(np.argmax(np.where(far, absolute, -1)))
@@ -74,6 +73,6 @@ def array_difference(a: np.ndarray, b: np.ndarray, tolerance: float = 0.0) -> Ar
         int(far.sum()),
         float(absolute[largest]),
         float(relative.max()),
-        int(places[largest]),
+        int(indices[largest]),
         squares=float(absolute @ absolute),
     )

@@ -1,7 +1,6 @@
-"""What is there of weights that are not complete: as much as can be told of what is no source."""
+"""Describes incomplete or damaged weights, which `open_source` refuses."""
 
 import dataclasses
-import json
 import math
 import re
 from collections import Counter
@@ -13,24 +12,25 @@ import numpy as np
 from grok import storage
 from grok.config import GrokConfig
 from grok.errors import CheckpointError
+from grok.resumable import journal_lines
 from grok.weights.huggingface.safetensors import parse_object
 from grok.weights.huggingface.source import INDEX
-from grok.weights.importing.importer import STAGING
+from grok.weights.importing.importer import JOURNAL, STAGING
 from grok.weights.source import TensorSpec
-from grok.weights.xai.objects import StoredArray, StoredInt8, StoredTensor
+from grok.weights.xai.objects import StoredTensor
 from grok.weights.xai.source import ReleaseTensor, tensor_names, tensor_shapes
 from grok.weights.xai.unpickler import read_tensor
 
 DTYPES = {str(d): d for d in map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16, np.int8))}
-# How many of the missing are named.
-SHOWN = 5
+# Missing files named in a message.
+NAMED_FILES = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSummary:
-    """A tensor as it is kept; int8 has `groups` of rows with a scale per column, others None.
+    """A stored tensor; int8 has `groups` of rows with a scale per column, others None.
 
-    Where weights are incomplete, L in `shape`, and `bytes`, count only the layers that are there.
+    Of incomplete weights, L in `shape`, and `bytes`, count the layers that are present.
     """
 
     name: str
@@ -42,10 +42,10 @@ class TensorSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What there is: the format, None if none is known, tensors, and sentences on what is wrong.
+    """The format, None if unknown, the tensors, and sentences on the problems of some weights.
 
-    `shapes` are those that a release's files have, by parameter, and `num_layers` how many layers
-    it has at least; of other formats nothing.
+    For a release, `shapes` has the shape in its files of each parameter, and `num_layers` is the
+    least number of its layers.
     """
 
     format: str | None = None
@@ -56,7 +56,7 @@ class Diagnosis:
 
 
 def diagnose(path: str, config: GrokConfig | None = None) -> Diagnosis:
-    """What is at `path` that `open_source` refused; it raises nothing."""
+    """Describes the weights at `path`, which `open_source` refused; raises nothing."""
     try:
         present = set(storage.list_files(path, CheckpointError))
         if any(name.startswith("tensor0") for name in present):
@@ -79,59 +79,53 @@ def _release(path: str, present: set[str], config: GrokConfig | None) -> Diagnos
     # The last layer's last file has the number 1 + 12 * num_layers.
     num_layers = config.num_layers if config else max(1, math.ceil((max(numbers) - 1) / 12))
     expected = tensor_names(num_layers)
-    there = [tensor for tensor in expected if tensor.file in present]
-    missing = [_where(tensor) for tensor in expected if tensor.file not in present]
+    tensors = [tensor for tensor in expected if tensor.file in present]
+    missing = [_file_and_name(tensor) for tensor in expected if tensor.file not in present]
     problems = [_missing(missing, len(expected))] if missing else []
-    found: dict[str, list[StoredTensor]] = {tensor.name: [] for tensor in tensor_names(1)}
+    stored: dict[str, list[StoredTensor]] = {tensor.name: [] for tensor in tensor_names(1)}
     with ThreadPoolExecutor(16) as pool:
-        records = pool.map(_record, [storage.join(path, tensor.file) for tensor in there])
-        for tensor, record in zip(there, records, strict=True):
-            if isinstance(record, str):
-                problems.append(record)
+        results = pool.map(_read_tensor, [storage.join(path, tensor.file) for tensor in tensors])
+        for tensor, result in zip(tensors, results, strict=True):
+            if isinstance(result, str):
+                problems.append(result)
             else:
-                found[tensor.name].append(record)
-    found = {name: records for name, records in found.items() if records}
-    tensors = tuple(_tensor(name, records, config) for name, records in found.items())
-    shapes = {name: _array(records[0]).shape for name, records in found.items()}
-    return Diagnosis("xai", tensors, tuple(problems), shapes, num_layers)
+                stored[tensor.name].append(result)
+    stored = {name: layers for name, layers in stored.items() if layers}
+    summaries = tuple(_summarize(name, layers, config) for name, layers in stored.items())
+    shapes = {name: layers[0].values.shape for name, layers in stored.items()}
+    return Diagnosis("xai", summaries, tuple(problems), shapes, num_layers)
 
 
-def _record(path: str) -> StoredTensor | str:
-    """What a release's file holds, or a sentence on what is wrong with it."""
+def _read_tensor(path: str) -> StoredTensor | str:
+    """The tensor in a file of a release, or a sentence on the damage of the file."""
     try:
         return read_tensor(path)
     except CheckpointError as error:
         return str(error)
 
 
-def _where(tensor: ReleaseTensor) -> str:
+def _file_and_name(tensor: ReleaseTensor) -> str:
     layer = "" if tensor.layer is None else f", layer {tensor.layer}"
     return f"{tensor.file} ({tensor.name}{layer})"
 
 
 def _missing(missing: list[str], count: int) -> str:
-    others = f", and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-    named = ", ".join(missing[:SHOWN])
+    others = f", and {len(missing) - NAMED_FILES} more" if len(missing) > NAMED_FILES else ""
+    named = ", ".join(missing[:NAMED_FILES])
     return f"{len(missing)} of {count} files are missing: {named}{others}."
 
 
-def _array(record: StoredTensor) -> StoredArray:
-    return record.weight if isinstance(record, StoredInt8) else record
-
-
-def _tensor(name: str, records: list[StoredTensor], config: GrokConfig | None) -> TensorSummary:
+def _summarize(name: str, layers: list[StoredTensor], config: GrokConfig | None) -> TensorSummary:
     """A release's tensor, of which some layers may be missing."""
-    first = records[0]
-    shape = _array(first).shape
+    values, scales = layers[0].values, layers[0].scales
+    shape = values.shape
     if config is not None and tensor_shapes(config)[name].in_file == shape:
         shape = tensor_shapes(config)[name].in_tree
     if name.startswith("layers/"):
-        shape = (len(records), *shape)
-    groups, nbytes = None, sum(_array(record).nbytes for record in records)
-    if isinstance(first, StoredInt8):
-        groups = first.scales.shape[-2]
-        nbytes += sum(r.scales.nbytes for r in records if isinstance(r, StoredInt8))
-    return TensorSummary(name, shape, str(_array(first).dtype), groups, nbytes)
+        shape = (len(layers), *shape)
+    groups = scales.shape[-2] if scales else None
+    nbytes = sum(layer.nbytes for layer in layers)
+    return TensorSummary(name, shape, str(values.dtype), groups, nbytes)
 
 
 def _huggingface(path: str, present: set[str]) -> Diagnosis:
@@ -145,17 +139,15 @@ def _huggingface(path: str, present: set[str]) -> Diagnosis:
 
 
 def _import(path: str) -> Diagnosis:
-    """An import that was not finished, by its journal: one line on the weights, one each piece."""
-    journal = storage.join(path, STAGING, "journal.jsonl")
+    """An unfinished import, from its journal."""
+    journal = storage.join(path, STAGING, JOURNAL)
     try:
-        lines = storage.read_bytes(journal, CheckpointError).splitlines()
-        # A kill may have cut the last line short.
-        first, *rest = (json.loads(line) for line in lines if line.endswith(b"}"))
+        identity, *entries = journal_lines(storage.read_bytes(journal, CheckpointError))
         specs = [
             TensorSpec(name, tuple(shape), DTYPES[dtype], groups)
-            for name, (shape, dtype, groups) in first["tensors"].items()
+            for name, (shape, dtype, groups) in identity["tensors"].items()
         ]
-        counts = Counter(line["name"] for line in rest)
+        counts = Counter(entry["name"] for entry in entries)
         tensors = tuple(_imported(spec, counts[spec.name]) for spec in specs if counts[spec.name])
         finished, total = sum(t.bytes for t in tensors), sum(spec.nbytes for spec in specs)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -164,7 +156,7 @@ def _import(path: str) -> Diagnosis:
 
 
 def _imported(spec: TensorSpec, pieces: int) -> TensorSummary:
-    """A tensor of which so many layers are imported; of one without layers, all."""
+    """A tensor of which this number of layers is imported; a tensor without layers is one piece."""
     shape, nbytes = spec.shape, spec.nbytes
     if spec.name.startswith("layers/"):
         shape, nbytes = (pieces, *shape[1:]), nbytes * pieces // shape[0]

@@ -1,4 +1,4 @@
-"""What weights are at a path: tensors, sizes, config and what is wrong, from headers alone."""
+"""Inspects the weights at a path: tensors, sizes, config and problems, from headers alone."""
 
 import dataclasses
 import os
@@ -17,10 +17,10 @@ from grok.weights.tools.diagnose import TensorSummary, diagnose
 from grok.weights.tools.verify import differing_field
 from grok.weights.xai.source import tensor_shapes
 
-# Where the value of a field of the config is from.
+# Origins of the value of a field of the config.
 FILES, WITH_HEAD_DIM, ASSUMED = "files", "files, with this head_dim", "assumed"
 GIVEN, CONFIG_JSON, STORED = "--config", "config.json", "stored config"
-# What a release's files tell of it; of heads only how wide all are together.
+# Fields that follow from the shapes in a release's files; of heads, only their total width does.
 IN_RELEASE = {
     **dict.fromkeys(("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_experts"), FILES),
     **dict.fromkeys(("num_heads", "num_kv_heads"), WITH_HEAD_DIM),
@@ -29,11 +29,11 @@ IN_RELEASE = {
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What was found at `path`. `problems` are sentences, none where everything is complete.
+    """The weights at `path`. `problems` are sentences, none where everything is complete.
 
-    `origins` says of each field of `config` where its value is from; `preset` is the one that has
-    this config, `fitting` names others whose tensors have the same shapes in a release's files.
-    `step`, `checksums` (how many are kept) and `imported_from` are of checkpoints of ours alone.
+    `origins` has the origin of each value in `config`; `preset` is the one with this config, and
+    `fitting` names presets whose tensors have the same shapes in a release's files. `step`,
+    `checksums` (their number) and `imported_from` are of our own checkpoints only.
     """
 
     path: str
@@ -50,7 +50,7 @@ class Inspection:
 
     @property
     def dtype(self) -> str | None:
-        """In a word: the type of the matrices."""
+        """The type of the matrices."""
         return next((t.dtype for t in self.tensors if t.name == "layers/moe/w_gate_EDF"), None)
 
     @property
@@ -60,7 +60,7 @@ class Inspection:
 
     @property
     def parameters(self) -> dict[str, int] | None:
-        """How many there are, a token uses, and it uses beside the embedding."""
+        """Parameters in total, used by a token, and used by a token without the embedding."""
         if self.config is None:
             return None
         active = self.config.num_active_parameters()
@@ -72,7 +72,7 @@ class Inspection:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, with the same keys whatever was found."""
+        """Plain data, always with the same keys."""
         return {
             "path": self.path,
             "format": self.format,
@@ -94,21 +94,22 @@ class Inspection:
 
 
 def inspect(path: str | os.PathLike[str], config: GrokConfig | None = None) -> Inspection:
-    """What is at `path`, in any format; `config` as for `open_source`.
+    """Inspects the weights at `path`, in any format; `config` as for `open_source`.
 
-    Reads headers and no weights. What is wrong becomes a problem, not an error.
+    Reads headers and no weights. Errors become `problems`.
     """
     try:
         source = open_source(path, config)
     except (CheckpointError, ConfigError) as error:
-        found = diagnose(os.fspath(path), config)
-        problems = dict.fromkeys((str(error), *found.problems))
-        fitting = {} if config or not found.shapes else _presets_of_shapes(found.shapes)
+        diagnosis = diagnose(os.fspath(path), config)
+        problems = dict.fromkeys((str(error), *diagnosis.problems))
+        unknown = not config and diagnosis.shapes
+        fitting = _presets_of_shapes(diagnosis.shapes) if unknown else {}
         return Inspection(
             os.fspath(path),
-            found.format,
-            found.tensors,
-            fitting=tuple(p for p, m in fitting.items() if m.num_layers >= found.num_layers),
+            diagnosis.format,
+            diagnosis.tensors,
+            fitting=tuple(p for p, m in fitting.items() if m.num_layers >= diagnosis.num_layers),
             problems=tuple(problems),
         )
     return Inspection(
@@ -122,7 +123,7 @@ def inspect(path: str | os.PathLike[str], config: GrokConfig | None = None) -> I
         _origins(source, config),
         preset_of(source.config),
         _fitting(source, config),
-        **_kept(source),
+        **_checkpoint_facts(source),
     )
 
 
@@ -150,13 +151,13 @@ def _presets_of_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, GrokConf
 
 
 def _presets() -> dict[str, GrokConfig]:
-    """The configs that are of a model alone, for no slice that it would run on."""
+    """The configs of models, without those for a slice to run on."""
     configs = {name: load_config(file) for name, file in presets().items()}
-    return {name: each.model for name, each in configs.items() if not each.plan.topology}
+    return {name: run.model for name, run in configs.items() if not run.plan.topology}
 
 
 def _origins(source: Source, config: GrokConfig | None) -> dict[str, str]:
-    """Where each field's value is from."""
+    """The origin of each field's value."""
     fields = [field.name for field in dataclasses.fields(GrokConfig)]
     if config is not None:
         return {name: FILES if IN_RELEASE.get(name) == FILES else GIVEN for name in fields}
@@ -168,8 +169,8 @@ def _origins(source: Source, config: GrokConfig | None) -> dict[str, str]:
     return dict.fromkeys(fields, STORED)
 
 
-def _kept(source: Source) -> dict[str, Any]:
-    """What checkpoints of ours keep beside the weights."""
+def _checkpoint_facts(source: Source) -> dict[str, Any]:
+    """Facts of our own checkpoints: step, checksums, origin of the import."""
     if not isinstance(source, OrbaxSource):
         return {}
     origin = read_meta(source.step).get("import", {})

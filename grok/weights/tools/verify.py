@@ -1,11 +1,11 @@
-"""Two checkpoints compared tensor by tensor, whatever their formats and types.
+"""Compares two checkpoints tensor by tensor, of any formats and types.
 
-The question is whether what arrived came out right, so weights of different kinds are compared in
-the coarser one's type: int8 is dequantised to the other's float type, and of two float types the
-finer is rounded to the coarser. int8 against int8 is compared as stored, values and scales bit for
-bit; only with other groups of scales are both dequantised, exactly, to float32.
+Weights of different types are compared in the coarser one: int8 is dequantised to the other's float
+type, and of two float types the finer is rounded to the coarser. int8 against int8 is compared as
+stored, values and scales bit for bit; only with other groups of scales are both dequantised,
+exactly, to float32.
 
-A matrix of each source is held at a time while the next is read, and compared in chunks.
+One matrix of each source is compared, in chunks, while the next is read.
 """
 
 import dataclasses
@@ -38,22 +38,22 @@ from grok.weights.tools.array_difference import ArrayDifference, array_differenc
 # From fine to coarse.
 FLOATS = tuple(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16))
 FLOAT32, INT8 = np.dtype(np.float32), np.dtype(np.int8)
-# In numbers; a chunk and what is computed from it should stay in a core's cache.
-CHUNK = 1 << 18
+# Values; a chunk and its intermediates should fit in a core's cache.
+CHUNK_VALUES = 1 << 18
 
-# Fields of a config that say how a model is run; the others say what it computes.
+# Fields of a config without effect on the values that a model computes.
 HOW_IT_RUNS = ("context_length", "param_dtype", "compute_dtype", "remat")
 
-# Told of a tensor's name, the bytes read and done with, and all bytes.
+# Called with a tensor's name, the bytes compared so far, and all bytes.
 Progress = Callable[[str, int, int], object]
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How two tensors are compared: both brought to `dtype`; `words` say it to people.
+    """The comparison of two tensors, both converted to `dtype`; `words` describe it to people.
 
-    `dtype` int8 means as stored: values in steps of int8, and scales. `quantization` tells int8
-    against floats, whose difference is an error of quantisation.
+    `dtype` int8 means as stored: values in steps of int8, and scales. `quantization` marks int8
+    against floats, whose difference is a quantisation error.
     """
 
     dtype: np.dtype
@@ -63,7 +63,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One tensor of two sources; `scales` is None but for int8 compared as stored."""
+    """One tensor of two sources; only int8 compared as stored has `scales`."""
 
     spec: TensorSpec
     method: Method
@@ -72,21 +72,21 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether nothing differs."""
+        """Returns True where nothing differs."""
         return not self.values.differing and not (self.scales and self.scales.differing)
 
     def farthest(self, of_scales: bool = False) -> tuple[int | None, tuple[int, ...]]:
-        """Layer and index (an axis for each of the tensor's but L) of the largest difference."""
-        found = self.scales if of_scales else self.values
-        assert found is not None and found.place is not None
+        """Layer, and index in the other axes, of the largest difference."""
+        difference = self.scales if of_scales else self.values
+        assert difference is not None and difference.index is not None
         shape = self.spec.scales_shape if of_scales else self.spec.shape
-        index = tuple(int(i) for i in np.unravel_index(found.place, shape))
+        index = tuple(int(i) for i in np.unravel_index(difference.index, shape))
         return (index[0], index[1:]) if self.spec.name.startswith("layers/") else (None, index)
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockValues:
-    """A part of a tensor that `blocks` gives, as a source keeps it.
+    """A part of a tensor that `blocks` gives, as stored.
 
     `values` is (rows, columns), `scales` (groups, columns), with no groups for floats.
     """
@@ -113,14 +113,14 @@ class BlockValues:
     def chunks(self) -> Iterator[tuple[int, int]]:
         """The first row, and that after the last, of chunks to compute with one after another."""
         rows, columns = self.values.shape
-        step = max(1, CHUNK // columns)
+        step = max(1, CHUNK_VALUES // columns)
         return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 @dataclasses.dataclass(frozen=True)
 class ChecksumResult:
-    """One tensor against its checksums: how many there are, and the layers (None for a tensor
-    without) where the weights have another."""
+    """One tensor against its checksums: their number, and the layers (None for a tensor without
+    layers) with other weights."""
 
     spec: TensorSpec
     checksums: int
@@ -128,7 +128,7 @@ class ChecksumResult:
 
     @property
     def equal(self) -> bool:
-        """Whether every checksum is the kept one."""
+        """Returns True where every checksum is the stored one."""
         return not self.differing
 
 
@@ -149,7 +149,7 @@ def _is_release(path: str | os.PathLike[str]) -> bool:
 
 
 def check_comparable(a: Source, b: Source) -> None:
-    """Raises CheckpointError where the two are not of one model: what differs, and how."""
+    """Raises CheckpointError where the two are not of one model: the difference."""
     between = f"{a.path} and {b.path} are of different models"
     for name, spec in a.tensors.items():
         other = b.tensors[name].shape
@@ -177,8 +177,8 @@ def differing_field(a: GrokConfig, b: GrokConfig) -> str | None:
     return None
 
 
-def method(a: TensorSpec, b: TensorSpec) -> Method:
-    """How two tensors of these types are compared."""
+def choose_method(a: TensorSpec, b: TensorSpec) -> Method:
+    """The method to compare two tensors of these types."""
     kinds = f"{a.dtype} with {b.dtype}"
     if a.groups is not None and a.groups == b.groups:
         return Method(INT8, f"{kinds}: values (in steps) and scales, bit for bit")
@@ -197,28 +197,28 @@ def compare(
     a: Source,
     b: Source,
     tolerance: float = 0.0,
-    progress: Progress = lambda name, done, total: None,
+    on_progress: Progress = lambda name, done, total: None,
 ) -> Iterator[Comparison]:
-    """The comparison of each tensor of `a` and `b`, as soon as it is done.
+    """Yields the comparison of each tensor of `a` and `b`.
 
-    With `tolerance` 0 numbers are equal whose bits are; else floats also are equal where
+    With `tolerance` 0 values are equal if their bits are; otherwise floats are also equal where
     |a - b| <= tolerance * max(|a|, |b|). Raises CheckpointError as `check_comparable` does, and for
-    what cannot be read.
+    files that cannot be read.
     """
     check_comparable(a, b)
     done, total = 0, total_bytes(a, b)
-    progress("", done, total)
+    on_progress("", done, total)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, spec in a.tensors.items():
-            how = method(spec, b.tensors[name])
+            method = choose_method(spec, b.tensors[name])
             values, scales = ArrayDifference(), ArrayDifference()
             for ours, theirs in paired_blocks(a, b, name):
-                values += _compare_values(pool, ours, theirs, how, tolerance)
-                if how.dtype == INT8:
+                values += _compare_values(pool, ours, theirs, method, tolerance)
+                if method.dtype == INT8:
                     scales += array_difference(ours.scales, theirs.scales)
                 done += ours.nbytes + theirs.nbytes
-                progress(name, done, total)
-            yield Comparison(spec, how, values, scales if how.dtype == INT8 else None)
+                on_progress(name, done, total)
+            yield Comparison(spec, method, values, scales if method.dtype == INT8 else None)
 
 
 def total_bytes(*sources: Source) -> int:
@@ -227,18 +227,18 @@ def total_bytes(*sources: Source) -> int:
 
 
 def paired_blocks(a: Source, b: Source, name: str) -> Iterator[tuple[BlockValues, BlockValues]]:
-    """A tensor of two sources block by block, in C order; the next are read meanwhile."""
+    """Yields a tensor of two sources block by block, in C order, and reads the next meanwhile."""
     spec = a.tensors[name]
-    parts = [block for _, piece in layer_pieces(spec) for block in blocks(spec, piece)]
+    parts = [part for _, piece in layer_pieces(spec) for part in blocks(spec, piece)]
     with ThreadPoolExecutor(2) as pool:
 
         def read(part: Part) -> list[Future[BlockValues]]:
             return [pool.submit(_read, source, name, part) for source in (a, b)]
 
-        coming = read(parts[0])
-        for following in [*parts[1:], None]:
-            ours, theirs = (block.result() for block in coming)
-            coming = [] if following is None else read(following)
+        futures = read(parts[0])
+        for next_part in [*parts[1:], None]:
+            ours, theirs = (future.result() for future in futures)
+            futures = [] if next_part is None else read(next_part)
             yield ours, theirs
 
 
@@ -254,25 +254,32 @@ def _read(source: Source, name: str, part: Part) -> BlockValues:
 
 
 def _compare_values(
-    pool: Executor, ours: BlockValues, theirs: BlockValues, how: Method, tolerance: float
+    pool: Executor,
+    ours: BlockValues,
+    theirs: BlockValues,
+    method: Method,
+    tolerance: float,
 ) -> ArrayDifference:
     def chunk(rows: tuple[int, int]) -> ArrayDifference:
-        a, b = ours.rows(*rows, how.dtype), theirs.rows(*rows, how.dtype)
-        found = array_difference(a, b, tolerance)
-        if not how.quantization:
-            return found
+        a, b = (
+            ours.rows(*rows, method.dtype),
+            theirs.rows(*rows, method.dtype),
+        )
+        difference = array_difference(a, b, tolerance)
+        if not method.quantization:
+            return difference
         w = (b if len(ours.scales) else a).reshape(-1).astype(FLOAT32, copy=False)
-        return dataclasses.replace(found, value_squares=float(w @ w))
+        return dataclasses.replace(difference, value_squares=float(w @ w))
 
     return sum(pool.map(chunk, ours.chunks()), ArrayDifference())
 
 
 def verify_checksums(
-    source: Source, progress: Progress = lambda name, done, total: None
+    source: Source, on_progress: Progress = lambda name, done, total: None
 ) -> Iterator[ChecksumResult]:
-    """Each tensor of a checkpoint of ours against the checksums that its import kept.
+    """Compares each tensor of our own checkpoint with the checksums that its import stored.
 
-    Raises CheckpointError where there are no checksums, and for what cannot be read.
+    Raises CheckpointError where there are no checksums, and for files that cannot be read.
     """
     if not (isinstance(source, OrbaxSource) and source.checksums):
         raise CheckpointError(
@@ -280,15 +287,17 @@ def verify_checksums(
             "second checkpoint to compare it with."
         )
     done, total = 0, total_bytes(source)
-    progress("", done, total)
+    on_progress("", done, total)
     with ThreadPoolExecutor(4) as pool:
         for name, spec in source.tensors.items():
-            every = list(layer_pieces(spec))
-            found = pool.map(lambda piece, spec=spec: piece_checksum(source, spec, piece[1]), every)
+            pieces = list(layer_pieces(spec))
+            checksums = pool.map(
+                lambda piece, spec=spec: piece_checksum(source, spec, piece[1]), pieces
+            )
             differing = []
-            for (layer, _), checksum in zip(every, found, strict=True):
-                done += spec.nbytes // len(every)
-                progress(name, done, total)
+            for (layer, _), checksum in zip(pieces, checksums, strict=True):
+                done += spec.nbytes // len(pieces)
+                on_progress(name, done, total)
                 if checksum != source.checksums.get((name, layer)):
                     differing.append(layer)
-            yield ChecksumResult(spec, len(every), tuple(differing))
+            yield ChecksumResult(spec, len(pieces), tuple(differing))

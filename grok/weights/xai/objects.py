@@ -28,16 +28,31 @@ class StoredArray:
     offset: int
     nbytes: int
 
+    @property
+    def values(self) -> "StoredArray":
+        """Itself, as the values of a tensor without scales."""
+        return self
+
+    @property
+    def scales(self) -> None:
+        """None: a plain array has no scales."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredInt8:
-    """int8 `weight` (..., rows, columns) with bfloat16 `scales` (..., groups, columns).
+    """int8 `values` (..., rows, columns) with bfloat16 `scales` (..., groups, columns).
 
     `groups` divides `rows`, and each group of scales serves rows/groups consecutive rows.
     """
 
-    weight: StoredArray
+    values: StoredArray
     scales: StoredArray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.values.nbytes + self.scales.nbytes
 
 
 StoredTensor = StoredArray | StoredInt8

@@ -1,6 +1,6 @@
-"""xAI's release of Grok-1 (`ckpt-0`), seen as a source of our tree of parameters.
+"""xAI's release of Grok-1 (`ckpt-0`) as a source of our parameters.
 
-The release is one folder of files `tensor00000_000`, `tensor00001_000`, ..., each with one whole
+The release is one folder of files `tensor00000_000`, `tensor00001_000`, ..., each with one
 tensor: the token table, the final norm, then twelve tensors a layer. Layers come in the order of
 their numbers as text (0, 1, 10, 11, ..., 19, 2, 20, ...), as JAX sorts the keys of a dict.
 
@@ -24,10 +24,10 @@ from grok.config import GrokConfig
 from grok.errors import CheckpointError, ConfigError
 from grok.model import params
 from grok.weights.source import Part, Source, TensorSpec, part_shape, read_into, read_part
-from grok.weights.xai.objects import StoredArray, StoredInt8, StoredTensor
+from grok.weights.xai.objects import StoredArray, StoredTensor
 from grok.weights.xai.unpickler import read_tensor
 
-# Endings of what aria2, browsers, curl and wget leave beside or instead of the file.
+# Suffixes of the files that aria2, browsers, curl and wget leave beside or instead of the file.
 UNFINISHED = (".aria2", ".crdownload", ".download", ".incomplete", ".part", ".partial", ".tmp")
 # A layer's tensors in the order of their files: the released code's name, and ours.
 LAYER_TENSORS = (
@@ -58,7 +58,7 @@ class ReleaseTensor:
 
 @dataclasses.dataclass(frozen=True)
 class TensorShape:
-    """How the release keeps one layer of a parameter, and the shape that it has in our tree."""
+    """The shape of one layer of a parameter in the release's file and in our tree."""
 
     in_file: tuple[int, ...]
     in_tree: tuple[int, ...]
@@ -78,7 +78,7 @@ def tensor_names(num_layers: int) -> list[ReleaseTensor]:
 
 
 def tensor_shapes(config: GrokConfig) -> dict[str, TensorShape]:
-    """How each parameter lies in its files; `in_tree` is one layer's, without the axis L."""
+    """The shapes of each parameter; of one layer, without the axis L."""
     ours = {
         name: shape[1:] if name.startswith("layers/") else shape
         for name, shape in params.shapes(config).items()
@@ -115,19 +115,19 @@ class ReleaseSource(Source):
         paths = [storage.join(self.path, tensor.file) for tensor in tensors]
         # Sixteen at a time: a remote file takes some round trips.
         with ThreadPoolExecutor(16) as pool:
-            records = list(pool.map(read_tensor, paths))
-        _check_shapes(self.path, tensors, records, shapes)
-        self._found: dict[tuple[str, int | None], tuple[str, StoredTensor]] = {}
+            all_stored = list(pool.map(read_tensor, paths))
+        _check_shapes(self.path, tensors, all_stored, shapes)
+        self._stored: dict[tuple[str, int | None], tuple[str, StoredTensor]] = {}
         groups: dict[str, int] = {}
-        for tensor, path, record in zip(tensors, paths, records, strict=True):
-            if isinstance(record, StoredInt8):
-                own = record.scales.shape[-2]
-                if groups.setdefault(tensor.name, own) != own:
+        for tensor, path, stored in zip(tensors, paths, all_stored, strict=True):
+            if stored.scales is not None:
+                layer_groups = stored.scales.shape[-2]
+                if groups.setdefault(tensor.name, layer_groups) != layer_groups:
                     raise CheckpointError(
-                        f"{path}: {tensor.release_name} has {own} groups of scales, and the same "
-                        f"tensor of other layers has {groups[tensor.name]}."
+                        f"{path}: {tensor.release_name} has {layer_groups} groups of scales, and "
+                        f"the same tensor of other layers has {groups[tensor.name]}."
                     )
-            self._found[tensor.name, tensor.layer] = path, record
+            self._stored[tensor.name, tensor.layer] = path, stored
         self.tensors = {
             name: TensorSpec(
                 name, shape, np.dtype("int8" if name in groups else "float32"), groups.get(name)
@@ -137,7 +137,7 @@ class ReleaseSource(Source):
 
     def file_of(self, name: str, layer: int | None) -> str:
         """The file that holds this tensor, for messages."""
-        return self._found[name, layer][0]
+        return self._stored[name, layer][0]
 
     def read(self, name: str, part: Part) -> np.ndarray:
         """Values of a part: float32, or int8 as they are."""
@@ -160,36 +160,34 @@ class ReleaseSource(Source):
         return out
 
     def _array(self, name: str, layer: int | None, scales: bool) -> tuple[str, StoredArray]:
-        path, record = self._found[name, layer]
-        if isinstance(record, StoredInt8):
-            record = record.scales if scales else record.weight
-        return path, record
+        path, stored = self._stored[name, layer]
+        array = stored.scales if scales else stored.values
+        assert array is not None
+        return path, array
 
 
 def implied_config(folder: str | os.PathLike[str]) -> GrokConfig:
-    """The config that a `ckpt-0` folder implies by its files' number and shapes.
+    """The config that a `ckpt-0` folder implies by the number and shapes of its files.
 
-    The files do not tell the width of a head, which is taken as the release's 128, nor how many
-    experts are chosen nor any multiplier, which are the release's. Raises CheckpointError where
-    the files cannot be of that kind.
+    head_dim, the number of selected experts and all multipliers are the release's, since the files
+    do not contain them. Raises CheckpointError where the shapes fit no such model.
     """
     num_layers = _count_layers(folder)
     by_name = {tensor.name: tensor.file for tensor in tensor_names(1)}
 
-    def shape(name: str, dims: int) -> tuple[int, ...]:
+    def shape_of(name: str, dims: int) -> tuple[int, ...]:
         path = storage.join(folder, by_name[name])
-        record = read_tensor(path)
-        found = (record.weight if isinstance(record, StoredInt8) else record).shape
-        if len(found) != dims:
+        shape = read_tensor(path).values.shape
+        if len(shape) != dims:
             raise CheckpointError(
-                f"{path}: should have {dims} dimensions, and its shape is {found}."
+                f"{path}: should have {dims} dimensions, and its shape is {shape}."
             )
-        return found
+        return shape
 
-    vocab, embed = shape("embed/table_VD", 2)
-    experts, _, mlp = shape("layers/moe/w_gate_EDF", 3)
-    queries = shape("layers/attention/w_query_DNH", 2)[1]
-    keys = shape("layers/attention/w_key_DKH", 2)[1]
+    vocab, embed = shape_of("embed/table_VD", 2)
+    experts, _, mlp = shape_of("layers/moe/w_gate_EDF", 3)
+    queries = shape_of("layers/attention/w_query_DNH", 2)[1]
+    keys = shape_of("layers/attention/w_key_DKH", 2)[1]
     if queries % 128 or keys % 128:
         raise CheckpointError(
             f"{folder}: queries are {queries} wide and keys {keys}, no multiples of the release's "
@@ -235,17 +233,17 @@ def _check_files(folder: str, expected: list[str], num_layers: int) -> None:
     missing = [name for name in expected if name not in present]
     extra = sorted(present.difference(expected))
     for name in extra:
-        whole, suffix = os.path.splitext(name)
-        if suffix in UNFINISHED and whole in expected:
+        file, suffix = os.path.splitext(name)
+        if suffix in UNFINISHED and file in expected:
             raise CheckpointError(
                 f"{storage.join(folder, name)}: is what a download leaves while it is "
-                f"unfinished; {whole} has to be downloaded to its end, and {name} to go."
+                f"unfinished; {file} has to be downloaded to its end, and {name} to go."
             )
     if missing:
         others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        strangers = f"; {extra[0]} is here instead" if extra else ""
-        where = storage.join(folder, missing[0])
-        raise CheckpointError(f"{where}: is missing{others}{strangers}; {right}.")
+        instead = f"; {extra[0]} is here instead" if extra else ""
+        path = storage.join(folder, missing[0])
+        raise CheckpointError(f"{path}: is missing{others}{instead}; {right}.")
     if extra:
         raise CheckpointError(f"{storage.join(folder, extra[0])}: does not belong here; {right}.")
 
@@ -253,40 +251,42 @@ def _check_files(folder: str, expected: list[str], num_layers: int) -> None:
 def _check_shapes(
     folder: str,
     tensors: list[ReleaseTensor],
-    records: list[StoredTensor],
+    all_stored: list[StoredTensor],
     shapes: dict[str, TensorShape],
 ) -> None:
-    places = zip(tensors, records, strict=True)
-    wrong = [(t, record) for t, record in places if not _fits(record, shapes[t.name])]
+    pairs = zip(tensors, all_stored, strict=True)
+    wrong = [(t, stored) for t, stored in pairs if not _fits(stored, shapes[t.name])]
     if not wrong:
         return
-    tensor, record = wrong[0]
-    right = shapes[tensor.name]
-    form = "quantised int8" if right.quantized else "float32"
+    tensor, stored = wrong[0]
+    expected = shapes[tensor.name]
+    dtype = "quantised int8" if expected.quantized else "float32"
     swapped = [
         other.file
         for other, theirs in wrong[1:]
-        if _fits(record, shapes[other.name]) and _fits(theirs, right)
+        if _fits(stored, shapes[other.name]) and _fits(theirs, expected)
     ]
-    fitting = [other.file for other in tensors if _fits(record, shapes[other.name])]
+    fitting = [other.file for other in tensors if _fits(stored, shapes[other.name])]
     guess = ""
     if swapped:
         guess = f" It would fit {swapped[0]}, and that file here: were the two swapped?"
     elif fitting:
         guess = f" It would fit {fitting[0]}: was a file renamed or copied?"
     raise CheckpointError(
-        f"{storage.join(folder, tensor.file)}: {tensor.release_name} is {_describe(record)}; "
-        f"for this model's config it should be {form} {right.in_file}.{guess}"
+        f"{storage.join(folder, tensor.file)}: {tensor.release_name} is {_describe(stored)}; "
+        f"for this model's config it should be {dtype} {expected.in_file}.{guess}"
     )
 
 
-def _fits(record: StoredTensor, right: TensorShape) -> bool:
-    if isinstance(record, StoredInt8):
-        return right.quantized and record.weight.shape == right.in_file
-    return (record.dtype, record.shape, False) == (np.float32, right.in_file, right.quantized)
+def _fits(stored: StoredTensor, expected: TensorShape) -> bool:
+    if stored.values.shape != expected.in_file:
+        return False
+    dtype = np.int8 if expected.quantized else np.float32
+    return stored.values.dtype == dtype and (stored.scales is not None) == expected.quantized
 
 
-def _describe(record: StoredTensor) -> str:
-    if isinstance(record, StoredInt8):
-        return f"quantised int8 {record.weight.shape}"
-    return f"{record.dtype} {record.shape}" + " without scales" * (record.dtype == np.int8)
+def _describe(stored: StoredTensor) -> str:
+    if stored.scales is not None:
+        return f"quantised int8 {stored.values.shape}"
+    values = stored.values
+    return f"{values.dtype} {values.shape}" + " without scales" * (values.dtype == np.int8)
