@@ -1,7 +1,7 @@
-"""A job on disk: its input in numbered shards, what its folder holds, and which shards are missing.
+"""A batch job on disk: its input in numbered shards, its output folder, and the missing shards.
 
-The folder has `job.json` (what the answers depend on), `answers/000000.jsonl` and on, whole or not
-there, `statistics/` beside them, and at the end `summary.json`.
+The folder has `job.json` (all that the answers depend on), `answers/000000.jsonl` and on, each
+written atomically, `statistics/` beside them, and at the end `summary.json`.
 """
 
 import collections
@@ -19,21 +19,25 @@ from grok.config.batch import BatchConfig
 from grok.config.load import flatten, to_dict
 from grok.data.prepare.sources import RawRecord, SourceFile, find_files, read_records
 from grok.errors import ConfigError, DataError
+from grok.resumable import difference
 
-JOB, SUMMARY, ANSWERS, STATISTICS = "job.json", "summary.json", "answers", "statistics"
-FORMAT = 1
+JOB_FILE, SUMMARY_FILE = "job.json", "summary.json"
+ANSWERS_FOLDER, STATISTICS_FOLDER = "answers", "statistics"
+FORMAT_VERSION = 1
 PATTERNS = tuple(
-    f"*{kind}{compression}"
-    for kind in (".jsonl", ".ndjson", ".json", ".parquet")
+    f"*{extension}{compression}"
+    for extension in (".jsonl", ".ndjson", ".json", ".parquet")
     for compression in ("", ".gz", ".zst", ".zstd")
 )
+# Changing these is allowed: it can only flip near-tied tokens, through rounding.
+NOT_IDENTITY = ("max_num_seqs", "num_pages")
 
 
 @dataclasses.dataclass(frozen=True)
 class Input:
     """All requests of a job in order.
 
-    `requests` is how many; `sha256` is of the records, whatever files they are in; `starts` has
+    `requests` is their number; `sha256` is of the records, whatever files they are in; `starts` has
     for each shard the number of a file, and of a record in it.
     """
 
@@ -45,13 +49,14 @@ class Input:
     starts: Sequence[tuple[int, int]]
 
     def size(self, shard: int) -> int:
-        """How many requests a shard has."""
+        """Number of requests of a shard."""
         return min(self.shard_size, self.requests - shard * self.shard_size)
 
     def read(self, shards: Iterable[int]) -> Iterator[tuple[int, int, RawRecord]]:
-        """Shard, index and record of every request of these shards, which go up.
+        """Shard, index and record of every request of these shards, which must ascend.
 
-        Files are read as streams: what lies between is passed over, whole files unopened.
+        Files are streamed: records between the shards are skipped, and files without any are not
+        opened.
         """
         records: Iterator[RawRecord] = iter(())
         file, index = -1, 0
@@ -68,7 +73,7 @@ class Input:
 
 
 def scan_input(config: BatchConfig, columns: Sequence[str]) -> Input:
-    """Reads the input through once, to count its requests and know it again.
+    """Reads the input once, to count its requests and hash them.
 
     Raises DataError where there is none, or a file is of no kind that holds requests.
     """
@@ -94,24 +99,24 @@ def scan_input(config: BatchConfig, columns: Sequence[str]) -> Input:
 
 
 def _expand(patterns: Sequence[str]) -> list[str]:
-    """The files and folders that the patterns stand for."""
-    found: list[str] = []
+    """The files and folders that the patterns match."""
+    paths: list[str] = []
     for pattern in patterns:
         if not glob.has_magic(pattern):
-            found.append(pattern)
+            paths.append(pattern)
             continue
         if storage.is_remote(pattern):
-            matches = _matches(pattern)
+            matches = _remote_matches(pattern)
         else:
             matches = sorted(glob.glob(pattern, recursive=True))
         if not matches:
             raise DataError(f"input {pattern} matches no files; one that does would work.")
-        found += matches
-    return found
+        paths += matches
+    return paths
 
 
-def _matches(pattern: str) -> list[str]:
-    """The files at gs:// that a pattern stands for; none where there is no such bucket."""
+def _remote_matches(pattern: str) -> list[str]:
+    """The files at gs:// that a pattern matches; none where there is no such bucket."""
     try:
         with storage.errors(pattern):
             system, inside = storage.remote(pattern)
@@ -128,17 +133,17 @@ class JobDir:
     def __init__(self, path: str):
         self._path = path
 
-    def open(self, config: BatchConfig, of_model: dict[str, Any], found: Input) -> None:
-        """Makes it this job's folder, or checks that it is already; `of_model` is plain data that
-        knows the model again. Raises ConfigError where it holds answers of another job."""
-        job = json.loads(json.dumps(_identity(config, of_model, found)))
-        path = storage.join(self._path, JOB)
+    def open(self, config: BatchConfig, model_identity: dict[str, Any], requests: Input) -> None:
+        """Makes it this job's folder, or checks that it is already. Raises ConfigError where it
+        has answers of another job."""
+        job = _identity(config, model_identity, requests)
+        path = storage.join(self._path, JOB_FILE)
         if not storage.exists(path):
             try:
                 if self.done():
                     raise ConfigError(
-                        f"output={self._path} has answers and no {JOB} that says of what; an empty "
-                        "or new folder would work."
+                        f"output={self._path} has answers and no {JOB_FILE} that says of what; an "
+                        "empty or new folder would work."
                     )
                 storage.write_bytes(path, _json(job))
             except OSError as error:
@@ -148,40 +153,37 @@ class JobDir:
                 ) from None
             return
         try:
-            there = json.loads(storage.read_bytes(path))
+            before = json.loads(storage.read_bytes(path))
         except ValueError as error:
             raise ConfigError(f"{path} is no JSON: {error}; another output would work.") from None
-        before, now = dict(flatten(there)), dict(flatten(job))
-        for key in now:
-            if before.get(key) != now[key]:
-                raise ConfigError(
-                    f"output={self._path} has answers of another job: {key} was "
-                    f"{_short(before.get(key))} and is {_short(now[key])}; what it was, or "
-                    "another output, would work."
-                )
+        if changed := difference(before, job):
+            raise ConfigError(
+                f"output={self._path} has answers of another job: {changed}; what it was, or "
+                "another output, would work."
+            )
 
     def done(self) -> set[int]:
-        """Numbers of the shards that are whole."""
-        folder = storage.join(self._path, ANSWERS)
+        """Numbers of the shards that are written."""
+        folder = storage.join(self._path, ANSWERS_FOLDER)
         if not storage.exists(folder):
             return set()
         names = [re.fullmatch(r"(\d{6,})\.jsonl", name) for name in storage.list_files(folder)]
         return {int(name[1]) for name in names if name}
 
     def write(self, shard: int, lines: Sequence[str], statistics: dict[str, Any]) -> None:
-        """Puts a shard there: its lines once its statistics are, so that both are or neither."""
-        name = f"{shard:06d}"
-        storage.write_bytes(storage.join(self._path, STATISTICS, f"{name}.json"), _json(statistics))
+        """Writes a shard: its statistics first, so that they are there wherever answers are."""
+        path = storage.join(self._path, STATISTICS_FOLDER, f"{shard:06d}.json")
+        storage.write_bytes(path, _json(statistics))
         data = "".join(f"{line}\n" for line in lines).encode()
-        storage.write_bytes(storage.join(self._path, ANSWERS, f"{name}.jsonl"), data)
+        storage.write_bytes(storage.join(self._path, ANSWERS_FOLDER, f"{shard:06d}.jsonl"), data)
 
-    def summarise(self, found: Input) -> dict[str, Any]:
-        """Adds up the statistics of all shards, and writes `summary.json`."""
+    def summarise(self, shards: int) -> dict[str, Any]:
+        """Adds up the statistics of so many shards, and writes `summary.json`."""
         total: collections.Counter[str] = collections.Counter()
-        for shard in range(len(found.starts)):
-            path = storage.join(self._path, STATISTICS, f"{shard:06d}.json")
+        for shard in range(shards):
+            path = storage.join(self._path, STATISTICS_FOLDER, f"{shard:06d}.json")
             total.update(dict(flatten(json.loads(storage.read_bytes(path)))))
-        summary: dict[str, Any] = {"shards": len(found.starts)}
+        summary: dict[str, Any] = {"shards": shards}
         for name, value in total.items():
             section, _, key = name.partition(".")
             if key:
@@ -190,30 +192,23 @@ class JobDir:
                 summary[name] = value
         for name in ("prompt_tokens", "completion_tokens"):
             summary[f"{name}_per_second"] = round(total[name] / max(total["seconds"], 1e-9), 3)
-        storage.write_bytes(storage.join(self._path, SUMMARY), _json(summary))
+        storage.write_bytes(storage.join(self._path, SUMMARY_FILE), _json(summary))
         return summary
 
 
-def _identity(config: BatchConfig, of_model: dict[str, Any], found: Input) -> dict[str, Any]:
+def _identity(
+    config: BatchConfig, model_identity: dict[str, Any], requests: Input
+) -> dict[str, Any]:
     """All that the answers depend on."""
     settings = to_dict(config)
+    engine = {key: value for key, value in settings["engine"].items() if key not in NOT_IDENTITY}
     return {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         **{key: settings[key] for key in ("shard_size", "seed", "sampling", "chat_template")},
-        # How many answers are made at a time is left out: no more than rounding hangs on it.
-        "engine": {
-            key: value
-            for key, value in settings["engine"].items()
-            if key not in ("max_num_seqs", "num_pages")
-        },
-        **of_model,
-        "input": {"requests": found.requests, "sha256": found.sha256},
+        "engine": engine,
+        **model_identity,
+        "input": {"requests": requests.requests, "sha256": requests.sha256},
     }
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 70 else f"{text[:70]}..."
 
 
 def _json(data: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""Which hosts hold a whole model together, and which part of a job is theirs."""
+"""Replicas of the model in a batch job: the hosts of each, and its share of the shards."""
 
 import contextlib
 import dataclasses
@@ -11,40 +11,39 @@ from grok.hardware import configure_devices, has_tpu
 
 @dataclasses.dataclass(frozen=True)
 class Replica:
-    """A model on the devices of one host or of all: the `number`-th of `count`.
+    """A model on the devices of one host or of all: number `index` of `count`.
 
-    `writes`: this process writes and speaks for its replica. `spans_all_hosts`: the mesh spans all
+    `writes`: this process writes and prints for its replica. `spans_all_hosts`: the mesh spans all
     hosts, which then make the same calls in the same order.
     """
 
-    number: int
+    index: int
     count: int
     writes: bool
     spans_all_hosts: bool
 
 
 @contextlib.contextmanager
-def starting(config: BatchConfig) -> Iterator[Replica]:
-    """The replica that this process is of.
+def join_replica(config: BatchConfig) -> Iterator[Replica]:
+    """Gives the replica of this process.
 
-    Replicas of one host each need nothing of each other: they do not connect, and one that fails
-    leaves the others to their shares. Only hosts of one TPU slice start and end together, as its
-    runtime wants it, and so do hosts that a mesh spans.
+    Replicas of one host each are independent: they do not connect, and one that fails leaves the
+    others to their shares. Hosts of one TPU slice start and end together, as its runtime demands,
+    and so do hosts that one mesh spans.
     """
-    place = distributed.env_cluster()
-    if config.replica == "host" and (place or not has_tpu()):
+    cluster = distributed.env_cluster()
+    if config.replica == "host" and (cluster or not has_tpu()):
         configure_devices(config.mesh.simulated_devices)
-        _, count, number = place or ("", 1, 0)
-        yield Replica(number, count, True, False)
+        _, count, index = cluster or ("", 1, 0)
+        yield Replica(index, count, True, False)
         return
     with distributed.exit_together():
         distributed.initialize(config)
-        spans_all_hosts = config.replica == "all"
-        configure_devices(
-            config.mesh.simulated_devices // (distributed.process_count() if spans_all_hosts else 1)
-        )
-        if spans_all_hosts:
-            yield Replica(0, 1, distributed.is_primary(), distributed.process_count() > 1)
+        count = distributed.process_count()
+        if config.replica == "all":
+            configure_devices(config.mesh.simulated_devices // count)
+            yield Replica(0, 1, distributed.is_primary(), count > 1)
         else:
-            yield Replica(distributed.process_index(), distributed.process_count(), True, False)
+            configure_devices(config.mesh.simulated_devices)
+            yield Replica(distributed.process_index(), count, True, False)
         distributed.barrier()

@@ -9,9 +9,8 @@ import click
 def batch(config: str, overrides: tuple[str, ...]) -> None:
     """Answer the requests in files of JSON lines or Parquet, as CONFIG says.
 
-    CONFIG is a YAML file or a preset's name. Killed at any moment, the same command goes on with
-    what is missing; Ctrl-C leaves with exit code 75. On several hosts, start the same command on
-    each.
+    CONFIG is a YAML file or a preset's name. After an interruption, the same command computes only
+    the missing shards; Ctrl-C exits with code 75. On several hosts, start the same command on each.
     """
     from grok.config.batch import BatchConfig
     from grok.config.load import load_config
@@ -19,9 +18,9 @@ def batch(config: str, overrides: tuple[str, ...]) -> None:
     checked = load_config(config, overrides, BatchConfig)
 
     click.echo("loading JAX", err=True)
-    from grok.batch.replicas import starting
+    from grok.batch.replicas import join_replica
 
-    with starting(checked) as replica:
+    with join_replica(checked) as replica:
         from grok.batch.runner import run
 
         run(checked, replica)

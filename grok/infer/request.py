@@ -4,6 +4,8 @@
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -200,3 +202,16 @@ class Completion:
                     longest = length
                     break
         return longest
+
+
+def submit_all(engine: Any, requests: Sequence[Request]) -> None:
+    """Submits all requests to an engine, or none: RequestError where it refuses one of them."""
+    submitted = []
+    try:
+        for request in requests:
+            engine.submit(request)
+            submitted.append(request.id)
+    except RequestError:
+        for request_id in submitted:
+            engine.cancel(request_id)
+        raise

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from grok.errors import RequestError
-from grok.infer.request import Output, Request
+from grok.infer.request import Output, Request, submit_all
 
 
 class EngineFailed(Exception):
@@ -106,19 +106,14 @@ class EngineThread:
         if self.failed:
             self._send(handle, EngineFailed())
             return
-        submitted = []
         try:
-            for request in handle.requests:
-                self._engine.submit(request)
-                submitted.append(request.id)
-                self._handles[request.id] = handle
-                handle.unfinished += request.params.n
+            submit_all(self._engine, handle.requests)
         except RequestError as error:
-            for request_id in submitted:
-                self._engine.cancel(request_id)
-                del self._handles[request_id]
             self._send(handle, error)
             return
+        for request in handle.requests:
+            self._handles[request.id] = handle
+            handle.unfinished += request.params.n
         self._send(handle, None)
 
     def _cancel(self, handle: RequestHandle) -> None:

@@ -229,7 +229,7 @@ def test_processes_that_are_stopped_or_killed_leave_whole_shards(job, tmp_path, 
     killed = Process(words, 1, 2, at=12)
     code, said = stopped.end()
     assert code == SAVED, said
-    assert "asked to stop; the same command goes on" in said
+    assert "asked to stop; the same command continues" in said
     assert killed.end()[0] == -signal.SIGKILL
     assert 0 < len(lines(tmp_path / "both")) < 40
     # One process goes on with what two have left.
