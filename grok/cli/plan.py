@@ -1,7 +1,8 @@
-"""`grok plan`."""
+"""`grok plan`: a step compiled and estimated for a slice of TPUs."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,25 +13,25 @@ NOT_FITTING = 1
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
-    "--topology", metavar="SLICE", help="Slice, such as v5p:4x4x8. Default: the config's."
+    "--topology",
+    metavar="SLICE",
+    help="TPU slice, such as v5p:4x4x8. Default: plan.topology of the config.",
 )
 @click.option(
     "--slices",
     type=click.IntRange(1),
-    help="Slices that the data-centre network joins; sets mesh.slice.",
+    help="Slices joined by the data-centre network; sets mesh.slice.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option(
-    "--dump", type=click.Path(path_type=Path), help="Write the compiled program's text here."
+    "--dump", type=click.Path(path_type=Path), help="File for the text of the compiled program."
 )
-@click.option(
-    "--save", type=click.Path(path_type=Path), help="Write the serialised executable here."
-)
+@click.option("--save", type=click.Path(path_type=Path), help="File for the serialised executable.")
 @click.option("--price", type=click.FloatRange(0), help="USD per chip-hour.")
 @click.option(
     "--prices",
     type=click.Path(path_type=Path),
-    help="File with prices by generation. Default: launch/prices.env.",
+    help="Prices by generation. Default: launch/prices.env.",
 )
 @click.option(
     "--search",
@@ -52,46 +53,53 @@ def plan(
     prices: Path | None,
     search: int | None,
 ) -> None:
-    """Say what a step of CONFIG would do on a slice of TPUs, with none at hand.
+    """Compile a step of CONFIG for a slice of TPUs, without one, and estimate it.
 
-    The step that plan.program names (train, prefill or decode) is compiled for the slice: does it
-    fit, what does it compute and move, what bounds it, what does it cost. Exit code 1: it does not
-    fit. A full-size program takes minutes.
+    plan.program names the step: train, prefill or decode. Does it fit, what does it compute and
+    move, what bounds it, what does it cost? Exit code 1: it does not fit. A full-size program takes
+    minutes.
     """
     from grok.config.load import load_config
     from grok.errors import ConfigError
     from grok.plan.compile import compile_plan
     from grok.plan.estimate import Price
-    from grok.plan.format import report
+    from grok.plan.format import format_plan
     from grok.plan.prices import price_of, prices_file
-    from grok.plan.search import candidates, ranking
     from grok.plan.topology import parse_slice
     from grok.progress import phase_progress
 
     if slices is not None:
         overrides = (*overrides, f"mesh.slice={slices}")
-    checked = load_config(config, overrides)
-    name = topology or checked.plan.topology
-    if not name:
+    run = load_config(config, overrides)
+    topology = topology or run.plan.topology
+    if not topology:
         raise ConfigError(
             f"{config} names no slice in plan.topology; --topology v5p:4x4x8 would work."
         )
-    slice_ = parse_slice(name, max(1, checked.mesh.slice))
-    paid = price_of(slice_.generation, prices or prices_file())
-    if price is not None:
-        paid = Price(price, "--price")
+    slice_ = parse_slice(topology, max(1, run.mesh.slice))
+    listed = price_of(slice_.generation, prices or prices_file())
+    chip_price = listed if price is None else Price(price, "--price")
 
     if search is not None:
         if dump or save or as_json:
             raise ConfigError("--search compiles several programs; it prints a ranking, no files.")
-        found = []
-        for number, each in enumerate(candidates(checked, slice_)[:search], 1):
-            with phase_progress(f"{number} of {search}: {each.describe()}") as on_phase:
-                found.append((each, compile_plan(each.config, slice_, paid, on_phase)))
-        click.echo(ranking(found))
+        click.echo(_ranking(run, slice_, chip_price, search))
         return
-    with phase_progress(f"{checked.plan.program} step for {slice_}") as on_phase:
-        planned = compile_plan(checked, slice_, paid, on_phase, dump, save)
-    click.echo(json.dumps(planned.to_dict(), indent=2) if as_json else report(planned))
-    if not planned.fits:
+    with phase_progress(f"{run.plan.program} step for {slice_}") as on_phase:
+        plan = compile_plan(run, slice_, chip_price, on_phase, dump, save)
+    click.echo(json.dumps(plan.to_dict(), indent=2) if as_json else format_plan(plan))
+    if not plan.fits:
         ctx.exit(NOT_FITTING)
+
+
+def _ranking(run: Any, slice_: Any, chip_price: Any, number: int) -> str:
+    """The ranking of the `number` most promising candidates, compiled one after the other."""
+    from grok.plan.compile import compile_plan
+    from grok.plan.search import candidates, ranking
+    from grok.progress import phase_progress
+
+    plans = []
+    for i, candidate in enumerate(candidates(run, slice_)[:number], 1):
+        with phase_progress(f"{i} of {number}: {candidate}") as on_phase:
+            plans.append((candidate, compile_plan(candidate.config, slice_, chip_price, on_phase)))
+    return ranking(plans)

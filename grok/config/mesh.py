@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field
 
 from grok.config.model import GrokConfig
-from grok.config.numbers import CountOrZero
+from grok.config.numbers import CountOrZero, divisors
 from grok.errors import ConfigError
 
 MESH_AXES = ("slice", "data", "expert", "tensor")
@@ -104,9 +104,9 @@ def _nearest_mesh(
     meshes = (
         {"slice": slices, "data": num_devices // (slices * expert * tensor)}
         | {"expert": expert, "tensor": tensor}
-        for slices in _divisors(num_devices)
-        for expert in _divisors(num_devices // slices)
-        for tensor in _divisors(num_devices // (slices * expert))
+        for slices in divisors(num_devices)
+        for expert in divisors(num_devices // slices)
+        for tensor in divisors(num_devices // (slices * expert))
     )
 
     def distance(sizes: dict[str, int]) -> tuple[float, float]:
@@ -114,10 +114,6 @@ def _nearest_mesh(
         return apart["slice"], apart["expert"] + apart["tensor"]
 
     return min((m for m in meshes if model is None or not _misfit(model, m)), key=distance)
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def _x(sizes: dict[str, int]) -> str:

@@ -12,9 +12,14 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+def divisors(number: int) -> list[int]:
+    """All divisors of `number`, in order."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
 def largest_divisor(number: int, at_most: int) -> int:
     """The largest divisor of `number` that is no more than `at_most`."""
-    return max(d for d in range(1, at_most + 1) if number % d == 0)
+    return max(d for d in divisors(number) if d <= at_most)
 
 
 def round_up(number: int, factor: int) -> int:

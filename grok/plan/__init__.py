@@ -1,1 +1,1 @@
-"""What hardware has, and what a run needs of it."""
+"""`grok plan`: compiles a step for a TPU slice, without one, and estimates its time and price."""

@@ -1,4 +1,4 @@
-"""Compiles a step for a slice in a process of its own, and prices what was found."""
+"""Compiles a step for a slice in a process of its own, and estimates its time and price."""
 
 import importlib.util
 import json
@@ -20,14 +20,14 @@ from grok.plan.topology import Slice
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    # No TPU is here to be asked or locked.
+    # There is no TPU to query or lock.
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # its entries want a device to be loaded on
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # its entries need a device to load
 }
 STDERR_LINES = 20
 
@@ -36,14 +36,14 @@ def compile_plan(
     config: RunConfig,
     slice_: Slice,
     price: Price | None,
-    tell: Callable[[str], None],
+    on_phase: Callable[[str], None],
     dump: Path | None = None,
     save: Path | None = None,
 ) -> Plan:
-    """The plan of `config.plan.program` on a slice, or several; `tell` is given what goes on.
+    """The plan of `config.plan.program` on one or several slices.
 
-    `dump` gets the compiled program's text, `save` its serialised executable. Raises GrokError in
-    one sentence for what cannot be planned.
+    on_phase: called with each phase of the compilation; dump: file for the compiled program's text;
+    save: file for the serialised executable. Raises GrokError if it cannot be planned.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
@@ -55,14 +55,15 @@ def compile_plan(
             raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}.")
     request = {"config": to_dict(config), "topology": slice_.name, "slices": slice_.count}
     request |= {name: str(file) for name, file in (("dump", dump), ("save", save)) if file}
-    found = _run_worker(request, tell)
-    if "account" in found:
-        found["needed"] = needed_bytes(found["account"] or "", found["state"])
-    return make_plan(config, slice_, found, price)
+    measured = _run_process(request, on_phase)
+    if "compiler_message" in measured:
+        message = measured["compiler_message"] or ""
+        measured["required"] = required_bytes(message, measured["state"])
+    return make_plan(config, slice_, measured, price)
 
 
-def _run_worker(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    """What `grok.plan.compile_process` found; its phases are told as they come."""
+def _run_process(request: dict[str, Any], on_phase: Callable[[str], None]) -> dict[str, Any]:
+    """The measurements of `grok.plan.compile_process`."""
     with tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", "grok.plan.compile_process"],
@@ -81,36 +82,36 @@ def _run_worker(request: dict[str, Any], tell: Callable[[str], None]) -> dict[st
                 for line in process.stdout:
                     message = json.loads(line)
                     if "phase" in message:
-                        tell(message["phase"])
+                        on_phase(message["phase"])
             code = process.wait()
         finally:
-            # A compiler does not hear an interrupt.
+            # The compiler ignores interrupts.
             process.kill()
             process.wait()
         stderr.seek(0)
-        last = "".join(stderr.readlines()[-STDERR_LINES:])
+        stderr_end = "".join(stderr.readlines()[-STDERR_LINES:])
     if "error" in message:
         error = GrokError(message["error"])
         error.exit_code = message["code"]
         raise error
     if code == -signal.SIGKILL:
         raise GrokError(
-            "the process that compiles was killed, as when this machine's memory runs out; one "
+            "the process that compiles was killed, which happens when memory runs out; a machine "
             "with more would work."
         )
-    if "found" not in message:
-        raise RuntimeError(f"the process that compiles ended with code {code}:\n{last}")
-    return message["found"]
+    if "measured" not in message:
+        raise RuntimeError(f"the process that compiles ended with code {code}:\n{stderr_end}")
+    return message["measured"]
 
 
-def needed_bytes(account: str, state: int) -> float | None:
-    """Bytes that a device would need in all, from the compiler's account of why it has too few;
-    None where the account does not say."""
+def required_bytes(compiler_message: str, state: int) -> float | None:
+    """Bytes that a device would need, by the compiler's message that it has too few; None if the
+    message does not say."""
     size = r"([\d.]+)([KMGT]?)"
-    of_temporaries = re.search(rf"HLO temporaries \({size}\) exceeds", account)
-    of_all = re.search(rf"(?:Used |\(){size}(?: of|\) exceeds)", account)
-    found = of_temporaries or of_all
-    if found is None:
+    temporaries = re.search(rf"HLO temporaries \({size}\) exceeds", compiler_message)
+    total = re.search(rf"(?:Used |\(){size}(?: of|\) exceeds)", compiler_message)
+    match = temporaries or total
+    if match is None:
         return None
-    number = float(found[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[found[2]]
-    return number + (state if of_temporaries else 0)
+    number = float(match[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[match[2]]
+    return number + (state if temporaries else 0)

@@ -1,8 +1,8 @@
 """The process that compiles: one program for one slice, with no accelerator.
 
-It reads a request as JSON from standard input, and writes lines of JSON to standard output: what
-it is doing, and last what was found, or the sentence of an error. A process of its own, since JAX
-and libtpu read their environment once, and a compiler that takes minutes can then be interrupted.
+It reads a request as JSON from standard input, and writes lines of JSON to standard output: the
+phase that begins, and last the measurements or an error. It is a process of its own because JAX and
+libtpu read their environment once, and because it can be killed while the compiler runs.
 """
 
 import dataclasses
@@ -39,55 +39,65 @@ def main() -> None:
     request = json.load(sys.stdin)
     try:
         slice_ = parse_slice(request["topology"], request["slices"])
-        answer: dict[str, Any] = {"found": plan(from_dict(request["config"]), slice_, request)}
+        measured = compile_step(from_dict(request["config"]), slice_, request)
     except GrokError as error:
-        answer = {"error": str(error), "code": error.exit_code}
-    _tell(answer)
+        _send({"error": str(error), "code": error.exit_code})
+    else:
+        _send({"measured": measured})
 
 
-def plan(config: RunConfig, slice_: Slice, request: dict[str, Any]) -> dict[str, Any]:
-    """What `grok.plan.estimate` needs to know of the compiled program; of one that does not fit,
-    the compiler's account instead of costs."""
+def compile_step(config: RunConfig, slice_: Slice, request: dict[str, Any]) -> dict[str, Any]:
+    """Measurements of the compiled program, per device, for `grok.plan.estimate`; of one that does
+    not fit, the compiler's message instead of costs."""
     devices = topology_devices(slice_)
     per_chip = len(devices) // slice_.num_chips
     sizes = mesh_sizes(config, len(devices))
     mesh = sharding.make_mesh(**sizes, devices=devices)
-    found: dict[str, Any] = {"sizes": sizes, "devices_per_chip": per_chip}
-    _tell({"phase": "tracing the step"})
+    measured: dict[str, Any] = {"mesh_sizes": sizes, "devices_per_chip": per_chip}
+    _send({"phase": "tracing the step"})
     with jax.set_mesh(mesh):
         program = make_program(config, mesh)
-        parts = bytes_per_device(program.arguments)
-        found |= {"state": sum(parts.values()), "largest_state": largest(parts)}
-        if found["state"] * per_chip > slice_.chip.hbm:
-            return found | {"account": None}
-        began = time.monotonic()
+        arguments = bytes_per_device(program.arguments)
+        largest = sorted(arguments.items(), key=lambda item: -item[1])[:3]
+        measured |= {"state": sum(arguments.values()), "largest_state": largest}
+        if measured["state"] * per_chip > slice_.chip.hbm:
+            return measured | {"compiler_message": None}
+        start = time.monotonic()
         jitted = jax.jit(program.function, donate_argnums=program.donate)
         lowered = jitted.lower(*program.arguments.values())
-        _tell({"phase": "compiling; a full-size program takes minutes"})
+        _send({"phase": "compiling; a full-size program takes minutes"})
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return found | {"account": str(error)}
-    found["compile_seconds"] = time.monotonic() - began
-    _tell({"phase": "counting what the program does"})
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None
+            return measured | {"compiler_message": str(error)}
+    measured["compile_seconds"] = time.monotonic() - start
+    _send({"phase": "counting costs"})
+    text = compiled.as_text()
+    assert text is not None
     if "dump" in request:
         Path(request["dump"]).write_text(text)
     if "save" in request:
         Path(request["save"]).write_bytes(serialize_executable.serialize(compiled)[0])
-    peak, on_hosts = memory.peak_memory_in_bytes, memory.host_temp_size_in_bytes
-    if on_hosts:  # Then that peak is of the memory with more: what HBM has to hold is nearer.
-        peak = min(peak, memory.total_allocation_bytes)
-    on_hosts += memory.host_argument_size_in_bytes
-    found |= {"state": memory.argument_size_in_bytes, "peak": peak, "on_hosts": on_hosts}
-    return found | counted(CompiledProgram(text, sizes, turns(config)), mesh, slice_)
+    program_costs = costs(CompiledProgram(text, sizes, cache_loop_count(config)), mesh, slice_)
+    return measured | memory(compiled) | program_costs
 
 
-def counted(program: CompiledProgram, mesh: Mesh, slice_: Slice) -> dict[str, Any]:
-    """The costs of the program, and how the mesh axes are wired that its collectives go over."""
+def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes of HBM and of host memory that the compiler allocates on one device."""
+    stats = compiled.memory_analysis()
+    assert stats is not None
+    peak = stats.peak_memory_in_bytes
+    if stats.host_temp_size_in_bytes:
+        # Then that peak may be of host memory: HBM needs no more than its allocations.
+        peak = min(peak, stats.total_allocation_bytes)
+    host = stats.host_temp_size_in_bytes + stats.host_argument_size_in_bytes
+    return {"state": stats.argument_size_in_bytes, "peak": peak, "host_memory": host}
+
+
+def costs(program: CompiledProgram, mesh: Mesh, slice_: Slice) -> dict[str, Any]:
+    """Costs of the program, and the wiring of the mesh axes that its collectives use."""
     cost = program.cost()
     return {
         "flops": cost.flops,
@@ -97,7 +107,7 @@ def counted(program: CompiledProgram, mesh: Mesh, slice_: Slice) -> dict[str, An
         "loops": sorted(cost.loops),
         "kernels": sorted(cost.kernels),
         "largest_temporaries": program.largest_arrays(5),
-        "wires": {across: wires(mesh, across, slice_) for across, _ in cost.collectives},
+        "wiring": {axes: wiring(mesh, axes, slice_) for axes, _ in cost.collectives},
     }
 
 
@@ -129,35 +139,30 @@ def mesh_sizes(config: RunConfig, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def turns(config: RunConfig) -> int:
-    """How often a loop over the cache runs, the only one whose count a program leaves open: as far
-    as the rows are long."""
+def cache_loop_count(config: RunConfig) -> int:
+    """Iterations of a loop over the KV cache, the only loop whose count a program leaves open: as
+    many as the rows are long."""
     return -(-config.plan.tokens // max(KV_BLOCK, config.engine.page_size))
 
 
-def wires(mesh: Mesh, across: str, slice_: Slice) -> dict[str, Any]:
-    """How chips that differ along these mesh axes are wired: `links` that a chip has to others of
-    them in its slice, steps (`hops`) between two on average, and whether slices differ."""
-    names = across.split("+")
-    taken = tuple(slice(None) if axis in names else 0 for axis in MESH_AXES)
-    devices = mesh.devices[taken].reshape(-1)
+def wiring(mesh: Mesh, axes: str, slice_: Slice) -> dict[str, Any]:
+    """Wiring of the chips that differ along these mesh axes: the `links` of a chip to others of
+    them in its slice, the `hops` between two on average, and if they span `slices`."""
+    names = axes.split("+")
+    index = tuple(slice(None) if axis in names else 0 for axis in MESH_AXES)
+    devices = mesh.devices[index].reshape(-1)
     coords = np.array([device.coords for device in devices])[:, : len(slice_.shape)]
     links, hops = 0, 0.0
     for side, length in enumerate(slice_.shape):
-        used = len(set(coords[:, side]))
-        if used > 1:
-            closed = used == length and slice_.is_ring(side)
-            links += 2 if closed else 1
-            hops += used / (4 if closed else 3)
+        extent = len(set(coords[:, side]))
+        if extent > 1:
+            is_ring = extent == length and slice_.is_ring(side)
+            links += 2 if is_ring else 1
+            hops += extent / (4 if is_ring else 3)
     return {"links": links, "hops": hops, "slices": slice_.count > 1 and "slice" in names}
 
 
-def largest(parts: dict[str, int], number: int = 3) -> list[tuple[str, int]]:
-    """The largest of them, first the largest."""
-    return sorted(parts.items(), key=lambda part: -part[1])[:number]
-
-
-def _tell(message: dict[str, Any]) -> None:
+def _send(message: dict[str, Any]) -> None:
     print(json.dumps(message, default=dataclasses.asdict), flush=True)
 
 

@@ -1,7 +1,7 @@
-"""From what a compiled program does to what a slice would take for it: a three-term roofline.
+"""The costs of a compiled program -> its time on a slice: a three-term roofline.
 
 Williams et al., "Roofline" (2009), with interconnect as a third term: a step takes at least as long
-as its longest term (all overlap), and about their sum where none does.
+as its longest term (all overlap), and about their sum if none does.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from grok.plan.topology import Slice
 
 
 class Price(NamedTuple):
-    """USD per hour of one chip, and where that is from."""
+    """USD per hour of one chip, and the source of the figure."""
 
     usd_per_hour: float
     source: str
@@ -22,55 +22,55 @@ class Price(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a plan answers; bytes and FLOPs are of one chip and one step.
+    """The figures of a plan; bytes and FLOPs are of one chip and one step.
 
-    Of a program that does not fit, what only a compiled one tells is None.
+    Those that need a compiled program are None for a program that does not fit.
     """
 
     config: RunConfig
     slice: Slice
-    sizes: dict[str, int]  # of the mesh
+    mesh_sizes: dict[str, int]
     fits: bool
-    state: float  # bytes: arguments, kept from step to step
+    state: float  # bytes that persist from step to step: the arguments
     total: float | None  # bytes at the peak
     model_flops: float
     batch: tuple[int, int]  # rows of a step, and tokens in each
     tokens: float  # of a step and chip
     flops: float | None = None
     hbm: float | None = None
-    host: float | None = None  # bytes to the hosts' memory and from it
-    on_hosts: float = 0.0  # bytes that lie there
+    host: float | None = None  # bytes to and from host memory
+    host_memory: float = 0.0  # bytes of it in use
     collectives: dict[str, dict[str, float]] | None = None
     seconds: dict[str, float] | None = None  # compute, hbm, interconnect
-    interconnect: dict[str, float] | None = None  # its seconds by mesh axes
+    interconnect: dict[str, float] | None = None  # seconds by mesh axes
     price: Price | None = None
     compile_seconds: float | None = None
-    found: dict[str, Any] = dataclasses.field(default_factory=dict)  # all that the worker found
+    measured: dict[str, Any] = dataclasses.field(default_factory=dict)  # by compile_process
 
     def step_seconds(self) -> dict[str, float]:
-        """Time of a step where all terms overlap, and where none does."""
+        """Time of a step if all terms overlap, and if none does."""
         assert self.seconds is not None
         times = self.seconds.values()
         return {"overlapped": max(times), "serial": sum(times)}
 
     def tokens_per_second(self) -> dict[str, float]:
-        """Tokens a second and chip."""
+        """Tokens per second and chip."""
         return {name: self.tokens / time for name, time in self.step_seconds().items()}
 
     def mfu(self) -> dict[str, float]:
-        """Share of the chip's peak that the model's own FLOPs are."""
+        """Model FLOPs utilisation: the model's own FLOPs as a share of the chip's peak."""
         peak = self.slice.chip.flops
         return {name: self.model_flops / time / peak for name, time in self.step_seconds().items()}
 
     def usd_per_billion_tokens(self) -> dict[str, float] | None:
-        """Price of a billion tokens; None where the chip's is not known."""
+        """Price of a billion tokens; None if the chip's is not known."""
         if self.price is None:
             return None
         price = self.price.usd_per_hour / 3600 * 1e9
         return {name: price / rate for name, rate in self.tokens_per_second().items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """What `grok plan --json` prints. The price is that of the serial step."""
+        """The object that `grok plan --json` prints. The price is that of the serial step."""
         temporaries = None if self.total is None else (self.total - self.state) / GIB
         known = self.seconds is not None
         usd = self.usd_per_billion_tokens() if known else None
@@ -94,70 +94,72 @@ class Plan:
         }
 
 
-def make_plan(config: RunConfig, slice_: Slice, found: dict[str, Any], price: Price | None) -> Plan:
-    """The plan from what the worker found."""
-    a_chip, chip = found["devices_per_chip"], slice_.chip
+def make_plan(
+    config: RunConfig, slice_: Slice, measured: dict[str, Any], price: Price | None
+) -> Plan:
+    """The plan from the measurements of `grok.plan.compile_process`, which are per device."""
+    per_chip, chip = measured["devices_per_chip"], slice_.chip
     batch = batch_of(config)
-    tokens, flops = model_work(config, *batch)
+    tokens, model_flops = model_work(config, *batch)
     common: dict[str, Any] = {
         "config": config,
         "slice": slice_,
-        "sizes": found["sizes"],
-        "state": found["state"] * a_chip,
-        "model_flops": flops / slice_.num_chips,
+        "mesh_sizes": measured["mesh_sizes"],
+        "state": measured["state"] * per_chip,
+        "model_flops": model_flops / slice_.num_chips,
         "batch": batch,
         "tokens": tokens / slice_.num_chips,
         "price": price,
-        "found": found,
+        "measured": measured,
     }
-    if "peak" not in found:
-        needed = found["needed"]
-        return Plan(fits=False, total=needed and needed * a_chip, **common)
+    if "peak" not in measured:
+        required = measured["required"]
+        return Plan(fits=False, total=required and required * per_chip, **common)
     collectives: dict[str, dict[str, float]] = {}
     interconnect: dict[str, float] = {}
-    for across, kind, sent in found["collectives"]:
-        if across == "none" or not sent:
+    for axes, kind, sent in measured["collectives"]:
+        if axes == "none" or not sent:
             continue
-        sent *= a_chip
-        collectives.setdefault(across, {})[kind] = sent
-        time = transfer_seconds(slice_, found["wires"][across], kind, sent)
-        interconnect[across] = interconnect.get(across, 0) + time
+        sent *= per_chip
+        collectives.setdefault(axes, {})[kind] = sent
+        seconds = transfer_seconds(slice_, measured["wiring"][axes], kind, sent)
+        interconnect[axes] = interconnect.get(axes, 0) + seconds
     return Plan(
         fits=True,
-        total=found["peak"] * a_chip,
-        flops=found["flops"] * a_chip,
-        hbm=found["hbm"] * a_chip,
-        host=found["host"] * a_chip,
-        on_hosts=found["on_hosts"] * a_chip,
+        total=measured["peak"] * per_chip,
+        flops=measured["flops"] * per_chip,
+        hbm=measured["hbm"] * per_chip,
+        host=measured["host"] * per_chip,
+        host_memory=measured["host_memory"] * per_chip,
         collectives=collectives,
         seconds={
-            "compute": found["flops"] * a_chip / chip.flops,
-            "hbm": found["hbm"] * a_chip / chip.bandwidth,
+            "compute": measured["flops"] * per_chip / chip.flops,
+            "hbm": measured["hbm"] * per_chip / chip.bandwidth,
             "interconnect": sum(interconnect.values()),
         },
         interconnect=interconnect,
-        compile_seconds=found["compile_seconds"],
+        compile_seconds=measured["compile_seconds"],
         **common,
     )
 
 
-def transfer_seconds(slice_: Slice, wired: dict[str, Any], kind: str, sent: float) -> float:
+def transfer_seconds(slice_: Slice, wiring: dict[str, Any], kind: str, sent: float) -> float:
     """Time to send so many bytes from each chip, over all links that it has along the axes.
 
-    Sums and gathers go from neighbour to neighbour; in an all-to-all each byte takes as many hops
-    as its way is long. What crosses slices goes over the network, from whole chips at once.
+    Reductions and gathers go from neighbour to neighbour; in an all-to-all each byte takes all hops
+    to its target. Bytes between slices go over the network.
     """
-    if wired["slices"]:
+    if wiring["slices"]:
         return sent / slice_.chip.network
-    if not wired["links"]:  # two devices of one chip
+    if not wiring["links"]:  # two devices of one chip
         return 0.0
-    hops = max(1.0, wired["hops"]) if "all-to-all" in kind else 1.0
-    links = 1 if kind == "collective-permute" else wired["links"]
+    hops = max(1.0, wiring["hops"]) if "all-to-all" in kind else 1.0
+    links = 1 if kind == "collective-permute" else wiring["links"]
     return sent * hops / (links * slice_.chip.link)
 
 
 def batch_of(config: RunConfig) -> tuple[int, int]:
-    """Rows of a step and tokens in each: of the batches of a run, those with the most tokens."""
+    """Rows of a step and tokens per row, of the largest batch of the run."""
     if config.plan.program != "train":
         return config.plan.batch_size, config.plan.tokens
     shapes = [(B, T) for _, B, T in config.data.shapes()]
@@ -165,7 +167,7 @@ def batch_of(config: RunConfig) -> tuple[int, int]:
 
 
 def model_work(config: RunConfig, rows: int, length: int) -> tuple[int, float]:
-    """Tokens of a step, and the FLOPs that the model needs for them, whatever the program does."""
+    """Tokens of a step, and the FLOPs that the model itself needs for them."""
     model = config.model
     if config.plan.program == "train":
         return rows * length, rows * length * flops_per_token(model, length)
@@ -179,8 +181,8 @@ def model_work(config: RunConfig, rows: int, length: int) -> tuple[int, float]:
 
 
 def recomputed_flops(plan: Plan) -> float:
-    """FLOPs of a chip and step for what of the blocks' forward pass is done again as `model.remat`
-    says; 0 with `dots`, which keeps what the compiler makes products of."""
+    """FLOPs of a chip and step that `model.remat` recomputes in the backward pass; 0 with `dots`,
+    which saves the results of matrix products."""
     model = plan.config.model
     if plan.config.plan.program != "train" or model.remat in ("none", "dots"):
         return 0.0

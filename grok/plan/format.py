@@ -1,30 +1,30 @@
-"""A plan as an engineer would put it: the verdict first, then what it rests on."""
+"""A plan as text: the verdict first, then the figures and assumptions that it rests on."""
 
 from collections.abc import Iterator
 
 from grok.hardware import GIB
 from grok.plan.estimate import Plan, recomputed_flops
-from grok.plan.suggestions import remedies
+from grok.plan.suggestions import suggestions
 
 WIDTH = 14
 
 
-def report(plan: Plan) -> str:
-    """The whole answer, as lines of text."""
+def format_plan(plan: Plan) -> str:
+    """The whole plan, as lines of text."""
     rows = list(_rows(plan))
     return "\n".join(f"{label:<{WIDTH}}{text}".rstrip() for label, text in rows)
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    axes = " x ".join(f"{axis} {size}" for axis, size in plan.sizes.items())
-    yield "program", describe_program(plan)
+    axes = " x ".join(f"{axis} {size}" for axis, size in plan.mesh_sizes.items())
+    yield "program", _describe_program(plan)
     yield "slice", f"{plan.slice}, {plan.slice.num_chips:,} chips; mesh {axes}"
     yield from _memory(plan)
     if plan.fits:
         yield from _work(plan)
         yield from _time(plan)
     yield "", ""
-    yield from labelled("assuming", assumptions(plan))
+    yield from _labelled("assuming", _assumptions(plan))
 
 
 def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -34,15 +34,15 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
         sizes += f" + temporaries {_gib(plan.total - plan.state)} = {_gib(plan.total)}"
     verdict = "fits" if plan.fits else "does not fit"
     yield "memory", f"{verdict}: {sizes} of {_gib(capacity)} GiB a chip"
-    per_chip = plan.found["devices_per_chip"]
-    for name, size in plan.found["largest_state"]:
+    per_chip = plan.measured["devices_per_chip"]
+    for name, size in plan.measured["largest_state"]:
         yield "", f"{_gib(size * per_chip)} GiB  {name.removesuffix('.value')}"
-    for shape, maker, size in plan.found.get("largest_temporaries", ()):
-        yield "", f"{_gib(size * per_chip)} GiB  {shape} made by {_short(maker)}"
-    if plan.found.get("account"):
-        yield "compiler", " ".join(plan.found["account"].split())
+    for shape, op_name, size in plan.measured.get("largest_temporaries", ()):
+        yield "", f"{_gib(size * per_chip)} GiB  {shape} made by {_short(op_name)}"
+    if plan.measured.get("compiler_message"):
+        yield "compiler", " ".join(plan.measured["compiler_message"].split())
     if not plan.fits:
-        yield from labelled("would fit", remedies(plan))
+        yield from _labelled("would fit", suggestions(plan))
 
 
 def _work(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -52,7 +52,7 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
     again = recomputed_flops(plan)
     if again:
         ratio = plan.flops / (plan.model_flops + again)
-        text += f"; {ratio:.2f} x with what remat={plan.config.model.remat} computes again"
+        text += f"; {ratio:.2f} x with those that remat={plan.config.model.remat} recomputes"
     yield "FLOPs", f"{text}), a chip and step"
     text = f"{_amount(plan.hbm)}B read and written"
     if plan.config.plan.program != "train":
@@ -62,16 +62,17 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
         rate = _amount(plan.host / plan.step_seconds()["overlapped"])
         yield (
             "hosts",
-            f"{_amount(plan.host)}B to their memory and back, where {_gib(plan.on_hosts)} GiB a "
-            f"chip lie; beside the shortest step, {rate}B/s",
+            f"{_amount(plan.host)}B to host memory and back, which holds "
+            f"{_gib(plan.host_memory)} GiB a chip; in the shortest step, {rate}B/s",
         )
-    yield "interconnect", f"{_amount(sum(map(_sum, plan.collectives.values())))}B sent"
-    for across, kinds in sorted(plan.collectives.items()):
-        parts = ", ".join(f"{kind} {_amount(sent)}B" for kind, sent in sorted(kinds.items()))
+    sent = sum(sum(kinds.values()) for kinds in plan.collectives.values())
+    yield "interconnect", f"{_amount(sent)}B sent"
+    for axes, kinds in sorted(plan.collectives.items()):
+        bytes_sent = ", ".join(f"{kind} {_amount(sent)}B" for kind, sent in sorted(kinds.items()))
         assert plan.interconnect is not None
-        links = plan.found["wires"][across]["links"]
-        over = "the network" if plan.found["wires"][across]["slices"] else f"links: {links}"
-        yield "", f"over {across}: {parts}; {_seconds(plan.interconnect[across])} on {over}"
+        wiring, seconds = plan.measured["wiring"][axes], _seconds(plan.interconnect[axes])
+        medium = "the network" if wiring["slices"] else f"links: {wiring['links']}"
+        yield "", f"over {axes}: {bytes_sent}; {seconds} on {medium}"
 
 
 def _time(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -82,18 +83,18 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
     prices = plan.usd_per_billion_tokens()
     for name, how in (("overlapped", "all terms overlap"), ("serial", "none overlaps")):
         text = (
-            f"{_seconds(steps[name])} a step where {how}: {rates[name]:,.4g} tokens/s/chip, "
+            f"{_seconds(steps[name])} a step if {how}: {rates[name]:,.4g} tokens/s/chip, "
             f"MFU {mfu[name]:.1%}"
         )
         if prices is not None:
-            text += f", {prices[name]:,.0f} USD a billion tokens"
+            text += f", {prices[name]:,.0f} USD per billion tokens"
         yield name, text
     yield "compiled", f"in {plan.compile_seconds:,.0f} s"
 
 
-def assumptions(plan: Plan) -> Iterator[str]:
-    """What the figures rest on, a sentence each."""
-    chip, found = plan.slice.chip, plan.found
+def _assumptions(plan: Plan) -> Iterator[str]:
+    """The assumptions behind the figures, a sentence each."""
+    chip, measured = plan.slice.chip, plan.measured
     yield (
         f"a {plan.slice.generation} chip does {chip.flops / 1e12:,.0f} TFLOP/s in bfloat16, has "
         f"{chip.hbm / GIB:.0f} GiB at {chip.bandwidth / 1e9:,.0f} GB/s, and links of "
@@ -103,28 +104,28 @@ def assumptions(plan: Plan) -> Iterator[str]:
         yield f"a chip's share of the network between slices is {chip.network / 1e9:g} GB/s"
     if plan.fits:
         yield (
-            "compiled FLOPs are those of matrix products and of kernels; HBM bytes are operands "
-            "and results that the compiler placed there"
+            "compiled FLOPs are those of matrix products and kernels; HBM bytes are operands and "
+            "results that the compiler placed there"
         )
         yield (
-            "collectives send what ring algorithms send, at full speed of the links along their "
-            "mesh axes (two a side that closes to a ring, else one), one axis after the other"
+            "collectives use ring algorithms at the full speed of the links along their mesh axes "
+            "(two per side that closes to a ring, else one), one axis after the other"
         )
-        yield "state stays where it is between steps, and the input never makes a step wait"
+        yield "state stays in place between steps, and no step waits for input"
         if plan.host:
             yield (
-                "what goes to the hosts' memory and back takes no time of the step's, and the peak "
-                "is what the compiler allocates in HBM"
+                "transfers to host memory and back take no time of the step, and the peak is what "
+                "the compiler allocates in HBM"
             )
-        if found["loops"]:
+        if measured["loops"]:
             yield (
-                f"{len(found['loops'])} loops over the cache run as far as "
-                f"{plan.config.plan.tokens} tokens are long"
+                f"{len(measured['loops'])} loops over the cache run for "
+                f"{plan.config.plan.tokens} tokens"
             )
-        if found["kernels"]:
+        if measured["kernels"]:
             yield (
-                f"{len(found['kernels'])} kernels cost what their authors state, or those of "
-                "attention what their shapes say"
+                f"{len(measured['kernels'])} kernels cost what their authors state, those of "
+                "attention what their shapes imply"
             )
     if plan.price is None:
         yield "no price of the chip is known; --price gives one"
@@ -132,8 +133,8 @@ def assumptions(plan: Plan) -> Iterator[str]:
         yield f"a chip-hour costs {plan.price.usd_per_hour:g} USD ({plan.price.source})"
 
 
-def describe_program(plan: Plan) -> str:
-    """The step in words."""
+def _describe_program(plan: Plan) -> str:
+    """The compiled step in words."""
     model, planned = plan.config.model, plan.config.plan
     size = f"{model.num_parameters():,} parameters in {model.param_dtype}"
     if planned.program == "prefill":
@@ -142,27 +143,24 @@ def describe_program(plan: Plan) -> str:
         rows, tokens = planned.batch_size, planned.tokens
         return f"decode of {rows} rows, {tokens} tokens each in the cache, {size}"
     rows, length = plan.batch
-    parts = plan.config.train.grad_accum_steps
+    splits = plan.config.train.grad_accum_steps
+    microbatches = f"{splits} microbatch{'es' if splits > 1 else ''}"
     return (
-        f"train on {rows:,} x {length:,} tokens in {parts} part{'s' if parts > 1 else ''}, {size}, "
+        f"train on {rows:,} x {length:,} tokens in {microbatches}, {size}, "
         f"{plan.config.optimizer.name} with moments in {plan.config.optimizer.moments_dtype}"
-        f"{' on the hosts' if plan.config.optimizer.offload else ''}, "
+        f"{' in host memory' if plan.config.optimizer.offload else ''}, "
         f"remat {model.remat}"
     )
 
 
-def labelled(label: str, texts) -> Iterator[tuple[str, str]]:
-    """The texts on lines of their own, the label before the first."""
+def _labelled(label: str, texts) -> Iterator[tuple[str, str]]:
+    """One line per text, the label before the first."""
     for number, text in enumerate(texts):
         yield "" if number else label, text
 
 
-def _sum(kinds: dict[str, float]) -> float:
-    return sum(kinds.values())
-
-
 def _amount(number: float) -> str:
-    """With a prefix of the SI; a unit may follow."""
+    """A number with an SI prefix; a unit may follow."""
     for prefix in ("", "k", "M", "G", "T"):
         if number < 1000:
             return f"{number:.4g} {prefix}"
@@ -178,7 +176,7 @@ def _seconds(time: float) -> str:
     return f"{time:,.3g} s" if time >= 1 else f"{time * 1e3:,.3g} ms"
 
 
-def _short(maker: str) -> str:
-    """The end of an operation's path, which says what it is."""
-    parts = [part for part in maker.split("/") if part not in ("while", "body", "eval_jaxpr")]
-    return "/".join(parts[-3:])
+def _short(op_name: str) -> str:
+    """The last three names of an operation's path."""
+    names = [name for name in op_name.split("/") if name not in ("while", "body", "eval_jaxpr")]
+    return "/".join(names[-3:])

@@ -1,4 +1,4 @@
-"""Prices of a chip-hour, from one dated file that people correct: launch/prices.env."""
+"""Prices of a chip-hour, from launch/prices.env, a dated file that people edit."""
 
 import re
 from pathlib import Path
@@ -9,17 +9,14 @@ from grok.plan.estimate import Price
 
 
 def prices_file() -> Path:
-    """The file that came with the project: beside the presets of the package, or in launch/."""
+    """The file of the installed package, or of the repository: launch/prices.env."""
     folder = configs_folder()
     inside = folder / "prices.env"
     return inside if inside.is_file() else folder.parent / "launch" / "prices.env"
 
 
 def price_of(generation: str, file: Path) -> Price | None:
-    """The lowest price on demand; None where the file has none.
-
-    Raises ConfigError where the file cannot be read.
-    """
+    """The lowest on-demand price; None if the file has none, ConfigError if it cannot be read."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""The programs that a plan compiles: the real steps, with arguments of shapes and placements alone.
+"""The programs that a plan compiles: the real steps, with abstract arguments.
 
 Letters: B rows, T new tokens, S tokens of a row in the cache, Q tokens of a block.
 """

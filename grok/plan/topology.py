@@ -1,7 +1,4 @@
-"""Slices of TPUs by name, such as v5p:4x4x8: how many chips, and how they are wired.
-
-Nothing here imports JAX: a name that cannot be is refused before anything starts.
-"""
+"""TPU slices by name, such as v5p:4x4x8: number of chips and wiring. It imports no JAX."""
 
 import dataclasses
 import math
@@ -16,7 +13,7 @@ LARGEST = {2: 256, 3: 9216}  # chips of a slice, by dimensions of the grid
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """One slice, or several alike that the data-centre network joins."""
+    """One slice, or several equal ones that the data-centre network joins."""
 
     generation: str  # of CHIPS
     shape: tuple[int, ...]  # chips along each side
@@ -24,12 +21,12 @@ class Slice:
 
     @property
     def name(self) -> str:
-        """As the user writes it."""
+        """The name that users write."""
         return f"{self.generation}:{'x'.join(map(str, self.shape))}"
 
     @property
     def chip(self) -> Chip:
-        """What each of its chips has."""
+        """The specifications of its chips."""
         return CHIPS[self.generation]
 
     @property
@@ -38,7 +35,7 @@ class Slice:
         return math.prod(self.shape) * self.count
 
     def is_ring(self, side: int) -> bool:
-        """Whether chips along this side are wired in a ring, not a line."""
+        """True if chips along this side are wired in a ring, not a line."""
         return self.shape[side] % self.chip.ring == 0
 
     def __str__(self) -> str:
@@ -46,10 +43,10 @@ class Slice:
 
 
 def parse_slice(name: str, count: int = 1) -> Slice:
-    """The slice called `name`, such as v5p:4x4x8; ConfigError says what is wrong with others."""
+    """The slice called `name`, such as v5p:4x4x8; ConfigError if there is none of that name."""
     generation, _, sides = name.lower().removeprefix("tpu").partition(":")
     if generation not in CHIPS:
-        known = ", ".join(f"{each}:{shape}" for each, shape in EXAMPLES.items())
+        known = ", ".join(map(":".join, EXAMPLES.items()))
         raise ConfigError(f"topology {name} is of no generation known here; {known} are.")
     chip, example = CHIPS[generation], f"{generation}:{EXAMPLES[generation]}"
     dimensions = chip.dimensions
@@ -74,7 +71,7 @@ def parse_slice(name: str, count: int = 1) -> Slice:
 
 
 def grown(slice_: Slice) -> Slice | None:
-    """The next larger slice: its shortest side doubled; None where there is no larger one."""
+    """The next larger slice, with its shortest side doubled; None if there is none."""
     side = min(range(len(slice_.shape)), key=lambda dim: (slice_.shape[dim], -dim))
     shape = [*slice_.shape]
     shape[side] *= 2
@@ -84,5 +81,5 @@ def grown(slice_: Slice) -> Slice | None:
 
 
 def _near(side: int, dim: int) -> int:
-    """A host has 2x2 chips along the first two sides."""
+    """The nearest length of a side: a host has 2x2 chips along the first two sides."""
     return side if dim > 1 and side > 0 else max(2, side + side % 2)

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from grok.cli.main import main
 from grok.plan.estimate import make_plan
-from tests.plan.test_estimate import FOUND
+from tests.plan.test_estimate import MEASURED
 
 
 def run(*args):
@@ -57,9 +57,9 @@ def test_libtpu_is_asked_for_where_it_is_missing(monkeypatch):
 def compiled(monkeypatch):
     """Nothing is compiled: every config is found to do the same."""
 
-    def compile_plan(config, slice_, price, tell, dump=None, save=None):
-        tell("compiling")
-        return make_plan(config, slice_, FOUND, price)
+    def compile_plan(config, slice_, price, on_phase, dump=None, save=None):
+        on_phase("compiling")
+        return make_plan(config, slice_, MEASURED, price)
 
     monkeypatch.setattr("grok.plan.compile.compile_plan", compile_plan)
 

@@ -1,4 +1,4 @@
-"""From what a program does to times, prices, and what is said of it."""
+"""Costs of a program -> times, prices, and the text of the plan."""
 
 import dataclasses
 
@@ -6,15 +6,15 @@ import pytest
 
 from grok.config.load import load_config
 from grok.hardware import GIB
-from grok.plan.compile import needed_bytes
+from grok.plan.compile import required_bytes
 from grok.plan.estimate import Price, make_plan, transfer_seconds
-from grok.plan.format import report
+from grok.plan.format import format_plan
 from grok.plan.topology import parse_slice
 
 SLICE = parse_slice("v5p:4x4x4")
 CONFIG = load_config("grok-1", ["data.sequence_length=8192", "data.batch_size=64"])
-FOUND = {
-    "sizes": {"slice": 1, "data": 64, "expert": 1, "tensor": 1},
+MEASURED = {
+    "mesh_sizes": {"slice": 1, "data": 64, "expert": 1, "tensor": 1},
     "devices_per_chip": 1,
     "state": 55 * GIB,
     "largest_state": [["state.model.embed.table_VD.value", 3 * GIB]],
@@ -23,9 +23,9 @@ FOUND = {
     "flops": 459e12 * 10,
     "hbm": 2765e9 * 4,
     "host": 0.0,
-    "on_hosts": 0,
+    "host_memory": 0,
     "collectives": [["data", "all-gather", 180e9], ["data", "reduce-scatter", 180e9]],
-    "wires": {"data": {"links": 2, "hops": 1.0, "slices": False}},
+    "wiring": {"data": {"links": 2, "hops": 1.0, "slices": False}},
     "loops": [],
     "kernels": [],
     "compile_seconds": 190.0,
@@ -34,7 +34,7 @@ FOUND = {
 
 @pytest.fixture
 def plan():
-    return make_plan(CONFIG, SLICE, FOUND, Price(3.6, "a test"))
+    return make_plan(CONFIG, SLICE, MEASURED, Price(3.6, "a test"))
 
 
 def test_three_terms_and_what_follows_from_them(plan):
@@ -69,8 +69,8 @@ def test_json_has_these_keys(plan):
 
 def test_two_devices_of_a_chip_are_one_chip():
     slice_ = parse_slice("7x:4x4x4")
-    plan = make_plan(CONFIG, slice_, FOUND | {"devices_per_chip": 2}, None)
-    assert (plan.state, plan.flops) == (110 * GIB, 2 * FOUND["flops"])
+    plan = make_plan(CONFIG, slice_, MEASURED | {"devices_per_chip": 2}, None)
+    assert (plan.state, plan.flops) == (110 * GIB, 2 * MEASURED["flops"])
     assert plan.to_dict()["usd_per_billion_tokens"] is None
 
 
@@ -83,7 +83,7 @@ def test_times_of_transfers():
 
 
 def test_report_says_what_it_assumes(plan):
-    text = report(plan)
+    text = format_plan(plan)
     assert "fits: state 55.00 + temporaries 25.00 = 80.00 of 95.00 GiB a chip" in text
     assert "compute 10 s, hbm 4 s, interconnect 2 s; compute bounds it" in text
     assert "a chip-hour costs 3.6 USD (a test)" in text
@@ -91,32 +91,35 @@ def test_report_says_what_it_assumes(plan):
 
 
 def test_report_says_what_the_hosts_hold():
-    found = FOUND | {"host": 50e9, "on_hosts": 24 * GIB}
-    text = report(make_plan(CONFIG, SLICE, found, None))
-    assert "50 GB to their memory and back, where 24.00 GiB a chip lie" in text
-    assert "beside the shortest step, 5 GB/s" in text
-    assert "what goes to the hosts' memory and back takes no time of the step's" in text
-    assert "hosts" not in report(make_plan(CONFIG, SLICE, FOUND, None))
+    measured = MEASURED | {"host": 50e9, "host_memory": 24 * GIB}
+    text = format_plan(make_plan(CONFIG, SLICE, measured, None))
+    assert "50 GB to host memory and back, which holds 24.00 GiB a chip" in text
+    assert "in the shortest step, 5 GB/s" in text
+    assert "transfers to host memory and back take no time of the step" in text
+    assert "host" not in format_plan(make_plan(CONFIG, SLICE, MEASURED, None))
 
 
 @pytest.mark.parametrize(
-    ("account", "gib"),
+    ("message", "gib"),
     [
         ("... total memory required for HLO temporaries (2.5G) exceeds available HBM (1G).", 3.5),
         ("Ran out of memory in memory space hbm. Used 25.17G of 15.75G hbm.", 25.17),
         ("something else", None),
     ],
 )
-def test_the_compilers_account(account, gib):
-    found = needed_bytes(account, GIB)
-    assert found == (gib and pytest.approx(gib * GIB))
+def test_bytes_that_the_compiler_says_are_required(message, gib):
+    assert required_bytes(message, GIB) == (gib and pytest.approx(gib * GIB))
 
 
 def test_what_does_not_fit_says_what_would():
     slice_ = parse_slice("v5p:4x4x4")
-    found = {key: FOUND[key] for key in ("sizes", "devices_per_chip", "state", "largest_state")}
-    plan = make_plan(CONFIG, slice_, found | {"account": "E1000", "needed": 130 * GIB}, None)
-    text = report(plan)
+    measured = {
+        key: MEASURED[key] for key in ("mesh_sizes", "devices_per_chip", "state", "largest_state")
+    }
+    plan = make_plan(
+        CONFIG, slice_, measured | {"compiler_message": "E1000", "required": 130 * GIB}, None
+    )
+    text = format_plan(plan)
     assert "does not fit: state 55.00 + temporaries 75.00 = 130.00 of 95.00 GiB a chip" in text
     assert "--topology v5p:4x8x8, with more of mesh.data" in text
     assert "optimizer.moments_dtype=bfloat16 model.param_dtype" not in text  # not enough

@@ -9,7 +9,7 @@ import grok
 from grok.config import PlanConfig
 from grok.config.load import load_config
 from grok.errors import ConfigError
-from grok.plan.compile_process import mesh_sizes, turns
+from grok.plan.compile_process import cache_loop_count, mesh_sizes
 from grok.plan.programs import bytes_per_device, make_program
 
 MESH = {"slice": 1, "data": 2, "expert": 2, "tensor": 2}
@@ -56,5 +56,5 @@ def test_rows_that_cannot_be_split_are_refused(tiny_run):
 
 def test_loops_over_the_cache_run_as_far_as_rows_are_long():
     overrides = ["plan.program=decode", "plan.tokens=2000"]
-    assert turns(load_config("grok-1", overrides)) == 16
-    assert turns(load_config("grok-1", [*overrides, "engine.page_size=256"])) == 8
+    assert cache_loop_count(load_config("grok-1", overrides)) == 16
+    assert cache_loop_count(load_config("grok-1", [*overrides, "engine.page_size=256"])) == 8

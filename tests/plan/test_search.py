@@ -10,7 +10,7 @@ from grok.errors import ConfigError
 from grok.plan.estimate import make_plan
 from grok.plan.search import candidates, ranking
 from grok.plan.topology import parse_slice
-from tests.plan.test_estimate import FOUND
+from tests.plan.test_estimate import MEASURED
 
 OVERRIDES = ["data.sequence_length=8192"]
 
@@ -19,16 +19,16 @@ def test_every_candidate_is_legal_and_leaves_room_for_its_step():
     slice_ = parse_slice("v5p:4x4x8")
     found = candidates(load_config("grok-1", OVERRIDES), slice_)
     assert len(found) > 20
-    assert len({each.lines for each in found}) == len(found)
-    for each in found:
-        check_fits(each.config, 128)
-        assert load_config("grok-1", [*OVERRIDES, *each.lines]) == each.config
+    assert len({candidate.overrides for candidate in found}) == len(found)
+    for candidate in found:
+        check_fits(candidate.config, 128)
+        assert load_config("grok-1", [*OVERRIDES, *candidate.overrides]) == candidate.config
 
 
 def test_candidates_for_decoding_are_meshes():
     overrides = ["plan.program=decode", "plan.batch_size=64", "model.param_dtype=int8"]
     found = candidates(load_config("grok-1", overrides), parse_slice("v6e:4x4"))
-    assert {len(each.lines) for each in found} == {4}
+    assert {len(candidate.overrides) for candidate in found} == {4}
 
 
 def test_a_slice_that_holds_no_candidate():
@@ -39,10 +39,10 @@ def test_a_slice_that_holds_no_candidate():
 def test_ranking_puts_the_fastest_first_and_what_does_not_fit_last():
     slice_ = parse_slice("v5p:4x4x8")
     slow, fast, unfit = candidates(load_config("grok-1", OVERRIDES), slice_)[:3]
-    plan = make_plan(slow.config, slice_, FOUND, None)
+    plan = make_plan(slow.config, slice_, MEASURED, None)
     faster = dataclasses.replace(plan, seconds={"compute": 5.0, "hbm": 4.0, "interconnect": 1.0})
     text = ranking([(slow, plan), (unfit, dataclasses.replace(plan, fits=False)), (fast, faster)])
     lines = text.splitlines()
     order = zip((fast, slow, unfit), lines[:3], strict=True)
-    assert all(each.describe() in line for each, line in order)
-    assert lines[-len(fast.lines) :] == list(fast.lines)
+    assert all(str(candidate) in line for candidate, line in order)
+    assert lines[-len(fast.overrides) :] == list(fast.overrides)
