@@ -1,19 +1,19 @@
-# Everything a contributor runs. Each target makes the environment first, where it is out of date.
+# The commands of a contributor. Each target first updates the environment if it is out of date.
 
 UV_VERSION := 0.13.9
 
-# A uv that runs (a pyenv shim may not) and is recent enough, else one of our own in .uv/.
+# The system's uv if it runs (a pyenv shim may not) and is recent enough, else our own in .uv/.
 UV := $(shell uv pip compile --help 2>/dev/null | grep -q -e --group && echo uv || echo .uv/bin/uv)
 OWN_UV := $(filter .uv/bin/uv,$(UV))
 STAMP := .venv/.stamp
 
 export UV_PYTHON_DOWNLOADS := never
 export UV_SYSTEM_CERTS := 1
-# Python keeps what it compiles, whatever the machine says: each process that reads JAX's source
-# anew starts 7 s later, and the tests start hundreds.
+# Write bytecode even if the environment forbids it: a process that compiles JAX's source anew starts
+# 7 s later, and the tests start hundreds.
 export PYTHONDONTWRITEBYTECODE :=
 
-# Prints the path of a Python that is new enough, or one sentence and failure.
+# Prints the path of a Python that is new enough, or fails with one sentence.
 FIND_PYTHON = \
 	for python in python3.12 python3.13 python3.14 python3 \
 	    "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3; do \
@@ -45,7 +45,7 @@ lock: | $(OWN_UV)  ## resolve pyproject.toml again into requirements.lock (all p
 	  --python-version 3.12 --custom-compile-command "make lock" \
 	  pyproject.toml --group dev --output-file requirements.lock
 
-quickstart: env  ## train and sample a tiny model on this machine's CPU
+quickstart: env  ## train, resume and sample a tiny model on this machine's CPU
 	.venv/bin/grok quickstart
 
 lint: env  ## check format, style and types
@@ -56,7 +56,7 @@ lint: env  ## check format, style and types
 test: lint  ## lint, then run the tests on eight simulated devices
 	.venv/bin/pytest
 
-prove: env  ## run the full-size proofs: real sizes compiled for TPUs, and loaded, without a TPU
+prove: env  ## run the full-size proofs: compile for TPUs and load real sizes, without a TPU
 	.venv/bin/pytest -m prove -n 0 -s
 
 format: env  ## format the code and apply safe fixes
