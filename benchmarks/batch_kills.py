@@ -67,16 +67,16 @@ def main() -> None:
         seconds.append(time.monotonic() - began - seconds[0])
         straight, broken = (read(folder / name) for name in ("straight", "broken"))
         times = collections.Counter(collections.Counter(line["index"] for line in broken).values())
-        found = {
+        results = {
             "prompts": options.prompts,
             "kills": kills,
-            "seconds_undisturbed_and_killed": [round(each, 1) for each in seconds],
+            "seconds_undisturbed_and_killed": [round(elapsed, 1) for elapsed in seconds],
             "answered": sum("choices" in line for line in broken),
             "failed": sum("error" in line for line in broken),
             "times_each": dict(times),
             "equal": straight == broken and len(broken) == options.prompts,
         }
-        print(json.dumps(found))
+        print(json.dumps(results))
 
 
 def prepare(folder: Path, prompts: int, seed: int) -> None:
@@ -99,7 +99,7 @@ def prepare(folder: Path, prompts: int, seed: int) -> None:
 
 def start(folder: Path, output: str, number: int, count: int) -> subprocess.Popen:
     """Starts one process of the job; its log goes to `folder`."""
-    place = dict(zip(CLUSTER_VARIABLES, ("localhost:1", str(count), str(number)), strict=True))
+    cluster = dict(zip(CLUSTER_VARIABLES, ("localhost:1", str(count), str(number)), strict=True))
     with (folder / f"{output}-{number}.log").open("a") as log:
         return subprocess.Popen(
             [
@@ -110,7 +110,7 @@ def start(folder: Path, output: str, number: int, count: int) -> subprocess.Pope
                 folder / "job.yaml",
                 f"output={folder}/{output}",
             ],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", **place},
+            env={**os.environ, "JAX_PLATFORMS": "cpu", **cluster},
             stdout=log,
             stderr=log,
         )
@@ -133,8 +133,8 @@ def disturbed(folder: Path, prompts: int, kills: int, draw: random.Random) -> in
         victim = draw.choice(alive)
         hosts[victim].kill()
         at_work += hosts[victim].wait() == -signal.SIGKILL
-        whole = len(done(folder, "broken"))
-        print(f"process {victim} killed, {whole} of {shards} shards done", file=sys.stderr)
+        finished = len(done(folder, "broken"))
+        print(f"process {victim} killed, {finished} of {shards} shards done", file=sys.stderr)
         hosts[victim] = start(folder, "broken", victim, 2)
     wait(folder, "broken", hosts)
     return at_work

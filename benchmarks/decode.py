@@ -67,25 +67,25 @@ def main() -> None:
         options = EngineConfig(max_num_seqs=slots, page_size=32, prefill_chunk_size=128)
         return Engine(model, None, mesh, options)
 
-    def steps(form: str) -> None:
+    def steps(method: str) -> None:
         seconds = one_prompt(engine(1), asked.steps, clock)
-        print(f"{form}, a prompt of {PROMPT}: {1e3 * seconds:.1f} ms")
+        print(f"{method}, a prompt of {PROMPT}: {1e3 * seconds:.1f} ms")
         for slots in (1, asked.slots):
             seconds = one_step(engine(slots), slots, asked.steps, clock)
             floor = 4 * read_parameters(config, slots) / speed
             print(
-                f"{form}, a step of {slots}: {1e3 * seconds:.1f} ms; the chosen experts' bytes "
+                f"{method}, a step of {slots}: {1e3 * seconds:.1f} ms; the chosen experts' bytes "
                 f"take {1e3 * floor:.1f} ms, {seconds / floor:.2f} times less"
             )
 
     print(f"memory is read at {speed / 1e9:.1f} GB/s")
     steps("chosen experts")
-    # The layer looks its form up by name when a program is traced.
+    # The layer looks the function up by name when a program is traced.
     original = moe.experts_xla
-    for form, function in (("all, in place", in_place), ("all, plain", plain)):
+    for method, function in (("all, in place", in_place), ("all, plain", plain)):
         moe.experts_xla = function
         jax.clear_caches()
-        steps(form)
+        steps(method)
     moe.experts_xla = original
     jax.clear_caches()
 
@@ -94,8 +94,8 @@ def main() -> None:
     rate(running, [requests[:2]], clock)  # compiles
     continuous = rate(running, [requests], clock)
     print(f"continuous batching {continuous:.1f} tokens/s")
-    for name, form in (("", padded(batches)), (", finished rows left out", batches)):
-        static = rate(running, form, clock) * total(batches) / total(form)
+    for name, dispatched in (("", padded(batches)), (", finished rows left out", batches)):
+        static = rate(running, dispatched, clock) * total(batches) / total(dispatched)
         print(f"static batching{name} {static:.1f} tokens/s, {continuous / static:.2f} times less")
 
 
@@ -124,21 +124,21 @@ def read_parameters(config: GrokConfig, rows: int) -> float:
 def mixed(count: int) -> list[Request]:
     """Prompts of 4 to 128 tokens; answers of 64 on average, geometric as the lengths of texts
     nearly are, and 256 at most."""
-    random, found = np.random.default_rng(0), []
+    random, requests = np.random.default_rng(0), []
     for i in range(count):
         prompt = tuple(random.integers(4, 4096, random.integers(4, 128)).tolist())
         length = min(256, int(random.geometric(1 / 64)))
-        found.append(Request(f"{i}", prompt, SamplingParams(max_tokens=length, temperature=0)))
-    return found
+        requests.append(Request(f"{i}", prompt, SamplingParams(max_tokens=length, temperature=0)))
+    return requests
 
 
 def padded(batches: list[list[Request]]) -> list[list[Request]]:
     """The same, each answer as long as the longest of its batch."""
-    found = []
+    padded_batches = []
     for batch in batches:
         params = max((request.params for request in batch), key=lambda p: p.max_tokens)
-        found.append([dataclasses.replace(request, params=params) for request in batch])
-    return found
+        padded_batches.append([dataclasses.replace(request, params=params) for request in batch])
+    return padded_batches
 
 
 def total(batches: list[list[Request]]) -> int:

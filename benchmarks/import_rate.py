@@ -69,8 +69,8 @@ def run(what: str, command: list[str], kill_at: tuple[Path, int] | None = None) 
         text = out.read().decode()
     if process.returncode != (-9 if kill_at else 0):
         raise SystemExit(f"{' '.join(command)} left with {process.returncode}")
-    found = re.search(r"([\d,]+) bytes written in ([\d.]+) s", text)
-    written, inner = (int(found[1].replace(",", "")), float(found[2])) if found else (0, seconds)
+    match = re.search(r"([\d,]+) bytes written in ([\d.]+) s", text)
+    written, inner = (int(match[1].replace(",", "")), float(match[2])) if match else (0, seconds)
     cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
     return Turn(what, seconds, cpu, peak, usage.ru_inblock * 512, inner, written)
 

@@ -46,13 +46,13 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder.absolute()
     prepare(folder)
-    found = {}
+    results = {}
     for name in [options.only] if options.only else RUNS:
         config = write_config(folder, name)
         subprocess.run([*GROK, "train", config, *options.overrides], check=True)
-        found[name] = figures(folder, name)
-        print_table(found)
-    print(json.dumps(found))
+        results[name] = figures(folder, name)
+        print_table(results)
+    print(json.dumps(results))
 
 
 def prepare(folder: Path) -> None:
@@ -121,7 +121,7 @@ def with_sums(documents: list[tuple[str, str]]) -> list[tuple[tuple[str, str], i
 def write_source(folder: Path, name: str, held: list, train: list) -> None:
     """The three files of a source."""
     for path, documents in {f"{name}.heldout.jsonl": held, f"{name}.jsonl": train}.items():
-        lines = (json.dumps({"id": each, "text": text}) + "\n" for each, text in documents)
+        lines = (json.dumps({"id": key, "text": text}) + "\n" for key, text in documents)
         (folder / path).write_text("".join(lines))
     # A sixth of the source, so that none drowns the others.
     sample = "\n\n".join(text for _, text in train[::6])
@@ -131,7 +131,9 @@ def write_source(folder: Path, name: str, held: list, train: list) -> None:
 def write_config(folder: Path, name: str) -> str:
     """The config of a run: its preset, and where its data lie."""
     data = folder / "data"
-    datasets = [f"{{path: {data / each}, weight: {weight}}}" for each, weight in WEIGHTS.items()]
+    datasets = [
+        f"{{path: {data / source}, weight: {weight}}}" for source, weight in WEIGHTS.items()
+    ]
     path = folder / f"{name}.yaml"
     path.write_text(
         f"extends: {RUNS[name]}\n"
@@ -169,11 +171,11 @@ def figures(folder: Path, name: str) -> dict:
     }
 
 
-def print_table(found: dict[str, dict]) -> None:
+def print_table(results: dict[str, dict]) -> None:
     """A row for each figure, a column for each run."""
-    print(f"{'':30}" + "".join(f"{name:>14}" for name in found))
-    for key in next(iter(found.values())):
-        cells = (figures[key] for figures in found.values())
+    print(f"{'':30}" + "".join(f"{name:>14}" for name in results))
+    for key in next(iter(results.values())):
+        cells = (figures[key] for figures in results.values())
         said = (f"{cell:,}" if isinstance(cell, int) else f"{cell:.3f}" for cell in cells)
         print(f"{key:30}" + "".join(f"{cell:>14}" for cell in said))
 

@@ -16,13 +16,14 @@ from collections import Counter
 
 import jax
 
-from grok import devices, sharding
+from grok import sharding
 from grok.data.batch_schedule import BatchSchedule
 from grok.data.dataset import TokenDataset
 from grok.data.device_feed import global_batches
 from grok.data.mixture import Mixture
 from grok.data.packed_batches import PackedBatches
 from grok.data.packing import make_packer, packing_efficiency
+from grok.hardware import configure_devices
 
 V5P_HOST = 4 * 500  # tokens a second
 STEPS_TO_RESTORE = (10, 1_000_000)
@@ -39,16 +40,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="batches to time")
     parser.add_argument("--prefetch", type=int, default=2, help="batches made ahead")
     options = parser.parse_args()
-    devices.configure_devices(simulated=0)
-    parts = [dataset.rpartition("=") for dataset in options.datasets]
-    datasets = {folder: TokenDataset(folder) for folder, _, _ in parts}
-    mixture = Mixture([float(weight) for _, _, weight in parts])
+    configure_devices(simulated=0)
+    weighted = [dataset.rpartition("=") for dataset in options.datasets]
+    datasets = {folder: TokenDataset(folder) for folder, _, _ in weighted}
+    mixture = Mixture([float(weight) for _, _, weight in weighted])
     rows = Counter(mixture.locate(row)[0] for row in range(10_000))
-    found = {"rows": {name: rows[d] for d, name in enumerate(datasets)}}
-    print(f"rows of the first 10,000: {found['rows']}")
+    results = {"rows": {name: rows[d] for d, name in enumerate(datasets)}}
+    print(f"rows of the first 10,000: {results['rows']}")
     for packing in ("concat_then_split", "best_fit"):
-        found[packing] = measure(packing, datasets, mixture, options)
-    print(json.dumps(found))
+        results[packing] = measure(packing, datasets, mixture, options)
+    print(json.dumps(results))
 
 
 def measure(

@@ -97,7 +97,7 @@ async def main() -> None:
         await asyncio.gather(*clients)
         sizes.append(memory(options.pid))
     tokens = len(load.first) + len(load.between)
-    found = {
+    results = {
         "ended": load.ended,
         "left": load.left,
         "errors": load.errors,
@@ -106,7 +106,7 @@ async def main() -> None:
         "between_p50_p99": [round(float(x), 4) for x in np.percentile(load.between, [50, 99])],
         "server_MB": sizes,
     }
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ MAXTEXT = (
     f"max_target_length={LENGTH} per_device_batch_size={ROWS} dtype=float32 "
     "weight_dtype=float32"
 ).split()
-FORMS = {
+VARIANTS = {
     "maxtext capacity 1.25": ["capacity_factor=1.25", "sparse_matmul=False"],
     "maxtext dropless dense": ["sparse_matmul=False"],
     "maxtext dropless ragged": ["sparse_matmul=True", "megablox=False"],
@@ -91,11 +91,11 @@ def ours(steps: int, remat: str) -> list[float]:
     return times[2:]
 
 
-def maxtext(python: str, form: list[str], steps: int) -> list[float]:
+def maxtext(python: str, arguments: list[str], steps: int) -> list[float]:
     """Seconds of each step after the first two, as MaxText logs them."""
     with tempfile.TemporaryDirectory() as folder:
         command = [python, "-m", "maxtext.trainers.pre_train.train", "run_name=benchmark"]
-        command += [f"base_output_directory={folder}", f"steps={steps + 2}", *MAXTEXT, *form]
+        command += [f"base_output_directory={folder}", f"steps={steps + 2}", *MAXTEXT, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = re.findall(r"completed step: \d+, seconds: ([\d.]+)", done.stdout + done.stderr)
     if len(seconds) < steps + 2:
@@ -111,14 +111,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="of each in a turn")
     options = parser.parse_args()
     configure_devices(1)
-    found: dict[str, list[float]] = {}
+    timings: dict[str, list[float]] = {}
     for _ in range(options.turns):
         for remat in ("none", "full"):
-            found.setdefault(f"ours, exact, remat {remat}", []).extend(ours(options.steps, remat))
-        for name, form in FORMS.items() if options.maxtext else ():
-            found.setdefault(name, []).extend(maxtext(options.maxtext, form, options.steps))
-    first = statistics.median(next(iter(found.values())))
-    for name, times in found.items():
+            timings.setdefault(f"ours, exact, remat {remat}", []).extend(ours(options.steps, remat))
+        for name, arguments in VARIANTS.items() if options.maxtext else ():
+            timings.setdefault(name, []).extend(maxtext(options.maxtext, arguments, options.steps))
+    first = statistics.median(next(iter(timings.values())))
+    for name, times in timings.items():
         seconds = statistics.median(times)
         rate = ROWS * LENGTH / seconds
         print(f"{name:28} {seconds:7.2f} s  {rate:7.1f} tokens/s  {seconds / first:6.2f} x ours")

@@ -47,37 +47,37 @@ def main() -> None:
 
 def seconds_of_instructions(folder: Path) -> collections.Counter[str]:
     """Thread seconds that each instruction of the program took by itself."""
-    found: collections.Counter[str] = collections.Counter()
+    seconds: collections.Counter[str] = collections.Counter()
     (trace,) = folder.rglob("*.xplane.pb")
     lines = [line for plane in ProfileData.from_file(str(trace)).planes for line in plane.lines]
     for line in lines:
         if "XLAEigen" not in (line.name or ""):
             continue
         open_until: list[tuple[float, str]] = []
-        events = sorted((each.start_ns, -each.duration_ns, each.name) for each in line.events)
+        events = sorted((event.start_ns, -event.duration_ns, event.name) for event in line.events)
         for start, negative, name in events:
             while open_until and open_until[-1][0] <= start:
                 open_until.pop()
             if open_until:
-                found[open_until[-1][1]] += negative / 1e9
-            found[name] -= negative / 1e9
+                seconds[open_until[-1][1]] += negative / 1e9
+            seconds[name] -= negative / 1e9
             open_until.append((start - negative, name))
-    return found
+    return seconds
 
 
 def files_of_instructions(text: str) -> dict[str, str]:
     """The innermost file of grok/ of each instruction, by the tables at the head of its text."""
     paths = dict(re.findall(r'^(\d+) "(.*)"$', text.split("FunctionNames")[0], flags=re.MULTILINE))
-    places = dict(re.findall(r"^(\d+) \{file_name_id=(\d+)", text, flags=re.MULTILINE))
+    locations = dict(re.findall(r"^(\d+) \{file_name_id=(\d+)", text, flags=re.MULTILINE))
     frames = re.findall(
         r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)", text, flags=re.MULTILINE
     )
-    parents = {frame: (place, parent) for frame, place, parent in frames}
+    parents = {frame: (location, parent) for frame, location, parent in frames}
 
     def file_of(frame: str) -> str:
         while frame != "0":
-            place, parent = parents[frame]
-            path = paths[places[place]]
+            location, parent = parents[frame]
+            path = paths[locations[location]]
             if "/grok/" in path and "/grok/sharding/" not in path:
                 return "grok/" + path.rpartition("/grok/")[2]
             frame = str(int(parent) - 1)  # 1: none
