@@ -1,99 +1,72 @@
 """Text, and how it becomes batches."""
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import ConfigDict, Field
+from typing import Annotated, Literal
 
 from grok.config.numbers import Count, CountOrZero, PositiveOrZero, largest_divisor, round_up
+from grok.config.section import Section
 from grok.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DatasetConfig:
+class DatasetConfig(Section):
     """One dataset of the mixture."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    path: Annotated[str, Field(description="folder written by `grok data prepare`")]
-    weight: Annotated[
-        PositiveOrZero, Field(description="rows drawn from it, relative to the other datasets")
-    ] = 1.0
+    path: Annotated[str, "folder written by `grok data prepare`"]
+    weight: Annotated[PositiveOrZero, "rows drawn from it, relative to the other datasets"] = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MixtureChange:
+class MixtureChange(Section):
     """Weights of the mixture from a step on."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    from_step: Annotated[Count, Field(description="first step with these weights")]
-    weights: Annotated[
-        tuple[PositiveOrZero, ...], Field(description="a weight for each of data.datasets")
-    ]
+    from_step: Annotated[Count, "first step with these weights"]
+    weights: Annotated[tuple[PositiveOrZero, ...], "a weight for each of data.datasets"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShapeChange:
+class ShapeChange(Section):
     """Shape of a batch from a step on; what is left out stays as it was."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    from_step: Annotated[
-        CountOrZero, Field(description="first step with this shape, counted from 0")
-    ]
-    batch_size: Annotated[
-        Count | None, Field(description="rows of a batch (B); null: unchanged")
-    ] = None
+    from_step: Annotated[CountOrZero, "first step with this shape, counted from 0"]
+    batch_size: Annotated[Count | None, "rows of a batch (B); null: unchanged"] = None
     sequence_length: Annotated[
-        Count | None,
-        Field(description="tokens per row (T), a divisor of data.sequence_length; null: unchanged"),
+        Count | None, "tokens per row (T), a divisor of data.sequence_length; null: unchanged"
     ] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """What is read, and the shape of a batch."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    train: Annotated[tuple[str, ...], Field(description="UTF-8 text files to train on")] = ()
-    validation: Annotated[
-        tuple[str, ...], Field(description="UTF-8 text files held out for validation")
-    ] = ()
+    train: Annotated[tuple[str, ...], "UTF-8 text files to train on"] = ()
+    validation: Annotated[tuple[str, ...], "UTF-8 text files held out for validation"] = ()
     datasets: Annotated[
-        tuple[DatasetConfig, ...],
-        Field(description="prepared datasets to train on, instead of text files"),
+        tuple[DatasetConfig, ...], "prepared datasets to train on, instead of text files"
     ] = ()
     mixture_schedule: Annotated[
-        tuple[MixtureChange, ...],
-        Field(description="changes of the weights of data.datasets at given steps"),
+        tuple[MixtureChange, ...], "changes of the weights of data.datasets at given steps"
     ] = ()
-    validation_dataset: Annotated[
-        str, Field(description="prepared dataset for validation, instead of text files")
-    ] = ""
+    validation_dataset: Annotated[str, "prepared dataset for validation, instead of text files"] = (
+        ""
+    )
     packing: Annotated[
         Literal["concat_then_split", "best_fit"],
-        Field(
-            description="documents longer than a row: continue in the next row, or are truncated"
-        ),
+        "documents longer than a row: continue in the next row, or are truncated",
     ] = "concat_then_split"
     allow_data_change: Annotated[
-        bool, Field(description="resume even if the prepared datasets differ from the checkpoint's")
+        bool, "resume even if the prepared datasets differ from the checkpoint's"
     ] = False
-    tokenizer: Annotated[str, Field(description="tokenizer file")] = ""
-    sequence_length: Annotated[
-        Count, Field(description="tokens per row (T); the longest of data.batch_schedule")
-    ] = 1024
-    batch_size: Annotated[Count, Field(description="rows of the global batch (B)")] = 8
+    tokenizer: Annotated[str, "tokenizer file"] = ""
+    sequence_length: Annotated[Count, "tokens per row (T); the longest of data.batch_schedule"] = (
+        1024
+    )
+    batch_size: Annotated[Count, "rows of the global batch (B)"] = 8
     batch_schedule: Annotated[
-        tuple[ShapeChange, ...],
-        Field(description="changes of the batch's shape at given steps"),
+        tuple[ShapeChange, ...], "changes of the batch's shape at given steps"
     ] = ()
-    seed: Annotated[CountOrZero, Field(description="seed of the data order")] = 0
-    prefetch: Annotated[
-        CountOrZero, Field(description="batches prepared in advance, each in a thread; 0: none")
-    ] = 2
+    seed: Annotated[CountOrZero, "seed of the data order"] = 0
+    prefetch: Annotated[CountOrZero, "batches prepared in advance, each in a thread; 0: none"] = 2
 
     def __post_init__(self) -> None:
         if self.train and self.datasets:

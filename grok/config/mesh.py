@@ -2,33 +2,26 @@
 
 import dataclasses
 import math
-from typing import Annotated, ClassVar
-
-from pydantic import ConfigDict, Field
+from typing import Annotated
 
 from grok.config.model import GrokConfig
 from grok.config.numbers import CountOrZero, divisors
+from grok.config.section import Section
 from grok.errors import ConfigError
 
 MESH_AXES = ("slice", "data", "expert", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Section):
     """How many devices each mesh axis has; one may be -1: all that remain."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    slice: Annotated[
-        int, Field(description="slices joined by the data-centre network; the batch")
-    ] = 1
-    data: Annotated[
-        int, Field(description="the batch; parameters and optimizer state (ZeRO-3)")
-    ] = -1
-    expert: Annotated[int, Field(description="the width of each expert; the batch")] = 1
-    tensor: Annotated[int, Field(description="heads, the width of each expert, the vocabulary")] = 1
+    slice: Annotated[int, "slices joined by the data-centre network; the batch"] = 1
+    data: Annotated[int, "the batch; parameters and optimizer state (ZeRO-3)"] = -1
+    expert: Annotated[int, "the width of each expert; the batch"] = 1
+    tensor: Annotated[int, "heads, the width of each expert, the vocabulary"] = 1
     simulated_devices: Annotated[
-        CountOrZero, Field(description="CPU devices to simulate, over all hosts; 0: real devices")
+        CountOrZero, "CPU devices to simulate, over all hosts; 0: real devices"
     ] = 0
 
 

@@ -1,11 +1,10 @@
 """The optimizer, its learning rate, and the parameters that it treats apart."""
 
 import dataclasses
-from typing import Annotated, Any, ClassVar, Literal
-
-from pydantic import ConfigDict, Field
+from typing import Annotated, Literal
 
 from grok.config.numbers import CountOrZero, Positive, PositiveOrZero, Share
+from grok.config.section import Section
 from grok.errors import ConfigError
 
 # A moment in bfloat16 with more stays what it is where no gradient comes any more: its decay is
@@ -14,22 +13,14 @@ MAX_BFLOAT16_DECAY = 0.99
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ParamGroup:
+class ParamGroup(Section):
     """What is different for the tensors whose names match a pattern."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    match: Annotated[
-        str, Field(description="parameters by name; * stands for any text, as in `*router*`")
-    ]
-    name: Annotated[
-        str, Field(description="name of the group in metrics; empty: the default groups")
-    ] = ""
-    lr_scale: Annotated[PositiveOrZero, Field(description="multiplies the learning rate")] = 1.0
-    weight_decay: Annotated[
-        PositiveOrZero | None, Field(description="replaces optimizer.weight_decay")
-    ] = None
-    frozen: Annotated[bool, Field(description="do not train: no gradient, no moments")] = False
+    match: Annotated[str, "parameters by name; * stands for any text, as in `*router*`"]
+    name: Annotated[str, "name of the group in metrics; empty: the default groups"] = ""
+    lr_scale: Annotated[PositiveOrZero, "multiplies the learning rate"] = 1.0
+    weight_decay: Annotated[PositiveOrZero | None, "replaces optimizer.weight_decay"] = None
+    frozen: Annotated[bool, "do not train: no gradient, no moments"] = False
 
     def __post_init__(self) -> None:
         if self.frozen and (self.lr_scale != 1 or self.weight_decay is not None):
@@ -40,57 +31,40 @@ class ParamGroup:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """The optimizer and its learning rate, after clipping by global norm."""
-
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     name: Annotated[
         Literal["adamw", "adafactor", "lion", "muon"],
-        Field(description="update rule; muon: for attention and experts, with adamw for the rest"),
+        "update rule; muon: for attention and experts, with adamw for the rest",
     ] = "adamw"
-    peak_lr: Annotated[
-        Positive, Field(description="peak learning rate, reached after warmup_steps")
-    ] = 3e-4
+    peak_lr: Annotated[Positive, "peak learning rate, reached after warmup_steps"] = 3e-4
     schedule: Annotated[
         Literal["cosine", "linear", "constant", "wsd"],
-        Field(
-            description="decay after warm-up; wsd: constant, then linear over the last decay_steps"
-        ),
+        "decay after warm-up; wsd: constant, then linear over the last decay_steps",
     ] = "cosine"
-    min_lr_ratio: Annotated[
-        Share, Field(description="final learning rate, relative to peak_lr")
-    ] = 0.1
-    warmup_steps: Annotated[CountOrZero, Field(description="steps of linear warm-up")] = 100
-    decay_steps: Annotated[
-        CountOrZero, Field(description="steps of the linear decay at the end of wsd")
-    ] = 0
-    beta1: Annotated[
-        Share, Field(description="decay of the first moment; 0 with adafactor: no first moment")
-    ] = 0.9
-    beta2: Annotated[
-        Share, Field(description="decay of the second moment; with lion: of its momentum")
-    ] = 0.95
-    epsilon: Annotated[Positive, Field(description="epsilon of adamw")] = 1e-8
-    muon_momentum: Annotated[Share, Field(description="decay of muon's momentum")] = 0.95
+    min_lr_ratio: Annotated[Share, "final learning rate, relative to peak_lr"] = 0.1
+    warmup_steps: Annotated[CountOrZero, "steps of linear warm-up"] = 100
+    decay_steps: Annotated[CountOrZero, "steps of the linear decay at the end of wsd"] = 0
+    beta1: Annotated[Share, "decay of the first moment; 0 with adafactor: no first moment"] = 0.9
+    beta2: Annotated[Share, "decay of the second moment; with lion: of its momentum"] = 0.95
+    epsilon: Annotated[Positive, "epsilon of adamw"] = 1e-8
+    muon_momentum: Annotated[Share, "decay of muon's momentum"] = 0.95
     moments_dtype: Annotated[
         Literal["float32", "bfloat16"],
-        Field(description="dtype of stored moments; adafactor's second moment stays float32"),
+        "dtype of stored moments; adafactor's second moment stays float32",
     ] = "float32"
-    offload: Annotated[bool, Field(description="keep moments in host memory between steps")] = False
+    offload: Annotated[bool, "keep moments in host memory between steps"] = False
     weight_decay: Annotated[
-        PositiveOrZero,
-        Field(description="decoupled weight decay of matrices; none for norm scales"),
+        PositiveOrZero, "decoupled weight decay of matrices; none for norm scales"
     ] = 0.1
-    max_grad_norm: Annotated[
-        Positive, Field(description="gradients are clipped to this global norm")
-    ] = 1.0
+    max_grad_norm: Annotated[Positive, "gradients are clipped to this global norm"] = 1.0
     param_groups: Annotated[
         tuple[ParamGroup, ...],
-        Field(description="settings of parameters by name; the first group that matches applies"),
+        "settings of parameters by name; the first group that matches applies",
     ] = ()
     ema_decay: Annotated[
-        Share, Field(description="decay of an exponential moving average of the weights; 0: none")
+        Share, "decay of an exponential moving average of the weights; 0: none"
     ] = 0.0
 
     def __post_init__(self) -> None:
@@ -114,7 +88,7 @@ class OptimizerConfig:
             )
         if self.schedule == "constant" and self.min_lr_ratio not in (
             1,
-            self._default("min_lr_ratio"),
+            self.default("min_lr_ratio"),
         ):
             raise ConfigError(
                 f"optimizer.min_lr_ratio={self.min_lr_ratio} is not reached with "
@@ -124,7 +98,7 @@ class OptimizerConfig:
     def _check_moments(self) -> None:
         """Refuse keys that the optimizer would not read, and moments that would stand still."""
         for key, readers in {"epsilon": ("adamw", "muon"), "muon_momentum": ("muon",)}.items():
-            value, default = getattr(self, key), self._default(key)
+            value, default = getattr(self, key), self.default(key)
             if value != default and self.name not in readers:
                 raise ConfigError(
                     f"optimizer.{key}={value} is nothing that optimizer.name={self.name} has; "
@@ -139,7 +113,3 @@ class OptimizerConfig:
                     f"can hold; optimizer.{key}={MAX_BFLOAT16_DECAY} or "
                     "optimizer.moments_dtype=float32 would work."
                 )
-
-    @classmethod
-    def _default(cls, key: str) -> Any:
-        return cls.__dataclass_fields__[key].default

@@ -2,40 +2,36 @@
 
 import dataclasses
 import math
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import ConfigDict, Field
+from typing import Annotated, Literal
 
 from grok.config.data import DataConfig
 from grok.config.mesh import MeshConfig, check_model_fits, resolve_mesh
 from grok.config.model import GrokConfig
 from grok.config.numbers import Count, CountOrZero, round_up
 from grok.config.optimizer import OptimizerConfig
+from grok.config.section import Section
 from grok.config.train import CheckpointConfig, LoraConfig, TrainConfig
 from grok.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(Section):
     """Memory of inference: concurrent sequences, and the paged cache of keys and values.
 
     `max_num_seqs` and `num_pages` are totals over the mesh's batch groups.
     """
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    max_num_seqs: Annotated[Count, Field(description="sequences that are decoded at a time")] = 8
-    page_size: Annotated[Count, Field(description="tokens of a page of the cache")] = 32
+    max_num_seqs: Annotated[Count, "sequences that are decoded at a time"] = 8
+    page_size: Annotated[Count, "tokens of a page of the cache"] = 32
     num_pages: Annotated[
-        CountOrZero,
-        Field(description="pages of the cache; 0: enough for max_num_seqs at full length"),
+        CountOrZero, "pages of the cache; 0: enough for max_num_seqs at full length"
     ] = 0
     prefill_chunk_size: Annotated[
-        Count, Field(description="prompt tokens that one step computes, on each data replica")
+        Count, "prompt tokens that one step computes, on each data replica"
     ] = 256
     cache_dtype: Annotated[
         Literal["compute", "float32", "bfloat16", "int8"],
-        Field(description="type of cached keys and values; compute: as model.compute_dtype"),
+        "type of cached keys and values; compute: as model.compute_dtype",
     ] = "compute"
 
     def __post_init__(self) -> None:
@@ -48,59 +44,40 @@ class EngineConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(Section):
     """What `grok plan` compiles, and for which slice."""
-
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     program: Annotated[
         Literal["train", "prefill", "decode"],
-        Field(description="compiled step: of training, over prompts, or one token per row"),
+        "compiled step: of training, over prompts, or one token per row",
     ] = "train"
-    topology: Annotated[
-        str, Field(description="TPU slice, such as v5p:4x4x8; --topology overrides it")
-    ] = ""
-    batch_size: Annotated[Count, Field(description="rows of a prefill or decode step")] = 8
-    tokens: Annotated[
-        Count, Field(description="tokens per row: of a prompt, or in the KV cache when decoding")
-    ] = 2048
+    topology: Annotated[str, "TPU slice, such as v5p:4x4x8; --topology overrides it"] = ""
+    batch_size: Annotated[Count, "rows of a prefill or decode step"] = 8
+    tokens: Annotated[Count, "tokens per row: of a prompt, or in the KV cache when decoding"] = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section):
     """A whole run; what `grok train`, `grok config` and `grok.load_config` work with."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    model: Annotated[GrokConfig, Field(description="the decoder: dimensions, arithmetic, dtypes")]
-    folder: Annotated[
-        str, Field(description="folder of the run: checkpoints, metrics, resolved config")
-    ] = "runs/default"
-    mesh: Annotated[
-        MeshConfig,
-        Field(description="devices along each mesh axis; one may be -1: all that remain"),
-    ] = MeshConfig()
-    data: Annotated[DataConfig, Field(description="training and validation data, and batches")] = (
-        DataConfig()
+    model: Annotated[GrokConfig, "the decoder: dimensions, arithmetic, dtypes"]
+    folder: Annotated[str, "folder of the run: checkpoints, metrics, resolved config"] = (
+        "runs/default"
     )
-    optimizer: Annotated[
-        OptimizerConfig, Field(description="optimizer and learning-rate schedule")
-    ] = OptimizerConfig()
-    train: Annotated[TrainConfig, Field(description="length, losses, safeguards and reports")] = (
-        TrainConfig()
+    mesh: Annotated[MeshConfig, "devices along each mesh axis; one may be -1: all that remain"] = (
+        MeshConfig()
     )
-    lora: Annotated[
-        LoraConfig, Field(description="low-rank adapters, trained instead of the weights")
-    ] = LoraConfig()
-    checkpoint: Annotated[
-        CheckpointConfig, Field(description="when checkpoints are saved, and which are kept")
-    ] = CheckpointConfig()
-    engine: Annotated[
-        EngineConfig, Field(description="inference: concurrent sequences and KV cache")
-    ] = EngineConfig()
-    plan: Annotated[
-        PlanConfig, Field(description="what `grok plan` compiles, and for which slice")
-    ] = PlanConfig()
+    data: Annotated[DataConfig, "training and validation data, and batches"] = DataConfig()
+    optimizer: Annotated[OptimizerConfig, "optimizer and learning-rate schedule"] = (
+        OptimizerConfig()
+    )
+    train: Annotated[TrainConfig, "length, losses, safeguards and reports"] = TrainConfig()
+    lora: Annotated[LoraConfig, "low-rank adapters, trained instead of the weights"] = LoraConfig()
+    checkpoint: Annotated[CheckpointConfig, "when checkpoints are saved, and which are kept"] = (
+        CheckpointConfig()
+    )
+    engine: Annotated[EngineConfig, "inference: concurrent sequences and KV cache"] = EngineConfig()
+    plan: Annotated[PlanConfig, "what `grok plan` compiles, and for which slice"] = PlanConfig()
 
     def __post_init__(self) -> None:
         if self.data.sequence_length > self.model.context_length:
@@ -143,7 +120,7 @@ class RunConfig:
         if self.plan.program == "train":
             for key, instead in {"batch_size": "batch_size", "tokens": "sequence_length"}.items():
                 value = getattr(self.plan, key)
-                if value != PlanConfig.__dataclass_fields__[key].default:
+                if value != PlanConfig.default(key):
                     raise ConfigError(
                         f"plan.{key}={value} is of plan.program=prefill or decode, and a training "
                         f"step has data.{instead}={getattr(self.data, instead)}; "

@@ -55,7 +55,8 @@ def schema(config_type: type = RunConfig) -> dict[str, Setting]:
     hints = typing.get_type_hints(config_type, include_extras=True)
     for field in dataclasses.fields(config_type):
         kind, *notes = typing.get_args(hints[field.name])
-        meaning = next(note.description for note in notes if getattr(note, "description", None))
+        texts = [note if isinstance(note, str) else note.description for note in notes]
+        meaning = next(text for text in texts if text)
         setting = Setting(_bare(kind), _values(hints[field.name]), field.default, meaning)
         settings[field.name] = setting
         if setting.section is not None:

@@ -1,68 +1,44 @@
 """A training run: its length, losses, adapters and checkpoints."""
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import ConfigDict, Field
+from typing import Annotated, Literal
 
 from grok.config.numbers import Count, CountOrZero, Positive, PositiveOrZero
+from grok.config.section import Section
 from grok.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     """Length of the run, its losses, and how often it reports."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    steps: Annotated[Count, Field(description="optimizer steps of the whole run")] = 1000
-    seed: Annotated[CountOrZero, Field(description="seed of the parameter initialisation")] = 0
+    steps: Annotated[Count, "optimizer steps of the whole run"] = 1000
+    seed: Annotated[CountOrZero, "seed of the parameter initialisation"] = 0
     init_from: Annotated[
-        str,
-        Field(description="weights to start from: ckpt-0, Hugging Face, or a checkpoint of grok"),
+        str, "weights to start from: ckpt-0, Hugging Face, or a checkpoint of grok"
     ] = ""
-    z_loss: Annotated[
-        PositiveOrZero, Field(description="weight of log(Z)^2 of the output softmax in the loss")
-    ] = 0.0
-    router_balance_loss: Annotated[
-        PositiveOrZero, Field(description="weight of the router's load-balancing loss")
-    ] = 0.0
-    grad_accum_steps: Annotated[
-        Count, Field(description="microbatches per step, whose gradients are accumulated")
-    ] = 1
+    z_loss: Annotated[PositiveOrZero, "weight of log(Z)^2 of the output softmax in the loss"] = 0.0
+    router_balance_loss: Annotated[PositiveOrZero, "weight of the router's load-balancing loss"] = (
+        0.0
+    )
+    grad_accum_steps: Annotated[Count, "microbatches per step, whose gradients are accumulated"] = 1
     grad_spike_factor: Annotated[
-        PositiveOrZero,
-        Field(
-            description="skip steps with a gradient norm above so many times its average; 0: none"
-        ),
+        PositiveOrZero, "skip steps with a gradient norm above so many times its average; 0: none"
     ] = 0.0
-    max_bad_steps: Annotated[
-        Count, Field(description="consecutive bad steps after which the run ends")
-    ] = 10
+    max_bad_steps: Annotated[Count, "consecutive bad steps after which the run ends"] = 10
     rollback_on_divergence: Annotated[
-        bool,
-        Field(description="return to the last good checkpoint instead, and skip those batches"),
+        bool, "return to the last good checkpoint instead, and skip those batches"
     ] = False
-    log_every: Annotated[Count, Field(description="steps between lines of metrics.jsonl")] = 10
-    eval_every: Annotated[
-        CountOrZero, Field(description="steps between validation passes; 0: only at the end")
-    ] = 0
+    log_every: Annotated[Count, "steps between lines of metrics.jsonl"] = 10
+    eval_every: Annotated[CountOrZero, "steps between validation passes; 0: only at the end"] = 0
     hang_timeout_seconds: Annotated[
-        CountOrZero,
-        Field(description="abort when no step finishes for so long, to be restarted; 0: never"),
+        CountOrZero, "abort when no step finishes for so long, to be restarted; 0: never"
     ] = 1800
-    heartbeat_timeout_seconds: Annotated[
-        Count, Field(description="abort when a host is silent for so long")
-    ] = 60
-    tensorboard: Annotated[
-        bool, Field(description="write TensorBoard event files (extra `tensorboard`)")
-    ] = False
-    wandb: Annotated[
-        str, Field(description="Weights & Biases project that receives metrics (extra `wandb`)")
-    ] = ""
+    heartbeat_timeout_seconds: Annotated[Count, "abort when a host is silent for so long"] = 60
+    tensorboard: Annotated[bool, "write TensorBoard event files (extra `tensorboard`)"] = False
+    wandb: Annotated[str, "Weights & Biases project that receives metrics (extra `wandb`)"] = ""
     profile: Annotated[
-        tuple[Count, ...],
-        Field(description="first and last step of a profile for XProf; []: none"),
+        tuple[Count, ...], "first and last step of a profile for XProf; []: none"
     ] = ()
 
     def __post_init__(self) -> None:
@@ -82,16 +58,14 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Section):
     """Low-rank adapters, trained in place of the weights that train.init_from names."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    rank: Annotated[CountOrZero, Field(description="rank of the adapters; 0: no adapters")] = 0
-    alpha: Annotated[Positive, Field(description="scales adapters by alpha/rank")] = 16.0
+    rank: Annotated[CountOrZero, "rank of the adapters; 0: no adapters"] = 0
+    alpha: Annotated[Positive, "scales adapters by alpha/rank"] = 16.0
     targets: Annotated[
         tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...],
-        Field(description="matrices with adapters: four of attention, three of the experts"),
+        "matrices with adapters: four of attention, three of the experts",
     ] = ("query", "key", "value", "out")
 
     def __post_init__(self) -> None:
@@ -108,25 +82,19 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """When checkpoints are saved and how many stay."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    every: Annotated[
-        Count, Field(description="steps between checkpoints; the last step is saved too")
-    ] = 500
-    keep: Annotated[Count, Field(description="newest checkpoints to keep")] = 3
+    every: Annotated[Count, "steps between checkpoints; the last step is saved too"] = 500
+    keep: Annotated[Count, "newest checkpoints to keep"] = 3
     keep_every: Annotated[
-        CountOrZero,
-        Field(description="also keep checkpoints at multiples of so many steps; 0: none"),
+        CountOrZero, "also keep checkpoints at multiples of so many steps; 0: none"
     ] = 0
     keep_best: Annotated[
-        CountOrZero, Field(description="also keep so many checkpoints with the lowest best_metric")
+        CountOrZero, "also keep so many checkpoints with the lowest best_metric"
     ] = 0
     best_metric: Annotated[
-        Literal["validation_loss", "validation_bits_per_byte"],
-        Field(description="metric that keep_best compares"),
+        Literal["validation_loss", "validation_bits_per_byte"], "metric that keep_best compares"
     ] = "validation_loss"
 
     def __post_init__(self) -> None:
