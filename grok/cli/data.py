@@ -119,7 +119,8 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
 
     SOURCES, local or gs://, are files or folders: plain text (a document each), JSON lines or
     Parquet (a document each record), any of them as .gz or .zst. The bytes written do not depend
-    on --workers; after a kill the same command goes on. Bad records go to rejected.jsonl.
+    on --workers; after an interruption the same command continues. Bad records are listed in
+    rejected.jsonl.
     """
     from grok.data.prepare.job import PrepareOptions, prepare_dataset
 

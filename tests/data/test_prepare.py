@@ -37,7 +37,7 @@ def rows(tmp_path) -> str:
 
 
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path, rows, tokenizer, monkeypatch):
-    monkeypatch.setattr("grok.data.prepare.job.UNIT_RECORDS", 7)
+    monkeypatch.setattr("grok.data.prepare.job.GROUP_RECORDS", 7)
     others = {"drop_duplicates": True, "max_bad_share": 0.1, "licence": "CC0-1.0"}
     found = []
     for workers in (1, 2, 4):
@@ -213,10 +213,10 @@ def test_a_second_time_nothing_is_done(tmp_path, rows, tokenizer):
 
 def test_a_folder_of_other_data_is_refused(tmp_path, rows, tokenizer):
     made(tmp_path / "out", [rows], tokenizer, max_bad_share=0.1)
-    with pytest.raises(DataError, match="was made with drop_duplicates=False, not True"):
+    with pytest.raises(DataError, match=r"options\.drop_duplicates was false and is true"):
         made(tmp_path / "out", [rows], tokenizer, drop_duplicates=True)
     Path(rows).write_text('{"text": "other"}\n')
-    with pytest.raises(DataError, match="was made with other sources"):
+    with pytest.raises(DataError, match=r"is another dataset \(sources was"):
         made(tmp_path / "out", [rows], tokenizer)
 
 

@@ -170,7 +170,7 @@ def test_a_changed_byte_of_a_page_with_a_checksum_is_seen(tmp_path, tokenizer):
     ("record", "reason"),
     [
         ({"p": "question"}, "has no field `c`"),
-        ({"p": "question", "c": ""}, "has no text to learn"),
+        ({"p": "question", "c": ""}, "has no text that bears loss"),
         ({"p": ["question"], "c": "answer"}, "field `p` is not text but a list"),
     ],
 )
@@ -184,11 +184,11 @@ def test_a_bad_prompt_or_completion(tmp_path, tokenizer, record, reason):
     ("messages", "reason"),
     [
         ("talk", "field `m` is not a list but text"),
-        ([], "has no text to learn"),
+        ([], "has no text that bears loss"),
         (["hello"], "message 0 is no object but text"),
         ([{"role": "user"}], "message 0 has no field `content`"),
         ([{"role": "robot", "content": "hi"}], "message 0 has role `robot`, none of system"),
-        ([{"role": "user", "content": "hi"}], "has no text to learn"),
+        ([{"role": "user", "content": "hi"}], "has no text that bears loss"),
     ],
 )
 def test_a_bad_conversation(tmp_path, tokenizer, messages, reason):
@@ -211,7 +211,7 @@ def test_too_many_bad_records_stop_it_and_a_larger_share_goes_on(tmp_path, token
     with pytest.raises(
         DataError,
         match=r"1 of 21 records are bad, 4\.76%, more than --max-bad-share 0\.01 allows .*; the "
-        r"first: .*rows\.jsonl:21: is empty\. .* --max-bad-share 0\.05 goes on",
+        r"first: .*rows\.jsonl:21: is empty\. .* --max-bad-share 0\.05 continues",
     ):
         made(tmp_path / "out", [path], tokenizer)
     assert len(rejected(tmp_path / "out")) == 1
@@ -248,7 +248,7 @@ def small_files():
 def test_no_room_to_write(tmp_path, tokenizer, small_files):
     texts = [hashlib.sha512(bytes([i])).hexdigest() for i in range(200)]
     paths = [write_lines(tmp_path / f"rows{i}.jsonl", texts) for i in range(4)]
-    with pytest.raises(DataError, match=r"cannot be written: .* the same command goes on"):
+    with pytest.raises(DataError, match=r"cannot be written: .* the same command continues"):
         made(tmp_path / "out", paths, tokenizer, shard_bytes=10**9)
 
 

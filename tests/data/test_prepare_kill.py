@@ -1,6 +1,5 @@
 """A job that is killed at any point goes on, and its bytes are those of an undisturbed one."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grok.data.prepare.job import prepare_dataset
-from grok.data.prepare.shards import ShardJournal, ShardWriter, exclusive_lock
+from grok.data.prepare.shards import ShardJournal, ShardWriter
 from grok.errors import DataError
 from tests.data.prepared import TEXTS, contents, made, make_tokenizer, options, write_lines
 
@@ -32,7 +31,7 @@ def kill_before(owner, name, calls):
 def main():
     source, tokenizer, out, workers, owner, name, calls = sys.argv[1:]
     owners = {"writer": shards.ShardWriter, "journal": shards.ShardJournal, "os": os,
-              "shards": shards, "manifest": manifest, "shutil": shards.shutil}
+              "shards": shards, "storage": manifest.storage, "shutil": shards.shutil}
     if owner:
         kill_before(owners[owner], name, int(calls))
     job.prepare_dataset(job.PrepareOptions(
@@ -45,13 +44,13 @@ if __name__ == "__main__":
 
 POINTS = [
     ("writer", "write", 40),  # in the middle of a shard
-    ("shards", "sync", 2),  # a shard is closed, not yet in place
+    ("shards", "sync", 1),  # a shard is closed, not yet in place
     ("journal", "append", 2),  # in place, not yet in the journal
     ("writer", "write", 5),
-    ("os", "replace", 4),  # an entry of the journal is written beside its place
+    ("os", "replace", 3),  # another shard is closed, not yet in place
     ("writer", "write", 20),
-    ("manifest", "write_atomically", 1),  # all input is read: shards are renamed
-    ("manifest", "write_atomically", 4),  # all but the last is written
+    ("storage", "write_bytes", 1),  # all input is read: shards are renamed
+    ("storage", "write_bytes", 4),  # all but the last is written
     ("shutil", "rmtree", 1),  # the manifest is in place
 ]
 
@@ -101,20 +100,20 @@ def test_processes_end_with_the_one_that_was_killed(home, tmp_path):
 def test_finished_shards_are_not_made_again(home, tmp_path):
     out = tmp_path / "killed"
     run(home, out, ("writer", "write", 60))
-    entries = sorted((out / "unfinished").glob("0*.json"))
-    kept = [(path, os.stat(path).st_mtime_ns) for path in entries]
-    assert kept
-    assert run(home, out, ("manifest", "write_atomically", 1)) == -signal.SIGKILL
-    assert [(path, os.stat(path).st_mtime_ns) for path in entries] == kept
+    written = [os.stat(path).st_mtime_ns for path in sorted((out / "unfinished").glob("0*"))]
+    assert written
+    assert run(home, out, ("storage", "write_bytes", 1)) == -signal.SIGKILL
+    shards = sorted(out.glob("shard-*"))
+    assert [os.stat(path).st_mtime_ns for path in shards[: len(written)]] == written
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shard_bytes": 6000}, "was begun with shard_bytes=5000, not 6000"),
-        ({"drop_duplicates": False}, "was begun with drop_duplicates=True, not False"),
-        ({"tokenizer": "other"}, "was begun with another tokenizer"),
-        ({"text": b'{"text": "changed"}\n'}, "was begun with other sources"),
+        ({"shard_bytes": 6000}, "options.shard_bytes was 5000 and is 6000"),
+        ({"drop_duplicates": False}, "options.drop_duplicates was true and is false"),
+        ({"tokenizer": "other"}, "tokenizer.sha256 was"),
+        ({"text": b'{"text": "changed"}\n'}, "sources was"),
     ],
 )
 def test_a_changed_job_does_not_go_on(home, tmp_path, change, message):
@@ -137,8 +136,8 @@ def test_a_changed_job_does_not_go_on(home, tmp_path, change, message):
 def test_two_at_once_are_refused(home, tmp_path):
     job = options([str(home / "rows.jsonl")], str(home / "t.model"))
     with (
-        exclusive_lock(tmp_path / "out" / "unfinished"),
-        pytest.raises(DataError, match="is being written by another process"),
+        ShardJournal(tmp_path / "out" / "unfinished", {}),
+        pytest.raises(DataError, match="another process is writing here"),
     ):
         prepare_dataset(job, tmp_path / "out")
 
@@ -148,8 +147,9 @@ def test_a_journal_comes_back_as_it_was(tmp_path):
     writer = ShardWriter(journal, 100)
     writer.entry.rejected.append({"file": "x", "line": 1, "reason": "is empty"})
     writer.entry.add(2, rejected=1)
-    writer.finish((3, 14), ended=True)
-    again = ShardJournal(tmp_path / "unfinished", {"options": {}})
-    assert again.entries == journal.entries
-    assert again.ended and again.position == (3, 14)
-    assert json.loads((tmp_path / "unfinished" / "job.json").read_text()) == {"options": {}}
+    writer.finish((3, 14), is_last=True)
+    with journal:
+        pass
+    with ShardJournal(tmp_path / "unfinished", {"options": {}}) as again:
+        assert again.entries == journal.entries
+        assert again.is_complete and again.position == (3, 14)

@@ -1,1 +1,1 @@
-"""`grok data prepare`: files of text to a prepared dataset."""
+"""`grok data prepare`: files of text to a token dataset."""

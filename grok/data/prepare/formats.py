@@ -1,6 +1,6 @@
-"""What a file holds, record by record: plain text, JSON lines, Parquet, each perhaps compressed.
+"""Readers of source files, record by record: plain text, JSON lines, Parquet, perhaps compressed.
 
-Damage becomes a problem in the place of a record, and what came before it survives.
+Damage becomes a record with a problem; the records before it survive.
 """
 
 import io
@@ -8,44 +8,42 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, Protocol
 
-CHUNK_BYTES = 1 << 20  # bytes that are read at once
-ROWS = 256  # of a Parquet file that are turned into Python objects at once
+CHUNK_BYTES = 1 << 20
+PARQUET_BATCH_ROWS = 256  # turned into Python objects at once
 
 
 class FileInfo(Protocol):
-    """What is to be known of a file: gzip, zstd or no compression, and its size."""
+    """Compression of a file (gzip, zstd or None) and its size in bytes."""
 
     @property
     def compression(self) -> str | None:
-        """Name of the compression."""
-        ...
+        """gzip, zstd or None."""
 
     @property
     def bytes(self) -> int:
         """Size of the file."""
-        ...
 
 
-# What a reader yields: line, data, problem, and bytes of the file read so far.
-Read = tuple[int | None, Any, str | None, int]
+# Line, data, problem, and bytes of the file read so far.
+Row = tuple[int | None, Any, str | None, int]
 
 
-def _read_text(file: BinaryIO, about: FileInfo, columns: Sequence[str]) -> Iterator[Read]:
+def _read_text(file: BinaryIO, info: FileInfo, columns: Sequence[str]) -> Iterator[Row]:
     chunks = []
-    for chunk, problem in _chunks(file, about.compression):
+    for chunk, problem in _chunks(file, info.compression):
         if problem:
-            yield None, None, problem, about.bytes
+            yield None, None, problem, info.bytes
             return
         chunks.append(chunk)
-    yield None, b"".join(chunks), None, about.bytes
+    yield None, b"".join(chunks), None, info.bytes
 
 
-def _read_lines(file: BinaryIO, about: FileInfo, columns: Sequence[str]) -> Iterator[Read]:
-    """Lines that are not blank."""
+def _read_lines(file: BinaryIO, info: FileInfo, columns: Sequence[str]) -> Iterator[Row]:
+    """The lines that are not blank."""
     number, tail = 1, b""
-    for chunk, problem in _chunks(file, about.compression):
+    for chunk, problem in _chunks(file, info.compression):
         if problem:
-            yield number, None, problem, about.bytes
+            yield number, None, problem, info.bytes
             return
         *lines, tail = (tail + chunk).split(b"\n")
         offset = file.tell()
@@ -54,11 +52,11 @@ def _read_lines(file: BinaryIO, about: FileInfo, columns: Sequence[str]) -> Iter
                 yield number, line, None, offset
             number += 1
     if tail.strip():
-        yield number, tail, None, about.bytes
+        yield number, tail, None, info.bytes
 
 
 def _chunks(file: BinaryIO, compression: str | None) -> Iterator[tuple[bytes, str | None]]:
-    """Decompressed bytes of a file; at damage, the problem, and no more."""
+    """Decompressed bytes of a file, up to a problem where it is damaged."""
     if compression is None:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk, None
@@ -67,7 +65,7 @@ def _chunks(file: BinaryIO, compression: str | None) -> Iterator[tuple[bytes, st
 
     pending = file.read(CHUNK_BYTES)
     while pending:
-        # Several streams may follow each other in a file, as `cat a.gz b.gz` makes it.
+        # A file may hold several streams, as `cat a.gz b.gz` writes.
         stream: Any = (
             zlib.decompressobj(wbits=31)
             if compression == "gzip"
@@ -87,43 +85,45 @@ def _chunks(file: BinaryIO, compression: str | None) -> Iterator[tuple[bytes, st
         pending = pending or file.read(CHUNK_BYTES)
 
 
-def _read_parquet(file: BinaryIO, about: FileInfo, columns: Sequence[str]) -> Iterator[Read]:
-    """Rows as dictionaries of `columns`, those of them that there are."""
+def _read_parquet(file: BinaryIO, info: FileInfo, columns: Sequence[str]) -> Iterator[Row]:
+    """Rows as dictionaries of those of `columns` that the file has."""
     import pyarrow
     from pyarrow import parquet
 
-    if about.compression:
+    if info.compression:
         chunks = []
-        for chunk, problem in _chunks(file, about.compression):
+        for chunk, problem in _chunks(file, info.compression):
             if problem:
-                yield None, None, problem, about.bytes
+                yield None, None, problem, info.bytes
                 return
             chunks.append(chunk)
         file = io.BytesIO(b"".join(chunks))
     try:
-        opened = parquet.ParquetFile(file, page_checksum_verification=True)
+        parquet_file = parquet.ParquetFile(file, page_checksum_verification=True)
     except (pyarrow.ArrowException, OSError) as error:
-        yield None, None, f"the file is no Parquet or damaged ({_first_line(error)})", about.bytes
+        yield None, None, f"the file is no Parquet or damaged ({_first_line(error)})", info.bytes
         return
-    names = [name for name in columns if name in opened.schema_arrow.names]
-    first, rows = 1, max(1, opened.metadata.num_rows)
-    for group in range(opened.num_row_groups):
+    names = [name for name in columns if name in parquet_file.schema_arrow.names]
+    first, rows = 1, max(1, parquet_file.metadata.num_rows)
+    for group in range(parquet_file.num_row_groups):
         line = first
         try:
-            for batch in opened.iter_batches(ROWS, [group], names, use_threads=False):
-                for data, problem in _rows(batch):
-                    yield line, data, problem, about.bytes * line // rows
+            for batch in parquet_file.iter_batches(
+                PARQUET_BATCH_ROWS, [group], names, use_threads=False
+            ):
+                for data, problem in _batch_rows(batch):
+                    yield line, data, problem, info.bytes * line // rows
                     line += 1
         except (pyarrow.ArrowException, OSError) as error:
             problem = f"the rest of row group {group} is damaged ({_first_line(error)})"
-            yield line, None, problem, about.bytes * line // rows
-        first += opened.metadata.row_group(group).num_rows
+            yield line, None, problem, info.bytes * line // rows
+        first += parquet_file.metadata.row_group(group).num_rows
 
 
-def _rows(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
+def _batch_rows(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
     for index in range(batch.num_rows):
         try:
-            # Without columns a batch has rows and no list of them.
+            # A batch without columns has rows, but to_pylist gives none.
             yield (batch.slice(index, 1).to_pylist() or [{}])[0], None
         except UnicodeDecodeError as error:
             yield None, f"is not UTF-8 at byte {error.start} (0x{error.object[error.start]:02x})"

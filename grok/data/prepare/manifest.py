@@ -1,6 +1,6 @@
-"""The manifest of a prepared dataset: what it was made of, hash for hash, and what came of it.
+"""The manifest of a dataset: hashes of its sources, its settings, its counts and its files.
 
-Neither times nor names of machines are in it: the same input gives the same bytes.
+It has neither times nor names of machines: the same input gives the same bytes.
 """
 
 import hashlib
@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from grok import storage
 from grok.data.dataset import FORMAT, LENGTHS_FILE, MANIFEST_FILE, read_manifest
-from grok.data.prepare.shards import COUNTS, ShardEntry, ShardJournal, file_hash, write_atomically
+from grok.data.prepare.shards import COUNTS, ShardEntry, ShardJournal, file_hash
 from grok.data.prepare.sources import SourceFile
 
 SOURCES_FILE = "sources.jsonl"
@@ -25,14 +26,20 @@ TOKENIZER_FILE = "tokenizer.model"
 def describe_sources(
     names: Sequence[str], files: Sequence[SourceFile], licence: str | None
 ) -> list[dict[str, Any]]:
-    """Each source with its SHA-256: a file's own, a folder's that of its lines in SOURCES."""
+    """Each source with its SHA-256: of a file, or of a folder's lines in SOURCES_FILE."""
     sources = []
     for number, name in enumerate(names):
-        own = [file for file in files if file.source == number]
-        single = len(own) == 1 and own[0].name == name
-        sha256 = own[0].sha256 if single else hashlib.sha256(sources_lines(own)).hexdigest()
-        total = sum(file.bytes for file in own)
-        sources.append({"name": name, "sha256": sha256, "files": len(own), "file_bytes": total})
+        members = [file for file in files if file.source == number]
+        is_file = len(members) == 1 and members[0].name == name
+        lines_hash = hashlib.sha256(sources_lines(members)).hexdigest()
+        sources.append(
+            {
+                "name": name,
+                "sha256": members[0].sha256 if is_file else lines_hash,
+                "files": len(members),
+                "file_bytes": sum(file.bytes for file in members),
+            }
+        )
         if licence is not None:
             sources[-1]["licence"] = licence
     return sources
@@ -45,9 +52,9 @@ def write_dataset(
     files: Sequence[SourceFile],
     model: bytes,
 ) -> dict[str, Any]:
-    """Make a whole dataset of a journal that has ended; gives the manifest.
+    """Completes the dataset of a journal with all input; returns its manifest.
 
-    Killed at any moment it can be called again: the manifest is written last.
+    After an interruption it can be called again: the manifest is written last.
     """
     entries = journal.entries
     names = [
@@ -58,15 +65,15 @@ def write_dataset(
             os.replace(path, folder / name)
     lengths = io.BytesIO()
     np.save(lengths, np.concatenate([np.array(entry.lengths, np.uint32) for entry in entries]))
-    others = {
+    contents = {
         LENGTHS_FILE: lengths.getvalue(),
         SOURCES_FILE: sources_lines(files),
         TOKENIZER_FILE: model,
     }
     if rejected := rejected_lines(entries):
-        others[REJECTED_FILE] = rejected
-    for name, data in others.items():
-        write_atomically(folder / name, data)
+        contents[REJECTED_FILE] = rejected
+    for name, data in contents.items():
+        storage.write_bytes(folder / name, data)
     manifest = {
         "format": FORMAT,
         **identity,
@@ -85,45 +92,45 @@ def write_dataset(
             }
             for name, entry in zip(names, entries, strict=True)
         ],
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in others.items()},
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
     }
-    write_atomically(folder / MANIFEST_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
+    storage.write_bytes(folder / MANIFEST_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
     journal.remove()
     return manifest
 
 
 def verify_dataset(folder: str | Path) -> list[str]:
-    """A sentence for each file that is not as the manifest of this dataset says."""
+    """A sentence for each file that differs from the manifest of the dataset in `folder`."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    wanted = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
+    hashes = {shard["name"]: shard["sha256"] for shard in manifest["shards"]} | manifest["files"]
     problems = []
-    for name, sha256 in {**wanted, **manifest["files"]}.items():
+    for name, sha256 in hashes.items():
         if not (folder / name).exists():
             problems.append(f"{name} is missing.")
-        elif (found := file_hash(folder / name)[0]) != sha256:
+        elif (actual := file_hash(folder / name)[0]) != sha256:
             problems.append(
-                f"{name} does not match its manifest: its SHA-256 is {found}, not {sha256}."
+                f"{name} does not match its manifest: its SHA-256 is {actual}, not {sha256}."
             )
     return problems
 
 
-def add_counts(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+def add_counts(several: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """The sums of several counts."""
     total = dict.fromkeys(COUNTS, 0)
-    for counts in parts:
+    for counts in several:
         for name, number in counts.items():
             total[name] += number
     return total
 
 
 def rejected_lines(entries: Iterable[ShardEntry]) -> bytes:
-    """Lines of REJECTED: file, line and reason of each bad record."""
+    """Lines of REJECTED_FILE: file, line and reason of each bad record."""
     return _lines(line for entry in entries for line in entry.rejected)
 
 
 def sources_lines(files: Iterable[SourceFile]) -> bytes:
-    """Lines of SOURCES: name, bytes and SHA-256 of each file that was read."""
+    """Lines of SOURCES_FILE: name, bytes and SHA-256 of each file that was read."""
     return _lines(
         {"source": file.source, "file": file.name, "bytes": file.bytes, "sha256": file.sha256}
         for file in files
@@ -131,5 +138,5 @@ def sources_lines(files: Iterable[SourceFile]) -> bytes:
 
 
 def _lines(records: Iterable[Mapping[str, Any]]) -> bytes:
-    # A name of a file may hold bytes that are not UTF-8; escaped they can be written.
+    # A file's name may have bytes that are not UTF-8; json.dumps escapes them.
     return "".join(json.dumps(record) + "\n" for record in records).encode()

@@ -1,4 +1,4 @@
-"""One raw record to one document: its text found, checked and tokenised.
+"""One raw record to one document: its text is extracted, checked and tokenized.
 
 S tokens of a document.
 """
@@ -17,17 +17,17 @@ from grok.data.prepare.sources import RawRecord
 from grok.data.tokenizers import Tokenizer
 from grok.errors import DataError
 
-# Words before each message of a conversation, and what ends it: as xAI's chat models have it.
+# The prefix of each message of a conversation and its end, as in xAI's chat models.
 ROLES = {"system": "System:", "user": "Human:", "assistant": "Assistant:"}
 END_OF_MESSAGE = "<|separator|>"
-# A character (of private use, the last but two) that no tokenizer has a piece for, so that none
-# joins it with what follows.
+# A private-use character that no tokenizer has a piece for, so that none joins it with what
+# follows.
 GUARD = "\U0010fffd"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordFields:
-    """Names of a record's fields, None for those that are not looked for.
+    """Names of a record's fields, None for those that are not read.
 
     A record's text is in `text`, or it is supervised: `prompt` and `completion`, or `messages`, a
     list of objects with role and content. Then loss is on completions, or assistants' messages.
@@ -43,11 +43,11 @@ class RecordFields:
 
     @property
     def supervised(self) -> bool:
-        """Whether records are prompts and completions rather than texts."""
+        """True for records of prompts and completions instead of texts."""
         return bool(self.messages or self.prompt)
 
     def names(self) -> list[str]:
-        """All fields that are read of a record."""
+        """All fields that are read."""
         return [name for name in dataclasses.asdict(self).values() if name]
 
 
@@ -55,14 +55,14 @@ PLAIN = RecordFields()
 
 
 class TextSegment(NamedTuple):
-    """A stretch of text, and whether its tokens bear loss."""
+    """A part of a document's text; has_loss: its tokens bear loss."""
 
     text: str
     has_loss: bool
 
 
 class EncodedDocument(NamedTuple):
-    """A document ready to be written, with what is counted of it; digest: of its text."""
+    """A document as a record, its counts, and the digest of its text."""
 
     record: bytes
     tokens: int
@@ -72,20 +72,20 @@ class EncodedDocument(NamedTuple):
 
 
 class BadRecord(Exception):
-    """What is wrong with a record, said of it."""
+    """The reason why a record has no document, as a predicate: `is not UTF-8 at byte 7`."""
 
 
 class DocumentEncoder:
     """Makes documents of raw records."""
 
     def __init__(self, tokenizer: Tokenizer, fields: RecordFields) -> None:
-        """Use `tokenizer`, which must have an end-of-sequence token."""
+        """Uses `tokenizer`, which must have an end-of-sequence token."""
         self._tokenizer = tokenizer
         self._fields = fields
         self._num_guard_ids = len(self._tokenizer.encode(GUARD))
 
-    def encode(self, raw: RawRecord, kept: Mapping[str, Any]) -> EncodedDocument:
-        """The document of a record, keeping `kept` and its own fields; BadRecord without one."""
+    def encode(self, raw: RawRecord, metadata: Mapping[str, Any]) -> EncodedDocument:
+        """The document of a record, with `metadata` and its own; BadRecord where it has none."""
         if raw.problem or raw.data is None:
             raise BadRecord(raw.problem)
         data = (
@@ -97,21 +97,23 @@ class DocumentEncoder:
             segments = [TextSegment(_decode(data), True)]
         else:
             segments = self._segments(data)
-            kept = {**kept, **self._kept(data)}
+            metadata = {**metadata, **self._metadata(data)}
         if not any(segment.text.strip() for segment in segments if segment.has_loss):
-            raise BadRecord("has no text to learn" if self._fields.supervised else "is empty")
-        tokens_S, mask_S = self._tokenise(segments)
+            raise BadRecord(
+                "has no text that bears loss" if self._fields.supervised else "is empty"
+            )
+        tokens_S, mask_S = self._tokenize(segments)
         texts = [segment.text.encode() for segment in segments]
         return EncodedDocument(
-            record=encode_document(tokens_S, mask_S, kept),
+            record=encode_document(tokens_S, mask_S, metadata),
             tokens=len(tokens_S),
             loss_tokens=int(mask_S.sum()) if mask_S is not None else len(tokens_S),
             text_bytes=sum(map(len, texts)),
-            # A text may hold no 0xff, so the parts cannot run into each other.
+            # UTF-8 has no byte 0xff, so the texts cannot run into each other.
             digest=hashlib.blake2b(b"\xff".join(texts), digest_size=16).digest(),
         )
 
-    def _tokenise(self, segments: list[TextSegment]) -> tuple[np.ndarray, np.ndarray | None]:
+    def _tokenize(self, segments: list[TextSegment]) -> tuple[np.ndarray, np.ndarray | None]:
         """tokens_S (uint32), ended by eos, and mask_S (uint8; None for a plain text)."""
         tokens, mask = array.array("I"), bytearray()
         for segment in segments:
@@ -124,31 +126,31 @@ class DocumentEncoder:
         return tokens_S, np.frombuffer(mask, np.uint8) if self._fields.supervised else None
 
     def _ids(self, text: str, first: bool) -> list[int]:
-        """Ids of a text, which is the `first` of its document or goes on with it."""
+        """Ids of a text, which is the `first` of its document or continues it."""
         try:
             if first:
                 return self._tokenizer.encode(text)
-            # Some tokenizers write a space before every text, and here none is meant.
+            # Some tokenizers add a space before every text; GUARD takes it.
             return self._tokenizer.encode(GUARD + text)[self._num_guard_ids :]
         except DataError as error:
             raise BadRecord(str(error).partition(",")[0].replace("the text has", "has")) from None
 
     def _segments(self, data: Mapping[str, Any]) -> list[TextSegment]:
         if self._fields.messages:
-            return _conversation(_get(data, self._fields.messages, list))
+            return _conversation(_field(data, self._fields.messages, list))
         if self._fields.prompt:
-            prompt = _get(data, self._fields.prompt, str)
-            completion = _get(data, self._fields.completion or "", str)
+            prompt = _field(data, self._fields.prompt, str)
+            completion = _field(data, self._fields.completion or "", str)
             return [TextSegment(prompt, False), TextSegment(completion, True)]
-        return [TextSegment(_get(data, self._fields.text or "", str), True)]
+        return [TextSegment(_field(data, self._fields.text or "", str), True)]
 
-    def _kept(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def _metadata(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Id, language and licence, where the record has them, as text or numbers."""
         names = {"id": self._fields.id, "language": self._fields.language}
         names["licence"] = self._fields.licence
         values = {key: data.get(name) for key, name in names.items() if name}
         return {
-            # What UTF-8 cannot hold of a name is no reason to lose the text.
+            # A surrogate in a name is no reason to lose the text.
             key: value if isinstance(value, int) else str(value).encode(errors="replace").decode()
             for key, value in values.items()
             if value is not None
@@ -180,13 +182,13 @@ def _decode(data: bytes) -> str:
 
 
 def _conversation(messages: list[Any]) -> list[TextSegment]:
-    """Each message as `Role: content<|separator|>`; learnt is what assistants say, to its end."""
+    """Each message as `Role: content<|separator|>`; the assistant's content and end bear loss."""
     segments: list[TextSegment] = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
             raise BadRecord(f"message {number} is no object but {_type(message)}")
         try:
-            role, content = _get(message, "role", str), _get(message, "content", str)
+            role, content = _field(message, "role", str), _field(message, "content", str)
         except BadRecord as error:
             raise BadRecord(f"message {number} {error}") from None
         if role not in ROLES:
@@ -197,12 +199,12 @@ def _conversation(messages: list[Any]) -> list[TextSegment]:
     return segments
 
 
-def _get(data: Mapping[str, Any], name: str, kind: type) -> Any:
+def _field(data: Mapping[str, Any], name: str, kind: type) -> Any:
     if name not in data:
         raise BadRecord(f"has no field `{name}`")
     if not isinstance(data[name], kind):
-        wanted = "text" if kind is str else "a list"
-        raise BadRecord(f"field `{name}` is not {wanted} but {_type(data[name])}")
+        expected = "text" if kind is str else "a list"
+        raise BadRecord(f"field `{name}` is not {expected} but {_type(data[name])}")
     return data[name]
 
 

@@ -1,7 +1,4 @@
-"""Files of text, here or at gs://, as a sequence of raw records.
-
-What cannot be read of a file becomes a record with a problem, and what came before it survives.
-"""
+"""Source files of text, local or at gs://, as a sequence of raw records."""
 
 import contextlib
 import dataclasses
@@ -18,18 +15,13 @@ from grok import storage
 from grok.data.prepare.formats import CHUNK_BYTES, READERS
 from grok.errors import DataError
 
-SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-}
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """A file to read: which of the sources it is of, its name as given, and what it holds."""
+    """A file to read: number of its source, name as given, format, size and hash."""
 
     source: int
     name: str
@@ -40,11 +32,11 @@ class SourceFile:
 
 
 class RawRecord(NamedTuple):
-    """A record as it was read, or the `problem` that stands in its place.
+    """A record as it was read, or the `problem` in its place.
 
-    file: number of its file; number: of the record in it, from 0; line: of the file (row, of a
-    Parquet one), from 1, None where the file is one document; data: bytes of a text or a line, or
-    a row; offset: bytes of the file that were read until here.
+    file: number of its file; number: of the record in the file, from 0; line: in the file (row, in
+    Parquet), from 1, None where the file is one document; data: bytes of a text or a line, or a
+    row; offset: bytes of the file read so far.
     """
 
     file: int
@@ -56,14 +48,14 @@ class RawRecord(NamedTuple):
 
 
 def find_files(
-    sources: Sequence[str], patterns: Sequence[str] = (), kind: str = "auto"
+    sources: Sequence[str], patterns: Sequence[str] = (), format: str = "auto"
 ) -> list[SourceFile]:
-    """The files of all sources in a fixed order; hidden ones inside folders are left out.
+    """The files of all sources in a fixed order, without hidden ones inside folders.
 
     Args:
-      sources: files or folders, here or at gs://.
-      patterns: of names such as *.md, one of which a file inside a folder must match; none: all.
-      kind: text, jsonl or parquet, or auto: by the name's ending, text where that says nothing.
+      sources: files or folders, local or at gs://.
+      patterns: such as *.md; a file inside a folder must match one, if there are any.
+      format: text, jsonl or parquet, or auto: by the name's suffix, text where that is unknown.
 
     Raises DataError where a source does not exist or has no such files.
     """
@@ -71,17 +63,17 @@ def find_files(
         raise DataError("no sources were given; a file or folder of text would work.")
     files = []
     for number, source in enumerate(sources):
-        found = _listing(source, patterns)
-        if not found:
-            wanted = f" that match {' or '.join(patterns)}" if patterns else ""
-            raise DataError(f"source {source} has no files{wanted}; one with text would work.")
-        for name, size in sorted(found):
-            files.append(SourceFile(number, name, *_kind(name, kind), size))
+        sizes = _list_files(source, patterns)
+        if not sizes:
+            matching = f" that match {' or '.join(patterns)}" if patterns else ""
+            raise DataError(f"source {source} has no files{matching}; one with text would work.")
+        for name, size in sorted(sizes):
+            files.append(SourceFile(number, name, *_format_of(name, format), size))
     return files
 
 
 def hash_files(files: Sequence[SourceFile]) -> list[SourceFile]:
-    """The same files with their SHA-256, each read once; DataError where one cannot be read."""
+    """The files with their SHA-256, each read once; DataError where one cannot be read."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         hashes = list(pool.map(lambda file: _sha256(file.name), files))
     return [
@@ -94,74 +86,71 @@ def read_records(
 ) -> Iterator[RawRecord]:
     """All records of the files in order, from record start[1] of file start[0] on.
 
-    `columns` are those to read of Parquet files. Raises DataError where a file cannot be read at
-    all; damage inside one is a record with a problem.
+    `columns` are read of Parquet files. Raises DataError where a file cannot be read at all; damage
+    inside one is a record with a problem.
     """
     for number in range(start[0], len(files)):
         file = files[number]
-        numbers = itertools.count()
         skipped = start[1] if number == start[0] else 0
         with open_source(file.name) as opened:
-            for line, data, problem, offset in itertools.islice(
-                READERS[file.format](opened, file, columns), skipped, None
-            ):
-                index = skipped + next(numbers)
-                yield RawRecord(number, index, line, data, problem, offset)
+            rows = READERS[file.format](opened, file, columns)
+            for index, row in enumerate(itertools.islice(rows, skipped, None), start=skipped):
+                yield RawRecord(number, index, *row)
 
 
 @contextlib.contextmanager
 def open_source(name: str) -> Iterator[BinaryIO]:
     """A file for reading, here or at gs://; DataError where opening or reading it fails."""
-    with _reading(name), storage.open_file(name) as file:
+    with _read_errors(name), storage.open_file(name) as file:
         yield file
 
 
-def _listing(source: str, patterns: Sequence[str]) -> list[tuple[str, int]]:
+def _list_files(source: str, patterns: Sequence[str]) -> list[tuple[str, int]]:
     """Names and bytes of a source's files."""
-    with _reading(source):
+    with _read_errors(source):
         if storage.is_remote(source):
             return _remote_listing(source, patterns)
         path = Path(source)
         if not path.is_dir():
             return [(source, path.stat().st_size)]
-        found = []
+        sizes = []
         for folder, folders, names in os.walk(source):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
                 file = Path(folder) / name
-                if _wanted(name, patterns) and file.is_file():
-                    found.append((str(file), file.stat().st_size))
-        return found
+                if _is_included(name, patterns) and file.is_file():
+                    sizes.append((str(file), file.stat().st_size))
+        return sizes
 
 
 def _remote_listing(source: str, patterns: Sequence[str]) -> list[tuple[str, int]]:
     system, root = storage.remote(source.rstrip("/"))
-    found = {name: entry["size"] for name, entry in system.find(root, detail=True).items()}
-    if not found:
+    sizes = {name: entry["size"] for name, entry in system.find(root, detail=True).items()}
+    if not sizes:
         raise FileNotFoundError
-    if list(found) == [root]:
-        return [(source, found[root])]
+    if list(sizes) == [root]:
+        return [(source, sizes[root])]
     return [
         (f"gs://{name}", size)
-        for name, size in found.items()
+        for name, size in sizes.items()
         if not any(part.startswith(".") for part in name.removeprefix(root).split("/"))
-        and _wanted(name.rpartition("/")[2], patterns)
+        and _is_included(name.rpartition("/")[2], patterns)
     ]
 
 
-def _wanted(name: str, patterns: Sequence[str]) -> bool:
+def _is_included(name: str, patterns: Sequence[str]) -> bool:
     if not name or name.startswith("."):
         return False
     return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _kind(name: str, kind: str) -> tuple[str, str | None]:
-    """Format and compression of a file, by its name where `kind` is auto."""
+def _format_of(name: str, format: str) -> tuple[str, str | None]:
+    """Format and compression of a file; the format by its name where `format` is auto."""
     stem, suffix = os.path.splitext(name)
     compression = COMPRESSIONS.get(suffix.lower())
     if compression:
         suffix = os.path.splitext(stem)[1]
-    return SUFFIXES.get(suffix.lower(), "text") if kind == "auto" else kind, compression
+    return SUFFIXES.get(suffix.lower(), "text") if format == "auto" else format, compression
 
 
 def _sha256(name: str) -> str:
@@ -173,8 +162,8 @@ def _sha256(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Says of whatever goes wrong inside that `name` cannot be read, and why."""
+def _read_errors(name: str) -> Iterator[None]:
+    """Turns what goes wrong inside into a DataError with the reason why `name` cannot be read."""
     try:
         with storage.errors(name):
             yield

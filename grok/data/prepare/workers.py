@@ -1,4 +1,4 @@
-"""Records tokenised by many processes, their results in the order of the records."""
+"""Records tokenized by several processes, their results in the order of the records."""
 
 import collections
 import itertools
@@ -17,19 +17,19 @@ from grok.data.prepare.sources import RawRecord
 from grok.data.tokenizers import Tokenizer
 from grok.errors import DataError
 
-# A record with what is kept of its file; and with what became of it: a document, or a reason.
+# Records with the metadata of their files; and a record with its document, or why it has none.
 RecordGroup = list[tuple[RawRecord, dict[str, Any]]]
 Result = tuple[RawRecord, EncodedDocument | str]
 
 
 def encode_records(
-    units: Iterator[RecordGroup], tokenizer: Tokenizer, fields: RecordFields, workers: int
+    groups: Iterator[RecordGroup], tokenizer: Tokenizer, fields: RecordFields, workers: int
 ) -> Generator[Result, None, None]:
-    """What becomes of each record, in order."""
+    """Yields each record with its document, or why it has none, in order."""
     if workers == 1:
         encoder = DocumentEncoder(tokenizer, fields)
-        for unit in units:
-            yield from _outcomes(unit, _encode_unit(unit, encoder))
+        for group in groups:
+            yield from _with_records(group, _encode_group(group, encoder))
         return
     pool = ProcessPoolExecutor(
         workers,
@@ -38,59 +38,59 @@ def encode_records(
         initargs=(tokenizer, fields),
     )
     try:
-        waiting: collections.deque[tuple[RecordGroup, Future]] = collections.deque()
+        pending: collections.deque[tuple[RecordGroup, Future]] = collections.deque()
         while True:
-            # Enough ahead that no process waits while a slow unit is first in line.
-            for unit in itertools.islice(units, 4 * workers - len(waiting)):
-                waiting.append((unit, pool.submit(_encode_unit, unit)))
-            if not waiting:
+            # Enough ahead that no process waits while a slow group is first in line.
+            for group in itertools.islice(groups, 4 * workers - len(pending)):
+                pending.append((group, pool.submit(_encode_group, group)))
+            if not pending:
                 return
-            unit, future = waiting.popleft()
-            yield from _outcomes(unit, future.result())
+            group, future = pending.popleft()
+            yield from _with_records(group, future.result())
     except BrokenProcessPool:
         raise DataError(
-            "a process that tokenised was ended from outside (was memory short?); the same command "
-            "goes on, and fewer --workers need less memory."
+            "a process that tokenized was killed (was memory short?); the same command continues, "
+            "and fewer --workers need less memory."
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _outcomes(unit: RecordGroup, results: list[EncodedDocument | str]) -> Iterator[Result]:
-    for (raw, _), result in zip(unit, results, strict=True):
+def _with_records(group: RecordGroup, results: list[EncodedDocument | str]) -> Iterator[Result]:
+    for (raw, _), result in zip(group, results, strict=True):
         yield raw, result
 
 
-# A process's own, made once: loading the tokenizer takes longer than a unit.
+# Made once in each process: loading the tokenizer takes longer than a group.
 _encoder: DocumentEncoder | None = None
 
 
 def _start_worker(tokenizer: Tokenizer, fields: RecordFields) -> None:
     global _encoder
-    # Ctrl-C goes to all processes of a terminal; the first one ends the others.
+    # Ctrl-C reaches all processes of a terminal; the main one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = DocumentEncoder(tokenizer, fields)
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the one that started it was killed, which says nothing to it."""
+    """Ends this process when the one that started it is gone, even after SIGKILL."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
-def _encode_unit(
-    unit: RecordGroup, encoder: DocumentEncoder | None = None
+def _encode_group(
+    group: RecordGroup, encoder: DocumentEncoder | None = None
 ) -> list[EncodedDocument | str]:
-    """For each record its document, or why it has none."""
+    """The document of each record, or why it has none."""
     encoder = encoder or _encoder
     assert encoder is not None
     results: list[EncodedDocument | str] = []
-    for raw, kept in unit:
+    for raw, metadata in group:
         try:
-            results.append(encoder.encode(raw, kept))
+            results.append(encoder.encode(raw, metadata))
         except BadRecord as error:
             results.append(str(error))
     return results
