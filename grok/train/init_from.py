@@ -19,7 +19,7 @@ from grok.model.decoder import Grok
 from grok.weights.cast import converted
 from grok.weights.checksums import sample_checksum
 from grok.weights.detect import open_source, stated_config
-from grok.weights.load import place
+from grok.weights.load import put_on_mesh
 from grok.weights.source import Source
 from grok.weights.tools.verify import differing_field
 
@@ -36,7 +36,7 @@ class InitialWeights:
         """Returns the model with these weights in its `param_dtype`, int8 matrices dequantized;
         each process reads what its own devices hold."""
         assert self.source is not None
-        return place(converted(self.source, self.source.config.param_dtype), mesh, on_bytes)
+        return put_on_mesh(converted(self.source, self.source.config.param_dtype), mesh, on_bytes)
 
 
 def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeights | None:

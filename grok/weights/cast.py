@@ -1,7 +1,7 @@
-"""Weights in another type than they are kept in, converted while they are read.
+"""Weights in another type than the stored one, converted while they are read.
 
 int8 -> float multiplies by the scales; float -> int8 quantises with the release's granularity;
-float -> float rounds. Each is a `Source` around another, so nothing is ever converted whole.
+float -> float rounds. Each is a `Source` around another and converts only the parts that are read.
 """
 
 import math
@@ -23,9 +23,9 @@ def converted(source: Source, dtype: str, groups: dict[str, int] | None = None) 
     """`source` with its matrices in `dtype`: "int8", "bfloat16" or "float32".
 
     With float types all other tensors are in `dtype` too; with int8 they stay float32, as in the
-    release. `groups` is how many groups of rows a matrix gets when floats become int8 (one where it
-    says nothing); by default the release's eight for w_out and w_down. Where eight do not divide
-    the rows, the largest number of groups that does and is less is taken.
+    release. `groups` has the number of row groups by matrix for floats that become int8, 1 for the
+    others; by default the release's eight for w_out and w_down. A matrix whose rows it does not
+    divide gets the largest smaller number that does.
     """
     if dtype == "int8":
         return source if source.dtype == "int8" else QuantizedSource(source, groups)
@@ -62,12 +62,12 @@ class QuantizedSource(Source):
     def __init__(self, source: Source, groups: dict[str, int] | None = None):
         self._source = source
         self.format, self.path, self.config = source.format, source.path, source.config
-        wanted = RELEASE_GROUPS if groups is None else groups
+        groups = RELEASE_GROUPS if groups is None else groups
         self.tensors = {}
         for name, spec in source.tensors.items():
             if name in params.MATRICES:
                 rows = math.prod(params.rows_and_columns(name, spec.shape)[1])
-                count = max(g for g in range(1, wanted.get(name, 1) + 1) if rows % g == 0)
+                count = max(g for g in range(1, groups.get(name, 1) + 1) if rows % g == 0)
                 self.tensors[name] = TensorSpec(name, spec.shape, np.dtype(np.int8), count)
             else:
                 self.tensors[name] = TensorSpec(name, spec.shape, np.dtype(np.float32))
@@ -123,14 +123,13 @@ def _dequantize_part(
     axes = _row_axes(spec)
     row_part = [part[axis] for axis in axes]
     group_rows = math.prod(rows) // spec.groups
-    # Every row's number, and the groups from the first to the last of them.
+    # The index of every row, and the groups of the first and the last of them.
     numbers = np.arange(math.prod(rows)).reshape(rows)[tuple(row_part)]
     first, last = numbers.min() // group_rows, numbers.max() // group_rows
     scale_part = (*part[: len(lead)], slice(int(first), int(last) + 1), *part[axes.stop :])
     scales = source.read_scales(spec.name, scale_part)
-    whole = numbers.size == (last + 1 - first) * group_rows
-    if whole:
+    if numbers.size == (last + 1 - first) * group_rows:
         return dequantize(values, scales, dtype, matrix.row_dims, matrix.col_dims)
     # Rows that begin or end inside a group: each row gets its own scale.
-    own = np.take(scales, numbers.reshape(-1) // group_rows - first, axis=len(lead))
-    return dequantize(values, own, dtype, matrix.row_dims, matrix.col_dims)
+    row_scales = np.take(scales, numbers.reshape(-1) // group_rows - first, axis=len(lead))
+    return dequantize(values, row_scales, dtype, matrix.row_dims, matrix.col_dims)

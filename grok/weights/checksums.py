@@ -1,4 +1,4 @@
-"""Checksums of weights, by piece: one tensor, or one layer of it, in the type it is kept in.
+"""Checksums of weights, by piece: one tensor, or one layer of it, in its stored type.
 
 A checksum is xxh3_128 over the bytes of a piece's values in C order, then those of its scales. It
 depends on neither the format nor the files that the piece came from.
@@ -14,11 +14,11 @@ ALGORITHM = "xxh3_128"
 
 
 class PieceChecksum:
-    """The checksum of one piece, whose blocks arrive one after another in C order."""
+    """The checksum of one piece, fed with its blocks in C order."""
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
-        # They come after all values, and are few.
+        # Hashed after all values; they are few.
         self._scales: list[np.ndarray] = []
 
     def update(self, values: np.ndarray, scales: np.ndarray | None = None) -> None:
@@ -48,10 +48,10 @@ def piece_checksum(source: Source, spec: TensorSpec, part: Part) -> str:
 
 
 def sample_checksum(source: Source) -> str:
-    """A checksum of a little of every tensor, which tells weights apart without reading them all.
+    """A checksum of a sample of every tensor, to tell weights apart without reading them all.
 
-    Of the last layer and expert: a norm as a whole, of matrices the first of their rows, in the
-    type they are kept in.
+    The sample is the last layer's and expert's norms, and first rows of matrices, in their stored
+    types.
     """
     sample = xxhash.xxh3_128()
     for name, spec in source.tensors.items():

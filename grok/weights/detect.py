@@ -18,8 +18,8 @@ def open_source(path: str | os.PathLike[str], config: GrokConfig | None = None) 
     """The weights at `path`, local or gs://: a `ckpt-0` folder, a Hugging Face folder, or a
     checkpoint of ours (a run's folder, its `checkpoints`, or one step of it).
 
-    `config` is the model that should be there; without it the model is what the files say or
-    imply. Raises CheckpointError where `path` is none of these, or holds another model.
+    `config` is the expected model; without it the files state or imply the model. Raises
+    CheckpointError where `path` is none of these, or holds another model.
     """
     present = storage.list_files(path, CheckpointError)
     if any(name.startswith("tensor0") for name in present):
@@ -58,7 +58,7 @@ def _merged(step: str, config: GrokConfig | None) -> Source:
 
 
 def stated_config(path: str | os.PathLike[str]) -> GrokConfig | None:
-    """The model that the files at `path` say they hold; None where only their shapes tell."""
+    """The model that the files at `path` state; None where only their shapes imply it."""
     present = storage.list_files(path, CheckpointError)
     by_shape = ("tensor0", "model.safetensors", "model-0")
     if "config.json" not in present and any(name.startswith(by_shape) for name in present):

@@ -1,7 +1,7 @@
 """`grok.load`: weights in any format -> a model on its mesh.
 
-Each process reads the parts of tensors that its own devices hold, no more, in blocks: several at a
-time, converted on the way, each sent on to its devices before many others are read.
+Each process reads only the parts of tensors that its own devices hold, in blocks: several at a
+time, converted, and sent to the devices while the next ones are read.
 """
 
 import collections
@@ -28,8 +28,8 @@ from grok.weights.detect import open_source
 from grok.weights.source import Part, Source, part_shape, relative_to
 
 DTYPES = ("int8", "bfloat16", "float32")
-# Blocks that are read while earlier ones go to the devices, and about the size of one: together
-# they bound the memory of the host.
+# Blocks read while earlier ones go to the devices, and the size of one: together they bound the
+# memory of the host.
 READ_AHEAD = 8
 BLOCK_BYTES = 1 << 28
 
@@ -41,45 +41,44 @@ def load(
     dtype: str | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Grok:
-    """The model at `path`, placed on `mesh` (default: on one device), ready to be called.
+    """The model at `path` on `mesh` (default: one device), ready to be called.
 
-    `path`, local or gs://, is a ckpt-0 folder, a Hugging Face folder, or a checkpoint of ours (a
-    run's folder, its `checkpoints`, or one step). `config` is the model that should be there, by
-    default what the files say. `dtype` is what matrices become: "int8" (with scales, all else
-    float32), "bfloat16" or "float32"; by default what they are. `on_bytes` is told how
-    many bytes went to devices. With several processes, each calls this and reads
-    what its own devices need.
+    `path`, local or gs://, is a ckpt-0 folder, a Hugging Face folder, or our own checkpoint (a
+    run's folder, its `checkpoints`, or one step). `config` is the expected model, by default that
+    of the files. Matrices are converted to `dtype`, if given: "int8" (with scales, all else
+    float32), "bfloat16" or "float32". `on_bytes` is called with each number of bytes sent to
+    devices. With several processes, all call this, and each reads its own devices' parts.
 
-    Raises CheckpointError, with the file and what would be right, for what is damaged, incomplete
-    or of another model; ConfigError when the model cannot be split over the mesh.
+    Raises CheckpointError, with the file, for weights that are damaged, incomplete or of another
+    model; ConfigError where the model cannot be split over the mesh.
     """
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}.")
     source = open_source(path, config)
     if dtype is None:
         dtype = source.dtype if source.dtype in DTYPES else "float32"
-    return place(converted(source, dtype), mesh, on_bytes)
+    return put_on_mesh(converted(source, dtype), mesh, on_bytes)
 
 
-def place(
+def put_on_mesh(
     source: Source, mesh: Mesh | None = None, on_bytes: Callable[[int], None] | None = None
 ) -> Grok:
     """The model of `source`, in the types that its tensors have, on `mesh` or one device."""
     config = dataclasses.replace(source.config, param_dtype=cast(Any, source.dtype))
     groups = {name: spec.groups for name, spec in source.tensors.items() if spec.groups}
-    wanted = abstract(config, mesh, groups)
-    leaves = [_Leaf(source, name, leaf) for name, leaf in to_arrays(wanted).items()]
+    model = abstract(config, mesh, groups)
+    leaves = [_Leaf(source, name, leaf) for name, leaf in to_arrays(model).items()]
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="grok-load") as pool:
         reads = ((leaf, block, pool.submit(leaf.read, block)) for leaf in leaves for block in leaf)
         for leaf, block, values in _ahead(reads):
             count = leaf.put(block, values.result())
             if on_bytes is not None:
                 on_bytes(count)
-    return jax.tree.unflatten(jax.tree.structure(wanted), [leaf.array() for leaf in leaves])
+    return jax.tree.unflatten(jax.tree.structure(model), [leaf.array() for leaf in leaves])
 
 
 def _ahead(items: Iterator) -> Iterator:
-    """The same items, taken READ_AHEAD before they are given on."""
+    """Yields the same items, each after the next READ_AHEAD were taken."""
     waiting = collections.deque(itertools.islice(items, READ_AHEAD))
     while waiting:
         yield waiting.popleft()
@@ -92,17 +91,17 @@ class _Leaf:
     def __init__(self, source: Source, name: str, leaf):
         self.read = _reader(source, name, leaf.shape)
         self.shape, self.dtype = leaf.shape, np.dtype(leaf.dtype)
-        self.placing = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
+        self.sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
         self.parts = {
             device: _slices(index, leaf.shape)
-            for device, index in self.placing.addressable_devices_indices_map(leaf.shape).items()
+            for device, index in self.sharding.addressable_devices_indices_map(leaf.shape).items()
         }
         self.shards: dict[jax.Device, jax.Array] = {}
 
     def __iter__(self) -> Iterator[Part]:
-        """Blocks that cover what the devices hold, and nothing else, each once.
+        """Yields blocks that cover exactly the parts of the devices, each once.
 
-        Devices that hold neighbouring columns share a block, so that rows are read in one go.
+        Devices with neighbouring columns share a block, so that rows are read contiguously.
         """
         distinct = list({_bounds(part): part for part in self.parts.values()}.values())
         box = tuple(
@@ -114,7 +113,7 @@ class _Leaf:
             yield from _cut(part, self.dtype.itemsize)
 
     def put(self, block: Part, values: np.ndarray) -> int:
-        """Sends the block's values to all devices that hold some of them; how many bytes."""
+        """Sends a block to all devices that hold some of it; returns the bytes sent."""
         count = 0
         for device, part in self.parts.items():
             common = [
@@ -123,24 +122,24 @@ class _Leaf:
             ]
             if any(s.start >= s.stop for s in common):
                 continue
-            own = np.ascontiguousarray(values[relative_to(block, common)])
-            piece = jax.device_put(own, device)
+            on_host = np.ascontiguousarray(values[relative_to(block, common)])
+            on_device = jax.device_put(on_host, device)
             if tuple(common) == part:
-                self.shards[device] = piece
+                self.shards[device] = on_device
             else:
                 if device not in self.shards:
                     self.shards[device] = jnp.zeros(part_shape(part), self.dtype, device=device)
                 start = tuple(s.start for s in relative_to(part, common))
-                self.shards[device] = _write(self.shards[device], piece, start)
-            count += own.nbytes
-        # Reading may go on meanwhile, and no more than what it reads ahead is on the host.
+                self.shards[device] = _write(self.shards[device], on_device, start)
+            count += on_host.nbytes
+        # Bounds the host's memory to the blocks that are read ahead.
         jax.block_until_ready(list(self.shards.values()))
         return count
 
     def array(self) -> jax.Array:
-        """The whole array, once all blocks were put."""
+        """The array, after all blocks were put."""
         return jax.make_array_from_single_device_arrays(
-            self.shape, self.placing, list(self.shards.values())
+            self.shape, self.sharding, list(self.shards.values())
         )
 
 
@@ -150,7 +149,7 @@ def _write(shard: jax.Array, block: jax.Array, start: tuple[int, ...]) -> jax.Ar
 
 
 def _reader(source: Source, name: str, shape: tuple[int, ...]) -> Callable[[Part], np.ndarray]:
-    """Reads parts of a leaf: of a float tensor, or of the values or the scales of an int8 one."""
+    """A function that reads parts of a leaf: a float tensor, or the values or scales of int8."""
     tensor, _, kind = name.rpartition("/")
     if kind != "scales":
         return functools.partial(source.read, tensor if kind == "values" else name)
@@ -161,7 +160,7 @@ def _reader(source: Source, name: str, shape: tuple[int, ...]) -> Callable[[Part
     repeats = shape[axis] // stored[axis]
 
     def read(part: Part) -> np.ndarray:
-        # The model on this mesh has each group in `repeats` parts of the same scale.
+        # The model on this mesh has each group as `repeats` groups of the same scale.
         numbers = np.arange(part[axis].start, part[axis].stop) // repeats
         groups = slice(int(numbers[0]), int(numbers[-1]) + 1)
         scales = source.read_scales(tensor, (*part[:axis], groups, *part[axis + 1 :]))

@@ -1,7 +1,7 @@
-"""Checkpoints of runs that train adapters, as a source: merged into the weights they started from.
+"""Checkpoints of LoRA runs as a source: the adapters merged into the run's initial weights.
 
-Such a checkpoint holds the adapters' factors alone (`lora/layers.attention.w_query_DNH.a`); where
-the other weights are, and their checksum, is in its meta.
+Such a checkpoint holds only the adapters' factors (`lora/layers.attention.w_query_DNH.a`); its meta
+has the path and checksum of the other weights.
 """
 
 import numpy as np
@@ -50,10 +50,10 @@ class LoraSource(Source):
             )
             for part, shape in zip("ab", factors, strict=True):
                 self._arrays.spec(f"{name}/{part}", shape)
-        self._arrays.check_none_left({f"{name}/{part}" for name in self._adapted for part in "ab"})
+        self._arrays.check_no_others({f"{name}/{part}" for name in self._adapted for part in "ab"})
 
     def read(self, name: str, part: Part) -> np.ndarray:
-        """Values of a part, with what its adapter adds."""
+        """Values of a part, with its adapter added."""
         base = self._base.read(name, part).astype(np.float32, copy=False)
         if name not in self._adapted:
             return base

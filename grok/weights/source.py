@@ -1,7 +1,7 @@
-"""Weights on disk seen alike, whatever their format: named tensors of our tree, read in parts.
+"""The interface of weights on disk in any format: named tensors of our tree, read in parts.
 
-Every reader of a format is a `Source`, and so is a conversion of one (`convert.py`); everything
-that takes weights in (loading onto a mesh, importing, exporting, comparing) works on any of them.
+Every reader of a format is a `Source`, and so is a conversion of one (`cast.py`). Loading onto a
+mesh, importing, exporting and comparing work with any source.
 """
 
 import abc
@@ -23,7 +23,7 @@ Part = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of a source: its name and shape in our tree and how its values are kept.
+    """A tensor of a source: its name and shape in our tree, and its stored type.
 
     `dtype` is float32, bfloat16, float16 or int8; int8 values go with `groups` groups of rows, each
     with a scale per column, bfloat16 (`grok.ops.weights.int8`). Otherwise `groups` is None.
@@ -48,7 +48,7 @@ class TensorSpec:
 
     @property
     def full_part(self) -> Part:
-        """The part that is everything."""
+        """The part that is the entire tensor."""
         return tuple(slice(0, size) for size in self.shape)
 
 
@@ -77,12 +77,12 @@ class Source(abc.ABC):
 
     @property
     def dtype(self) -> str:
-        """In a word: int8 when the matrices are, else the matrices' own type."""
+        """The type of the matrices."""
         return str(self.tensors["layers/moe/w_gate_EDF"].dtype)
 
 
 def layer_pieces(spec: TensorSpec) -> Iterator[tuple[int | None, Part]]:
-    """A tensor layer by layer: (layer, its part); (None, everything) for one without layers."""
+    """Yields (layer, its part) of a tensor; (None, everything) for one without layers."""
     if not spec.name.startswith("layers/"):
         yield None, spec.full_part
         return
@@ -91,9 +91,9 @@ def layer_pieces(spec: TensorSpec) -> Iterator[tuple[int | None, Part]]:
 
 
 def blocks(spec: TensorSpec, part: Part, limit: int = 1 << 28) -> Iterator[Part]:
-    """`part` in C order as parts of one matrix each, or of at most about `limit` bytes.
+    """Yields `part` in C order as parts of one matrix each, or of at most about `limit` bytes.
 
-    A matrix (one layer, one expert) is never cut, so that each of its groups of scales is whole.
+    A matrix (one layer, one expert) is never cut, and so no group of its scales.
     """
     if spec.name in params.MATRICES:
         lead = len(params.rows_and_columns(spec.name, spec.shape)[0])
@@ -107,7 +107,7 @@ def blocks(spec: TensorSpec, part: Part, limit: int = 1 << 28) -> Iterator[Part]
 
 
 def scales_part(spec: TensorSpec, part: Part) -> Part:
-    """The part of the scales that serves whole matrices: the `part` that `blocks` gives."""
+    """The scales of a `part` that `blocks` yields."""
     assert spec.groups is not None
     matrix = params.MATRICES[spec.name]
     lead = len(part) - matrix.row_dims - matrix.col_dims

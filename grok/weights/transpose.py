@@ -1,7 +1,7 @@
-"""Matrices turned over at the speed of memory, a strip at a time.
+"""Transposes matrices at memory bandwidth, a strip at a time.
 
 PyTorch keeps a linear layer's weights as [out, in], the transpose of ours. Copying a large matrix
-column by column misses the cache at every element; a small tile of it does not.
+column by column misses the cache at every element; copying small tiles does not.
 
 Letters: C columns, G groups of scales, R rows.
 """
@@ -19,11 +19,11 @@ def strips(
     """The transpose of a matrix in `dtype`, some of its rows (our columns) at a time, in order.
 
     With scales the matrix is `values_RC` times the scales of each row's group, in float32 and
-    rounded once to `dtype`. A strip is there until the next one: they share their memory.
+    rounded once to `dtype`. Strips share their memory, so each is valid until the next one.
     """
     rows, columns = values_RC.shape
     group = rows if scales_GC is None else rows // len(scales_GC)
-    # Turned as a small copy, since rows of a wide matrix compete for the same lines of a cache.
+    # A tile is copied first, since rows of a wide matrix compete for the same cache lines.
     copy = np.empty((TILE, TILE), dtype if scales_GC is None else values_RC.dtype)
     product = np.empty((TILE, TILE), np.float32)
     strip_CR = np.empty((min(TILE, columns), rows), dtype)
@@ -32,19 +32,19 @@ def strips(
         for first in range(0, rows, group):
             for top in range(first, first + group, TILE):
                 height = min(TILE, first + group - top)
-                tile, turned = copy[:height, :width], strip_CR[:width, top : top + height]
+                tile, tile_CR = copy[:height, :width], strip_CR[:width, top : top + height]
                 _assign(tile, values_RC[top : top + height, left : left + width])
                 if scales_GC is None:
-                    _assign(turned, tile.T)
+                    _assign(tile_CR, tile.T)
                 else:
                     scales = scales_GC[first // group, left : left + width, None]
-                    turned[...] = np.multiply(tile.T, scales, out=product[:width, :height])
+                    tile_CR[...] = np.multiply(tile.T, scales, out=product[:width, :height])
         yield strip_CR[:width]
 
 
 def _assign(out: np.ndarray, values: np.ndarray) -> None:
     if values.dtype == out.dtype:
-        # NumPy moves the bits of integers faster than those of a type that it does not know.
+        # NumPy copies integers faster than types of other libraries.
         bits = f"u{out.itemsize}"
         out, values = out.view(bits), values.view(bits)
     out[...] = values

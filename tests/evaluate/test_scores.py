@@ -10,7 +10,7 @@ import pytest
 import grok
 from grok.config import GrokConfig
 from grok.evaluate.scores import Scorer
-from grok.weights.load import place
+from grok.weights.load import put_on_mesh
 from tests.fixtures.random_weights import RandomSource
 
 CONFIG = GrokConfig(
@@ -39,7 +39,7 @@ def pairs() -> list[tuple[list[int], list[int]]]:
 @pytest.fixture(scope="module")
 def expected() -> list[tuple[float, bool]]:
     """The same from plain logits, a pair at a time."""
-    model = place(SOURCE)
+    model = put_on_mesh(SOURCE)
     scores = []
     for context, continuation in pairs():
         tokens = np.array([*context, *continuation])[-33:]
@@ -55,19 +55,19 @@ def expected() -> list[tuple[float, bool]]:
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=str)
 def test_scores_are_those_of_the_logits(expected, sizes):
     mesh = grok.make_mesh(*sizes) if sizes else grok.make_mesh(1, devices=jax.devices()[:1])
-    found = Scorer(place(SOURCE, mesh), mesh, rows=8).score(pairs())
+    found = Scorer(put_on_mesh(SOURCE, mesh), mesh, rows=8).score(pairs())
     assert [score.greedy for score in found] == [greedy for _, greedy in expected]
     for score, (log_p, _) in zip(found, expected, strict=True):
         assert score.log_probability == pytest.approx(log_p, rel=1e-5, abs=1e-5)
 
 
 def test_the_likeliest_continuation_is_greedy():
-    model = place(SOURCE)
+    model = put_on_mesh(SOURCE)
     mesh = grok.make_mesh(1, devices=jax.devices()[:1])
     row = np.zeros((1, 32), np.int64)
     row[0, :3] = 7, 8, 9
     best = int(np.argmax(model(row)[0, 2]))
-    scorer = Scorer(place(SOURCE, mesh), mesh, rows=8)
+    scorer = Scorer(put_on_mesh(SOURCE, mesh), mesh, rows=8)
     right, wrong = scorer.score([([7, 8, 9], [best]), ([7, 8, 9], [(best + 1) % 64])])
     assert right.greedy and not wrong.greedy
     assert right.log_probability > wrong.log_probability

@@ -19,7 +19,7 @@ from grok import sharding
 from grok.config import GrokConfig
 from grok.model.decoder import Grok
 from grok.weights.cast import converted
-from grok.weights.load import place
+from grok.weights.load import put_on_mesh
 from grok.weights.xai.source import ReleaseSource
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -72,7 +72,7 @@ def model(name: str, compute_dtype: str, on_mesh: bool) -> Grok:
     """The set's model, on one device or on data=2 x expert=2 x tensor=2."""
     c = config(name, compute_dtype)
     mesh = sharding.make_mesh(data=2, expert=2, tensor=2) if on_mesh else None
-    return place(converted(ReleaseSource(FOLDER / name / "ckpt-0", c), "float32"), mesh)
+    return put_on_mesh(converted(ReleaseSource(FOLDER / name / "ckpt-0", c), "float32"), mesh)
 
 
 def trace(model: Grok, tokens_BT, segment_BT) -> dict[str, jax.Array]:

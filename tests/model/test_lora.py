@@ -19,7 +19,7 @@ from grok.model.lora import TARGETS, adapted, is_adapter, tensor_names
 from grok.model.params import MATRICES, shapes
 from grok.ops.moe.experts_xla import experts_reference, experts_xla
 from grok.ops.weights.lora import LoraArray, merge_adapter
-from grok.weights.load import place
+from grok.weights.load import put_on_mesh
 from tests.fixtures.random_weights import RandomSource
 
 CONFIG = GrokConfig(
@@ -40,7 +40,7 @@ each_mesh = pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=str)
 
 
 def base_model(sizes) -> Grok:
-    return place(RandomSource(CONFIG, dtype="float32"), sizes and grok.make_mesh(*sizes))
+    return put_on_mesh(RandomSource(CONFIG, dtype="float32"), sizes and grok.make_mesh(*sizes))
 
 
 @functools.cache

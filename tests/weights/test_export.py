@@ -13,7 +13,7 @@ from grok.errors import CheckpointError
 from grok.infer.loader import find_tokenizer, make_mesh
 from grok.weights.cast import converted
 from grok.weights.detect import open_source
-from grok.weights.load import load, place
+from grok.weights.load import load, put_on_mesh
 from grok.weights.tools.export_params import export_params
 from tests.fixtures.random_weights import RandomSource
 
@@ -22,7 +22,7 @@ from tests.fixtures.random_weights import RandomSource
 def trained(tiny_run, tmp_path_factory):
     """The folder of a run with one checkpoint, of a random model, and a tokenizer."""
     folder = tmp_path_factory.mktemp("trained")
-    model = place(RandomSource(tiny_run.model, dtype="float32"))
+    model = put_on_mesh(RandomSource(tiny_run.model, dtype="float32"))
     checkpoints = Checkpoints(folder / "checkpoints", RetentionPolicy(1))
     state = {"moments": np.ones((64, 1024), np.float32)}
     checkpoints.save(7, {MODEL: model, OPTIMIZER: state}, {"config": to_dict(tiny_run)})

@@ -23,7 +23,7 @@ from grok.errors import CheckpointError, ConfigError
 from grok.model.build import to_arrays
 from grok.weights.cast import PER_CHANNEL, converted
 from grok.weights.importing.importer import import_weights
-from grok.weights.load import place
+from grok.weights.load import put_on_mesh
 from grok.weights.xai.source import ReleaseSource
 from tests.fixtures.random_weights import RandomSource
 from tests.fixtures.release_writer import write_release
@@ -112,7 +112,9 @@ def test_bfloat16_is_as_near_to_exact_as_the_release(name, dtype, sizes):
 @functools.cache
 def odd_logits(dtype: str, sizes) -> np.ndarray:
     mesh = sizes and grok.make_mesh(*sizes)
-    return np.asarray(place(converted(RandomSource(ODD, groups=ODD_GROUPS), dtype), mesh)(TOKENS))
+    return np.asarray(
+        put_on_mesh(converted(RandomSource(ODD, groups=ODD_GROUPS), dtype), mesh)(TOKENS)
+    )
 
 
 @pytest.mark.parametrize("sizes", [None, (4, 2, 1), (1, 4, 2), (4, 1, 2)], ids=str)
@@ -141,10 +143,10 @@ def test_every_device_has_its_part_of_values_and_scales():
 
 def test_large_parts_arrive_in_blocks(monkeypatch):
     source = RandomSource(ODD)
-    whole = to_arrays(place(source, grok.make_mesh(2, 2, 2)))
+    whole = to_arrays(put_on_mesh(source, grok.make_mesh(2, 2, 2)))
     monkeypatch.setattr("grok.weights.load.BLOCK_BYTES", 100)
     told = []
-    blocks = to_arrays(place(source, grok.make_mesh(2, 2, 2), told.append))
+    blocks = to_arrays(put_on_mesh(source, grok.make_mesh(2, 2, 2), told.append))
     for name, array in whole.items():
         np.testing.assert_array_equal(array, blocks[name])
     held = [shard.data.nbytes for array in whole.values() for shard in array.addressable_shards]
@@ -155,7 +157,7 @@ def test_floats_become_int8_on_a_mesh():
     source = RandomSource(ODD, dtype="float32")
     for groups in (None, PER_CHANNEL):
         quantized = converted(source, "int8", groups)
-        here, there = place(quantized), place(quantized, grok.make_mesh(1, 4, 2))
+        here, there = put_on_mesh(quantized), put_on_mesh(quantized, grok.make_mesh(1, 4, 2))
         for name, array in to_arrays(here).items():
             if not name.endswith("scales"):
                 np.testing.assert_array_equal(array, to_arrays(there)[name])
@@ -174,7 +176,7 @@ def test_unknown_dtype_is_refused():
 
 def test_mesh_that_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match="heads=6 cannot be split over"):
-        place(RandomSource(ODD), grok.make_mesh(1, 1, 8))
+        put_on_mesh(RandomSource(ODD), grok.make_mesh(1, 1, 8))
 
 
 def test_fresh_int8_parameters_are_refused():

@@ -1,7 +1,7 @@
 """The safetensors format: the bytes of some tensors behind a JSON header that says where they lie.
 
 A file is the header's length in 8 bytes (little-endian), the header, and the data; the header has
-the type, shape and byte range of each tensor. The ranges follow on one another and fill the data.
+the type, shape and byte range of each tensor. The ranges are contiguous and fill the data.
 The format is described at https://github.com/huggingface/safetensors#format.
 """
 
@@ -67,15 +67,15 @@ def read_header(path: str, size: int) -> dict[str, TensorInfo]:
             )
         header = parse_object(file.read(length), f"{path}: the header")
     header.pop(METADATA, None)
-    entries = {name: _entry(path, name, 8 + length, found) for name, found in header.items()}
-    _check_ranges(path, size, 8 + length, entries)
-    return entries
+    tensors = {name: _tensor(path, name, 8 + length, entry) for name, entry in header.items()}
+    _check_ranges(path, size, 8 + length, tensors)
+    return tensors
 
 
 def header_bytes(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> bytes:
-    """What a file begins with whose data are these tensors, in this order."""
+    """The beginning of a file whose data are these tensors, in this order."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    # Readers want to know which framework's conventions the names follow.
+    # Readers need the framework whose conventions the names follow.
     header: dict[str, Any] = {METADATA: {"format": "pt"}}
     at = 0
     for name, dtype, shape in tensors:
@@ -89,53 +89,54 @@ def header_bytes(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> by
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in `data`. `what` begins the CheckpointError where there is none."""
+    """The JSON object in `data`. Raises CheckpointError, which begins with `what`, for others."""
     try:
-        found = json.loads(data.decode(), object_pairs_hook=_unique)
+        content = json.loads(data.decode(), object_pairs_hook=_unique)
     except RecursionError:
         raise CheckpointError(f"{what} is nested too deeply.") from None
     except ValueError as error:
         raise CheckpointError(f"{what} cannot be read as JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{what} should be a JSON object, and is a {type(found).__name__}.")
-    return found
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{what} should be a JSON object, and is a {type(content).__name__}.")
+    return content
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in values:
             raise ValueError(f"{quoted(name)} is there twice")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def quoted(name: str) -> str:
-    """A name from a file as messages show it: short, and without control characters."""
+    """A name from a file for messages: shortened, and with control characters escaped."""
     return f"{name!r:.100}"
 
 
-def _entry(path: str, name: str, begin: int, found: Any) -> TensorInfo:
-    place = f"{path}: {quoted(name)}"
-    if not isinstance(found, dict) or found.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{place} should have dtype, shape and data_offsets in the header.")
-    shape, offsets = found["shape"], found["data_offsets"]
+def _tensor(path: str, name: str, begin: int, entry: Any) -> TensorInfo:
+    """The tensor of a header's entry, with data that begin at byte `begin` of the file."""
+    subject = f"{path}: {quoted(name)}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{subject} should have dtype, shape and data_offsets in the header.")
+    shape, offsets = entry["shape"], entry["data_offsets"]
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise CheckpointError(
-            f"{place} has a header entry of another form: shape should be a list of sizes, and "
+            f"{subject} has a header entry of another form: shape should be a list of sizes, and "
             "data_offsets the bytes where it begins and ends."
         )
-    if not isinstance(found["dtype"], str) or found["dtype"] not in DTYPES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise CheckpointError(
-            f"{place} has dtype {found['dtype']!r:.40}; it should be one of {', '.join(DTYPES)}."
+            f"{subject} has dtype {entry['dtype']!r:.40}; it should be one of {', '.join(DTYPES)}."
         )
-    entry = TensorInfo(path, DTYPES[found["dtype"]], tuple(shape), begin + offsets[0])
-    if offsets[1] - offsets[0] != entry.nbytes:
+    tensor = TensorInfo(path, DTYPES[entry["dtype"]], tuple(shape), begin + offsets[0])
+    if offsets[1] - offsets[0] != tensor.nbytes:
         raise CheckpointError(
-            f"{place} has {offsets[1] - offsets[0]} bytes, and {found['dtype']} of shape "
-            f"{shape!s:.100} takes {entry.nbytes}."
+            f"{subject} has {offsets[1] - offsets[0]} bytes, and {entry['dtype']} of shape "
+            f"{shape!s:.100} takes {tensor.nbytes}."
         )
-    return entry
+    return tensor
 
 
 def _counts(values: Any) -> bool:
@@ -147,13 +148,13 @@ def _counts(values: Any) -> bool:
     )
 
 
-def _check_ranges(path: str, size: int, begin: int, entries: dict[str, TensorInfo]) -> None:
+def _check_ranges(path: str, size: int, begin: int, tensors: dict[str, TensorInfo]) -> None:
     at, before = begin, "the header"
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if entry.offset != at:
-            how = "overlaps" if entry.offset < at else "leaves a gap after"
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != at:
+            how = "overlaps" if tensor.offset < at else "leaves a gap after"
             raise CheckpointError(f"{path}: {quoted(name)} {how} {before}; tensors lie end to end.")
-        at, before = entry.offset + entry.nbytes, quoted(name)
+        at, before = tensor.offset + tensor.nbytes, quoted(name)
     if at != size:
         problem = "is cut short" if size < at else "has more data than its header names"
         raise CheckpointError(f"{path}: {problem}: it has {size} bytes and should have {at}.")

@@ -1,4 +1,4 @@
-"""Weights as Hugging Face keeps them, seen as a source of our tree of parameters.
+"""A Hugging Face folder as a source of our parameters.
 
 A folder has `config.json`, the tensors in safetensors files, and an index that says which file has
 which tensor. Two repositories made such folders of the release, in two layouts
@@ -34,7 +34,7 @@ from grok.weights.source import (
 from grok.weights.transpose import transpose_into
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-# There while an export is being written, and gone when it is whole.
+# The journal of an unfinished export.
 UNFINISHED = "unfinished-export.json"
 
 
@@ -73,9 +73,9 @@ class HuggingFaceSource(Source):
         """Values of a part, as they are. CheckpointError if the output layer is another table."""
         out = np.empty(part_shape(part), self.tensors[name].dtype)
         lead, rows, columns = split_axes(name, part)
-        each = out.reshape([math.prod(part_shape(axes)) for axes in (lead, rows, columns)])
+        matrices_ERC = out.reshape([math.prod(part_shape(axes)) for axes in (lead, rows, columns)])
         indices = itertools.product(*(range(s.start, s.stop) for s in lead))
-        for one_RC, index in zip(each, indices, strict=True):
+        for one_RC, index in zip(matrices_ERC, indices, strict=True):
             self._read_one(one_RC, name, index, rows, columns)
         if name == "embed/table_VD" and self._tied_head:
             self._check_tied(self._tied_head, part, out)
@@ -88,12 +88,12 @@ class HuggingFaceSource(Source):
     def _read_one(self, out_RC: np.ndarray, name: str, index: tuple, rows: Part, columns: Part):
         entry = self._entries[name, index]
         _, row_sizes, column_sizes = split_axes(name, self.tensors[name].shape)
-        place = (entry.path, entry.offset, (*column_sizes, *row_sizes))
+        stored = (entry.path, entry.offset, (*column_sizes, *row_sizes))
         if not columns:
-            read_into(out_RC.reshape(part_shape(rows)), *place, rows)
+            read_into(out_RC.reshape(part_shape(rows)), *stored, rows)
             return
-        found = read_part(*place, entry.dtype, (*columns, *rows))
-        transpose_into(out_RC, found.reshape(out_RC.shape[::-1]))
+        values_CR = read_part(*stored, entry.dtype, (*columns, *rows))
+        transpose_into(out_RC, values_CR.reshape(out_RC.shape[::-1]))
 
     def _check_tied(self, head: TensorInfo, part: Part, table_VD: np.ndarray) -> None:
         spec = self.tensors["embed/table_VD"]
@@ -223,7 +223,7 @@ def _arrange(
 ) -> dict[tuple[str, tuple[int, ...]], TensorInfo]:
     """The entry of each parameter's layer and expert, all there with right shapes and types."""
     size = f"{whose} has {config.num_layers} layers of {config.num_experts} experts"
-    found: dict[tuple[str, tuple[int, ...]], TensorInfo] = {}
+    arranged: dict[tuple[str, tuple[int, ...]], TensorInfo] = {}
     firsts: dict[str, str] = {}
     expected = {adapter.tied_head}
     for tensor in adapter.tensors(layout, config):
@@ -241,13 +241,13 @@ def _arrange(
                 f"{entry.path}: {tensor.name} is {entry.dtype}, and {first} is "
                 f"{entries[first].dtype}; all layers and experts should have one type."
             )
-        found[tensor.tree_name, tensor.lead] = entry
+        arranged[tensor.tree_name, tensor.lead] = entry
         expected.add(tensor.name)
     extra = min(entries.keys() - expected, default=None)
     if extra is not None:
         path = entries[extra].path
         raise CheckpointError(f"{path}: {quoted(extra)} does not belong here; {size}.")
-    return found
+    return arranged
 
 
 def _checked_head(

@@ -1,4 +1,4 @@
-"""Quantisation that keeps account of what it loses, in the one pass in which it is done."""
+"""Quantisation that measures its rounding error in the same pass."""
 
 import dataclasses
 import math
@@ -15,18 +15,17 @@ from grok.ops.weights.int8 import dequantize, quantize
 from grok.weights.cast import QuantizedSource
 from grok.weights.source import Part, Source
 
-# A matrix is quantised in stripes of columns of so many bytes, which a core's cache holds, by so
-# many threads.
+# Threads quantise a matrix in stripes of columns of this size, which fits a core's cache.
 STRIPE_BYTES = 1 << 21
 THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class RoundingError:
-    """How far int8 values q times scales are from the floats w they stand for.
+    """The error of dequantised values q against the floats w that were quantised.
 
-    Largest |q - w| and largest |w|, sums of (q - w)^2 and of w^2. Errors of parts add up to that
-    of the whole.
+    Largest |q - w| and largest |w|, sums of (q - w)^2 and of w^2. The errors of disjoint parts add
+    up to the error of all.
     """
 
     largest: float = 0.0
@@ -54,7 +53,7 @@ class RoundingError:
 
 
 class MeasuredQuantizedSource(QuantizedSource):
-    """`Quantized`, for reading every matrix once: its values, then at once its scales.
+    """`Quantized`, for reading every matrix once: its values, then immediately its scales.
 
     `errors` holds the rounding error of each layer of each matrix that was read, by name and layer.
     """
@@ -63,16 +62,16 @@ class MeasuredQuantizedSource(QuantizedSource):
         super().__init__(source, groups)
         self.errors: dict[tuple[str, int | None], RoundingError] = {}
         self._lock = threading.Lock()
-        # Scales are asked for right after the values, by the same thread.
+        # The same thread reads scales right after the values.
         self._last = threading.local()
 
     def _quantize(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
         last, self._last.matrix = getattr(self._last, "matrix", None), None
         if last is not None and last[0] == (name, part):
             return last[1]
-        found = self._measured(name, part)
-        self._last.matrix = (name, part), found
-        return found
+        quantized = self._measured(name, part)
+        self._last.matrix = (name, part), quantized
+        return quantized
 
     def _measured(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
         w = self._source.read(name, part)

@@ -1,9 +1,9 @@
 """Pieces of a source -> shard files: read ahead by threads, checksummed in order, written behind.
 
-A piece is a tensor, or one layer of it. It moves in blocks, a few of which are in memory at a time:
-those read ahead, and those on their way to the disk. A block is some megabytes of successive rows;
-or a whole matrix, of one layer and expert, where it is quantised on the way, since its scales need
-all of it, and where its rows do not lie one after the other in the source's files.
+A piece is a tensor, or one layer of it. It moves in blocks, of which a few are in memory: those
+read ahead, and those being written. A block is some megabytes of successive rows; or a matrix of
+one layer and expert, where it is quantised, since its scales need all of it, and where its rows are
+not contiguous in the source's files.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from grok.weights.source import (
     scales_part,
 )
 
-# Blocks read ahead, no more than AHEAD_BYTES of them; and blocks on their way to the disk.
+# Blocks read ahead, with at most AHEAD_BYTES; and blocks being written.
 READ_AHEAD, AHEAD_BYTES, IN_FLIGHT = 4, 1 << 28, 2
 BLOCK_BYTES = 1 << 24
 
@@ -61,14 +61,14 @@ class Piece:
         return (*self.part[:1], *(slice(0, size) for size in self.spec.scales_shape[1:]))
 
     def is_in(self, folder: Path) -> bool:
-        """Whether its files are there, in full size."""
-        parts = [(self.values, self.part)]
+        """Returns True where its files are present in full size."""
+        arrays = [(self.values, self.part)]
         if self.scales is not None:
-            parts.append((self.scales, self.scales_part))
+            arrays.append((self.scales, self.scales_part))
         return all(
             array.file(folder, shard).is_file()
             and array.file(folder, shard).stat().st_size == array.file_bytes
-            for array, part in parts
+            for array, part in arrays
             for shard in array.shards(part)
         )
 
@@ -97,9 +97,8 @@ def stream(
 ) -> None:
     """Writes pieces into `folder`, in order.
 
-    `on_written` is told what number of bytes of a piece has been written, `on_finished`, once all
-    of a piece has, its checksum. Raises OSError where it cannot be written, and whatever `source`
-    raises.
+    Calls `on_written` with each number of bytes of a piece written, and `on_finished`, after the
+    last, with its checksum. Raises OSError where it cannot be written, and errors of `source`.
     """
     some = list(some)
     for array in all_arrays(some):
@@ -116,9 +115,9 @@ def stream(
                 if block.scales is not None:
                     scales.append(block.scales)
             if piece.scales is not None:
-                whole = np.concatenate(scales).reshape(piece.spec.scales_shape[1:])[None]
+                all_scales = np.concatenate(scales).reshape(piece.spec.scales_shape[1:])[None]
                 slabs = Slabs(piece.scales_part, piece.scales_part, 0)
-                writer.write(piece, piece.scales, slabs, whole)
+                writer.write(piece, piece.scales, slabs, all_scales)
             writer.finish(checksum.hexdigest())
 
 
@@ -134,7 +133,7 @@ class _Block:
 
 
 def _read_ahead(source: Source, some: Iterable[Piece]) -> Iterator[_Block]:
-    """The blocks of pieces in order; the next ones are read meanwhile."""
+    """Yields the blocks of pieces in order, and reads the next ones meanwhile."""
     pending: deque[Future[_Block]] = deque()
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="grok-import-read") as pool:
         for piece in some:
@@ -180,7 +179,7 @@ class _Write:
 
 
 class _Writer:
-    """Writes in order by a thread of its own, and tells who wants to know of those done."""
+    """Writes in order in a thread of its own, and reports finished writes to the callbacks."""
 
     def __init__(self, folder: Path, on_written, on_finished) -> None:
         self._folder, self._on_written, self._on_finished = folder, on_written, on_finished
@@ -196,17 +195,17 @@ class _Writer:
         self._thread.shutdown(cancel_futures=True)
 
     def write(self, piece: Piece, array: ZarrArray, slabs: Slabs, values: np.ndarray) -> None:
-        """Starts to write slabs of an array, after all that was given before."""
+        """Starts to write slabs of an array, after all earlier ones."""
         self._settle(IN_FLIGHT - 1)
         future = self._thread.submit(write_slabs, self._folder, array, slabs, values)
         self._queue.append(_Write(piece, values.nbytes, future))
 
     def finish(self, checksum: str) -> None:
-        """The last write was the last of its piece."""
+        """Marks the last write as the last of its piece."""
         self._queue[-1].checksum = checksum
 
     def _settle(self, left: int) -> None:
-        """Waits until no more than `left` writes are on their way."""
+        """Waits until at most `left` writes are pending."""
         while len(self._queue) > left:
             write = self._queue.popleft()
             write.future.result()

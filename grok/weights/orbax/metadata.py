@@ -1,7 +1,7 @@
-"""The small files around the arrays of a checkpoint, as Orbax writes and reads them.
+"""The small files beside the arrays of a checkpoint, in Orbax's format.
 
 A checkpoint is a folder named by its step, with a folder for each item: `model` holds a tree of
-arrays, each named by its path with dots, and `_METADATA` that lists them; `meta` holds plain data.
+arrays, each named by its path with dots, and their list `_METADATA`; `meta` holds plain data.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from grok.weights.orbax.zarr import ZarrArray
 
 MODEL, LORA, META = "model", "lora", "meta"
 METADATA = "_METADATA"
-# Orbax's mark of a checkpoint that is whole, where folders cannot be renamed.
+# Orbax's mark of a finished checkpoint where folders cannot be renamed.
 COMMITTED = "commit_success.txt"
 HANDLERS = {
     META: "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler",
@@ -27,7 +27,7 @@ DICT_KEY = 2  # Orbax's number for a key of a dictionary
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """The arrays of a tree, by names with dots, and how they are kept."""
+    """The arrays of a tree, by names with dots, and their storage format."""
 
     names: frozenset[str]
     zarr3: bool
@@ -35,9 +35,9 @@ class Tree:
 
 
 def write_files(step: Path, arrays: Iterable[ZarrArray], meta: dict[str, Any]) -> None:
-    """Everything but the arrays of the checkpoint in folder `step`; what marks it whole is last."""
+    """Writes the files of the checkpoint in folder `step` but its arrays; commit marks are last."""
     (step / META).mkdir(exist_ok=True)
-    _write(step / META / "metadata", meta)
+    (step / META / "metadata").write_text(json.dumps(meta))
     tree = {
         str(tuple(array.name.split("."))): {
             "key_metadata": [{"key": key, "key_type": DICT_KEY} for key in array.name.split(".")],
@@ -49,23 +49,22 @@ def write_files(step: Path, arrays: Iterable[ZarrArray], meta: dict[str, Any]) -
         }
         for array in arrays
     }
-    _write(
-        step / MODEL / METADATA,
-        {
-            "tree_metadata": tree,
-            "use_ocdbt": False,
-            "use_zarr3": True,
-            "store_array_data_equal_to_fill_value": True,
-            "custom_metadata": None,
-        },
-    )
-    _write(step / "_CHECKPOINT_METADATA", {"item_handlers": HANDLERS})
+    metadata = {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": True,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    (step / MODEL / METADATA).write_text(json.dumps(metadata))
+    handlers = {"item_handlers": HANDLERS}
+    (step / "_CHECKPOINT_METADATA").write_text(json.dumps(handlers))
     for folder in (step / MODEL, step / META, step):
         (folder / COMMITTED).write_text("Checkpoint commit was successful")
 
 
 def read_tree(folder: str) -> Tree:
-    """What `_METADATA` in an item's folder lists; CheckpointError where it cannot be read."""
+    """Reads `_METADATA` in an item's folder. Raises CheckpointError where it cannot be read."""
     path = storage.join(folder, METADATA)
     data = _read(path)
     try:
@@ -79,13 +78,9 @@ def read_tree(folder: str) -> Tree:
 
 
 def read_meta(step: str) -> dict[str, Any]:
-    """The plain data of the checkpoint in folder `step`; empty where it has none."""
+    """The plain data of the checkpoint in folder `step`; empty where there is none."""
     path = storage.join(step, META, "metadata")
     return _read(path) if storage.exists(path, CheckpointError) else {}
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data))
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints of ours as a source: those that runs saved through Orbax, and those of imports."""
+"""Our own checkpoints as a source: those that runs saved through Orbax, and those of imports."""
 
 import math
 import os
@@ -26,11 +26,10 @@ class OrbaxSource(Source):
     """One checkpoint, local or at gs://: a run's folder (its newest), its `checkpoints`, or one
     step's folder. Opening it reads no array.
 
-    The model is `config`; without one that of the run's config.yaml, or else of the config that
-    the checkpoint keeps. `step` is the step's folder; `checksums` are those that an import kept, by
-    name and layer (None where there are no layers), with none for other checkpoints. Raises
-    CheckpointError, with the file and tensor, where a checkpoint is not finished, is damaged, or
-    is of another model.
+    The model is `config`; without one that of the run's config.yaml, or else of the checkpoint's
+    own config. `step` is the step's folder; `checksums` are those that an import stored, by name
+    and layer (None where there are no layers), none for other checkpoints. Raises CheckpointError,
+    with the file and tensor, where a checkpoint is unfinished, damaged, or of another model.
     """
 
     format = "orbax"
@@ -47,7 +46,7 @@ class OrbaxSource(Source):
             name: self._arrays.spec(name, shape)
             for name, shape in params.shapes(self.config).items()
         }
-        self._arrays.check_none_left(self.tensors)
+        self._arrays.check_no_others(self.tensors)
 
     def read(self, name: str, part: Part) -> np.ndarray:
         """Values of a part."""
@@ -71,14 +70,14 @@ class ArrayTree:
         self._stores = {name: self._wait(name, future) for name, future in opening.items()}
 
     def spec(self, name: str, shape: tuple[int, ...]) -> TensorSpec:
-        """How the tensor `name` is kept, which should have `shape`."""
+        """The spec of the tensor `name`, which should have `shape`."""
         if f"{name}/values" not in self._stores:
             dtype = self._check(name, shape, FLOATS)
             return TensorSpec(name, shape, dtype)
         dtype = self._check(f"{name}/values", shape, (np.dtype(np.int8),))
-        found = self._store(f"{name}/scales").shape
+        scales_shape = self._store(f"{name}/scales").shape
         axis = len(params.rows_and_columns(name, shape)[0]) if name in params.MATRICES else 0
-        groups = found[axis] if axis < len(found) else 1
+        groups = scales_shape[axis] if axis < len(scales_shape) else 1
         spec = TensorSpec(name, shape, dtype, groups)
         self._check(f"{name}/scales", spec.scales_shape, (np.dtype(ml_dtypes.bfloat16),))
         rows = math.prod(params.rows_and_columns(name, shape)[1])
@@ -92,10 +91,10 @@ class ArrayTree:
     def __contains__(self, name: str) -> bool:
         return name in self._stores
 
-    def check_none_left(self, wanted: Collection[str]) -> None:
-        """Refuses arrays that are not of the tensors `wanted`."""
+    def check_no_others(self, expected: Collection[str]) -> None:
+        """Raises CheckpointError for an array of a tensor that is not `expected`."""
         for name in self._stores:
-            if name not in wanted and name.rpartition("/")[0] not in wanted:
+            if name not in expected and name.rpartition("/")[0] not in expected:
                 raise CheckpointError(
                     f"{self._folder}: tensor {name} is no parameter of this model."
                 )
@@ -134,7 +133,7 @@ class ArrayTree:
 
 
 def step_folder(path: str) -> str:
-    """The folder of the step that `path` means. Raises CheckpointError where none is finished."""
+    """The folder of the newest finished step at `path`; CheckpointError where there is none."""
     present = storage.list_files(path, CheckpointError)
     if "checkpoints" in present:
         return step_folder(storage.join(path, "checkpoints"))
@@ -147,14 +146,15 @@ def step_folder(path: str) -> str:
         folder = storage.join(path, str(step))
         if _is_finished(folder):
             return folder
-    why = "has no finished checkpoint"
     if ".import" in present:
-        why = "is the folder of an import that was not finished; the same `grok import` goes on"
-    raise CheckpointError(f"{path}: {why}.")
+        raise CheckpointError(
+            f"{path}: is an unfinished import; the same `grok import` continues it."
+        )
+    raise CheckpointError(f"{path}: has no finished checkpoint.")
 
 
 def _is_finished(step: str) -> bool:
-    # Where folders cannot be renamed, Orbax writes a file last.
+    # Buckets cannot rename folders, so Orbax writes a file last there.
     if storage.is_remote(step):
         return storage.exists(storage.join(step, COMMITTED), CheckpointError)
     trees = (Path(step, name, METADATA) for name in (MODEL, LORA))
@@ -173,13 +173,10 @@ def _config(step: str, meta: dict[str, Any]) -> GrokConfig:
 
 
 def _checksums(meta: dict[str, Any]) -> dict[tuple[str, int | None], str]:
-    kept = meta.get("import", {}).get("checksums", {})
-    return {
-        key: checksum
-        for name, found in kept.items()
-        for key, checksum in (
-            [((name, None), found)]
-            if isinstance(found, str)
-            else [((name, layer), each) for layer, each in enumerate(found)]
-        )
-    }
+    checksums: dict[tuple[str, int | None], str] = {}
+    for name, stored in meta.get("import", {}).get("checksums", {}).items():
+        if isinstance(stored, str):
+            checksums[name, None] = stored
+        else:
+            checksums |= {(name, layer): checksum for layer, checksum in enumerate(stored)}
+    return checksums

@@ -2,9 +2,9 @@
 
 A tensor's values are cut into shards, a file each: a matrix of one layer and expert, or some rows
 of it where that is larger than `SHARD_BYTES`. A shard is cut into chunks, so that a device of a
-mesh reads little more than its own part. The file has the chunks one after the other, then where
-each begins and how long it is, and a CRC-32C of that. Nothing is compressed, so all places are
-known beforehand, and a shard is written slab by slab: a slab is the chunks of the same rows.
+mesh reads little more than its own part. The file has the chunks, then the offset and length of
+each, and a CRC-32C of these. Nothing is compressed, so all offsets are known beforehand, and a
+shard is written slab by slab: a slab is the chunks of the same rows.
 
 An int8 tensor is two arrays, values and scales.
 
@@ -31,8 +31,8 @@ from grok.model import params
 from grok.weights.source import Part, TensorSpec
 
 SHARD_BYTES = 1 << 28
-# An axis of this letter, in the name of a tensor, is cut into so many chunks where it can be:
-# the axes that meshes split, about as finely as large ones do.
+# Chunks along an axis, by its letter in the name of a tensor, where they divide it: the axes that
+# meshes split, about as finely as large meshes do.
 CHUNKS = {"D": 16, "F": 8, "N": 8, "K": 8, "V": 128}
 
 
@@ -47,7 +47,7 @@ class Slabs:
 
 @dataclasses.dataclass(frozen=True)
 class ZarrArray:
-    """One array of a checkpoint, and how it is cut; its `name` has the dots of Orbax."""
+    """One array of a checkpoint, its shards and chunks; its `name` has the dots of Orbax."""
 
     name: str
     shape: tuple[int, ...]
@@ -64,9 +64,9 @@ class ZarrArray:
             )
 
     def slabs(self, shard: Part, limit: int) -> Iterator[Slabs]:
-        """The slabs of a shard, so many at once as have no more than `limit` bytes, or one.
+        """Yields the slabs of a shard in C order, their order in the file.
 
-        They come in C order, which is also how they lie in the file.
+        As many together as have no more than `limit` bytes, or one.
         """
         axis = self.slab_axis
         row_bytes = math.prod(self.shard) * self.dtype.itemsize // self.shard[axis]
@@ -94,15 +94,15 @@ class ZarrArray:
 
     @functools.cached_property
     def index(self) -> bytes:
-        """What ends a shard's file: offset and length of each chunk, and a CRC-32C of these."""
+        """The end of a shard's file: offset and length of each chunk, and a CRC-32C of these."""
         nbytes = math.prod(self.chunk) * self.dtype.itemsize
         offsets = np.arange(0, math.prod(self.shard) * self.dtype.itemsize, nbytes)
-        places = np.stack([offsets, np.full_like(offsets, nbytes)], axis=1).astype("<u8").tobytes()
-        return places + _crc32c(places).to_bytes(4, "little")
+        index = np.stack([offsets, np.full_like(offsets, nbytes)], axis=1).astype("<u8").tobytes()
+        return index + _crc32c(index).to_bytes(4, "little")
 
 
 def arrays(spec: TensorSpec) -> tuple[ZarrArray, ZarrArray | None]:
-    """The arrays that a tensor is kept in: of values and, for int8, of scales."""
+    """The arrays of a tensor: of values and, for int8, of scales."""
     name = spec.name.replace("/", ".")
     lead = int(name.startswith("layers."))
     if spec.name in params.MATRICES:
@@ -187,7 +187,7 @@ def open_array(folder: str, name: str, zarr3: bool, ocdbt: bool) -> ts.Future:
 
 
 def wait(future: Any) -> Any:
-    """The result of a future of TensorStore; OSError, in few words, whatever went wrong."""
+    """The result of a future of TensorStore. Raises OSError with a short reason."""
     try:
         return future.result()
     except ValueError as error:
@@ -195,16 +195,18 @@ def wait(future: Any) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in few words, whether TensorStore raised it or what is around it."""
+    """The cause of an error of TensorStore or of a file, in a few words."""
     if isinstance(error, OSError):
         return storage.reason(error)
     code = re.search(r"os_error_code='(\d+)'", str(error))
-    said = str(error).partition(" [")[0].splitlines()
-    return os.strerror(int(code[1])) if code else said[0] if said else type(error).__name__
+    if code:
+        return os.strerror(int(code[1]))
+    lines = str(error).partition(" [")[0].splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _kvstore(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """TensorStore's name of a folder."""
+    """The TensorStore spec of a folder."""
     if not storage.is_remote(folder):
         return {"driver": "file", "path": f"{os.path.abspath(folder)}/"}
     scheme, _, rest = os.fspath(folder).partition("://")

@@ -1,6 +1,6 @@
-"""The parameters of a run's checkpoint, without what only training needs, in a folder of their own.
+"""Exports the parameters of a run's checkpoint, without training state, to a folder of their own.
 
-It is an import of a checkpoint of ours: streamed, with checksums, restartable after a kill.
+It is an import of our own checkpoint: streamed, with checksums, resumable after a kill.
 """
 
 import os
@@ -23,13 +23,13 @@ def export_params(
     src: StrPath,
     dst: StrPath,
     dtype: str | None = None,
-    progress: Progress = lambda name, done, total: None,
+    on_progress: Progress = lambda name, done, total: None,
 ) -> Imported:
     """Writes the parameters of the checkpoint at `src` (a run, its `checkpoints`, or a step), local
     or gs://, to the new local folder `dst`, with the run's config and tokenizer.
 
-    `dtype` is what matrices become (int8, bfloat16, float32), by default what they are. Raises
-    CheckpointError where `src` holds no whole checkpoint of ours, or `dst` is in use.
+    Matrices are converted to `dtype` (int8, bfloat16, float32), if given. Raises CheckpointError
+    where `src` holds no finished checkpoint of ours, or `dst` holds anything else.
     """
     step = step_folder(os.fspath(src))
     source = open_source(step)
@@ -40,9 +40,10 @@ def export_params(
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = _tokenizer(step, Path(folder))
         if dtype == "int8" and source.dtype != "int8":
-            return import_weights(MeasuredQuantizedSource(source), dst, run, tokenizer, progress)
-        wanted = converted(source, dtype or source.dtype)
-        return import_weights(wanted, dst, run, tokenizer, progress)
+            source = MeasuredQuantizedSource(source)
+        else:
+            source = converted(source, dtype or source.dtype)
+        return import_weights(source, dst, run, tokenizer, on_progress)
 
 
 def _tokenizer(step: str, folder: Path) -> Path | None:
