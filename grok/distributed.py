@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import jax
 
 # JAX's key-value store has no public name; Orbax uses it likewise.
-from jax._src import distributed
+from jax._src.distributed import global_state
 
 from grok.config.load import flatten, to_dict
 from grok.errors import RESTART, ConfigError, GrokError, Lost
@@ -42,12 +42,12 @@ _aborting = threading.Lock()
 
 def process_index() -> int:
     """Index of this process; process 0 is the primary, which writes files and prints for all."""
-    return distributed.global_state.process_id
+    return global_state.process_id
 
 
 def process_count() -> int:
     """Number of processes of the run."""
-    return distributed.global_state.num_processes or 1
+    return global_state.num_processes or 1
 
 
 def is_primary() -> bool:
@@ -162,12 +162,12 @@ def env_cluster() -> tuple[str, int, int] | None:
 
 
 def _is_connected() -> bool:
-    return distributed.global_state.client is not None
+    return global_state.client is not None
 
 
 def _store() -> Any:
     """The key-value store that all processes share."""
-    return distributed.global_state.client
+    return global_state.client
 
 
 def _connect(heartbeat_timeout_seconds: int) -> None:
@@ -194,7 +194,7 @@ def _connect(heartbeat_timeout_seconds: int) -> None:
     except jax.errors.JaxRuntimeError as error:
         raise Lost(
             f"not all processes of the run connected within {INITIALIZE_TIMEOUT_SECONDS} s: "
-            f"{_first_line(error)}"
+            f"{str(error).splitlines()[0]}"
         ) from error
     threading.Thread(target=_listen_for_abort, daemon=True).start()
 
@@ -229,13 +229,9 @@ def _abort_on(error: BaseException) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         abort(130, "interrupted")
     if isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in str(error):
-        abort(RESTART, f"lost contact with another process: {_first_line(error)}")
+        abort(RESTART, f"lost contact with another process: {str(error).splitlines()[0]}")
     traceback.print_exception(error)
     abort(1, f"{type(error).__name__}: {error}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 def _print_error(line: str) -> None:

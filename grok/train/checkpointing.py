@@ -44,12 +44,6 @@ def retention_policy(config: RunConfig) -> RetentionPolicy:
     return RetentionPolicy(c.keep, c.keep_every, c.keep_best, c.best_metric)
 
 
-def skipped_batches(checkpoints: Checkpoints, step: int) -> Skipped:
-    """Returns the ranges of batches that were skipped up to the checkpoint of `step`."""
-    ranges = checkpoints.meta(step).get("skipped_batches", [])
-    return tuple((first, last) for first, last in ranges)
-
-
 def state_trees(state: TrainState) -> dict:
     """The state as the trees of a checkpoint; of a model with adapters, only the adapters."""
     adapters, _ = partition(state.model, is_adapter)
@@ -66,8 +60,9 @@ def restore(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     initial: InitialWeights | None,
-) -> tuple[TrainState, list[str]]:
-    """Returns the state saved at `step`, on `mesh`, and the config keys that have changed since.
+) -> tuple[TrainState, Skipped, list[str]]:
+    """Returns the state saved at `step`, on `mesh`, the batches skipped until then, and the config
+    keys that have changed since.
 
     Raises CheckpointError when other tensors are trained, naming the key, or when prepared datasets
     have changed without data.allow_data_change.
@@ -89,7 +84,9 @@ def restore(
     if is_ema_new:
         trees[EMA] = start_state(config, optimizer, trees[MODEL]).ema
     steps_done, opt_state, guard = trees[OPTIMIZER]
-    return TrainState(steps_done, trees[MODEL], opt_state, guard, trees.get(EMA)), changes
+    state = TrainState(steps_done, trees[MODEL], opt_state, guard, trees.get(EMA))
+    skipped = tuple((first, last) for first, last in meta.get("skipped_batches", []))
+    return state, skipped, changes
 
 
 def config_changes(saved: dict[str, Any], config: RunConfig, checkpoint: str) -> list[str]:

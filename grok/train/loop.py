@@ -26,7 +26,7 @@ from grok.optim.optimizer import make_optimizer
 from grok.optim.param_groups import combine, names
 from grok.preemption import PreemptionSignal
 from grok.storage import join
-from grok.train.checkpointing import restore, retention_policy, save, skipped_batches
+from grok.train.checkpointing import restore, retention_policy, save
 from grok.train.evaluate import validate
 from grok.train.init_from import InitialWeights, initial_weights
 from grok.train.rollback import (
@@ -155,12 +155,12 @@ def first_state(run: Run) -> Start:
 def from_checkpoint(run: Run, step: int) -> Start:
     """Restores the checkpoint of `step`; logs the config keys that have changed since."""
     with run.telemetry.events.during("restore", step=step):
-        state, changes = restore(
+        state, skipped, changes = restore(
             run.checkpoints, step, run.config, run.data, run.optimizer, run.mesh, run.initial
         )
     for change in changes:
         run.telemetry.log(f"changed since then: {change}")
-    return Start(step, state, skipped_batches(run.checkpoints, step))
+    return Start(step, state, skipped)
 
 
 def train_steps(run: Run, start: Start, preemption: PreemptionSignal) -> int:

@@ -31,11 +31,8 @@ def train_step(
     """
     params, frozen = partition(state.model, trainable(config))
     loss, metrics, grads = gradients(params, frozen, batch, config.train)
-    new = update(state, params, loss, grads, config=config, optimizer=optimizer)
-    model = combine(new.params, frozen)
-    return TrainState(state.step + 1, model, new.opt_state, new.guard, new.ema), (
-        metrics | new.metrics
-    )
+    state, update_metrics = update(state, params, loss, grads, config=config, optimizer=optimizer)
+    return state, metrics | update_metrics
 
 
 def gradients(params, frozen, batch: dict, config: TrainConfig) -> tuple[jax.Array, dict, Any]:

@@ -1,6 +1,6 @@
 """The optimizer's part of a step: from gradients to new parameters, moments and average."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,10 @@ from grok import hardware
 from grok.config import OptimizerConfig, RunConfig
 from grok.model.build import to_arrays
 from grok.optim import offload
-from grok.optim.param_groups import metric_group, names
+from grok.optim.param_groups import combine, metric_group, names
 from grok.optim.schedule import make_schedule
 from grok.train import update_cpu
 from grok.train.bad_steps import (
-    Guard,
     detect_bad_step,
     global_norm,
     select_if_ok,
@@ -22,17 +21,6 @@ from grok.train.bad_steps import (
     update_guard,
 )
 from grok.train.state import TrainState, as_float32
-
-
-class Update(NamedTuple):
-    """The new values of a TrainState's fields (`params`: the trained part of its model), and the
-    step's metrics of them."""
-
-    params: Any
-    opt_state: optax.OptState
-    guard: Guard
-    ema: Any
-    metrics: dict[str, jax.Array]
 
 
 def update(
@@ -43,10 +31,10 @@ def update(
     *,
     config: RunConfig,
     optimizer: optax.GradientTransformation,
-) -> Update:
-    """Applies `grads` (float32, of `params`) with the optimizer, unless the step is bad.
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Applies `grads` (float32) to `params`, the trained part of the model, unless the step is bad.
 
-    Metrics are those that `train_step` lists, without those of the loss.
+    Returns the new state and its metrics: those of `train_step` that are not of the loss.
     """
     old_params, old_opt_state = params, offload.to_device(state.opt_state)
     with jax.named_scope("optimizer"):
@@ -80,7 +68,8 @@ def update(
         "bad_in_a_row": guard.bad_in_a_row.astype(jnp.float32),
         "bad_tensors": jnp.stack([to_blame.get(name, False) for name in names(state.model)]),
     }
-    return Update(params, opt_state, guard, ema, metrics)
+    model = combine(params, state.model)
+    return TrainState(state.step + 1, model, opt_state, guard, ema), metrics
 
 
 def ema_update(ema, params, decay: float):
