@@ -16,7 +16,7 @@ from typing import Any
 
 from grok import storage
 from grok.config.batch import BatchConfig
-from grok.config.load import flatten, to_dict
+from grok.config.load import to_dict
 from grok.data.prepare.sources import RawRecord, SourceFile, find_files, read_records
 from grok.errors import ConfigError, DataError
 from grok.resumable import difference
@@ -37,13 +37,15 @@ NOT_IDENTITY = ("max_num_seqs", "num_pages")
 class Input:
     """All requests of a job in order.
 
-    `requests` is their number; `sha256` is of the records, whatever files they are in; `starts` has
-    for each shard the number of a file, and of a record in it.
+    `seed` is for those that set none; `requests` is their number; `sha256` is of the records,
+    whatever files they are in; `starts` has for each shard the number of a file, and of a record
+    in it.
     """
 
     files: Sequence[SourceFile]
     columns: Sequence[str]
     shard_size: int
+    seed: int
     requests: int
     sha256: str
     starts: Sequence[tuple[int, int]]
@@ -95,7 +97,8 @@ def scan_input(config: BatchConfig, columns: Sequence[str]) -> Input:
         count += 1
     if not count:
         raise DataError(f"input {', '.join(config.input)} has no requests; one would work.")
-    return Input(files, columns, config.shard_size, count, digest.hexdigest(), starts)
+    size, seed = config.shard_size, config.seed
+    return Input(files, columns, size, seed, count, digest.hexdigest(), starts)
 
 
 def _expand(patterns: Sequence[str]) -> list[str]:
@@ -182,7 +185,7 @@ class JobDir:
         total: collections.Counter[str] = collections.Counter()
         for shard in range(shards):
             path = storage.join(self._path, STATISTICS_FOLDER, f"{shard:06d}.json")
-            total.update(dict(flatten(json.loads(storage.read_bytes(path)))))
+            total.update(json.loads(storage.read_bytes(path)))
         summary: dict[str, Any] = {"shards": shards}
         for name, value in total.items():
             section, _, key = name.partition(".")

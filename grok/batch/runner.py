@@ -11,10 +11,8 @@ from grok.batch.job_dir import Input, JobDir, scan_input
 from grok.batch.replicas import Replica
 from grok.config.batch import BatchConfig
 from grok.data.prepare.sources import RawRecord
-from grok.data.tokenizers import Tokenizer
 from grok.errors import SAVED, GrokError, RequestError
 from grok.infer.loader import ServedModel
-from grok.infer.openai.requests import RequestParser
 from grok.infer.openai.responses import ResponseBuilder
 from grok.infer.request import Output, submit_all
 from grok.preemption import PreemptionSignal
@@ -31,41 +29,24 @@ class Stopped(GrokError):
 
 
 class _Shard:
-    """A shard in progress: its lines so far, and their counts."""
+    """A shard in progress: its lines so far, and their counts under dotted names."""
 
     def __init__(self, size: int):
         self.lines: list[str | None] = [None] * size
         self.missing = size
-        self.counts: collections.Counter[str] = collections.Counter(requests=size)
-        self.failures: collections.Counter[str] = collections.Counter()
-        self.finish_reasons: collections.Counter[str] = collections.Counter()
-
-    def statistics(self, seconds: float) -> dict[str, Any]:
-        names = ("requests", "answered", "failed", "prompt_tokens", "completion_tokens")
-        return {
-            **{name: self.counts[name] for name in names},
-            "failures": dict(sorted(self.failures.items())),
-            "finish_reasons": dict(sorted(self.finish_reasons.items())),
-            "seconds": round(seconds, 3),
-        }
+        self.counts = collections.Counter(
+            requests=size, answered=0, failed=0, prompt_tokens=0, completion_tokens=0
+        )
 
 
 class BatchRunner:
     """Answers the missing shards of a replica's share with its engine."""
 
     def __init__(
-        self,
-        engine: Any,
-        tokenizer: Tokenizer,
-        parser: RequestParser,
-        requests: Input,
-        job_dir: JobDir,
-        replica: Replica,
-        seed: int,
+        self, engine: Any, model: ServedModel, requests: Input, job_dir: JobDir, replica: Replica
     ):
-        self._engine, self._tokenizer, self._parser = engine, tokenizer, parser
+        self._engine, self._tokenizer, self._parser = engine, model.tokenizer, model.parser()
         self._input, self._job_dir, self._replica = requests, job_dir, replica
-        self._seed = seed
         self._shards: dict[int, _Shard] = {}
         self._running: dict[str, tuple[int, BatchItem, ResponseBuilder]] = {}
         self._last_write = time.monotonic()
@@ -101,8 +82,7 @@ class BatchRunner:
         item = read_item(index, record, self._parser)
         error = item.error or self._submit(shard, item)
         if error is not None:
-            self._shards[shard].counts["failed"] += 1
-            self._shards[shard].failures[failure_key(error)] += 1
+            self._shards[shard].counts.update(["failed", f"failures.{failure_key(error)}"])
             self._put(shard, item, item.error_line(error))
         return True
 
@@ -110,7 +90,7 @@ class BatchRunner:
         """Submits all requests of an item, or none and returns the error."""
         assert item.request is not None
         try:
-            submit_all(self._engine, item.engine_requests(self._seed))
+            submit_all(self._engine, item.engine_requests(self._input.seed))
         except RequestError as error:
             return error
         builder = ResponseBuilder(item.request, self._tokenizer)
@@ -126,10 +106,9 @@ class BatchRunner:
         if not builder.finished:
             return
         del self._running[key]
-        shard = self._shards[number]
-        shard.counts["answered"] += 1
-        shard.counts.update(builder.usage())
-        shard.finish_reasons.update(map(str, builder.finish_reasons))
+        counts = self._shards[number].counts
+        counts.update(["answered", *(f"finish_reasons.{end}" for end in builder.finish_reasons)])
+        counts.update(builder.usage())
         self._put(number, item, item.answer_line(builder))
 
     def _put(self, number: int, item: BatchItem, line: str) -> None:
@@ -143,7 +122,8 @@ class BatchRunner:
             now = time.monotonic()
             if self._replica.writes:
                 lines = [line for line in shard.lines if line is not None]
-                self._job_dir.write(number, lines, shard.statistics(now - self._last_write))
+                seconds = round(now - self._last_write, 3)
+                self._job_dir.write(number, lines, {**shard.counts, "seconds": seconds})
             self._last_write = now
 
 
@@ -171,9 +151,7 @@ def run(config: BatchConfig, replica: Replica) -> None:
     display.log(f"{requests.requests:,} requests; {len(done):,} of {shards:,} shards are done")
     if missing:
         engine = model.engine(display.log)
-        runner = BatchRunner(
-            engine, model.tokenizer, model.parser(), requests, job_dir, replica, config.seed
-        )
+        runner = BatchRunner(engine, model, requests, job_dir, replica)
         display.total = sum(requests.size(shard) for shard in share)
         display.done = display.total - sum(requests.size(shard) for shard in missing)
         with PreemptionSignal(model.mesh) as stop, display:

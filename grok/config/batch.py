@@ -1,4 +1,4 @@
-"""What `grok batch` is asked to do."""
+"""Config of `grok batch`: where requests come from and where answers go."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -21,12 +21,12 @@ class BatchConfig(InferConfig):
     output: Annotated[str, Field(description="folder that the answers go to, here or at gs://")]
     replica: Annotated[
         Literal["host", "all"],
-        Field(description="what mesh spans: each host alone, with a share of the shards, or all"),
+        Field(
+            description="hosts that one mesh spans: each alone, with its share of shards, or all"
+        ),
     ] = "host"
-    shard_size: Annotated[Count, Field(description="requests a file of answers")] = 1000
-    seed: Annotated[
-        CountOrZero, Field(description="with its place it seeds a request that gives no seed")
-    ] = 0
+    shard_size: Annotated[Count, Field(description="requests per file of answers")] = 1000
+    seed: Annotated[CountOrZero, Field(description="seeds the requests that set no seed")] = 0
 
     def __post_init__(self) -> None:
         if not self.input:

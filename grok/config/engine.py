@@ -1,4 +1,4 @@
-"""What `grok batch` and `grok serve` have in common in their configs: weights, mesh, defaults."""
+"""Config of a served model, which `grok batch` and `grok serve` extend: weights, mesh, defaults."""
 
 import dataclasses
 from typing import Annotated, ClassVar, Literal
@@ -11,7 +11,7 @@ from grok.config.sampling import SamplingConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InferConfig:
-    """A model that answers: where it comes from, how it is spread, what it does by default."""
+    """A served model: weights, sharding, and defaults for requests."""
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
@@ -19,24 +19,24 @@ class InferConfig:
         str, Field(description="run, import, ckpt-0, Hugging Face folder, or checkpoint of grok")
     ]
     model: Annotated[
-        str, Field(description="config of that model: preset or YAML file; none: as it says itself")
+        str, Field(description="preset or YAML file of that model; none: what the weights say")
     ] = ""
     tokenizer: Annotated[
         str, Field(description="SentencePiece model file; none: the one beside the weights")
     ] = ""
     param_dtype: Annotated[
         Literal["", "float32", "bfloat16", "int8"],
-        Field(description="type that matrices become; none: as they are kept"),
+        Field(description="dtype that matrices are converted to; none: as stored"),
     ] = ""
     compute_dtype: Annotated[
         Literal["", "float32", "bfloat16"],
-        Field(description="type of activations and products; none: as the model's config says"),
+        Field(description="dtype of activations and products; none: as the model's config says"),
     ] = ""
     mesh: Annotated[MeshConfig, Field(description="devices of one replica, along each axis")] = (
         dataclasses.field(default=MeshConfig())
     )
-    engine: Annotated[EngineConfig, Field(description="slots, cache")] = dataclasses.field(
-        default=EngineConfig()
+    engine: Annotated[EngineConfig, Field(description="concurrent sequences, paged cache")] = (
+        dataclasses.field(default=EngineConfig())
     )
     sampling: Annotated[
         SamplingConfig, Field(description="defaults for requests that leave a parameter out")

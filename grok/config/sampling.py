@@ -36,14 +36,12 @@ class SamplingConfig:
         PositiveOrZero, Field(description="divides logits; 0: the likeliest token")
     ] = 1.0
     top_k: Annotated[
-        CountOrZero, Field(description="draw from the k likeliest tokens and ties; 0: all")
+        CountOrZero, Field(description="draw from the k likeliest and ties; 0: all")
     ] = 0
-    top_p: Annotated[
-        Share, Field(description="draw from the likeliest tokens that sum to this probability")
-    ] = 1.0
-    min_p: Annotated[
-        Share, Field(description="least probability, relative to the likeliest token's")
-    ] = 0.0
+    top_p: Annotated[Share, Field(description="draw from the nucleus of this probability")] = 1.0
+    min_p: Annotated[Share, Field(description="least probability, over the likeliest token's")] = (
+        0.0
+    )
     repetition_penalty: Annotated[
         Positive, Field(description="divides logits of tokens in prompt or answer; 1: none")
     ] = 1.0
@@ -80,14 +78,12 @@ class SamplingParams(SamplingConfig):
         Count | None, Field(description="answers made, of which the n likeliest are returned")
     ] = None
     logprobs: Annotated[
-        TopCount | None, Field(description="report new tokens' log-probability and k likeliest")
+        TopCount | None, Field(description="return log-probabilities: each token's and k likeliest")
     ] = None
-    prompt_logprobs: Annotated[
-        TopCount | None, Field(description="the same of the prompt's tokens")
-    ] = None
+    prompt_logprobs: Annotated[TopCount | None, Field(description="the same of the prompt")] = None
     seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1, description="seed of the draws")] = 0
     ignore_eos: Annotated[bool, Field(description="do not end at EOS")] = False
-    experts: Annotated[bool, Field(description="report the experts of the answer's tokens")] = False
+    experts: Annotated[bool, Field(description="return the experts of the answer's tokens")] = False
 
     def __post_init__(self) -> None:
         _check(self)

@@ -1,4 +1,4 @@
-"""How `grok serve` listens, whom it answers, and what is too much for it."""
+"""Config of `grok serve`: address, API keys and limits."""
 
 import dataclasses
 import ipaddress
@@ -15,32 +15,22 @@ from grok.errors import ConfigError
 class ServeConfig(InferConfig):
     """A server: its address, keys and limits."""
 
-    host: Annotated[str, Field(description="address to listen on; default: this machine alone")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[CountOrZero, Field(description="port to listen on; 0: any that is free")] = 8000
     name: Annotated[
         str, Field(description="the model's name in requests; none: that of the weights' folder")
     ] = ""
     api_keys_file: Annotated[
-        str, Field(description="file of keys, one a line, besides those in GROK_API_KEYS")
+        str, Field(description="file of keys, one per line, besides those in GROK_API_KEYS")
     ] = ""
-    allow_anyone: Annotated[
-        bool, Field(description="listen to other machines although there are no keys")
-    ] = False
-    max_body_bytes: Annotated[Count, Field(description="bytes of a request's body at most")] = (
-        1 << 20
-    )
+    allow_anyone: Annotated[bool, Field(description="let other machines in without keys")] = False
+    max_body_bytes: Annotated[Count, Field(description="longest body of a request")] = 1 << 20
     max_prompt_tokens: Annotated[
-        CountOrZero, Field(description="tokens of a prompt at most; 0: what the context holds")
+        CountOrZero, Field(description="tokens of a prompt at most; 0: the context length")
     ] = 0
     max_choices: Annotated[Count, Field(description="answers that one request may ask for")] = 16
-    max_queue: Annotated[
-        Count, Field(description="requests under way or waiting, above which more are sent away")
-    ] = 256
-    max_seconds: Annotated[
-        Positive, Field(description="time that a request may take, after which it is ended")
-    ] = 600.0
+    max_queue: Annotated[Count, Field(description="live requests; more are refused with 429")] = 256
+    max_seconds: Annotated[Positive, Field(description="time limit of a request")] = 600.0
 
     def __post_init__(self) -> None:
         if self.port > 65535:
@@ -48,7 +38,7 @@ class ServeConfig(InferConfig):
 
     @property
     def local(self) -> bool:
-        """Whether none but this machine can reach it."""
+        """True where only this machine can reach it."""
         if self.host == "localhost":
             return True
         try:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,16 @@ def config_of(path: str, config: str | None, overrides: Sequence[str]) -> RunCon
 def find_tokenizer(
     path: str, tokenizer: str | None, config: RunConfig, datasets: Sequence[str] = ()
 ) -> str:
-    """The tokenizer's file: `tokenizer`, or the one beside the weights, in the config, or in the
-    first prepared dataset. Raises DataError where there is none of these."""
-    folder = Path(path)
-    # Of one step of a run, the run's folder is two above.
-    folders = [folder, folder.parent, folder.parent.parent]
-    files = [folder / TOKENIZER_FILE for folder in folders]
-    files += [Path(config.data.tokenizer)] if config.data.tokenizer else []
-    files += [Path(dataset) / TOKENIZER_FILE for dataset in datasets]
-    file = tokenizer or next((str(file) for file in files if file.is_file()), None)
+    """The tokenizer's file, local or gs://: `tokenizer`, or the one beside the weights, in the
+    config, or in the first prepared dataset. Raises DataError where there is none of these."""
+    if tokenizer:
+        return tokenizer
+    run = os.path.dirname(path.rstrip("/"))  # of `checkpoints` in it, or of one step of these
+    folders = [path, run, os.path.dirname(run)]
+    files = [storage.join(folder, TOKENIZER_FILE) for folder in folders]
+    files += [config.data.tokenizer] if config.data.tokenizer else []
+    files += [storage.join(dataset, TOKENIZER_FILE) for dataset in datasets]
+    file = next((file for file in files if storage.exists(file, DataError)), None)
     if file is None:
         raise DataError(
             f"there is no {TOKENIZER_FILE} beside {path}; the tokenizer of these weights, as in "
@@ -98,7 +100,8 @@ class ServedModel:
         changes = [f"model.{name}={value}" for name, value in dtypes.items() if value]
         run = config_of(config.weights, config.model or None, changes)
         self.config, self._settings = run.model, config
-        file, self._tokenizer_bytes = _read_tokenizer(config, run)
+        file = find_tokenizer(config.weights, config.tokenizer, run)
+        self._tokenizer_bytes = storage.read_bytes(file, DataError)
         self.tokenizer = parse_tokenizer(self._tokenizer_bytes, f"tokenizer={file}")
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise ConfigError(
@@ -134,15 +137,3 @@ class ServedModel:
         model = load(path, self.config, self.mesh, dtype)
         log(f"compiling for the mesh {dict(self.mesh.shape)}")
         return Engine(model, self.tokenizer, self.mesh, self._settings.engine)
-
-
-def _read_tokenizer(config: InferConfig, run: RunConfig) -> tuple[str, bytes]:
-    """The tokenizer's file, here or at gs://, and its bytes. Raises DataError without one."""
-    file, beside = config.tokenizer, storage.join(config.weights, TOKENIZER_FILE)
-    if not file and storage.is_remote(config.weights) and storage.exists(beside, DataError):
-        file = beside
-    file = file or find_tokenizer(config.weights, None, run)
-    data = storage.read_bytes(file, DataError)
-    if not data:
-        raise DataError(f"tokenizer={file} is empty.")
-    return file, data

@@ -110,24 +110,17 @@ class StepInputs:
 
 
 def _neutral(shape: tuple[int, int]) -> SamplingBatch:
-    """Parameters that change no logits, for every row."""
-
-    def full(value: float, dtype: str = "float32") -> np.ndarray:
-        return np.full(shape, value, dtype)
-
+    """Parameters that change no logits, for every row; without tokens and bans."""
+    float32 = {name: np.zeros(shape, np.float32) for name in ("temperature_B", "min_p_B")}
+    float32 |= {name: np.zeros(shape, np.float32) for name in ("presence_B", "frequency_B")}
+    float32 |= {name: np.ones(shape, np.float32) for name in ("top_p_B", "repetition_B")}
+    names = ("choice_B", "position_B", "top_k_B", "prompt_length_B")
+    int32 = {name: np.zeros(shape, np.int32) for name in names}
     return SamplingBatch(
+        **float32,
+        **int32,
         seed_B2=np.zeros((*shape, 2), np.uint32),
-        choice_B=full(0, "int32"),
-        position_B=full(0, "int32"),
-        temperature_B=full(0),
-        top_k_B=full(0, "int32"),
-        top_p_B=full(1),
-        min_p_B=full(0),
-        repetition_B=full(1),
-        presence_B=full(0),
-        frequency_B=full(0),
-        prompt_length_B=full(0, "int32"),
-        top_logprobs_B=full(0, "bool"),
+        top_logprobs_B=np.zeros(shape, bool),
         tokens_BN=None,
         banned_BW=None,
     )

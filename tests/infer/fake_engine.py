@@ -5,14 +5,14 @@ import hashlib
 from collections import deque
 
 from grok.data.tokenizers import StreamDecoder, Tokenizer
-from grok.errors import RequestError
 from grok.infer.engine import EngineStats
-from grok.infer.request import Output, Request, TokenLogprobs
+from grok.infer.request import Limits, Output, Request, TokenLogprobs
 
 
 class FakeEngine:
     def __init__(self, tokenizer: Tokenizer, context_length: int = 128, slots: int = 4):
-        self._tokenizer, self._context_length, self._slots = tokenizer, context_length, slots
+        self._tokenizer, self._slots = tokenizer, slots
+        self._limits = Limits(tokenizer.vocab_size, context_length, context_length, slots, 1)
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._tokens_in = self._tokens_out = 0
@@ -29,13 +29,7 @@ class FakeEngine:
         )
 
     def submit(self, request: Request) -> None:
-        length, new = len(request.prompt), request.params.max_tokens
-        if length + new > self._context_length:
-            raise RequestError(
-                "max_tokens",
-                f"a prompt of {length} tokens with {new} new ones is longer than the model's "
-                f"context of {self._context_length}.",
-            )
+        self._limits.check(request)
         for choice in range(request.params.n):
             self._waiting.append(_Sequence(request, choice, self._tokenizer))
 

@@ -154,11 +154,7 @@ class RequestParser:
         return self._checked(ids)
 
     def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
-        if not ids:
-            raise RequestError(
-                "prompt", "the prompt is empty; one token at least is needed to continue from."
-            )
-        if not 0 <= min(ids) <= max(ids) < self._tokenizer.vocab_size:
+        if ids and not 0 <= min(ids) <= max(ids) < self._tokenizer.vocab_size:
             raise RequestError(
                 "prompt",
                 f"the prompt has a token that is not from 0 to {self._tokenizer.vocab_size - 1}.",

@@ -64,7 +64,7 @@ class ResponseBuilder:
         return [self._emit(sibling) for sibling in siblings if sibling in self._pending]
 
     def _emit(self, index: int) -> dict[str, Any]:
-        """What is new of an answer, as a choice; the first begins with the prompt for `echo`."""
+        """New parts of an answer as a choice; the first begins with the prompt for `echo`."""
         with_prompt = self.request.echo and index not in self._begun
         self._begun.add(index)
         return self._choice(index, self._pending.pop(index), with_prompt)
