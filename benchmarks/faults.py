@@ -101,8 +101,8 @@ class Workplace:
             saved = f"checkpoints/{step}"
             shutil.copytree(self.straight / saved, run / saved)
         lines = (self.straight / "metrics.jsonl").read_text().splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= newest]
-        (run / "metrics.jsonl").write_text("".join(kept))
+        lines_kept = [line for line in lines if json.loads(line)["step"] <= newest]
+        (run / "metrics.jsonl").write_text("".join(lines_kept))
         return run
 
     def a_step(self) -> int:
@@ -118,10 +118,10 @@ class Workplace:
 # ---- the launcher
 
 
-def go_on(place: Workplace, run: Path) -> int:
+def go_on(workplace: Workplace, run: Path) -> int:
     """Starts the run again until it is done, as its exit codes ask; the number of starts."""
     for number in range(1, MOST_STARTS + 1):
-        codes = ended(place.start(run))
+        codes = ended(workplace.start(run))
         if set(codes) == {DONE}:
             return number
         if {REFUSED, DIVERGED} & set(codes):
@@ -160,11 +160,13 @@ def result_of(run: Path) -> tuple:
     return [line["step"] for line in lines], lines, digest.hexdigest()
 
 
-def outcome(place: Workplace, run: Path, codes: list[int], done: int, note: str = "") -> Outcome:
+def outcome(
+    workplace: Workplace, run: Path, codes: list[int], done: int, note: str = ""
+) -> Outcome:
     """Starts a broken run again and says what came of it; `done`: steps before the fault."""
-    starts = go_on(place, run)
+    starts = go_on(workplace, run)
     first = min(resumed_after(run, starts))
-    return Outcome(codes, max(0, done - first), result_of(run) == place.result, starts, note)
+    return Outcome(codes, max(0, done - first), result_of(run) == workplace.result, starts, note)
 
 
 def resumed_after(run: Path, starts: int) -> list[int]:
@@ -176,77 +178,77 @@ def resumed_after(run: Path, starts: int) -> list[int]:
 # ---- the faults
 
 
-def kill(place: Workplace, run: Path) -> Outcome:
+def kill(workplace: Workplace, run: Path) -> Outcome:
     """SIGKILL of one host."""
-    return struck(place, run, signal.SIGKILL)
+    return struck(workplace, run, signal.SIGKILL)
 
 
-def term(place: Workplace, run: Path) -> Outcome:
+def term(workplace: Workplace, run: Path) -> Outcome:
     """SIGTERM of one host."""
-    return struck(place, run, signal.SIGTERM)
+    return struck(workplace, run, signal.SIGTERM)
 
 
-def hang(place: Workplace, run: Path) -> Outcome:
+def hang(workplace: Workplace, run: Path) -> Outcome:
     """SIGSTOP of one host: it still lives, and answers nobody."""
-    return struck(place, run, signal.SIGSTOP, f"train.hang_timeout_seconds={HANG_SECONDS}")
+    return struck(workplace, run, signal.SIGSTOP, f"train.hang_timeout_seconds={HANG_SECONDS}")
 
 
-def struck(place: Workplace, run: Path, number: int, *overrides: str) -> Outcome:
+def struck(workplace: Workplace, run: Path, number: int, *overrides: str) -> Outcome:
     """A signal to one host, at a random step."""
-    hosts, host = place.start(run, *overrides), place.random.randrange(2)
-    place.wait_for(hosts, run, place.a_step())
+    hosts, host = workplace.start(run, *overrides), workplace.random.randrange(2)
+    workplace.wait_for(hosts, run, workplace.a_step())
     struck_at = newest_step(run)
     hosts.processes[host].send_signal(number)
     began = time.monotonic()
     codes = ended(hosts)
     note = f"host {host} at step {struck_at}, all ended in {time.monotonic() - began:.0f} s"
-    return outcome(place, run, codes, newest_step(run), note)
+    return outcome(workplace, run, codes, newest_step(run), note)
 
 
-def truncate(place: Workplace, run: Path) -> Outcome:
+def truncate(workplace: Workplace, run: Path) -> Outcome:
     """A file of the newest checkpoint, a random one, loses its end."""
     newest = max(int(path.name) for path in (run / "checkpoints").iterdir())
     files = [path for path in (run / "checkpoints" / str(newest)).rglob("*") if path.is_file()]
-    file = place.random.choice([path for path in sorted(files) if path.stat().st_size])
+    file = workplace.random.choice([path for path in sorted(files) if path.stat().st_size])
     size = file.stat().st_size
-    left = place.random.randrange(size)
+    left = workplace.random.randrange(size)
     with file.open("rb+") as opened:
         opened.truncate(left)
     note = f"{file.relative_to(run)} from {size} to {left} bytes"
-    return outcome(place, run, [], newest, note)
+    return outcome(workplace, run, [], newest, note)
 
 
-def disk(place: Workplace, run: Path) -> Outcome:
+def disk(workplace: Workplace, run: Path) -> Outcome:
     """The disk of the checkpoints has room for a random part of what is to be saved."""
     folder = run / "checkpoints"
-    kept = run.with_name(f"{run.name}-kept")
-    folder.rename(kept)
+    original = run.with_name(f"{run.name}-original")
+    folder.rename(original)
     folder.mkdir()
-    size = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in original.rglob("*") if path.is_file())
     # tmpfs counts whole pages, and folders.
-    room = int(size * place.random.uniform(2.5, 5.5))
+    room = int(size * workplace.random.uniform(2.5, 5.5))
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", folder], check=True)
     try:
-        shutil.copytree(kept, folder, dirs_exist_ok=True)
-        hosts = place.start(run)
+        shutil.copytree(original, folder, dirs_exist_ok=True)
+        hosts = workplace.start(run)
         codes = ended(hosts)
         done = newest_step(run)
         subprocess.run(["mount", "-o", "remount,size=100m", folder], check=True)
-        return outcome(place, run, codes, done, f"room for {room / size:.1f} checkpoints")
+        return outcome(workplace, run, codes, done, f"room for {room / size:.1f} checkpoints")
     finally:
         subprocess.run(["umount", "--lazy", folder], check=False)
 
 
-def nan(place: Workplace, run: Path) -> Outcome:
+def nan(workplace: Workplace, run: Path) -> Outcome:
     """A learning rate that takes every parameter out of float32's range."""
-    hosts = place.start(run, "optimizer.peak_lr=1e38")
+    hosts = workplace.start(run, "optimizer.peak_lr=1e38")
     codes = ended(hosts)
-    named = "layers/" in hosts.said(0)
-    return outcome(place, run, codes, 0, "tensors named" if named else "tensors NOT named")
+    named = "layers/" in hosts.output(0)
+    return outcome(workplace, run, codes, 0, "tensors named" if named else "tensors NOT named")
 
 
 KINDS: dict[str, Callable[[Workplace, Path], Outcome]] = {
-    each.__name__: each for each in (kill, term, disk, truncate, hang, nan)
+    kind.__name__: kind for kind in (kill, term, disk, truncate, hang, nan)
 }
 
 
@@ -265,45 +267,44 @@ def main() -> None:
     options = parser.parse_args()
     with workfolder(options.folder) as folder:
         began = time.monotonic()
-        place = Workplace(folder, options.seed)
+        workplace = Workplace(folder, options.seed)
         print(f"undisturbed: {STEPS} steps in {time.monotonic() - began:.0f} s", flush=True)
-        found = {kind: several(place, kind, options.times) for kind in options.kinds}
+        results = {kind: several(workplace, kind, options.times) for kind in options.kinds}
     print(
         f"\n{'fault':10}{'runs':>5}{'equal':>6}{'steps lost':>12}{'starts':>8}  exit codes (hosts)"
     )
-    for kind, outcomes in found.items():
+    for kind, outcomes in results.items():
         print(row(kind, outcomes))
-    print(json.dumps({kind: list(map(dataclasses.asdict, found[kind])) for kind in found}))
+    print(json.dumps({kind: list(map(dataclasses.asdict, results[kind])) for kind in results}))
 
 
-def several(place: Workplace, kind: str, times: int) -> list[Outcome]:
+def several(workplace: Workplace, kind: str, times: int) -> list[Outcome]:
     """A fault, so many times."""
     outcomes = []
     for number in range(times):
         newest = FIRST
         if kind in ("truncate", "nan"):
-            newest = EVERY * place.random.randint(2, STEPS // EVERY - 1)
+            newest = EVERY * workplace.random.randint(2, STEPS // EVERY - 1)
         began = time.monotonic()
-        run = place.copy(f"{kind}-{number}", newest)
-        outcomes.append(KINDS[kind](place, run))
+        run = workplace.copy(f"{kind}-{number}", newest)
+        outcomes.append(KINDS[kind](workplace, run))
         seconds = time.monotonic() - began
         print(f"{kind} {number}: {outcomes[-1]} in {seconds:.0f} s", flush=True)
         if outcomes[-1].equal:
-            for path in place.folder.glob(f"{kind}-{number}*"):
+            for path in workplace.folder.glob(f"{kind}-{number}*"):
                 shutil.rmtree(path)
     return outcomes
 
 
 def row(kind: str, outcomes: list[Outcome]) -> str:
     """A line of the table."""
-    lost = [each.lost for each in outcomes]
-    codes = collections.Counter(str(tuple(sorted(each.codes))) for each in outcomes)
-    starts = max(each.starts for each in outcomes)
-    said = ", ".join(f"{number} x {code}" for code, number in codes.most_common())
-    equal = sum(each.equal for each in outcomes)
-    return (
-        f"{kind:10}{len(outcomes):5}{equal:6}{f'{min(lost)} to {max(lost)}':>12}{starts:8}  {said}"
-    )
+    lost = [o.lost for o in outcomes]
+    codes = collections.Counter(str(tuple(sorted(o.codes))) for o in outcomes)
+    starts = max(o.starts for o in outcomes)
+    counts = ", ".join(f"{number} x {code}" for code, number in codes.most_common())
+    equal = sum(o.equal for o in outcomes)
+    steps = f"{min(lost)} to {max(lost)}"
+    return f"{kind:10}{len(outcomes):5}{equal:6}{steps:>12}{starts:8}  {counts}"
 
 
 @contextlib.contextmanager

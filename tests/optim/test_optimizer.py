@@ -58,8 +58,8 @@ def run_config(**optimizer) -> RunConfig:
 def arrays(seed: int) -> dict[str, np.ndarray]:
     """Every tensor of the model, normal."""
     random = np.random.default_rng(seed)
-    wanted = to_arrays(abstract(MODEL_CONFIG))
-    return {name: random.normal(size=leaf.shape).astype("f4") for name, leaf in wanted.items()}
+    shapes = to_arrays(abstract(MODEL_CONFIG))
+    return {name: random.normal(size=leaf.shape).astype("f4") for name, leaf in shapes.items()}
 
 
 # ---- the same optimizers once more, tensor by tensor, in float64
@@ -157,9 +157,9 @@ def test_updates_are_those_of_the_papers(name, on_mesh):
     params, _ = after_two_updates(name, on_mesh)
     config = run_config(name=name).optimizer
     right = oracle(config, [0.005, 0.01])
-    for tensor, found in to_arrays(params).items():
+    for tensor, actual in to_arrays(params).items():
         # Parameters are of size 1 and move by about 0.01.
-        np.testing.assert_allclose(found, right[tensor], rtol=0, atol=2e-6, err_msg=tensor)
+        np.testing.assert_allclose(actual, right[tensor], rtol=0, atol=2e-6, err_msg=tensor)
 
 
 @each_optimizer
@@ -178,7 +178,7 @@ def test_moments_lie_where_their_parameters_do(name):
 def test_factors_are_split_as_the_matrix_is():
     factors = after_two_updates("adafactor", on_mesh=True)[1][1][0]
     rows, columns = to_arrays(factors.rows), to_arrays(factors.columns)
-    for tensor, shape, places, column_shape, column_places in [
+    for tensor, shape, spec, column_shape, column_spec in [
         ("embed/table_VD", (32,), P(("tensor", "data", "expert")), (16,), P(None)),
         (
             "layers/attention/w_query_DNH",
@@ -195,9 +195,9 @@ def test_factors_are_split_as_the_matrix_is():
             P(None, None, "data"),
         ),
     ]:
-        assert (rows[tensor].shape, rows[tensor].sharding.spec) == (shape, places)
-        found = columns[tensor]
-        assert (found.shape, found.sharding.spec) == (column_shape, column_places)
+        assert (rows[tensor].shape, rows[tensor].sharding.spec) == (shape, spec)
+        moment = columns[tensor]
+        assert (moment.shape, moment.sharding.spec) == (column_shape, column_spec)
     assert "layers/moe/router_DE" not in columns
     assert rows["layers/moe/router_DE"].shape == (2, 16, 8)
 
@@ -209,12 +209,12 @@ def test_saved_and_read_again_every_bit_is_the_same(name, tmp_path):
     with jax.set_mesh(mesh):
         guard = jax.device_put(Guard(jnp.int32(1), jnp.int32(2), jnp.float32(0.3)), P())
         state = TrainState(jax.device_put(jnp.int32(4), P()), params, opt_state, guard, params)
-    wanted = abstract_state(config, make_optimizer(config), mesh)
+    abstract_trees = abstract_state(config, make_optimizer(config), mesh)
     checkpoints = Checkpoints(tmp_path, RetentionPolicy(1))
     checkpoints.save(4, state_trees(state), {})
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path)
-    read = checkpoints.restore(4, state_trees(wanted))
+    read = checkpoints.restore(4, state_trees(abstract_trees))
     checkpoints.close()
     saved = jax.tree.leaves_with_path(state_trees(state))
     for (path, before), after in zip(saved, jax.tree.leaves(read), strict=True):
@@ -225,11 +225,9 @@ def test_saved_and_read_again_every_bit_is_the_same(name, tmp_path):
 
 def name_in(path) -> str:
     """The tensor that a moment belongs to: the attributes at the end of its path."""
-    parts = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
-    start = next(
-        place for place, part in enumerate(parts) if part in ("embed", "layers", "final_norm")
-    )
-    return "/".join(part for part in parts[start:] if part != "value")
+    keys = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    start = next(i for i, key in enumerate(keys) if key in ("embed", "layers", "final_norm"))
+    return "/".join(key for key in keys[start:] if key != "value")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -246,12 +244,12 @@ def test_moments_have_the_type_of_the_config_whatever_the_parameters_have(dtype)
 
 
 def test_kept_in_bfloat16_a_moment_is_rounded_after_it_was_used():
-    plain, kept = (
+    plain, stored = (
         optax.ema(0.9, debias=False),
         keep_moments_in("bfloat16", optax.ema(0.9, debias=False)),
     )
     grads = {"x": jnp.asarray(arrays(1)["final_norm/scale_D"])}
-    updates, state = kept.update(grads, kept.init(grads))
+    updates, state = stored.update(grads, stored.init(grads))
     right, right_state = plain.update(grads, plain.init(grads))
     np.testing.assert_array_equal(updates["x"], right["x"])
     np.testing.assert_array_equal(state.ema["x"], right_state.ema["x"].astype(jnp.bfloat16))
@@ -273,11 +271,11 @@ def rates(steps: int, **optimizer) -> list[float]:
 
 
 def test_cosine_rises_to_the_peak_and_falls_to_its_last_share():
-    found = rates(104, warmup_steps=4, min_lr_ratio=0.1)
-    assert found[:5] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])
-    assert max(found) == found[4]
-    assert found[54] == pytest.approx(5.5e-4)  # half-way down the cosine: the mean of both ends
-    assert found[104] == pytest.approx(1e-4)
+    rate = rates(104, warmup_steps=4, min_lr_ratio=0.1)
+    assert rate[:5] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])
+    assert max(rate) == rate[4]
+    assert rate[54] == pytest.approx(5.5e-4)  # half-way down the cosine: the mean of both ends
+    assert rate[104] == pytest.approx(1e-4)
 
 
 def test_without_warm_up_the_first_step_has_the_peak_rate():
@@ -304,7 +302,7 @@ def test_groups_scale_and_decay_their_tensors_and_the_first_match_counts():
     )
     before, after = (updates_of(run_config(param_groups=groups)) for groups in ((), groups))
     for tensor in before:
-        rate, param, found = 5e-3, arrays(0)[tensor], after[tensor]
+        rate, param, actual = 5e-3, arrays(0)[tensor], after[tensor]
         right = before[tensor]
         if tensor == "layers/moe/router_DE":
             right = (right + rate * 0.1 * param) * 0.5
@@ -312,9 +310,9 @@ def test_groups_scale_and_decay_their_tensors_and_the_first_match_counts():
             right = right * 2
         elif tensor == "final_norm/scale_D":
             right = right - rate * param
-        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-8, err_msg=tensor)
+        np.testing.assert_allclose(actual, right, rtol=1e-5, atol=1e-8, err_msg=tensor)
         if "scale_D" in tensor and tensor.startswith("layers"):
-            assert np.abs(found).max() == pytest.approx(rate, rel=1e-3)  # Adam's first, no decay
+            assert np.abs(actual).max() == pytest.approx(rate, rel=1e-3)  # Adam's first, no decay
 
 
 def updates_of(config: RunConfig) -> dict[str, np.ndarray]:
@@ -351,15 +349,15 @@ def test_groups_that_cannot_be_meant_are_refused(matches, sentence):
 def test_every_tensor_is_reported_in_some_group():
     named = (ParamGroup(match="*w_out*", name="out"), ParamGroup(match="*w_key*"))
     config = run_config(param_groups=named).optimizer
-    found = {tensor: metric_group(config, tensor) for tensor in names(abstract(MODEL_CONFIG))}
-    assert {name: found.pop(f"layers/attention/w_{name}") for name in ("out_NHD", "key_DKH")} == {
+    groups = {tensor: metric_group(config, tensor) for tensor in names(abstract(MODEL_CONFIG))}
+    assert {name: groups.pop(f"layers/attention/w_{name}") for name in ("out_NHD", "key_DKH")} == {
         "out_NHD": "out",
         "key_DKH": "attention",
     }
-    assert found["embed/table_VD"] == "embed"
-    assert found["layers/moe/router_DE"] == "router"
-    assert found["layers/moe/w_up_EDF"] == "experts"
-    assert found["layers/pre_moe_norm/scale_D"] == found["final_norm/scale_D"] == "norms"
+    assert groups["embed/table_VD"] == "embed"
+    assert groups["layers/moe/router_DE"] == "router"
+    assert groups["layers/moe/w_up_EDF"] == "experts"
+    assert groups["layers/pre_moe_norm/scale_D"] == groups["final_norm/scale_D"] == "norms"
 
 
 def test_frozen_tensors_have_no_moments():

@@ -28,38 +28,40 @@ class Hosts:
         self.logs = [folder / f"host-{number}.log" for number in range(len(commands))]
         self.processes = []
         for number, command in enumerate(commands):
-            place = zip(CLUSTER_VARIABLES, (address, str(len(commands)), str(number)), strict=True)
+            cluster = zip(
+                CLUSTER_VARIABLES, (address, str(len(commands)), str(number)), strict=True
+            )
             with self.logs[number].open("w") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "grok", "train", *command],
-                    env={**os.environ, **QUICK_TO_COMPILE, **(environment or {}), **dict(place)},
+                    env={**os.environ, **QUICK_TO_COMPILE, **(environment or {}), **dict(cluster)},
                     stdout=log,
                     stderr=log,
                 )
             self.processes.append(process)
 
     def codes(self, timeout: float | None = None) -> list[int]:
-        """Waits for all processes; their exit codes."""
+        """Waits for all processes; returns their exit codes."""
         return [process.wait(timeout) for process in self.processes]
 
     def wait_until(self, reached: Callable[[], bool]) -> bool:
-        """Waits for a condition; whether it came before one of the processes ended."""
+        """Waits for a condition; returns whether it held before one of the processes ended."""
         while not reached():
             if any(process.poll() is not None for process in self.processes):
                 return reached()
             time.sleep(0.02)
         return True
 
-    def said(self, number: int) -> str:
-        """What a process has printed so far."""
+    def output(self, number: int) -> str:
+        """The output of a process so far."""
         return self.logs[number].read_text(errors="replace")
 
     def running(self) -> bool:
-        """Whether any of the processes still runs."""
+        """True while any of the processes runs."""
         return any(process.poll() is None for process in self.processes)
 
     def kill(self) -> None:
-        """Ends what is left."""
+        """Kills the processes that still run."""
         for process in self.processes:
             process.kill()
             process.wait()

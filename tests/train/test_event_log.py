@@ -28,8 +28,10 @@ def test_a_span_leaves_out_what_ran_inside_it(tmp_path, monkeypatch):
         with events.during("save"):
             now[0] += 2
         events.steps_to(10)
-    found = {line["event"]: line.get("seconds") for line in read_events(tmp_path / "events.jsonl")}
-    assert found == {"began": None, "restore": 20, "start": 5, "save": 2, "steps": 7, "data": 1}
+    seconds = {
+        line["event"]: line.get("seconds") for line in read_events(tmp_path / "events.jsonl")
+    }
+    assert seconds == {"began": None, "restore": 20, "start": 5, "save": 2, "steps": 7, "data": 1}
 
 
 def test_steps_need_no_line_each(tmp_path):
@@ -79,8 +81,8 @@ def test_goodput_counts_steps_done_again_once_and_gaps_as_down():
         (270, "steps", {"first": 151, "last": 201, "seconds": 50}),
         (320, "ended", {"step": 201, "code": 0}),
     )
-    found = goodput.measure(events)
-    assert found.seconds == {
+    measured = goodput.measure(events)
+    assert measured.seconds == {
         "useful": 198.0,
         "lost": 50.0,
         "start": 5.0,
@@ -93,8 +95,8 @@ def test_goodput_counts_steps_done_again_once_and_gaps_as_down():
         "down": 40.0,
         "other": 0.0,
     }
-    assert found.total == 320
-    assert found.share == pytest.approx(198 / 320)
+    assert measured.total == 320
+    assert measured.share == pytest.approx(198 / 320)
 
 
 def test_after_a_finished_run_no_time_is_lost_until_it_is_made_longer():
@@ -118,5 +120,5 @@ def test_steps_before_a_return_to_a_checkpoint_are_lost():
         (20, "rolled_back", {"step": 10}),
         (20, "steps", {"first": 10, "last": 30, "seconds": 20}),
     )
-    found = goodput.measure(events).seconds
-    assert (found["useful"], found["lost"]) == (30, 10)
+    measured = goodput.measure(events).seconds
+    assert (measured["useful"], measured["lost"]) == (30, 10)

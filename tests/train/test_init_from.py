@@ -58,8 +58,8 @@ def validation_loss(path: Path, config: RunConfig) -> float:
     mesh, data = grok.make_mesh(2, 2, 2), read_data(config)
     model = grok.load(path, config.model, mesh, "float32")
     with jax.set_mesh(mesh):
-        found = validate(jax.jit(eval_step), model, data.validation, data.num_bytes, mesh)
-    return found["validation_loss"]
+        losses = validate(jax.jit(eval_step), model, data.validation, data.num_bytes, mesh)
+    return losses["validation_loss"]
 
 
 def test_the_first_loss_is_that_of_the_released_weights_and_falls(tuned: RunConfig):
@@ -83,8 +83,10 @@ def test_exported_and_imported_again_the_loss_is_the_same(tuned: RunConfig, tmp_
         done = CliRunner().invoke(main, [str(word) for word in command])
         assert done.exit_code == 0, done.output
     lines = read_metrics(Path(tuned.folder) / "metrics.jsonl")
-    (told,) = [line["validation_loss"] for line in lines if "validation_loss" in line]
-    assert validation_loss(tmp_path / "back", tuned) == told
+    (validation_loss_before,) = [
+        line["validation_loss"] for line in lines if "validation_loss" in line
+    ]
+    assert validation_loss(tmp_path / "back", tuned) == validation_loss_before
 
 
 def test_grok_eval_tells_the_same_loss(tuned: RunConfig):
@@ -92,24 +94,24 @@ def test_grok_eval_tells_the_same_loss(tuned: RunConfig):
     command = ["eval", tuned.folder, *mesh, "--data", tuned.data.validation[0]]
     done = CliRunner().invoke(main, [*command, "--json"])
     assert done.exit_code == 0, done.output
-    (found,) = json.loads(done.output)["data"]
+    (evaluated,) = json.loads(done.output)["data"]
     lines = read_metrics(Path(tuned.folder) / "metrics.jsonl")
-    (told,) = [line for line in lines if "validation_loss" in line]
-    assert found["loss"] == told["validation_loss"]
-    assert found["bits_per_byte"] == told["validation_bits_per_byte"]
-    assert found["bytes"] == Path(tuned.data.validation[0]).stat().st_size
+    (logged,) = [line for line in lines if "validation_loss" in line]
+    assert evaluated["loss"] == logged["validation_loss"]
+    assert evaluated["bits_per_byte"] == logged["validation_bits_per_byte"]
+    assert evaluated["bytes"] == Path(tuned.data.validation[0]).stat().st_size
     table = CliRunner().invoke(main, command).output
-    assert f"{found['loss']:.4f}" in table and "bits/byte" in table
+    assert f"{evaluated['loss']:.4f}" in table and "bits/byte" in table
 
 
 def test_what_the_weights_were_stays_in_the_checkpoint(tuned: RunConfig):
     checkpoints = Checkpoints(Path(tuned.folder) / "checkpoints")
-    kept = checkpoints.meta(STEPS)["init_from"]
-    assert kept == open_initial(str(RELEASE), tuned.model).identity
-    assert (kept["path"], kept["format"]) == (str(RELEASE), "xai")
+    identity = checkpoints.meta(STEPS)["init_from"]
+    assert identity == open_initial(str(RELEASE), tuned.model).identity
+    assert (identity["path"], identity["format"]) == (str(RELEASE), "xai")
     # A run that goes on needs them no more.
     gone = dataclasses.replace(tuned, train=dataclasses.replace(tuned.train, init_from="gone"))
-    assert initial_weights(gone, checkpoints).identity == kept
+    assert initial_weights(gone, checkpoints).identity == identity
     checkpoints.close()
 
 

@@ -34,9 +34,9 @@ def saved_state(config: RunConfig, step: int) -> dict:
     """Everything saved at `step`, by name, as NumPy arrays."""
     mesh = sharding.make_mesh(data=2, expert=2, tensor=2)
     optimizer = make_optimizer(config)
-    wanted = abstract_state(config, optimizer, mesh)
+    abstract = abstract_state(config, optimizer, mesh)
     checkpoints = Checkpoints(Path(config.folder) / "checkpoints")
-    trees = {MODEL: wanted.model, OPTIMIZER: (wanted.step, wanted.opt_state, wanted.guard)}
+    trees = {MODEL: abstract.model, OPTIMIZER: (abstract.step, abstract.opt_state, abstract.guard)}
     read = checkpoints.restore(step, trees)
     checkpoints.close()
     return {
@@ -97,8 +97,8 @@ def test_moments_on_the_hosts_change_no_bit(straight: RunConfig, tmp_path):
     """Resumed with them there, and what was saved then read by a run without."""
     optimizer = dataclasses.replace(straight.optimizer, offload=True)
     there = dataclasses.replace(in_folder(straight, tmp_path / "run"), optimizer=optimizer)
-    wanted = abstract_state(there, make_optimizer(there), sharding.make_mesh(data=8)).opt_state
-    assert {is_on_host(leaf) for leaf in jax.tree.leaves(wanted) if leaf.ndim > 1} == {True}
+    abstract = abstract_state(there, make_optimizer(there), sharding.make_mesh(data=8)).opt_state
+    assert {is_on_host(leaf) for leaf in jax.tree.leaves(abstract) if leaf.ndim > 1} == {True}
     shutil.copytree(straight.folder, there.folder)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
     assert run_training(there) == DONE

@@ -55,7 +55,7 @@ def lines_of(config: RunConfig) -> list[dict]:
     ]
 
 
-def told(config: RunConfig) -> float:
+def logged_loss(config: RunConfig) -> float:
     (loss,) = [line["validation_loss"] for line in lines_of(config) if "validation_loss" in line]
     return loss
 
@@ -92,8 +92,8 @@ def test_resumed_every_bit_is_the_same(tuned: RunConfig, tmp_path):
 
 def test_merged_weights_have_the_loss_of_the_adapters(tuned: RunConfig, tmp_path):
     merged = validation_loss(Path(tuned.folder), tuned)
-    print(f"\nadapters {told(tuned):.7f}, merged {merged:.7f}")
-    assert merged == pytest.approx(told(tuned), rel=1e-6)
+    print(f"\nadapters {logged_loss(tuned):.7f}, merged {merged:.7f}")
+    assert merged == pytest.approx(logged_loss(tuned), rel=1e-6)
     commands = (
         ("export", "params", tuned.folder, tmp_path / "params"),
         ("export", "hf", tuned.folder, tmp_path / "hf", "--dtype", "float32"),

@@ -56,9 +56,9 @@ def test_chunks_of_tokens_change_nothing(model, monkeypatch):
     whole, whole_grad = losses()
     monkeypatch.setattr(loss, "MAX_LOGITS", 0)
     monkeypatch.setattr(cross_entropy, "MAX_LOGITS", 8 * model.config.vocab_size)
-    parts, parts_grad = losses()
-    assert float(parts) == pytest.approx(float(whole), rel=1e-6)
-    for a, b in zip(jax.tree.leaves(whole_grad), jax.tree.leaves(parts_grad), strict=True):
+    chunked, chunked_grad = losses()
+    assert float(chunked) == pytest.approx(float(whole), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(whole_grad), jax.tree.leaves(chunked_grad), strict=True):
         # The table's gradient is summed chunk by chunk, in another order.
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()))
 

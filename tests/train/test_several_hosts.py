@@ -39,13 +39,15 @@ def test_a_signal_to_one_stops_both_and_one_host_goes_on(config: RunConfig, tmp_
     assert run_training(straight) == DONE
     both = Hosts([[str(file)]] * 2, tmp_path / "logs")
     try:
-        assert both.wait_until(lambda: "\nstep 3 " in both.said(0)), both.said(0) + both.said(1)
+        assert both.wait_until(lambda: "\nstep 3 " in both.output(0)), both.output(0) + both.output(
+            1
+        )
         both.processes[1].send_signal(signal.SIGTERM)
         assert both.codes() == [SAVED, SAVED]
     finally:
         both.kill()
-    assert "all saved" in both.said(0)
-    assert "step" not in both.said(1).replace("stopping soon; once more stops at once", "")
+    assert "all saved" in both.output(0)
+    assert "step" not in both.output(1).replace("stopping soon; once more stops at once", "")
     events = read_events(Path(config.folder) / "events.jsonl")
     (stopped,) = [line["step"] for line in events if line["event"] == "ended"]
     assert stopped >= 3
@@ -67,8 +69,8 @@ def test_what_one_host_refuses_ends_all_of_them(config: RunConfig, tmp_path):
     finally:
         both.kill()
     assert time.monotonic() - began < distributed.INITIALIZE_TIMEOUT_SECONDS
-    assert "ended by process 1: override `train.steps=many`" in both.said(0)
-    assert "Traceback" not in both.said(0) + both.said(1)
+    assert "ended by process 1: override `train.steps=many`" in both.output(0)
+    assert "Traceback" not in both.output(0) + both.output(1)
 
 
 def test_one_host_that_cannot_save_ends_both_at_once(config: RunConfig, tmp_path):
@@ -77,14 +79,16 @@ def test_one_host_that_cannot_save_ends_both_at_once(config: RunConfig, tmp_path
     many = ["checkpoint.every=5", "train.steps=1000"]
     both = Hosts([[str(file), *many]] * 2, tmp_path / "logs")
     try:
-        assert both.wait_until(lambda: "\nstep 1 " in both.said(0)), both.said(0) + both.said(1)
+        assert both.wait_until(lambda: "\nstep 1 " in both.output(0)), both.output(0) + both.output(
+            1
+        )
         # From now on its files, its log among them, may not become larger; the other's may.
         resource.prlimit(both.processes[1].pid, resource.RLIMIT_FSIZE, (32768, 32768))
         # Far less than the 20 minutes for which the other would wait for its part.
         assert both.codes(timeout=300) == [RESTART, RESTART]
     finally:
         both.kill()
-    assert "ended by process 1: the checkpoint of step " in both.said(0)
+    assert "ended by process 1: the checkpoint of step " in both.output(0)
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,8 @@ def by_name(model) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, to_arrays(model))
 
 
-def assert_same(found, right) -> None:
-    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(right), strict=True):
+def assert_same(actual, right) -> None:
+    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(right), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
@@ -129,8 +129,10 @@ def test_the_average_of_the_weights_follows_them():
     assert_same(before.ema, before.model)
     after, _ = run_step(CONFIG, before, batch())
     ema, old, new = by_name(after.ema), by_name(before.model), by_name(after.model)
-    for name, found in ema.items():
-        np.testing.assert_allclose(found, 0.75 * old[name] + 0.25 * new[name], rtol=1e-6, atol=1e-8)
+    for name, actual in ema.items():
+        np.testing.assert_allclose(
+            actual, 0.75 * old[name] + 0.25 * new[name], rtol=1e-6, atol=1e-8
+        )
 
 
 def test_a_step_that_is_not_finite_changes_no_bit_and_is_counted():
@@ -198,9 +200,9 @@ def test_frozen_tensors_keep_their_bits_and_have_no_gradient():
 
 
 @functools.cache
-def gradients_in(parts: int, balance: float) -> tuple:
+def gradients_in(n: int, balance: float) -> tuple:
     """Loss, report and gradients of the batch in microbatches."""
-    config = dataclasses.replace(CONFIG.train, grad_accum_steps=parts, router_balance_loss=balance)
+    config = dataclasses.replace(CONFIG.train, grad_accum_steps=n, router_balance_loss=balance)
     run = jax.jit(functools.partial(gradients, config=config))
     with jax.set_mesh(mesh()):
         model = first_state(CONFIG).model
@@ -210,14 +212,14 @@ def gradients_in(parts: int, balance: float) -> tuple:
 
 def test_in_microbatches_the_gradient_is_that_of_the_batch():
     (loss, report, grads), (right_loss, right_report, right) = (
-        gradients_in(parts, balance=0.0) for parts in (4, 1)
+        gradients_in(n, balance=0.0) for n in (4, 1)
     )
     assert loss == pytest.approx(right_loss, rel=1e-6)
     for name in ("loss", "z_loss", "router_entropy", "expert_load", "expert_load_layers"):
         np.testing.assert_allclose(report[name], right_report[name], rtol=2e-6, err_msg=name)
-    for name, found in grads.items():
+    for name, grad in grads.items():
         # Sums over 85 tokens in another order: some units of 2^-24.
-        assert np.abs(found - right[name]).max() < 2e-6 * np.abs(right[name]).max(), name
+        assert np.abs(grad - right[name]).max() < 2e-6 * np.abs(right[name]).max(), name
 
 
 def test_each_microbatch_is_balanced_by_itself_and_weighs_what_its_tokens_do():
@@ -240,8 +242,8 @@ def test_rows_of_microbatches_stay_on_their_devices():
     array_BT = jax.device_put(jnp.arange(ROWS)[:, None] * jnp.ones((1, LENGTH), "i4"), rows)
     with jax.set_mesh(mesh()):
         split = jax.jit(lambda x: microbatches(x, 2)).lower(array_BT).compile()
-        parts = np.asarray(split(array_BT))
-    np.testing.assert_array_equal(parts[:, :, 0], np.arange(ROWS).reshape(-1, 2).T)
+        rows_nBT = np.asarray(split(array_BT))
+    np.testing.assert_array_equal(rows_nBT[:, :, 0], np.arange(ROWS).reshape(-1, 2).T)
     text = split.as_text()
     for move in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
         assert move not in text
@@ -253,17 +255,17 @@ def test_gradients_left_in_the_type_of_computation_are_those_of_float32():
     model = grok.init(config, jax.random.key(0))
     data = {name: np.asarray(array) for name, array in batch().items()}
 
-    def loss(wanted):
-        return batch_loss(with_grad_slots(model, wanted), data, CONFIG.train)[0]
+    def loss(slots):
+        return batch_loss(with_grad_slots(model, slots), data, CONFIG.train)[0]
 
     small = jax.jit(jax.grad(loss))(grad_slots(model, "bfloat16"))
-    kept = {name: array.dtype.name for name, array in to_arrays(small).items()}
-    assert kept["layers/moe/w_gate_EDF"] == kept["layers/attention/w_out_NHD"] == "bfloat16"
-    assert kept["embed/table_VD"] == kept["layers/moe/router_DE"] == "float32"
+    dtypes = {name: array.dtype.name for name, array in to_arrays(small).items()}
+    assert dtypes["layers/moe/w_gate_EDF"] == dtypes["layers/attention/w_out_NHD"] == "bfloat16"
+    assert dtypes["embed/table_VD"] == dtypes["layers/moe/router_DE"] == "float32"
     expected = to_arrays(jax.jit(jax.grad(loss))(model))
     for name, array in to_arrays(small).items():
         ours, right = np.asarray(array, np.float32), np.asarray(expected[name])
-        # A compiler may leave out the rounding to 8 bits that the seat has.
+        # A compiler may leave out the rounding to 8 bits that the slot has.
         np.testing.assert_allclose(ours, right, rtol=0, atol=2**-8 * abs(right).max(), err_msg=name)
 
 

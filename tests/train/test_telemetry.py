@@ -52,9 +52,9 @@ def test_the_event_log_accounts_for_the_time(finished: RunConfig):
     spans = [(event["first"], event["last"]) for event in events if event["event"] == "steps"]
     assert {2, 4, 6} <= {last for _, last in spans}
     assert [first for first, _ in spans] == [0, *(last for _, last in spans[:-1])]
-    found = goodput.measure(events)
-    assert 0 < found.share < 1
-    assert found.seconds["lost"] == found.seconds["down"] == 0
+    measured = goodput.measure(events)
+    assert 0 < measured.share < 1
+    assert measured.seconds["lost"] == measured.seconds["down"] == 0
 
 
 def test_run_json_is_enough_for_an_audit(finished: RunConfig):
@@ -67,7 +67,7 @@ def test_run_json_is_enough_for_an_audit(finished: RunConfig):
     assert start["devices"] == {"kind": "cpu", "platform": "cpu", "count": 8, "processes": 1}
     assert start["mesh"] == {"slice": 1, "data": 2, "expert": 2, "tensor": 2}
     assert {"jax", "flax", "optax", "orbax-checkpoint"} <= start["packages"].keys()
-    assert {each["file"] for each in record["data"]} == {
+    assert {source["file"] for source in record["data"]} == {
         *finished.data.train,
         *finished.data.validation,
         finished.data.tokenizer,
