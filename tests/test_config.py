@@ -346,7 +346,8 @@ def test_sections_of_sections_and_sections_that_may_be_null(write):
             "slice*data*expert=4; data.batch_size=12 would work.",
         ),
         (
-            "data: {batch_schedule: [{from_step: 5, batch_size: 8}, {from_step: 5}]}",
+            "data: {batch_schedule: [{from_step: 5, batch_size: 8}, "
+            "{from_step: 5, batch_size: 9}]}",
             "data.batch_schedule has from_step=5 after 5; steps that increase would work.",
         ),
         (

@@ -3,9 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from pydantic import Field
-
-from grok.config.engine import InferConfig
+from grok.config.infer import InferConfig
 from grok.config.numbers import Count, CountOrZero
 from grok.errors import ConfigError
 
@@ -15,18 +13,15 @@ class BatchConfig(InferConfig):
     """A job: requests in files, and where their answers go."""
 
     input: Annotated[
-        tuple[str, ...],
-        Field(description="files, folders or globs of JSON lines or Parquet, here or at gs://"),
+        tuple[str, ...], "files, folders or globs of JSON lines or Parquet, here or at gs://"
     ]
-    output: Annotated[str, Field(description="folder that the answers go to, here or at gs://")]
+    output: Annotated[str, "folder that the answers go to, here or at gs://"]
     replica: Annotated[
         Literal["host", "all"],
-        Field(
-            description="hosts that one mesh spans: each alone, with its share of shards, or all"
-        ),
+        "hosts that one mesh spans: each alone, with its share of shards, or all",
     ] = "host"
-    shard_size: Annotated[Count, Field(description="requests per file of answers")] = 1000
-    seed: Annotated[CountOrZero, Field(description="seeds the requests that set no seed")] = 0
+    shard_size: Annotated[Count, "requests per file of answers"] = 1000
+    seed: Annotated[CountOrZero, "seeds the requests that set no seed"] = 0
 
     def __post_init__(self) -> None:
         if not self.input:

@@ -1,4 +1,4 @@
-"""Text, and how it becomes batches."""
+"""Training and validation data, and the shape of batches."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -10,7 +10,7 @@ from grok.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetConfig(Section):
-    """One dataset of the mixture."""
+    """A dataset of the mixture."""
 
     path: Annotated[str, "folder written by `grok data prepare`"]
     weight: Annotated[PositiveOrZero, "rows drawn from it, relative to the other datasets"] = 1.0
@@ -25,8 +25,8 @@ class MixtureChange(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShapeChange(Section):
-    """Shape of a batch from a step on; what is left out stays as it was."""
+class BatchChange(Section):
+    """Shape of a batch from a step on."""
 
     from_step: Annotated[CountOrZero, "first step with this shape, counted from 0"]
     batch_size: Annotated[Count | None, "rows of a batch (B); null: unchanged"] = None
@@ -37,7 +37,7 @@ class ShapeChange(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """What is read, and the shape of a batch."""
+    """Data to read, and the shape of a batch."""
 
     train: Annotated[tuple[str, ...], "UTF-8 text files to train on"] = ()
     validation: Annotated[tuple[str, ...], "UTF-8 text files held out for validation"] = ()
@@ -58,12 +58,10 @@ class DataConfig(Section):
         bool, "resume even if the prepared datasets differ from the checkpoint's"
     ] = False
     tokenizer: Annotated[str, "tokenizer file"] = ""
-    sequence_length: Annotated[Count, "tokens per row (T); the longest of data.batch_schedule"] = (
-        1024
-    )
+    sequence_length: Annotated[Count, "tokens per row (T), at its longest"] = 1024
     batch_size: Annotated[Count, "rows of the global batch (B)"] = 8
     batch_schedule: Annotated[
-        tuple[ShapeChange, ...], "changes of the batch's shape at given steps"
+        tuple[BatchChange, ...], "changes of the batch's shape at given steps"
     ] = ()
     seed: Annotated[CountOrZero, "seed of the data order"] = 0
     prefetch: Annotated[CountOrZero, "batches prepared in advance, each in a thread; 0: none"] = 2
@@ -90,7 +88,6 @@ class DataConfig(Section):
             raise ConfigError(
                 "data.datasets have no weight above 0; weight: 1 for one of them would work."
             )
-        before = 0
         for change in self.mixture_schedule:
             if len(change.weights) != len(paths) or not any(change.weights):
                 raise ConfigError(
@@ -98,55 +95,44 @@ class DataConfig(Section):
                     f"{change.from_step}, and data.datasets has {len(paths)} datasets; "
                     "as many weights, one of them above 0, would work."
                 )
-            if change.from_step <= before:
-                raise ConfigError(
-                    f"data.mixture_schedule has from_step={change.from_step} after {before}; steps "
-                    "that increase would work."
-                )
-            before = change.from_step
         self._check_shapes()
+        for key, earliest in (("mixture_schedule", 1), ("batch_schedule", 0)):
+            before = earliest - 1
+            for change in getattr(self, key):
+                if change.from_step <= before:
+                    raise ConfigError(
+                        f"data.{key} has from_step={change.from_step} after {before}; steps that "
+                        "increase would work."
+                    )
+                before = change.from_step
 
     def shapes(self) -> list[tuple[int, int, int]]:
         """Every shape of a batch: the first step that has it, B and T."""
         shapes = [(0, self.batch_size, self.sequence_length)]
         for change in self.batch_schedule:
-            _, batch_size, sequence_length = shapes[-1]
-            shapes.append(
-                (
-                    change.from_step,
-                    change.batch_size or batch_size,
-                    change.sequence_length or sequence_length,
-                )
-            )
+            _, B, T = shapes[-1]
+            shapes.append((change.from_step, change.batch_size or B, change.sequence_length or T))
         return shapes
 
     def _check_shapes(self) -> None:
-        before = -1
-        for change, (step, batch_size, length) in zip(
-            self.batch_schedule, self.shapes()[1:], strict=True
-        ):
-            if step <= before:
-                raise ConfigError(
-                    f"data.batch_schedule has from_step={step} after {before}; steps that increase "
-                    "would work."
-                )
-            before = step
+        """Refuses batches that are not whole rows of data.sequence_length, once put together."""
+        for change in self.batch_schedule:
             if change.batch_size is None and change.sequence_length is None:
                 raise ConfigError(
-                    f"data.batch_schedule changes nothing from step {step}; a batch_size, a "
-                    "sequence_length, or both would work."
+                    f"data.batch_schedule changes nothing from step {change.from_step}; a "
+                    "batch_size, a sequence_length, or both would work."
                 )
-            if self.sequence_length % length:
-                near = largest_divisor(self.sequence_length, length)
+        for step, B, T in self.shapes()[1:]:
+            if self.sequence_length % T:
                 raise ConfigError(
-                    f"data.batch_schedule has sequence_length={length} from step {step}, which "
-                    f"does not divide the longest, data.sequence_length={self.sequence_length}; "
-                    f"{near} would work."
+                    f"data.batch_schedule has sequence_length={T} from step {step}, which does not "
+                    f"divide the longest, data.sequence_length={self.sequence_length}; "
+                    f"{largest_divisor(self.sequence_length, T)} would work."
                 )
-            parts = self.sequence_length // length
-            if batch_size % parts:
+            per_row = self.sequence_length // T
+            if B % per_row:
                 raise ConfigError(
-                    f"data.batch_schedule has batches of {batch_size} x {length} tokens from step "
-                    f"{step}, which are no whole rows of data.sequence_length="
-                    f"{self.sequence_length}; batch_size={round_up(batch_size, parts)} would work."
+                    f"data.batch_schedule has batches of {B} x {T} tokens from step {step}, which "
+                    f"are no whole rows of data.sequence_length={self.sequence_length}; "
+                    f"batch_size={round_up(B, per_row)} would work."
                 )

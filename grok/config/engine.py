@@ -1,46 +1,37 @@
-"""Config of a served model, which `grok batch` and `grok serve` extend: weights, mesh, defaults."""
+"""The engine of inference: how many sequences it decodes at a time, and their KV cache."""
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
-
-from grok.config import EngineConfig, MeshConfig
-from grok.config.sampling import SamplingConfig
+from grok.config.numbers import Count, CountOrZero, round_up
+from grok.config.section import Section
+from grok.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InferConfig:
-    """A served model: weights, sharding, and defaults for requests."""
+class EngineConfig(Section):
+    """Memory of inference: concurrent sequences, and the paged cache of keys and values.
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+    `max_num_seqs` and `num_pages` are totals over the mesh's batch groups.
+    """
 
-    weights: Annotated[
-        str, Field(description="run, import, ckpt-0, Hugging Face folder, or checkpoint of grok")
-    ]
-    model: Annotated[
-        str, Field(description="preset or YAML file of that model; none: what the weights say")
-    ] = ""
-    tokenizer: Annotated[
-        str, Field(description="SentencePiece model file; none: the one beside the weights")
-    ] = ""
-    param_dtype: Annotated[
-        Literal["", "float32", "bfloat16", "int8"],
-        Field(description="dtype that matrices are converted to; none: as stored"),
-    ] = ""
-    compute_dtype: Annotated[
-        Literal["", "float32", "bfloat16"],
-        Field(description="dtype of activations and products; none: as the model's config says"),
-    ] = ""
-    mesh: Annotated[MeshConfig, Field(description="devices of one replica, along each axis")] = (
-        dataclasses.field(default=MeshConfig())
-    )
-    engine: Annotated[EngineConfig, Field(description="concurrent sequences, paged cache")] = (
-        dataclasses.field(default=EngineConfig())
-    )
-    sampling: Annotated[
-        SamplingConfig, Field(description="defaults for requests that leave a parameter out")
-    ] = dataclasses.field(default=SamplingConfig())
-    chat_template: Annotated[
-        str, Field(description="Jinja text that makes a prompt of messages; none: no chat")
-    ] = ""
+    max_num_seqs: Annotated[Count, "sequences that are decoded at a time"] = 8
+    page_size: Annotated[Count, "tokens of a page of the cache"] = 32
+    num_pages: Annotated[
+        CountOrZero, "pages of the cache; 0: enough for max_num_seqs at full length"
+    ] = 0
+    prefill_chunk_size: Annotated[
+        Count, "prompt tokens that one step computes, on each data replica"
+    ] = 256
+    cache_dtype: Annotated[
+        Literal["compute", "float32", "bfloat16", "int8"],
+        "type of cached keys and values; compute: as model.compute_dtype",
+    ] = "compute"
+
+    def __post_init__(self) -> None:
+        if self.prefill_chunk_size % self.page_size:
+            raise ConfigError(
+                f"engine.prefill_chunk_size={self.prefill_chunk_size} is no multiple of "
+                f"engine.page_size={self.page_size}; engine.prefill_chunk_size="
+                f"{round_up(self.prefill_chunk_size, self.page_size)} would work."
+            )

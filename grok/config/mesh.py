@@ -1,4 +1,4 @@
-"""Devices along each axis of the mesh, and which meshes a model can be split over."""
+"""Devices along each axis of the mesh, and the meshes that a model can be split over."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ MESH_AXES = ("slice", "data", "expert", "tensor")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section):
-    """How many devices each mesh axis has; one may be -1: all that remain."""
+    """Number of devices along each mesh axis; one may be -1: all that remain."""
 
     slice: Annotated[int, "slices joined by the data-centre network; the batch"] = 1
     data: Annotated[int, "the batch; parameters and optimizer state (ZeRO-3)"] = -1

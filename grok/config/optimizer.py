@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate, and the parameters that it treats apart."""
+"""The optimizer, its learning rate, and groups of parameters with settings of their own."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -14,7 +14,7 @@ MAX_BFLOAT16_DECAY = 0.99
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParamGroup(Section):
-    """What is different for the tensors whose names match a pattern."""
+    """Settings of the parameters whose names match a pattern."""
 
     match: Annotated[str, "parameters by name; * stands for any text, as in `*router*`"]
     name: Annotated[str, "name of the group in metrics; empty: the default groups"] = ""
@@ -77,7 +77,7 @@ class OptimizerConfig(Section):
         self._check_moments()
 
     def _check_schedule(self) -> None:
-        """Refuse keys that the schedule would not read."""
+        """Refuses keys that the schedule would not read."""
         if (self.schedule == "wsd") != (self.decay_steps > 0):
             works = (
                 "optimizer.decay_steps=100" if self.schedule == "wsd" else "optimizer.schedule=wsd"
@@ -96,7 +96,7 @@ class OptimizerConfig(Section):
             )
 
     def _check_moments(self) -> None:
-        """Refuse keys that the optimizer would not read, and moments that would stand still."""
+        """Refuses keys that the optimizer would not read, and decays that bfloat16 cannot hold."""
         for key, readers in {"epsilon": ("adamw", "muon"), "muon_momentum": ("muon",)}.items():
             value, default = getattr(self, key), self.default(key)
             if value != default and self.name not in readers:

@@ -4,11 +4,12 @@ files, the options of `grok sample` and the engine all read these fields."""
 import dataclasses
 import functools
 import typing
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from grok.config.numbers import Count, CountOrZero, Finite, Positive, PositiveOrZero, Share
+from grok.config.section import Section
 from grok.config.validate import expectation
 from grok.errors import ConfigError, RequestError
 
@@ -20,7 +21,7 @@ TopCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Section):
     """Defaults for requests that leave a parameter out.
 
     Order of the steps: penalties and bans change the logits; temperature 0 takes the likeliest
@@ -28,32 +29,20 @@ class SamplingConfig:
     top_p, then min_p leave.
     """
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    max_tokens: Annotated[Count, Field(description="new tokens at most")] = 128
-    min_tokens: Annotated[CountOrZero, Field(description="new tokens before it may end")] = 0
-    temperature: Annotated[
-        PositiveOrZero, Field(description="divides logits; 0: the likeliest token")
-    ] = 1.0
-    top_k: Annotated[
-        CountOrZero, Field(description="draw from the k likeliest and ties; 0: all")
-    ] = 0
-    top_p: Annotated[Share, Field(description="draw from the nucleus of this probability")] = 1.0
-    min_p: Annotated[Share, Field(description="least probability, over the likeliest token's")] = (
-        0.0
-    )
+    max_tokens: Annotated[Count, "new tokens at most"] = 128
+    min_tokens: Annotated[CountOrZero, "new tokens before it may end"] = 0
+    temperature: Annotated[PositiveOrZero, "divides logits; 0: the likeliest token"] = 1.0
+    top_k: Annotated[CountOrZero, "draw from the k likeliest and ties; 0: all"] = 0
+    top_p: Annotated[Share, "draw from the nucleus of this probability"] = 1.0
+    min_p: Annotated[Share, "least probability, over the likeliest token's"] = 0.0
     repetition_penalty: Annotated[
-        Positive, Field(description="divides logits of tokens in prompt or answer; 1: none")
+        Positive, "divides logits of tokens in prompt or answer; 1: none"
     ] = 1.0
     presence_penalty: Annotated[
-        Finite, Field(description="subtracted from logits of tokens in the answer; 0: none")
+        Finite, "subtracted from logits of tokens in the answer; 0: none"
     ] = 0.0
-    frequency_penalty: Annotated[
-        Finite, Field(description="the same for each occurrence; 0: none")
-    ] = 0.0
-    stop: Annotated[
-        tuple[Text, ...], Field(description="texts that end the answer, and are cut from it")
-    ] = ()
+    frequency_penalty: Annotated[Finite, "the same for each occurrence; 0: none"] = 0.0
+    stop: Annotated[tuple[Text, ...], "texts that end the answer, and are cut from it"] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -70,20 +59,18 @@ class SamplingConfig:
 class SamplingParams(SamplingConfig):
     """All parameters of one request. Raises RequestError for a value that cannot be."""
 
-    stop_token_ids: Annotated[Tokens, Field(description="tokens that end it, besides EOS")] = ()
-    allowed_token_ids: Annotated[Tokens, Field(description="no other tokens; none: all")] = ()
-    banned_token_ids: Annotated[Tokens, Field(description="tokens that are never chosen")] = ()
-    n: Annotated[Count, Field(description="answers to each prompt")] = 1
-    best_of: Annotated[
-        Count | None, Field(description="answers made, of which the n likeliest are returned")
-    ] = None
+    stop_token_ids: Annotated[Tokens, "tokens that end it, besides EOS"] = ()
+    allowed_token_ids: Annotated[Tokens, "no other tokens; none: all"] = ()
+    banned_token_ids: Annotated[Tokens, "tokens that are never chosen"] = ()
+    n: Annotated[Count, "answers to each prompt"] = 1
+    best_of: Annotated[Count | None, "answers made, of which the n likeliest are returned"] = None
     logprobs: Annotated[
-        TopCount | None, Field(description="return log-probabilities: each token's and k likeliest")
+        TopCount | None, "return log-probabilities: each token's and k likeliest"
     ] = None
-    prompt_logprobs: Annotated[TopCount | None, Field(description="the same of the prompt")] = None
+    prompt_logprobs: Annotated[TopCount | None, "the same of the prompt"] = None
     seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1, description="seed of the draws")] = 0
-    ignore_eos: Annotated[bool, Field(description="do not end at EOS")] = False
-    experts: Annotated[bool, Field(description="return the experts of the answer's tokens")] = False
+    ignore_eos: Annotated[bool, "do not end at EOS"] = False
+    experts: Annotated[bool, "return the experts of the answer's tokens"] = False
 
     def __post_init__(self) -> None:
         _check(self)

@@ -83,7 +83,7 @@ class LoraConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
-    """When checkpoints are saved and how many stay."""
+    """Checkpoints to save and to keep."""
 
     every: Annotated[Count, "steps between checkpoints; the last step is saved too"] = 500
     keep: Annotated[Count, "newest checkpoints to keep"] = 3

@@ -73,7 +73,7 @@ def expectation(error: Mapping[str, Any]) -> str | None:
 
 
 def _location_of_keys(sentence: str, locations: Locations, source: str) -> str:
-    """Where the keys that a sentence names were set: an override first, then the file itself."""
+    """The location of the keys that a sentence names: an override first, then the file itself."""
     keys = (tuple(word.split(".")) for word in re.findall(r"[a-z_0-9.]+", sentence))
     candidates = [locations[key] for key in keys if key in locations]
     order = ("override", f"{source}:", "")

@@ -21,7 +21,7 @@ from grok.config import (
     check_model_fits,
     resolve_mesh,
 )
-from grok.config.engine import InferConfig
+from grok.config.infer import InferConfig
 from grok.config.load import from_dict, load_config, to_dict
 from grok.data.prepare.manifest import TOKENIZER_FILE
 from grok.data.tokenizers import parse_tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grok.config import CheckpointConfig, DatasetConfig, RunConfig, ShapeChange, TrainConfig
+from grok.config import BatchChange, CheckpointConfig, DatasetConfig, RunConfig, TrainConfig
 from grok.errors import DONE, CheckpointError, DataError
 from grok.train.loop import run_training
 from grok.train.run_data import read_data
@@ -51,7 +51,7 @@ def straight(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
             validation=(),
             datasets=(DatasetConfig(path=a, weight=0.75), DatasetConfig(path=b, weight=0.25)),
             validation_dataset=held_out,
-            batch_schedule=(ShapeChange(from_step=3, batch_size=16, sequence_length=16),),
+            batch_schedule=(BatchChange(from_step=3, batch_size=16, sequence_length=16),),
         ),
         folder=str(folder / "run"),
         train=TrainConfig(steps=STEPS, log_every=1),
