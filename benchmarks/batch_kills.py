@@ -21,20 +21,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from grok.config import GrokConfig
+from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.data.tokenizers.sentencepiece import train_tokenizer
 from grok.distributed import CLUSTER_VARIABLES
 from grok.weights.huggingface.export import export_huggingface
 from tests.fixtures.random_weights import RandomSource
 
-MODEL = GrokConfig(
+MODEL = ModelConfig(
     vocab_size=320,
     num_layers=1,
     embed_dim=32,
-    mlp_dim=64,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
+    moe=MoEConfig(dim=64),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
     context_length=128,
     compute_dtype="float32",
 )

@@ -23,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import grok
-from grok.config import EngineConfig, GrokConfig
+from grok.config import AttentionConfig, EngineConfig, ModelConfig, MoEConfig
 from grok.config.sampling import SamplingParams
 from grok.hardware import configure_devices
 from grok.infer.engine import Engine
 from grok.infer.request import Request
 from grok.model import moe
+from grok.model.params import num_parameters
 from grok.ops.moe.experts_xla import experts_reference, experts_xla
 from grok.ops.moe.tiling import serving_tile_rows
 
@@ -48,14 +49,12 @@ def main() -> None:
     asked = parser.parse_args()
     configure_devices(0)
     clock = time.process_time if asked.cpu_time else time.perf_counter
-    config = GrokConfig(
+    config = ModelConfig(
         vocab_size=8192,
         num_layers=asked.layers,
         embed_dim=asked.embed,
-        mlp_dim=4 * asked.embed,
-        num_heads=8,
-        num_kv_heads=2,
-        head_dim=asked.embed // 8,
+        moe=MoEConfig(dim=4 * asked.embed),
+        attention=AttentionConfig(num_heads=8, num_kv_heads=2, head_dim=asked.embed // 8),
         context_length=512,
         compute_dtype="float32",
     )
@@ -113,12 +112,12 @@ def in_place(x_RD, topk_weights_RC, expert_ids_RC, *rest):
     return experts_xla(x_RD, topk_weights_RE, expert_ids_RE, *rest[:3], serving_tile_rows(R, E, E))
 
 
-def read_parameters(config: GrokConfig, rows: int) -> float:
+def read_parameters(config: ModelConfig, rows: int) -> float:
     """Parameters that a step of so many rows has to read: all but the experts that no row chose,
     were they chosen at random."""
-    E, share = config.num_experts, config.num_selected_experts / config.num_experts
-    expert = 3 * config.num_layers * config.embed_dim * config.mlp_dim
-    return config.num_parameters() - expert * E * (1 - share) ** rows
+    E, share = config.moe.num_experts, config.moe.num_selected / config.moe.num_experts
+    expert = 3 * config.num_layers * config.embed_dim * config.moe.dim
+    return num_parameters(config) - expert * E * (1 - share) ** rows
 
 
 def mixed(count: int) -> list[Request]:

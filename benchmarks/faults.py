@@ -48,8 +48,9 @@ HANG_SECONDS = 10
 MOST_STARTS = 5
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}
 CONFIG = """
-model: {{vocab_size: 320, num_layers: 1, embed_dim: 32, mlp_dim: 64, num_heads: 4, num_kv_heads: 2,
-  head_dim: 8, context_length: 64, compute_dtype: float32, remat: none}}
+model: {{vocab_size: 320, num_layers: 1, embed_dim: 32, moe: {{dim: 64}},
+  attention: {{num_heads: 4, num_kv_heads: 2, head_dim: 8}},
+  context_length: 64, compute_dtype: float32, remat: none}}
 mesh: {{data: 2, expert: 2, simulated_devices: 4}}
 data: {{train: [{folder}/text.txt], tokenizer: {folder}/t.model, sequence_length: 32,
   batch_size: 8}}

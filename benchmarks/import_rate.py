@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from grok.config import GrokConfig, RunConfig
+from grok.config import ModelConfig, RunConfig
 from grok.config.load import load_config
 from grok.config.text import to_yaml
 from grok.weights.checksums import piece_checksum
@@ -98,7 +98,7 @@ def cache(folder: Path, warm: bool) -> None:
                 pass
 
 
-def make_release(model: GrokConfig, folder: Path) -> None:
+def make_release(model: ModelConfig, folder: Path) -> None:
     """A ckpt-0 folder with random weights."""
     write_release(RandomSource(model), folder)
 

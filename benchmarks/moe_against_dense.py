@@ -24,6 +24,7 @@ import numpy as np
 
 from grok.config.load import load_config
 from grok.model.flops import flops_per_token
+from grok.model.params import num_active_parameters, num_parameters
 from grok.quickstart.corpus import heldout_topics
 from grok.train.telemetry.metrics_file import read_metrics
 
@@ -159,8 +160,8 @@ def figures(folder: Path, name: str) -> dict:
     ]
     losses = [line["loss"] for line in lines if "loss" in line]
     return {
-        "parameters": config.model.num_parameters(),
-        "active": config.model.num_active_parameters(),
+        "parameters": num_parameters(config.model),
+        "active": num_active_parameters(config.model),
         "MFLOPs a token": flops_per_token(config.model, config.data.sequence_length) / 1e6,
         "steps": lines[-1]["step"],
         "tokens": sum([line["tokens_seen"] for line in lines if "loss" in line][-1].values()),

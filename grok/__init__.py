@@ -8,13 +8,13 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "GrokConfig": "grok.config",
-    "RunConfig": "grok.config",
-    "load_config": "grok.config.load",
-    "make_mesh": "grok.sharding",
-    "Grok": "grok.model.decoder",
-    "init": "grok.model.decoder",
-    "load": "grok.weights.load",
+    "ModelConfig": "grok.config.ModelConfig",
+    "RunConfig": "grok.config.RunConfig",
+    "load_config": "grok.config.load.load_config",
+    "make_mesh": "grok.sharding.make_mesh",
+    "Grok": "grok.model.decoder.Decoder",
+    "init": "grok.model.build.init",
+    "load": "grok.weights.load.load",
 }
 __all__ = ["__version__", *_PUBLIC]
 
@@ -22,7 +22,8 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'grok' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    module, _, attribute = _PUBLIC[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__():

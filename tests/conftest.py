@@ -17,10 +17,12 @@ import jax
 import pytest
 
 from grok.config import (
+    AttentionConfig,
     CheckpointConfig,
     DataConfig,
-    GrokConfig,
     MeshConfig,
+    ModelConfig,
+    MoEConfig,
     OptimizerConfig,
     RunConfig,
     TrainConfig,
@@ -44,14 +46,12 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     (folder / "held_out.txt").write_text(TEXT[-2000:])
     train_tokenizer([folder / "train.txt"], folder / "tokenizer.model", 320)
     return RunConfig(
-        model=GrokConfig(
+        model=ModelConfig(
             vocab_size=320,
             num_layers=2,
             embed_dim=32,
-            mlp_dim=64,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=8,
+            moe=MoEConfig(dim=64),
+            attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
             context_length=128,
             compute_dtype="float32",
         ),

@@ -11,9 +11,12 @@ from pydantic import ConfigDict, Field
 
 from grok.config import (
     MESH_AXES,
+    AttentionConfig,
     DataConfig,
-    GrokConfig,
     MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
     RunConfig,
     check_fits,
     check_model_fits,
@@ -24,13 +27,17 @@ from grok.config.presets import presets
 from grok.config.schema import describe, schema
 from grok.config.text import to_yaml
 from grok.errors import ConfigError
+from grok.model.params import num_active_parameters, num_parameters
+from tests.fixtures.models import model_config
 
 # Removing or renaming a key breaks the files that users have: change this list on purpose only.
 KEYS = """
-model model.vocab_size model.num_layers model.embed_dim model.mlp_dim model.num_heads
-model.num_kv_heads model.head_dim model.num_experts model.num_selected_experts
-model.context_length model.embedding_multiplier model.output_multiplier
-model.attn_output_multiplier model.attn_logit_softcap model.rope_theta model.param_dtype
+model model.vocab_size model.num_layers model.embed_dim model.context_length
+model.embedding_multiplier model.logit_multiplier model.norm model.norm.eps model.norm.sandwich
+model.attention model.attention.num_heads model.attention.num_kv_heads model.attention.head_dim
+model.attention.logit_scale model.attention.logit_softcap model.attention.rope
+model.attention.rope.theta model.moe model.moe.dim model.moe.num_experts model.moe.num_selected
+model.param_dtype
 model.compute_dtype model.remat
 folder
 mesh mesh.slice mesh.data mesh.expert mesh.tensor mesh.simulated_devices
@@ -54,8 +61,13 @@ plan plan.program plan.topology plan.batch_size plan.tokens
 """.split()
 
 LADDER = ["grok-10m", "grok-100m", "grok-1b", "grok-8b", "grok-33b"]
-MODEL = {"vocab_size": 96, "num_layers": 2, "embed_dim": 64, "mlp_dim": 176}
-MODEL |= {"num_heads": 8, "num_kv_heads": 4, "head_dim": 8, "context_length": 1024}
+MODEL = {"vocab_size": 96, "num_layers": 2, "embed_dim": 64, "moe.dim": 176}
+MODEL |= {
+    "attention.num_heads": 8,
+    "attention.num_kv_heads": 4,
+    "attention.head_dim": 8,
+    "context_length": 1024,
+}
 
 
 @pytest.fixture
@@ -92,6 +104,10 @@ def test_every_key_has_a_meaning_of_one_line():
 def test_describe_gives_every_setting_with_value_and_meaning():
     rows = describe(load_config("grok-10m", ["train.steps=500"]))
     sections = {
+        "model.norm",
+        "model.attention",
+        "model.attention.rope",
+        "model.moe",
         "plan",
         "model",
         "mesh",
@@ -264,10 +280,13 @@ def test_sections_of_sections_and_sections_that_may_be_null(write):
             "must be 'none', 'dots', 'attention', 'experts', 'offload' or 'full', not \"ful\"; "
             'did you mean "full"?',
         ),
-        ("model:\n  num_kv_heads: 5", "run.yaml:3: model.num_kv_heads=5 does not divide"),
-        ("model:\n  num_kv_heads: 5", "model.num_kv_heads=4 would work."),
-        ("model: {head_dim: 7}", "model.head_dim=7 is odd"),
-        ("model: {num_experts: 1}", "model.num_selected_experts=1 would work."),
+        (
+            "model: {attention: {\n  num_kv_heads: 5}}",
+            "run.yaml:3: model.attention.num_kv_heads=5 does not divide",
+        ),
+        ("model: {attention: {num_kv_heads: 5}}", "model.attention.num_kv_heads=4 would work."),
+        ("model: {attention: {head_dim: 7}}", "model.attention.head_dim=7 is odd"),
+        ("model: {moe: {num_experts: 1}}", "model.moe.num_selected=1 would work."),
         ("data: {sequence_length: 4096}", "data.sequence_length=1024 would work."),
         ("train: {steps: 50}", "run.yaml:2: optimizer.warmup_steps=100 leaves nothing of"),
         ("train: {seed: 1}\ntrain: {seed: 2}", "run.yaml:3: train is set a second time"),
@@ -401,7 +420,10 @@ def test_refused_with_place_key_and_remedy(write, text, sentence):
         ("train.steps.more=5", "override `train.steps.more=5`: train.steps must be a whole number"),
         ("train=5", "override `train=5`: train must be a mapping of keys"),
         ("extends=grok-1", "extends is a key of config files alone."),
-        ("model.num_kv_heads=5", "override `model.num_kv_heads=5`: model.num_kv_heads=5 does not"),
+        (
+            "model.attention.num_kv_heads=5",
+            "override `model.attention.num_kv_heads=5`: model.attention.num_kv_heads=5 does not",
+        ),
     ],
 )
 def test_refused_override(override, sentence):
@@ -409,10 +431,13 @@ def test_refused_override(override, sentence):
 
 
 def test_what_is_missing_and_from_which_file(write):
-    write("run.yaml", "model: {vocab_size: 8, num_layers: 2, num_heads: 4}")
+    write(
+        "run.yaml",
+        "model: {vocab_size: 8, num_layers: 2, moe: {dim: 4}, attention: {num_heads: 4}}",
+    )
     assert refusal("run.yaml") == (
-        "run.yaml: model.embed_dim, model.mlp_dim, model.num_kv_heads, model.head_dim must be set, "
-        "or taken from a preset as in `extends: grok-1`."
+        "run.yaml: model.embed_dim, model.attention.num_kv_heads, model.attention.head_dim must be "
+        "set, or taken from a preset as in `extends: grok-1`."
     )
     write("empty.yaml", "")
     assert "empty.yaml: model must be set" in refusal("empty.yaml")
@@ -456,7 +481,8 @@ def test_an_error_in_an_extended_file_names_that_file(write):
 
 def test_a_broken_rule_points_at_the_users_own_setting_not_at_the_preset():
     assert refusal("grok-1", "mesh.tensor=7", "mesh.simulated_devices=7").startswith(
-        "override `mesh.tensor=7`: model.num_heads=48 cannot be split over mesh.tensor=7; mesh "
+        "override `mesh.tensor=7`: model.attention.num_heads=48 cannot be split over "
+        "mesh.tensor=7; mesh "
     )
 
 
@@ -478,8 +504,8 @@ def test_a_preset_loads_and_its_head_comment_counts_right(name):
     head = presets()[name].read_text().split("\nmodel:")[0]
     counts = re.search(r"^# ([\d,]+) parameters, ([\d,]+) active per token\.$", head, re.M)
     assert [int(count.replace(",", "")) for count in counts.groups()] == [
-        model.num_parameters(),
-        model.num_active_parameters(),
+        num_parameters(model),
+        num_active_parameters(model),
     ]
     assert all(line.startswith("#") for line in head.strip().splitlines())
 
@@ -488,9 +514,9 @@ def test_a_preset_loads_and_its_head_comment_counts_right(name):
 def test_the_ladder_is_named_by_its_parameters_and_splits_eight_ways(name):
     model = load_config(name).model
     size = int(name[5:-1]) * {"m": 10**6, "b": 10**9}[name[-1]]
-    assert abs(model.num_parameters() / size - 1) < 0.1
-    assert (model.num_experts, model.num_selected_experts) == (8, 2)
-    assert model.mlp_dim == -(-(8 * model.embed_dim * 2 // 3) // 8) * 8  # the release's rule
+    assert abs(num_parameters(model) / size - 1) < 0.1
+    assert (model.moe.num_experts, model.moe.num_selected) == (8, 2)
+    assert model.moe.dim == -(-(8 * model.embed_dim * 2 // 3) // 8) * 8  # the release's rule
     for tensor in (1, 2, 4, 8):
         for expert in {1, 2, 16 // tensor} - {16}:
             check_model_fits(model, {"slice": 1, "data": 1, "expert": expert, "tensor": tensor})
@@ -498,31 +524,31 @@ def test_the_ladder_is_named_by_its_parameters_and_splits_eight_ways(name):
 
 def test_grok_1_is_the_release():
     model = load_config("grok-1").model
-    assert model.num_parameters() == 315_684_820_992
-    assert model.num_active_parameters() == 83_756_587_008
-    assert model == GrokConfig(
+    assert num_parameters(model) == 315_684_820_992
+    assert num_active_parameters(model) == 83_756_587_008
+    assert model == ModelConfig(
         vocab_size=131072,
         num_layers=64,
         embed_dim=6144,
-        mlp_dim=32768,
-        num_heads=48,
-        num_kv_heads=8,
-        head_dim=128,
-        num_experts=8,
-        num_selected_experts=2,
+        moe=MoEConfig(dim=32768, num_experts=8, num_selected=2),
+        attention=AttentionConfig(
+            num_heads=48,
+            num_kv_heads=8,
+            head_dim=128,
+            logit_scale=0.08838834764831845,
+            logit_softcap=30.0,
+            rope=RopeConfig(theta=10000.0),
+        ),
         context_length=8192,
         embedding_multiplier=78.38367176906169,
-        output_multiplier=0.5773502691896257,
-        attn_output_multiplier=0.08838834764831845,
-        attn_logit_softcap=30.0,
-        rope_theta=10000.0,
+        logit_multiplier=0.5773502691896257,
     )
 
 
 def test_multipliers_follow_from_the_widths():
-    model = GrokConfig(**MODEL)
+    model = model_config(MODEL)
     assert model.embedding_multiplier == 8.0
-    assert model.attn_output_multiplier == pytest.approx(8**-0.5)
+    assert model.attention.logit_scale == pytest.approx(8**-0.5)
 
 
 # ---- meshes
@@ -565,12 +591,12 @@ def test_sizes_that_are_none():
 @pytest.mark.parametrize(
     ("changes", "sizes", "sentence"),
     [
-        ({}, (1, 1, 3, 1), "model.mlp_dim=176 cannot be split over mesh.expert*mesh.tensor=3"),
-        ({}, (1, 1, 1, 16), "model.num_heads=8 cannot be split over mesh.tensor=16"),
+        ({}, (1, 1, 3, 1), "model.moe.dim=176 cannot be split over mesh.expert*mesh.tensor=3"),
+        ({}, (1, 1, 1, 16), "model.attention.num_heads=8 cannot be split over mesh.tensor=16"),
         (
-            {"mlp_dim": 100},
+            {"moe.dim": 100},
             (1, 1, 2, 4),
-            "model.mlp_dim=100 cannot be split over mesh.expert*mesh.tensor=8",
+            "model.moe.dim=100 cannot be split over mesh.expert*mesh.tensor=8",
         ),
         (
             {"vocab_size": 97},
@@ -579,21 +605,21 @@ def test_sizes_that_are_none():
         ),
         ({}, (1, 3, 2, 1), "model.embed_dim=64 cannot be split over mesh.data*mesh.expert=6"),
         (
-            {"num_heads": 12, "mlp_dim": 96},
+            {"attention.num_heads": 12, "moe.dim": 96},
             (1, 1, 1, 6),
-            "model.num_kv_heads=4 can be neither split nor repeated over mesh.tensor=6",
+            "model.attention.num_kv_heads=4 can be neither split nor repeated over mesh.tensor=6",
         ),
     ],
 )
 def test_a_mesh_that_the_model_does_not_fit(changes, sizes, sentence):
-    model = GrokConfig(**MODEL | changes)
+    model = model_config(MODEL | changes)
     with pytest.raises(ConfigError) as caught:
         check_model_fits(model, dict(zip(MESH_AXES, sizes, strict=True)))
     assert str(caught.value).startswith(sentence + "; mesh slice=")
 
 
 def test_a_batch_that_cannot_be_split():
-    run = RunConfig(model=GrokConfig(**MODEL), data=DataConfig(batch_size=12))
+    run = RunConfig(model=model_config(MODEL), data=DataConfig(batch_size=12))
     with pytest.raises(ConfigError, match=r"data.batch_size=12 .* data.batch_size=16 would work"):
         check_fits(run, 8)
 
@@ -605,10 +631,15 @@ def test_simulated_devices_are_checked_when_the_config_is_loaded():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"num_heads": 48, "num_kv_heads": 8}, {"vocab_size": 97, "mlp_dim": 100}]
+    "changes",
+    [
+        {},
+        {"attention.num_heads": 48, "attention.num_kv_heads": 8},
+        {"vocab_size": 97, "moe.dim": 100},
+    ],
 )
 def test_what_a_refusal_proposes_really_fits(changes):
-    model = GrokConfig(**MODEL | changes)
+    model = model_config(MODEL | changes)
     refused = 0
     for devices in (1, 2, 3, 4, 6, 7, 8, 12, 16, 24, 30, 64, 256):
         for slices, data, expert, tensor in (

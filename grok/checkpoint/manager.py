@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import jax
@@ -22,6 +23,7 @@ from grok.checkpoint.retention import RetentionPolicy
 from grok.checkpoint.tree_names import from_names, lead_axes, leaf_shapes, to_names
 from grok.distributed import broadcast_from_primary, process_count
 from grok.errors import CheckpointError, DamageError, SaveError
+from grok.model.param_spec import ParamSpec
 from grok.storage import StrPath, join
 from grok.weights.orbax.zarr import reason
 
@@ -96,16 +98,22 @@ class Checkpoints:
         trees: dict,
         meta: dict,
         metrics: Mapping[str, float] | None = None,
+        specs: Mapping[str, ParamSpec] = MappingProxyType({}),
     ) -> None:
         """Starts saving `trees` (MODEL or LORA, OPTIMIZER, EMA) and plain data as `step`.
 
-        The best checkpoints are chosen by `metrics`. Waits for the previous save; raises SaveError,
-        with nothing started, where that one failed or this one cannot begin.
+        Tensors of `specs`, and their moments, are cut on disk so that each matrix can be read
+        alone. The best checkpoints are chosen by `metrics`. Waits for the previous save; raises
+        SaveError, with nothing started, where that one failed or this one cannot begin.
         """
         self.wait()
         names = {name: to_names(tree) for name, tree in trees.items()}
+
+        def in_matrices(path, leaf) -> ocp.SaveArgs:
+            return ocp.SaveArgs(shard_axes=lead_axes(path, leaf, specs))
+
         items = {
-            name: ocp.args.StandardSave(tree, jax.tree_util.tree_map_with_path(_in_matrices, tree))
+            name: ocp.args.StandardSave(tree, jax.tree_util.tree_map_with_path(in_matrices, tree))
             for name, tree in names.items()
         }
         self._saving, self._metrics[step] = step, metrics or {}
@@ -150,6 +158,7 @@ class Checkpoints:
         Raises CheckpointError naming the tensors that are missing or of another shape.
         """
         names = {name: to_names(tree) for name, tree in trees.items()}
+
         items = {name: ocp.args.StandardRestore(tree) for name, tree in names.items()}
         stored = self._manager.item_metadata(step)
         for name, tree in names.items():
@@ -277,8 +286,3 @@ def _reporting(handler, failures: list[Exception]):
     # Orbax knows handlers by their exact class, so a subclass is not possible.
     handler.async_save = async_save
     return handler
-
-
-def _in_matrices(path, leaf) -> ocp.SaveArgs:
-    """Cuts a leaf into matrices too, besides as on the mesh, so that it can be read in matrices."""
-    return ocp.SaveArgs(shard_axes=lead_axes(path, leaf))

@@ -1,10 +1,11 @@
 """Pytrees as nested dictionaries by names, as checkpoints hold them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from grok.model.params import MATRICES
+from grok.model.param_spec import ParamSpec
 
 
 def to_names(tree) -> dict:
@@ -37,14 +38,15 @@ def leaf_shapes(tree) -> dict[str, tuple[int, ...]]:
     return {"/".join(_names(path)): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def lead_axes(path, leaf) -> tuple[int, ...]:
-    """Axes of the array at `path` in front of those of its matrices: layers and experts."""
+def lead_axes(path, leaf, specs: Mapping[str, ParamSpec]) -> tuple[int, ...]:
+    """Axes of a leaf, of a parameter or its moments, before those of a matrix: layers, experts."""
     name = "/".join(_names(path))
-    lead = int("layers/" in name)
-    for parameter, matrix in MATRICES.items():
-        if name.endswith(parameter):
-            lead = leaf.ndim - matrix.row_dims - matrix.col_dims
-    return tuple(range(lead))
+    spec = next((spec for parameter, spec in specs.items() if name.endswith(parameter)), None)
+    if spec is None:
+        return ()
+    if spec.is_matmul:
+        return tuple(range(leaf.ndim - spec.contract_dims - spec.output_dims))
+    return tuple(range(int(spec.is_stacked)))
 
 
 def _names(path) -> list[str]:

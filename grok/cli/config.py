@@ -2,6 +2,7 @@
 
 import os
 import re
+from typing import Any
 
 import click
 
@@ -45,7 +46,13 @@ def config(config: str, overrides: tuple[str, ...], command: str) -> None:
     from grok.config.text import to_yaml
 
     config_type = {"train": RunConfig, "batch": BatchConfig, "serve": ServeConfig}[command]
-    text = to_yaml(load_config(config, overrides, config_type))
+    resolved: Any = load_config(config, overrides, config_type)
+    text = to_yaml(resolved)
+    if command == "train":
+        from grok.model.params import num_active_parameters, num_parameters
+
+        total, active = num_parameters(resolved.model), num_active_parameters(resolved.model)
+        text += f"# {total:,} parameters, {active:,} active per token\n"
     dimmed = re.sub(r"# .*$", lambda comment: click.style(comment[0], dim=True), text, flags=re.M)
     # Styles are dropped where the output is no terminal.
     click.echo(dimmed, nl=False, color=False if os.environ.get("NO_COLOR") else None)

@@ -11,7 +11,7 @@ import click
 from grok.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
-    from grok.config import GrokConfig, RunConfig
+    from grok.config import ModelConfig, RunConfig
     from grok.weights.importing.importer import Imported
     from grok.weights.source import Source
 
@@ -105,7 +105,7 @@ def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None
     print_import(imported)
 
 
-def _run_of(model: "GrokConfig") -> "RunConfig":
+def _run_of(model: "ModelConfig") -> "RunConfig":
     from grok.config import DataConfig, RunConfig
 
     length = min(DataConfig.sequence_length, model.context_length)
@@ -124,11 +124,11 @@ def _check_tokenizer(file: Path, vocab_size: int) -> None:
 
 
 def _converted(source: "Source", dtype: str, scales: str | None) -> "Source":
-    from grok.weights.cast import PER_CHANNEL, RELEASE_GROUPS, converted
+    from grok.weights.cast import converted, per_channel, release_groups
     from grok.weights.importing.quantization_error import MeasuredQuantizedSource
 
     if dtype == "int8" and source.dtype != "int8":
-        groups = PER_CHANNEL if scales == "per-channel" else RELEASE_GROUPS
+        groups = per_channel if scales == "per-channel" else release_groups
         return MeasuredQuantizedSource(source, groups)
     if scales is not None:
         raise ConfigError(

@@ -68,6 +68,16 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data of dotted keys and their values, the inverse of `flatten`."""
+    data: dict[str, Any] = {}
+    for key, value in values.items():
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        data = _merge(data, value)
+    return data
+
+
 def _read_file(
     file: Path, extended_by: tuple[Path, ...], config_type: type
 ) -> tuple[dict[str, Any], Locations]:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Annotated
 
-from grok.config.model import GrokConfig
+from grok.config.model import ModelConfig
 from grok.config.numbers import CountOrZero, divisors
 from grok.config.section import Section
 from grok.errors import ConfigError
@@ -26,7 +26,7 @@ class MeshConfig(Section):
 
 
 def resolve_mesh(
-    mesh: MeshConfig, num_devices: int, model: GrokConfig | None = None
+    mesh: MeshConfig, num_devices: int, model: ModelConfig | None = None
 ) -> dict[str, int]:
     """Sizes of the four mesh axes on `num_devices` devices, with -1 filled in.
 
@@ -57,7 +57,7 @@ def resolve_mesh(
     return sizes
 
 
-def check_model_fits(model: GrokConfig, sizes: dict[str, int]) -> None:
+def check_model_fits(model: ModelConfig, sizes: dict[str, int]) -> None:
     """Refuse, as ConfigError, a mesh over which an axis of the model cannot be split evenly."""
     problem = _misfit(model, sizes)
     if problem:
@@ -65,29 +65,29 @@ def check_model_fits(model: GrokConfig, sizes: dict[str, int]) -> None:
         raise ConfigError(f"{problem}; mesh {_x(near)} would work.")
 
 
-def _misfit(model: GrokConfig, sizes: dict[str, int]) -> str:
+def _misfit(model: ModelConfig, sizes: dict[str, int]) -> str:
     """Which axis of the model cannot be split over the mesh; empty when all can."""
     tensor, expert, shards = sizes["tensor"], sizes["expert"], sizes["data"] * sizes["expert"]
     rules = (
-        ("num_heads", model.num_heads, "mesh.tensor", tensor),
-        ("mlp_dim", model.mlp_dim, "mesh.expert*mesh.tensor", expert * tensor),
+        ("attention.num_heads", model.attention.num_heads, "mesh.tensor", tensor),
+        ("moe.dim", model.moe.dim, "mesh.expert*mesh.tensor", expert * tensor),
         ("vocab_size", model.vocab_size, "mesh.tensor", tensor),
         ("embed_dim", model.embed_dim, "mesh.data*mesh.expert", shards),
     )
     for key, number, axes, size in rules:
         if number % size:
             return f"model.{key}={number} cannot be split over {axes}={size}"
-    kv_heads = model.num_kv_heads
+    kv_heads = model.attention.num_kv_heads
     if kv_heads % tensor and tensor % kv_heads:
         return (
-            f"model.num_kv_heads={kv_heads} can be neither split nor repeated over "
+            f"model.attention.num_kv_heads={kv_heads} can be neither split nor repeated over "
             f"mesh.tensor={tensor}"
         )
     return ""
 
 
 def _nearest_mesh(
-    wanted: dict[str, int], num_devices: int, model: GrokConfig | None
+    wanted: dict[str, int], num_devices: int, model: ModelConfig | None
 ) -> dict[str, int]:
     """The mesh of exactly `num_devices` that suits `model` and is nearest to `wanted`.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from grok.config.data import DataConfig
 from grok.config.engine import EngineConfig
 from grok.config.mesh import MeshConfig, check_model_fits, resolve_mesh
-from grok.config.model import GrokConfig
+from grok.config.model import ModelConfig
 from grok.config.numbers import Count, round_up
 from grok.config.optimizer import OptimizerConfig
 from grok.config.section import Section
@@ -32,7 +32,7 @@ class PlanConfig(Section):
 class RunConfig(Section):
     """A whole run: the config of `grok train`, `grok plan` and `grok.load_config`."""
 
-    model: Annotated[GrokConfig, "the decoder: dimensions, arithmetic, dtypes"]
+    model: Annotated[ModelConfig, "the decoder: dimensions, arithmetic, dtypes"]
     folder: Annotated[str, "folder of the run: checkpoints, metrics, resolved config"] = (
         "runs/default"
     )

@@ -5,13 +5,11 @@ import json
 import re
 from typing import Any
 
-from grok.config.run import RunConfig
 from grok.config.schema import describe, schema
 
 
 def to_yaml(config: Any) -> str:
-    """The whole resolved config, a comment behind each key; of a run, parameter counts in the last
-    line."""
+    """The whole resolved config, a comment behind each key."""
     rows: list[tuple[str, str]] = []
     settings, path = schema(type(config)), [""]
     for key, value, comment in describe(config):
@@ -23,11 +21,7 @@ def to_yaml(config: Any) -> str:
         path = sections
         rows.append((f"{'  ' * len(sections)}{name}: {_scalar(value)}", comment))
     width = max(len(line) for line, _ in rows if len(line) <= 48)
-    lines = [f"{line:{width}}  # {comment}" for line, comment in rows]
-    if isinstance(config, RunConfig):
-        total, active = config.model.num_parameters(), config.model.num_active_parameters()
-        lines.append(f"# {total:,} parameters, {active:,} active per token")
-    return "\n".join(lines) + "\n"
+    return "".join(f"{line:{width}}  # {comment}\n" for line, comment in rows)
 
 
 def _scalar(value: Any) -> str:

@@ -19,7 +19,7 @@ from grok.errors import DataError
 from grok.evaluate.scores import Scorer
 from grok.infer.engine import Engine
 from grok.infer.request import Request
-from grok.model.decoder import Grok
+from grok.model.decoder import Decoder
 
 MAX_NEW_TOKENS = 256
 
@@ -27,7 +27,7 @@ MAX_NEW_TOKENS = 256
 class HarnessModel(TemplateLM):
     """A model, its tokenizer and its mesh behind lm-eval's three kinds of request."""
 
-    def __init__(self, model: Grok, tokenizer: Tokenizer, mesh: Mesh, rows: int):
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, mesh: Mesh, rows: int):
         super().__init__()
         self._scorer = Scorer(model, mesh, rows)
         self._engine = Engine(model, tokenizer, mesh, EngineConfig(max_num_seqs=rows))

@@ -15,7 +15,7 @@ from grok.data.stream_batches import StreamValidation
 from grok.data.text_stream import bits_per_byte, read_stream
 from grok.data.tokenizers import load_tokenizer, token_bytes
 from grok.errors import DataError
-from grok.model.decoder import Grok
+from grok.model.decoder import Decoder
 from grok.train.evaluate import total_loss
 from grok.train.run_data import open_dataset
 from grok.train.step import eval_step
@@ -42,7 +42,7 @@ class TextLoss:
 
 
 def evaluate_texts(
-    model: Grok, mesh: Mesh, paths: Sequence[str], tokenizer: str, config: RunConfig
+    model: Decoder, mesh: Mesh, paths: Sequence[str], tokenizer: str, config: RunConfig
 ) -> Iterable[TextLoss]:
     """The loss on each of these text files and prepared datasets, one after the other.
 

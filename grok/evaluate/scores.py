@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from grok import sharding
 from grok.data.device_feed import shard_batch
-from grok.model.decoder import Grok
+from grok.model.decoder import Decoder
 from grok.train.loss import hidden
 
 SHORTEST = 16
@@ -34,7 +34,7 @@ class Scorer:
     Lengths are rounded up to powers of two, so that requests of all lengths share a few programs.
     """
 
-    def __init__(self, model: Grok, mesh: Mesh, rows: int):
+    def __init__(self, model: Decoder, mesh: Mesh, rows: int):
         self._model, self._mesh, self._rows = model, mesh, rows
         self._scores = jax.jit(_scores)
         self.context_length = model.config.context_length
@@ -81,7 +81,7 @@ class Scorer:
         return batch
 
 
-def _scores(model: Grok, batch: dict) -> tuple[jax.Array, jax.Array]:
+def _scores(model: Decoder, batch: dict) -> tuple[jax.Array, jax.Array]:
     """Of each row, whole on every device: log-probability of what the mask selects (float32), and
     whether all of it is likeliest."""
     x_BTD, _ = hidden(model, batch)

@@ -29,7 +29,7 @@ from grok.infer.scheduler import ScheduledStep, Scheduler, SequenceState
 from grok.infer.step import forward_and_sample, score_prompt
 from grok.infer.step_inputs import StepInputs
 from grok.model.attend import init_cache
-from grok.model.decoder import Grok
+from grok.model.decoder import Decoder
 
 DEFAULTS = EngineConfig()
 
@@ -66,7 +66,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Grok,
+        model: Decoder,
         tokenizer: Tokenizer | None,
         mesh: Mesh,
         options: EngineConfig = DEFAULTS,

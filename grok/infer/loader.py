@@ -15,8 +15,8 @@ from grok import sharding, storage
 from grok.config import (
     MESH_AXES,
     DataConfig,
-    GrokConfig,
     MeshConfig,
+    ModelConfig,
     RunConfig,
     check_model_fits,
     resolve_mesh,
@@ -75,7 +75,7 @@ def find_tokenizer(
     return file
 
 
-def make_mesh(mesh: MeshConfig, model: GrokConfig, spans_all_hosts: bool = False) -> Mesh:
+def make_mesh(mesh: MeshConfig, model: ModelConfig, spans_all_hosts: bool = False) -> Mesh:
     """The mesh over this host's devices, as many as it needs, or over those of all hosts. Raises
     ConfigError where it fits neither them nor the model."""
     devices = jax.devices() if spans_all_hosts else jax.local_devices()
@@ -90,7 +90,7 @@ def make_mesh(mesh: MeshConfig, model: GrokConfig, spans_all_hosts: bool = False
 
 
 class ServedModel:
-    """A model that a config names: `config` (a GrokConfig), `tokenizer`, `mesh`. Its weights are
+    """A model that a config names: `config` (a ModelConfig), `tokenizer`, `mesh`. Its weights are
     read when `engine` is called."""
 
     def __init__(self, config: InferConfig, spans_all_hosts: bool = False):

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from grok import sharding
 from grok.config.sampling import MAX_LOGPROBS
 from grok.infer.sampling import Sampled, SamplingBatch, logprobs, sample_tokens
-from grok.model.attend import PagedCache, Places
-from grok.model.decoder import Grok
+from grok.model.attend import PagedBatch, PagedCache
+from grok.model.decoder import Decoder
 
 TWO_AXES, THREE_AXES = ("batch", None), ("batch", None, None)
 
 
 @functools.partial(jax.jit, donate_argnums=1)
 def forward_and_sample(
-    model: Grok, cache: PagedCache, tokens_BT, batch: Places, sampling: SamplingBatch
+    model: Decoder, cache: PagedCache, tokens_BT, batch: PagedBatch, sampling: SamplingBatch
 ) -> tuple[Sampled, jax.Array, jax.Array, PagedCache]:
     """Runs new tokens and samples one after each chunk's last one.
 
@@ -47,7 +47,9 @@ def forward_and_sample(
 
 
 @jax.jit
-def score_prompt(model: Grok, x_BTD: jax.Array, next_BUQ) -> tuple[jax.Array, jax.Array, jax.Array]:
+def score_prompt(
+    model: Decoder, x_BTD: jax.Array, next_BUQ
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probability of the token after each position, (B, U, Q), and the likeliest ones with
     theirs, (B, U, Q, X), from `x_BTD` that a step returned; a chunk at a time."""
     B, U, Q = next_BUQ.shape
@@ -74,6 +76,6 @@ def _replicate(array: jax.Array) -> jax.Array:
     return sharding.constrain(array, *(None,) * array.ndim)
 
 
-def _max_logprobs(model: Grok) -> int:
+def _max_logprobs(model: Decoder) -> int:
     """Likeliest tokens that are reported at most."""
     return min(MAX_LOGPROBS, model.config.vocab_size)

@@ -8,18 +8,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import Tokenizer
 from grok.infer.sampling import SamplingBatch
 from grok.infer.scheduler import Chunk, ScheduledStep
-from grok.model.attend import Places
+from grok.model.attend import PagedBatch
 
 
 class StepInputs:
     """Makes the inputs of steps for a model and, if there is one, its tokenizer."""
 
-    def __init__(self, config: GrokConfig, tokenizer: Tokenizer | None, mesh: Mesh):
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._eos = -1 if tokenizer is None else tokenizer.eos_id
         # Rows of the embedding table beyond the vocabulary are never chosen.
@@ -30,7 +30,7 @@ class StepInputs:
 
     def paged_batch(
         self, step: ScheduledStep, size: int, max_pages: int
-    ) -> tuple[np.ndarray, Places]:
+    ) -> tuple[np.ndarray, PagedBatch]:
         """Tokens (B, U*Q) for chunks of Q = `size` tokens, and their positions and pages, in tables
         of M = `max_pages`."""
         tokens_BUQ = np.zeros((*step.shape, size), np.int32)
@@ -41,7 +41,7 @@ class StepInputs:
             tokens_BUQ[row][: chunk.count] = chunk.sequence.tokens[chunk.start : end]
             table_BUM[row][: len(chunk.sequence.pages)] = chunk.sequence.pages
             start_BU[row], count_BU[row] = chunk.start, chunk.count
-        return tokens_BUQ.reshape(step.shape[0], -1), Places(table_BUM, start_BU, count_BU)
+        return tokens_BUQ.reshape(step.shape[0], -1), PagedBatch(table_BUM, start_BU, count_BU)
 
     def sampling(self, step: ScheduledStep) -> SamplingBatch:
         """Sampling parameters of each chunk's sequence, (B, U, ...)."""

@@ -1,20 +1,90 @@
-"""The key/value cache of inference, in pages, and where the tokens of a step belong in it.
+"""What tokens attend to: rows over themselves in training, pages of a cache in inference.
 
-A page holds S tokens of one sequence; a sequence's pages lie anywhere, in the order that its table
-says. Each group of devices that sees other tokens has pages of its own.
+`PackedRows` and `PagedAttend` are the only difference between training, prefill and decode: a block
+gets one of them, and its attention calls it with queries, keys and values.
 
-Letters: B groups, U blocks of a step (Q tokens in a row of one sequence each), L layers, P pages,
-S tokens of a page, M pages of the longest sequence, K kv heads, H head_dim.
+A page of the cache holds S tokens of one sequence; a sequence's pages lie anywhere, in the order
+that its table says. Each group of devices that sees other tokens has pages of its own.
+
+Letters: B batch (of a cache: groups of devices), T length, N heads, K kv heads, H head_dim, U
+blocks of a step (Q tokens in a row of one sequence each), L layers, P pages, S tokens of a page, M
+pages of the longest sequence.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from grok import sharding
-from grok.config import GrokConfig
+from grok import hardware, sharding
+from grok.config import AttentionConfig, ModelConfig
+from grok.ops.attention import ragged
+from grok.ops.attention.causal import attention
+from grok.ops.attention.flash import flash_attention, supports
+from grok.ops.attention.paged import paged_attention, write_pages
+from grok.sharding import Axes
+
+
+class Attend(Protocol):
+    """What the tokens of a block see, and where they stand."""
+
+    @property
+    def positions_BT(self) -> jax.Array:
+        """Rotary position of every token."""
+
+    def stream_axes(self, length: int) -> Axes:
+        """Logical axes of the residual stream of `length` tokens a row."""
+
+    def __call__(
+        self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, config: AttentionConfig
+    ) -> tuple[jax.Array, Any]:
+        """Returns o_BTNH, and what the tokens of the next layer see."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class PackedRows:
+    """Rows over themselves: a token sees the earlier tokens of its segment; segment 0 is
+    padding."""
+
+    segment_ids_BT: jax.Array
+    positions_BT: jax.Array
+
+    def stream_axes(self, length: int) -> Axes:
+        """Between blocks the devices that share heads each keep some of the tokens."""
+        return sharding.sequence_parallel_axes(length)
+
+    def __call__(self, q_BTNH, k_BTKH, v_BTKH, config: AttentionConfig):
+        """Returns o_BTNH and these rows, which nothing changes."""
+        kv = sharding.kv_axis(config.num_kv_heads)
+        flash = hardware.platform() == "tpu" and supports(q_BTNH.shape[1])
+        factors: Any = {"scale": config.logit_scale, "softcap": config.logit_softcap}
+
+        def local(q, k, v, segment):
+            k, v = _kv_of_local_heads(q, k, v, config)
+            if flash:
+                return flash_attention(q, k, v, segment, **factors)
+            index = jnp.broadcast_to(jnp.arange(q.shape[1])[None, :], segment.shape)
+            return attention(q, k, v, index, segment, segment, **factors)
+
+        q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", None, kv, None)
+        in_axes = (q_axes, kv_axes, kv_axes, ("batch", None))
+        kernel = sharding.shard_map(local, in_axes, q_axes, check_vma=not flash)
+        o_BTNH = kernel(q_BTNH, k_BTKH, v_BTKH, self.segment_ids_BT)
+        return checkpoint_name(o_BTNH, "attention"), self
+
+
+def _kv_of_local_heads(q_BTNH, k_BSKH, v_BSKH, config: AttentionConfig):
+    """Keys and values of the query heads that this device has."""
+    group, heads = config.num_heads // config.num_kv_heads, q_BTNH.shape[2]
+    if heads == k_BSKH.shape[2] * group:
+        return k_BSKH, v_BSKH
+    # This device has all kv heads and fewer query heads than share one of them.
+    first = sharding.axis_index("heads") * heads // group
+    return (jax.lax.dynamic_slice_in_dim(a, first, 1, axis=2) for a in (k_BSKH, v_BSKH))
 
 
 @jax.tree_util.register_dataclass
@@ -31,34 +101,97 @@ class PagedCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Places:
-    """Where a step's tokens stand, int32: block u of group b holds `count_BU` real tokens, at
-    `start_BU` and after in the sequence that has the pages `table_BUM`.
+class PagedBatch:
+    """Where a step's tokens stand, int32: block u of group b holds `count_BU` tokens, at `start_BU`
+    and after in the sequence that has the pages `table_BUM`.
 
-    A block without real tokens is one that nothing is asked of. Pages count within a group.
+    What a block has beyond its count is padding. Pages count within a group.
     """
 
     table_BUM: Any  # jax.Array or np.ndarray
     start_BU: Any
     count_BU: Any
 
-    def real(self, length: int) -> jax.Array:
-        """Which of the T = U * Q tokens are real."""
+    def token_mask(self, length: int) -> jax.Array:
+        """True for those of the T = U * Q tokens that are no padding, (B, T)."""
         return (jnp.arange(length)[None, None, :] < self.count_BU[:, :, None]).reshape(
             self.count_BU.shape[0], -1
         )
 
     def positions(self, length: int) -> jax.Array:
-        """Position of every token in its sequence."""
+        """Position of every token in its sequence, (B, T)."""
         positions = self.start_BU[:, :, None] + jnp.arange(length, dtype=jnp.int32)[None, None, :]
         return positions.reshape(self.start_BU.shape[0], -1)
 
 
-def init_cache(config: GrokConfig, pages: int, page_size: int, dtype: str) -> PagedCache:
+@dataclasses.dataclass
+class PagedAttend:
+    """The cache and the new tokens, of which a layer's keys and values are written to the cache.
+
+    Each row holds U blocks of `block_length` (Q) tokens, as `batch` says.
+    """
+
+    cache: PagedCache
+    batch: PagedBatch
+    layer: jax.Array
+    block_length: int
+
+    @property
+    def positions_BT(self) -> jax.Array:
+        """Position of every token in its sequence."""
+        return self.batch.positions(self.block_length)
+
+    def stream_axes(self, length: int) -> Axes:
+        """Every device of a group has all tokens: there are few."""
+        return "batch", "length", None
+
+    def __call__(self, q_BTNH, k_BTKH, v_BTKH, config: AttentionConfig):
+        """Returns o_BTNH, and the cache with the new tokens in it."""
+        cache, batch, Q = self.cache, self.batch, self.block_length
+        kv, group = sharding.kv_axis(config.num_kv_heads), config.num_heads // config.num_kv_heads
+        # With all kv heads and fewer query heads than share one, it is the same for all.
+        fewer = config.num_heads // sharding.axis_size("heads") < group
+        kernel = hardware.platform() == "tpu" and not fewer
+        kernel = kernel and ragged.supports(cache.kv_LPSK2H, config.head_dim)
+
+        def local(q, k, v, kv_pages, scales, table_BUM, start_BU, count_BU, layer):
+            # Each device has the tokens of one group.
+            new = jnp.stack([k, v], axis=3).reshape(-1, Q, *k.shape[2:3], 2, k.shape[3])
+            where = layer, table_BUM[0], start_BU[0]
+            shared = sharding.axis_index("heads") * q.shape[2] // group if fewer else None
+            kv_pages, scales = write_pages(kv_pages, scales, layer, new, *where[1:], count_BU[0])
+            q_UQNH, factors = (
+                q.reshape(-1, Q, *q.shape[2:]),
+                (config.logit_scale, config.logit_softcap),
+            )
+            if kernel:
+                o_UQNH = ragged.ragged_attention(q_UQNH, kv_pages, *where, *factors)
+            else:
+                portable = functools.partial(paged_attention, kv_head=shared)
+                o_UQNH = portable(q_UQNH, kv_pages, scales, *where, *factors)
+            return o_UQNH.reshape(q.shape), kv_pages, scales
+
+        q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", None, kv, None)
+        cache_axes = ("layers", "batch", None, kv, None, None)
+        scale_axes = () if cache.scale_LPSK2 is None else cache_axes[:-1]
+        rows = ("batch", None)
+        in_axes = (q_axes, kv_axes, kv_axes, cache_axes, scale_axes, (*rows, None), rows, rows, ())
+        sharded = sharding.shard_map(
+            local, in_axes, (q_axes, cache_axes, scale_axes), check_vma=not kernel
+        )
+        tokens = q_BTNH, k_BTKH, v_BTKH
+        pages = cache.kv_LPSK2H, cache.scale_LPSK2
+        places = batch.table_BUM, batch.start_BU, batch.count_BU
+        o_BTNH, *pages = sharded(*tokens, *pages, *places, self.layer)
+        return o_BTNH, dataclasses.replace(self, cache=PagedCache(*pages))
+
+
+def init_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> PagedCache:
     """Empty pages, `pages` over all groups, with values in `dtype`: a float type or int8."""
-    shape = (config.num_layers, pages, page_size, config.num_kv_heads, 2)
-    axes = ("layers", "batch", None, sharding.kv_axis(config.num_kv_heads), None)
-    kv = sharding.constrain(jnp.zeros((*shape, config.head_dim), dtype), *axes, None)
+    c = config.attention
+    shape = (config.num_layers, pages, page_size, c.num_kv_heads, 2)
+    axes = ("layers", "batch", None, sharding.kv_axis(c.num_kv_heads), None)
+    kv = sharding.constrain(jnp.zeros((*shape, c.head_dim), dtype), *axes, None)
     if dtype != "int8":
         return PagedCache(kv)
     return PagedCache(kv, sharding.constrain(jnp.zeros(shape, jnp.float32), *axes))

@@ -1,9 +1,11 @@
-"""A model from named arrays and back: what every importer and exporter of weights goes through.
+"""A model with fresh parameters, from named arrays, or as shapes alone; and a model as named
+arrays.
 
 A parameter's name is its path in the tree, as in `layers/moe/w_gate_EDF`; arrays of `layers/` have
 the layers stacked on a leading axis. An int8 matrix is two arrays, `NAME/values` and `NAME/scales`.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,16 +18,64 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok import sharding
-from grok.config import GrokConfig
-from grok.errors import CheckpointError
-from grok.model import params
-from grok.model.decoder import Grok, check_mesh
+from grok.config import ModelConfig, check_model_fits
+from grok.errors import CheckpointError, ConfigError
+from grok.model.decoder import Decoder
+from grok.model.param_spec import ParamSpec, map_params, name_of
+from grok.model.params import param_specs
 from grok.ops.weights.int8 import QuantizedArray
 
 
+def quick_to_compile() -> dict[str, int]:
+    """Options of `jax.jit` for a program that runs once and only draws and fills arrays.
+
+    On CPU, LLVM would take several times as long to optimise it as it runs; no bit depends on it.
+    """
+    return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
+
+
+@functools.cache
+def _init():
+    return jax.jit(Decoder, static_argnums=0, compiler_options=quick_to_compile())
+
+
+def init(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Decoder:
+    """A model with fresh parameters, each made on the devices of `mesh` that will hold it.
+
+    The values depend on `key` alone, not on the mesh. Raises ConfigError when the model cannot be
+    split over the mesh, or should be int8, which is made from trained floats only.
+    """
+    if config.param_dtype == "int8":
+        raise ConfigError(
+            "model.param_dtype=int8 is for weights that are loaded, and fresh ones are floats; "
+            "model.param_dtype=float32 would work."
+        )
+    if mesh is None:
+        return _init()(config, key)
+    check_mesh(config, mesh)
+    with jax.set_mesh(mesh):
+        return _init()(config, key)
+
+
+def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+    """Refuse, as ConfigError, a mesh of other axes, of axes that JAX would split arrays over by
+    itself, or one that the model cannot be split over."""
+    if mesh.axis_names != sharding.MESH_AXES:
+        raise ConfigError(
+            f"the mesh has axes {mesh.axis_names} and the model needs {sharding.MESH_AXES}; "
+            "grok.make_mesh makes one."
+        )
+    if not mesh.are_all_axes_explicit:
+        raise ConfigError(
+            "the mesh has axes of JAX's automatic kind and the model needs explicit ones; "
+            "grok.make_mesh makes one."
+        )
+    check_model_fits(config, dict(mesh.shape))
+
+
 def from_arrays(
-    config: GrokConfig, arrays: Mapping[str, np.ndarray], mesh: Mesh | None = None
-) -> Grok:
+    config: ModelConfig, arrays: Mapping[str, np.ndarray], mesh: Mesh | None = None
+) -> Decoder:
     """The model of `config` with these parameters, in `config.param_dtype`.
 
     On a mesh each device gets only its own part, read from `arrays` and converted part by part,
@@ -48,14 +98,14 @@ def from_arrays(
     return jax.tree_util.tree_map_with_path(place, wanted)
 
 
-def to_arrays(model: Grok) -> dict[str, Any]:
+def to_arrays(model: Decoder) -> dict[str, Any]:
     """The parameters by name, where and as they are; of int8 ones `values` and `scales`."""
     return {name_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
 
 
 def abstract(
-    config: GrokConfig, mesh: Mesh | None = None, groups: Mapping[str, int] | None = None
-) -> Grok:
+    config: ModelConfig, mesh: Mesh | None = None, groups: Mapping[str, int] | None = None
+) -> Decoder:
     """The model of `config` as shapes, types and, on a mesh, placements.
 
     Matrices named in `groups` are int8, with that many groups of rows; on a mesh that splits the
@@ -63,8 +113,8 @@ def abstract(
     Raises ConfigError when the model cannot be split over the mesh.
     """
 
-    def make() -> Grok:
-        return Grok(config, jax.random.key(0))
+    def make() -> Decoder:
+        return Decoder(config, jax.random.key(0))
 
     if mesh is None:
         model = jax.eval_shape(make)
@@ -74,34 +124,33 @@ def abstract(
 
     if not groups:
         return model
+    specs = param_specs(config)
 
     def quantized(path, param: nnx.Param) -> nnx.Variable:
         name = name_of(path)
         if name not in groups:
             return param
-        return param.replace(_abstract_int8(name, param.get_value(), groups[name]))
+        return param.replace(_abstract_int8(specs[name], param.get_value(), groups[name]))
 
-    return jax.tree_util.tree_map_with_path(quantized, model, is_leaf=_is_param)
+    return map_params(quantized, model)
 
 
-def _abstract_int8(name: str, w, groups: int) -> QuantizedArray:
-    matrix = params.MATRICES[name]
-    shape = params.scales_shape(name, w.shape, groups)
-    if w.sharding is None:
-        values = jax.ShapeDtypeStruct(w.shape, jnp.int8)
-        scales = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    else:
-        mesh, parts = w.sharding.mesh, (*w.sharding.spec, *[None] * len(w.shape))[: len(w.shape)]
-        columns = len(w.shape) - matrix.col_dims
-        rows = columns - matrix.row_dims
-        over = () if parts[rows] is None else parts[rows]
-        split = math.prod(mesh.shape[axis] for axis in ((over,) if isinstance(over, str) else over))
-        finer = sharded_scale_groups(groups, split)
-        spec = P(*parts[:rows], None if groups == 1 else parts[rows], *parts[columns:])
-        shape = params.scales_shape(name, w.shape, finer)
-        values = jax.ShapeDtypeStruct(w.shape, jnp.int8, sharding=w.sharding)
-        scales = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
-    return QuantizedArray(values, scales, matrix.row_dims, matrix.col_dims)
+def _abstract_int8(spec: ParamSpec, w, num_groups: int) -> QuantizedArray:
+    values_sharding = scales_sharding = None
+    if w.sharding is not None:
+        values_sharding, mesh = w.sharding, w.sharding.mesh
+        lead, rows, columns = spec.split((*w.sharding.spec, *[None] * len(w.shape))[: len(w.shape)])
+        over = (rows[0],) if isinstance(rows[0], str) else rows[0] or ()
+        row_shards = math.prod(mesh.shape[axis] for axis in over)
+        split = P(*lead, None if num_groups == 1 else rows[0], *columns)
+        scales_sharding = NamedSharding(mesh, split)
+        num_groups = sharded_scale_groups(num_groups, row_shards)
+    return QuantizedArray(
+        jax.ShapeDtypeStruct(w.shape, jnp.int8, sharding=values_sharding),
+        jax.ShapeDtypeStruct(spec.scales_shape(num_groups), jnp.bfloat16, sharding=scales_sharding),
+        spec.contract_dims,
+        spec.output_dims,
+    )
 
 
 def sharded_scale_groups(groups: int, split: int) -> int:
@@ -111,15 +160,6 @@ def sharded_scale_groups(groups: int, split: int) -> int:
     its scales go to every device.
     """
     return 1 if groups == 1 else math.lcm(groups, split)
-
-
-def _is_param(node) -> bool:
-    return isinstance(node, nnx.Param)
-
-
-def name_of(path) -> str:
-    """The path in the tree, without the field of the parameter that holds an array."""
-    return "/".join(key.name for key in path if key.name != "value")
 
 
 def _check_shapes(wanted: dict[str, tuple], given: dict[str, tuple]) -> None:

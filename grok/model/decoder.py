@@ -1,7 +1,7 @@
-"""Grok: token table -> scan over blocks -> final norm -> the same table.
+"""The decoder: token table -> scan over blocks -> final norm -> the same table.
 
-Letters: B batch, T length, D embed, V vocab, E experts, C chosen experts, L layers. Parameters
-of a block have a leading L axis; `jax.lax.scan` hands each layer its own slice.
+Letters: B batch, T length, D embed, V vocab, C chosen experts, L layers. Parameters of a block have
+a leading L axis; `jax.lax.scan` hands each layer its own slice.
 """
 
 import dataclasses
@@ -10,16 +10,15 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
 
 from grok import hardware, sharding
-from grok.config import GrokConfig, check_model_fits
-from grok.errors import ConfigError
-from grok.model.attend import PagedCache, Places
-from grok.model.attention import Attention
-from grok.model.layers import RMSNorm, TokenTable
-from grok.model.moe import EXPERTS, MoE, RouterStats
+from grok.config import ModelConfig
+from grok.model.attend import PackedRows, PagedAttend, PagedBatch, PagedCache
+from grok.model.block import Block
+from grok.model.embedding import Embedding
+from grok.model.moe import RouterStats
+from grok.model.norm import RMSNorm
+from grok.model.param_spec import ParamSpec, map_params, name_of, prefixed
 from grok.ops.weights.int8 import QuantizedArray
 from grok.ops.weights.layer_slice import LayerSlice
 
@@ -37,48 +36,27 @@ REMAT_POLICIES = {
 }
 
 
-class Block(nnx.Module):
-    """x += norm(attention(norm(x))); x += norm(moe(norm(x)))."""
-
-    def __init__(self, key: jax.Array, config: GrokConfig):
-        keys = jax.random.split(key, 2)
-        shape = (config.num_layers, config.embed_dim)
-        self.pre_attn_norm = RMSNorm(shape, config.float_dtype)
-        self.attention = Attention(keys[0], config)
-        self.post_attn_norm = RMSNorm(shape, config.float_dtype)
-        self.pre_moe_norm = RMSNorm(shape, config.float_dtype)
-        self.moe = MoE(keys[1], config)
-        self.post_moe_norm = RMSNorm(shape, config.float_dtype)
-
-    def __call__(self, x_BTD, segment_BT, positions_BT) -> tuple[jax.Array, RouterStats]:
-        """The residual stream after this block, and the router's statistics."""
-        x_BTD = checkpoint_name(x_BTD, "stream")
-        a_BTD = self.attention(self.pre_attn_norm(x_BTD), segment_BT, positions_BT)
-        x_BTD = x_BTD + self.post_attn_norm(a_BTD)
-        m_BTD, stats = self.moe(self.pre_moe_norm(x_BTD), segment_BT > 0)
-        m_BTD = checkpoint_name(m_BTD, "experts")
-        return x_BTD + self.post_moe_norm(m_BTD), stats
-
-    def step(self, x_BTD, cache: PagedCache, places: Places, real_BT, layer):
-        """The same for new tokens that see what is in the cache: x_BTD, cache, expert_ids_BTC."""
-        a_BTD, cache = self.attention.step(self.pre_attn_norm(x_BTD), cache, places, layer)
-        x_BTD = x_BTD + self.post_attn_norm(a_BTD)
-        m_BTD, expert_ids_BTC = self.moe.step(self.pre_moe_norm(x_BTD), real_BT)
-        return x_BTD + self.post_moe_norm(m_BTD), cache, expert_ids_BTC
-
-
-class Grok(nnx.Module):
+class Decoder(nnx.Module):
     """The model. Build it with `grok.init`; call it with tokens to get logits."""
 
-    def __init__(self, config: GrokConfig, key: jax.Array):
+    @staticmethod
+    def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+        """Every weight of the model by name, layers stacked."""
+        specs = prefixed("embed", Embedding.param_specs(config))
+        specs |= prefixed("final_norm", RMSNorm.param_specs(config))
+        for name, spec in prefixed("layers", Block.param_specs(config)).items():
+            specs[name] = spec.stacked(config.num_layers)
+        return {name: dataclasses.replace(spec, name=name) for name, spec in specs.items()}
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
         keys = jax.random.split(key, 2)
         self.config = config
-        self.embed = TokenTable(keys[0], config)
+        self.embed = Embedding(keys[0], config)
         self.layers = Block(keys[1], config)
-        self.final_norm = RMSNorm((config.embed_dim,), config.float_dtype)
+        self.final_norm = RMSNorm(config)
 
     def __call__(self, tokens_BT, segment_ids=None, positions=None) -> jax.Array:
-        """Logits of the next token at every place, logits_BTV, float32.
+        """Returns logits of the next token at every place, logits_BTV, float32.
 
         `segment_ids` (B, T): tokens see earlier tokens of their own segment only; 0 marks
         padding. Default: each row is one segment. `positions` (B, T): rotary positions, default
@@ -90,31 +68,32 @@ class Grok(nnx.Module):
         """x_BTD after the final norm, in the compute type, and router statistics of L layers."""
         with sharding.use_mesh_of(self.embed.table_VD[...]):
             inputs = _inputs(tokens_BT, segment_ids, positions)
-            x_BTD, stats = sharding.without_trivial_mesh(Grok._hidden)(self, *inputs)
+            x_BTD, stats = sharding.without_trivial_mesh(Decoder._hidden)(self, *inputs)
             return sharding.constrain(x_BTD, "batch", "length", None), stats
 
-    def _hidden(self, tokens_BT, segment_BT, positions_BT):
-        def block(x_BTD, xs):
-            return self._layer(*xs)(x_BTD, segment_BT, positions_BT)
+    def _hidden(self, tokens_BT, segment_ids_BT, positions_BT):
+        attend = PackedRows(segment_ids_BT, positions_BT)
+
+        def block(x_BTD, layer):
+            x_BTD, _, routing = self._layer(*layer)(x_BTD, attend, None)
+            return x_BTD, routing.stats(segment_ids_BT > 0)
 
         if self.config.remat != "none":
             policy = REMAT_POLICIES[self.config.remat]
             # Inside scan nothing can be merged with the forward pass: the guard is not needed.
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-        x_BTD = sharding.constrain(
-            self._embed(tokens_BT), *sharding.sequence_parallel_axes(tokens_BT.shape[1])
-        )
-        x_BTD, stats = jax.lax.scan(block, x_BTD, self._per_layer())
+        x_BTD = sharding.constrain(self._embed(tokens_BT), *attend.stream_axes(tokens_BT.shape[1]))
+        x_BTD, stats = jax.lax.scan(block, x_BTD, self._scan_inputs(in_place=False))
         return self.final_norm(x_BTD), stats
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """Logits of all tokens from x after the final norm, logits_BTV, float32."""
         with sharding.use_mesh_of(self.embed.table_VD[...]):
             logits_BTV = self.embed.unembed(x_BTD, self.config.compute_dtype)
-            return logits_BTV * self.config.output_multiplier
+            return logits_BTV * self.config.logit_multiplier
 
     def step(
-        self, tokens_BT, cache: PagedCache, places: Places
+        self, tokens_BT, cache: PagedCache, batch: PagedBatch
     ) -> tuple[jax.Array, PagedCache, jax.Array]:
         """Runs new tokens, of many sequences, against the cache: prefill and decode alike.
 
@@ -124,21 +103,21 @@ class Grok(nnx.Module):
         """
         with sharding.use_mesh_of(self.embed.table_VD[...]):
             tokens_BT = sharding.constrain(tokens_BT, "batch", "length")
-            places = jax.tree.map(
-                lambda a: sharding.constrain(a, "batch", *(None,) * (a.ndim - 1)), places
+            batch = jax.tree.map(
+                lambda a: sharding.constrain(a, "batch", *(None,) * (a.ndim - 1)), batch
             )
-            real_BT = places.real(tokens_BT.shape[1] // places.start_BU.shape[1])
-            tpu = hardware.platform() == "tpu"
+            Q = tokens_BT.shape[1] // batch.start_BU.shape[1]
+            token_mask_BT = batch.token_mask(Q)
 
-            def block(carry, xs):
+            def block(carry, layer):
                 x_BTD, cache = carry
-                layer = self._layer(*xs)
-                x_BTD, cache, expert_ids_BTC = layer.step(x_BTD, cache, places, real_BT, xs[1])
-                return (x_BTD, cache), expert_ids_BTC
+                pages = PagedAttend(cache, batch, layer[1], Q)
+                x_BTD, pages, routing = self._layer(*layer)(x_BTD, pages, token_mask_BT)
+                return (x_BTD, pages.cache), routing.expert_ids_BTC
 
             carry = (self._embed(tokens_BT), cache)
-            each = self._per_layer(in_place=not tpu)
-            (x_BTD, cache), expert_ids_LBTC = jax.lax.scan(block, carry, each)
+            layers = self._scan_inputs(in_place=hardware.platform() != "tpu")
+            (x_BTD, cache), expert_ids_LBTC = jax.lax.scan(block, carry, layers)
             return self.final_norm(x_BTD), cache, expert_ids_LBTC
 
     def next_logits(self, x_BTD: jax.Array, count_BU) -> jax.Array:
@@ -150,34 +129,32 @@ class Grok(nnx.Module):
             last_BUQ = jnp.arange(x_BUQD.shape[2])[None, None, :] == count_BU[:, :, None] - 1
             return self.unembed(jnp.where(last_BUQ[..., None], x_BUQD, 0).sum(2))
 
-    def _per_layer(self, in_place: bool = False):
-        """The inputs of a scan over the layers, for `_layer`: parameters, and the layer's index.
+    def _scan_inputs(self, in_place: bool):
+        """What a scan over the layers hands to `_layer`: parameters, and the layer's number.
 
-        With `in_place`, and for an int8 model, it is the index alone, so that a layer takes the
-        experts that it needs from all layers in place; sliced by the scan, all its experts would
-        be copied first.
+        With `in_place`, as for an int8 model, it is the number alone: a layer then reads the
+        experts that it needs where they lie, and sliced by the scan all of them would be copied.
         """
         numbers = jnp.arange(self.config.num_layers)
-        return (None if in_place or self.config.param_dtype == "int8" else self.layers), numbers
+        in_place = in_place or self.config.param_dtype == "int8"
+        return (None if in_place else self.layers), numbers
 
     def _layer(self, layer: Block | None, number: jax.Array) -> Block:
-        """A block with the parameters of one layer."""
+        """The block of one layer: `layer` itself, or the one of this number among all."""
         if layer is not None:
             return layer
+        specs = Block.param_specs(self.config)
 
         def one(path, param: nnx.Param) -> nnx.Variable:
             w = param.get_value()
             if isinstance(w, QuantizedArray):
                 return param.replace(dataclasses.replace(w, layer=number))
-            if path[-1].name in EXPERTS and isinstance(w, jax.Array):
+            if specs[name_of(path)].is_per_expert and isinstance(w, jax.Array):
                 return param.replace(LayerSlice(w, number))
             index = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
             return param.replace(jax.tree.map(lambda a: index(a, number), w))
 
-        def is_param(node) -> bool:
-            return isinstance(node, nnx.Param)
-
-        return jax.tree_util.tree_map_with_path(one, self.layers, is_leaf=is_param)
+        return map_params(one, self.layers)
 
     def _embed(self, tokens_BT):
         x_BTD = self.embed.embed(tokens_BT, self.config.compute_dtype).astype(jnp.float32)
@@ -185,7 +162,7 @@ class Grok(nnx.Module):
 
 
 @jax.jit
-def _logits(model: Grok, tokens_BT, segment_ids, positions):
+def _logits(model: Decoder, tokens_BT, segment_ids, positions):
     return model.unembed(model.hidden(tokens_BT, segment_ids, positions)[0])
 
 
@@ -204,50 +181,3 @@ def _inputs(tokens_BT, segment_ids, positions):
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
     arrays = (tokens_BT, jnp.asarray(segment_ids, jnp.int32), jnp.asarray(positions, jnp.int32))
     return tuple(sharding.constrain(a, "batch", "length") for a in arrays)
-
-
-def quick_to_compile() -> dict[str, int]:
-    """Options of `jax.jit` for a program that runs once and only draws and fills arrays.
-
-    On CPU, LLVM would take several times as long to optimise it as it runs; no bit depends on it.
-    """
-    return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
-
-
-@functools.cache
-def _init():
-    return jax.jit(Grok, static_argnums=0, compiler_options=quick_to_compile())
-
-
-def init(config: GrokConfig, key: jax.Array, mesh: Mesh | None = None) -> Grok:
-    """A model with fresh parameters, each made on the devices of `mesh` that will hold it.
-
-    The values depend on `key` alone, not on the mesh. Raises ConfigError when the model cannot be
-    split over the mesh, or should be int8, which is made from trained floats only.
-    """
-    if config.param_dtype == "int8":
-        raise ConfigError(
-            "model.param_dtype=int8 is for weights that are loaded, and fresh ones are floats; "
-            "model.param_dtype=float32 would work."
-        )
-    if mesh is None:
-        return _init()(config, key)
-    check_mesh(config, mesh)
-    with jax.set_mesh(mesh):
-        return _init()(config, key)
-
-
-def check_mesh(config: GrokConfig, mesh: Mesh) -> None:
-    """Refuse, as ConfigError, a mesh of other axes, of axes that JAX would split arrays over by
-    itself, or one that the model cannot be split over."""
-    if mesh.axis_names != sharding.MESH_AXES:
-        raise ConfigError(
-            f"the mesh has axes {mesh.axis_names} and the model needs {sharding.MESH_AXES}; "
-            "grok.make_mesh makes one."
-        )
-    if not mesh.are_all_axes_explicit:
-        raise ConfigError(
-            "the mesh has axes of JAX's automatic kind and the model needs explicit ones; "
-            "grok.make_mesh makes one."
-        )
-    check_model_fits(config, dict(mesh.shape))

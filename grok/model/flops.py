@@ -6,21 +6,23 @@ two products. Rematerialization does not count, so with full remat MFU cannot pa
 letters are those of `grok.model.decoder`.
 """
 
-from grok.config import GrokConfig
+from grok.config import ModelConfig
+from grok.model.params import active_size, param_specs
 
 
-def flops_per_token(model: GrokConfig, sequence_length: int) -> int:
+def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     """FLOPs of a training step for one token in rows of `sequence_length` (T).
 
     3 * (2 * matrix parameters of a token + L * 2 * N * H * T): a causal query sees T / 2 keys on
     average, 2 * N * H FLOPs each for its logits and again for the sum of values. Documents that are
     packed into a row are counted as if they saw each other, as is usual.
     """
-    norms = (4 * model.num_layers + 1) * model.embed_dim
-    matrices = model.num_active_parameters() - norms
+    specs = param_specs(model).values()
+    matrices = sum(active_size(spec, model) for spec in specs if spec.contract_dims)
     return 3 * (2 * matrices + attention_flops(model, sequence_length))
 
 
-def attention_flops(model: GrokConfig, sequence_length: int) -> int:
+def attention_flops(model: ModelConfig, sequence_length: int) -> int:
     """FLOPs of attention's two products in the forward pass, for one token."""
-    return 2 * model.num_layers * model.num_heads * model.head_dim * sequence_length
+    heads = model.attention.num_heads * model.attention.head_dim
+    return 2 * model.num_layers * heads * sequence_length

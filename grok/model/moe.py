@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from grok import hardware, sharding
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 from grok.hardware import LANES
-from grok.model.layers import normal, quantized_axes
+from grok.model.linear import quantized_axes
+from grok.model.param_spec import ParamSpec, init_params
 from grok.ops.moe.experts_pallas import MLP_SPLITS, experts_pallas, experts_pallas_split_mlp
 from grok.ops.moe.experts_xla import experts_xla
 from grok.ops.moe.tiling import serving_tile_rows, training_tile_rows, xla_tile_rows
@@ -40,46 +41,64 @@ class RouterStats:
         return self.load_E.shape[-1] * jnp.sum(self.load_E * self.probability_E, axis=-1)
 
 
+@dataclasses.dataclass
+class Routing:
+    """Where a block's router sent its tokens, split as the residual stream is."""
+
+    probs_BTE: jax.Array  # of all experts, float32
+    expert_ids_BTC: jax.Array  # the chosen ones, the likeliest first; E where a token needs none
+    axes: sharding.Axes
+
+    def stats(self, token_mask_BT: jax.Array) -> RouterStats:
+        """Statistics over the tokens of the mask."""
+        return _stats(
+            self.probs_BTE, self.expert_ids_BTC, sharding.constrain(token_mask_BT, *self.axes[:2])
+        )
+
+
 class MoE(nnx.Module):
     """Experts with a GELU gate; each token goes to the C of highest router probability.
 
-    The gates are the softmax over all E, not renormalised over the chosen ones.
+    The weights of the chosen are the softmax over all E, not renormalised over the chosen ones.
     """
 
-    def __init__(self, key: jax.Array, config: GrokConfig):
-        c = config
-        L, D, F, E, dtype = c.num_layers, c.embed_dim, c.mlp_dim, c.num_experts, c.float_dtype
-        in_axes = ("layers", "experts", "fsdp_embed", "mlp")
-        out_axes = ("layers", "experts", "mlp", "fsdp_embed")
+    router_DE: nnx.Param
+    w_gate_EDF: nnx.Param
+    w_up_EDF: nnx.Param
+    w_down_EFD: nnx.Param
+
+    @staticmethod
+    def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+        """The router and the experts of one layer."""
+        D, F, E = config.embed_dim, config.moe.dim, config.moe.num_experts
+        in_axes = ("experts", "embed", "mlp")
+        return {
+            "router_DE": ParamSpec.router((D, E), ("embed", "experts")),
+            "w_gate_EDF": ParamSpec.matmul((E, D, F), in_axes, 1, 1),
+            "w_up_EDF": ParamSpec.matmul((E, D, F), in_axes, 1, 1),
+            "w_down_EFD": ParamSpec.matmul((E, F, D), ("experts", "mlp", "embed"), 1, 1),
+        }
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        self.config = config
         keys = jax.random.split(key, 4)
-        self.config = c
-        self.router_DE = normal(keys[0], (L, D, E), (None, None, None), dtype, fan_in=D)
-        self.w_gate_EDF = normal(keys[1], (L, E, D, F), in_axes, dtype, fan_in=D)
-        self.w_up_EDF = normal(keys[2], (L, E, D, F), in_axes, dtype, fan_in=D)
-        self.w_down_EFD = normal(keys[3], (L, E, F, D), out_axes, dtype, fan_in=F)
+        init_params(self, keys, self.param_specs(config), config, config.num_layers)
 
-    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
-        """y_BTD, and statistics over the tokens where `real_BT` holds; x and y are split as the
-        stream is."""
-        axes = sharding.sequence_parallel_axes(x_BTD.shape[1])
-        probs_BTE = self.route(x_BTD, axes)
-        topk_weights_BTC, expert_ids_BTC = jax.lax.top_k(
-            probs_BTE, self.config.num_selected_experts
-        )
-        stats = _stats(probs_BTE, expert_ids_BTC, sharding.constrain(real_BT, *axes[:2]))
-        return self._experts(x_BTD, topk_weights_BTC, expert_ids_BTC, axes), stats
+    def __call__(
+        self, x_BTD: jax.Array, token_mask_BT: jax.Array | None, axes: sharding.Axes
+    ) -> tuple[jax.Array, Routing]:
+        """Returns y_BTD and the routing; x and y are split as `axes` says.
 
-    def step(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """y_BTD, and the experts expert_ids_BTC, the likeliest first; tokens that are not real go
-        to no expert, so that none is read for them."""
-        axes = ("batch", "length", None)
+        Tokens outside of the mask go to no expert, so that none is read for them; None: all go.
+        """
         probs_BTE = self.route(x_BTD, axes)
-        topk_weights_BTC, expert_ids_BTC = jax.lax.top_k(
-            probs_BTE, self.config.num_selected_experts
-        )
-        if hardware.platform() != "tpu":  # whose kernels know no such choice
-            expert_ids_BTC = jnp.where(real_BT[:, :, None], expert_ids_BTC, self.config.num_experts)
-        return self._experts(x_BTD, topk_weights_BTC, expert_ids_BTC, axes), expert_ids_BTC
+        topk_weights_BTC, expert_ids_BTC = jax.lax.top_k(probs_BTE, self.config.moe.num_selected)
+        if token_mask_BT is not None and hardware.platform() != "tpu":  # whose kernels know no mask
+            expert_ids_BTC = jnp.where(
+                token_mask_BT[:, :, None], expert_ids_BTC, self.config.moe.num_experts
+            )
+        y_BTD = self._experts(x_BTD, topk_weights_BTC, expert_ids_BTC, axes)
+        return y_BTD, Routing(probs_BTE, expert_ids_BTC, axes)
 
     def route(self, x_BTD: jax.Array, axes: sharding.Axes) -> jax.Array:
         """Router probabilities of all experts, probs_BTE, in float32 whatever the type of x."""
@@ -95,11 +114,12 @@ class MoE(nnx.Module):
     def _experts(self, x_BTD, topk_weights_BTC, expert_ids_BTC, stream: sharding.Axes):
         """Tokens travel to the experts: each device collects those of its group, runs its slice of
         every expert on the rows that chose it, and hands the partial sums back."""
-        C = self.config.num_selected_experts
+        C = self.config.moe.num_selected
         weights = [getattr(self, name).get_value() for name in EXPERTS]
-        w_in, w_out = ("experts", "fsdp_embed", "mlp"), ("experts", "mlp", "fsdp_embed")
+        specs = self.param_specs(self.config)
         axes: list[sharding.Axes] = []
-        for place, w_axes in enumerate((w_in, w_in, w_out)):
+        for place, name in enumerate(EXPERTS):
+            w_axes = specs[name].storage_axes(self.config.param_dtype)
             w = weights[place]
             if isinstance(w, LoraArray):
                 weights[place] = w.scaled(x_BTD.dtype)
@@ -155,14 +175,14 @@ class MoE(nnx.Module):
         down_is_column_major = sharding.axis_size("fsdp_embed") > 1
         plain = kinds == jax.tree.structure([*EXPERTS])
         # Else the blocks' remat computes the hidden layer again, and so would this: once too often.
-        kept = self.config.keeps_experts
+        kept = self.config.saves_experts
         if tpu and kept and plain and parts[0].shape[-1] % (MLP_SPLITS * LANES) == 0:
             shards = tuple(map(pvary, parts))
             return experts_pallas_split_mlp(*rows, shards, collect, down_is_column_major)
         weights = jax.tree.map(pvary, collect(parts))
         if tpu:
             return experts_pallas(*rows, *weights, down_is_column_major)
-        (R, C), E = rows[1].shape, self.config.num_experts
+        (R, C), E = rows[1].shape, self.config.moe.num_experts
         is_serving = isinstance(weights[0], LayerSlice | QuantizedArray)
         tile_rows = serving_tile_rows if is_serving else xla_tile_rows
         return experts_xla(*rows, *weights, tile_rows(R, C, E), training_tile_rows(R, C, E))

@@ -1,70 +1,82 @@
-"""Names and shapes of the parameters: what checkpoints, importers and exporters agree on.
+"""The table of a model's weights, by name, collected from the specs that its modules declare.
 
-A parameter's name is its path in the tree, as in `layers/moe/w_gate_EDF`; those of `layers/` have
-the layers stacked on a leading axis L, which the letters at the end of a name leave out.
-
-Letters: D embed, E experts, F mlp, G groups of scales, H head_dim, K kv heads, L layers,
-N heads, V vocab.
+A weight's name is its path in the tree, as in `layers/moe/w_gate_EDF`: what checkpoints, importers
+and exporters agree on. Weights of `layers/` have the layers stacked on a leading axis L, which the
+letters at the end of a name leave out.
 """
 
 import dataclasses
+import functools
+import types
+from collections.abc import Iterator, Mapping
 
-from grok.config import GrokConfig
+from grok.config import LoraConfig, ModelConfig
+from grok.errors import ConfigError
+from grok.model.decoder import Decoder
+from grok.model.param_spec import ParamSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class Matrix:
-    """How the axes of a matrix divide: leading ones, contracted rows, then columns.
+@functools.cache
+def param_specs(config: ModelConfig) -> Mapping[str, ParamSpec]:
+    """Every weight of the model by name, layers stacked."""
+    return types.MappingProxyType(Decoder.param_specs(config))
 
-    These are the parameters that may be int8. Their scales have the leading axes, one axis of G
-    groups of rows, and the columns: a scale serves rows/G consecutive rows of its column.
+
+def num_parameters(config: ModelConfig) -> int:
+    """Number of all parameters of the model."""
+    return sum(spec.size for spec in param_specs(config).values())
+
+
+def num_active_parameters(config: ModelConfig) -> int:
+    """Number of parameters that one token uses: all but the experts it is not sent to."""
+    return sum(active_size(spec, config) for spec in param_specs(config).values())
+
+
+def active_size(spec: ParamSpec, config: ModelConfig) -> int:
+    """Number of a weight's parameters that one token uses."""
+    if not spec.is_per_expert:
+        return spec.size
+    return spec.size // config.moe.num_experts * config.moe.num_selected
+
+
+def lora_targets(config: ModelConfig, lora: LoraConfig) -> dict[str, ParamSpec]:
+    """The matrices that get an adapter, by name; none where the rank is 0.
+
+    Raises ConfigError where a target is no matrix of the model.
     """
-
-    row_dims: int
-    col_dims: int
-
-
-MATRICES = {
-    "layers/attention/w_query_DNH": Matrix(1, 2),
-    "layers/attention/w_key_DKH": Matrix(1, 2),
-    "layers/attention/w_value_DKH": Matrix(1, 2),
-    "layers/attention/w_out_NHD": Matrix(2, 1),
-    "layers/moe/w_gate_EDF": Matrix(1, 1),
-    "layers/moe/w_up_EDF": Matrix(1, 1),
-    "layers/moe/w_down_EFD": Matrix(1, 1),
-}
+    if not lora.rank:
+        return {}
+    matrices = {name: spec for name, spec in param_specs(config).items() if spec.is_matmul}
+    words = [spec.short_name for spec in matrices.values()]
+    for target in lora.targets:
+        if target not in words:
+            raise ConfigError(
+                f"lora.targets has {target}, which is no matrix of the model; it has "
+                f"{', '.join(dict.fromkeys(words))}."
+            )
+    return {name: spec for name, spec in matrices.items() if spec.short_name in lora.targets}
 
 
-def shapes(config: GrokConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all parameters, layers stacked."""
-    c = config
-    L, D, F, E = c.num_layers, c.embed_dim, c.mlp_dim, c.num_experts
-    N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
-    norms = ("pre_attn_norm", "post_attn_norm", "pre_moe_norm", "post_moe_norm")
-    return {
-        "embed/table_VD": (c.vocab_size, D),
-        "final_norm/scale_D": (D,),
-        "layers/attention/w_query_DNH": (L, D, N, H),
-        "layers/attention/w_key_DKH": (L, D, K, H),
-        "layers/attention/w_value_DKH": (L, D, K, H),
-        "layers/attention/w_out_NHD": (L, N, H, D),
-        "layers/moe/router_DE": (L, D, E),
-        "layers/moe/w_gate_EDF": (L, E, D, F),
-        "layers/moe/w_up_EDF": (L, E, D, F),
-        "layers/moe/w_down_EFD": (L, E, F, D),
-        **{f"layers/{norm}/scale_D": (L, D) for norm in norms},
-    }
+def is_adapter(config: ModelConfig, name: str) -> bool:
+    """True of an adapter's factor, such as `layers/attention/w_query_DNH/a`."""
+    weight, _, part = name.rpartition("/")
+    return weight in param_specs(config) and part in ("a", "b")
 
 
-def rows_and_columns(name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """The three parts of a matrix's shape: leading axes, rows, columns."""
-    matrix = MATRICES[name]
-    lead = len(shape) - matrix.row_dims - matrix.col_dims
-    columns = len(shape) - matrix.col_dims
-    return shape[:lead], shape[lead:columns], shape[columns:]
+def tensor_specs(config: ModelConfig, lora: LoraConfig | None = None) -> dict[str, ParamSpec]:
+    """Every tensor of the model by name: its weights, of those with an adapter NAME/base, /a,
+    /b."""
 
+    def tensors() -> Iterator[tuple[str, ParamSpec]]:
+        targets = lora_targets(config, lora) if lora else {}
+        for name, spec in param_specs(config).items():
+            if name not in targets:
+                yield name, spec
+                continue
+            yield f"{name}/base", dataclasses.replace(spec, name=f"{name}/base")
+            for part, shape in zip("ab", spec.lora_shapes(lora.rank if lora else 0), strict=True):
+                axes = (*spec.axes[: spec.lead_dims], *(None,) * (len(shape) - spec.lead_dims))
+                path = f"{name}/{part}"
+                yield path, ParamSpec(shape, axes, "adapter", module=spec.module, name=path)
 
-def scales_shape(name: str, shape: tuple[int, ...], groups: int) -> tuple[int, ...]:
-    """The shape of the scales of a matrix of this name and shape, for `groups` groups of rows."""
-    lead, _, columns = rows_and_columns(name, shape)
-    return (*lead, groups, *columns)
+    return dict(tensors())

@@ -11,15 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grok.model.params import MATRICES, Matrix
-from grok.optim.param_groups import map_named
+from grok.model.param_spec import ParamSpec
+from grok.optim.param_groups import Specs, map_named
 
 # Added to squared gradients, so that the second moment of a row of zeros is not 0.
 EPSILON = 1e-30
 # Decay 1 - t^-POWER: at first an even mean over all steps, later an exponential one.
 POWER = 0.8
-
-FACTORED = MATRICES | {"embed/table_VD": Matrix(1, 1)}
 
 
 class FactoredState(NamedTuple):
@@ -34,16 +32,18 @@ class FactoredState(NamedTuple):
     columns: Any
 
 
-def scale_by_factored_second_moment(ceiling: float) -> optax.GradientTransformation:
+def scale_by_factored_second_moment(ceiling: float, specs: Specs) -> optax.GradientTransformation:
     """Divides gradients by the square root of their factored second moment, whose decay is
     1 - t^-0.8 at update t, at most `ceiling`."""
 
     def init(params) -> FactoredState:
         return FactoredState(
             jnp.zeros((), jnp.int32),
-            map_named(lambda name, x: _zero_mean(x, column_axes(name, x.ndim)), params),
+            map_named(lambda name, x: _zero_mean(x, column_axes(specs[name])), params),
             map_named(
-                lambda name, x: _zero_mean(x, row_axes(name, x.ndim)) if name in FACTORED else None,
+                lambda name, x: (
+                    _zero_mean(x, row_axes(specs[name])) if row_axes(specs[name]) else None
+                ),
                 params,
             ),
         )
@@ -56,39 +56,44 @@ def scale_by_factored_second_moment(ceiling: float) -> optax.GradientTransformat
             return decay * old + (1 - decay) * jnp.mean(grad * grad + EPSILON, axis=axes)
 
         def rows_of(name, grad, old):
-            return ema_update(old, grad, column_axes(name, grad.ndim))
+            return ema_update(old, grad, column_axes(specs[name]))
 
         def columns_of(name, grad, old):
-            return None if old is None else ema_update(old, grad, row_axes(name, grad.ndim))
+            return None if old is None else ema_update(old, grad, row_axes(specs[name]))
+
+        def divide(name, grad, rows, columns):
+            return _divide(specs[name], grad, rows, columns)
 
         rows = map_named(rows_of, grads, state.rows)
         columns = map_named(columns_of, grads, state.columns)
-        return map_named(_divide, grads, rows, columns), FactoredState(updates, rows, columns)
+        return map_named(divide, grads, rows, columns), FactoredState(updates, rows, columns)
 
     return optax.GradientTransformation(init, update)
 
 
-def _divide(name: str, grad: jax.Array, rows: jax.Array, columns: jax.Array | None) -> jax.Array:
+def _divide(spec: ParamSpec, grad: jax.Array, rows: jax.Array, columns: jax.Array | None):
     """Divides the gradient by the root of its second moment, rows * columns / mean(rows)."""
     if columns is None:
         return grad * jax.lax.rsqrt(rows)
-    over_rows, over_columns = row_axes(name, grad.ndim), column_axes(name, grad.ndim)
+    over_rows, over_columns = row_axes(spec), column_axes(spec)
     rows = rows / jnp.mean(rows, axis=over_rows, keepdims=True)
     rows, columns = jnp.expand_dims(rows, over_columns), jnp.expand_dims(columns, over_rows)
     return grad * jax.lax.rsqrt(rows) * jax.lax.rsqrt(columns)
 
 
-def row_axes(name: str, ndim: int) -> tuple[int, ...]:
+def is_factored(spec: ParamSpec) -> bool:
+    """True of large matrices, token table among them; a router's moments are kept whole."""
+    return spec.use in ("matmul", "embed")
+
+
+def row_axes(spec: ParamSpec) -> tuple[int, ...]:
     """Axes of a tensor that are a matrix's rows; () if the tensor is not factored."""
-    matrix = FACTORED.get(name, Matrix(0, 0))
-    columns = ndim - matrix.col_dims
-    return tuple(range(columns - matrix.row_dims, columns))
+    return tuple(spec.contract_axes) if is_factored(spec) else ()
 
 
-def column_axes(name: str, ndim: int) -> tuple[int, ...]:
-    """Axes of a tensor that are a matrix's columns."""
-    matrix = FACTORED.get(name, Matrix(0, 0))
-    return tuple(range(ndim - matrix.col_dims, ndim))
+def column_axes(spec: ParamSpec) -> tuple[int, ...]:
+    """Axes of a tensor that are a matrix's columns; none of a tensor that is not factored."""
+    return tuple(spec.output_axes) if is_factored(spec) else ()
 
 
 def _zero_mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from grok import sharding
-from grok.model.params import rows_and_columns
-from grok.optim.param_groups import map_named
+from grok.model.param_spec import ParamSpec
+from grok.optim.param_groups import Specs, map_named
 
 # Five steps of x <- a x + b (x x^T) x + c (x x^T)^2 x bring all singular values near one: Jordan's
 # coefficients, the steepest at zero that stay between about 0.7 and 1.2.
@@ -21,8 +21,8 @@ EPSILON = 1e-8
 UPDATE_RMS = 0.2
 
 
-def scale_by_muon(momentum: float) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalized per matrix; only for tensors of `params.MATRICES`.
+def scale_by_muon(momentum: float, specs: Specs) -> optax.GradientTransformation:
+    """Nesterov momentum, orthogonalized per matrix; only for matrices of `specs`.
 
     The momentum is sharded as its parameter. To be orthogonalized, matrices are gathered: each on
     one device, if there are enough layers and experts for all devices.
@@ -31,21 +31,20 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
     def update(grads, moments, params=None):
         moments = jax.tree.map(lambda m, g: momentum * m + g, moments, grads)
         ahead = jax.tree.map(lambda m, g: momentum * m + g, moments, grads)
-        return map_named(_orthogonal_update, ahead), moments
+        return map_named(lambda name, x: _orthogonal_update(specs[name], x), ahead), moments
 
     return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 
 
-def _orthogonal_update(name: str, x: jax.Array) -> jax.Array:
+def _orthogonal_update(spec: ParamSpec, x: jax.Array) -> jax.Array:
     """Orthogonalizes each matrix of a tensor, and scales it to the size of an update."""
-    lead, rows, columns = rows_and_columns(name, x.shape)
-    R, C = math.prod(rows), math.prod(columns)
+    R, C = spec.contract_size, spec.output_size
 
     def local(x):
         x_RC = jax.lax.map(orthogonalize, x.reshape(-1, R, C))
         return UPDATE_RMS * math.sqrt(max(R, C)) * x_RC.reshape(x.shape)
 
-    return sharding.map_matrices(local, x, len(lead))
+    return sharding.map_matrices(local, x, spec.lead_dims)
 
 
 def orthogonalize(x_RC: jax.Array) -> jax.Array:

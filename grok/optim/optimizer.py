@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from grok.config import OptimizerConfig, RunConfig
-from grok.model.lora import tensor_names
-from grok.model.params import MATRICES
+from grok.model.params import tensor_specs
 from grok.optim.adafactor import scale_by_factored_second_moment
 from grok.optim.muon import scale_by_muon
-from grok.optim.param_groups import check_groups, group_of, map_named
+from grok.optim.param_groups import Specs, check_groups, group_of, map_named
 from grok.optim.schedule import make_schedule
 
 
@@ -24,47 +23,47 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
 
     Raises ConfigError when a parameter group matches no tensor of the model.
     """
-    check_groups(run, tensor_names(run.model, run.lora))
-    config = run.optimizer
+    specs, config = tensor_specs(run.model, run.lora), run.optimizer
+    check_groups(run, specs)
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        DIRECTIONS[config.name](config),
-        decay_weights(config),
+        DIRECTIONS[config.name](config, specs),
+        decay_weights(config, specs),
         optax.scale_by_learning_rate(make_schedule(config, run.train.steps)),
         scale_groups(config),
     )
 
 
-def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+def _adam(config: OptimizerConfig, specs: Specs) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019), without its decay, which `decay_weights` adds."""
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
     return keep_moments_in(config.moments_dtype, adam)
 
 
-def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
-    factored = scale_by_factored_second_moment(config.beta2)
+def _adafactor(config: OptimizerConfig, specs: Specs) -> optax.GradientTransformation:
+    factored = scale_by_factored_second_moment(config.beta2, specs)
     if not config.beta1:
         return factored
     momentum = optax.ema(config.beta1, debias=False)
     return optax.chain(factored, keep_moments_in(config.moments_dtype, momentum))
 
 
-def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
+def _lion(config: OptimizerConfig, specs: Specs) -> optax.GradientTransformation:
     """Chen et al. 2023; its learning rates are three to ten times below AdamW's."""
     return keep_moments_in(config.moments_dtype, optax.scale_by_lion(config.beta1, config.beta2))
 
 
-def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+def _muon(config: OptimizerConfig, specs: Specs) -> optax.GradientTransformation:
     """Muon for the matrices of attention and experts, AdamW for table, router and norms."""
-    muon = keep_moments_in(config.moments_dtype, scale_by_muon(config.muon_momentum))
+    muon = keep_moments_in(config.moments_dtype, scale_by_muon(config.muon_momentum, specs))
 
     def kinds(params):
-        return map_named(lambda name, _: "muon" if name in MATRICES else "adam", params)
+        return map_named(lambda name, _: "muon" if specs[name].is_matmul else "adam", params)
 
-    return optax.partition({"muon": muon, "adam": _adam(config)}, kinds)
+    return optax.partition({"muon": muon, "adam": _adam(config, specs)}, kinds)
 
 
-DIRECTIONS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
+DIRECTIONS: dict[str, Callable[[OptimizerConfig, Specs], optax.GradientTransformation]] = {
     "adamw": _adam,
     "adafactor": _adafactor,
     "lion": _lion,
@@ -93,14 +92,14 @@ def keep_moments_in(
     return optax.GradientTransformation(init, update)
 
 
-def decay_weights(config: OptimizerConfig) -> optax.GradientTransformation:
+def decay_weights(config: OptimizerConfig, specs: Specs) -> optax.GradientTransformation:
     """Adds weight decay to each update; norm scales have none, unless a group says so."""
 
     def decay(name: str) -> float:
         group = group_of(config, name)
         if group is not None and group.weight_decay is not None:
             return group.weight_decay
-        return 0.0 if "scale_D" in name else config.weight_decay
+        return 0.0 if specs[name].use == "norm" else config.weight_decay
 
     def add(name: str, update, param):
         return update + decay(name) * param if decay(name) else update

@@ -6,28 +6,26 @@ stored for those.
 """
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 
 from grok.config import OptimizerConfig, ParamGroup, RunConfig
 from grok.errors import ConfigError
-from grok.model.build import name_of, to_arrays
-from grok.model.decoder import Grok
-from grok.model.lora import is_adapter
+from grok.model.build import to_arrays
+from grok.model.decoder import Decoder
+from grok.model.param_spec import ParamSpec, name_of
+from grok.model.params import is_adapter
 
-# Groups in metrics of tensors that are in no named group of the config, by part of the name.
-DEFAULT_GROUPS = {
-    "scale_D": "norms",
-    "router": "router",
-    "moe": "experts",
-    "attention": "attention",
-    "embed": "embed",
-}
+Specs = Mapping[str, ParamSpec]
+
+# Groups in metrics of tensors that are in no named group of the config, by their use; tensors of
+# other uses are named for their module.
+DEFAULT_GROUPS = {"norm": "norms", "router": "router"}
 
 
-def names(model: Grok) -> list[str]:
+def names(model: Decoder) -> list[str]:
     """Names of the model's tensors, in the order of its tree."""
     return list(to_arrays(model))
 
@@ -37,7 +35,7 @@ def trainable(config: RunConfig) -> Callable[[str], bool]:
     only those."""
 
     def is_trainable(name: str) -> bool:
-        if config.lora.rank and not is_adapter(name):
+        if config.lora.rank and not is_adapter(config.model, name):
             return False
         group = group_of(config.optimizer, name)
         return group is None or not group.frozen
@@ -51,15 +49,16 @@ def group_of(config: OptimizerConfig, name: str) -> ParamGroup | None:
     return next(matching, None)
 
 
-def metric_group(config: OptimizerConfig, name: str) -> str:
-    """The name of the tensor's group in metrics: the config's, or else one of DEFAULT_GROUPS."""
-    group = group_of(config, name)
+def metric_group(config: OptimizerConfig, spec: ParamSpec) -> str:
+    """The name of the tensor's group in metrics: the config's, or else one of DEFAULT_GROUPS
+    or its module's."""
+    group = group_of(config, spec.name)
     if group is not None and group.name:
         return group.name
-    return next(group for part, group in DEFAULT_GROUPS.items() if part in name)
+    return DEFAULT_GROUPS.get(spec.use, "experts" if spec.is_per_expert else spec.module)
 
 
-def check_groups(config: RunConfig, tensors: Sequence[str]) -> None:
+def check_groups(config: RunConfig, tensors: Collection[str]) -> None:
     """Raises ConfigError for a group without tensors, and for groups that freeze everything."""
     groups = [group_of(config.optimizer, name) for name in tensors]
     for group in config.optimizer.param_groups:

@@ -190,6 +190,6 @@ def recomputed_flops(plan: Plan) -> float:
     again = flops_per_token(model, plan.batch[1]) / 3 - table
     if model.remat == "attention":
         again -= attention_flops(model, plan.batch[1])
-    if model.keeps_experts:
-        again -= 2 * model.num_layers * model.num_selected_experts * model.embed_dim * model.mlp_dim
+    if model.saves_experts:
+        again -= 2 * model.num_layers * model.moe.num_selected * model.embed_dim * model.moe.dim
     return plan.tokens * again

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from grok.hardware import GIB
+from grok.model.params import num_parameters
 from grok.plan.estimate import Plan, recomputed_flops
 from grok.plan.suggestions import suggestions
 
@@ -136,7 +137,7 @@ def _assumptions(plan: Plan) -> Iterator[str]:
 def _describe_program(plan: Plan) -> str:
     """The compiled step in words."""
     model, planned = plan.config.model, plan.config.plan
-    size = f"{model.num_parameters():,} parameters in {model.param_dtype}"
+    size = f"{num_parameters(model):,} parameters in {model.param_dtype}"
     if planned.program == "prefill":
         return f"prefill of {planned.batch_size} x {planned.tokens} tokens, {size}"
     if planned.program == "decode":

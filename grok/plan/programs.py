@@ -15,13 +15,13 @@ from jax.sharding import Mesh, NamedSharding
 from grok import sharding
 from grok.config import RunConfig
 from grok.model import build, params
-from grok.model.attend import Places, init_cache
+from grok.model.attend import PagedBatch, init_cache
 from grok.optim.offload import is_on_host
 from grok.optim.optimizer import make_optimizer
 from grok.plan.estimate import batch_of
 from grok.train.state import abstract_state
 from grok.train.step import train_step
-from grok.weights.cast import RELEASE_GROUPS
+from grok.weights.cast import release_groups
 
 
 class Program(NamedTuple):
@@ -65,7 +65,8 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
     parts = sharding.axis_size("batch")
     prefill = config.plan.program == "prefill"
     blocks, Q = (B // parts * pages, size) if prefill else (B // parts, 1)
-    groups = {name: RELEASE_GROUPS.get(name, 1) for name in params.MATRICES}
+    specs = params.param_specs(config.model)
+    groups = {name: release_groups(spec) for name, spec in specs.items() if spec.is_matmul}
     model = build.abstract(
         config.model, mesh, groups if config.model.param_dtype == "int8" else None
     )
@@ -82,7 +83,7 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
         x_BTD, cache, _ = model.step(tokens_BT, cache, places)
         return model.next_logits(x_BTD, places.count_BU), cache
 
-    places = Places(placed(parts, blocks, pages), placed(parts, blocks), placed(parts, blocks))
+    places = PagedBatch(placed(parts, blocks, pages), placed(parts, blocks), placed(parts, blocks))
     arguments = {
         "model": model,
         "cache": cache,

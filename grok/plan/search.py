@@ -11,6 +11,7 @@ from typing import Any
 from grok.config import RunConfig, check_fits, check_model_fits
 from grok.config.numbers import divisors
 from grok.errors import ConfigError
+from grok.model.params import num_active_parameters, num_parameters
 from grok.plan.estimate import Plan, batch_of
 from grok.plan.suggestions import BYTES, replace_keys, state_bytes
 from grok.plan.topology import Slice
@@ -97,11 +98,11 @@ def _may_fit(config: RunConfig, slice_: Slice) -> bool:
     backward pass, a layer's weights and their gradients, rows in collectives, the table."""
     model, mesh = config.model, config.mesh
     shards = mesh.data * mesh.expert * mesh.tensor / slice_.chip.devices
-    state = state_bytes(config) * model.num_parameters() / shards
+    state = state_bytes(config) * num_parameters(model) / shards
     rows, length = batch_of(config)
     tokens = rows / (mesh.slice * mesh.data * mesh.expert * config.train.grad_accum_steps)
     tokens *= 1 if config.plan.program == "decode" else length
-    layer = 2 * model.num_parameters() / model.num_layers / (mesh.expert * mesh.tensor)
+    layer = 2 * num_parameters(model) / model.num_layers / (mesh.expert * mesh.tensor)
     table = 2 * model.vocab_size * model.embed_dim / mesh.tensor
     moving = 4 * tokens * mesh.expert * model.embed_dim
     saved = SAVED_ARRAYS[model.remat] * tokens * model.embed_dim / mesh.tensor
@@ -128,11 +129,11 @@ def _seconds_per_token(config: RunConfig, mesh: dict[str, int], slice_: Slice) -
         tokens = config.plan.batch_size * length
         width = min(2, BYTES[model.param_dtype])
     on_device = tokens / (mesh["slice"] * data * expert)
-    weights = width * model.num_parameters() / (expert * tensor) * (data > 1)
+    weights = width * num_parameters(model) / (expert * tensor) * (data > 1)
     routed = 2 * 2 * on_device * (expert - 1) * model.embed_dim * model.num_layers
     reduced = 2 * 4 * on_device * expert * model.embed_dim * model.num_layers * (tensor > 1)
     links = 2 * slice_.chip.link
     recomputes = passes == 3 and model.remat in ("offload", "full")
-    recomputed = 2 * model.num_active_parameters() * recomputes
+    recomputed = 2 * num_active_parameters(model) * recomputes
     compute = tokens * recomputed / (slice_.num_chips * slice_.chip.flops)
     return (passes * (weights + routed + reduced) / links + compute) / tokens

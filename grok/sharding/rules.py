@@ -37,12 +37,14 @@ RULES = {
     "layers": AxisRule((), "layers"),
     "vocab": AxisRule(("tensor",), "vocab"),
     "fsdp_vocab": AxisRule(("tensor", "data", "expert"), "vocab"),
+    "embed": AxisRule((), None),
     "fsdp_embed": AxisRule(("data",), None),
     "fsdp_embed_only": AxisRule(("data", "expert"), None),
     "heads": AxisRule(("tensor",), "heads"),
     "fsdp_heads": AxisRule(("tensor", "expert"), "heads"),
     "kv_heads": AxisRule(("tensor",), "kv_heads"),
     "fsdp_kv_heads": AxisRule(("tensor", "expert"), "kv_heads"),
+    "head_dim": AxisRule((), None),
     "experts": AxisRule((), "experts"),
     "expert_group": AxisRule(("expert",), "expert_group"),
     "mlp": AxisRule(("expert", "tensor"), "mlp"),
@@ -106,22 +108,29 @@ def kv_axis(num_kv_heads: int) -> str | None:
     return None if num_kv_heads % axis_size("kv_heads") else "kv_heads"
 
 
-def embedding_axes(vocab_size: int, dtype: str) -> Axes:
-    """Axes of the embedding table of a model with parameters in `dtype`: sharded by rows where
-    these divide. An int8 model only serves, and every token would unshard the table again, so there
-    few devices share it."""
-    if dtype == "int8":
-        return "vocab", "fsdp_embed"
-    if vocab_size % axis_size("fsdp_vocab"):
-        return "vocab", "fsdp_embed_only"
-    return "fsdp_vocab", None
+def storage_axes(axes: Axes, shape: tuple[int, ...], param_dtype: str) -> Axes:
+    """Axes that a weight with these logical axes is stored in, of a model in `param_dtype`.
+
+    The devices that see other tokens, along data and expert, share it: by vocabulary or heads if
+    these divide, else by the width of the model. Weights with neither vocabulary, heads nor the
+    width of an MLP are small, and whole on every device. An int8 model only serves, and every token
+    would unshard vocabulary and heads again, so there few devices share them.
+    """
+    if "mlp" in axes:
+        return _renamed(axes, {"embed": "fsdp_embed"})
+    shared = next((axis for axis in ("vocab", "heads", "kv_heads") if axis in axes), None)
+    if shared is None:
+        return (None,) * len(axes)
+    size = shape[axes.index(shared)]
+    used = kv_axis(size) if shared == "kv_heads" else shared
+    if param_dtype == "int8":
+        return _renamed(axes, {"embed": "fsdp_embed", shared: used})
+    if used is None or size % axis_size(f"fsdp_{shared}"):
+        return _renamed(axes, {"embed": "fsdp_embed_only", shared: used})
+    # The vocabulary takes the whole of the sharding; heads leave the width its part of it.
+    embed = None if shared == "vocab" else "fsdp_embed"
+    return _renamed(axes, {"embed": embed, shared: f"fsdp_{shared}"})
 
 
-def attention_weight_axes(axis: str | None, num_heads: int, dtype: str) -> Axes:
-    """Axes of `embed` and of the heads in a matrix of attention, whose `num_heads` heads have
-    `axis` ("heads", "kv_heads" or None) when unsharded. As to int8, see `embedding_axes`."""
-    if dtype == "int8":
-        return "fsdp_embed", axis
-    if axis is None or num_heads % axis_size(f"fsdp_{axis}"):
-        return "fsdp_embed_only", axis
-    return "fsdp_embed", f"fsdp_{axis}"
+def _renamed(axes: Axes, names: dict[str, str | None]) -> Axes:
+    return tuple(axis if axis is None else names.get(axis, axis) for axis in axes)

@@ -1,6 +1,7 @@
 """Checkpoints of a run: the trees they hold, and how a run resumes from one."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from grok.checkpoint.retention import RetentionPolicy
 from grok.config import RunConfig
 from grok.config.load import flatten, to_dict
 from grok.errors import CheckpointError
-from grok.model.lora import is_adapter
+from grok.model.params import is_adapter, tensor_specs
 from grok.optim.param_groups import combine, partition
 from grok.train.init_from import InitialWeights
 from grok.train.rollback import Skipped
@@ -35,7 +36,8 @@ def save(
     meta = {"config": to_dict(config), "data": data.hashes, "skipped_batches": skipped}
     if initial is not None:
         meta["init_from"] = initial.identity
-    checkpoints.save(step, state_trees(state), meta, losses)
+    specs = tensor_specs(config.model, config.lora)
+    checkpoints.save(step, state_trees(state), meta, losses, specs)
 
 
 def retention_policy(config: RunConfig) -> RetentionPolicy:
@@ -46,7 +48,7 @@ def retention_policy(config: RunConfig) -> RetentionPolicy:
 
 def state_trees(state: TrainState) -> dict:
     """The state as the trees of a checkpoint; of a model with adapters, only the adapters."""
-    adapters, _ = partition(state.model, is_adapter)
+    adapters, _ = partition(state.model, functools.partial(is_adapter, state.model.config))
     trees = {LORA: adapters} if jax.tree.leaves(adapters) else {MODEL: state.model}
     trees |= {OPTIMIZER: (state.step, state.opt_state, state.guard)}
     return trees if state.ema is None else trees | {EMA: state.ema}

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from grok import storage
 from grok.checkpoint.manager import Checkpoints
-from grok.config import GrokConfig, RunConfig
+from grok.config import ModelConfig, RunConfig
 from grok.errors import CheckpointError
-from grok.model.decoder import Grok
+from grok.model.decoder import Decoder
 from grok.weights.cast import converted
 from grok.weights.checksums import sample_checksum
 from grok.weights.detect import open_source, stated_config
@@ -32,7 +32,7 @@ class InitialWeights:
     identity: dict[str, str]
     source: Source | None = None
 
-    def load(self, mesh: Mesh, on_bytes: Callable[[int], None] | None = None) -> Grok:
+    def load(self, mesh: Mesh, on_bytes: Callable[[int], None] | None = None) -> Decoder:
         """Returns the model with these weights in its `param_dtype`, int8 matrices dequantized;
         each process reads what its own devices hold."""
         assert self.source is not None
@@ -68,7 +68,7 @@ def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeigh
     return base
 
 
-def open_initial(path: str, model: GrokConfig) -> InitialWeights:
+def open_initial(path: str, model: ModelConfig) -> InitialWeights:
     """Opens the weights at `path`, in any format that `open_source` knows, local or at gs://, and
     reads a small sample.
 

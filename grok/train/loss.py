@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from grok import sharding
 from grok.config import TrainConfig
-from grok.model.decoder import Grok
+from grok.model.decoder import Decoder
 from grok.model.moe import RouterStats
 from grok.ops.cross_entropy import MAX_LOGITS
 
 
-def token_losses(model: Grok, x_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
+def token_losses(model: Decoder, x_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy in nats and squared log-partition of every token, (B, T) float32 each.
 
     If there are many logits, they never exist all at once, not in the backward pass either.
@@ -24,7 +24,7 @@ def token_losses(model: Grok, x_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
         vocab = model.config.vocab_size // sharding.axis_size("vocab")
         if targets_BT.size // sharding.axis_size("batch") * vocab > MAX_LOGITS:
             entropy_BT, log_z_BT = model.embed.cross_entropy(
-                x_BTD, targets_BT, model.config.output_multiplier
+                x_BTD, targets_BT, model.config.logit_multiplier
             )
             return entropy_BT, jnp.square(log_z_BT)
     logits_BTV = model.unembed(x_BTD)
@@ -35,8 +35,8 @@ def token_losses(model: Grok, x_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
     return log_z_BT - target_logit_BT, jnp.square(log_z_BT)
 
 
-def hidden(model: Grok, batch: dict) -> tuple[jax.Array, RouterStats]:
-    """`Grok.hidden` of a batch, whose rows are packed or one segment each."""
+def hidden(model: Decoder, batch: dict) -> tuple[jax.Array, RouterStats]:
+    """`Decoder.hidden` of a batch, whose rows are packed or one segment each."""
     return model.hidden(batch["tokens_BT"], batch.get("segment_ids_BT"), batch.get("positions_BT"))
 
 
@@ -56,7 +56,7 @@ def count_tokens(batch: dict) -> TokenCounts:
 
 
 def batch_loss(
-    model: Grok, batch: dict, config: TrainConfig, totals: TokenCounts | None = None
+    model: Decoder, batch: dict, config: TrainConfig, totals: TokenCounts | None = None
 ) -> tuple[jax.Array, dict]:
     """The loss that a training step minimises, per token, and the metrics of it (float32).
 

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from grok import sharding
 from grok.config import RunConfig
-from grok.model.decoder import Grok, quick_to_compile
+from grok.model.build import quick_to_compile
+from grok.model.decoder import Decoder
 from grok.model.lora import adapted
 from grok.optim.offload import placed_on_host
 from grok.optim.param_groups import partition, trainable
@@ -24,7 +25,7 @@ class TrainState:
     """The state of a run between steps, saved and restored; a pytree, donated from step to step."""
 
     step: jax.Array  # int32 scalar: steps done, bad ones among them
-    model: Grok
+    model: Decoder
     opt_state: optax.OptState  # of the trained parameters alone
     guard: Guard
     ema: Any  # moving average of the trained parameters, float32; None when the run has none
@@ -34,7 +35,7 @@ def init_state(
     config: RunConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    model: Grok | None = None,
+    model: Decoder | None = None,
 ) -> TrainState:
     """Returns a fresh TrainState, every array made on the devices that hold it.
 
@@ -59,7 +60,7 @@ def abstract_state(
 
 
 def start_state(
-    config: RunConfig, optimizer: optax.GradientTransformation, model: Grok
+    config: RunConfig, optimizer: optax.GradientTransformation, model: Decoder
 ) -> TrainState:
     """The state of a run that starts from `model`; traced, or on arrays."""
     params = as_float32(partition(model, trainable(config))[0])
@@ -69,9 +70,9 @@ def start_state(
 
 
 def _make(config: RunConfig, optimizer: optax.GradientTransformation):
-    def make(model: Grok | None = None) -> TrainState:
+    def make(model: Decoder | None = None) -> TrainState:
         key = jax.random.key(config.train.seed)
-        model = model or Grok(config.model, key)
+        model = model or Decoder(config.model, key)
         if config.lora.rank:
             model = adapted(model, config.lora, key)
         return start_state(config, optimizer, model)

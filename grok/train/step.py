@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from grok import hardware, sharding
-from grok.config import RunConfig, TrainConfig
-from grok.model.params import MATRICES
+from grok.config import ModelConfig, RunConfig, TrainConfig
+from grok.model.params import param_specs
 from grok.ops.weights.low_precision_grad import LowPrecisionGrad
 from grok.optim.param_groups import combine, map_named, partition, trainable
 from grok.train.loss import batch_loss, count_tokens, hidden, token_losses
@@ -42,8 +42,7 @@ def gradients(params, frozen, batch: dict, config: TrainConfig) -> tuple[jax.Arr
     With accumulation the batch passes through the model in microbatches, whose gradients, each
     weighted by its share of the tokens, add up to that of the batch.
     """
-    dtype = frozen.config.compute_dtype
-    slots = grad_slots(params, dtype) if hardware.platform() == "tpu" else params
+    slots = grad_slots(params, frozen.config) if hardware.platform() == "tpu" else params
 
     def loss(slots, microbatch):
         model = with_grad_slots(combine(params, frozen), slots)
@@ -66,13 +65,14 @@ def gradients(params, frozen, batch: dict, config: TrainConfig) -> tuple[jax.Arr
     return jax.lax.scan(add, zeros, batch_nBT)[0]
 
 
-def grad_slots(params, dtype):
-    """The tree that gradients are taken of, to keep them small: zeros of type `dtype`, that of
+def grad_slots(params, config: ModelConfig):
+    """The tree that gradients are taken of, to keep them small: zeros in the type of
     computation, for each matrix of a layer that is stored in another type; `params` for the rest.
     """
+    specs, dtype = param_specs(config), config.compute_dtype
 
     def grad_slot(name: str, w):
-        cast = name in MATRICES and name.startswith("layers/") and w.dtype != jnp.dtype(dtype)
+        cast = name in specs and specs[name].is_matmul and w.dtype != jnp.dtype(dtype)
         return jnp.zeros_like(w, dtype) if cast else w
 
     return map_named(grad_slot, params)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from grok import hardware
-from grok.config import OptimizerConfig, RunConfig
+from grok.config import RunConfig
 from grok.model.build import to_arrays
+from grok.model.params import tensor_specs
 from grok.optim import offload
 from grok.optim.param_groups import combine, metric_group, names
 from grok.optim.schedule import make_schedule
@@ -62,8 +63,8 @@ def update(
             state.step - state.guard.skipped
         ),
         "param_norm": global_norm(sums_of_squares(to_arrays(params))),
-        **norms("grad_norm", grad_squares, config.optimizer),
-        **norms("update_norm", update_squares, config.optimizer),
+        **norms("grad_norm", grad_squares, config),
+        **norms("update_norm", update_squares, config),
         "skipped": bad.astype(jnp.float32),
         "bad_in_a_row": guard.bad_in_a_row.astype(jnp.float32),
         "bad_tensors": jnp.stack([to_blame.get(name, False) for name in names(state.model)]),
@@ -77,10 +78,11 @@ def ema_update(ema, params, decay: float):
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, as_float32(params))
 
 
-def norms(name: str, squares: dict[str, jax.Array], config: OptimizerConfig) -> dict:
+def norms(name: str, squares: dict[str, jax.Array], config: RunConfig) -> dict:
     """The norm of all tensors as NAME, and of each group of them as NAME/GROUP."""
+    specs = tensor_specs(config.model, config.lora)
     groups: dict[str, dict[str, jax.Array]] = {}
     for tensor, square in squares.items():
-        groups.setdefault(metric_group(config, tensor), {})[tensor] = square
+        groups.setdefault(metric_group(config.optimizer, specs[tensor]), {})[tensor] = square
     group_norms = {f"{name}/{group}": global_norm(members) for group, members in groups.items()}
     return {name: global_norm(squares)} | group_norms

@@ -7,7 +7,6 @@ depends on neither the format nor the files that the piece came from.
 import numpy as np
 import xxhash
 
-from grok.model import params
 from grok.weights.source import Part, Source, TensorSpec, blocks, scales_part
 
 ALGORITHM = "xxh3_128"
@@ -55,9 +54,7 @@ def sample_checksum(source: Source) -> str:
     """
     sample = xxhash.xxh3_128()
     for name, spec in source.tensors.items():
-        lead = int(name.startswith("layers/"))
-        if name in params.MATRICES:
-            lead = len(params.rows_and_columns(name, spec.shape)[0])
+        lead = spec.param.lead_dims if spec.param.is_matmul else int(spec.param.is_stacked)
         inner = [slice(0, size) for size in spec.shape[lead:]]
         if len(inner) > 1:
             inner[0] = slice(0, 1)

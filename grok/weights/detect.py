@@ -3,7 +3,7 @@
 import os
 
 from grok import storage
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 from grok.config.load import from_dict
 from grok.errors import CheckpointError
 from grok.weights.huggingface.source import HuggingFaceSource
@@ -14,7 +14,7 @@ from grok.weights.source import Source
 from grok.weights.xai.source import ReleaseSource, implied_config
 
 
-def open_source(path: str | os.PathLike[str], config: GrokConfig | None = None) -> Source:
+def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Source:
     """The weights at `path`, local or gs://: a `ckpt-0` folder, a Hugging Face folder, or a
     checkpoint of ours (a run's folder, its `checkpoints`, or one step of it).
 
@@ -42,7 +42,7 @@ def open_source(path: str | os.PathLike[str], config: GrokConfig | None = None) 
     )
 
 
-def _merged(step: str, config: GrokConfig | None) -> Source:
+def _merged(step: str, config: ModelConfig | None) -> Source:
     """The weights that a run with adapters started from, with the adapters of `step` added."""
     meta = read_meta(step)
     run = from_dict(meta["config"], storage.join(step, "meta", "metadata"))
@@ -57,7 +57,7 @@ def _merged(step: str, config: GrokConfig | None) -> Source:
     return LoraSource(step, run, base, started["checksum"])
 
 
-def stated_config(path: str | os.PathLike[str]) -> GrokConfig | None:
+def stated_config(path: str | os.PathLike[str]) -> ModelConfig | None:
     """The model that the files at `path` state; None where only their shapes imply it."""
     present = storage.list_files(path, CheckpointError)
     by_shape = ("tensor0", "model.safetensors", "model-0")

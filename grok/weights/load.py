@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 from grok.errors import ConfigError
 from grok.model.build import abstract, to_arrays
-from grok.model.decoder import Grok
+from grok.model.decoder import Decoder
 from grok.weights.cast import converted
 from grok.weights.detect import open_source
 from grok.weights.source import Part, Source, part_shape, relative_to
@@ -36,11 +36,11 @@ BLOCK_BYTES = 1 << 28
 
 def load(
     path: str | os.PathLike[str],
-    config: GrokConfig | None = None,
+    config: ModelConfig | None = None,
     mesh: Mesh | None = None,
     dtype: str | None = None,
     on_bytes: Callable[[int], None] | None = None,
-) -> Grok:
+) -> Decoder:
     """The model at `path` on `mesh` (default: one device), ready to be called.
 
     `path`, local or gs://, is a ckpt-0 folder, a Hugging Face folder, or our own checkpoint (a
@@ -62,7 +62,7 @@ def load(
 
 def put_on_mesh(
     source: Source, mesh: Mesh | None = None, on_bytes: Callable[[int], None] | None = None
-) -> Grok:
+) -> Decoder:
     """The model of `source`, in the types that its tensors have, on `mesh` or one device."""
     config = dataclasses.replace(source.config, param_dtype=cast(Any, source.dtype))
     groups = {name: spec.groups for name, spec in source.tensors.items() if spec.groups}

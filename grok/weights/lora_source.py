@@ -9,8 +9,8 @@ import numpy as np
 from grok import storage
 from grok.config import RunConfig
 from grok.errors import CheckpointError
-from grok.model.params import MATRICES
-from grok.ops.weights.lora import LoraArray, factor_shapes, merge_adapter
+from grok.model.params import lora_targets, tensor_specs
+from grok.ops.weights.lora import LoraArray, merge_adapter
 from grok.weights.cast import converted
 from grok.weights.checksums import sample_checksum
 from grok.weights.orbax.metadata import LORA, read_tree
@@ -39,31 +39,28 @@ class LoraSource(Source):
         folder = storage.join(step, LORA)
         self._arrays = ArrayTree(folder, read_tree(folder))
         self.tensors = {
-            name: TensorSpec(name, spec.shape, np.dtype(np.float32))
+            name: TensorSpec(spec.param, np.dtype(np.float32))
             for name, spec in base.tensors.items()
         }
-        self._adapted = {name for name in MATRICES if f"{name}/a" in self._arrays}
-        for name in self._adapted:
-            matrix = MATRICES[name]
-            factors = factor_shapes(
-                base.tensors[name].shape, matrix.row_dims, matrix.col_dims, self._rank
-            )
-            for part, shape in zip("ab", factors, strict=True):
-                self._arrays.spec(f"{name}/{part}", shape)
-        self._arrays.check_no_others({f"{name}/{part}" for name in self._adapted for part in "ab"})
+        self._adapted = set(lora_targets(base.config, run.lora))
+        specs = tensor_specs(base.config, run.lora).values()
+        adapters = [spec for spec in specs if spec.use == "adapter"]
+        for spec in adapters:
+            self._arrays.spec(spec)
+        self._arrays.check_no_others([spec.name for spec in adapters])
 
     def read(self, name: str, part: Part) -> np.ndarray:
         """Values of a part, with its adapter added."""
         base = self._base.read(name, part).astype(np.float32, copy=False)
         if name not in self._adapted:
             return base
-        matrix = MATRICES[name]
-        columns = len(part) - matrix.col_dims
-        lead = columns - matrix.row_dims
+        spec = self.tensors[name].param
+        lead, rows, columns = spec.split(part)
         rank = slice(0, self._rank)
-        a = self._arrays.read(f"{name}/a", (*part[:columns], rank))
-        b = self._arrays.read(f"{name}/b", (*part[:lead], rank, *part[columns:]))
-        return merge_adapter(LoraArray(base, a, b, self._scale), matrix.row_dims, matrix.col_dims)
+        a = self._arrays.read(f"{name}/a", (*lead, *rows, rank))
+        b = self._arrays.read(f"{name}/b", (*lead, rank, *columns))
+        adapted = LoraArray(base, a, b, self._scale)
+        return merge_adapter(adapted, spec.contract_dims, spec.output_dims)
 
     def read_scales(self, name: str, part: Part) -> np.ndarray:
         """A float tensor has none."""

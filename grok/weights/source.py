@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from grok import storage
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 from grok.errors import CheckpointError
-from grok.model import params
+from grok.model.param_spec import ParamSpec
 
 # One slice for each axis, with start and stop given and no step.
 Part = tuple[slice, ...]
@@ -29,16 +29,25 @@ class TensorSpec:
     with a scale per column, bfloat16 (`grok.ops.weights.int8`). Otherwise `groups` is None.
     """
 
-    name: str
-    shape: tuple[int, ...]
+    param: ParamSpec
     dtype: np.dtype
     groups: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in our tree."""
+        return self.param.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the values."""
+        return self.param.shape
 
     @property
     def scales_shape(self) -> tuple[int, ...]:
         """Shape of the scales of int8 values."""
         assert self.groups is not None
-        return params.scales_shape(self.name, self.shape, self.groups)
+        return self.param.scales_shape(self.groups)
 
     @property
     def nbytes(self) -> int:
@@ -56,15 +65,15 @@ class Source(abc.ABC):
     """Weights of a model that can be read part by part, by several threads at a time.
 
     `format` is "xai", "orbax" or "huggingface"; `path` says where, for messages; `tensors` holds
-    exactly the names of `grok.model.params.shapes(config)`, in that order. `stores_rows` says that
-    a file has the rows of a matrix one after the other. Methods raise CheckpointError, with the
-    file, for what cannot be read.
+    exactly the names of `grok.model.params.param_specs(config)`, in that order. `stores_rows` says
+    that a file has the rows of a matrix one after the other. Methods raise CheckpointError, with
+    the file, for what cannot be read.
     """
 
     format: str
     stores_rows: bool = False
     path: str
-    config: GrokConfig
+    config: ModelConfig
     tensors: Mapping[str, TensorSpec]
 
     @abc.abstractmethod
@@ -78,12 +87,12 @@ class Source(abc.ABC):
     @property
     def dtype(self) -> str:
         """The type of the matrices."""
-        return str(self.tensors["layers/moe/w_gate_EDF"].dtype)
+        return str(next(spec.dtype for spec in self.tensors.values() if spec.param.is_matmul))
 
 
 def layer_pieces(spec: TensorSpec) -> Iterator[tuple[int | None, Part]]:
     """Yields (layer, its part) of a tensor; (None, everything) for one without layers."""
-    if not spec.name.startswith("layers/"):
+    if not spec.param.is_stacked:
         yield None, spec.full_part
         return
     for layer in range(spec.shape[0]):
@@ -95,8 +104,8 @@ def blocks(spec: TensorSpec, part: Part, limit: int = 1 << 28) -> Iterator[Part]
 
     A matrix (one layer, one expert) is never cut, and so no group of its scales.
     """
-    if spec.name in params.MATRICES:
-        lead = len(params.rows_and_columns(spec.name, spec.shape)[0])
+    if spec.param.is_matmul:
+        lead = spec.param.lead_dims
         for index in itertools.product(*(range(s.start, s.stop) for s in part[:lead])):
             yield (*(slice(i, i + 1) for i in index), *part[lead:])
         return
@@ -109,9 +118,8 @@ def blocks(spec: TensorSpec, part: Part, limit: int = 1 << 28) -> Iterator[Part]
 def scales_part(spec: TensorSpec, part: Part) -> Part:
     """The scales of a `part` that `blocks` yields."""
     assert spec.groups is not None
-    matrix = params.MATRICES[spec.name]
-    lead = len(part) - matrix.row_dims - matrix.col_dims
-    return (*part[:lead], slice(0, spec.groups), *part[len(part) - matrix.col_dims :])
+    lead, _, columns = spec.param.split(part)
+    return (*lead, slice(0, spec.groups), *columns)
 
 
 def part_shape(part: Part) -> tuple[int, ...]:

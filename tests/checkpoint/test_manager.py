@@ -13,7 +13,7 @@ import grok
 from grok import sharding
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
 from grok.checkpoint.retention import RetentionPolicy
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 from grok.errors import CheckpointError, SaveError
 
 
@@ -32,7 +32,7 @@ def saved(model, tmp_path_factory):
     return folder
 
 
-def wanted(config: GrokConfig, **mesh: int):
+def wanted(config: ModelConfig, **mesh: int):
     make = lambda: grok.Grok(config, jax.random.key(0))  # noqa: E731
     return sharding.abstract_arrays(make, grok.make_mesh(**mesh))
 
@@ -60,7 +60,7 @@ def test_a_tree_goes_onto_another_mesh_without_the_other_trees(saved, model, mes
 
 def test_a_tensor_of_another_shape_is_named(saved, model):
     checkpoints = Checkpoints(saved)
-    wider = dataclasses.replace(model.config, mlp_dim=128)
+    wider = dataclasses.replace(model.config, moe=dataclasses.replace(model.config.moe, dim=128))
     with pytest.raises(CheckpointError, match=r"layers/moe/w_\w+ is \(2, 8, \d+, \d+\) there and"):
         checkpoints.restore(3, {MODEL: wanted(wider, data=8)})
     checkpoints.close()

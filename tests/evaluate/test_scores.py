@@ -8,20 +8,17 @@ import numpy as np
 import pytest
 
 import grok
-from grok.config import GrokConfig
+from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.evaluate.scores import Scorer
 from grok.weights.load import put_on_mesh
 from tests.fixtures.random_weights import RandomSource
 
-CONFIG = GrokConfig(
+CONFIG = ModelConfig(
     vocab_size=64,
     num_layers=2,
     embed_dim=16,
-    mlp_dim=24,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    num_experts=4,
+    moe=MoEConfig(dim=24, num_experts=4),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4),
     context_length=32,
     compute_dtype="float32",
     remat="none",

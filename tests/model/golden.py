@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from grok import sharding
-from grok.config import GrokConfig
-from grok.model.decoder import Grok
+from grok.config import ModelConfig
+from grok.model.attend import PackedRows
+from grok.model.decoder import Decoder
 from grok.weights.cast import converted
 from grok.weights.load import put_on_mesh
 from grok.weights.xai.source import ReleaseSource
+from tests.fixtures.models import model_config
 
 FOLDER = Path(__file__).parents[1] / "golden"
 NAMES = ("pub_a", "pub_b")
@@ -28,18 +30,18 @@ CONFIG_KEYS = {
     "vocab_size": "vocab_size",
     "num_layers": "num_layers",
     "embed_dim": "emb_size",
-    "mlp_dim": "ffn_size",
-    "num_heads": "num_q_heads",
-    "num_kv_heads": "num_kv_heads",
-    "head_dim": "key_size",
-    "num_experts": "num_experts",
-    "num_selected_experts": "num_selected_experts",
+    "moe.dim": "ffn_size",
+    "attention.num_heads": "num_q_heads",
+    "attention.num_kv_heads": "num_kv_heads",
+    "attention.head_dim": "key_size",
+    "moe.num_experts": "num_experts",
+    "moe.num_selected": "num_selected_experts",
     "context_length": "sequence_len",
     "embedding_multiplier": "embedding_multiplier_scale",
-    "output_multiplier": "output_multiplier_scale",
-    "attn_output_multiplier": "attn_output_multiplier",
-    "attn_logit_softcap": "max_attn_value",
-    "rope_theta": "rope_base",
+    "logit_multiplier": "output_multiplier_scale",
+    "attention.logit_scale": "attn_output_multiplier",
+    "attention.logit_softcap": "max_attn_value",
+    "attention.rope.theta": "rope_base",
 }
 
 # Largest error over largest value, for float32 against exact. A sum of n products rounds by about
@@ -61,21 +63,21 @@ def arrays(name: str, file: str = "golden") -> dict[str, np.ndarray]:
         return dict(stored)
 
 
-def config(name: str, compute_dtype: str) -> GrokConfig:
+def config(name: str, compute_dtype: str) -> ModelConfig:
     theirs = json.loads((FOLDER / name / "golden.json").read_text())["config"]
     keys = {ours: theirs[key] for ours, key in CONFIG_KEYS.items()}
-    return GrokConfig(**keys, compute_dtype=compute_dtype)
+    return model_config(keys | {"compute_dtype": compute_dtype})
 
 
 @functools.cache
-def model(name: str, compute_dtype: str, on_mesh: bool) -> Grok:
+def model(name: str, compute_dtype: str, on_mesh: bool) -> Decoder:
     """The set's model, on one device or on data=2 x expert=2 x tensor=2."""
     c = config(name, compute_dtype)
     mesh = sharding.make_mesh(data=2, expert=2, tensor=2) if on_mesh else None
     return put_on_mesh(converted(ReleaseSource(FOLDER / name / "ckpt-0", c), "float32"), mesh)
 
 
-def trace(model: Grok, tokens_BT, segment_BT) -> dict[str, jax.Array]:
+def trace(model: Decoder, tokens_BT, segment_BT) -> dict[str, jax.Array]:
     """What each layer computes, stacked over layers, under the names of `exact.npz`.
 
     `hidden_exact` comes out of the block itself; the others are its parts, called on its input.
@@ -86,14 +88,15 @@ def trace(model: Grok, tokens_BT, segment_BT) -> dict[str, jax.Array]:
         positions_BT = jnp.zeros_like(tokens_BT) + jnp.arange(tokens_BT.shape[1])[None, :]
 
         stream = sharding.sequence_parallel_axes(tokens_BT.shape[1])
+        attend = PackedRows(segment_BT, positions_BT)
 
         def block(x_BTD, layer):
-            a_BTD = layer.attention(layer.pre_attn_norm(x_BTD), segment_BT, positions_BT)
+            a_BTD = layer.attention(layer.pre_attn_norm(x_BTD), attend)[0]
             h_BTD = layer.pre_moe_norm(x_BTD + layer.post_attn_norm(a_BTD))
-            x_BTD, _ = layer(x_BTD, segment_BT, positions_BT)
+            x_BTD, _, _ = layer(x_BTD, attend, None)
             return x_BTD, {
                 "attention_exact": a_BTD,
-                "moe_exact": layer.moe(h_BTD, segment_BT > 0)[0],
+                "moe_exact": layer.moe(h_BTD, None, stream)[0],
                 "router_probs_exact": layer.moe.route(h_BTD, stream),
                 "hidden_exact": x_BTD,
             }

@@ -5,19 +5,17 @@ import numpy as np
 import pytest
 
 import grok
-from grok.config import GrokConfig
+from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.errors import CheckpointError, ConfigError
 from grok.model.build import from_arrays, to_arrays
-from grok.model.decoder import Grok
+from grok.model.decoder import Decoder
 
-CONFIG = GrokConfig(
+CONFIG = ModelConfig(
     vocab_size=32,
     num_layers=2,
     embed_dim=16,
-    mlp_dim=24,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
+    moe=MoEConfig(dim=24),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4),
     param_dtype="bfloat16",
 )
 
@@ -25,7 +23,7 @@ CONFIG = GrokConfig(
 @pytest.fixture(scope="module")
 def arrays() -> dict[str, np.ndarray]:
     """Random float32 arrays of the names and shapes that CONFIG wants."""
-    wanted = to_arrays(jax.eval_shape(lambda: Grok(CONFIG, jax.random.key(0))))
+    wanted = to_arrays(jax.eval_shape(lambda: Decoder(CONFIG, jax.random.key(0))))
     rng = np.random.default_rng(0)
     return {name: rng.standard_normal(w.shape, np.float32) for name, w in wanted.items()}
 
@@ -73,7 +71,7 @@ def test_another_shape_is_refused_with_both(arrays):
 
 
 def test_a_mesh_that_the_model_does_not_fit_is_refused(arrays):
-    with pytest.raises(ConfigError, match=r"model.num_heads=4 .* mesh.tensor=8"):
+    with pytest.raises(ConfigError, match=r"model.attention.num_heads=4 .* mesh.tensor=8"):
         from_arrays(CONFIG, arrays, grok.make_mesh(1, 1, 8))
 
 

@@ -14,29 +14,27 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import grok
-from grok.config import GrokConfig
+from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.config.presets import presets
-from grok.model.attend import Places, init_cache
+from grok.model.attend import PagedBatch, init_cache
 from grok.model.build import from_arrays, to_arrays
-from grok.model.decoder import Grok
+from grok.model.decoder import Decoder
+from grok.model.params import num_active_parameters, num_parameters
 
-CONFIG = GrokConfig(
+CONFIG = ModelConfig(
     vocab_size=48,
     num_layers=2,
     embed_dim=16,
-    mlp_dim=24,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    num_experts=4,
+    moe=MoEConfig(dim=24, num_experts=4),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4),
     compute_dtype="float32",
 )
 PRESETS = sorted(name for name in presets() if name.startswith("grok-"))
 TOKENS = np.asarray(jax.random.randint(jax.random.key(1), (4, 12), 0, CONFIG.vocab_size), np.int32)
 
 
-def abstract(config: GrokConfig) -> Grok:
-    return jax.eval_shape(lambda: Grok(config, jax.random.key(0)))
+def abstract(config: ModelConfig) -> Decoder:
+    return jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
 
 
 @functools.cache
@@ -51,7 +49,7 @@ def arrays() -> dict[str, np.ndarray]:
     return {name: draw(name, leaf.shape) for name, leaf in to_arrays(abstract(CONFIG)).items()}
 
 
-def model(**changes) -> Grok:
+def model(**changes) -> Decoder:
     return from_arrays(dataclasses.replace(CONFIG, **changes), arrays())
 
 
@@ -68,13 +66,13 @@ def test_presets_are_found():
 def test_parameters_are_as_many_as_the_config_says(preset):
     config = grok.load_config(preset).model
     leaves = jax.tree.leaves(abstract(config))
-    assert sum(leaf.size for leaf in leaves) == config.num_parameters()
+    assert sum(leaf.size for leaf in leaves) == num_parameters(config)
 
 
 def test_grok_1_has_the_parameters_of_the_release():
     config = grok.load_config("grok-1").model
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract(config))) == 315_684_820_992
-    assert config.num_active_parameters() == 83_756_587_008
+    assert num_active_parameters(config) == 83_756_587_008
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
@@ -85,7 +83,7 @@ def test_logits_are_float32(compute_dtype):
 
 def test_logits_are_summed_in_float32():
     """In bfloat16 they would be bfloat16 values times the float32 output multiplier."""
-    c = dataclasses.replace(CONFIG, compute_dtype="bfloat16", output_multiplier=1.0)
+    c = dataclasses.replace(CONFIG, compute_dtype="bfloat16", logit_multiplier=1.0)
     found = from_arrays(c, arrays())(TOKENS)
     assert jnp.any(found != found.astype(jnp.bfloat16).astype(jnp.float32))
 
@@ -180,13 +178,13 @@ def test_parameters_in_bfloat16_compute_what_their_values_would_in_float32():
 
 
 def test_a_decoding_step_copies_neither_experts_nor_cache():
-    config = dataclasses.replace(CONFIG, embed_dim=64, mlp_dim=512)
-    step = jax.jit(Grok.step, donate_argnums=2)
+    config = dataclasses.replace(CONFIG, embed_dim=64, moe=dataclasses.replace(CONFIG.moe, dim=512))
+    step = jax.jit(Decoder.step, donate_argnums=2)
     cache = jax.eval_shape(lambda: init_cache(config, 512, 16, "float32"))
     row = np.zeros((1, 1), np.int32)
-    places = Places(np.zeros((1, 1, 8), np.int32), row, row + 1)
+    places = PagedBatch(np.zeros((1, 1, 8), np.int32), row, row + 1)
     used = step.lower(abstract(config), row, cache, places).compile().memory_analysis()
     (pages,) = jax.tree.leaves(cache)
     assert used.alias_size_in_bytes == pages.size * 4
-    layer = 3 * config.num_experts * config.embed_dim * config.mlp_dim * 4
-    assert used.temp_size_in_bytes < min(layer / config.num_experts, pages.size * 4)
+    layer = 3 * config.moe.num_experts * config.embed_dim * config.moe.dim * 4
+    assert used.temp_size_in_bytes < min(layer / config.moe.num_experts, pages.size * 4)

@@ -2,22 +2,18 @@
 
 import pytest
 
-from grok.config import GrokConfig
+from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.config.load import load_config
 from grok.model.flops import flops_per_token
 
 
 def test_every_product_of_a_small_model():
-    model = GrokConfig(
+    model = ModelConfig(
         vocab_size=100,
         num_layers=3,
         embed_dim=16,
-        mlp_dim=20,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=6,
-        num_experts=5,
-        num_selected_experts=2,
+        moe=MoEConfig(dim=20, num_experts=5, num_selected=2),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6),
     )
     q_and_o, k_and_v = 2 * 16 * 4 * 6, 2 * 16 * 2 * 6
     router, experts = 16 * 5, 2 * 3 * 16 * 20

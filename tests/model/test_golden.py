@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from grok.model.attend import Places, init_cache
-from grok.model.decoder import Grok
+from grok.model.attend import PagedBatch, init_cache
+from grok.model.decoder import Decoder
 from tests.model import golden
 
 CASES = [
@@ -62,7 +62,7 @@ def traced(name: str, on_mesh: bool) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, jax.jit(golden.trace)(model, tokens, tokens > 0))
 
 
-def last_logits(model: Grok, tokens_BT, cache, places):
+def last_logits(model: Decoder, tokens_BT, cache, places):
     """Logits after the last real token of each block, (B, U, V), and the cache."""
     x_BTD, cache, _ = model.step(tokens_BT, cache, places)
     return model.next_logits(x_BTD, places.count_BU), cache
@@ -80,11 +80,11 @@ def decoded(name: str, dtype: str, on_mesh: bool, cache_dtype: str = "") -> np.n
     ones_BU = np.ones_like(lengths_BU)
     with jax.set_mesh(mesh) if on_mesh else contextlib.nullcontext():
         cache = init_cache(model.config, 8, CAPACITY // 2, cache_dtype or dtype)
-        places = Places(table_BUM, 0 * ones_BU, lengths_BU)
+        places = PagedBatch(table_BUM, 0 * ones_BU, lengths_BU)
         logits_BUV, cache = step(model, stored["tokens"].reshape(groups, -1), cache, places)
         found = [np.asarray(logits_BUV).reshape(4, -1)]
         for number, token_B in enumerate(stored["greedy_token"].T[:-1]):
-            places = Places(table_BUM, lengths_BU + number, ones_BU)
+            places = PagedBatch(table_BUM, lengths_BU + number, ones_BU)
             logits_BUV, cache = step(model, token_B.reshape(groups, -1), cache, places)
             found.append(np.asarray(logits_BUV).reshape(4, -1))
     return np.stack(found, axis=1)
@@ -191,7 +191,7 @@ def log_probabilities(name: str, cache_dtype: str) -> np.ndarray:
         x_BTD, _, _ = model.step(tokens_BT, cache, places)
         return jax.nn.log_softmax(model.unembed(x_BTD), axis=-1)
 
-    places = Places(table_BUM, start_BU, np.full_like(start_BU, 32))
+    places = PagedBatch(table_BUM, start_BU, np.full_like(start_BU, 32))
     return np.asarray(run(model, tokens_BT, places)[0])
 
 

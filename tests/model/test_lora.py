@@ -12,39 +12,36 @@ import numpy as np
 import pytest
 
 import grok
-from grok.config import GrokConfig, LoraConfig
+from grok.config import AttentionConfig, LoraConfig, ModelConfig, MoEConfig
 from grok.model.build import from_arrays, to_arrays
-from grok.model.decoder import Grok
-from grok.model.lora import TARGETS, adapted, is_adapter, tensor_names
-from grok.model.params import MATRICES, shapes
+from grok.model.decoder import Decoder
+from grok.model.lora import adapted
+from grok.model.params import is_adapter, param_specs, tensor_specs
 from grok.ops.moe.experts_xla import experts_reference, experts_xla
 from grok.ops.weights.lora import LoraArray, merge_adapter
 from grok.weights.load import put_on_mesh
 from tests.fixtures.random_weights import RandomSource
 
-CONFIG = GrokConfig(
+CONFIG = ModelConfig(
     vocab_size=64,
     num_layers=2,
     embed_dim=16,
-    mlp_dim=24,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    num_experts=4,
+    moe=MoEConfig(dim=24, num_experts=4),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4),
     compute_dtype="float32",
     remat="none",
 )
-LORA = LoraConfig(rank=3, alpha=6.0, targets=tuple(TARGETS))
+LORA = LoraConfig(rank=3, alpha=6.0, targets=("query", "key", "value", "out", "gate", "up", "down"))
 TOKENS = np.random.default_rng(0).integers(1, 64, (8, 16))
 each_mesh = pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=str)
 
 
-def base_model(sizes) -> Grok:
+def base_model(sizes) -> Decoder:
     return put_on_mesh(RandomSource(CONFIG, dtype="float32"), sizes and grok.make_mesh(*sizes))
 
 
 @functools.cache
-def fresh(sizes) -> Grok:
+def fresh(sizes) -> Decoder:
     """The base with adapters as a run begins with them."""
     base = base_model(sizes)
     with jax.set_mesh(grok.make_mesh(*sizes)) if sizes else contextlib.nullcontext():
@@ -52,7 +49,7 @@ def fresh(sizes) -> Grok:
 
 
 @functools.cache
-def trained(sizes) -> Grok:
+def trained(sizes) -> Decoder:
     """The same with adapters that add something."""
     random, model = np.random.default_rng(1), fresh(sizes)
 
@@ -64,17 +61,17 @@ def trained(sizes) -> Grok:
     return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
 
-def merged_model(model: Grok) -> Grok:
+def merged_model(model: Decoder) -> Decoder:
     """A plain model of the same function."""
     parts = {name: np.asarray(array) for name, array in to_arrays(model).items()}
     arrays = {}
     for name, array in parts.items():
         matrix, _, part = name.rpartition("/")
         if part == "base":
-            shape = MATRICES[matrix]
+            spec = param_specs(CONFIG)[matrix]
             w = LoraArray(array, parts[f"{matrix}/a"], parts[f"{matrix}/b"], LORA.scale)
-            arrays[matrix] = merge_adapter(w, shape.row_dims, shape.col_dims)
-        elif not is_adapter(name):
+            arrays[matrix] = merge_adapter(w, spec.contract_dims, spec.output_dims)
+        elif not is_adapter(CONFIG, name):
             arrays[name] = array
     return from_arrays(CONFIG, arrays)
 
@@ -131,8 +128,8 @@ def test_gradients_of_experts_are_those_through_the_merged_weights():
 
 
 def test_tensors_have_the_names_that_configs_match():
-    assert sorted(tensor_names(CONFIG, LORA)) == sorted(to_arrays(fresh(None)))
-    assert list(tensor_names(CONFIG, LoraConfig())) == list(shapes(CONFIG))
+    assert sorted(tensor_specs(CONFIG, LORA)) == sorted(to_arrays(fresh(None)))
+    assert list(tensor_specs(CONFIG, LoraConfig())) == list(param_specs(CONFIG))
 
 
 def test_factors_are_split_as_rows_and_columns_are():

@@ -15,21 +15,19 @@ from jax.sharding import PartitionSpec as P
 
 import grok
 from grok import sharding
-from grok.config import GrokConfig, TrainConfig
+from grok.config import AttentionConfig, ModelConfig, MoEConfig, TrainConfig
 from grok.errors import ConfigError
 from grok.model.build import from_arrays, to_arrays
-from grok.model.layers import normal
+from grok.model.param_spec import ParamSpec
 from grok.train.loss import batch_loss
 
 # Two kv heads: split at tensor=2, and each on two devices at tensor=4.
-CONFIG = GrokConfig(
+CONFIG = ModelConfig(
     vocab_size=96,
     num_layers=2,
     embed_dim=32,
-    mlp_dim=24,
-    num_heads=8,
-    num_kv_heads=2,
-    head_dim=8,
+    moe=MoEConfig(dim=24),
+    attention=AttentionConfig(num_heads=8, num_kv_heads=2, head_dim=8),
     compute_dtype="float32",
 )
 LOSSES = TrainConfig(z_loss=1e-4, router_balance_loss=0.01)
@@ -143,8 +141,8 @@ def test_fresh_parameters_are_the_same_on_a_mesh():
 
 def test_a_device_draws_only_its_own_part_of_a_parameter():
     def draw(key):
-        axes = ("layers", "experts", "fsdp_embed", "mlp")
-        return normal(key, (2, 8, 64, 64), axes, "float32", fan_in=64)
+        spec = ParamSpec.matmul((8, 64, 64), ("experts", "embed", "mlp"), 1, 1).stacked(2)
+        return spec.initialize(key, "float32", "float32")
 
     with jax.set_mesh(grok.make_mesh(2, 2, 2)):
         memory = jax.jit(draw).lower(jax.random.key(0)).compile().memory_analysis()
@@ -164,16 +162,16 @@ def test_logits_are_split_over_rows_and_vocabulary():
 
 
 def test_a_mesh_that_the_model_does_not_fit_is_refused():
-    config = GrokConfig(
+    config = ModelConfig(
         vocab_size=96,
         num_layers=2,
         embed_dim=32,
-        mlp_dim=24,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=8,
+        moe=MoEConfig(dim=24),
+        attention=AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=8),
     )
-    with pytest.raises(ConfigError, match=r"model.num_heads=6 .* mesh.tensor=4; mesh .* would"):
+    with pytest.raises(
+        ConfigError, match=r"model.attention.num_heads=6 .* mesh.tensor=4; mesh .* would"
+    ):
         grok.init(config, jax.random.key(0), grok.make_mesh(2, 1, 4))
 
 

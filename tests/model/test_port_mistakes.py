@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grok.model.attend
 import grok.model.attention
 import grok.ops.attention.causal
 import grok.ops.moe.experts_xla
@@ -17,7 +18,7 @@ from grok.model.moe import MoE
 from tests.model import golden
 
 NAME = "pub_a"  # grouped queries
-right_experts, right_attention = MoE._experts, grok.model.attention.attention
+right_experts, right_attention = MoE._experts, grok.model.attend.attention
 
 
 def renormalised(self, x_BTD, topk_weights_BTC, expert_ids_BTC, axes):
@@ -55,10 +56,13 @@ def hard_clamp(logits, cap):
     return jnp.clip(logits, -cap, cap)
 
 
-def interleaved_rotary(x_BTNH, positions_BT, theta):
+def interleaved_rotary(x_BTNH, positions_BT, rope):
     """Rotary embedding that turns neighbours instead of halves."""
     H = x_BTNH.shape[-1]
-    phase = positions_BT[:, :, None, None] * (theta ** (-jnp.arange(0, H, 2) / H))[None, None, None]
+    phase = (
+        positions_BT[:, :, None, None]
+        * (rope.theta ** (-jnp.arange(0, H, 2) / H))[None, None, None]
+    )
     even, odd = x_BTNH[..., ::2], x_BTNH[..., 1::2]
     cos, sin = jnp.cos(phase), jnp.sin(phase)
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
@@ -80,8 +84,8 @@ MISTAKES = {
     jax.nn.silu: (grok.ops.moe.experts_xla, "gelu", "moe_exact", 1000),
     exact_gelu: (grok.ops.moe.experts_xla, "gelu", "moe_exact", 10),
     hard_clamp: (grok.ops.attention.causal, "apply_softcap", "attention_exact", 1000),
-    heads_dealt_out: (grok.model.attention, "attention", "attention_exact", 1000),
-    interleaved_rotary: (grok.model.attention, "rotate", "attention_exact", 1000),
+    heads_dealt_out: (grok.model.attend, "attention", "attention_exact", 1000),
+    interleaved_rotary: (grok.model.attention, "apply_rope", "attention_exact", 1000),
 }
 
 

@@ -15,7 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 import grok.model.moe
 import grok.ops.moe.experts_pallas
 from grok import hardware
-from grok.ops.moe.experts_pallas import experts_pallas, experts_pallas_split_mlp
+from grok.ops.moe.experts_pallas import (
+    experts_pallas,
+    experts_pallas_split_mlp,
+)
 from grok.ops.moe.experts_xla import experts_reference
 from grok.ops.moe.grouped_hidden import grouped_hidden_reference
 from grok.ops.moe.grouped_matmul import grouped_matmul_reference, weight_gradient_reference

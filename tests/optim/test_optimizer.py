@@ -17,10 +17,18 @@ from jax.sharding import PartitionSpec as P
 from grok import sharding
 from grok.checkpoint.manager import Checkpoints
 from grok.checkpoint.retention import RetentionPolicy
-from grok.config import GrokConfig, OptimizerConfig, ParamGroup, RunConfig, TrainConfig
+from grok.config import (
+    AttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    ParamGroup,
+    RunConfig,
+    TrainConfig,
+)
 from grok.errors import ConfigError
 from grok.model.build import abstract, from_arrays, to_arrays
-from grok.model.params import MATRICES, rows_and_columns
+from grok.model.params import param_specs
 from grok.optim.adafactor import column_axes, row_axes
 from grok.optim.muon import orthogonalize
 from grok.optim.optimizer import keep_moments_in, make_optimizer
@@ -30,15 +38,14 @@ from grok.train.bad_steps import Guard
 from grok.train.checkpointing import state_trees
 from grok.train.state import TrainState, abstract_state
 
-MODEL_CONFIG = GrokConfig(
+MODEL_CONFIG = ModelConfig(
     vocab_size=32,
     num_layers=2,
     embed_dim=16,
-    mlp_dim=24,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
+    moe=MoEConfig(dim=24),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
 )
+SPECS = param_specs(MODEL_CONFIG)
 NAMES = ["adamw", "adafactor", "lion", "muon"]
 each_optimizer = pytest.mark.parametrize("name", NAMES)
 
@@ -88,7 +95,7 @@ def adam(config, name, memory, g, t):
 
 def adafactor(config, name, memory, g, t):
     decay = min(1 - t**-0.8, config.beta2)
-    over_rows, over_columns = row_axes(name, g.ndim), column_axes(name, g.ndim)
+    over_rows, over_columns = row_axes(SPECS[name]), column_axes(SPECS[name])
     if over_rows:
         # As Shazeer & Stern have it: sums of rows and of columns, over the sum of all.
         memory["r"] = decay * memory.get("r", 0) + (1 - decay) * (g**2).sum(
@@ -111,12 +118,11 @@ def lion(config, name, memory, g, t):
 
 
 def muon(config, name, memory, g, t):
-    if name not in MATRICES:
+    if not SPECS[name].is_matmul:
         return adam(config, name, memory, g, t)
     memory["m"] = config.muon_momentum * memory["m"] + g
     x = config.muon_momentum * memory["m"] + g
-    _, rows, columns = rows_and_columns(name, x.shape)
-    x = x.reshape(-1, math.prod(rows), math.prod(columns))
+    x = x.reshape(-1, SPECS[name].contract_size, SPECS[name].output_size)
     out = []
     for matrix in x:
         # The same polynomial, on singular values.
@@ -349,7 +355,7 @@ def test_groups_that_cannot_be_meant_are_refused(matches, sentence):
 def test_every_tensor_is_reported_in_some_group():
     named = (ParamGroup(match="*w_out*", name="out"), ParamGroup(match="*w_key*"))
     config = run_config(param_groups=named).optimizer
-    groups = {tensor: metric_group(config, tensor) for tensor in names(abstract(MODEL_CONFIG))}
+    groups = {tensor: metric_group(config, spec) for tensor, spec in SPECS.items()}
     assert {name: groups.pop(f"layers/attention/w_{name}") for name in ("out_NHD", "key_DKH")} == {
         "out_NHD": "out",
         "key_DKH": "attention",

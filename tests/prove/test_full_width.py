@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import grok
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 from grok.weights.cast import FloatSource
 from grok.weights.detect import open_source
 from grok.weights.source import Source
@@ -36,7 +36,7 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one layer", "two layers"])
-def release(request, tmp_path_factory) -> tuple[Path, GrokConfig]:
+def release(request, tmp_path_factory) -> tuple[Path, ModelConfig]:
     """A ckpt-0 folder of the released model's width, and its config."""
     layers = request.param
     # Each layer is 5 GB of files and the table 3.2 GB; an import doubles them.
@@ -73,10 +73,10 @@ from pathlib import Path
 import grok
 from grok.weights.importing.importer import import_weights
 from grok.weights.xai.source import ReleaseSource
-from grok.config import GrokConfig, RunConfig
+from grok.config import ModelConfig, RunConfig
 
 folder, config, kill_at = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
-source = ReleaseSource(folder / "ckpt-0", GrokConfig(**config))
+source = ReleaseSource(folder / "ckpt-0", ModelConfig(**config))
 
 def progress(name, done, total):
     if kill_at and done > total * kill_at / 100:
@@ -119,10 +119,10 @@ import json, sys
 import jax
 import numpy as np
 import grok
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 
 path, config, token = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-model = grok.load(path, GrokConfig(**config), grok.make_mesh(1, 1, 8), "int8")
+model = grok.load(path, ModelConfig(**config), grok.make_mesh(1, 1, 8), "int8")
 kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(model.layers.moe)}
 assert kinds == {"int8", "bfloat16", "float32"}, kinds
 logits_V = np.asarray(model(np.full((1, 1), token)))[0, 0]
@@ -177,7 +177,7 @@ def one_token(source: Source, token: int) -> np.ndarray:
         return x_D / np.sqrt(np.mean(x_D**2) + 1e-5) * read(f"{name}/scale_D", *layer)
 
     x_D = read("embed/table_VD", token) * config.embedding_multiplier
-    group = config.num_heads // config.num_kv_heads
+    group = config.attention.num_heads // config.attention.num_kv_heads
     for layer in range(config.num_layers):
         h_D = norm(x_D, "layers/pre_attn_norm", layer)
         v_KH = np.einsum("d,dkh->kh", h_D, read("layers/attention/w_value_DKH", layer))
@@ -189,7 +189,7 @@ def one_token(source: Source, token: int) -> np.ndarray:
         probs_E = np.exp(logits_E - logits_E.max())
         probs_E /= probs_E.sum()
         m_D = np.zeros_like(x_D)
-        for expert in np.argsort(-probs_E)[: config.num_selected_experts]:
+        for expert in np.argsort(-probs_E)[: config.moe.num_selected]:
             gate_F = h_D @ read("layers/moe/w_gate_EDF", layer, expert)
             up_F = h_D @ read("layers/moe/w_up_EDF", layer, expert)
             gelu_F = (
@@ -199,4 +199,4 @@ def one_token(source: Source, token: int) -> np.ndarray:
             m_D += probs_E[expert] * ((gelu_F * up_F) @ down_FD)
         x_D = x_D + norm(m_D, "layers/post_moe_norm", layer)
     x_D = norm(x_D, "final_norm")
-    return read("embed/table_VD") @ x_D * config.output_multiplier
+    return read("embed/table_VD") @ x_D * config.logit_multiplier

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import grok
 from grok.checkpoint.manager import Checkpoints
 from grok.cli.main import main
-from grok.config import CheckpointConfig, OptimizerConfig, RunConfig, TrainConfig
+from grok.config import CheckpointConfig, OptimizerConfig, RopeConfig, RunConfig, TrainConfig
 from grok.errors import DONE, CheckpointError
 from grok.train.evaluate import validate
 from grok.train.init_from import initial_weights, open_initial
@@ -116,7 +116,10 @@ def test_what_the_weights_were_stays_in_the_checkpoint(tuned: RunConfig):
 
 
 def test_weights_of_another_model_are_refused(tuned: RunConfig, tmp_path):
-    wider = dataclasses.replace(tuned.model, rope_theta=500.0)
+    wider = dataclasses.replace(
+        tuned.model,
+        attention=dataclasses.replace(tuned.model.attention, rope=RopeConfig(theta=500.0)),
+    )
     sentence = r"rope_theta=10000\.0, and the config says model\.rope_theta=500\.0; .* would work"
     with pytest.raises(CheckpointError, match=sentence):
         open_initial(tuned.folder, wider)

@@ -14,7 +14,7 @@ import pytest
 
 from grok import sharding, storage
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
-from grok.config import MeshConfig, RunConfig, TrainConfig
+from grok.config import MeshConfig, RopeConfig, RunConfig, TrainConfig
 from grok.config.text import to_yaml
 from grok.errors import DONE, SAVED, CheckpointError, ConfigError, DataError
 from grok.optim.offload import is_on_host
@@ -132,7 +132,11 @@ def test_a_checkpoint_goes_on_another_mesh(straight: RunConfig, tmp_path):
 
 def test_another_model_is_refused_by_name(straight: RunConfig, tmp_path):
     other = dataclasses.replace(
-        straight, model=dataclasses.replace(straight.model, rope_theta=500.0)
+        straight,
+        model=dataclasses.replace(
+            straight.model,
+            attention=dataclasses.replace(straight.model.attention, rope=RopeConfig(theta=500.0)),
+        ),
     )
     with pytest.raises(CheckpointError, match=r"model\.rope_theta=10000\.0 .* says 500\.0"):
         run_training(other)

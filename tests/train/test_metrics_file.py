@@ -10,15 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grok.config import GrokConfig, RunConfig, TrainConfig
+from grok.config import AttentionConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from grok.errors import ConfigError
 from grok.train.telemetry.metrics_file import MetricsFile, read_metrics, to_plain
 from grok.train.telemetry.trackers import open_trackers, scalars
 
 
 def small_run(**train) -> RunConfig:
-    model = GrokConfig(
-        vocab_size=8, num_layers=1, embed_dim=4, mlp_dim=4, num_heads=1, num_kv_heads=1, head_dim=4
+    model = ModelConfig(
+        vocab_size=8,
+        num_layers=1,
+        embed_dim=4,
+        moe=MoEConfig(dim=4),
+        attention=AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=4),
     )
     return RunConfig(model=model, train=TrainConfig(**train), folder="runs/mine")
 

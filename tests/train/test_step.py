@@ -16,7 +16,15 @@ from jax.sharding import NamedSharding
 
 import grok
 from grok import sharding
-from grok.config import GrokConfig, OptimizerConfig, ParamGroup, RunConfig, TrainConfig
+from grok.config import (
+    AttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    ParamGroup,
+    RunConfig,
+    TrainConfig,
+)
 from grok.model.build import to_arrays
 from grok.optim.optimizer import make_optimizer
 from grok.optim.param_groups import names, partition
@@ -26,14 +34,12 @@ from grok.train.state import TrainState, init_state
 from grok.train.step import grad_slots, gradients, microbatches, train_step, with_grad_slots
 
 CONFIG = RunConfig(
-    model=GrokConfig(
+    model=ModelConfig(
         vocab_size=32,
         num_layers=2,
         embed_dim=16,
-        mlp_dim=24,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
+        moe=MoEConfig(dim=24),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
         compute_dtype="float32",
         remat="none",
     ),

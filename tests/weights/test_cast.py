@@ -6,25 +6,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok.config import GrokConfig
+from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.errors import CheckpointError
 from grok.model import params
 from grok.ops.weights.int8 import dequantize, quantize
-from grok.weights.cast import PER_CHANNEL, converted
+from grok.weights.cast import converted, per_channel
 from grok.weights.source import TensorSpec
 from tests.fixtures.array_source import ArraySource
 from tests.fixtures.random_weights import RandomSource
 
 # Heads have 6 rows and groups of w_out 9, so that groups begin and end inside heads.
-CONFIG = GrokConfig(
+CONFIG = ModelConfig(
     vocab_size=20,
     num_layers=3,
     embed_dim=24,
-    mlp_dim=40,
-    num_heads=12,
-    num_kv_heads=4,
-    head_dim=6,
-    num_experts=2,
+    moe=MoEConfig(dim=40, num_experts=2),
+    attention=AttentionConfig(num_heads=12, num_kv_heads=4, head_dim=6),
 )
 GROUPS = {"layers/attention/w_out_NHD": 8, "layers/moe/w_down_EFD": 8, "layers/moe/w_up_EDF": 3}
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -105,12 +102,12 @@ def test_nothing_is_done_where_nothing_is_asked():
 
 
 def test_groups_of_the_release_where_they_divide_the_rows():
-    config = dataclasses.replace(CONFIG, mlp_dim=36)
+    config = dataclasses.replace(CONFIG, moe=dataclasses.replace(CONFIG.moe, dim=36))
     spec = converted(RandomSource(config, dtype="float32"), "int8").tensors
     assert spec["layers/attention/w_out_NHD"].groups == 8
     assert spec["layers/moe/w_down_EFD"].groups == 6
     assert spec["layers/moe/w_gate_EDF"].groups == 1
-    spec = converted(RandomSource(config, dtype="float32"), "int8", PER_CHANNEL).tensors
+    spec = converted(RandomSource(config, dtype="float32"), "int8", per_channel).tensors
     assert {spec[name].groups for name in params.MATRICES} == {1}
 
 

@@ -11,6 +11,7 @@ from grok.config.load import load_config, to_dict
 from grok.data.tokenizers import load_tokenizer
 from grok.errors import CheckpointError
 from grok.infer.loader import find_tokenizer, make_mesh
+from grok.model.params import param_specs
 from grok.weights.cast import converted
 from grok.weights.detect import open_source
 from grok.weights.load import load, put_on_mesh
@@ -25,7 +26,12 @@ def trained(tiny_run, tmp_path_factory):
     model = put_on_mesh(RandomSource(tiny_run.model, dtype="float32"))
     checkpoints = Checkpoints(folder / "checkpoints", RetentionPolicy(1))
     state = {"moments": np.ones((64, 1024), np.float32)}
-    checkpoints.save(7, {MODEL: model, OPTIMIZER: state}, {"config": to_dict(tiny_run)})
+    checkpoints.save(
+        7,
+        {MODEL: model, OPTIMIZER: state},
+        {"config": to_dict(tiny_run)},
+        specs=param_specs(tiny_run.model),
+    )
     checkpoints.close()
     with open(tiny_run.data.tokenizer, "rb") as file:
         (folder / "tokenizer.model").write_bytes(file.read())

@@ -11,20 +11,18 @@ import pytest
 from safetensors.numpy import save_file
 
 from grok import storage
-from grok.config import GrokConfig
+from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.errors import CheckpointError
 from grok.model import params
 from grok.weights.huggingface.source import HuggingFaceSource
+from tests.fixtures.models import replace_keys
 
-TINY = GrokConfig(
+TINY = ModelConfig(
     vocab_size=24,
     num_layers=11,
     embed_dim=12,
-    mlp_dim=20,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=4,
-    num_experts=3,
+    moe=MoEConfig(dim=20, num_experts=3),
+    attention=AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=4),
     context_length=64,
 )
 CONFIG = {
@@ -65,7 +63,7 @@ HPCAI, KEYFAN = LAYOUTS
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 
 
-def tree(dtype=ml_dtypes.bfloat16, config: GrokConfig = TINY) -> dict[str, np.ndarray]:
+def tree(dtype=ml_dtypes.bfloat16, config: ModelConfig = TINY) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
         name: rng.standard_normal(shape).astype(dtype)
@@ -155,7 +153,7 @@ def test_parts(tmp_path, layout):
 
 
 def test_matrices_of_many_tiles(tmp_path):
-    config = GrokConfig(**{**vars(TINY), "num_layers": 1, "embed_dim": 300, "mlp_dim": 700})
+    config = replace_keys(TINY, {"num_layers": 1, "embed_dim": 300, "moe.dim": 700})
     expected = tree(np.float32, config)
     assert_holds(HuggingFaceSource(write(tmp_path / "hf", theirs(expected)), config), expected)
 
@@ -204,7 +202,7 @@ def test_config_in_full(tmp_path):
             "head_dim": 4,
         },
     )
-    assert HuggingFaceSource(folder).config == GrokConfig(
+    assert HuggingFaceSource(folder).config == ModelConfig(
         **{
             **vars(TINY),
             "num_selected_experts": 1,
@@ -218,13 +216,13 @@ def test_config_in_full(tmp_path):
 
 
 def test_head_dim_of_a_config_that_does_not_say(tmp_path):
-    config = GrokConfig(**{**vars(TINY), "num_heads": 3, "num_kv_heads": 1})
+    config = replace_keys(TINY, {"attention.num_heads": 3, "attention.num_kv_heads": 1})
     data = CONFIG | {"num_experts": 3, "num_attention_heads": 3, "num_key_value_heads": 1}
     folder = write(tmp_path / "hf", theirs(tree(config=config)), config=data | {"head_dim": None})
     assert HuggingFaceSource(folder).config == config
 
 
-def refusal(folder: Path, config: GrokConfig | None = None) -> str:
+def refusal(folder: Path, config: ModelConfig | None = None) -> str:
     with pytest.raises(CheckpointError) as error:
         HuggingFaceSource(folder, config)
     return str(error.value).removeprefix(f"{folder}").removeprefix("/")
@@ -286,7 +284,7 @@ def test_configs_that_are_none(tmp_path, text, message):
 
 def test_another_model_than_the_given_config(tmp_path):
     folder = write(tmp_path / "hf", theirs(tree()))
-    other = GrokConfig(**{**vars(TINY), "vocab_size": 32})
+    other = replace_keys(TINY, {"vocab_size": 32})
     message = refusal(folder, other)
     assert message == (
         "model-00001-of-00003.safetensors: model.embed_tokens.weight has shape (24, 12); for "

@@ -15,9 +15,10 @@ import safetensors
 from click.testing import CliRunner
 
 from grok.cli.export import export
-from grok.config import GrokConfig
+from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.config.load import load_config
 from grok.errors import CheckpointError, ConfigError
+from grok.model.params import num_parameters
 from grok.ops.weights.int8 import dequantize
 from grok.weights.cast import converted
 from grok.weights.huggingface.adapters import EXPORT_ADAPTER
@@ -27,19 +28,17 @@ from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.source import Source
 from grok.weights.transpose import strips
 from grok.weights.xai.source import ReleaseSource
+from tests.fixtures.models import replace_keys
 from tests.fixtures.random_weights import RandomSource
 from tests.model import golden
 
 INDEX, UNFINISHED = "model.safetensors.index.json", "unfinished-export.json"
-TINY = GrokConfig(
+TINY = ModelConfig(
     vocab_size=64,
     num_layers=2,
     embed_dim=16,
-    mlp_dim=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    num_experts=2,
+    moe=MoEConfig(dim=32, num_experts=2),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4),
 )
 
 
@@ -63,7 +62,7 @@ def test_release_to_hugging_face_and_back(tmp_path, name, dtype):
     back = HuggingFaceSource(tmp_path / "hf")
     assert_equal(back, converted(source, dtype))
     assert back.config == source.config
-    total = (source.config.num_parameters() + np.prod(source.tensors["embed/table_VD"].shape)) * (
+    total = (num_parameters(source.config) + np.prod(source.tensors["embed/table_VD"].shape)) * (
         DTYPES[dtype].itemsize
     )
     assert (done.nbytes, done.files, done.files_resumed) == (total, 1, 0)
@@ -151,7 +150,7 @@ def test_strips_are_the_transpose_of_the_dequantised_matrix(dtype, groups):
 
 
 def test_memory_is_that_of_a_few_matrices(tmp_path):
-    config = GrokConfig(**{**vars(TINY), "embed_dim": 64, "mlp_dim": 8192, "num_experts": 16})
+    config = replace_keys(TINY, {"embed_dim": 64, "moe.dim": 8192, "moe.num_experts": 16})
     source = RandomSource(config)
     source.read("layers/moe/w_gate_EDF", (slice(0, 1), slice(0, 1), slice(0, 1), slice(0, 1)))
     tracemalloc.start()
@@ -339,7 +338,7 @@ def test_model_card_without_what_is_not_known(tmp_path):
     export_huggingface(release("pub_b"), tmp_path / "release")
     card = (tmp_path / "release/README.md").read_text()
     assert "Not stated. They were exported from a folder in the release's format" in card
-    odd = GrokConfig(**{**vars(TINY), "head_dim": 8})
+    odd = replace_keys(TINY, {"attention.head_dim": 8})
     export_huggingface(RandomSource(odd), tmp_path / "odd")
     assert "the code must be changed" in (tmp_path / "odd/README.md").read_text()
 

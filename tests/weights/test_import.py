@@ -18,13 +18,13 @@ from click.testing import CliRunner
 from grok import sharding
 from grok.checkpoint.manager import MODEL, Checkpoints
 from grok.cli.import_ import import_
-from grok.config import DataConfig, GrokConfig, RunConfig
+from grok.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, RunConfig
 from grok.config.load import from_dict, load_config, to_dict
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
 from grok.model import params
 from grok.model.build import abstract, to_arrays
-from grok.weights.cast import QuantizedSource, converted
+from grok.weights.cast import QuantizedSource, converted, per_channel
 from grok.weights.checksums import piece_checksum
 from grok.weights.importing import importer
 from grok.weights.importing.importer import import_weights
@@ -32,23 +32,21 @@ from grok.weights.importing.quantization_error import MeasuredQuantizedSource
 from grok.weights.orbax.source import OrbaxSource
 from grok.weights.source import Source, layer_pieces, scales_part
 from grok.weights.xai.source import ReleaseSource
+from tests.fixtures.models import replace_keys
 from tests.fixtures.random_weights import RandomSource
 from tests.model import golden
 
 DTYPES = ("int8", "bfloat16", "float32")
-TINY = GrokConfig(
+TINY = ModelConfig(
     vocab_size=96,
     num_layers=2,
     embed_dim=32,
-    mlp_dim=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    num_experts=4,
+    moe=MoEConfig(dim=48, num_experts=4),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
 )
 
 
-def run_of(config: GrokConfig) -> RunConfig:
+def run_of(config: ModelConfig) -> RunConfig:
     return RunConfig(model=config, data=DataConfig(sequence_length=32))
 
 
@@ -132,8 +130,8 @@ def test_large_matrices_are_cut(tmp_path, monkeypatch, dtype):
     for step, name in enumerate(("by rows", "whole")):
         import_weights(source, tmp_path / name, run_of(TINY))
         gate = tmp_path / name / "checkpoints" / "0" / "model" / "layers.moe.w_gate_EDF"
-        shards = len(list(gate.glob("c.*"))) if dtype != "int8" else 2 * TINY.num_experts
-        assert shards == 2 * TINY.num_experts * {"int8": 1, "bfloat16": 4, "float32": 8}[dtype]
+        shards = len(list(gate.glob("c.*"))) if dtype != "int8" else 2 * TINY.moe.num_experts
+        assert shards == 2 * TINY.moe.num_experts * {"int8": 1, "bfloat16": 4, "float32": 8}[dtype]
         assert source.format == ("random", "orbax")[step]
         same_weights(OrbaxSource(tmp_path / name), converted(RandomSource(TINY), dtype))
         source = OrbaxSource(tmp_path / name)
@@ -290,9 +288,12 @@ def test_other_weights_are_refused(tmp_path):
     interrupt(source, folder, after=30)
     for other, differing in (
         (RandomSource(TINY, seed=2), r"\(values was "),
-        (RandomSource(dataclasses.replace(TINY, mlp_dim=64), seed=1), r"\(tensors\.layers/moe/w"),
+        (RandomSource(replace_keys(TINY, {"moe.dim": 64}), seed=1), r"\(tensors\.layers/moe/w"),
         (converted(source, "float32"), r'\(dtype was "int8" and is "float32"\)'),
-        (RandomSource(TINY, seed=1, groups={}), r"\(tensors\.layers/attention/w_out_NHD was "),
+        (
+            RandomSource(TINY, seed=1, groups=per_channel),
+            r"\(tensors\.layers/attention/w_out_NHD was ",
+        ),
     ):
         with pytest.raises(CheckpointError, match=differing) as caught:
             import_weights(other, folder, run_of(other.config))

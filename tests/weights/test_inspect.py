@@ -9,11 +9,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from grok.cli.main import main
-from grok.config import DataConfig, GrokConfig, RunConfig
+from grok.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, RopeConfig, RunConfig
 from grok.config.load import load_config
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
 from grok.model import params
+from grok.model.params import num_active_parameters, num_parameters
 from grok.weights.huggingface.export import export_huggingface
 from grok.weights.importing.importer import import_weights
 from grok.weights.tools import inspection
@@ -31,15 +32,12 @@ KEYS = [
     *("config", "assumed", "preset", "step", "checksums", "imported_from"),
 ]
 # Heads as wide as the release's, so that the files alone tell all sizes.
-WIDE = GrokConfig(
+WIDE = ModelConfig(
     vocab_size=24,
     num_layers=2,
     embed_dim=16,
-    mlp_dim=24,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=128,
-    num_experts=3,
+    moe=MoEConfig(dim=24, num_experts=3),
+    attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=128),
 )
 
 
@@ -102,14 +100,14 @@ def test_every_format_has_the_same_tensors(formats, form):
     else:
         assert set(kinds.values()) == {"bfloat16"}
         assert set(groups.values()) == {None}
-        assert found["bytes"] == 2 * CONFIG.num_parameters()
+        assert found["bytes"] == 2 * num_parameters(CONFIG)
     assert found["bytes"] == sum(t["bytes"] for t in found["tensors"])
     assert found["parameters"] == {
-        "total": CONFIG.num_parameters(),
-        "active": CONFIG.num_active_parameters(),
-        "active_without_embedding": CONFIG.num_active_parameters() - 384 * 96,
+        "total": num_parameters(CONFIG),
+        "active": num_active_parameters(CONFIG),
+        "active_without_embedding": num_active_parameters(CONFIG) - 384 * 96,
     }
-    stored = dataclasses.replace(GrokConfig(**found["config"]), param_dtype="float32")
+    stored = dataclasses.replace(ModelConfig(**found["config"]), param_dtype="float32")
     how = {name: getattr(stored, name) for name in ("compute_dtype", "remat")}
     assert stored == dataclasses.replace(CONFIG, **how)
 
@@ -129,7 +127,7 @@ def test_what_a_release_does_not_say(release):
     found = as_json(release)
     fields = {name for name in found["config"] if name not in found["assumed"]}
     assert fields == {"vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_experts"}
-    assert GrokConfig(**found["config"]) == WIDE
+    assert ModelConfig(**found["config"]) == WIDE
     text = inspect(release).stdout
     origins = {line.split()[0]: line for line in text.splitlines() if line.split()}
     assert origins["mlp_dim"].split() == ["mlp_dim", "24", "files"]
@@ -164,8 +162,16 @@ def test_presets(release, tmp_path, monkeypatch):
     run = RunConfig(model=WIDE, data=DataConfig(sequence_length=32))
     (configs / "wide.yaml").write_text(to_yaml(run))
     # As many numbers in queries and keys, in other heads.
-    narrow = dataclasses.replace(WIDE, num_heads=4, num_kv_heads=2, head_dim=64)
-    narrow = dataclasses.replace(narrow, attn_output_multiplier=1 / 8)
+    narrow = dataclasses.replace(
+        WIDE,
+        attention=dataclasses.replace(
+            WIDE.attention,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=64,
+            logit_scale=1 / 8,
+        ),
+    )
     (configs / "narrow.yaml").write_text(to_yaml(dataclasses.replace(run, model=narrow)))
     assert as_json(release)["preset"] == "wide"
     text = inspect(release).stdout
@@ -187,9 +193,16 @@ def test_grok_1_is_known_by_its_config():
     assert preset_of(model) == "grok-1"
     # A release says no multipliers: these are computed, and differ in the last bit.
     params = ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads")
-    implied = GrokConfig(**{name: getattr(model, name) for name in params}, head_dim=128)
+    implied = ModelConfig(**{name: getattr(model, name) for name in params}, head_dim=128)
     assert preset_of(implied) == "grok-1"
-    assert preset_of(dataclasses.replace(model, rope_theta=5000.0)) is None
+    assert (
+        preset_of(
+            dataclasses.replace(
+                model, attention=dataclasses.replace(model.attention, rope=RopeConfig(theta=5000.0))
+            )
+        )
+        is None
+    )
 
 
 def test_text_is_the_same_in_a_pipe_and_in_no_color(release, monkeypatch):
@@ -269,7 +282,7 @@ def test_an_import_that_was_not_finished(tmp_path):
         import_weights(Failing(WIDE, dtype="float32"), tmp_path / "run", run)
     found = as_json(tmp_path / "run", code=2)
     assert found["format"] == "orbax"
-    total = 4 * WIDE.num_parameters()
+    total = 4 * num_parameters(WIDE)
     assert found["problems"][-1] == f"{found['bytes']:,} of {total:,} bytes are imported."
     assert 0 < found["bytes"] < total
     shapes = {t["name"]: tuple(t["shape"]) for t in found["tensors"]}

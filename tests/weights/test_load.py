@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 import grok
-from grok.config import DataConfig, GrokConfig, RunConfig
+from grok.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, RunConfig
 from grok.errors import CheckpointError, ConfigError
 from grok.model.build import to_arrays
-from grok.weights.cast import PER_CHANNEL, converted
+from grok.weights.cast import converted, per_channel
 from grok.weights.importing.importer import import_weights
 from grok.weights.load import put_on_mesh
 from grok.weights.xai.source import ReleaseSource
@@ -34,15 +34,12 @@ MESHES = [None, (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
 each_mesh = pytest.mark.parametrize("sizes", MESHES, ids=str)
 
 # Groups that fit neither the heads nor each other nor the mesh, and more than ten layers.
-ODD = GrokConfig(
+ODD = ModelConfig(
     vocab_size=48,
     num_layers=12,
     embed_dim=24,
-    mlp_dim=48,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=4,
-    num_experts=4,
+    moe=MoEConfig(dim=48, num_experts=4),
+    attention=AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=4),
     compute_dtype="float32",
 )
 ODD_GROUPS = {"layers/attention/w_out_NHD": 4, "layers/moe/w_down_EFD": 3}
@@ -155,7 +152,7 @@ def test_large_parts_arrive_in_blocks(monkeypatch):
 
 def test_floats_become_int8_on_a_mesh():
     source = RandomSource(ODD, dtype="float32")
-    for groups in (None, PER_CHANNEL):
+    for groups in (None, per_channel):
         quantized = converted(source, "int8", groups)
         here, there = put_on_mesh(quantized), put_on_mesh(quantized, grok.make_mesh(1, 4, 2))
         for name, array in to_arrays(here).items():
@@ -185,16 +182,16 @@ def test_fresh_int8_parameters_are_refused():
         grok.init(dataclasses.replace(config, param_dtype="int8"), jax.random.key(0))
 
 
-WIDE = GrokConfig(
+WIDE = ModelConfig(
     vocab_size=4096,
     num_layers=2,
     embed_dim=512,
-    mlp_dim=2048,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=64,
+    moe=MoEConfig(dim=2048),
+    attention=AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=64),
 )
-SMALL = dataclasses.replace(WIDE, vocab_size=64, embed_dim=64, mlp_dim=64)
+SMALL = dataclasses.replace(
+    WIDE, vocab_size=64, embed_dim=64, moe=dataclasses.replace(WIDE.moe, dim=64)
+)
 LOAD = """
 import dataclasses, json, sys, jax
 sys.path.insert(0, {root!r})
@@ -202,7 +199,7 @@ import grok
 from grok.weights.importing.importer import import_weights
 from grok.weights.load import place
 from tests.fixtures.random_weights import RandomSource
-from grok.config import DataConfig, GrokConfig, RunConfig
+from grok.config import DataConfig, ModelConfig, RunConfig
 from grok.model.build import to_arrays
 from tests.weights.test_load import SMALL
 
@@ -216,7 +213,7 @@ jax.distributed.initialize(address, 2, int(process))
 mesh = grok.make_mesh(*json.loads(sizes))
 place(RandomSource(SMALL), mesh)  # what is imported on first use
 before = bytes_read()
-model = grok.load(folder, GrokConfig(**json.loads(config)), mesh)
+model = grok.load(folder, ModelConfig(**json.loads(config)), mesh)
 read, disk = (after - early for early, after in zip(before, bytes_read()))
 needed = 0
 for name, array in to_arrays(model).items():
@@ -232,7 +229,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def load_in_two_processes(folder: Path, config: GrokConfig, sizes) -> list[dict[str, int]]:
+def load_in_two_processes(folder: Path, config: ModelConfig, sizes) -> list[dict[str, int]]:
     """Of each process of four devices: bytes that it read, from disk, and that its devices hold."""
     settings = json.dumps(dataclasses.asdict(config))
     script = LOAD.format(root=str(ROOT))

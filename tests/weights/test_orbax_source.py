@@ -16,12 +16,13 @@ from gcp_storage_emulator.server import create_server
 from grok import sharding
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
 from grok.checkpoint.retention import RetentionPolicy
-from grok.config import DataConfig, GrokConfig, RunConfig
+from grok.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, RunConfig
 from grok.config.load import to_dict
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
 from grok.model.build import from_arrays, to_arrays
-from grok.model.decoder import Grok
+from grok.model.decoder import Decoder
+from grok.model.params import param_specs
 from grok.storage import remote
 from grok.weights.cast import converted
 from grok.weights.detect import open_source
@@ -31,22 +32,19 @@ from grok.weights.orbax.source import OrbaxSource
 from grok.weights.source import Part, layer_pieces
 from tests.fixtures.random_weights import RandomSource
 
-TINY = GrokConfig(
+TINY = ModelConfig(
     vocab_size=96,
     num_layers=2,
     embed_dim=32,
-    mlp_dim=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    num_experts=4,
+    moe=MoEConfig(dim=48, num_experts=4),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
 )
 RUN = RunConfig(model=TINY, data=DataConfig(sequence_length=32))
 GATE = "layers/moe/w_gate_EDF"
 
 
 @pytest.fixture(scope="module")
-def model() -> Grok:
+def model() -> Decoder:
     """On a mesh that splits every axis that meshes split."""
     source = RandomSource(TINY, dtype="float32")
     arrays = {name: source.read(name, spec.full_part) for name, spec in source.tensors.items()}
@@ -60,7 +58,8 @@ def trained(tmp_path_factory, model) -> Path:
     checkpoints = Checkpoints(folder / "checkpoints", RetentionPolicy(2))
     zeros = jax.tree.map(lambda x: x * 0, model)
     for step, tree in ((3, zeros), (20, model)):
-        checkpoints.save(step, {MODEL: tree, OPTIMIZER: {"step": 1}}, {"config": to_dict(RUN)})
+        trees, meta = {MODEL: tree, OPTIMIZER: {"step": 1}}, {"config": to_dict(RUN)}
+        checkpoints.save(step, trees, meta, specs=param_specs(RUN.model))
     checkpoints.close()
     (folder / "config.yaml").write_text(to_yaml(RUN))
     return folder
@@ -177,9 +176,9 @@ def test_an_older_step_is_opened_by_its_folder(trained):
 
 
 def test_the_config_is_the_given_one_or_the_runs_or_the_kept_one(copy):
-    edited = dataclasses.replace(TINY, output_multiplier=0.5)
+    edited = dataclasses.replace(TINY, logit_multiplier=0.5)
     (copy / "config.yaml").write_text(to_yaml(dataclasses.replace(RUN, model=edited)))
-    given = dataclasses.replace(TINY, output_multiplier=0.25)
+    given = dataclasses.replace(TINY, logit_multiplier=0.25)
     assert OrbaxSource(copy, given).config == given
     assert OrbaxSource(copy / "checkpoints" / "0").config == edited
     (copy / "config.yaml").unlink()
@@ -300,7 +299,7 @@ def test_lost_data_of_a_training_checkpoint_is_refused(tmp_path, trained):
 
 def test_another_model_is_refused(imported, trained):
     with pytest.raises(CheckpointError, match=r"tensor layers/moe/w_\w+/values is .* there and"):
-        OrbaxSource(imported, dataclasses.replace(TINY, mlp_dim=96))
+        OrbaxSource(imported, dataclasses.replace(TINY, moe=dataclasses.replace(TINY.moe, dim=96)))
     with pytest.raises(CheckpointError, match=r"20/model: tensor embed/table_VD is \(96, 32\)"):
         OrbaxSource(trained, dataclasses.replace(TINY, vocab_size=128))
 

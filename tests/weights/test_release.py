@@ -8,22 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 from grok.errors import CheckpointError
+from grok.model.params import num_parameters
 from grok.weights.cast import converted
 from grok.weights.source import blocks, scales_part
 from grok.weights.xai import source as release
 from grok.weights.xai.objects import StoredArray
 from grok.weights.xai.source import ReleaseSource, implied_config, tensor_names
 from grok.weights.xai.unpickler import read_tensor
+from tests.fixtures.models import model_config, replace_keys
 from tests.fixtures.random_weights import RandomSource
 from tests.fixtures.release_writer import write_release
 from tests.model import golden
 
-SIZES = ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads")
-SIZES += ("head_dim", "num_experts")
-TINY = GrokConfig(**dict(zip(SIZES, (24, 12, 12, 20, 6, 2, 4, 3), strict=True)))
-GROK_1 = GrokConfig(**dict(zip(SIZES, (131072, 64, 6144, 32768, 48, 8, 128, 8), strict=True)))
+SIZES = ("vocab_size", "num_layers", "embed_dim", "moe.dim", "attention.num_heads")
+SIZES += ("attention.num_kv_heads", "attention.head_dim", "moe.num_experts")
+TINY = model_config(dict(zip(SIZES, (24, 12, 12, 20, 6, 2, 4, 3), strict=True)))
+GROK_1 = model_config(dict(zip(SIZES, (131072, 64, 6144, 32768, 48, 8, 128, 8), strict=True)))
 OUR_NAMES = {  # written out again, for a slip in one of the two lists to show
     "moe/linear/w": "layers/moe/w_gate_EDF",
     "moe/linear_v/w": "layers/moe/w_up_EDF",
@@ -40,7 +42,7 @@ OUR_NAMES = {  # written out again, for a slip in one of the two lists to show
 }
 
 
-def golden_config(name: str) -> GrokConfig:
+def golden_config(name: str) -> ModelConfig:
     return golden.config(name, "float32")
 
 
@@ -88,7 +90,7 @@ def test_shapes_of_the_release():
     layer = [up, down, up, *attention, *[norm] * 4, (6144, 8)]
     assert in_files == [(131072, 6144), norm, *layer]
     size = sum(np.prod(shapes[t.name].in_tree, dtype=np.int64) for t in tensor_names(64))
-    assert size == GROK_1.num_parameters() == 315_684_820_992
+    assert size == num_parameters(GROK_1) == 315_684_820_992
 
 
 @pytest.mark.parametrize("name", golden.NAMES)
@@ -193,7 +195,7 @@ def test_blocks_cover_a_tensor_with_its_scales(twelve):
 
 
 def test_opening_reads_no_arrays_and_reading_copies_once(tmp_path):
-    config = GrokConfig(**{**vars(TINY), "num_layers": 2, "mlp_dim": 40_000})
+    config = replace_keys(TINY, {"num_layers": 2, "moe.dim": 40_000})
     write_release(RandomSource(config), tmp_path)
     tracemalloc.start()
     source = ReleaseSource(tmp_path, config)
@@ -214,7 +216,7 @@ def test_hidden_files_are_passed_over(tmp_path):
 
 def test_a_config_implied_by_files(tmp_path):
     sizes = dict(zip(SIZES, (40, 11, 16, 24, 4, 2, 128, 3), strict=True))
-    config = GrokConfig(**sizes, num_selected_experts=2)
+    config = model_config(sizes | {"moe.num_selected": 2})
     write_release(RandomSource(config), tmp_path)
     assert implied_config(tmp_path) == config
     (tmp_path / "tensor00100_000").unlink()
@@ -229,10 +231,10 @@ def test_a_config_implied_by_files(tmp_path):
 
 
 def test_an_implied_config_that_cannot_be(tmp_path):
-    config = GrokConfig(**dict(zip(SIZES, (40, 1, 16, 24, 3, 3, 128, 3), strict=True)))
+    config = model_config(dict(zip(SIZES, (40, 1, 16, 24, 3, 3, 128, 3), strict=True)))
     write_release(RandomSource(config), tmp_path)
     # Two key heads in the place of three, which do not divide three query heads.
-    narrow = GrokConfig(**{**vars(config), "num_heads": 2, "num_kv_heads": 2})
+    narrow = replace_keys(config, {"attention.num_heads": 2, "attention.num_kv_heads": 2})
     write_release(RandomSource(narrow), tmp_path / "narrow")
     (tmp_path / "narrow/tensor00005_000").rename(tmp_path / "tensor00005_000")
     with pytest.raises(CheckpointError, match=r"shapes of no model: .*num_kv_heads=2"):

@@ -17,22 +17,20 @@ import numpy as np
 import pytest
 
 from grok import storage
-from grok.config import GrokConfig
+from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.errors import CheckpointError
 from grok.weights.xai.source import ReleaseSource
+from tests.fixtures.models import replace_keys
 from tests.fixtures.pickles import pickled, pickled_object, pickled_weight
 from tests.fixtures.random_weights import RandomSource
 from tests.fixtures.release_writer import write_release
 
-CONFIG = GrokConfig(
+CONFIG = ModelConfig(
     vocab_size=50,
     num_layers=2,
     embed_dim=24,
-    mlp_dim=40,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=8,
-    num_experts=3,
+    moe=MoEConfig(dim=40, num_experts=3),
+    attention=AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=8),
 )
 TABLE, NORM, GATE, DOWN, UP, KEY, OUT, QUERY, VALUE = (f"tensor{i:05d}_000" for i in range(9))
 OUT_OF_1 = "tensor00018_000"  # attention's output of layer 1
@@ -469,7 +467,7 @@ def test_a_file_that_may_not_be_read(sound, monkeypatch):
 )
 def test_other_models(sound, changes, file, right):
     with pytest.raises(CheckpointError) as error:
-        ReleaseSource(sound, GrokConfig(**{**vars(CONFIG), **changes}))
+        ReleaseSource(sound, replace_keys(CONFIG, changes))
     assert str(error.value).startswith(f"{sound}/{file}: ")
     assert right in str(error.value)
 

@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok.config import GrokConfig
+from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.config.load import load_config
 from grok.errors import CheckpointError
 from grok.model import params
-from grok.weights.cast import RELEASE_GROUPS, converted
+from grok.weights.cast import converted, release_groups
 from grok.weights.source import blocks, part_shape
 from grok.weights.xai.source import (
     ReleaseSource,
@@ -26,15 +26,12 @@ from tests.fixtures.release_layout import plain_layout, quantized_layout
 from tests.fixtures.release_writer import file_sizes, write_release
 from tests.model import golden
 
-TINY = GrokConfig(
+TINY = ModelConfig(
     vocab_size=50,
     num_layers=3,
     embed_dim=24,
-    mlp_dim=40,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=8,
-    num_experts=3,
+    moe=MoEConfig(dim=40, num_experts=3),
+    attention=AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=8),
 )
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -91,7 +88,7 @@ def test_the_whole_release_as_files_with_holes(tmp_path):
     for tensor in tensor_names(64):
         shape = shapes[tensor.name].in_file
         if shapes[tensor.name].quantized:
-            groups = RELEASE_GROUPS.get(tensor.name, 1)
+            groups = release_groups.get(tensor.name, 1)
             layout = quantized_layout(shape, (*shape[:-2], groups, shape[-1]))
         else:
             layout = plain_layout(shape)
@@ -106,7 +103,7 @@ def test_the_whole_release_as_files_with_holes(tmp_path):
     assert params.shapes(implied) == params.shapes(config)
     source = ReleaseSource(tmp_path, implied)
     groups = {name: spec.groups for name, spec in source.tensors.items() if spec.groups != 1}
-    assert {name: count for name, count in groups.items() if count} == RELEASE_GROUPS
+    assert {name: count for name, count in groups.items() if count} == release_groups
     part = (slice(63, 64), slice(7, 8), slice(6143, 6144), slice(32766, 32768))
     assert source.read("layers/moe/w_gate_EDF", part).tolist() == [[[[0, 0]]]]
 
@@ -163,7 +160,9 @@ def test_random_weights_differ_by_seed_name_layer_and_expert():
 
 @pytest.mark.parametrize("dtype", ["int8", "float32"])
 def test_random_weights_have_the_sizes_of_trained_ones(dtype):
-    config = dataclasses.replace(TINY, embed_dim=256, mlp_dim=1024, vocab_size=500)
+    config = dataclasses.replace(
+        TINY, embed_dim=256, moe=dataclasses.replace(TINY.moe, dim=1024), vocab_size=500
+    )
     source = converted(RandomSource(config, dtype=dtype), "float32")
     for name, spec in source.tensors.items():
         values = source.read(name, spec.full_part)

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from grok.cli.main import main
-from grok.config import DataConfig, GrokConfig, RunConfig
+from grok.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, RunConfig
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
 from grok.model import params
@@ -34,15 +34,12 @@ CONFIG = golden.config("pub_b", "float32")
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DOWN, UP, OUT = "layers/moe/w_down_EFD", "layers/moe/w_up_EDF", "layers/attention/w_out_NHD"
 TABLE, NORM = "embed/table_VD", "layers/pre_moe_norm/scale_D"
-SMALL = GrokConfig(
+SMALL = ModelConfig(
     vocab_size=20,
     num_layers=3,
     embed_dim=24,
-    mlp_dim=40,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    num_experts=2,
+    moe=MoEConfig(dim=40, num_experts=2),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6),
 )
 
 

@@ -13,8 +13,10 @@ MASKED_LOGIT = -1e30
 QUERY_BLOCK = 512  # queries of which logits exist at a time
 
 
-def apply_softcap(logits: jax.Array, softcap: float) -> jax.Array:
-    """softcap * tanh(logits / softcap): near the identity, never beyond the cap."""
+def apply_softcap(logits: jax.Array, softcap: float | None) -> jax.Array:
+    """softcap * tanh(logits / softcap): near the identity, never beyond it; None: no cap."""
+    if softcap is None:
+        return logits
     return softcap * jnp.tanh(logits / softcap)
 
 
@@ -27,7 +29,7 @@ def attention_reference(
     segment_BS: jax.Array,
     *,
     scale: float,
-    softcap: float,
+    softcap: float | None,
 ) -> jax.Array:
     """Attention of each query over the earlier keys of its segment and itself, o_BTNH.
 
@@ -57,7 +59,7 @@ def attention(
     segment_BS: jax.Array,
     *,
     scale: float,
-    softcap: float,
+    softcap: float | None,
 ) -> jax.Array:
     """`attention_reference`, by blocks of queries where T is long.
 

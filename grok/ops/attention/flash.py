@@ -26,7 +26,7 @@ def flash_attention(
     segment_BT: jax.Array,
     *,
     scale: float,
-    softcap: float,
+    softcap: float | None,
     interpret: Any = False,
 ) -> jax.Array:
     """`attention_reference` of queries and keys of the same tokens, o_BTNH.

@@ -27,7 +27,7 @@ def ragged_attention(
     table_UM: jax.Array,
     start_U: jax.Array,
     scale: float,
-    softcap: float,
+    softcap: float | None,
 ) -> jax.Array:
     """`paged_attention_reference` without scales, o_UQNH.
 

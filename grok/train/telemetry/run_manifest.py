@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from grok import __version__, storage
 from grok.config import RunConfig
 from grok.config.load import to_dict
+from grok.model.params import num_active_parameters, num_parameters
 from grok.train.run_data import RunData
 
 PACKAGES = (
@@ -111,7 +112,7 @@ def describe_run(config: RunConfig, mesh: Mesh) -> str:
     for step, batch_size, length in data.shapes()[1:]:
         shapes += f", {batch_size} of {length} from step {step}"
     return (
-        f"{model.num_parameters():,} parameters ({model.num_active_parameters():,} a token) on "
+        f"{num_parameters(model):,} parameters ({num_active_parameters(model):,} a token) on "
         f"mesh {axes}; {shapes}"
     )
 

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from grok import storage
-from grok.config import GrokConfig, RunConfig
+from grok.config import ModelConfig, RunConfig
 from grok.errors import GrokError
 from grok.hardware import peak_flops
 from grok.model.flops import flops_per_token
@@ -213,7 +213,7 @@ class SmoothedLoss:
 class Rates:
     """Speed of the steps since the last report, without compilation, saves and validation."""
 
-    def __init__(self, model: GrokConfig, mesh: Mesh, events: EventLog):
+    def __init__(self, model: ModelConfig, mesh: Mesh, events: EventLog):
         self._model, self._clock = model, events.clock
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = None if peak is None else peak * mesh.devices.size

@@ -3,6 +3,7 @@
 import hashlib
 import re
 
+from grok.model.params import num_active_parameters, num_parameters
 from grok.weights.huggingface.adapters.adapter import Adapter
 from grok.weights.source import Source
 
@@ -28,7 +29,7 @@ def model_card(
     default the release, for weights in its format and of its size. `manifest` is the name and
     content of the folder's file on the training data.
     """
-    parameters = source.config.num_parameters()
+    parameters = num_parameters(source.config)
     if base_weights is None and source.format == "xai" and parameters == adapter.release_parameters:
         base_weights = adapter.release
     sections = (
@@ -66,7 +67,7 @@ def _base(source: Source, dtype: str, base_weights: str | None) -> str:
 
 def _table(source: Source, adapter: Adapter) -> str:
     rows = [f"| {key} | {value} |" for key, value in adapter.config_numbers(source.config).items()]
-    active = source.config.num_active_parameters()
+    active = num_active_parameters(source.config)
     rows.append(f"| parameters that a token uses | {active:,} |")
     return "\n".join(["| key | value |", "|---|---|", *rows])
 

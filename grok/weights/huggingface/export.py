@@ -5,7 +5,6 @@ its own name when it is complete, and the index comes last.
 """
 
 import dataclasses
-import math
 import os
 import threading
 import time
@@ -23,7 +22,7 @@ from grok.resumable import Journal, check_destination, check_space, continuable
 from grok.weights.checksums import sample_checksum
 from grok.weights.huggingface import card as huggingface_card
 from grok.weights.huggingface.adapters import EXPORT_ADAPTER
-from grok.weights.huggingface.adapters.adapter import LINEAR, HuggingFaceTensor, split_axes
+from grok.weights.huggingface.adapters.adapter import HuggingFaceTensor
 from grok.weights.huggingface.shard_plan import Shard, index_data, json_text, plan
 from grok.weights.huggingface.source import CONFIG, INDEX, UNFINISHED
 from grok.weights.source import Source, blocks, scales_part
@@ -159,9 +158,9 @@ def _write_shards(source: Source, path: Path, todo: list[Shard], counter: _Progr
 
 def _workers(source: Source) -> int:
     sizes = (
-        math.prod(spec.shape[len(split_axes(name, spec.shape)[0]) :]) * spec.dtype.itemsize
-        for name, spec in source.tensors.items()
-        if name in LINEAR
+        spec.param.contract_size * spec.param.output_size * spec.dtype.itemsize
+        for spec in source.tensors.values()
+        if spec.param.is_matmul
     )
     return max(1, min(WORKERS, MATRIX_BYTES // max(sizes)))
 
@@ -196,7 +195,7 @@ def _write_tensor(
 
 def _row_blocks(source: Source, tensor: HuggingFaceTensor, dtype: np.dtype) -> Iterator[np.ndarray]:
     """Yields the values of a tensor in `dtype` in order, in arrays of some rows each."""
-    name = tensor.tree_name
+    name = tensor.param.name
     spec = source.tensors[name]
     lead = tuple(slice(index, index + 1) for index in tensor.lead)
     part = (*lead, *spec.full_part[len(lead) :])

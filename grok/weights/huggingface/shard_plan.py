@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 from grok.errors import ConfigError
 from grok.weights.huggingface.adapters.adapter import Adapter, HuggingFaceTensor
 from grok.weights.huggingface.safetensors import header_bytes
@@ -43,7 +43,7 @@ class Shard:
         return list(itertools.accumulate(sizes, initial=len(self.header)))
 
 
-def plan(adapter: Adapter, config: GrokConfig, dtype: np.dtype, shard_bytes: int) -> list[Shard]:
+def plan(adapter: Adapter, config: ModelConfig, dtype: np.dtype, shard_bytes: int) -> list[Shard]:
     """The files of an export, each of at most `shard_bytes` with all that is in it.
 
     Raises ConfigError where one tensor alone would take more.

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from grok import storage
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 from grok.errors import CheckpointError
-from grok.model import params
+from grok.model.params import param_specs
 from grok.weights.huggingface.adapters import ADAPTERS, adapter_of
 from grok.weights.huggingface.adapters.adapter import Adapter, split_axes
 from grok.weights.huggingface.safetensors import TensorInfo, parse_object, quoted, read_header
@@ -48,7 +48,7 @@ class HuggingFaceSource(Source):
 
     format = "huggingface"
 
-    def __init__(self, path: str | os.PathLike[str], config: GrokConfig | None = None):
+    def __init__(self, path: str | os.PathLike[str], config: ModelConfig | None = None):
         self.path = os.fspath(path)
         present = storage.list_files(self.path, CheckpointError)
         entries = _find_tensors(self.path, present)
@@ -65,14 +65,13 @@ class HuggingFaceSource(Source):
         self._tied_head = _checked_head(adapter, table, entries.get(adapter.tied_head))
         dtypes = {tree_name: entry.dtype for (tree_name, _), entry in self._entries.items()}
         self.tensors = {
-            name: TensorSpec(name, shape, dtypes[name])
-            for name, shape in params.shapes(self.config).items()
+            name: TensorSpec(spec, dtypes[name]) for name, spec in param_specs(self.config).items()
         }
 
     def read(self, name: str, part: Part) -> np.ndarray:
         """Values of a part, as they are. CheckpointError if the output layer is another table."""
         out = np.empty(part_shape(part), self.tensors[name].dtype)
-        lead, rows, columns = split_axes(name, part)
+        lead, rows, columns = split_axes(self.tensors[name].param, part)
         matrices_ERC = out.reshape([math.prod(part_shape(axes)) for axes in (lead, rows, columns)])
         indices = itertools.product(*(range(s.start, s.stop) for s in lead))
         for one_RC, index in zip(matrices_ERC, indices, strict=True):
@@ -87,7 +86,7 @@ class HuggingFaceSource(Source):
 
     def _read_one(self, out_RC: np.ndarray, name: str, index: tuple, rows: Part, columns: Part):
         entry = self._entries[name, index]
-        _, row_sizes, column_sizes = split_axes(name, self.tensors[name].shape)
+        _, row_sizes, column_sizes = split_axes(self.tensors[name].param, self.tensors[name].shape)
         stored = (entry.path, entry.offset, (*column_sizes, *row_sizes))
         if not columns:
             read_into(out_RC.reshape(part_shape(rows)), *stored, rows)
@@ -217,12 +216,12 @@ def _arrange(
     folder: str,
     adapter: Adapter,
     layout: str,
-    config: GrokConfig,
+    config: ModelConfig,
     whose: str,
     entries: dict[str, TensorInfo],
 ) -> dict[tuple[str, tuple[int, ...]], TensorInfo]:
     """The entry of each parameter's layer and expert, all there with right shapes and types."""
-    size = f"{whose} has {config.num_layers} layers of {config.num_experts} experts"
+    size = f"{whose} has {config.num_layers} layers of {config.moe.num_experts} experts"
     arranged: dict[tuple[str, tuple[int, ...]], TensorInfo] = {}
     firsts: dict[str, str] = {}
     expected = {adapter.tied_head}
@@ -235,13 +234,13 @@ def _arrange(
                 f"{entry.path}: {tensor.name} has shape {entry.shape}; for {whose} it should be "
                 f"{tensor.shape}."
             )
-        first = firsts.setdefault(tensor.tree_name, tensor.name)
+        first = firsts.setdefault(tensor.param.name, tensor.name)
         if entry.dtype != entries[first].dtype:
             raise CheckpointError(
                 f"{entry.path}: {tensor.name} is {entry.dtype}, and {first} is "
                 f"{entries[first].dtype}; all layers and experts should have one type."
             )
-        arranged[tensor.tree_name, tensor.lead] = entry
+        arranged[tensor.param.name, tensor.lead] = entry
         expected.add(tensor.name)
     extra = min(entries.keys() - expected, default=None)
     if extra is not None:

@@ -19,7 +19,7 @@ from grok.config import RunConfig
 from grok.config.load import to_dict
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
-from grok.model import params
+from grok.model.params import num_parameters
 from grok.resumable import Journal, check_destination, check_space, continuable
 from grok.weights.checksums import ALGORITHM
 from grok.weights.importing.quantization_error import MeasuredQuantizedSource, RoundingError
@@ -105,10 +105,19 @@ def _identity(source: Source) -> dict[str, Any]:
     """Plain data that tells the weights of two imports apart, independent of their path."""
     sample = xxhash.xxh3_128()
     for spec in source.tensors.values():
-        if spec.name not in params.MATRICES:
+        if not spec.param.is_matmul:
             row = (slice(0, 1), *spec.full_part[1:]) if len(spec.shape) > 1 else spec.full_part
             sample.update(source.read(spec.name, row).tobytes())
-    tensors = {s.name: [s.shape, str(s.dtype), s.groups] for s in source.tensors.values()}
+    tensors = {
+        spec.name: {
+            "shape": spec.shape,
+            "dtype": str(spec.dtype),
+            "groups": spec.groups,
+            "bytes": spec.nbytes,
+            "layers": spec.shape[0] if spec.param.is_stacked else None,
+        }
+        for spec in source.tensors.values()
+    }
     return {
         "format": source.format,
         "dtype": source.dtype,
@@ -153,7 +162,7 @@ def _summary(source: Source, journal: Journal) -> dict[str, Any]:
     for spec in source.tensors.values():
         of_tensor = [entries[spec.name, layer] for layer, _ in layer_pieces(spec)]
         layers = [entry["checksum"] for entry in of_tensor]
-        checksums[spec.name] = layers if spec.name.startswith("layers/") else layers[0]
+        checksums[spec.name] = layers if spec.param.is_stacked else layers[0]
         measured = [RoundingError(*entry["error"]) for entry in of_tensor if "error" in entry]
         if measured:
             errors[spec.name] = sum(measured, RoundingError())
@@ -163,7 +172,7 @@ def _summary(source: Source, journal: Journal) -> dict[str, Any]:
         "path": path,
         "dtype": source.dtype,
         "tensors": len(source.tensors),
-        "parameters": source.config.num_parameters(),
+        "parameters": num_parameters(source.config),
         "bytes": sum(spec.nbytes for spec in source.tensors.values()),
         "checksum": ALGORITHM,
         "checksums": checksums,

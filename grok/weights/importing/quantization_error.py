@@ -10,9 +10,8 @@ import ml_dtypes
 import numpy as np
 
 from grok.errors import CheckpointError
-from grok.model import params
 from grok.ops.weights.int8 import dequantize, quantize
-from grok.weights.cast import QuantizedSource
+from grok.weights.cast import QuantizedSource, ScaleGroups, release_groups
 from grok.weights.source import Part, Source
 
 # Threads quantise a matrix in stripes of columns of this size, which fits a core's cache.
@@ -58,7 +57,7 @@ class MeasuredQuantizedSource(QuantizedSource):
     `errors` holds the rounding error of each layer of each matrix that was read, by name and layer.
     """
 
-    def __init__(self, source: Source, groups: dict[str, int] | None = None):
+    def __init__(self, source: Source, groups: ScaleGroups = release_groups):
         super().__init__(source, groups)
         self.errors: dict[tuple[str, int | None], RoundingError] = {}
         self._lock = threading.Lock()
@@ -75,22 +74,24 @@ class MeasuredQuantizedSource(QuantizedSource):
 
     def _measured(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
         w = self._source.read(name, part)
-        matrix, groups = params.MATRICES[name], self.tensors[name].groups
+        param, groups = self.tensors[name].param, self.tensors[name].groups
         assert groups is not None
-        columns = w.ndim - matrix.col_dims
+        row_dims, col_dims = param.contract_dims, param.output_dims
+        columns = w.ndim - col_dims
         values = np.empty(w.shape, np.int8)
-        scales = np.empty(params.scales_shape(name, w.shape, groups), ml_dtypes.bfloat16)
+        lead, _, column_sizes = param.split(w.shape)
+        scales = np.empty((*lead, groups, *column_sizes), ml_dtypes.bfloat16)
         width = max(1, STRIPE_BYTES * w.shape[columns] // (w.size * 4))
 
         def quantize_stripe(start: int) -> RoundingError:
-            after = (slice(None),) * (matrix.col_dims - 1)
+            after = (slice(None),) * (col_dims - 1)
             cut: Any = (..., slice(start, start + width), *after)
             stripe = w[cut].astype(np.float32)
             if not np.isfinite(stripe).all():
                 raise CheckpointError(f"{self.path}: {name} has values that are not finite.")
-            q, s = quantize(stripe, groups, matrix.row_dims, matrix.col_dims)
+            q, s = quantize(stripe, groups, row_dims, col_dims)
             values[cut], scales[cut] = q, s
-            back = dequantize(q, s, np.float32, matrix.row_dims, matrix.col_dims)
+            back = dequantize(q, s, np.float32, row_dims, col_dims)
             return _error(back, stripe)
 
         with ThreadPoolExecutor(THREADS) as pool:

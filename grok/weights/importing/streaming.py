@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from grok.model import params
 from grok.weights.checksums import PieceChecksum
 from grok.weights.orbax.zarr import Slabs, ZarrArray, arrays, create, write_slabs
 from grok.weights.source import (
@@ -152,7 +151,7 @@ def _read_ahead(source: Source, some: Iterable[Piece]) -> Iterator[_Block]:
 
 def _cut(source: Source, piece: Piece) -> Iterator[list[Slabs]]:
     """The slabs of each block of a piece."""
-    if source.stores_rows or piece.spec.name not in params.MATRICES:
+    if source.stores_rows or not piece.spec.param.is_matmul:
         for shard in piece.values.shards(piece.part):
             for slabs in piece.values.slabs(shard, BLOCK_BYTES):
                 yield [slabs]

@@ -1,6 +1,5 @@
 """Our own checkpoints as a source: those that runs saved through Orbax, and those of imports."""
 
-import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -11,10 +10,11 @@ import numpy as np
 
 from grok import storage
 from grok.checkpoint.integrity import UNFINISHED
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 from grok.config.load import from_dict, load_config
 from grok.errors import CheckpointError
-from grok.model import params
+from grok.model.param_spec import ParamSpec
+from grok.model.params import param_specs
 from grok.weights.orbax.metadata import COMMITTED, LORA, METADATA, MODEL, Tree, read_meta, read_tree
 from grok.weights.orbax.zarr import open_array, wait
 from grok.weights.source import Part, Source, TensorSpec
@@ -34,7 +34,7 @@ class OrbaxSource(Source):
 
     format = "orbax"
 
-    def __init__(self, path: str | os.PathLike[str], config: GrokConfig | None = None):
+    def __init__(self, path: str | os.PathLike[str], config: ModelConfig | None = None):
         self.path = os.fspath(path)
         self.step = step_folder(self.path)
         meta = read_meta(self.step)
@@ -43,8 +43,7 @@ class OrbaxSource(Source):
         self._folder = storage.join(self.step, MODEL)
         self._arrays = ArrayTree(self._folder, read_tree(self._folder))
         self.tensors: Mapping[str, TensorSpec] = {
-            name: self._arrays.spec(name, shape)
-            for name, shape in params.shapes(self.config).items()
+            name: self._arrays.spec(param) for name, param in param_specs(self.config).items()
         }
         self._arrays.check_no_others(self.tensors)
 
@@ -69,18 +68,19 @@ class ArrayTree:
         }
         self._stores = {name: self._wait(name, future) for name, future in opening.items()}
 
-    def spec(self, name: str, shape: tuple[int, ...]) -> TensorSpec:
-        """The spec of the tensor `name`, which should have `shape`."""
+    def spec(self, param: ParamSpec) -> TensorSpec:
+        """The spec of the stored tensor of a parameter."""
+        name, shape = param.name, param.shape
         if f"{name}/values" not in self._stores:
             dtype = self._check(name, shape, FLOATS)
-            return TensorSpec(name, shape, dtype)
+            return TensorSpec(param, dtype)
         dtype = self._check(f"{name}/values", shape, (np.dtype(np.int8),))
         scales_shape = self._store(f"{name}/scales").shape
-        axis = len(params.rows_and_columns(name, shape)[0]) if name in params.MATRICES else 0
+        axis = param.lead_dims if param.is_matmul else 0
         groups = scales_shape[axis] if axis < len(scales_shape) else 1
-        spec = TensorSpec(name, shape, dtype, groups)
+        spec = TensorSpec(param, dtype, groups)
         self._check(f"{name}/scales", spec.scales_shape, (np.dtype(ml_dtypes.bfloat16),))
-        rows = math.prod(params.rows_and_columns(name, shape)[1])
+        rows = param.contract_size
         if rows % groups:
             raise CheckpointError(
                 f"{self._folder}: {name} has {groups} groups of scales, and its {rows} rows cannot "
@@ -161,7 +161,7 @@ def _is_finished(step: str) -> bool:
     return UNFINISHED not in Path(step).name and any(tree.is_file() for tree in trees)
 
 
-def _config(step: str, meta: dict[str, Any]) -> GrokConfig:
+def _config(step: str, meta: dict[str, Any]) -> ModelConfig:
     beside = Path(step).parent.parent / "config.yaml"
     if not storage.is_remote(step) and beside.is_file():
         return load_config(beside).model

@@ -27,7 +27,6 @@ import tensorstore as ts
 
 from grok import storage
 from grok.errors import CheckpointError
-from grok.model import params
 from grok.weights.source import Part, TensorSpec
 
 SHARD_BYTES = 1 << 28
@@ -104,9 +103,7 @@ class ZarrArray:
 def arrays(spec: TensorSpec) -> tuple[ZarrArray, ZarrArray | None]:
     """The arrays of a tensor: of values and, for int8, of scales."""
     name = spec.name.replace("/", ".")
-    lead = int(name.startswith("layers."))
-    if spec.name in params.MATRICES:
-        lead = len(params.rows_and_columns(spec.name, spec.shape)[0])
+    lead = spec.param.lead_dims if spec.param.is_matmul else int(spec.param.is_stacked)
     matrix, ones = spec.shape[lead:], (1,) * lead
     # Of a vector, devices need all.
     letters = name.rpartition("_")[2][-len(matrix) :] if len(matrix) > 1 else "-"

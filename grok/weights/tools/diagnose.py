@@ -5,18 +5,18 @@ import math
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from grok import storage
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 from grok.errors import CheckpointError
 from grok.resumable import journal_lines
 from grok.weights.huggingface.safetensors import parse_object
 from grok.weights.huggingface.source import INDEX
 from grok.weights.importing.importer import JOURNAL, STAGING
-from grok.weights.source import TensorSpec
 from grok.weights.xai.objects import StoredTensor
 from grok.weights.xai.source import ReleaseTensor, tensor_names, tensor_shapes
 from grok.weights.xai.unpickler import read_tensor
@@ -55,7 +55,7 @@ class Diagnosis:
     num_layers: int = 0
 
 
-def diagnose(path: str, config: GrokConfig | None = None) -> Diagnosis:
+def diagnose(path: str, config: ModelConfig | None = None) -> Diagnosis:
     """Describes the weights at `path`, which `open_source` refused; raises nothing."""
     try:
         present = set(storage.list_files(path, CheckpointError))
@@ -72,7 +72,7 @@ def diagnose(path: str, config: GrokConfig | None = None) -> Diagnosis:
     return Diagnosis()
 
 
-def _release(path: str, present: set[str], config: GrokConfig | None) -> Diagnosis:
+def _release(path: str, present: set[str], config: ModelConfig | None) -> Diagnosis:
     numbers = [int(name[6:11]) for name in present if re.fullmatch(r"tensor\d{5}_000", name)]
     if not numbers:
         return Diagnosis("xai")
@@ -91,7 +91,10 @@ def _release(path: str, present: set[str], config: GrokConfig | None) -> Diagnos
             else:
                 stored[tensor.name].append(result)
     stored = {name: layers for name, layers in stored.items() if layers}
-    summaries = tuple(_summarize(name, layers, config) for name, layers in stored.items())
+    stacked = {tensor.name for tensor in expected if tensor.layer is not None}
+    summaries = tuple(
+        _summarize(name, layers, name in stacked, config) for name, layers in stored.items()
+    )
     shapes = {name: layers[0].values.shape for name, layers in stored.items()}
     return Diagnosis("xai", summaries, tuple(problems), shapes, num_layers)
 
@@ -115,13 +118,15 @@ def _missing(missing: list[str], count: int) -> str:
     return f"{len(missing)} of {count} files are missing: {named}{others}."
 
 
-def _summarize(name: str, layers: list[StoredTensor], config: GrokConfig | None) -> TensorSummary:
+def _summarize(
+    name: str, layers: list[StoredTensor], stacked: bool, config: ModelConfig | None
+) -> TensorSummary:
     """A release's tensor, of which some layers may be missing."""
     values, scales = layers[0].values, layers[0].scales
     shape = values.shape
     if config is not None and tensor_shapes(config)[name].in_file == shape:
         shape = tensor_shapes(config)[name].in_tree
-    if name.startswith("layers/"):
+    if stacked:
         shape = (len(layers), *shape)
     groups = scales.shape[-2] if scales else None
     nbytes = sum(layer.nbytes for layer in layers)
@@ -143,21 +148,21 @@ def _import(path: str) -> Diagnosis:
     journal = storage.join(path, STAGING, JOURNAL)
     try:
         identity, *entries = journal_lines(storage.read_bytes(journal, CheckpointError))
-        specs = [
-            TensorSpec(name, tuple(shape), DTYPES[dtype], groups)
-            for name, (shape, dtype, groups) in identity["tensors"].items()
-        ]
         counts = Counter(entry["name"] for entry in entries)
-        tensors = tuple(_imported(spec, counts[spec.name]) for spec in specs if counts[spec.name])
-        finished, total = sum(t.bytes for t in tensors), sum(spec.nbytes for spec in specs)
+        facts = identity["tensors"]
+        tensors = tuple(
+            _imported(name, facts[name], counts[name]) for name in facts if counts[name]
+        )
+        finished = sum(tensor.bytes for tensor in tensors)
+        total = sum(tensor["bytes"] for tensor in facts.values())
     except (ValueError, KeyError, TypeError, AttributeError):
         return Diagnosis("orbax", problems=(f"{journal}: is not the journal of an import.",))
     return Diagnosis("orbax", tensors, (f"{finished:,} of {total:,} bytes are imported.",))
 
 
-def _imported(spec: TensorSpec, pieces: int) -> TensorSummary:
+def _imported(name: str, facts: dict[str, Any], pieces: int) -> TensorSummary:
     """A tensor of which this number of layers is imported; a tensor without layers is one piece."""
-    shape, nbytes = spec.shape, spec.nbytes
-    if spec.name.startswith("layers/"):
+    shape, nbytes = tuple(facts["shape"]), facts["bytes"]
+    if facts["layers"] is not None:
         shape, nbytes = (pieces, *shape[1:]), nbytes * pieces // shape[0]
-    return TensorSummary(spec.name, shape, str(spec.dtype), spec.groups, nbytes)
+    return TensorSummary(name, shape, facts["dtype"], facts["groups"], nbytes)

@@ -4,10 +4,11 @@ import dataclasses
 import os
 from typing import Any
 
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 from grok.config.load import load_config
 from grok.config.presets import presets
 from grok.errors import CheckpointError, ConfigError
+from grok.model.params import num_active_parameters, num_parameters
 from grok.weights.detect import open_source
 from grok.weights.huggingface.source import HuggingFaceSource, read_config_json
 from grok.weights.orbax.metadata import read_meta
@@ -39,7 +40,7 @@ class Inspection:
     path: str
     format: str | None
     tensors: tuple[TensorSummary, ...] = ()
-    config: GrokConfig | None = None
+    config: ModelConfig | None = None
     origins: dict[str, str] = dataclasses.field(default_factory=dict)
     preset: str | None = None
     fitting: tuple[str, ...] = ()
@@ -63,10 +64,10 @@ class Inspection:
         """Parameters in total, used by a token, and used by a token without the embedding."""
         if self.config is None:
             return None
-        active = self.config.num_active_parameters()
+        active = num_active_parameters(self.config)
         embedding = self.config.vocab_size * self.config.embed_dim
         return {
-            "total": self.config.num_parameters(),
+            "total": num_parameters(self.config),
             "active": active,
             "active_without_embedding": active - embedding,
         }
@@ -93,7 +94,7 @@ class Inspection:
         }
 
 
-def inspect(path: str | os.PathLike[str], config: GrokConfig | None = None) -> Inspection:
+def inspect(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Inspection:
     """Inspects the weights at `path`, in any format; `config` as for `open_source`.
 
     Reads headers and no weights. Errors become `problems`.
@@ -127,12 +128,12 @@ def inspect(path: str | os.PathLike[str], config: GrokConfig | None = None) -> I
     )
 
 
-def preset_of(config: GrokConfig) -> str | None:
+def preset_of(config: ModelConfig) -> str | None:
     """The preset that computes what `config` does, if any."""
     return next((p for p, model in _presets().items() if not differing_field(model, config)), None)
 
 
-def _fitting(source: Source, config: GrokConfig | None) -> tuple[str, ...]:
+def _fitting(source: Source, config: ModelConfig | None) -> tuple[str, ...]:
     if source.format != "xai" or config is not None:
         return ()
     shapes = {name: shape.in_file for name, shape in tensor_shapes(source.config).items()}
@@ -141,7 +142,7 @@ def _fitting(source: Source, config: GrokConfig | None) -> tuple[str, ...]:
     return tuple(p for p, model in presets.items() if model.num_layers == layers and p != same)
 
 
-def _presets_of_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, GrokConfig]:
+def _presets_of_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, ModelConfig]:
     """The presets whose tensors of these names have these shapes in a release's files."""
     return {
         preset: model
@@ -150,15 +151,15 @@ def _presets_of_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, GrokConf
     }
 
 
-def _presets() -> dict[str, GrokConfig]:
+def _presets() -> dict[str, ModelConfig]:
     """The configs of models, without those for a slice to run on."""
     configs = {name: load_config(file) for name, file in presets().items()}
     return {name: run.model for name, run in configs.items() if not run.plan.topology}
 
 
-def _origins(source: Source, config: GrokConfig | None) -> dict[str, str]:
+def _origins(source: Source, config: ModelConfig | None) -> dict[str, str]:
     """The origin of each field's value."""
-    fields = [field.name for field in dataclasses.fields(GrokConfig)]
+    fields = [field.name for field in dataclasses.fields(ModelConfig)]
     if config is not None:
         return {name: FILES if IN_RELEASE.get(name) == FILES else GIVEN for name in fields}
     if source.format == "xai":

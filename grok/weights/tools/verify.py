@@ -18,9 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from grok import storage
-from grok.config import GrokConfig
+from grok.config import ModelConfig
 from grok.errors import CheckpointError
-from grok.model import params
 from grok.weights.checksums import piece_checksum
 from grok.weights.detect import open_source
 from grok.weights.orbax.source import OrbaxSource
@@ -81,7 +80,7 @@ class Comparison:
         assert difference is not None and difference.index is not None
         shape = self.spec.scales_shape if of_scales else self.spec.shape
         index = tuple(int(i) for i in np.unravel_index(difference.index, shape))
-        return (index[0], index[1:]) if self.spec.name.startswith("layers/") else (None, index)
+        return (index[0], index[1:]) if self.spec.param.is_stacked else (None, index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +132,7 @@ class ChecksumResult:
 
 
 def open_both(
-    a: str | os.PathLike[str], b: str | os.PathLike[str], config: GrokConfig | None = None
+    a: str | os.PathLike[str], b: str | os.PathLike[str], config: ModelConfig | None = None
 ) -> tuple[Source, Source]:
     """The sources at two paths. A release tells only part of its config, so without `config` it is
     opened with the other's. Raises CheckpointError as `open_source` does."""
@@ -165,12 +164,12 @@ def check_comparable(a: Source, b: Source) -> None:
         )
 
 
-def differing_field(a: GrokConfig, b: GrokConfig) -> str | None:
+def differing_field(a: ModelConfig, b: ModelConfig) -> str | None:
     """A field by which the two compute different things, if there is one.
 
     Configs of others may have fewer digits, and 1/sqrt(128) depends on who computes it.
     """
-    fields = [f.name for f in dataclasses.fields(GrokConfig) if f.name not in HOW_IT_RUNS]
+    fields = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in HOW_IT_RUNS]
     for name in fields:
         if not math.isclose(getattr(a, name), getattr(b, name), rel_tol=1e-6):
             return name
@@ -244,7 +243,7 @@ def paired_blocks(a: Source, b: Source, name: str) -> Iterator[tuple[BlockValues
 
 def _read(source: Source, name: str, part: Part) -> BlockValues:
     spec = source.tensors[name]
-    col_dims = params.MATRICES[name].col_dims if name in params.MATRICES else 1
+    col_dims = spec.param.output_dims if spec.param.is_matmul else 1
     columns = math.prod(part_shape(part)[-col_dims:])
     values = source.read(name, part).reshape(-1, columns)
     if spec.groups is None:

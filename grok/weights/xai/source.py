@@ -20,9 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from grok import storage
-from grok.config import GrokConfig
+from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.errors import CheckpointError, ConfigError
-from grok.model import params
+from grok.model.param_spec import ParamSpec
+from grok.model.params import param_specs
 from grok.weights.source import Part, Source, TensorSpec, part_shape, read_into, read_part
 from grok.weights.xai.objects import StoredArray, StoredTensor
 from grok.weights.xai.unpickler import read_tensor
@@ -77,24 +78,20 @@ def tensor_names(num_layers: int) -> list[ReleaseTensor]:
     return [ReleaseTensor(f"tensor{index:05d}_000", *row) for index, row in enumerate(rows)]
 
 
-def tensor_shapes(config: GrokConfig) -> dict[str, TensorShape]:
+def tensor_shapes(config: ModelConfig) -> dict[str, TensorShape]:
     """The shapes of each parameter; of one layer, without the axis L."""
-    ours = {
-        name: shape[1:] if name.startswith("layers/") else shape
-        for name, shape in params.shapes(config).items()
-    }
     return {
-        name: TensorShape(_in_file(name, shape), shape, name in params.MATRICES)
-        for name, shape in ours.items()
+        name: TensorShape(
+            _one_layer(spec, spec.as_matrices() if spec.is_matmul else spec.shape),
+            _one_layer(spec, spec.shape),
+            spec.is_matmul,
+        )
+        for name, spec in param_specs(config).items()
     }
 
 
-def _in_file(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The release keeps heads and their width as one axis, heads first."""
-    if name not in params.MATRICES:
-        return shape
-    lead, rows, columns = params.rows_and_columns(name, shape)
-    return (*lead, math.prod(rows), math.prod(columns))
+def _one_layer(spec: ParamSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[1:] if spec.is_stacked else shape
 
 
 class ReleaseSource(Source):
@@ -107,7 +104,7 @@ class ReleaseSource(Source):
 
     format, stores_rows = "xai", True
 
-    def __init__(self, folder: str | os.PathLike[str], config: GrokConfig):
+    def __init__(self, folder: str | os.PathLike[str], config: ModelConfig):
         self.path, self.config = os.fspath(folder), config
         tensors = tensor_names(config.num_layers)
         _check_files(self.path, [tensor.file for tensor in tensors], config.num_layers)
@@ -130,9 +127,9 @@ class ReleaseSource(Source):
             self._stored[tensor.name, tensor.layer] = path, stored
         self.tensors = {
             name: TensorSpec(
-                name, shape, np.dtype("int8" if name in groups else "float32"), groups.get(name)
+                spec, np.dtype("int8" if name in groups else "float32"), groups.get(name)
             )
-            for name, shape in params.shapes(config).items()
+            for name, spec in param_specs(config).items()
         }
 
     def file_of(self, name: str, layer: int | None) -> str:
@@ -148,7 +145,7 @@ class ReleaseSource(Source):
         return self._read(name, part, self.tensors[name].scales_shape, scales=True)
 
     def _read(self, name: str, part: Part, shape: tuple[int, ...], scales: bool) -> np.ndarray:
-        if not name.startswith("layers/"):
+        if not self.tensors[name].param.is_stacked:
             path, array = self._array(name, None, scales)
             return read_part(path, array.offset, shape, array.dtype, part)
         first, stop = part[0].start, part[0].stop
@@ -166,7 +163,7 @@ class ReleaseSource(Source):
         return path, array
 
 
-def implied_config(folder: str | os.PathLike[str]) -> GrokConfig:
+def implied_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The config that a `ckpt-0` folder implies by the number and shapes of its files.
 
     head_dim, the number of selected experts and all multipliers are the release's, since the files
@@ -194,16 +191,14 @@ def implied_config(folder: str | os.PathLike[str]) -> GrokConfig:
             "head_dim of 128; a config must say what head_dim, num_heads and num_kv_heads are."
         )
     try:
-        return GrokConfig(
+        return ModelConfig(
             vocab_size=vocab,
             num_layers=num_layers,
             embed_dim=embed,
-            mlp_dim=mlp,
-            num_heads=queries // 128,
-            num_kv_heads=keys // 128,
-            head_dim=128,
-            num_experts=experts,
-            num_selected_experts=min(2, experts),
+            moe=MoEConfig(dim=mlp, num_experts=experts, num_selected=min(2, experts)),
+            attention=AttentionConfig(
+                num_heads=queries // 128, num_kv_heads=keys // 128, head_dim=128
+            ),
         )
     except ConfigError as error:
         raise CheckpointError(f"{folder}: has the shapes of no model: {error}") from error

@@ -10,29 +10,32 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from grok.config import GrokConfig
-from grok.model import params
-
-# Parameters that are transposed there, and how their axes divide.
-LINEAR = params.MATRICES | {"layers/moe/router_DE": params.Matrix(1, 1)}
+from grok.config import ModelConfig
+from grok.model.param_spec import ParamSpec
+from grok.model.params import param_specs
 
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceTensor:
-    """A tensor there: its name and shape, and the part of the parameter `tree_name` that it holds.
+    """A tensor there: its name, and the part of a parameter that it holds.
 
     `lead` is its layer and expert, as far as the parameter has them.
     """
 
     name: str
-    tree_name: str
+    param: ParamSpec
     lead: tuple[int, ...]
-    shape: tuple[int, ...]
 
     @property
     def transposed(self) -> bool:
         """Returns True for [out, in]."""
-        return self.tree_name in LINEAR
+        return is_linear(self.param)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape there."""
+        _, rows, columns = split_axes(self.param, self.param.shape)
+        return (math.prod(columns), math.prod(rows)) if self.transposed else rows
 
 
 class Adapter(abc.ABC):
@@ -55,7 +58,7 @@ class Adapter(abc.ABC):
         """The layout that tensors of these names are in; None for those of another family."""
 
     @abc.abstractmethod
-    def read_config(self, path: str, data: dict[str, Any]) -> GrokConfig:
+    def read_config(self, path: str, data: dict[str, Any]) -> ModelConfig:
         """The model that `data`, the content of the config.json at `path`, describes.
 
         Raises CheckpointError, with the key, for values that no model of the family can have.
@@ -66,53 +69,49 @@ class Adapter(abc.ABC):
         """The fields of our config that a config.json has."""
 
     @abc.abstractmethod
-    def config_data(self, config: GrokConfig, dtype: str) -> dict[str, Any]:
+    def config_data(self, config: ModelConfig, dtype: str) -> dict[str, Any]:
         """The content of config.json for a model in `export_layout`."""
 
     @abc.abstractmethod
-    def config_numbers(self, config: GrokConfig) -> dict[str, int | float]:
+    def config_numbers(self, config: ModelConfig) -> dict[str, int | float]:
         """The model's sizes and factors under their keys in config.json."""
 
     @abc.abstractmethod
-    def reading_notes(self, config: GrokConfig) -> str:
+    def reading_notes(self, config: ModelConfig) -> str:
         """Text of the model card on the programs that can read an export."""
 
-    def tensors(self, layout: str, config: GrokConfig) -> Iterator[HuggingFaceTensor]:
+    def tensors(self, layout: str, config: ModelConfig) -> Iterator[HuggingFaceTensor]:
         """All tensors of a layout except `tied_head`: table, layers, final norm."""
-        shapes = params.shapes(config)
+        specs = param_specs(config)
         names = self.layouts[layout]
 
         def tensor(tree_name: str, layer: int | None = None, expert: int | None = None):
             name = names[tree_name].format(layer=layer, expert=expert)
             lead = tuple(index for index in (layer, expert) if index is not None)
-            return HuggingFaceTensor(name, tree_name, lead, _shape(tree_name, shapes[tree_name]))
+            return HuggingFaceTensor(name, specs[tree_name], lead)
 
         yield tensor("embed/table_VD")
         for layer in range(config.num_layers):
             for tree_name, name in names.items():
                 if "{expert}" in name:
-                    for expert in range(config.num_experts):
+                    for expert in range(config.moe.num_experts):
                         yield tensor(tree_name, layer, expert)
                 elif "{layer}" in name:
                     yield tensor(tree_name, layer)
         yield tensor("final_norm/scale_D")
 
 
-def _shape(tree_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape there of one layer and expert of a parameter of `shape`."""
-    _, rows, columns = split_axes(tree_name, shape)
-    return (math.prod(columns), math.prod(rows)) if tree_name in LINEAR else rows
+def is_linear(spec: ParamSpec) -> bool:
+    """True of a parameter that is transposed there."""
+    return spec.use in ("matmul", "router")
 
 
-def split_axes(tree_name: str, axes: tuple) -> tuple[tuple, tuple, tuple]:
+def split_axes(spec: ParamSpec, axes: tuple) -> tuple[tuple, tuple, tuple]:
     """A parameter's axes, or one value for each, as those of layer and expert, rows, and columns.
 
     A parameter that is not transposed has rows only.
     """
-    if tree_name not in LINEAR:
-        lead = int(tree_name.startswith("layers/"))
-        return axes[:lead], axes[lead:], ()
-    matrix = LINEAR[tree_name]
-    columns = len(axes) - matrix.col_dims
-    lead = columns - matrix.row_dims
-    return axes[:lead], axes[lead:columns], axes[columns:]
+    if is_linear(spec):
+        return spec.split(axes)
+    lead = int(spec.is_stacked)
+    return axes[:lead], axes[lead:], ()

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from grok.config import GrokConfig
+from grok.config import ModelConfig
+from grok.config.load import flatten, from_dict, nest, to_dict
 from grok.errors import CheckpointError, ConfigError
-from grok.model.layers import RMS_EPSILON
 from grok.weights.huggingface.adapters.adapter import Adapter
 
 HPCAI = "hpcai-tech/grok-1"
@@ -75,22 +75,26 @@ SIZES = {
     "vocab_size": ("vocab_size",),
     "num_layers": ("num_hidden_layers",),
     "embed_dim": ("hidden_size",),
-    "mlp_dim": ("intermediate_size",),
-    "num_heads": ("num_attention_heads",),
-    "num_kv_heads": ("num_key_value_heads",),
-    "head_dim": ("head_dim",),
-    "num_experts": ("num_experts", "num_local_experts"),
-    "num_selected_experts": ("num_experts_per_tok", "num_selected_experts"),
+    "moe.dim": ("intermediate_size",),
+    "attention.num_heads": ("num_attention_heads",),
+    "attention.num_kv_heads": ("num_key_value_heads",),
+    "attention.head_dim": ("head_dim",),
+    "moe.num_experts": ("num_experts", "num_local_experts"),
+    "moe.num_selected": ("num_experts_per_tok", "num_selected_experts"),
     "context_length": ("max_position_embeddings",),
 }
 FACTORS = {
+    "norm.eps": ("rms_norm_eps",),
     "embedding_multiplier": ("embedding_multiplier_scale",),
-    "output_multiplier": ("output_multiplier_scale",),
-    "attn_output_multiplier": ("attn_output_multiplier",),
-    "attn_logit_softcap": ("max_attn_value",),
-    "rope_theta": ("rope_theta",),
+    "logit_multiplier": ("output_multiplier_scale",),
+    "attention.logit_scale": ("attn_output_multiplier",),
+    "attention.logit_softcap": ("max_attn_value",),
+    "attention.rope.theta": ("rope_theta",),
 }
-REQUIRED = ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads")
+REQUIRED = (
+    *("vocab_size", "num_layers", "embed_dim", "moe.dim"),
+    *("attention.num_heads", "attention.num_kv_heads"),
+)
 # No model has more of anything, and arithmetic with more could take for ever.
 LARGEST_SIZE = 1 << 24
 
@@ -110,7 +114,7 @@ class Grok1(Adapter):
                     return layout
         return None
 
-    def read_config(self, path: str, data: dict[str, Any]) -> GrokConfig:
+    def read_config(self, path: str, data: dict[str, Any]) -> ModelConfig:
         """The model that a config.json describes.
 
         Without head_dim it is hidden_size / num_attention_heads; other missing keys have the
@@ -123,30 +127,25 @@ class Grok1(Adapter):
                 values[ours] = _checked(path, key, data[key], size=ours in SIZES)
             elif ours in REQUIRED:
                 raise CheckpointError(f"{path}: {theirs[0]} is missing, a size of the model.")
-        if "head_dim" not in values:
-            if values["embed_dim"] % values["num_heads"]:
+        if "attention.head_dim" not in values:
+            embed_dim, num_heads = values["embed_dim"], values["attention.num_heads"]
+            if embed_dim % num_heads:
                 raise CheckpointError(
-                    f"{path}: hidden_size={values['embed_dim']} is no multiple of "
-                    f"num_attention_heads={values['num_heads']}, so head_dim must be given."
+                    f"{path}: hidden_size={embed_dim} is no multiple of "
+                    f"num_attention_heads={num_heads}, so head_dim must be given."
                 )
-            values["head_dim"] = values["embed_dim"] // values["num_heads"]
-        epsilon = data.get("rms_norm_eps", RMS_EPSILON)
-        if epsilon != RMS_EPSILON:
-            raise CheckpointError(
-                f"{path}: rms_norm_eps is {epsilon!r:.40}; Grok-1's is {RMS_EPSILON}, and there is "
-                "no setting for another."
-            )
+            values["attention.head_dim"] = embed_dim // num_heads
         try:
-            return GrokConfig(**values)
+            return from_dict(nest(values), path, config_type=ModelConfig)
         except ConfigError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+            raise CheckpointError(str(error)) from None
 
     def stated_fields(self, data: dict[str, Any]) -> set[str]:
         """The fields of our config that a config.json has."""
         known = SIZES | FACTORS
         return {ours for ours, theirs in known.items() if any(data.get(key) for key in theirs)}
 
-    def config_data(self, config: GrokConfig, dtype: str) -> dict[str, Any]:
+    def config_data(self, config: ModelConfig, dtype: str) -> dict[str, Any]:
         """The content of config.json for a model in the layout of hpcai-tech/grok-1."""
         return {
             "architectures": ["Grok1ModelForCausalLM"],
@@ -157,7 +156,6 @@ class Grok1(Adapter):
             },
             "model_type": "grok-1",
             **self.config_numbers(config),
-            "rms_norm_eps": RMS_EPSILON,
             "tie_word_embeddings": True,
             "pad_token_id": 0,
             "bos_token_id": 1,
@@ -166,12 +164,13 @@ class Grok1(Adapter):
             "use_cache": True,
         }
 
-    def config_numbers(self, config: GrokConfig) -> dict[str, int | float]:
+    def config_numbers(self, config: ModelConfig) -> dict[str, int | float]:
         """The model's sizes and factors under their keys in config.json."""
-        sizes = {theirs[0]: getattr(config, ours) for ours, theirs in SIZES.items()}
-        return sizes | {theirs[0]: float(getattr(config, ours)) for ours, theirs in FACTORS.items()}
+        values = dict(flatten(to_dict(config)))
+        sizes = {theirs[0]: values[ours] for ours, theirs in SIZES.items()}
+        return sizes | {theirs[0]: float(values[ours]) for ours, theirs in FACTORS.items()}
 
-    def reading_notes(self, config: GrokConfig) -> str:
+    def reading_notes(self, config: ModelConfig) -> str:
         """Text of the model card on the programs that can read an export."""
         text = (
             "A generic decoder cannot read this folder. Its tensors are named and laid out as in "
@@ -181,7 +180,8 @@ class Grok1(Adapter):
             f"[{KEYFAN}](https://huggingface.co/{KEYFAN}) expects other names. No tokenizer is "
             "here either; Grok-1's is the file `tokenizer.model` of xAI's repository."
         )
-        if config.num_heads * config.head_dim != config.embed_dim or config.rope_theta != 10000:
+        c = config.attention
+        if c.num_heads * c.head_dim != config.embed_dim or c.rope.theta != 10000:
             text += (
                 "\n\nThat code takes the width of a head to be hidden_size / num_attention_heads "
                 "and the base of the rotary embedding to be 10000. This model differs (see "

@@ -1,0 +1,82 @@
+"""The token table: it embeds tokens and, transposed, scores them.
+
+Letters: B batch, T length, R rows (tokens), D embed, V vocab.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from grok import sharding
+from grok.config import ModelConfig
+from grok.model.param_spec import ParamSpec, init_params
+from grok.ops.cross_entropy import cross_entropy
+from grok.ops.varying import pvary
+from grok.sharding import Axes
+
+
+class Embedding(nnx.Module):
+    """The one table that embeds tokens and, transposed, scores them."""
+
+    table_VD: nnx.Param
+
+    @staticmethod
+    def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+        """The token table."""
+        shape = (config.vocab_size, config.embed_dim)
+        return {"table_VD": ParamSpec.embed(shape, ("vocab", "embed"))}
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        self.config = config
+        init_params(self, [key], self.param_specs(config), config)
+
+    def _axes(self) -> Axes:
+        """The axes that the table is stored in."""
+        spec = self.param_specs(self.config)["table_VD"]
+        return spec.storage_axes(self.config.param_dtype)
+
+    def embed(self, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+        """Rows of the table, x_BTD. Each device looks up the part of the vocabulary it has."""
+        table_VD = self.table_VD[...].astype(dtype)
+        table_axes = self._axes()
+
+        def local(tokens_BT, table_VD):
+            table_VD = pvary(sharding.unshard_local(table_VD, table_axes))
+            here_BT = tokens_BT - sharding.axis_index("vocab") * table_VD.shape[0]
+            # Out of range on either side reads zeros; negative indices would count from the end.
+            here_BT = jnp.where(here_BT < 0, table_VD.shape[0], here_BT)
+            x_BTD = table_VD.at[here_BT].get(mode="fill", fill_value=0)
+            return sharding.psum(x_BTD, "vocab")
+
+        axes = ("batch", "length"), table_axes
+        form = sharding.shard_map(local, axes, ("batch", "length", None))
+        return form(tokens_BT, table_VD)
+
+    def cross_entropy(self, x_BTD, targets_BT, scale: float):
+        """Cross-entropy and log-partition of every token, (B, T) float32 each, of the scores times
+        `scale`; those of all tokens never exist at once."""
+        table_VD = self.table_VD[...].astype(x_BTD.dtype)
+        table_axes = self._axes()
+
+        def local(x_BTD, targets_BT, table_VD):
+            table_VD = sharding.unshard_local(table_VD, table_axes)
+            x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
+            arrays = jax.tree.map(pvary, (x_RD, table_VD, targets_BT.reshape(-1)))
+            losses = cross_entropy(*arrays, scale, sharding.axis_names("vocab"))
+            return tuple(loss_R.reshape(targets_BT.shape) for loss_R in losses)
+
+        tokens = ("batch", "length")
+        axes = (*tokens, None), tokens, table_axes
+        return sharding.shard_map(local, axes, (tokens, tokens))(x_BTD, targets_BT, table_VD)
+
+    def unembed(self, x_BTD: jax.Array, dtype: str) -> jax.Array:
+        """Scores of all tokens, logits_BTV in float32."""
+        table_VD = self.table_VD[...].astype(dtype)
+        table_VD = sharding.unshard(table_VD, *self._axes())
+        return sharding.einsum(
+            "btd,vd->btv",
+            x_BTD,
+            table_VD,
+            axes=("batch", "length", "vocab"),
+            preferred_element_type=jnp.float32,
+        )
