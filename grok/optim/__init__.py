@@ -1,1 +1,1 @@
-"""Optimizers, schedules, and which parameters each works on."""
+"""Optimizers, schedules, parameter groups."""

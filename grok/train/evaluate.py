@@ -1,4 +1,4 @@
-"""The loss of a model over a whole text."""
+"""The loss of a model over a text."""
 
 from collections.abc import Callable, Iterable
 

@@ -249,8 +249,8 @@ def save_state(
 ) -> None:
     """Starts a save, which continues in the background.
 
-    A failed save is reported, and the run goes on: older checkpoints are whole, and the next save
-    may work. With several hosts it ends all: the others wait for this one in the midst of the save.
+    A failed save is reported, and the run goes on: older checkpoints are intact, and the next save
+    may work. With several hosts it ends all: the others wait for this one in the midst of a save.
     """
 
     def begin() -> None:

@@ -25,16 +25,12 @@ class RunDir:
         self.path = Path(self._temporary.name if self._temporary else folder)
 
     def __enter__(self) -> "RunDir":
-        """Raises CheckpointError where the folder cannot be read."""
+        """Raises CheckpointError if the folder cannot be read."""
         if self._temporary:
-            try:
+            with storage.errors(self._folder, CheckpointError):
                 for name in GROWING:
                     if storage.exists(storage.join(self._folder, name)):
                         storage.copy(storage.join(self._folder, name), self.path / name)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self._folder}: cannot be read: {storage.reason(error)}."
-                ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,9 +52,5 @@ class RunDir:
 
 def write_file(folder: str, name: str, data: bytes) -> None:
     """Writes a file of a run's folder. Raises CheckpointError if it cannot."""
-    try:
+    with storage.errors(folder, CheckpointError, f"{name} cannot be written"):
         storage.write_bytes(storage.join(folder, name), data)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: {name} cannot be written: {storage.reason(error)}."
-        ) from error

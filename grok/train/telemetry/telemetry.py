@@ -6,6 +6,7 @@ on the terminal: progress. Of several processes only the primary does any of thi
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -31,14 +32,12 @@ from grok.train.telemetry.trackers import Tracker, open_trackers
 SMOOTHING = 0.9
 
 
+@dataclasses.dataclass
 class Dispatch:
-    """One step, between `Telemetry.step` and the end of its block, which sets `outputs`: the new
-    state and the metrics that the step returned."""
+    """One step, for the block of `Telemetry.step`, which sets its `outputs`."""
 
-    def __init__(self, is_first_of_shape: bool):
-        """`is_first_of_shape`: no batch of this shape came before, so the step will compile."""
-        self.is_first_of_shape = is_first_of_shape
-        self.outputs: tuple[Any, dict[str, jax.Array]]
+    is_first_of_shape: bool  # no batch of this shape came before: the step will compile
+    outputs: Any = None  # the new state and the metrics
 
 
 class Telemetry:
@@ -173,7 +172,7 @@ class Telemetry:
                 self._manifest.saved(step)
                 self._run_dir.upload()
         except OSError as error:
-            # The next save may find it mended, and the checkpoints tell for themselves.
+            # The next save may work again, and checkpoints do not depend on these files.
             self.log(f"{self._config.folder} cannot be written: {storage.reason(error)}")
 
     def rolled_back(self, step: int, **facts: Any) -> None:
@@ -203,7 +202,7 @@ class SmoothedLoss:
         self._sum = self._weight = 0.0
 
     def add(self, loss: float) -> float:
-        """The mean with `loss`; a loss that is not finite before any other is given back."""
+        """Returns the mean with `loss`; a loss that is not finite before any other is returned."""
         if math.isfinite(loss):
             self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
