@@ -67,7 +67,7 @@ def test_the_loss_falls_by_adapters_alone(tuned: RunConfig):
     assert losses[-1] < losses[0] - 0.5
     release, merged = (open_source(path, tuned.model) for path in (RELEASE, tuned.folder))
     for name, spec in merged.tensors.items():
-        before, after = release.read(name, spec.whole), merged.read(name, spec.whole)
+        before, after = release.read(name, spec.full_part), merged.read(name, spec.full_part)
         if release.tensors[name].groups is None:
             np.testing.assert_array_equal(after, before.astype(np.float32))
 
