@@ -311,7 +311,7 @@ def test_unfinished_checkpoints_are_no_checkpoints(tmp_path, copy):
     with pytest.raises(CheckpointError, match=r"tmp-1: is a checkpoint that was not finished"):
         OrbaxSource(copy / "checkpoints" / "0.orbax-checkpoint-tmp-1")
     (tmp_path / "started" / ".import").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"started: .* is an unfinished import"):
+    with pytest.raises(CheckpointError, match=r"started: is an unfinished import"):
         OrbaxSource(tmp_path / "started")
     with pytest.raises(CheckpointError, match=r"nowhere: cannot be read: No such file"):
         OrbaxSource(tmp_path / "nowhere")
