@@ -59,10 +59,6 @@ class FloatSource(Source):
             return values.astype(self._dtype, copy=False)
         return _dequantize_part(self._source, spec, part, values, self._dtype)
 
-    def read_scales(self, name: str, part: Part) -> np.ndarray:
-        """A float tensor has none."""
-        raise AssertionError(f"{name} is {self._dtype} and has no scales")
-
 
 class QuantizedSource(Source):
     """A source of floats with its matrices as int8 and all else in float32."""

@@ -61,7 +61,3 @@ class LoraSource(Source):
         b = self._arrays.read(f"{name}/b", (*lead, rank, *columns))
         adapted = LoraArray(base, a, b, self._scale)
         return merge_adapter(adapted, spec.contract_dims, spec.output_dims)
-
-    def read_scales(self, name: str, part: Part) -> np.ndarray:
-        """A float tensor has none."""
-        raise AssertionError(f"{name} is float32 and has no scales")

@@ -8,7 +8,7 @@ import abc
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -17,8 +17,10 @@ from grok.config import ModelConfig
 from grok.errors import CheckpointError
 from grok.model.param_spec import ParamSpec
 
-# One slice for each axis, with start and stop given and no step.
+# A slice with start and stop, and no step, for each axis.
 Part = tuple[slice, ...]
+# Called with a tensor's name, the bytes done so far, and all bytes; by one thread at a time.
+OnProgress = Callable[[str, int, int], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +82,14 @@ class Source(abc.ABC):
     def read(self, name: str, part: Part) -> np.ndarray:
         """Values of a part, in the dtype of the tensor's spec."""
 
-    @abc.abstractmethod
     def read_scales(self, name: str, part: Part) -> np.ndarray:
-        """Scales of a part, a part of `TensorSpec.scales_shape`, bfloat16."""
+        """Scales of an int8 tensor, bfloat16; `part` is a part of `TensorSpec.scales_shape`."""
+        raise AssertionError(f"{name} is {self.tensors[name].dtype} and has no scales")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for spec in self.tensors.values())
 
     @property
     def dtype(self) -> str:

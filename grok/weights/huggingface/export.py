@@ -8,7 +8,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
@@ -25,7 +25,7 @@ from grok.weights.huggingface.adapters import EXPORT_ADAPTER
 from grok.weights.huggingface.adapters.adapter import HuggingFaceTensor
 from grok.weights.huggingface.shard_plan import Shard, index_data, json_text, plan
 from grok.weights.huggingface.source import CONFIG, INDEX, UNFINISHED
-from grok.weights.source import Source, blocks, scales_part
+from grok.weights.source import OnProgress, Source, blocks, scales_part
 from grok.weights.transpose import strips
 
 SHARD_BYTES = 5_000_000_000
@@ -33,10 +33,6 @@ DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float
 # Tensors that are read, converted and written at a time, each with one matrix in memory: at most so
 # many, and so many bytes of matrices, which a source may need twice while it reads them.
 WORKERS, MATRIX_BYTES = 4, 1 << 31
-
-# Called with a tensor's name there, the bytes written so far, and the bytes of the export; by one
-# thread at a time.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +58,7 @@ def export_huggingface(
     shard_bytes: int = SHARD_BYTES,
     base_weights: str | None = None,
     data_manifest: str | os.PathLike[str] | None = None,
-    on_progress: Progress = lambda name, done, total: None,
+    on_progress: OnProgress = lambda name, done, total: None,
 ) -> Exported:
     """Writes `source` to the local `folder` in "bfloat16" or "float32".
 
@@ -120,7 +116,7 @@ def _is_finished(file: Path, shard: Shard) -> bool:
 class _ProgressCounter:
     """Counts the bytes written by all threads, and reports them."""
 
-    def __init__(self, shards: list[Shard], todo: list[Shard], on_progress: Progress) -> None:
+    def __init__(self, shards: list[Shard], todo: list[Shard], on_progress: OnProgress) -> None:
         self._total = sum(shard.data_bytes for shard in shards)
         self._done = self._total - sum(shard.data_bytes for shard in todo)
         self._on_progress, self._lock = on_progress, threading.Lock()

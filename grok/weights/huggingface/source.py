@@ -80,10 +80,6 @@ class HuggingFaceSource(Source):
             self._check_tied(self._tied_head, part, out)
         return out
 
-    def read_scales(self, name: str, part: Part) -> np.ndarray:
-        """A float tensor has none."""
-        raise AssertionError(f"{name} is {self.tensors[name].dtype} and has no scales")
-
     def _read_one(self, out_RC: np.ndarray, name: str, index: tuple, rows: Part, columns: Part):
         entry = self._entries[name, index]
         _, row_sizes, column_sizes = split_axes(self.tensors[name].param, self.tensors[name].shape)
@@ -138,8 +134,13 @@ def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, T
         )
     index = _read_index(storage.join(folder, INDEX)) if INDEX in present else None
     if index is not None:
-        _check_files(folder, present, index)
         files = sorted(set(index.values()))
+        for name, file in index.items():
+            if present.get(file) is None:
+                raise CheckpointError(
+                    f"{storage.join(folder, file)}: is missing; the index says that it has "
+                    f"{quoted(name)}."
+                )
     else:
         files = sorted(f for f in present if f.endswith(".safetensors") and not f.startswith("."))
         if not files:
@@ -162,15 +163,6 @@ def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, T
     if not entries:
         raise CheckpointError(f"{folder}: its safetensors files have no tensors.")
     return entries
-
-
-def _check_files(folder: str, present: Mapping[str, int | None], index: dict[str, str]) -> None:
-    for name, file in index.items():
-        if present.get(file) is None:
-            raise CheckpointError(
-                f"{storage.join(folder, file)}: is missing; the index says that it has "
-                f"{quoted(name)}."
-            )
 
 
 def _check_index(folder: str, index: dict[str, str], entries: dict[str, TensorInfo]) -> None:

@@ -8,7 +8,6 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,9 @@ from grok.weights.checksums import ALGORITHM
 from grok.weights.importing.quantization_error import MeasuredQuantizedSource, RoundingError
 from grok.weights.importing.streaming import Piece, all_arrays, all_pieces, stream
 from grok.weights.orbax.metadata import MODEL, read_meta, write_files
-from grok.weights.source import Source, layer_pieces
+from grok.weights.source import OnProgress, Source, layer_pieces
 
 STAGING, JOURNAL = ".import", "journal.jsonl"
-
-# Called with a tensor's name, the bytes written so far, and the bytes of the checkpoint.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +50,7 @@ def import_weights(
     folder: str | os.PathLike[str],
     run: RunConfig,
     tokenizer: Path | None = None,
-    on_progress: Progress = lambda name, done, total: None,
+    on_progress: OnProgress = lambda name, done, total: None,
 ) -> Imported:
     """Makes `folder` the folder of a run whose checkpoint of step 0 holds the weights of `source`.
 
@@ -127,7 +123,7 @@ def _identity(source: Source) -> dict[str, Any]:
 
 
 def _copy(
-    source: Source, pieces: list[Piece], folder: Path, journal: Journal, on_progress: Progress
+    source: Source, pieces: list[Piece], folder: Path, journal: Journal, on_progress: OnProgress
 ) -> int:
     """Writes the unfinished pieces into `folder`; returns the bytes written."""
     finished = {(entry["name"], entry["layer"]) for entry in journal.entries}
@@ -173,7 +169,7 @@ def _summary(source: Source, journal: Journal) -> dict[str, Any]:
         "dtype": source.dtype,
         "tensors": len(source.tensors),
         "parameters": num_parameters(source.config),
-        "bytes": sum(spec.nbytes for spec in source.tensors.values()),
+        "bytes": source.nbytes,
         "checksum": ALGORITHM,
         "checksums": checksums,
         "rounding_errors": {

@@ -13,17 +13,18 @@ from grok.errors import CheckpointError
 from grok.storage import StrPath, join
 from grok.weights.cast import converted
 from grok.weights.detect import open_source
-from grok.weights.importing.importer import Imported, Progress, import_weights
+from grok.weights.importing.importer import Imported, import_weights
 from grok.weights.importing.quantization_error import MeasuredQuantizedSource
 from grok.weights.orbax.metadata import read_meta
 from grok.weights.orbax.source import step_folder
+from grok.weights.source import OnProgress
 
 
 def export_params(
     src: StrPath,
     dst: StrPath,
     dtype: str | None = None,
-    on_progress: Progress = lambda name, done, total: None,
+    on_progress: OnProgress = lambda name, done, total: None,
 ) -> Imported:
     """Writes the parameters of the checkpoint at `src` (a run, its `checkpoints`, or a step), local
     or gs://, to the new local folder `dst`, with the run's config and tokenizer.

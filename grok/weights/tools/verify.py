@@ -11,7 +11,7 @@ One matrix of each source is compared, in chunks, while the next is read.
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import ml_dtypes
@@ -24,6 +24,7 @@ from grok.weights.checksums import piece_checksum
 from grok.weights.detect import open_source
 from grok.weights.orbax.source import OrbaxSource
 from grok.weights.source import (
+    OnProgress,
     Part,
     Source,
     TensorSpec,
@@ -42,9 +43,6 @@ CHUNK_VALUES = 1 << 18
 
 # Fields of a config without effect on the values that a model computes.
 HOW_IT_RUNS = ("context_length", "param_dtype", "compute_dtype", "remat")
-
-# Called with a tensor's name, the bytes compared so far, and all bytes.
-Progress = Callable[[str, int, int], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +194,7 @@ def compare(
     a: Source,
     b: Source,
     tolerance: float = 0.0,
-    on_progress: Progress = lambda name, done, total: None,
+    on_progress: OnProgress = lambda name, done, total: None,
 ) -> Iterator[Comparison]:
     """Yields the comparison of each tensor of `a` and `b`.
 
@@ -205,7 +203,7 @@ def compare(
     files that cannot be read.
     """
     check_comparable(a, b)
-    done, total = 0, total_bytes(a, b)
+    done, total = 0, a.nbytes + b.nbytes
     on_progress("", done, total)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, spec in a.tensors.items():
@@ -218,11 +216,6 @@ def compare(
                 done += ours.nbytes + theirs.nbytes
                 on_progress(name, done, total)
             yield Comparison(spec, method, values, scales if method.dtype == INT8 else None)
-
-
-def total_bytes(*sources: Source) -> int:
-    """The bytes of all tensors of these sources."""
-    return sum(spec.nbytes for source in sources for spec in source.tensors.values())
 
 
 def paired_blocks(a: Source, b: Source, name: str) -> Iterator[tuple[BlockValues, BlockValues]]:
@@ -274,7 +267,7 @@ def _compare_values(
 
 
 def verify_checksums(
-    source: Source, on_progress: Progress = lambda name, done, total: None
+    source: Source, on_progress: OnProgress = lambda name, done, total: None
 ) -> Iterator[ChecksumResult]:
     """Compares each tensor of our own checkpoint with the checksums that its import stored.
 
@@ -285,7 +278,7 @@ def verify_checksums(
             f"{source.path}: keeps no checksums, as checkpoints from `grok import` do; name a "
             "second checkpoint to compare it with."
         )
-    done, total = 0, total_bytes(source)
+    done, total = 0, source.nbytes
     on_progress("", done, total)
     with ThreadPoolExecutor(4) as pool:
         for name, spec in source.tensors.items():
