@@ -165,14 +165,14 @@ def write_bytes(path: StrPath, data: bytes) -> None:
 
 
 def copy(source: StrPath, target: StrPath) -> None:
-    """Copies a small file, each end here or at gs://, as `write_bytes` writes it."""
+    """Copies a small file, from and to a local path or gs://, atomically."""
     write_bytes(target, read_bytes(source))
 
 
 def move(source: StrPath, target: StrPath) -> None:
-    """Renames a folder, both here or both at gs://; `target` must not be there.
+    """Renames a folder, both paths local or both at gs://; `target` must not exist.
 
-    Here that is one step; in a bucket all files are copied, inside it, and then deleted.
+    Locally that is atomic; in a bucket all files are copied, inside it, and then deleted.
     """
     if not is_remote(source):
         Path(target).parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def move(source: StrPath, target: StrPath) -> None:
         return
     with errors(source):
         system, inside = remote(source)
-        # Its own `mv` asks for a renaming that emulators do not know.
+        # The client's own `mv` uses a request that emulators lack.
         for name in list_tree(source):
             system.cp_file(f"{inside}/{name}", f"{remote(target)[1]}/{name}")
         system.rm(inside, recursive=True)
@@ -209,18 +209,18 @@ def remote(path: StrPath) -> tuple[Any, str]:
 @functools.cache
 def google_storage(emulated: bool) -> Any:
     """The client of gs://, or of an emulator that the environment names."""
-    # It would ask each bucket's layout by gRPC first, for minutes where nothing answers.
+    # The client would first request each bucket's layout by gRPC, for minutes without an answer.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    # Imported late: it takes a second, which local files need not cost.
+    # Importing it takes a second, which local files need not cost.
     from gcsfs.core import GCSFileSystem  # type: ignore[import-untyped]
 
-    # It logs each refusal with a stack trace; what a user should know is raised as well.
+    # It logs each refusal with a stack trace, and raises it as well.
     logging.getLogger("gcsfs").addHandler(logging.NullHandler())
     return GCSFileSystem(**_options(emulated))
 
 
 def prepare(folder: StrPath) -> None:
-    """Readies the clients that libraries make by themselves for gs://, where `folder` is there."""
+    """Configures the clients of gs:// that libraries create, where `folder` is there."""
     if is_remote(folder):
         import fsspec.config
 
@@ -231,8 +231,8 @@ def prepare(folder: StrPath) -> None:
 
 
 def _options(emulated: bool) -> dict[str, Any]:
-    # An emulator knows no accounts, and looking for one would ask Google's servers. What was listed
-    # is not kept, since others write there.
+    # An emulator has no accounts, and looking for one would ask Google's servers. Listings are not
+    # cached, since others write there.
     return {"token": "anon" if emulated else None, "use_listings_cache": False}
 
 
@@ -269,5 +269,5 @@ def _size(entry: os.DirEntry[str]) -> int | None:
     try:
         return None if entry.is_dir() else entry.stat().st_size
     except OSError:
-        # A link that leads nowhere: whoever needs the file hears of it on opening.
+        # A broken link: opening it raises.
         return entry.stat(follow_symlinks=False).st_size

@@ -1,1 +1,1 @@
-"""Weights on disk: our own checkpoints, and the formats that Grok-1 was published in."""
+"""A run's own checkpoints: saved through Orbax, retained by policy, and checked for damage."""

@@ -47,7 +47,7 @@ def hf(src, dst, config, dtype, shard_size, base_weights, data_manifest) -> None
     """Write the weights at SRC to the folder DST as Hugging Face's hpcai-tech/grok-1 has them.
 
     SRC, local or gs://, is a ckpt-0 folder, a Hugging Face folder, or a checkpoint of grok. After
-    an interruption the same command goes on with the files that were not finished.
+    an interruption the same command continues with the unfinished files.
     """
     from grok.config.load import load_config
     from grok.progress import byte_progress
@@ -81,7 +81,7 @@ def params(src, dst, dtype) -> None:
 
     SRC, local or gs://, is a run's folder, of which the newest checkpoint is taken, or a step in
     its `checkpoints`. DST is then the folder of a run that all commands read. After an
-    interruption the same command goes on.
+    interruption the same command continues.
     """
     from grok.progress import byte_progress
     from grok.weights.tools.export_params import export_params

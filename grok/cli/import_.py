@@ -67,8 +67,8 @@ def _options(dtype: str) -> Callable:
 def xai(src, dst, config, dtype, scales, tokenizer) -> None:
     """Import xAI's release, the ckpt-0 folder SRC, local or gs://, into the new folder DST.
 
-    int8 matrices stay as they are, bit for bit, or become floats. Ended at any moment, the same
-    command goes on with the tensors that were not finished.
+    int8 matrices stay as they are, bit for bit, or become floats. After an interruption the same
+    command continues with the unfinished tensors.
     """
     _import("xai", src, dst, config, dtype, scales, tokenizer)
 
@@ -78,8 +78,8 @@ def xai(src, dst, config, dtype, scales, tokenizer) -> None:
 def hf(src, dst, config, dtype, scales, tokenizer) -> None:
     """Import the Hugging Face folder SRC, local or gs://, into the new folder DST.
 
-    The layouts of hpcai-tech/grok-1 and keyfan/grok-1-hf are known. Ended at any moment, the same
-    command goes on with the tensors that were not finished.
+    The layouts of hpcai-tech/grok-1 and keyfan/grok-1-hf are known. After an interruption the same
+    command continues with the unfinished tensors.
     """
     _import("huggingface", src, dst, config, dtype, scales, tokenizer)
 

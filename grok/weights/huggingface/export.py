@@ -30,8 +30,8 @@ from grok.weights.transpose import strips
 
 SHARD_BYTES = 5_000_000_000
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
-# Tensors that are read, converted and written at a time, each with one matrix in memory: at most so
-# many, and so many bytes of matrices, which a source may need twice while it reads them.
+# Most tensors that are read, converted and written at a time, each with one matrix in memory, and
+# most bytes of these matrices, which a source may need twice while it reads them.
 WORKERS, MATRIX_BYTES = 4, 1 << 31
 
 

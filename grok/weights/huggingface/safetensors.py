@@ -22,7 +22,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-# What the format's own library allows for a header.
+# Largest header that the format's own library accepts.
 LARGEST_HEADER = 100_000_000
 METADATA = "__metadata__"
 

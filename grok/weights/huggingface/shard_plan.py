@@ -13,7 +13,7 @@ from grok.errors import ConfigError
 from grok.weights.huggingface.adapters.adapter import Adapter, HuggingFaceTensor
 from grok.weights.huggingface.safetensors import header_bytes
 
-# A header is at most this, and for each tensor its name and this, 8 of them for the length.
+# Bytes that bound a header, and its entry for a tensor without the name.
 HEADER_OVERHEAD = 128
 
 

@@ -2,7 +2,7 @@
 
 A folder has `config.json`, the tensors in safetensors files, and an index that says which file has
 which tensor. Two repositories made such folders of the release, in two layouts
-(`adapters/`); the tensors' names tell which one it is.
+(`adapters/`); the names of the tensors identify the layout.
 """
 
 import itertools
@@ -212,7 +212,7 @@ def _arrange(
     whose: str,
     entries: dict[str, TensorInfo],
 ) -> dict[tuple[str, tuple[int, ...]], TensorInfo]:
-    """The entry of each parameter's layer and expert, all there with right shapes and types."""
+    """The tensor of each parameter's layer and expert, with its shape and type checked."""
     size = f"{whose} has {config.num_layers} layers of {config.moe.num_experts} experts"
     arranged: dict[tuple[str, tuple[int, ...]], TensorInfo] = {}
     firsts: dict[str, str] = {}

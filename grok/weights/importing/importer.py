@@ -128,7 +128,7 @@ def _copy(
     """Writes the unfinished pieces into `folder`; returns the bytes written."""
     finished = {(entry["name"], entry["layer"]) for entry in journal.entries}
     todo = [piece for piece in pieces if not (piece.key in finished and piece.is_in(folder))]
-    total, remaining = (sum(piece.nbytes for piece in some) for some in (pieces, todo))
+    total, remaining = (sum(piece.nbytes for piece in group) for group in (pieces, todo))
     folder.mkdir(parents=True, exist_ok=True)
     check_space(folder, remaining, CheckpointError)
     done = total - remaining

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -81,15 +81,15 @@ def all_pieces(source: Source) -> list[Piece]:
     ]
 
 
-def all_arrays(some: Iterable[Piece]) -> list[ZarrArray]:
+def all_arrays(pieces: Iterable[Piece]) -> list[ZarrArray]:
     """The arrays of pieces, each once, in order."""
-    both = itertools.chain.from_iterable((piece.values, piece.scales) for piece in some)
+    both = itertools.chain.from_iterable((piece.values, piece.scales) for piece in pieces)
     return list(dict.fromkeys(array for array in both if array is not None))
 
 
 def stream(
     source: Source,
-    some: Iterable[Piece],
+    pieces: Sequence[Piece],
     folder: Path,
     on_written: Callable[[Piece, int], None],
     on_finished: Callable[[Piece, str], None],
@@ -99,14 +99,13 @@ def stream(
     Calls `on_written` with each number of bytes of a piece written, and `on_finished`, after the
     last, with its checksum. Raises OSError where it cannot be written, and errors of `source`.
     """
-    some = list(some)
-    for array in all_arrays(some):
+    for array in all_arrays(pieces):
         create(folder, array)
     with _Writer(folder, on_written, on_finished) as writer:
-        read = _read_ahead(source, some)
-        for piece, of_piece in itertools.groupby(read, lambda block: block.piece):
+        blocks_read = _read_ahead(source, pieces)
+        for piece, piece_blocks in itertools.groupby(blocks_read, lambda block: block.piece):
             checksum, scales = PieceChecksum(), []
-            for block in of_piece:
+            for block in piece_blocks:
                 checksum.update(block.values, block.scales)
                 for slabs in block.slabs:
                     values = block.values[relative_to(block.part, slabs.part)]
@@ -131,11 +130,11 @@ class _Block:
     scales: np.ndarray | None
 
 
-def _read_ahead(source: Source, some: Iterable[Piece]) -> Iterator[_Block]:
+def _read_ahead(source: Source, pieces: Iterable[Piece]) -> Iterator[_Block]:
     """Yields the blocks of pieces in order, and reads the next ones meanwhile."""
     pending: deque[Future[_Block]] = deque()
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="grok-import-read") as pool:
-        for piece in some:
+        for piece in pieces:
             for slabs in _cut(source, piece):
                 part = tuple(
                     slice(first.start, last.stop)

@@ -55,7 +55,7 @@ class ZarrArray:
     chunk: tuple[int, ...]
 
     def shards(self, part: Part) -> Iterator[Part]:
-        """The shards that make up `part`, in C order; each lies in it whole."""
+        """Yields the shards of `part`, which it must not cut, in C order."""
         starts = (range(s.start, s.stop, size) for s, size in zip(part, self.shard, strict=True))
         for corner in itertools.product(*starts):
             yield tuple(
