@@ -219,7 +219,7 @@ def google_storage(emulated: bool) -> Any:
     return GCSFileSystem(**_options(emulated))
 
 
-def prepare(folder: StrPath) -> None:
+def configure_clients(folder: StrPath) -> None:
     """Configures the clients of gs:// that libraries create, where `folder` is there."""
     if is_remote(folder):
         import fsspec.config

@@ -53,7 +53,7 @@ class Checkpoints:
         self._failures: list[Exception] = []
         self._metrics: dict[int, Mapping[str, float]] = {}
         with storage.errors(self.folder, CheckpointError, "checkpoints cannot be kept there"):
-            storage.prepare(folder)
+            storage.configure_clients(folder)
             handlers = {name: ocp.StandardCheckpointHandler() for name in TREES}
             handlers[META] = ocp.JsonCheckpointHandler()
             policy = retention and _PreservationPolicy(retention, self._metrics)
