@@ -1,6 +1,7 @@
 """From a path to a source of weights, whatever format is there."""
 
 import os
+from collections.abc import Iterable
 
 from grok import storage
 from grok.config import ModelConfig
@@ -22,9 +23,9 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
     CheckpointError where `path` is none of these, or holds another model.
     """
     present = storage.list_files(path, CheckpointError)
-    if any(name.startswith("tensor0") for name in present):
+    if is_release(present):
         return ReleaseSource(path, config or implied_config(path))
-    if "config.json" in present or any(name.endswith(".safetensors") for name in present):
+    if is_huggingface(present):
         return HuggingFaceSource(path, config)
     ours = ("checkpoints", "config.yaml", "_CHECKPOINT_METADATA", ".import")
     if any(name in present for name in ours) or _has_steps(present):
@@ -40,6 +41,16 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
         f"{path}: is neither a ckpt-0 folder (tensor00000_000, ...), nor a Hugging Face folder "
         "(config.json, *.safetensors), nor a checkpoint of grok (checkpoints/)."
     )
+
+
+def is_release(present: Iterable[str]) -> bool:
+    """Returns True for the file names of a ckpt-0 folder, complete or not."""
+    return any(name.startswith("tensor0") for name in present)
+
+
+def is_huggingface(present: Iterable[str]) -> bool:
+    """Returns True for the file names of a Hugging Face folder, complete or not."""
+    return any(name == "config.json" or name.endswith(".safetensors") for name in present)
 
 
 def _merged(step: str, config: ModelConfig | None) -> Source:

@@ -14,6 +14,7 @@ from grok import storage
 from grok.config import ModelConfig
 from grok.errors import CheckpointError
 from grok.resumable import journal_lines
+from grok.weights.detect import is_huggingface, is_release
 from grok.weights.huggingface.safetensors import parse_object
 from grok.weights.huggingface.source import INDEX
 from grok.weights.importing.importer import JOURNAL, STAGING
@@ -59,9 +60,9 @@ def diagnose(path: str, config: ModelConfig | None = None) -> Diagnosis:
     """Describes the weights at `path`, which `open_source` refused; raises nothing."""
     try:
         present = set(storage.list_files(path, CheckpointError))
-        if any(name.startswith("tensor0") for name in present):
+        if is_release(present):
             return _release(path, present, config)
-        if "config.json" in present or any(name.endswith(".safetensors") for name in present):
+        if is_huggingface(present):
             return _huggingface(path, present)
         if STAGING in present:
             return _import(path)

@@ -21,7 +21,7 @@ from grok import storage
 from grok.config import ModelConfig
 from grok.errors import CheckpointError
 from grok.weights.checksums import piece_checksum
-from grok.weights.detect import open_source
+from grok.weights.detect import is_release, open_source
 from grok.weights.orbax.source import OrbaxSource
 from grok.weights.source import (
     OnProgress,
@@ -134,15 +134,14 @@ def open_both(
 ) -> tuple[Source, Source]:
     """The sources at two paths. A release tells only part of its config, so without `config` it is
     opened with the other's. Raises CheckpointError as `open_source` does."""
-    if config is None and _is_release(a) and not _is_release(b):
+    a_is_release, b_is_release = (
+        is_release(storage.list_files(path, CheckpointError)) for path in (a, b)
+    )
+    if config is None and a_is_release and not b_is_release:
         second = open_source(b)
         return open_source(a, second.config), second
     first = open_source(a, config)
-    return first, open_source(b, first.config if _is_release(b) else config)
-
-
-def _is_release(path: str | os.PathLike[str]) -> bool:
-    return any(name.startswith("tensor0") for name in storage.list_files(path, CheckpointError))
+    return first, open_source(b, first.config if b_is_release else config)
 
 
 def check_comparable(a: Source, b: Source) -> None:
