@@ -197,7 +197,7 @@ import dataclasses, json, sys, jax
 sys.path.insert(0, {root!r})
 import grok
 from grok.weights.importing.importer import import_weights
-from grok.weights.load import place
+from grok.weights.load import put_on_mesh
 from tests.fixtures.random_weights import RandomSource
 from grok.config import DataConfig, ModelConfig, RunConfig
 from grok.model.build import to_arrays
@@ -211,7 +211,7 @@ def bytes_read():
 folder, config, sizes, address, process = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(process))
 mesh = grok.make_mesh(*json.loads(sizes))
-place(RandomSource(SMALL), mesh)  # what is imported on first use
+put_on_mesh(RandomSource(SMALL), mesh)  # what is imported on first use
 before = bytes_read()
 model = grok.load(folder, ModelConfig(**json.loads(config)), mesh)
 read, disk = (after - early for early, after in zip(before, bytes_read()))
