@@ -157,7 +157,7 @@ def result_of(run: Path) -> tuple:
     source = OrbaxSource(run)
     digest = hashlib.sha256(source.step.encode().rsplit(b"/", 1)[-1])
     for name, spec in source.tensors.items():
-        digest.update(source.read(name, spec.whole).tobytes())
+        digest.update(source.read(name, spec.full_part).tobytes())
     return [line["step"] for line in lines], lines, digest.hexdigest()
 
 
