@@ -35,7 +35,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What ends documents, and stands before a text without context."""
+        """The token that ends documents and stands before a text without context."""
         return self._pieces.eos_id
 
     def tok_encode(

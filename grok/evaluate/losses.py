@@ -23,7 +23,7 @@ from grok.train.step import eval_step
 
 @dataclasses.dataclass(frozen=True)
 class TextLoss:
-    """What a text costs: `nats` for all its `tokens`, which stand for `bytes` of UTF-8."""
+    """Loss of a text: `nats` over all its `tokens`, which encode `bytes` of UTF-8."""
 
     data: str
     tokens: int
