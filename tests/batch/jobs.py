@@ -25,7 +25,7 @@ def stop():
     os.kill(os.getpid(), int(os.environ["GROK_SIGNAL"]))
 
 at = int(os.environ["GROK_SIGNAL_AT"])
-loader.ServedModel.engine = lambda self, say: Breaking(self.tokenizer, at, stop)
+loader.ServedModel.engine = lambda self, log: Breaking(self.tokenizer, at, stop)
 main()
 """
 
@@ -59,7 +59,7 @@ def answer(config: BatchConfig, monkeypatch, killed_at: int = 0) -> list[dict]:
         raise Killed
 
     monkeypatch.setattr(
-        loader.ServedModel, "engine", lambda self, say: Breaking(self.tokenizer, killed_at, kill)
+        loader.ServedModel, "engine", lambda self, log: Breaking(self.tokenizer, killed_at, kill)
     )
     run(config, Replica(0, 1, True, False))
     return lines(Path(config.output))
@@ -74,13 +74,13 @@ class Process:
     """`grok batch WORDS` with the engine without a model, as one of several hosts."""
 
     def __init__(self, words: list[str], number: int, count: int, at: int = 0, signal: int = 9):
-        place = {"GROK_COORDINATOR": "localhost:1", "GROK_NUM_PROCESSES": str(count)}
+        cluster = {"GROK_COORDINATOR": "localhost:1", "GROK_NUM_PROCESSES": str(count)}
         self._process = subprocess.Popen(
             [sys.executable, "-c", FAKED, "batch", *words],
             cwd=Path(__file__).resolve().parents[2],
             env={
                 **os.environ,
-                **place,
+                **cluster,
                 "GROK_PROCESS_ID": str(number),
                 "GROK_SIGNAL_AT": str(at),
                 "GROK_SIGNAL": str(int(signal)),

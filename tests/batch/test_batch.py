@@ -59,23 +59,23 @@ def test_requests_are_answered_in_order_with_their_ids(config, tmp_path, monkeyp
         {"id": None, "messages": [{"role": "user", "content": "4?"}], "temperature": 0},
     ]
     write_lines(tmp_path / "in.jsonl", records)
-    found = answer(config, monkeypatch)
-    assert [line["index"] for line in found] == [0, 1, 2, 3, 4]
-    assert [line["id"] for line in found] == ["a", None, {"row": 7}, "a", None]
-    assert [len(line["choices"]) for line in found] == [1, 2, 1, 2, 1]
-    assert [choice["finish_reason"] for choice in found[1]["choices"]] == ["length"] * 2
-    assert found[1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
-    scored = found[2]["choices"][0]
+    answered = answer(config, monkeypatch)
+    assert [line["index"] for line in answered] == [0, 1, 2, 3, 4]
+    assert [line["id"] for line in answered] == ["a", None, {"row": 7}, "a", None]
+    assert [len(line["choices"]) for line in answered] == [1, 2, 1, 2, 1]
+    assert [choice["finish_reason"] for choice in answered[1]["choices"]] == ["length"] * 2
+    assert answered[1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    scored = answered[2]["choices"][0]
     assert scored["text"].startswith("The")
     tokens = scored["logprobs"]["tokens"]
     assert "".join(tokens).startswith("The")
     assert scored["logprobs"]["token_logprobs"] == [None] + [-0.5] * (len(tokens) - 1)
-    assert found[4]["choices"][0]["message"]["role"] == "assistant"
+    assert answered[4]["choices"][0]["message"]["role"] == "assistant"
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     counts = (summary["requests"], summary["answered"], summary["failed"], summary["shards"])
     assert counts == (5, 5, 0, 2)
     assert summary["finish_reasons"] == {"length": 7}
-    assert summary["completion_tokens"] == sum(len_of(line) for line in found)
+    assert summary["completion_tokens"] == sum(len_of(line) for line in answered)
 
 
 def len_of(line: dict) -> int:
@@ -108,13 +108,13 @@ def test_what_is_wrong_with_a_request_is_said_of_it_and_the_job_goes_on(
     }
     good = b'{"prompt": "The"}'
     (tmp_path / "in.jsonl").write_bytes(b"\n".join([*bad, good]))
-    found = answer(config, monkeypatch)
-    assert len(found) == len(bad) + 1
-    for line, (parameter, words) in zip(found, bad.values(), strict=False):
+    answered = answer(config, monkeypatch)
+    assert len(answered) == len(bad) + 1
+    for line, (parameter, words) in zip(answered, bad.values(), strict=False):
         error = line.get("error") or line["response"]["body"]["error"]
         assert (error["param"], error["type"]) == (parameter, "invalid_request_error")
         assert words in error["message"]
-    assert found[-1]["choices"][0]["text"]
+    assert answered[-1]["choices"][0]["text"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["answered"], summary["failed"]) == (1, len(bad))
     assert summary["failures"]["record"] == 3
@@ -137,8 +137,8 @@ def test_batch_files_of_openai(config, tmp_path, monkeypatch):
         ],
     )
     first, second, third = answer(config, monkeypatch)
-    assert [each["custom_id"] for each in (first, second, third)] == ["a", "b", "c"]
-    assert [each["response"]["status_code"] for each in (first, second, third)] == [200, 200, 400]
+    assert [line["custom_id"] for line in (first, second, third)] == ["a", "b", "c"]
+    assert [line["response"]["status_code"] for line in (first, second, third)] == [200, 200, 400]
     completion = first["response"]["body"]
     assert (completion["object"], completion["model"]) == ("text_completion", "grok")
     assert len(completion["choices"][0]["logprobs"]["top_logprobs"][0]) == 2
@@ -154,20 +154,20 @@ def test_files_of_all_kinds_and_a_bucket_give_the_same_answers(config, tmp_path,
     records = [{"id": n, "prompt": f"The number {n}", "max_tokens": 1 + n % 3} for n in range(10)]
     write_lines(tmp_path / "in.jsonl", records)
     expected = answer(config, monkeypatch)
-    parts = tmp_path / "parts"
-    parts.mkdir()
-    write_lines(parts / "a.jsonl", records[:3])
-    with gzip.open(parts / "b.jsonl.gz", "wt") as file:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", records[:3])
+    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
         file.write("".join(f"{json.dumps(record)}\n" for record in records[3:5]))
-    parquet.write_table(pyarrow.Table.from_pylist(records[5:]), parts / "c.parquet")
-    (parts / "notes.txt").write_text("not read")
+    parquet.write_table(pyarrow.Table.from_pylist(records[5:]), folder / "c.parquet")
+    (folder / "notes.txt").write_text("not read")
     several = dataclasses.replace(
-        config, input=(str(parts / "*.jsonl*"), str(parts)), output=str(tmp_path / "several")
+        config, input=(str(folder / "*.jsonl*"), str(folder)), output=str(tmp_path / "several")
     )
     doubled = answer(several, monkeypatch)
     assert [line["id"] for line in doubled] == [0, 1, 2, 3, 4, *range(10)]
     with bucket():
-        for file in parts.iterdir():
+        for file in folder.iterdir():
             storage.copy(file, f"gs://bucket/in/{file.name}")
         remote = dataclasses.replace(
             config, input=("gs://bucket/in/*.[jp]*",), output="gs://bucket/out"
@@ -287,9 +287,9 @@ def test_another_job_in_the_same_folder_is_refused(config, tmp_path, monkeypatch
 )
 def test_input_that_cannot_be_used(config, tmp_path, monkeypatch, name, text, words):
     (tmp_path / name).write_text(text)
-    given = name if name == "in.txt" else "in.jsonl"
+    name_in_config = name if name == "in.txt" else "in.jsonl"
     with pytest.raises(DataError, match=words):
-        answer(dataclasses.replace(config, input=(str(tmp_path / given),)), monkeypatch)
+        answer(dataclasses.replace(config, input=(str(tmp_path / name_in_config),)), monkeypatch)
 
 
 def test_an_output_that_is_a_file_is_refused(config, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ class FakeEngine:
 
     @property
     def unfinished(self) -> int:
-        return len({each.request.id for each in [*self._waiting, *self._running]})
+        return len({sequence.request.id for sequence in [*self._waiting, *self._running]})
 
     @property
     def stats(self) -> EngineStats:
@@ -34,20 +34,26 @@ class FakeEngine:
             self._waiting.append(_Sequence(request, choice, self._tokenizer))
 
     def cancel(self, request_id: str) -> None:
-        for each in [*self._waiting, *self._running]:
-            if each.request.id == request_id:
-                self._cancelled.append(Output(request_id, each.choice, finish_reason="cancelled"))
-        self._waiting = deque(each for each in self._waiting if each.request.id != request_id)
-        self._running = [each for each in self._running if each.request.id != request_id]
+        for sequence in [*self._waiting, *self._running]:
+            if sequence.request.id == request_id:
+                self._cancelled.append(
+                    Output(request_id, sequence.choice, finish_reason="cancelled")
+                )
+        self._waiting = deque(
+            sequence for sequence in self._waiting if sequence.request.id != request_id
+        )
+        self._running = [
+            sequence for sequence in self._running if sequence.request.id != request_id
+        ]
 
     def step(self) -> list[Output]:
         outputs, self._cancelled = self._cancelled, []
         while self._waiting and len(self._running) < self._slots:
             self._running.append(self._waiting.popleft())
             self._tokens_in += len(self._running[-1].request.prompt)
-        outputs += [each.step() for each in self._running]
+        outputs += [sequence.step() for sequence in self._running]
         self._tokens_out += len(self._running)
-        self._running = [each for each in self._running if not each.finished]
+        self._running = [sequence for sequence in self._running if not sequence.finished]
         return outputs
 
 
@@ -88,5 +94,5 @@ class _Sequence:
 
 
 def _logprobs(token: int, count: int) -> TokenLogprobs:
-    top = tuple((token + place, -0.5 - place) for place in range(count))
+    top = tuple((token + rank, -0.5 - rank) for rank in range(count))
     return TokenLogprobs(token, -0.5, top)

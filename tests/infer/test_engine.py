@@ -30,7 +30,7 @@ KINDS = [
 
 def requests(count: int, top: int = 40) -> list[Request]:
     """Prompts and answers of mixed lengths; each third prompt begins alike."""
-    random, found = np.random.default_rng(0), []
+    random, prompts = np.random.default_rng(0), []
     for i in range(count):
         prompt = tuple(random.integers(4, 320, random.integers(1, 50)).tolist())
         if i % 3 == 0:
@@ -38,20 +38,20 @@ def requests(count: int, top: int = 40) -> list[Request]:
         params = SamplingParams(
             max_tokens=int(random.integers(4, top)), seed=i, **KINDS[i % len(KINDS)]
         )
-        found.append(Request(f"request-{i}", prompt, params))
-    return found
+        prompts.append(Request(f"request-{i}", prompt, params))
+    return prompts
 
 
-def answers(engine: Engine, asked: list[Request]) -> dict[tuple[str, int], tuple]:
+def answers(engine: Engine, batch: list[Request]) -> dict[tuple[str, int], tuple]:
     """Tokens, log-probabilities and end of every answer."""
-    found: dict[tuple[str, int], list] = {}
-    for output in engine.generate(asked):
-        whole = found.setdefault((output.request_id, output.choice), [(), (), None, None])
-        whole[0] += output.token_ids
-        whole[1] += output.logprobs or ()
-        whole[2] = output.prompt_logprobs or whole[2]
-        whole[3] = output.finish_reason
-    return {key: tuple(whole) for key, whole in found.items()}
+    results: dict[tuple[str, int], list] = {}
+    for output in engine.generate(batch):
+        result = results.setdefault((output.request_id, output.choice), [(), (), None, None])
+        result[0] += output.token_ids
+        result[1] += output.logprobs or ()
+        result[2] = output.prompt_logprobs or result[2]
+        result[3] = output.finish_reason
+    return {key: tuple(result) for key, result in results.items()}
 
 
 @pytest.fixture(scope="module", params=["one device", "2x2x2"])
@@ -64,23 +64,23 @@ def engine(tiny_run, request):
 
 
 @pytest.fixture(scope="module")
-def asked(engine) -> list[Request]:
+def batch(engine) -> list[Request]:
     """Every kind thrice on one device, and once on a mesh, where a step takes far longer."""
     return requests(21 if engine._mesh.size == 1 else 7)
 
 
 @pytest.fixture(scope="module")
-def alone(engine, asked):
+def single(engine, batch):
     """What each request gets when nothing else runs."""
-    found = {}
-    for request in asked:
-        found |= answers(engine, [request])
-    return found
+    results = {}
+    for request in batch:
+        results |= answers(engine, [request])
+    return results
 
 
-def test_many_at_once_get_the_tokens_that_each_gets_alone(engine, asked, alone):
+def test_many_at_once_get_the_tokens_that_each_gets_alone(engine, batch, single):
     """Half of the pages that 8 slots could fill, so that some are preempted as well."""
-    assert answers(engine, asked) == alone
+    assert answers(engine, batch) == single
     stats = engine.stats
     assert stats.pages_used == 0
     assert (stats.running, stats.waiting, engine.unfinished) == (0, 0, 0)
@@ -88,11 +88,11 @@ def test_many_at_once_get_the_tokens_that_each_gets_alone(engine, asked, alone):
     assert stats.tokens_cached > 0
 
 
-def test_greedy_tokens_are_those_of_the_full_forward(engine, asked, alone):
-    for request in asked:
+def test_greedy_tokens_are_those_of_the_full_forward(engine, batch, single):
+    for request in batch:
         if request.params.temperature:
             continue
-        tokens = alone[request.id, 0][0]
+        tokens = single[request.id, 0][0]
         # One forward pass over prompt and answer scores every place at once.
         rows = np.zeros((4, 128), np.int32)
         rows[0, : len(request.prompt) + len(tokens)] = request.prompt + tokens
@@ -110,15 +110,15 @@ def test_log_probabilities_are_those_of_the_full_forward(engine):
     rows[0, :45] = prompt + tokens
     scores = np.asarray(jax.nn.log_softmax(np.asarray(engine._model(rows))[0]))
     assert before[0] is None
-    for place, told in enumerate((*before[1:], *logprobs)):
-        assert told.token == rows[0, place + 1]
-        np.testing.assert_allclose(told.logprob, scores[place, told.token], atol=1e-4)
-        likeliest = np.argsort(-scores[place], kind="stable")[: len(told.top)]
-        assert [token for token, _ in told.top] == likeliest.tolist()
+    for position, reported in enumerate((*before[1:], *logprobs)):
+        assert reported.token == rows[0, position + 1]
+        np.testing.assert_allclose(reported.logprob, scores[position, reported.token], atol=1e-4)
+        likeliest = np.argsort(-scores[position], kind="stable")[: len(reported.top)]
+        assert [token for token, _ in reported.top] == likeliest.tolist()
         np.testing.assert_allclose(
-            [value for _, value in told.top], scores[place][likeliest], atol=1e-4
+            [value for _, value in reported.top], scores[position][likeliest], atol=1e-4
         )
-        assert len(told.top) == (2 if place < 39 else 3)
+        assert len(reported.top) == (2 if position < 39 else 3)
 
 
 def test_experts_of_an_answer_are_those_of_the_full_forward(engine):
@@ -136,38 +136,40 @@ def test_experts_of_an_answer_are_those_of_the_full_forward(engine):
         load_LE = np.asarray(stats.load_E)
         counts.append(np.rint(load_LE * length * 2).astype(int))
     for layer in range(2):
-        told = np.bincount(experts_TLC[:, layer].ravel(), minlength=8)
-        assert told.tolist() == (counts[1] - counts[0])[layer].tolist()
+        counted = np.bincount(experts_TLC[:, layer].ravel(), minlength=8)
+        assert counted.tolist() == (counts[1] - counts[0])[layer].tolist()
 
 
-def test_few_pages_give_the_same_tokens(engine, asked, alone):
+def test_few_pages_give_the_same_tokens(engine, batch, single):
     preempted = engine.stats.preempted
     pools = engine._scheduler.pools
     held = [[pool.allocate() for _ in range(32 // len(pools) - 8)] for pool in pools]
-    assert answers(engine, asked) == alone
+    assert answers(engine, batch) == single
     assert len(pools) > 1 or engine.stats.preempted > preempted
     for pool, pages in zip(pools, held, strict=True):
         pool.release(pages)
 
 
-def test_a_cancelled_request_gives_its_pages_back(engine, asked, alone):
-    first, *others = asked[:6]
+def test_a_cancelled_request_gives_its_pages_back(engine, batch, single):
+    first, *others = batch[:6]
     engine.submit(first)
     for request in others:
         engine.submit(request)
     engine.step()
     engine.cancel(first.id)
     engine.cancel("unknown")
-    told = []
+    outputs = []
     while engine.unfinished:
-        told += engine.step()
-    ends = {output.request_id: output.finish_reason for output in told if output.finish_reason}
+        outputs += engine.step()
+    ends = {output.request_id: output.finish_reason for output in outputs if output.finish_reason}
     assert ends[first.id] == "cancelled"
     assert engine.stats.pages_used == 0
     for request in others:
-        tokens = sum((o.token_ids for o in told if (o.request_id, o.choice) == (request.id, 0)), ())
-        whole = alone[request.id, 0][0]
-        assert tokens == whole[len(whole) - len(tokens) :]
+        tokens = sum(
+            (o.token_ids for o in outputs if (o.request_id, o.choice) == (request.id, 0)), ()
+        )
+        expected = single[request.id, 0][0]
+        assert tokens == expected[len(expected) - len(tokens) :]
 
 
 def test_the_best_of_several_is_told(engine):
@@ -176,10 +178,10 @@ def test_the_best_of_several_is_told(engine):
     best = answers(engine, [Request("a", (5, 6, 7), dataclasses.replace(params, n=2, best_of=4))])
 
     def mean(answer):
-        return np.mean([told.logprob for told in answer[1]])
+        return np.mean([token.logprob for token in answer[1]])
 
     ranked = sorted(every.values(), key=mean, reverse=True)
-    assert [best["a", place] for place in (0, 1)] == ranked[:2]
+    assert [best["a", choice] for choice in (0, 1)] == ranked[:2]
 
 
 def test_stop_texts_are_cut_and_never_shown_in_part(tiny_run, engine):
@@ -187,13 +189,13 @@ def test_stop_texts_are_cut_and_never_shown_in_part(tiny_run, engine):
     spoken = Engine(engine._model, tokenizer, engine._mesh, OPTIONS)
     params = SamplingParams(max_tokens=30, seed=2, ignore_eos=True)
     prompt = tuple(tokenizer.encode("The number 12"))
-    whole = "".join(o.text for o in spoken.generate([Request("a", prompt, params)]))
-    stop = whole[10:14]
+    text_without_stop = "".join(o.text for o in spoken.generate([Request("a", prompt, params)]))
+    stop = text_without_stop[10:14]
     cut = dataclasses.replace(params, stop=("never here", stop))
-    told = list(spoken.generate([Request("a", prompt, cut)]))
-    text = "".join(output.text for output in told)
-    assert text == whole[: whole.index(stop)]
-    assert told[-1].finish_reason == "stop"
+    outputs = list(spoken.generate([Request("a", prompt, cut)]))
+    text = "".join(output.text for output in outputs)
+    assert text == text_without_stop[: text_without_stop.index(stop)]
+    assert outputs[-1].finish_reason == "stop"
 
 
 def test_one_refused_request_of_several_leaves_none_in_flight(engine):
@@ -221,13 +223,13 @@ def test_tokens_of_a_prompt_are_counted_when_it_is_read(engine):
 
 
 def test_a_step_writes_into_the_cache_that_it_was_given(engine):
-    def places() -> list[int]:
+    def pointers() -> list[int]:
         shards = engine._cache.kv_LPSK2H.addressable_shards
         return [shard.data.unsafe_buffer_pointer() for shard in shards]
 
-    before = places()
+    before = pointers()
     answers(engine, [Request("a", (5, 6, 7), FEW)])
-    assert places() == before
+    assert pointers() == before
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def logits_of(row: str) -> jax.Array:
     return jnp.asarray(stored()[f"{row}.logits"], "bfloat16" if row.endswith("bf16") else "float32")
 
 
-def kept(row: str) -> np.ndarray:
+def kept_by_ours(row: str) -> np.ndarray:
     """Which of the row's logits ours keeps at each p, kept_PV."""
     top_p = jnp.asarray(stored()["top_p"])
     logits_PV = jnp.tile(logits_of(row)[None, :], (len(top_p), 1))
@@ -51,7 +51,7 @@ def largest(logits, count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("row", INFO["rows"])
 def test_keeps_what_exact_arithmetic_keeps(row):
-    facts, ours = INFO["rows"][row], kept(row)
+    facts, ours = INFO["rows"][row], kept_by_ours(row)
     logits = np.asarray(logits_of(row), np.float32)
     distances = facts["nearest_cumsum_distance"]
     decided = [p for p, distance in enumerate(distances) if distance > DECIDED]
@@ -66,12 +66,12 @@ def test_keeps_what_exact_arithmetic_keeps(row):
 def test_keeps_what_the_release_keeps_in_float32(row):
     theirs = np.unpackbits(stored()[f"{row}.kept"], axis=1)[:, : len(logits_of(row))]
     decided = np.asarray(INFO["rows"][row]["nearest_cumsum_distance"]) > DECIDED
-    np.testing.assert_array_equal(kept(row)[decided], theirs[decided])
+    np.testing.assert_array_equal(kept_by_ours(row)[decided], theirs[decided])
 
 
 @pytest.mark.parametrize("row", INFO["rows"])
 def test_p_of_0_keeps_the_likeliest_and_its_ties_and_p_of_1_keeps_all(row):
-    logits, ours = np.asarray(logits_of(row), np.float32), kept(row)
+    logits, ours = np.asarray(logits_of(row), np.float32), kept_by_ours(row)
     assert (stored()["top_p"][0], stored()["top_p"][-1]) == (0, 1)
     np.testing.assert_array_equal(ours[0], logits == logits.max())
     assert ours[-1].all()
@@ -124,10 +124,10 @@ def test_draws_follow_the_releases_probabilities(draws):
 
 def test_a_rows_token_does_not_depend_on_its_neighbours(rows, draws):
     keys_SB = jax.random.split(jax.random.key(0), (DRAWS, rows[0].shape[0]))
-    alone = jax.jit(jax.vmap(sample, (0, None, None, None)))
+    draw = jax.jit(jax.vmap(sample, (0, None, None, None)))
     for row in (0, 3):
         one = [array[row : row + 1] for array in rows]
-        tokens = np.asarray(alone(keys_SB[:, row : row + 1], *one))[:, 0]
+        tokens = np.asarray(draw(keys_SB[:, row : row + 1], *one))[:, 0]
         np.testing.assert_array_equal(tokens, draws[:, row])
 
 

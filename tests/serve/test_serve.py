@@ -95,16 +95,16 @@ def tokenizer(tiny_run) -> Tokenizer:
 @pytest.fixture(scope="module")
 def server(tokenizer):
     limits = {"max_body_bytes": 4000, "max_prompt_tokens": 100, "max_choices": 4, "max_queue": 2}
-    with serving(tokenizer, [KEY, "another"], **limits) as found:
-        yield found
+    with serving(tokenizer, [KEY, "another"], **limits) as server:
+        yield server
 
 
 # ---- what is asked as OpenAI's client asks it
 
 
 def test_a_completion(server):
-    asked = {"model": "tiny", "prompt": "The number 4", "max_tokens": 6, "seed": 5}
-    answer = server.client.completions.create(**asked, n=2, logprobs=2, echo=True)
+    request = {"model": "tiny", "prompt": "The number 4", "max_tokens": 6, "seed": 5}
+    answer = server.client.completions.create(**request, n=2, logprobs=2, echo=True)
     assert (answer.object, answer.model) == ("text_completion", "tiny")
     assert [choice.index for choice in answer.choices] == [0, 1]
     assert all(choice.text.startswith("The number 4") for choice in answer.choices)
@@ -115,69 +115,71 @@ def test_a_completion(server):
     assert len(logprobs.top_logprobs[-1]) == 2
     assert answer.usage.completion_tokens == 12
     assert answer.usage.total_tokens == 12 + answer.usage.prompt_tokens
-    assert server.client.completions.create(**asked).choices[0].finish_reason == "length"
+    assert server.client.completions.create(**request).choices[0].finish_reason == "length"
 
 
 def test_a_stream_adds_up_to_what_is_not_streamed(server):
-    asked = {"model": "tiny", "prompt": ["The", "A"], "max_tokens": 20, "seed": 5, "logprobs": 0}
-    whole = server.client.completions.create(**asked)
+    request = {"model": "tiny", "prompt": ["The", "A"], "max_tokens": 20, "seed": 5, "logprobs": 0}
+    complete = server.client.completions.create(**request)
     texts, tokens, usage = ["", ""], [[], []], None
     stream = server.client.completions.create(
-        **asked, stream=True, stream_options={"include_usage": True}
+        **request, stream=True, stream_options={"include_usage": True}
     )
     for part in stream:
         usage = part.usage or usage
         for choice in part.choices:
             texts[choice.index] += choice.text
             tokens[choice.index] += choice.logprobs.tokens
-    assert texts == [choice.text for choice in whole.choices]
-    assert tokens == [choice.logprobs.tokens for choice in whole.choices]
-    assert usage == whole.usage
+    assert texts == [choice.text for choice in complete.choices]
+    assert tokens == [choice.logprobs.tokens for choice in complete.choices]
+    assert usage == complete.usage
 
 
 def test_log_probabilities_of_a_prompt_come_before_answers_that_were_faster(server, tokenizer):
     parser = RequestParser(tokenizer, SamplingConfig(), 128)
-    call = parser.completion({"prompt": [40, 41], "n": 3, "echo": True, "logprobs": 0})
-    answers = ResponseBuilder(call, tokenizer)
+    request = parser.completion({"prompt": [40, 41], "n": 3, "echo": True, "logprobs": 0})
+    builder = ResponseBuilder(request, tokenizer)
 
     def output(choice: int, token: int, prompt: tuple | None = None) -> Output:
-        found = (TokenLogprobs(token, -1.0),)
-        return Output("key/0", choice, (token,), "x", found, prompt)
+        logprobs = (TokenLogprobs(token, -1.0),)
+        return Output("key/0", choice, (token,), "x", logprobs, prompt)
 
-    assert answers.add(output(1, 50)) == []
-    assert answers.add(output(1, 51)) == []
-    told = answers.add(output(0, 60, (None, TokenLogprobs(41, -2.0))))
-    assert [choice["index"] for choice in told] == [0, 1]
-    assert [choice["text"] for choice in told] == [call.texts[0] + text for text in ("x", "xx")]
-    known = [choice["logprobs"]["token_logprobs"] for choice in told]
+    assert builder.add(output(1, 50)) == []
+    assert builder.add(output(1, 51)) == []
+    choices = builder.add(output(0, 60, (None, TokenLogprobs(41, -2.0))))
+    assert [choice["index"] for choice in choices] == [0, 1]
+    assert [choice["text"] for choice in choices] == [
+        request.texts[0] + text for text in ("x", "xx")
+    ]
+    known = [choice["logprobs"]["token_logprobs"] for choice in choices]
     assert known == [[None, -2.0, -1.0], [None, -2.0, -1.0, -1.0]]
-    (last,) = answers.add(output(2, 70))
+    (last,) = builder.add(output(2, 70))
     assert last["logprobs"]["token_logprobs"] == [None, -2.0, -1.0]
-    (more,) = answers.add(output(2, 71))
+    (more,) = builder.add(output(2, 71))
     assert more["logprobs"]["token_logprobs"] == [-1.0]
 
 
 def test_experts_that_tokens_went_to(server):
-    asked = {"model": "tiny", "prompt": "The", "max_tokens": 5, "extra_body": {"experts": True}}
-    (choice,) = server.client.completions.create(**asked, seed=1).choices
+    request = {"model": "tiny", "prompt": "The", "max_tokens": 5, "extra_body": {"experts": True}}
+    (choice,) = server.client.completions.create(**request, seed=1).choices
     assert len(choice.experts) == 4  # the last token was not run
-    told = []
-    for part in server.client.completions.create(**asked, seed=1, stream=True):
-        told += part.choices[0].experts
-    assert told == choice.experts
+    experts = []
+    for part in server.client.completions.create(**request, seed=1, stream=True):
+        experts += part.choices[0].experts
+    assert experts == choice.experts
     (without,) = server.client.completions.create(**GOOD).choices
     assert "experts" not in without.model_extra
 
 
 def test_chat(server):
     messages = [{"role": "user", "content": "How many?"}]
-    asked = {"model": "tiny", "messages": messages, "max_completion_tokens": 7, "seed": 1}
-    answer = server.client.chat.completions.create(**asked, logprobs=True, top_logprobs=3)
+    request = {"model": "tiny", "messages": messages, "max_completion_tokens": 7, "seed": 1}
+    answer = server.client.chat.completions.create(**request, logprobs=True, top_logprobs=3)
     assert answer.choices[0].message.role == "assistant"
     (first, *_) = answer.choices[0].logprobs.content
     assert (first.logprob, len(first.top_logprobs)) == (-0.5, 3)
     text = ""
-    for part in server.client.chat.completions.create(**asked, stream=True):
+    for part in server.client.chat.completions.create(**request, stream=True):
         assert part.object == "chat.completion.chunk"
         text += part.choices[0].delta.content or ""
     assert text == answer.choices[0].message.content
@@ -197,8 +199,8 @@ def test_scores_of_a_text_alone(server):
 
 
 def test_without_a_seed_each_answer_is_another(server):
-    asked = {"model": "tiny", "prompt": "The", "max_tokens": 20}
-    texts = {server.client.completions.create(**asked).choices[0].text for _ in range(2)}
+    request = {"model": "tiny", "prompt": "The", "max_tokens": 20}
+    texts = {server.client.completions.create(**request).choices[0].text for _ in range(2)}
     assert len(texts) == 2
 
 
@@ -208,9 +210,9 @@ def test_models_health_metrics_and_page(server):
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     server.client.completions.create(model="tiny", prompt="The", max_tokens=3)
     metrics = server.http.get("/metrics").text
-    found = re.search(r'grok_requests_total\{code="200",path="/v1/completions"\} (\S+)', metrics)
-    assert found
-    assert float(found[1]) >= 1
+    count = re.search(r'grok_requests_total\{code="200",path="/v1/completions"\} (\S+)', metrics)
+    assert count
+    assert float(count[1]) >= 1
     assert float(re.search(r"\ngrok_tokens_out_total (\S+)", metrics)[1]) >= 3
     assert "grok_time_to_first_token_seconds_count" in metrics
     page = httpx.get(server.url)
@@ -321,9 +323,9 @@ def test_another_method_is_refused_with_the_right_one(server):
 def test_asked_to_stop_it_says_so_and_asked_again_ends_at_once(server, monkeypatch, capfd):
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    asked = make_server(server.app)
-    asked.handle_exit(signal.SIGTERM, None)
-    assert asked.should_exit
+    stopping = make_server(server.app)
+    stopping.handle_exit(signal.SIGTERM, None)
+    assert stopping.should_exit
     assert handlers == dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_DFL)
     assert "stopping when requests under way are answered" in capfd.readouterr().err
 
@@ -405,8 +407,8 @@ def test_what_comes_out_is_json_line_by_line(server):
 
 def test_a_stream_has_no_ends_of_lines_but_its_own(server):
     prompt = "a\u2028b\x85c"  # where clients that split text into lines would split, too
-    asked = {**GOOD, "prompt": prompt, "echo": True, "stream": True}
-    with server.http.stream("POST", "/v1/completions", json=asked) as answer:
+    request = {**GOOD, "prompt": prompt, "echo": True, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=request) as answer:
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     texts = [json.loads(line)["choices"][0]["text"] for line in lines[:-1]]
     assert "".join(texts).startswith(prompt)
