@@ -34,19 +34,23 @@ from grok.model.decoder import Decoder
 DEFAULTS = EngineConfig()
 
 
+def _count(meaning: str, total: bool = False) -> int:
+    return dataclasses.field(metadata={"meaning": meaning, "total": total})
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-    """Counts since the engine was made, and what it holds now."""
+    """Counts of the present state and, where `total`, since the engine was made."""
 
-    tokens_in: int  # of prompts that were computed or found in the cache
-    tokens_cached: int  # of those, the ones found in the cache
-    tokens_out: int
-    preempted: int  # times that a sequence lost its pages and was computed again
-    running: int  # sequences in slots
-    waiting: int  # sequences in the queue
-    pages_used: int  # pages of sequences in slots
-    pages_cached: int  # pages that hold prefixes alone, evicted when others need them
-    pages_free: int
+    tokens_in: int = _count("tokens of prompts, those found in the cache included", total=True)
+    tokens_cached: int = _count("tokens of prompts that were found in the cache", total=True)
+    tokens_out: int = _count("new tokens", total=True)
+    preempted: int = _count("sequences that lost their pages and were computed again", total=True)
+    running: int = _count("sequences in slots")
+    waiting: int = _count("sequences that wait for a slot")
+    pages_used: int = _count("pages of the cache that sequences in slots hold")
+    pages_cached: int = _count("pages of the cache that hold prefixes alone")
+    pages_free: int = _count("pages of the cache that hold nothing")
 
 
 @dataclasses.dataclass

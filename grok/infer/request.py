@@ -122,17 +122,17 @@ class Completion:
         params = request.params
         eos = () if tokenizer is None or params.ignore_eos else (tokenizer.eos_id,)
         self._stop_tokens = frozenset((*params.stop_token_ids, *eos))
+        self._length, self._logprob_sum = 0, 0.0
+        # New since the last `drain`.
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._experts: list[list[list[int]]] = []
         self._text = ""
-        self._drained_tokens = self._drained_experts = self._drained_text = 0
-        self._logprob_sum = 0.0
 
     @property
     def mean_logprob(self) -> float:
         """Mean log-probability of its tokens, which ranks the completions of `best_of`."""
-        return self._logprob_sum / max(1, len(self._tokens))
+        return self._logprob_sum / max(1, self._length)
 
     def add(self, logprobs: TokenLogprobs) -> None:
         """Takes the next token; afterwards `finish_reason` may be set."""
@@ -142,10 +142,11 @@ class Completion:
             return
         self._tokens.append(token)
         self._logprobs.append(logprobs)
+        self._length += 1
         self._logprob_sum += logprobs.logprob
         if self._decoder is not None:
             self._add_text(self._decoder.push(token))
-        if self.finish_reason is None and len(self._tokens) == params.max_tokens:
+        if self.finish_reason is None and self._length == params.max_tokens:
             self._finish("length")
 
     def add_experts(self, experts_LC: np.ndarray) -> None:
@@ -158,24 +159,21 @@ class Completion:
 
     def drain(self) -> Output:
         """Returns what is new since the last call."""
-        tokens = tuple(self._tokens[self._drained_tokens :])
-        logprobs = tuple(self._logprobs[self._drained_tokens :])
-        experts = tuple(self._experts[self._drained_experts :])
         safe = len(self._text) - (self._stop_prefix_length() if self.finish_reason is None else 0)
-        text = self._text[self._drained_text : safe]
-        self._drained_tokens, self._drained_text = len(self._tokens), max(safe, self._drained_text)
-        self._drained_experts = len(self._experts)
-        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
-        return Output(
+        params = self.request.params
+        output = Output(
             self.request.id,
             self.choice,
-            tokens,
-            text,
-            None if self.request.params.logprobs is None else logprobs,
-            prompt_logprobs,
+            tuple(self._tokens),
+            self._text[:safe],
+            None if params.logprobs is None else tuple(self._logprobs),
+            self.prompt_logprobs,
             self.finish_reason,
-            experts if self.request.params.experts else None,
+            tuple(self._experts) if params.experts else None,
         )
+        self._tokens, self._logprobs, self._experts = [], [], []
+        self._text, self.prompt_logprobs = self._text[safe:], None
+        return output
 
     def _finish(self, reason: str) -> None:
         if self._decoder is not None:
@@ -184,11 +182,9 @@ class Completion:
 
     def _add_text(self, text: str) -> None:
         """Adds text, and ends before the first stop text in it."""
-        stops = self.request.params.stop
-        longest = max(map(len, stops), default=1)
-        first = max(0, len(self._text) - longest + 1)
         self._text += text
-        positions = [at for stop in stops if (at := self._text.find(stop, first)) >= 0]
+        stops = self.request.params.stop
+        positions = [at for stop in stops if (at := self._text.find(stop)) >= 0]
         if positions:
             self._text = self._text[: min(positions)]
             self.finish_reason = "stop"

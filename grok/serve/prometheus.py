@@ -1,5 +1,6 @@
 """Metrics in Prometheus' text format: requests, latencies, and the engine's counts."""
 
+import dataclasses
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -8,21 +9,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from grok.serve.engine_thread import EngineThread
 
 BUCKET_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-
-# Fields of EngineStats that only grow, and those of the present state.
-COUNTERS = {
-    "tokens_in": "tokens of prompts, those found in the cache included",
-    "tokens_cached": "tokens of prompts that were found in the cache",
-    "tokens_out": "new tokens",
-    "preempted": "times that a sequence lost its pages and was computed again",
-}
-GAUGES = {
-    "running": "sequences in slots",
-    "waiting": "sequences that wait for a slot",
-    "pages_used": "pages of the cache that sequences in slots hold",
-    "pages_cached": "pages of the cache that hold prefixes alone",
-    "pages_free": "pages of the cache that hold nothing",
-}
 
 
 class Metrics:
@@ -47,10 +33,10 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """The engine's counts, for the registry."""
         stats = self._engine.stats
-        for name, meaning in COUNTERS.items():
-            yield CounterMetricFamily(f"grok_{name}", meaning, getattr(stats, name))
-        for name, meaning in GAUGES.items():
-            yield GaugeMetricFamily(f"grok_{name}", meaning, getattr(stats, name))
+        for field in dataclasses.fields(stats):
+            family = CounterMetricFamily if field.metadata["total"] else GaugeMetricFamily
+            value = getattr(stats, field.name)
+            yield family(f"grok_{field.name}", field.metadata["meaning"], value)
         yield GaugeMetricFamily("grok_requests_live", "requests under way", self._engine.live)
 
     def text(self) -> bytes:
