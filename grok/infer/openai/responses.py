@@ -10,35 +10,21 @@ from grok.infer.openai.requests import CompletionRequest
 from grok.infer.request import Output, TokenLogprobs
 
 
-@dataclasses.dataclass
-class _Delta:
-    """Joined Outputs of one answer: all of it, or what is new since the last event."""
-
-    text: str = ""
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
-    experts: list[list[list[int]]] = dataclasses.field(default_factory=list)
-    finish_reason: str | None = None
-
-    def extend(self, new: "_Delta") -> None:
-        """Adds what is new."""
-        self.text += new.text
-        self.tokens += new.tokens
-        self.logprobs += new.logprobs
-        self.experts += new.experts
-        self.finish_reason = new.finish_reason or self.finish_reason
-
-
 class ResponseBuilder:
-    """Puts the answers to a request together from Outputs."""
+    """Puts the answers to a request together from Outputs.
+
+    `tokens` is the number of new tokens so far, `finish_reasons` has one for each answer.
+    """
 
     def __init__(self, request: CompletionRequest, tokenizer: Tokenizer):
         self.request, self._tokenizer = request, tokenizer
         count = len(request.prompts) * request.params.n
-        self._answers = [_Delta() for _ in range(count)]
+        self.tokens = 0
+        self.finish_reasons: list[str | None] = [None] * count
+        self._answers: list[list[Output]] = [[] for _ in range(count)]
         self._prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = {}
         self._offsets = [0] * count
-        self._pending: dict[int, _Delta] = {}
+        self._pending: dict[int, list[Output]] = {}
         self._begun: set[int] = set()
 
     def add(self, output: Output) -> list[dict[str, Any]]:
@@ -52,12 +38,12 @@ class ResponseBuilder:
         index = prompt * params.n + output.choice
         if output.prompt_logprobs is not None:
             self._prompt_logprobs[prompt] = output.prompt_logprobs
-        new = _Delta(finish_reason=output.finish_reason)
-        if not self.request.scores_only:
-            new.text, new.tokens = output.text, list(output.token_ids)
-            new.logprobs, new.experts = list(output.logprobs or ()), list(output.experts or ())
-        self._answers[index].extend(new)
-        self._pending.setdefault(index, _Delta()).extend(new)
+        if self.request.scores_only:
+            output = dataclasses.replace(output, text="", token_ids=(), logprobs=(), experts=())
+        self.tokens += len(output.token_ids)
+        self.finish_reasons[index] = output.finish_reason
+        self._answers[index].append(output)
+        self._pending.setdefault(index, []).append(output)
         if params.prompt_logprobs is not None and prompt not in self._prompt_logprobs:
             return []
         siblings = range(prompt * params.n, (prompt + 1) * params.n)
@@ -72,17 +58,7 @@ class ResponseBuilder:
     @property
     def finished(self) -> bool:
         """True when every answer has ended."""
-        return all(answer.finish_reason for answer in self._answers)
-
-    @property
-    def tokens(self) -> int:
-        """New tokens so far."""
-        return sum(len(answer.tokens) for answer in self._answers)
-
-    @property
-    def finish_reasons(self) -> list[str | None]:
-        """Reason for the end of each answer."""
-        return [answer.finish_reason for answer in self._answers]
+        return all(self.finish_reasons)
 
     def usage(self) -> dict[str, int]:
         """Counts of tokens, as a body has them."""
@@ -102,25 +78,26 @@ class ResponseBuilder:
         ]
 
     def _choice(
-        self, index: int, delta: _Delta, with_prompt: bool, complete: bool = False
+        self, index: int, outputs: list[Output], with_prompt: bool, complete: bool = False
     ) -> dict[str, Any]:
-        request = self.request
-        choice: dict[str, Any] = {"index": index, "finish_reason": delta.finish_reason}
+        request, text = self.request, "".join(output.text for output in outputs)
+        token_logprobs = [token for output in outputs for token in output.logprobs or ()]
+        choice: dict[str, Any] = {"index": index, "finish_reason": self.finish_reasons[index]}
         if request.params.experts:
-            choice["experts"] = delta.experts
+            choice["experts"] = [token for output in outputs for token in output.experts or ()]
         logprobs = None
         if request.chat:
             if request.params.logprobs is not None:
-                logprobs = {"content": [self._chat_token(token) for token in delta.logprobs]}
-            message = {"role": "assistant", "content": delta.text}
+                logprobs = {"content": [self._chat_token(token) for token in token_logprobs]}
+            message = {"role": "assistant", "content": text}
             return {**choice, ("message" if complete else "delta"): message, "logprobs": logprobs}
         prompt = index // request.params.n
-        text, tokens = delta.text, list[tuple[int, TokenLogprobs | None]]()
+        tokens: list[tuple[int, TokenLogprobs | None]] = []
         if with_prompt:
             text = request.texts[prompt] + text
             ids = request.prompts[prompt]
             tokens += zip(ids, self._prompt_logprobs.get(prompt, [None] * len(ids)), strict=True)
-        tokens += zip(delta.tokens, delta.logprobs, strict=False)
+        tokens += [(token.token, token) for token in token_logprobs]
         if request.params.logprobs is not None:
             logprobs = self._completion_logprobs(index, tokens)
         return {**choice, "text": text, "logprobs": logprobs}
