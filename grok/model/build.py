@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok import sharding
-from grok.config import ModelConfig, check_model_fits
+from grok.config import MESH_AXES, ModelConfig, check_model_fits
 from grok.errors import CheckpointError, ConfigError
 from grok.model.decoder import Decoder
 from grok.model.param_spec import ParamSpec, map_params, name_of
@@ -60,9 +60,9 @@ def init(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Decod
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Refuse, as ConfigError, a mesh of other axes, of axes that JAX would split arrays over by
     itself, or one that the model cannot be split over."""
-    if mesh.axis_names != sharding.MESH_AXES:
+    if mesh.axis_names != MESH_AXES:
         raise ConfigError(
-            f"the mesh has axes {mesh.axis_names} and the model needs {sharding.MESH_AXES}; "
+            f"the mesh has axes {mesh.axis_names} and the model needs {MESH_AXES}; "
             "grok.make_mesh makes one."
         )
     if not mesh.are_all_axes_explicit:

@@ -49,18 +49,18 @@ def cross_entropy(
 
 
 def _forward(x_RD, table_VD, targets_R, scale, axis_names):
-    first = _axis_index(axis_names) * table_VD.shape[0]
+    first = _first_token(table_VD, axis_names)
 
     def one_chunk(chunk):
         x_cD, targets_c = chunk
         logits_cV = _logits(x_cD, table_VD, scale)
-        largest_c = _reduce(jax.lax.pmax, jnp.max(logits_cV, axis=-1), axis_names)
+        largest_c = jax.lax.pmax(jnp.max(logits_cV, axis=-1), axis_names)
         sum_c = jnp.sum(jnp.exp(logits_cV - largest_c[:, None]), axis=-1)
-        log_z_c = largest_c + jnp.log(_reduce(jax.lax.psum, sum_c, axis_names))
+        log_z_c = largest_c + jnp.log(jax.lax.psum(sum_c, axis_names))
         # A sum under a mask, not an index: the target may be in the shard of another device.
         is_target_cV = _one_hot(targets_c - first, logits_cV.shape[1])
         target_c = jnp.sum(jnp.where(is_target_cV, logits_cV, 0), axis=-1)
-        target_c = _reduce(jax.lax.psum, target_c, axis_names)
+        target_c = jax.lax.psum(target_c, axis_names)
         return log_z_c - target_c, log_z_c
 
     entropy_R, log_z_R = (
@@ -73,7 +73,7 @@ def _forward(x_RD, table_VD, targets_R, scale, axis_names):
 def _backward(scale, axis_names, residuals, cotangents):
     x_RD, table_VD, targets_R, log_z_R = residuals
     dentropy_R, dlog_z_R = cotangents
-    first = _axis_index(axis_names) * table_VD.shape[0]
+    first = _first_token(table_VD, axis_names)
 
     def one_chunk(dtable_VD, chunk):
         x_cD, targets_c, log_z_c, dtarget_c, dlog_z_c = chunk
@@ -100,12 +100,9 @@ def _logits(x_RD, table_VD, scale: float) -> jax.Array:
     return scale * jnp.dot(x_RD, table_VD.T, preferred_element_type=jnp.float32)
 
 
-def _axis_index(axis_names: tuple[str, ...]) -> jax.Array | int:
-    return jax.lax.axis_index(axis_names) if axis_names else 0
-
-
-def _reduce(reduce, x: jax.Array, axis_names: tuple[str, ...]) -> jax.Array:
-    return reduce(x, axis_names) if axis_names else x
+def _first_token(table_VD, axis_names: tuple[str, ...]) -> jax.Array | int:
+    """The first token of this device's shard of the vocabulary."""
+    return jax.lax.axis_index(axis_names) * table_VD.shape[0] if axis_names else 0
 
 
 def _one_hot(targets_c, vocab_size: int) -> jax.Array:

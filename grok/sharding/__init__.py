@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, the rules from logical to mesh axes, and the moves between them.
+"""The mesh, the rules from logical to mesh axes, and the moves of arrays between them.
 
 The rest of the code names logical axes ("embed", "heads", ...); only this package knows that a mesh
 has the axes slice, data, expert and tensor. Meshes are of JAX's explicit kind: an array's type
@@ -8,12 +8,10 @@ Without a mesh every function here leaves arrays as they are, so the same model 
 device. The ambient mesh is the one of `jax.set_mesh`, or the one the parameters live on.
 """
 
-from grok.config import MESH_AXES
 from grok.sharding.collectives import (
     all_gather,
     axis_index,
     axis_names,
-    pmax,
     psum,
     psum_scatter,
     shard_map,
@@ -27,8 +25,6 @@ from grok.sharding.mesh import (
     without_trivial_mesh,
 )
 from grok.sharding.rules import (
-    BATCH_AXES,
-    RULES,
     Axes,
     axis_size,
     constrain,
@@ -39,34 +35,3 @@ from grok.sharding.rules import (
     storage_axes,
     unsharded_axes,
 )
-
-__all__ = [
-    "BATCH_AXES",
-    "MESH_AXES",
-    "RULES",
-    "Axes",
-    "abstract_arrays",
-    "all_gather",
-    "ambient_mesh",
-    "axis_index",
-    "axis_names",
-    "axis_size",
-    "constrain",
-    "einsum",
-    "kv_axis",
-    "make_mesh",
-    "map_matrices",
-    "pin_row_major",
-    "pmax",
-    "psum",
-    "psum_scatter",
-    "sequence_parallel_axes",
-    "shard_map",
-    "spec",
-    "storage_axes",
-    "unshard",
-    "unshard_local",
-    "unsharded_axes",
-    "use_mesh_of",
-    "without_trivial_mesh",
-]

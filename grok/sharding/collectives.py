@@ -33,37 +33,30 @@ def shard_map(
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
 
-def axis_names(axis: str) -> tuple[str, ...]:
+def axis_names(axis: str | None) -> tuple[str, ...]:
     """Names of the mesh axes along `axis`, for collectives of JAX; none without a mesh."""
     return () if ambient_mesh() is None else mesh_axes(axis)
 
 
-def _split_names(axis: str) -> tuple[str, ...]:
-    """Mesh axes of more than one device; XLA would copy an array that it gathers from one alone."""
+def split_axis_names(axis: str | None) -> tuple[str, ...]:
+    """Those of more than one device; XLA would copy an array that it gathers from one alone."""
     return tuple(name for name in axis_names(axis) if ambient_mesh().shape[name] > 1)
 
 
 def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """The shards of `x` of all devices along `axis`, concatenated on dimension `dim`."""
-    names = _split_names(axis)
+    names = split_axis_names(axis)
     return jax.lax.all_gather(x, names, axis=dim, tiled=True) if names else x
 
 
 def psum(x: jax.Array, axis: str) -> jax.Array:
     """The sum of `x` over the devices along `axis`."""
-    names = axis_names(axis)
-    return jax.lax.psum(x, names) if names else x
-
-
-def pmax(x: jax.Array, axis: str) -> jax.Array:
-    """The largest of `x` over the devices along `axis`."""
-    names = axis_names(axis)
-    return jax.lax.pmax(x, names) if names else x
+    return jax.lax.psum(x, axis_names(axis))
 
 
 def psum_scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """The sum of `x` over the devices along `axis`, each with its shard of dimension `dim`."""
-    names = _split_names(axis)
+    names = split_axis_names(axis)
     return jax.lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True) if names else x
 
 

@@ -7,6 +7,7 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from grok import hardware
+from grok.sharding.collectives import split_axis_names
 from grok.sharding.mesh import ambient_mesh
 from grok.sharding.rules import BATCH_AXES, RULES, Axes, mesh_axes, partition_spec, unsharded_axes
 
@@ -37,14 +38,9 @@ def _remaining(axis: str | None, gathered: tuple[str, ...]) -> tuple[str, ...]:
 
 def unshard_local(w: jax.Array, axes: Axes) -> jax.Array:
     """As `unshard`, of this device's shard, inside `shard_map`."""
-    mesh = ambient_mesh()
-    if mesh is None:
-        return w
     for name in reversed(BATCH_AXES):
         for dim, (axis, unsharded) in enumerate(zip(axes, unsharded_axes(axes), strict=True)):
-            # XLA would copy an array that it gathers from one device alone.
-            split = name in mesh_axes(axis) and mesh.shape[name] > 1
-            if split and name not in mesh_axes(unsharded):
+            if name in split_axis_names(axis) and name not in mesh_axes(unsharded):
                 if dim == w.ndim - 1:
                     w = _pin_stored_layout(w)
                 w = jax.lax.all_gather(w, name, axis=dim, tiled=True)

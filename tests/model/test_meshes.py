@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import grok
 from grok import sharding
-from grok.config import AttentionConfig, ModelConfig, MoEConfig, TrainConfig
+from grok.config import MESH_AXES, AttentionConfig, ModelConfig, MoEConfig, TrainConfig
 from grok.errors import ConfigError
 from grok.model.build import from_arrays, to_arrays
 from grok.model.param_spec import ParamSpec
@@ -177,7 +177,7 @@ def test_a_mesh_that_the_model_does_not_fit_is_refused():
 
 def test_a_mesh_that_jax_would_split_over_by_itself_is_refused():
     automatic = (jax.sharding.AxisType.Auto,) * 4
-    mesh = jax.make_mesh((1, 8, 1, 1), sharding.MESH_AXES, axis_types=automatic)
+    mesh = jax.make_mesh((1, 8, 1, 1), MESH_AXES, axis_types=automatic)
     with pytest.raises(ConfigError, match=r"automatic kind .* grok.make_mesh makes one"):
         grok.init(CONFIG, jax.random.key(0), mesh)
 

@@ -21,15 +21,7 @@ def apply_softcap(logits: jax.Array, softcap: float | None) -> jax.Array:
 
 
 def attention_reference(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    index_BT: jax.Array,
-    segment_BT: jax.Array,
-    segment_BS: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None,
+    q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS, *, scale: float, softcap: float | None
 ) -> jax.Array:
     """Attention of each query over the earlier keys of its segment and itself, o_BTNH.
 
@@ -51,15 +43,7 @@ def attention_reference(
 
 
 def attention(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    index_BT: jax.Array,
-    segment_BT: jax.Array,
-    segment_BS: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None,
+    q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS, *, scale: float, softcap: float | None
 ) -> jax.Array:
     """`attention_reference`, by blocks of queries where T is long.
 

@@ -20,10 +20,10 @@ def supports(length: int) -> bool:
 
 
 def flash_attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segment_BT: jax.Array,
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    segment_BT,
     *,
     scale: float,
     softcap: float | None,
@@ -39,17 +39,11 @@ def flash_attention(
     padding = [(0, 0)] * 3 + [(0, -H % LANES)]
     q_BTNH, k_BTKH, v_BTKH = (jnp.pad(x, padding) for x in (q_BTNH, k_BTKH, v_BTKH))
     block = next(size for size in BLOCK_SIZES if T % size == 0)
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
+    sizes = "block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq".split()
+    block_sizes: Any = dict.fromkeys(sizes, block)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((T, T))] * N),
-        block_sizes=sizes,
+        block_sizes=splash.BlockSizes(**block_sizes),
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,

@@ -5,7 +5,6 @@ K kv heads, G queries a kv head, N = K*G heads, H head_dim, C keys of a block.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +53,8 @@ def paged_attention_reference(
 
     Each kv head serves N/K queries in turn; with `kv_head`, that one serves them all.
     """
-    cache = _Cache(kv, kv_scale, layer, kv_head, q_UQNH.dtype)
-    k_UCKH, v_UCKH = cache.keys(table_UM), cache.values(table_UM)
+    read = functools.partial(_read_pages, kv, kv_scale, layer, kv_head, q_UQNH.dtype)
+    k_UCKH, v_UCKH = (read(table_UM, i) for i in (0, 1))
     index_UQ = start_U[:, None] + jnp.arange(q_UQNH.shape[1])[None, :]
     segment_UC = jnp.ones(k_UCKH.shape[:2], jnp.int32)
     attend = functools.partial(attention_reference, scale=scale, softcap=softcap)
@@ -84,7 +83,7 @@ def paged_attention(
     U, Q, N, H = q_UQNH.shape
     S, K = kv.shape[2], kv.shape[3] if kv_head is None else 1
     pages_per_block = max(1, KV_BLOCK // S)
-    cache = _Cache(kv, kv_scale, layer, kv_head, q_UQNH.dtype)
+    read = functools.partial(_read_pages, kv, kv_scale, layer, kv_head, q_UQNH.dtype)
     q_UQKGH = q_UQNH.reshape(U, Q, K, N // K, H)
     index_UQ = start_U[:, None] + jnp.arange(Q, dtype=jnp.int32)[None, :]
     table_UM = jnp.pad(table_UM, ((0, 0), (0, -table_UM.shape[1] % pages_per_block)))
@@ -98,7 +97,7 @@ def paged_attention(
     def masked_logits(block):
         pages, index_C = pages_of(block)
         logits = jnp.einsum(
-            "uqkgh,uckh->ukgqc", q_UQKGH, cache.keys(pages), preferred_element_type=jnp.float32
+            "uqkgh,uckh->ukgqc", q_UQKGH, read(pages, 0), preferred_element_type=jnp.float32
         )
         mask_UQC = index_C[None, None, :] <= index_UQ[:, :, None]
         mask = mask_UQC[:, None, None]
@@ -106,7 +105,7 @@ def paged_attention(
 
     def weighted_values(block, weights):
         pages, index_C = pages_of(block)
-        v_UCKH = cache.values(pages)
+        v_UCKH = read(pages, 1)
         # Stale values in a page may not be finite, and 0 times those is NaN.
         past_UC = index_C[None, :] > index_UQ[:, -1:]
         v_UCKH = jnp.where(past_UC[:, :, None, None], 0, v_UCKH)
@@ -140,30 +139,14 @@ def _two_pass_softmax(masked_logits, weighted_values, zeros, num_blocks) -> jax.
     return jax.lax.fori_loop(0, num_blocks, accumulate_values, zeros)
 
 
-class _Cache(NamedTuple):
-    """The keys and values of one layer, of all kv heads or one."""
-
-    kv: jax.Array
-    kv_scale: jax.Array | None
-    layer: jax.Array
-    kv_head: jax.Array | None
-    dtype: jnp.dtype
-
-    def keys(self, pages_UM: jax.Array) -> jax.Array:
-        """Keys in these pages of each block, one page after the other, k_UCKH."""
-        return self._read(pages_UM, 0)
-
-    def values(self, pages_UM: jax.Array) -> jax.Array:
-        """Values in these pages of each block, v_UCKH."""
-        return self._read(pages_UM, 1)
-
-    def _read(self, pages_UM, key_or_value: int) -> jax.Array:
-        index = (self.layer, pages_UM, slice(None), slice(None), key_or_value)
-        x_UMSKH = self.kv.at[index].get(mode="clip")
-        if self.kv_scale is not None:
-            scale_UMSK = self.kv_scale.at[index].get(mode="clip")
-            x_UMSKH = x_UMSKH.astype(jnp.float32) * scale_UMSK[..., None]
-        if self.kv_head is not None:
-            x_UMSKH = jax.lax.dynamic_slice_in_dim(x_UMSKH, self.kv_head, 1, axis=3)
-        U, M, S, K, H = x_UMSKH.shape
-        return x_UMSKH.astype(self.dtype).reshape(U, M * S, K, H)
+def _read_pages(kv, kv_scale, layer, kv_head, dtype, pages_UM, key_or_value: int) -> jax.Array:
+    """Keys (0) or values (1) in some pages of each block, one page after the other, x_UCKH."""
+    index = (layer, pages_UM, slice(None), slice(None), key_or_value)
+    x_UMSKH = kv.at[index].get(mode="clip")
+    if kv_scale is not None:
+        scale_UMSK = kv_scale.at[index].get(mode="clip")
+        x_UMSKH = x_UMSKH.astype(jnp.float32) * scale_UMSK[..., None]
+    if kv_head is not None:
+        x_UMSKH = jax.lax.dynamic_slice_in_dim(x_UMSKH, kv_head, 1, axis=3)
+    U, M, S, K, H = x_UMSKH.shape
+    return x_UMSKH.astype(dtype).reshape(U, M * S, K, H)

@@ -21,13 +21,7 @@ def supports(kv: jax.Array, head_dim: int) -> bool:
 
 
 def ragged_attention(
-    q_UQNH: jax.Array,
-    kv_LPSK2H: jax.Array,
-    layer: jax.Array,
-    table_UM: jax.Array,
-    start_U: jax.Array,
-    scale: float,
-    softcap: float | None,
+    q_UQNH, kv_LPSK2H, layer, table_UM, start_U, scale: float, softcap: float | None
 ) -> jax.Array:
     """`paged_attention_reference` without scales, o_UQNH.
 

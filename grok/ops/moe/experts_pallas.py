@@ -28,9 +28,9 @@ MLP_SPLITS = 2
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def experts_pallas(
-    x_RD: jax.Array,
-    topk_weights_RC: jax.Array,
-    expert_ids_RC: jax.Array,
+    x_RD,
+    topk_weights_RC,
+    expert_ids_RC,
     w_gate_EDF: Weight | QuantizedArray,
     w_up_EDF: Weight | QuantizedArray,
     w_down_EFD: Weight | QuantizedArray,
@@ -45,35 +45,39 @@ def experts_pallas(
     in memory; it is then read so, where XLA would write a copy for every layer. `interpret` as of
     `pallas_call`, to run without a TPU.
     """
-    layout, kernel_args = _group(expert_ids_RC, w_gate_EDF, interpret)
-    x_PD = _dispatch(x_RD, layout)
-    hidden_PF, *_ = _hidden(x_PD, w_gate_EDF, w_up_EDF, False, kernel_args)
-    y_PD = _matmul_down(hidden_PF, w_down_EFD, False, down_is_column_major, kernel_args)
-    return _combine(y_PD, layout, topk_weights_RC).astype(x_RD.dtype)
+    rows, matrices = (x_RD, topk_weights_RC, expert_ids_RC), (w_gate_EDF, w_up_EDF, w_down_EFD)
+    return _experts(*rows, *matrices, down_is_column_major, interpret, keep_products=False)[0]
 
 
-def _forward(
-    x_RD, topk_weights_RC, expert_ids_RC, w_gate_EDF, w_up_EDF, w_down_EFD, column_major, interpret
+def _experts(
+    x_RD,
+    topk_weights_RC,
+    expert_ids_RC,
+    w_gate_EDF,
+    w_up_EDF,
+    w_down_EFD,
+    column_major,
+    interpret,
+    keep_products=True,
 ):
+    """y_RD, and the residuals: without the products the backward pass would compute two of three
+    again."""
     layout, kernel_args = _group(expert_ids_RC, w_gate_EDF, interpret)
     x_PD = _dispatch(x_RD, layout)
-    hidden_PF, gate_PF, up_PF = _hidden(x_PD, w_gate_EDF, w_up_EDF, True, kernel_args)
+    hidden_PF, *products = _hidden(x_PD, w_gate_EDF, w_up_EDF, keep_products, kernel_args)
     y_PD = _matmul_down(hidden_PF, w_down_EFD, False, column_major, kernel_args)
     y_RD = _combine(y_PD, layout, topk_weights_RC).astype(x_RD.dtype)
-    matrices = w_gate_EDF, w_up_EDF, w_down_EFD
-    # Without the stored products the backward pass would compute two of three again.
-    return y_RD, (x_RD, topk_weights_RC, layout, gate_PF, up_PF, matrices)
+    return y_RD, (x_RD, topk_weights_RC, layout, products, (w_gate_EDF, w_up_EDF, w_down_EFD))
 
 
 def _backward(column_major, interpret, residuals, dy_RD):
-    x_RD, topk_weights_RC, layout, gate_PF, up_PF, matrices = residuals
-    w_gate_EDF, w_up_EDF, w_down_EFD = matrices
+    x_RD, topk_weights_RC, layout, products, (w_gate_EDF, w_up_EDF, w_down_EFD) = residuals
     dtype = x_RD.dtype
     kernel_args = _kernel_args(topk_weights_RC, layout, interpret)
     dy_PD = _dispatch(dy_RD.astype(dtype), layout)
     weight_P = _weights_of_slots(topk_weights_RC, layout)
     dweight_P, dgate_PF, dup_PF, dw_down = _down_gradients(
-        dy_PD, weight_P, gate_PF, up_PF, w_down_EFD, column_major, kernel_args
+        dy_PD, weight_P, products, w_down_EFD, column_major, kernel_args
     )
     # Rows of x only after those of dy are used: both together need much memory.
     x_RD, dw_down = jax.lax.optimization_barrier((x_RD, dw_down))
@@ -85,14 +89,14 @@ def _backward(column_major, interpret, residuals, dy_RD):
 
 
 # Under remat the first pass is the function itself, and stores no residuals.
-experts_pallas.defvjp(_forward, _backward, optimize_remat=True)
+experts_pallas.defvjp(_experts, _backward, optimize_remat=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def experts_pallas_split_mlp(
-    x_RD: jax.Array,
-    topk_weights_RC: jax.Array,
-    expert_ids_RC: jax.Array,
+    x_RD,
+    topk_weights_RC,
+    expert_ids_RC,
     shards: tuple[jax.Array, jax.Array, jax.Array],
     unshard: Callable,
     down_is_column_major: bool = False,
@@ -129,9 +133,9 @@ def _backward_split_mlp(unshard, column_major, interpret, residuals, dy_RD):
         take_part: Callable = functools.partial(_mlp_part, part=part)
         matrices, pull = jax.vjp(lambda shards, take=take_part: unshard(take(shards)), shards)
         w_gate_EDF, w_up_EDF, w_down_EFD = matrices
-        _, gate_PF, up_PF = _hidden(x_PD, w_gate_EDF, w_up_EDF, True, kernel_args)
+        _, *products = _hidden(x_PD, w_gate_EDF, w_up_EDF, True, kernel_args)
         added_P, dgate_PF, dup_PF, dw_down = _down_gradients(
-            dy_PD, weight_P, gate_PF, up_PF, w_down_EFD, column_major, kernel_args
+            dy_PD, weight_P, products, w_down_EFD, column_major, kernel_args
         )
         dx_PD, dw_gate, dw_up = _hidden_gradients(
             x_PD, dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args, dx_PD
@@ -215,12 +219,12 @@ def _hidden_gradients(x_PD, dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args,
     return dx_PD, dw_gate, dw_up
 
 
-def _down_gradients(dy_PD, weight_P, gate_PF, up_PF, w_down_EFD, column_major, kernel_args):
-    """Gradients of the weights, dweight_P, of gate_PF, up_PF, and the down matrix; that of an
-    expert's output is weight * dy."""
+def _down_gradients(dy_PD, weight_P, products, w_down_EFD, column_major, kernel_args):
+    """Gradients of the weights, dweight_P, of the products gate_PF and up_PF, and of the down
+    matrix; that of an expert's output is weight * dy."""
     dhidden_PF = _matmul_down(dy_PD, w_down_EFD, True, column_major, kernel_args)
     dhidden_PF = dhidden_PF.astype(jnp.float32)
-    hidden_PF, pull = jax.vjp(gated_activation, gate_PF, up_PF)
+    hidden_PF, pull = jax.vjp(gated_activation, *products)
     dweight_P = jnp.sum(dhidden_PF * hidden_PF, axis=-1)
     dgate_PF, dup_PF = pull(dhidden_PF * weight_P[:, None])
     weighted_PF = (hidden_PF * weight_P[:, None]).astype(dy_PD.dtype)

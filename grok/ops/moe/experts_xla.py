@@ -34,12 +34,7 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-def expert_mlp(
-    x_RD: jax.Array,
-    w_gate_DF: Weight | ExpertSlice,
-    w_up_DF: Weight | ExpertSlice,
-    w_down_FD: Weight | ExpertSlice,
-) -> jax.Array:
+def expert_mlp(x_RD, w_gate_DF, w_up_DF, w_down_FD) -> jax.Array:
     """One expert on rows: (gelu(x w_gate) * (x w_up)) w_down, summed in float32, y_RD float32."""
 
     def times(x, w):
@@ -87,9 +82,9 @@ def experts_reference(x_RD, topk_weights_RC, expert_ids_RC, w_gate_EDF, w_up_EDF
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def experts_xla(
-    x_RD: jax.Array,
-    topk_weights_RC: jax.Array,
-    expert_ids_RC: jax.Array,
+    x_RD,
+    topk_weights_RC,
+    expert_ids_RC,
     w_gate_EDF: Weight | QuantizedArray | LayerSlice,
     w_up_EDF: Weight | QuantizedArray | LayerSlice,
     w_down_EFD: Weight | QuantizedArray | LayerSlice,

@@ -1,17 +1,19 @@
 """The hidden layer of the experts in one TPU kernel: both products, and their gated activation.
 
 Rows are read once for two matrices, and where nothing is differentiated the two products never
-leave the core. Letters as in `grok.ops.moe.grouped_call`.
+leave the core. Letters as in `grok.ops.moe.grouped_blocks`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from grok.ops.moe.grouped_call import dot, grouped_call, make_blocks
+from grok.ops.moe.grouped_blocks import Blocks, compiler_params, dot, make_blocks
 from grok.ops.moe.grouped_matmul import grouped_matmul_reference
 from grok.ops.varying import shape_like
 
@@ -28,10 +30,10 @@ def grouped_hidden_reference(x_PK, w_gate_EKN, w_up_EKN, tiles_E, tile: int, *, 
 
 
 def grouped_hidden(
-    x_PK: jax.Array,
-    w_gate_EKN: jax.Array,
-    w_up_EKN: jax.Array,
-    tiles_E: jax.Array,
+    x_PK,
+    w_gate_EKN,
+    w_up_EKN,
+    tiles_E,
     tile: int,
     *,
     activation: Callable,
@@ -46,56 +48,52 @@ def grouped_hidden(
     elementwise and returns float32. Slots after the last tile are not written. `max_tiles` as of
     `grouped_matmul`.
     """
-    P, N, dtype, w_dtype = len(x_PK), w_gate_EKN.shape[2], x_PK.dtype, w_gate_EKN.dtype
-    b = make_blocks(x_PK, N, 2 * w_dtype.itemsize, tiles_E, tile, max_tiles)
+    P, N, itemsize, w_itemsize = len(x_PK), w_up_EKN.shape[2], x_PK.itemsize, w_up_EKN.itemsize
+    b = make_blocks(x_PK, N, 2 * w_itemsize, tiles_E, tile, max_tiles)
     outputs = 3 if keep_products else 1
-
-    def kernel(expert, tile, x_ref, w_gate_ref, w_up_ref, *refs):
-        *out_refs, gate_ref, up_ref = refs
-        k = pl.program_id(2)
-
-        @pl.when(k == 0)
-        def _():
-            gate_ref[...] = jnp.zeros_like(gate_ref)
-            up_ref[...] = jnp.zeros_like(up_ref)
-
-        gate_ref[...] += dot(x_ref[...], w_gate_ref[...], 0)
-        up_ref[...] += dot(x_ref[...], w_up_ref[...], 0)
-
-        @pl.when(k == b.K // b.tk - 1)
-        def _():
-            @pl.loop(0, b.M, step=ROWS_PER_STORE)
-            def _(row):
-                rows = pl.ds(row, ROWS_PER_STORE)
-                products = gate_ref[rows, :].astype(dtype), up_ref[rows, :].astype(dtype)
-                out_refs[0][rows, :] = activation(*products).astype(dtype)
-                for ref, product in zip(out_refs[1:], products, strict=False):
-                    ref[rows, :] = product
-
+    bytes_per_row = 2 * (b.tk + outputs * b.tn) * itemsize + 2 * 4 * b.tn
+    block_bytes = b.M * bytes_per_row + 2 * b.buffers * b.tk * b.tn * w_itemsize
     w_spec = pl.BlockSpec(
         (None, b.tk, b.tn),
         lambda n, i, k, expert, tile: (expert[i], k, n),
         pipeline_mode=pl.Buffered(b.buffers),
     )
-    bytes_per_row = 2 * (b.tk + outputs * b.tn) * dtype.itemsize + 2 * 4 * b.tn
-    return grouped_call(
-        kernel,
-        (b.schedule.expert_I, b.schedule.tile_I),
-        (x_PK, w_gate_EKN, w_up_EKN),
-        grid=b.grid,
-        in_specs=[b.x_spec, w_spec, w_spec],
-        out_specs=(b.y_spec,) * outputs,
-        out_shape=(shape_like(x_PK, (P, N), dtype),) * outputs,
-        sums=[(b.M, b.tn)] * 2,
-        block_bytes=b.M * bytes_per_row + 2 * b.buffers * b.tk * b.tn * w_dtype.itemsize,
-        parallel_dims=1,
-        cost_estimate=b.cost(
-            products=2,
-            x_bytes=dtype.itemsize,
-            w_bytes=2 * w_dtype.itemsize,
-            y_bytes=outputs * dtype.itemsize,
-            transcendentals=1,
+    return pl.pallas_call(
+        functools.partial(_kernel, b, activation),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=b.grid,
+            in_specs=[b.x_spec, w_spec, w_spec],
+            out_specs=(b.y_spec,) * outputs,
+            scratch_shapes=[pltpu.VMEM((b.M, b.tn), jnp.float32)] * 2,
         ),
+        out_shape=(shape_like(x_PK, (P, N), x_PK.dtype),) * outputs,
+        compiler_params=compiler_params(1, block_bytes),
+        cost_estimate=b.cost(2, itemsize, 2 * w_itemsize, outputs * itemsize, transcendentals=1),
         interpret=interpret,
         name="grouped_hidden",
-    )
+    )(b.schedule.expert_I, b.schedule.tile_I, x_PK, w_gate_EKN, w_up_EKN)
+
+
+def _kernel(b: Blocks, activation, expert, tile, x_ref, w_gate_ref, w_up_ref, *refs):
+    """One block of K; `refs` are those of the results and of the two sums."""
+    *out_refs, gate_ref, up_ref = refs
+    dtype, k = x_ref.dtype, pl.program_id(2)
+
+    @pl.when(k == 0)
+    def _():
+        gate_ref[...] = jnp.zeros_like(gate_ref)
+        up_ref[...] = jnp.zeros_like(up_ref)
+
+    gate_ref[...] += dot(x_ref[...], w_gate_ref[...], 0)
+    up_ref[...] += dot(x_ref[...], w_up_ref[...], 0)
+
+    @pl.when(k == b.K // b.tk - 1)
+    def _():
+        @pl.loop(0, b.M, step=ROWS_PER_STORE)
+        def _(row):
+            rows = pl.ds(row, ROWS_PER_STORE)
+            products = gate_ref[rows, :].astype(dtype), up_ref[rows, :].astype(dtype)
+            out_refs[0][rows, :] = activation(*products).astype(dtype)
+            for ref, product in zip(out_refs[1:], products, strict=False):
+                ref[rows, :] = product

@@ -1,7 +1,7 @@
 """Products of tiles of rows with the matrix of each tile's expert: TPU kernels.
 
 Weights are stationary: a block of an expert's matrix is read once for all its tiles, and as int8
-where it is int8. Letters as in `grok.ops.moe.grouped_call`, and G groups of scales, L layers.
+where it is int8. Letters as in `grok.ops.moe.grouped_blocks`, and G groups of scales, L layers.
 """
 
 import dataclasses
@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from grok.ops.moe.grouped_call import Blocks, dot, grouped_call, make_blocks
+from grok.ops.moe.grouped_blocks import Blocks, compiler_params, dot, make_blocks
 from grok.ops.moe.routing import tile_schedule
 from grok.ops.moe.tiling import gradient_blocks
 from grok.ops.varying import shape_like
@@ -48,7 +49,7 @@ def _experts_of_tiles(tiles_E, max_tiles: int) -> jax.Array:
 def grouped_matmul(
     xs: tuple[jax.Array, ...],
     ws: tuple[Any, ...],
-    tiles_E: jax.Array,
+    tiles_E,
     tile: int,
     *,
     dtype,
@@ -72,29 +73,27 @@ def grouped_matmul(
         b = _whole_scale_groups(b, scales[0].shape[2])
     starts = [] if start is None else [start]
     prefetch = b.schedule.expert_I, b.schedule.tile_I, jnp.asarray(layer, jnp.int32).reshape(1)
-    # A result is written, and read where the sum starts from it.
-    y_bytes = (1 + len(starts)) * jnp.dtype(dtype).itemsize
+    operands = *prefetch, *xs, *values, *scales, *starts
+    y_bytes = (1 + len(starts)) * jnp.dtype(dtype).itemsize  # written, and read as the start
     bytes_per_row = 2 * b.tk * x_bytes + 2 * y_bytes * b.tn + 8 * b.tn
-    return grouped_call(
+    block_bytes = b.M * bytes_per_row + b.buffers * b.tk * b.tn * w_bytes
+    w_specs = _weight_specs(b, transposed, values, scales)
+    return pl.pallas_call(
         functools.partial(_matmul_kernel, b, len(xs), transposed, bool(scales), bool(starts)),
-        prefetch,
-        (*xs, *values, *scales, *starts),
-        grid=b.grid,
-        in_specs=[
-            *[b.x_spec] * len(xs),
-            *_weight_specs(b, transposed, values, scales),
-            *[b.y_spec] * len(starts),
-        ],
-        out_specs=b.y_spec,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetch),
+            grid=b.grid,
+            in_specs=[*[b.x_spec] * len(xs), *w_specs, *[b.y_spec] * len(starts)],
+            out_specs=b.y_spec,
+            scratch_shapes=[pltpu.VMEM((b.M, b.tn), jnp.float32)],
+        ),
         out_shape=shape_like(xs[0], (P, N), dtype),
-        sums=[(b.M, b.tn)],
-        block_bytes=b.M * bytes_per_row + b.buffers * b.tk * b.tn * w_bytes,
-        parallel_dims=1,
-        cost_estimate=b.cost(products=len(xs), x_bytes=x_bytes, w_bytes=w_bytes, y_bytes=y_bytes),
-        aliases={len(prefetch) + len(xs) + len(values) + len(scales): 0} if starts else {},
+        compiler_params=compiler_params(1, block_bytes),
+        cost_estimate=b.cost(len(xs), x_bytes, w_bytes, y_bytes),
+        input_output_aliases={len(operands) - 1: 0} if starts else {},
         interpret=interpret,
         name="grouped_matmul",
-    )
+    )(*operands)
 
 
 def _operands(ws: tuple[Any, ...]) -> tuple[Any, list[jax.Array], list[jax.Array]]:
@@ -174,44 +173,36 @@ def _dot_int8(x_ref, w_ref, scale_ref, row, K: int) -> jax.Array:
 
 
 def grouped_weight_gradient(
-    x_PK: jax.Array,
-    dy_PN: jax.Array,
-    tiles_E: jax.Array,
-    tile: int,
-    *,
-    dtype,
-    interpret: Any = False,
+    x_PK, dy_PN, tiles_E, tile: int, *, dtype, interpret: Any = False
 ) -> jax.Array:
     """Sum over each expert's rows of x^T dy, (E, K, N), in float32 and then `dtype`."""
     (P, K), N, M, E = x_PK.shape, dy_PN.shape[1], tile, tiles_E.size
     tk, tn = gradient_blocks(K, N)
     schedule = tile_schedule(tiles_E, P // M + E, empty=1)
     itemsize = jnp.dtype(dtype).itemsize
-    row_bytes = 2 * M * (tk * x_PK.dtype.itemsize + tn * dy_PN.dtype.itemsize)
-    return grouped_call(
+    block_bytes = 2 * M * (tk * x_PK.itemsize + tn * dy_PN.itemsize)
+    block_bytes += tk * tn * (2 * itemsize + 4 * 2)
+    read_bytes = x_PK.nbytes * (N // tn) + dy_PN.nbytes * (K // tk)
+    return pl.pallas_call(
         _weight_gradient_kernel,
-        schedule,
-        (x_PK, dy_PN),
-        grid=(K // tk, N // tn, schedule.num_steps[0]),
-        in_specs=[
-            pl.BlockSpec((M, tk), lambda k, n, i, expert, tile, *_: (tile[i], k)),
-            pl.BlockSpec((M, tn), lambda k, n, i, expert, tile, *_: (tile[i], n)),
-        ],
-        out_specs=pl.BlockSpec((None, tk, tn), lambda k, n, i, expert, *_: (expert[i], k, n)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(schedule),
+            grid=(K // tk, N // tn, schedule.num_steps[0]),
+            in_specs=[
+                pl.BlockSpec((M, tk), lambda k, n, i, expert, tile, *_: (tile[i], k)),
+                pl.BlockSpec((M, tn), lambda k, n, i, expert, tile, *_: (tile[i], n)),
+            ],
+            out_specs=pl.BlockSpec((None, tk, tn), lambda k, n, i, expert, *_: (expert[i], k, n)),
+            scratch_shapes=[pltpu.VMEM((tk, tn), jnp.float32)],
+        ),
         out_shape=shape_like(x_PK, (E, K, N), dtype),
-        sums=[(tk, tn)],
-        block_bytes=row_bytes + tk * tn * (2 * itemsize + 4 * 2),
-        parallel_dims=2,
+        compiler_params=compiler_params(2, block_bytes),
         cost_estimate=pl.CostEstimate(
-            flops=2 * P * K * N,
-            bytes_accessed=x_PK.nbytes * (N // tn)
-            + dy_PN.nbytes * (K // tk)
-            + E * K * N * itemsize,
-            transcendentals=0,
+            flops=2 * P * K * N, bytes_accessed=read_bytes + E * K * N * itemsize, transcendentals=0
         ),
         interpret=interpret,
         name="grouped_weight_gradient",
-    )
+    )(*schedule, x_PK, dy_PN)
 
 
 def _weight_gradient_kernel(expert, tile, has_rows, num_steps, x_ref, dy_ref, dw_ref, sum_ref):

@@ -13,7 +13,7 @@ MAX_MATVEC_ROWS = 8
 
 
 class VmemBudget(NamedTuple):
-    """What blocks may take of a TPU core's vector memory, in bytes."""
+    """Vector memory of a TPU core that blocks may take."""
 
     weight_bytes: int  # all buffers of the weights' blocks
     resident_block_bytes: int  # one block that stays for many tiles

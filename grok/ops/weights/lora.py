@@ -67,7 +67,7 @@ def weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, w_DF: Any) -> Any:
 
 
 def trainable_part(w: Any) -> Any:
-    """What of a weight has a gradient, as `weight_gradient` gives it."""
+    """The part of a weight that has a gradient, as in the result of `weight_gradient`."""
     return dataclasses.replace(w, base=None) if isinstance(w, LoraArray) else w
 
 

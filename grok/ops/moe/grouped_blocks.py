@@ -1,10 +1,9 @@
-"""What the grouped kernels share: blocks of rows and weights, costs, and the call itself.
+"""Blocks of rows and weights, and their costs, as all grouped kernels have them.
 
 Letters: E experts, I tiles, M rows of a tile, P = I*M slots, K contracted axis, N columns.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,7 +45,7 @@ class Blocks:
         """The block of results (P, N) of a step."""
         return pl.BlockSpec((self.M, self.tn), lambda n, i, k, expert, tile, *_: (tile[i], n))
 
-    def cost(self, *, products: int, x_bytes: int, w_bytes: int, y_bytes: int, transcendentals=0):
+    def cost(self, products: int, x_bytes: int, w_bytes: int, y_bytes: int, transcendentals=0):
         """Cost of `products` products; bytes are those of a number of all arrays of a kind."""
         tiles, M, K, N = self.max_tiles, self.M, self.K, self.N
         weight_reads = min(self.E, tiles) if self.tk == K else tiles
@@ -70,43 +69,13 @@ def make_blocks(
     return Blocks(E, tile, K, N, tk, tn, buffers, max_tiles, tile_schedule(tiles_E, P // tile))
 
 
-def grouped_call(
-    kernel: Callable,
-    prefetch: Sequence[jax.Array],
-    operands: Sequence[jax.Array],
-    *,
-    grid: tuple,
-    in_specs: Sequence[pl.BlockSpec],
-    out_specs: Any,
-    out_shape: Any,
-    sums: Sequence[tuple[int, int]],
-    block_bytes: int,
-    parallel_dims: int,
-    cost_estimate: pl.CostEstimate,
-    interpret: Any,
-    name: str,
-    aliases: dict[int, int] | None = None,
-) -> Any:
-    """`pl.pallas_call` of a kernel that sums in float32, in scratch arrays of the shapes `sums`."""
-    semantics: Any = ["parallel" if d < parallel_dims else "arbitrary" for d in range(len(grid))]
-    return pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(prefetch),
-            grid=grid,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums],
-        ),
-        out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=semantics, vmem_limit_bytes=vmem_limit(block_bytes)
-        ),
-        cost_estimate=cost_estimate,
-        input_output_aliases=aliases or {},
-        interpret=interpret,
-        name=name,
-    )(*prefetch, *operands)
+def compiler_params(parallel_dims: int, block_bytes: int) -> pltpu.CompilerParams:
+    """Parameters for a grid of three dimensions, of which the first `parallel_dims` are independent,
+    and for blocks of `block_bytes` in all."""
+    semantics: Any = ["parallel" if dim < parallel_dims else "arbitrary" for dim in range(3)]
+    return pltpu.CompilerParams(
+        dimension_semantics=semantics, vmem_limit_bytes=vmem_limit(block_bytes)
+    )
 
 
 def dot(x_MK: jax.Array, w: jax.Array, contract_dim: int) -> jax.Array:
