@@ -48,6 +48,7 @@ def cross_entropy(
     return _forward(x_RD, table_VD, targets_R, scale, axis_names)[0]
 
 
+@jax.named_scope("cross_entropy")
 def _forward(x_RD, table_VD, targets_R, scale, axis_names):
     first = _first_token(table_VD, axis_names)
 
@@ -70,6 +71,7 @@ def _forward(x_RD, table_VD, targets_R, scale, axis_names):
     return (entropy_R, log_z_R), (x_RD, table_VD, targets_R, log_z_R)
 
 
+@jax.named_scope("cross_entropy")
 def _backward(scale, axis_names, residuals, cotangents):
     x_RD, table_VD, targets_R, log_z_R = residuals
     dentropy_R, dlog_z_R = cotangents

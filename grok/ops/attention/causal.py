@@ -42,6 +42,7 @@ def attention_reference(
     return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(B, T, N, H)
 
 
+@jax.named_scope("attention")
 def attention(
     q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS, *, scale: float, softcap: float | None
 ) -> jax.Array:

@@ -19,6 +19,7 @@ def supports(length: int) -> bool:
     return length % LANES == 0
 
 
+@jax.named_scope("flash_attention")
 def flash_attention(
     q_BTNH,
     k_BTKH,

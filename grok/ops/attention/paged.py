@@ -15,6 +15,7 @@ from grok.ops.attention.causal import MASKED_LOGIT, apply_softcap, attention_ref
 KV_BLOCK = 128
 
 
+@jax.named_scope("write_pages")
 def write_pages(kv, kv_scale, layer, new_UQK2H, table_UM, start_U, count_U):
     """Writes the first `count_U` tokens of each block to their pages of `layer`; returns kv and
     kv_scale.
@@ -61,6 +62,7 @@ def paged_attention_reference(
     return attend(q_UQNH, k_UCKH, v_UCKH, index_UQ, jnp.ones_like(index_UQ), segment_UC)
 
 
+@jax.named_scope("paged_attention")
 def paged_attention(
     q_UQNH,
     kv,

@@ -20,6 +20,7 @@ def supports(kv: jax.Array, head_dim: int) -> bool:
     return kv.dtype != jnp.int8 and head_dim % LANES == 0
 
 
+@jax.named_scope("ragged_attention")
 def ragged_attention(
     q_UQNH, kv_LPSK2H, layer, table_UM, start_U, scale: float, softcap: float | None
 ) -> jax.Array:

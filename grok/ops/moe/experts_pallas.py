@@ -170,6 +170,7 @@ def _kernel_args(x_RC, layout: GroupedLayout, interpret) -> dict[str, Any]:
     return {"tiles_E": layout.tiles_E, "tile": tile, "max_tiles": R * C, "interpret": interpret}
 
 
+@jax.named_scope("dispatch")
 def _dispatch(x_RD, layout: GroupedLayout) -> jax.Array:
     """Each assignment's row in its slot, and some row in empty ones, whose weight is 0."""
     C = layout.slot_RC.shape[1]
@@ -177,6 +178,7 @@ def _dispatch(x_RD, layout: GroupedLayout) -> jax.Array:
     return x_RD.at[row_P].get(mode="promise_in_bounds")
 
 
+@jax.named_scope("combine")
 def _combine(y_PD, layout: GroupedLayout, weights_RC) -> jax.Array:
     """Sum over each row's slots, each times its weight, in float32."""
     terms = (
@@ -192,6 +194,7 @@ def _weights_of_slots(topk_weights_RC, layout: GroupedLayout) -> jax.Array:
     return topk_weights_RC.reshape(-1).at[layout.assignment_P].get(mode="fill", fill_value=0)
 
 
+@jax.named_scope("hidden")
 def _hidden(x_PD, w_gate_EDF, w_up_EDF, keep_products: bool, kernel_args) -> tuple[jax.Array, ...]:
     """hidden_PF, and with `keep_products` gate_PF and up_PF, all in the type of x."""
     if isinstance(w_gate_EDF, jax.Array) and isinstance(w_up_EDF, jax.Array):
@@ -203,6 +206,7 @@ def _hidden(x_PD, w_gate_EDF, w_up_EDF, keep_products: bool, kernel_args) -> tup
     return gated_activation(gate_PF, up_PF).astype(x_PD.dtype), gate_PF, up_PF
 
 
+@jax.named_scope("hidden_gradients")
 def _hidden_gradients(x_PD, dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args, start=None):
     """Gradients of rows, added to `start`, and of the gate and up matrices."""
     dw_gate = _weight_gradient(x_PD, dgate_PF, w_gate_EDF, kernel_args)
@@ -219,6 +223,7 @@ def _hidden_gradients(x_PD, dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args,
     return dx_PD, dw_gate, dw_up
 
 
+@jax.named_scope("down_gradients")
 def _down_gradients(dy_PD, weight_P, products, w_down_EFD, column_major, kernel_args):
     """Gradients of the weights, dweight_P, of the products gate_PF and up_PF, and of the down
     matrix; that of an expert's output is weight * dy."""
@@ -232,6 +237,7 @@ def _down_gradients(dy_PD, weight_P, products, w_down_EFD, column_major, kernel_
     return dweight_P, dgate_PF, dup_PF, dw_down
 
 
+@jax.named_scope("down")
 def _matmul_down(rows_P, w_down_EFD, transposed: bool, column_major: bool, kernel_args):
     """Rows times the down matrix of their expert, `transposed` or not."""
     if column_major and isinstance(w_down_EFD, jax.Array):

@@ -70,8 +70,8 @@ def make_blocks(
 
 
 def compiler_params(parallel_dims: int, block_bytes: int) -> pltpu.CompilerParams:
-    """Parameters for a grid of three dimensions, of which the first `parallel_dims` are independent,
-    and for blocks of `block_bytes` in all."""
+    """Parameters for a grid of three dimensions, the first `parallel_dims` of which are independent,
+    and for blocks that take `block_bytes`."""
     semantics: Any = ["parallel" if dim < parallel_dims else "arbitrary" for dim in range(3)]
     return pltpu.CompilerParams(
         dimension_semantics=semantics, vmem_limit_bytes=vmem_limit(block_bytes)

@@ -32,6 +32,7 @@ class TileSchedule(NamedTuple):
     num_steps: jax.Array  # (1,)
 
 
+@jax.named_scope("group_by_expert")
 def group_by_expert(expert_ids_RC: jax.Array, E: int) -> GroupedLayout:
     """Slots of all assignments, for expert ids in [0, E), those of a row all different.
 
