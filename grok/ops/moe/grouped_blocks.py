@@ -70,7 +70,7 @@ def make_blocks(
 
 
 def compiler_params(parallel_dims: int, block_bytes: int) -> pltpu.CompilerParams:
-    """Parameters for a grid of three dimensions, the first `parallel_dims` of which are independent,
+    """Parameters for a grid of three dimensions, the first `parallel_dims` of them independent,
     and for blocks that take `block_bytes`."""
     semantics: Any = ["parallel" if dim < parallel_dims else "arbitrary" for dim in range(3)]
     return pltpu.CompilerParams(
