@@ -29,26 +29,26 @@ from grok.quickstart.corpus import heldout_topics
 from grok.train.telemetry.metrics_file import read_metrics
 
 GROK = (sys.executable, "-m", "grok")
-WEIGHTS = {"python": 0.86, "reference": 0.11, "docs": 0.03}
+MIXTURE_WEIGHTS = {"python": 0.86, "reference": 0.11, "docs": 0.03}
 PYTHON_BYTES = 24_000_000
-LONGEST = 200_000  # bytes; longer files are tables and generated code
-HELDOUT = {"python": 0.005, "docs": 0.1}  # share of the text; the reference has its own way
-RUNS = {"moe": "from-scratch", "dense": "from-scratch-dense"}
+MAX_FILE_BYTES = 200_000  # longer files are tables and generated code
+HELDOUT_SHARE = {"python": 0.005, "docs": 0.1}  # of the text; the reference is split by topic
+PRESETS = {"moe": "from-scratch", "dense": "from-scratch-dense"}
 
 
 def main() -> None:
-    """Prepares, trains both, and prints what came of it."""
+    """Prepares the data, trains both models and prints their results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of both configs")
-    parser.add_argument("--only", choices=RUNS, help="train this one alone")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for both configs")
+    parser.add_argument("--only", choices=PRESETS, help="train this one alone")
     options = parser.parse_args()
     folder = options.folder.absolute()
     prepare(folder)
     results = {}
-    for name in [options.only] if options.only else RUNS:
+    for name in [options.only] if options.only else PRESETS:
         config = write_config(folder, name)
         subprocess.run([*GROK, "train", config, *options.overrides], check=True)
         results[name] = figures(folder, name)
@@ -65,18 +65,18 @@ def prepare(folder: Path) -> None:
         write_sources(unfinished)
         unfinished.rename(text)
     if not tokenizer.exists():
-        vocab_size = str(load_config(RUNS["moe"]).model.vocab_size)
+        vocab_size = str(load_config(PRESETS["moe"]).model.vocab_size)
         sample = [str(path) for path in sorted(text.glob("*.sample.txt"))]
         options = ["--out", str(tokenizer), "--vocab-size", vocab_size]
         subprocess.run([*GROK, "data", "tokenizer", *sample, *options], check=True)
-    held_out = [str(text / f"{name}.heldout.jsonl") for name in WEIGHTS]
-    for name, sources in {name: [str(text / f"{name}.jsonl")] for name in WEIGHTS}.items():
+    held_out = [str(text / f"{name}.heldout.jsonl") for name in MIXTURE_WEIGHTS]
+    for name, sources in {name: [str(text / f"{name}.jsonl")] for name in MIXTURE_WEIGHTS}.items():
         prepare_dataset(folder / "data" / name, sources, tokenizer)
     prepare_dataset(folder / "data" / "heldout", held_out, tokenizer)
 
 
 def prepare_dataset(out: Path, sources: list[str], tokenizer: Path) -> None:
-    """`grok data prepare`, which is done at once where it has been done."""
+    """Runs `grok data prepare`, which returns at once if the dataset is complete."""
     options = ["--out", str(out), "--tokenizer", str(tokenizer), "--id-field", "id"]
     subprocess.run([*GROK, "data", "prepare", *sources, *options], check=True)
 
@@ -85,18 +85,18 @@ def write_sources(folder: Path) -> None:
     """Documents of each source as JSON lines, each once, in the order of their hashes: those held
     out, those to train on, and a text of some of the latter for the tokenizer."""
     topics = pydoc_data.topics.topics
-    heldout = heldout_topics(topics)
+    is_heldout = heldout_topics(topics)
     write_source(
         folder,
         "reference",
-        [(name, text) for name, text in topics.items() if name in heldout],
-        [(name, text) for name, text in topics.items() if name not in heldout],
+        [(name, text) for name, text in topics.items() if name in is_heldout],
+        [(name, text) for name, text in topics.items() if name not in is_heldout],
     )
     for name, patterns in {"python": ("*.py",), "docs": ("*.md", "*.rst")}.items():
         documents = find_documents(patterns)
         size = sum(len(text) for _, text in documents)
-        held = [d for d, before in with_sums(documents) if before < HELDOUT[name] * size]
-        write_source(folder, name, held, documents[len(held) :])
+        heldout = [d for d, before in with_sums(documents) if before < HELDOUT_SHARE[name] * size]
+        write_source(folder, name, heldout, documents[len(heldout) :])
 
 
 def find_documents(patterns: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -105,7 +105,7 @@ def find_documents(patterns: tuple[str, ...]) -> list[tuple[str, str]]:
     documents = {}
     for path in sorted(path for pattern in patterns for path in root.rglob(pattern)):
         data = path.read_bytes()
-        if len(data) <= LONGEST and data.strip():
+        if len(data) <= MAX_FILE_BYTES and data.strip():
             # Copies of a file count once, under the first of their names.
             document = str(path.relative_to(root)), data.decode(errors="replace")
             documents.setdefault(hashlib.sha256(data).hexdigest(), document)
@@ -119,9 +119,9 @@ def with_sums(documents: list[tuple[str, str]]) -> list[tuple[tuple[str, str], i
     return list(zip(documents, sizes.tolist(), strict=False))
 
 
-def write_source(folder: Path, name: str, held: list, train: list) -> None:
+def write_source(folder: Path, name: str, heldout: list, train: list) -> None:
     """The three files of a source."""
-    for path, documents in {f"{name}.heldout.jsonl": held, f"{name}.jsonl": train}.items():
+    for path, documents in {f"{name}.heldout.jsonl": heldout, f"{name}.jsonl": train}.items():
         lines = (json.dumps({"id": key, "text": text}) + "\n" for key, text in documents)
         (folder / path).write_text("".join(lines))
     # A sixth of the source, so that none drowns the others.
@@ -130,14 +130,14 @@ def write_source(folder: Path, name: str, held: list, train: list) -> None:
 
 
 def write_config(folder: Path, name: str) -> str:
-    """The config of a run: its preset, and where its data lie."""
+    """Writes the config of a run, its preset and its data, and returns the path."""
     data = folder / "data"
     datasets = [
-        f"{{path: {data / source}, weight: {weight}}}" for source, weight in WEIGHTS.items()
+        f"{{path: {data / source}, weight: {weight}}}" for source, weight in MIXTURE_WEIGHTS.items()
     ]
     path = folder / f"{name}.yaml"
     path.write_text(
-        f"extends: {RUNS[name]}\n"
+        f"extends: {PRESETS[name]}\n"
         f"folder: {folder / name}\n"
         "data:\n"
         f"  datasets: [{', '.join(datasets)}]\n"

@@ -84,9 +84,9 @@ def loss_and_gradients(
 @each_mesh
 def test_losses_and_gradients_are_those_of_one_device(sizes):
     (losses, ours), (right_losses, right) = loss_and_gradients(sizes), loss_and_gradients(None)
-    found, expected = losses | ours, right_losses | right
+    actual, expected = losses | ours, right_losses | right
     differences = {
-        name: np.abs(found[name] - expected[name]).max() / np.abs(expected[name]).max()
+        name: np.abs(actual[name] - expected[name]).max() / np.abs(expected[name]).max()
         for name in expected
     }
     worst = max(differences, key=differences.get)
@@ -97,7 +97,7 @@ def test_losses_and_gradients_are_those_of_one_device(sizes):
 # Who holds which part of every parameter, written out again beside the rules. There are heads for
 # expert x tensor, and kv heads for tensor alone.
 HEADS = ("tensor", "expert")
-PLACES = {
+SPECS = {
     "embed/table_VD": P(("tensor", "data", "expert"), None),
     "final_norm/scale_D": P(None),
     "layers/attention/w_query_DNH": P(None, "data", HEADS, None),
@@ -117,10 +117,10 @@ PLACES = {
 
 def test_parameters_lie_where_they_should():
     arrays = to_arrays(model((2, 2, 2, 1)))
-    assert {name: array.sharding.spec for name, array in arrays.items()} == PLACES
+    assert {name: array.sharding.spec for name, array in arrays.items()} == SPECS
     for name, array in arrays.items():
-        parts = 8 if "w_" in name or "table" in name else 1
-        assert {part.data.size for part in array.addressable_shards} == {array.size // parts}
+        num_shards = 8 if "w_" in name or "table" in name else 1
+        assert {part.data.size for part in array.addressable_shards} == {array.size // num_shards}
 
 
 def test_gradients_lie_where_their_parameters_do():
@@ -129,13 +129,13 @@ def test_gradients_lie_where_their_parameters_do():
         model((2, 2, 2, 1)),
         batch(grok.make_mesh(2, 2, 2)),
     )
-    assert {name: leaf.sharding.spec for name, leaf in to_arrays(gradients).items()} == PLACES
+    assert {name: leaf.sharding.spec for name, leaf in to_arrays(gradients).items()} == SPECS
 
 
 def test_fresh_parameters_are_the_same_on_a_mesh():
-    fresh = to_arrays(grok.init(CONFIG, jax.random.key(7), grok.make_mesh(2, 2, 2)))
-    assert {name: array.sharding.spec for name, array in fresh.items()} == PLACES
-    for name, array in fresh.items():
+    initialised = to_arrays(grok.init(CONFIG, jax.random.key(7), grok.make_mesh(2, 2, 2)))
+    assert {name: array.sharding.spec for name, array in initialised.items()} == SPECS
+    for name, array in initialised.items():
         np.testing.assert_array_equal(array, parameters()[name], err_msg=name)
 
 
@@ -146,9 +146,9 @@ def test_a_device_draws_only_its_own_part_of_a_parameter():
 
     with jax.set_mesh(grok.make_mesh(2, 2, 2)):
         memory = jax.jit(draw).lower(jax.random.key(0)).compile().memory_analysis()
-    whole = 2 * 8 * 64 * 64 * 4
-    assert memory.output_size_in_bytes == whole // 8
-    assert memory.temp_size_in_bytes < whole / 2
+    total_bytes = 2 * 8 * 64 * 64 * 4
+    assert memory.output_size_in_bytes == total_bytes // 8
+    assert memory.temp_size_in_bytes < total_bytes / 2
 
 
 def test_kv_heads_too_few_to_split_are_on_every_device():

@@ -27,8 +27,8 @@ def inputs() -> tuple[jax.Array, ...]:
     q_BTNH = jax.random.normal(keys[0], (B, T, N, H))
     k_BSKH, v_BSKH = (jax.random.normal(key, (B, T, K, H)) for key in keys[1:])
     index_BT = jnp.tile(jnp.arange(T)[None, :], (B, 1))
-    places = jnp.arange(T)
-    segment_T = jnp.select([places < 11, places < 20, places < 29], [1, 2, 3], 0)
+    index_T = jnp.arange(T)
+    segment_T = jnp.select([index_T < 11, index_T < 20, index_T < 29], [1, 2, 3], 0)
     segment_BT = jnp.stack([segment_T, jnp.ones_like(segment_T)])
     return q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BT
 
@@ -67,10 +67,10 @@ def test_new_queries_see_a_cache_up_to_their_own_place(inputs):
     index_BT = jnp.tile(jnp.arange(20, 24)[None, :], (B, 1))
     one_BT, one_BS = jnp.ones((B, 4), jnp.int32), jnp.ones((B, T), jnp.int32)
     args = (q[:, 20:24], k, v, index_BT, one_BT, one_BS)
-    found = reference(*args)
-    np.testing.assert_allclose(found, by_hand(*args), rtol=0, atol=TOLERANCE)
+    actual = reference(*args)
+    np.testing.assert_allclose(actual, by_hand(*args), rtol=0, atol=TOLERANCE)
     later = reference(q[:, 20:24], k.at[:, 24:].set(9), v.at[:, 24:].set(9), *args[3:])
-    np.testing.assert_array_equal(later, found)
+    np.testing.assert_array_equal(later, actual)
 
 
 def test_chunks_equal_the_reference(inputs, chunked):
@@ -81,9 +81,9 @@ def test_gradients_through_chunks_equal_the_references(inputs, chunked):
     *arrays, index, segment, _ = inputs
     weight = jax.random.normal(jax.random.key(1), arrays[0].shape)
 
-    def gradients(form):
+    def gradients(attend):
         def loss(q, k, v):
-            return jnp.sum(form(q, k, v, index, segment, segment) * weight)
+            return jnp.sum(attend(q, k, v, index, segment, segment) * weight)
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
 
@@ -97,36 +97,36 @@ def test_a_length_that_chunks_do_not_divide_is_not_cut(inputs, chunked):
     np.testing.assert_allclose(chunked(*short), by_hand(*short), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("form", ["reference", "chunked"])
-def test_a_document_changes_nothing_in_another(inputs, form, request):
-    run = reference if form == "reference" else request.getfixturevalue("chunked")
+@pytest.mark.parametrize("attend", ["reference", "chunked"])
+def test_a_document_changes_nothing_in_another(inputs, attend, request):
+    run = reference if attend == "reference" else request.getfixturevalue("chunked")
     q, k, v, index, segment, _ = inputs
-    found = np.asarray(run(*inputs))
+    actual = np.asarray(run(*inputs))
     for document in (1, 2, 3):
         inside = (segment == document)[:, :, None, None]
         changed = [jnp.where(inside, -2 * x + 1, x) for x in (q, k, v)]
         again = np.asarray(run(*changed, index, segment, segment))
         other = np.asarray(segment != document)
-        np.testing.assert_array_equal(again[other], found[other])
-        assert (again[0] != found[0])[~other[0]].any()
+        np.testing.assert_array_equal(again[other], actual[other])
+        assert (again[0] != actual[0])[~other[0]].any()
 
 
 def test_heads_of_a_group_share_a_kv_head_and_other_groups_do_not(inputs):
     q, k, v, *rest = inputs
-    found = np.asarray(reference(*inputs))
+    actual = np.asarray(reference(*inputs))
     changed = np.asarray(reference(q, k.at[:, :, 1].add(1), v.at[:, :, 1].add(1), *rest))
     group = N // K
-    np.testing.assert_array_equal(changed[:, :, :group], found[:, :, :group])
-    assert (changed[:, :, group:] != found[:, :, group:]).any(axis=(0, 1, 3)).all()
+    np.testing.assert_array_equal(changed[:, :, :group], actual[:, :, :group])
+    assert (changed[:, :, group:] != actual[:, :, group:]).any(axis=(0, 1, 3)).all()
 
 
 def test_bfloat16_products_with_a_float32_softmax(inputs):
     q, k, v, *rest = inputs
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    found = reference(*half, *rest)
-    assert found.dtype == jnp.bfloat16
+    actual = reference(*half, *rest)
+    assert actual.dtype == jnp.bfloat16
     exact = by_hand(*(x.astype(jnp.float32) for x in half), *rest)
     # Two roundings to 8 bits, of the weights and of the result: 2^-9 of the largest each.
     np.testing.assert_allclose(
-        found.astype(jnp.float32), exact, rtol=0, atol=2**-8 * abs(exact).max()
+        actual.astype(jnp.float32), exact, rtol=0, atol=2**-8 * abs(exact).max()
     )

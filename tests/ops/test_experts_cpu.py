@@ -31,11 +31,11 @@ def test_the_product_is_that_of_the_matrix_taken_out(kind):
     stack, dense = matrices(kind, D, F)
     x_MD = RANDOM.standard_normal((M, D)).astype(np.float32 if kind == "int8" else kind)
     multiply = jax.jit(lambda x, stack, e: matvec_in_place(x, ExpertSlice(stack, e)))
-    found = np.asarray(multiply(x_MD, stack, 3))
+    actual = np.asarray(multiply(x_MD, stack, 3))
     expected = x_MD.astype(np.float32) @ dense[3]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
     # Each row has the bits that it has with other neighbours.
-    np.testing.assert_array_equal(np.asarray(multiply(x_MD[::-1], stack, 3))[::-1], found)
+    np.testing.assert_array_equal(np.asarray(multiply(x_MD[::-1], stack, 3))[::-1], actual)
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
@@ -48,9 +48,9 @@ def test_experts_of_a_layer_among_others_are_those_of_the_layer(kind):
     assert tile <= MAX_MATVEC_ROWS
     run = jax.jit(experts_xla, static_argnums=6)
     stacks, dense = zip(*pairs, strict=True)
-    found = run(x_RD, topk_weights_RC, expert_ids_RC, *stacks, tile)
+    actual = run(x_RD, topk_weights_RC, expert_ids_RC, *stacks, tile)
     expected = run(x_RD, topk_weights_RC, expert_ids_RC, *dense, 8)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * abs(expected).max())
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * abs(expected).max())
 
 
 @pytest.mark.parametrize(

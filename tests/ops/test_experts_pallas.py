@@ -39,8 +39,8 @@ from tests.ops.test_experts_xla import (
 
 RACES = pltpu.InterpretParams(detect_races=True)
 
-run_grouped = value_and_gradients(lambda *inputs: experts_pallas(*inputs, False, RACES))
-run_in_parts = value_and_gradients(
+run_pallas = value_and_gradients(lambda *inputs: experts_pallas(*inputs, False, RACES))
+run_split_mlp = value_and_gradients(
     lambda *inputs: experts_pallas_split_mlp(*inputs[:3], inputs[3:], list)
 )
 
@@ -62,8 +62,12 @@ def plain_kernels(monkeypatch) -> None:
         interpret=False,
     ):
         ws = [jnp.swapaxes(w, 1, 2) if transposed else w for w in ws]
-        parts = [grouped_matmul_reference(x, w, tiles_E, tile) for x, w in zip(xs, ws, strict=True)]
-        return functools.reduce(jnp.add, parts if start is None else [start, *parts]).astype(dtype)
+        products = [
+            grouped_matmul_reference(x, w, tiles_E, tile) for x, w in zip(xs, ws, strict=True)
+        ]
+        return functools.reduce(jnp.add, products if start is None else [start, *products]).astype(
+            dtype
+        )
 
     def gradient(x, dy, tiles_E, tile, *, dtype, interpret=False):
         return weight_gradient_reference(x, dy, tiles_E, tile).astype(dtype)
@@ -83,51 +87,58 @@ def even(kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["even", "random", "all to the same two", "empty first and last"])
 def test_values_and_gradients_equal_the_references(kind):
-    chosen = even(kind)
-    assert_near(run_grouped(arrays(R), chosen), run_reference(arrays(R), chosen), TOLERANCE)
+    expert_ids = even(kind)
+    assert_near(run_pallas(arrays(R), expert_ids), run_reference(arrays(R), expert_ids), TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["random", "all to the same two", "empty first and last"])
 def test_half_the_width_after_the_other_equals_the_references(kind, plain_kernels):
-    chosen = even(kind)
+    expert_ids = even(kind)
     # Op by op: some loops that XLA makes for a CPU have the slope of GELU off by 1e-5.
     with jax.disable_jit():
-        found = run_in_parts(arrays(R), chosen)
-    assert_near(found, run_reference(arrays(R), chosen), TOLERANCE)
+        actual = run_split_mlp(arrays(R), expert_ids)
+    assert_near(actual, run_reference(arrays(R), expert_ids), TOLERANCE)
 
 
 def test_bfloat16_is_near_the_reference(plain_kernels):
-    inputs, chosen = arrays(R, jnp.bfloat16), routing("random")
+    inputs, expert_ids = arrays(R, jnp.bfloat16), routing("random")
     run = value_and_gradients(experts_pallas)
-    found, expected = run(inputs, chosen), run_reference(inputs, chosen)
-    assert found.pop("y").dtype == jnp.bfloat16
+    actual, expected = run(inputs, expert_ids), run_reference(inputs, expert_ids)
+    assert actual.pop("y").dtype == jnp.bfloat16
     expected.pop("y")
     # Products are rounded to 8 bits, some three one after the other.
-    assert_near(found, expected, 2**-6)
+    assert_near(actual, expected, 2**-6)
 
 
 def test_one_expert_a_row_and_all_rows_on_one_expert():
-    x, gate, *weights = arrays(R)
-    chosen = jnp.full((R, 1), 3, jnp.int32)
-    found = jax.jit(experts_pallas, static_argnums=(6, 7))(
-        x, gate[:, :1], chosen, *weights, False, RACES
+    x, topk_weights, *weights = arrays(R)
+    expert_ids = jnp.full((R, 1), 3, jnp.int32)
+    actual = jax.jit(experts_pallas, static_argnums=(6, 7))(
+        x, topk_weights[:, :1], expert_ids, *weights, False, RACES
     )
-    expected = experts_reference(x, gate[:, :1], chosen, *weights)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+    expected = experts_reference(x, topk_weights[:, :1], expert_ids, *weights)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
 
 
 def test_int8_weights():
-    x, gate, *weights = arrays(R)
+    x, topk_weights, *weights = arrays(R)
     int8 = [QuantizedArray(*quantize(w, 2)) for w in weights]
-    chosen = jnp.asarray(routing("random"), jnp.int32)
-    found = jax.jit(experts_pallas, static_argnums=(6, 7))(x, gate, chosen, *int8, False, RACES)
-    expected = experts_reference(x, gate, chosen, *(w.dequantize(jnp.float32) for w in int8))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+    expert_ids = jnp.asarray(routing("random"), jnp.int32)
+    actual = jax.jit(experts_pallas, static_argnums=(6, 7))(
+        x, topk_weights, expert_ids, *int8, False, RACES
+    )
+    expected = experts_reference(
+        x, topk_weights, expert_ids, *(w.dequantize(jnp.float32) for w in int8)
+    )
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
 
 
 def test_adapters_have_the_gradients_of_what_they_add_up_to(plain_kernels):
-    x, gate, *weights = arrays(R)
-    chosen, keys = jnp.asarray(routing("random"), jnp.int32), jax.random.split(jax.random.key(2), 6)
+    x, topk_weights, *weights = arrays(R)
+    expert_ids, keys = (
+        jnp.asarray(routing("random"), jnp.int32),
+        jax.random.split(jax.random.key(2), 6),
+    )
     factors = [
         (
             jax.random.normal(keys[2 * i], (*w.shape[:2], 3)),
@@ -140,9 +151,9 @@ def test_adapters_have_the_gradients_of_what_they_add_up_to(plain_kernels):
         pairs = zip(weights, factors, strict=True)
         if beside:
             adapted = [LoraArray(w, a, b) for w, (a, b) in pairs]
-            y = experts_pallas(x, gate, chosen, *adapted)
+            y = experts_pallas(x, topk_weights, expert_ids, *adapted)
         else:
-            y = experts_reference(x, gate, chosen, *(w + a @ b for w, (a, b) in pairs))
+            y = experts_reference(x, topk_weights, expert_ids, *(w + a @ b for w, (a, b) in pairs))
         return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape)))
 
     run = jax.jit(jax.grad(loss), static_argnums=1)
@@ -160,16 +171,16 @@ def test_a_mesh_has_the_losses_and_gradients_of_one_device(
     sizes, remat, plain_kernels, monkeypatch
 ):
     """With `experts` the backward pass has half the width of the experts after the other."""
-    in_parts = Mock(wraps=experts_pallas_split_mlp)
-    monkeypatch.setattr(grok.model.moe, "experts_pallas_split_mlp", in_parts)
+    split_mlp = Mock(wraps=experts_pallas_split_mlp)
+    monkeypatch.setattr(grok.model.moe, "experts_pallas_split_mlp", split_mlp)
     monkeypatch.setattr(hardware, "platform", lambda: "tpu")
     monkeypatch.setattr(grok.model.moe, "LANES", 1)
-    find = test_meshes.loss_and_gradients.__wrapped__
+    losses_of = test_meshes.loss_and_gradients.__wrapped__
     (losses, ours), (right_losses, right) = (
-        find(sizes, remat),
+        losses_of(sizes, remat),
         test_meshes.loss_and_gradients(None),
     )
     for name, expected in (right_losses | right).items():
         error = np.abs((losses | ours)[name] - expected).max() / np.abs(expected).max()
         assert error < test_meshes.TOLERANCE, name
-    assert in_parts.called == (remat == "experts")
+    assert split_mlp.called == (remat == "experts")

@@ -27,22 +27,22 @@ TOLERANCE = 2e-6
 def routing(kind: str) -> np.ndarray:
     """Experts of each row, expert_ids_RC: two different ones, as top-k gives."""
     rng = np.random.default_rng(3)
-    every = np.stack([rng.permutation(E)[:C] for _ in range(R)])
+    ids_RC = np.stack([rng.permutation(E)[:C] for _ in range(R)])
     match kind:
         case "random":
-            return every
+            return ids_RC
         case "all to the same two":
             return np.tile([2, 0], (R, 1))
         case "one row to an expert":
             return np.where(np.arange(R)[:, None] == 5, [1, 3], [2, 0])
         case "empty first and last":
-            return np.where(every == 0, [1, 2], np.where(every == E - 1, [2, 1], every))
+            return np.where(ids_RC == 0, [1, 2], np.where(ids_RC == E - 1, [2, 1], ids_RC))
         case "some absent":
-            return every * 3 - 4  # -4, -1, 2, 5
+            return ids_RC * 3 - 4  # -4, -1, 2, 5
         case "all absent":
-            return np.where(every < 2, -1 - every, E + every)
+            return np.where(ids_RC < 2, -1 - ids_RC, E + ids_RC)
         case "far outside":
-            return np.where(every == 1, 2**30, np.where(every == 2, -(2**30), every))
+            return np.where(ids_RC == 1, 2**30, np.where(ids_RC == 2, -(2**30), ids_RC))
     raise AssertionError(kind)
 
 
@@ -61,97 +61,99 @@ def arrays(rows: int, dtype=jnp.float32) -> list[jax.Array]:
     """x, gates and the three weights."""
     keys = jax.random.split(jax.random.key(4), 5)
     shapes = (rows, D), (rows, C), (E, D, F), (E, D, F), (E, F, D)
-    x, gate, *weights = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
-    return [x.astype(dtype), jax.nn.sigmoid(gate), *(w.astype(dtype) for w in weights)]
+    x, topk_weights, *weights = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    return [x.astype(dtype), jax.nn.sigmoid(topk_weights), *(w.astype(dtype) for w in weights)]
 
 
-def tiled(x, gate, chosen, *weights):
-    return experts_xla(x, gate, chosen, *weights, TILE)
+def one_size(x, topk_weights, expert_ids, *weights):
+    return experts_xla(x, topk_weights, expert_ids, *weights, TILE)
 
 
-def of_two_sizes(x, gate, chosen, *weights):
-    return experts_xla(x, gate, chosen, *weights, TILE, (16, 4))
+def two_sizes(x, topk_weights, expert_ids, *weights):
+    return experts_xla(x, topk_weights, expert_ids, *weights, TILE, (16, 4))
 
 
-def value_and_gradients(form):
+def value_and_gradients(experts):
     """The values, and gradients by x, gates and weights of a sum of them with random factors."""
 
-    def loss(x, gate, w_gate, w_up, w_down, chosen):
-        y = form(x, gate, chosen, w_gate, w_up, w_down)
+    def loss(x, topk_weights, w_gate, w_up, w_down, expert_ids):
+        y = experts(x, topk_weights, expert_ids, w_gate, w_up, w_down)
         factor = jax.random.normal(jax.random.key(5), y.shape)
         return jnp.sum(y * factor), y
 
     run = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
 
-    def named(arrays, chosen) -> dict[str, np.ndarray]:
-        gradients, y = run(*arrays, jnp.asarray(chosen, jnp.int32))
+    def named(arrays, expert_ids) -> dict[str, np.ndarray]:
+        gradients, y = run(*arrays, jnp.asarray(expert_ids, jnp.int32))
         names = "x gate w_gate w_up w_down".split()
-        found = {"y": y} | {f"d {name}": g for name, g in zip(names, gradients, strict=True)}
-        return jax.tree.map(np.asarray, found)
+        actual = {"y": y} | {f"d {name}": g for name, g in zip(names, gradients, strict=True)}
+        return jax.tree.map(np.asarray, actual)
 
     return named
 
 
-run_tiled, run_reference = value_and_gradients(tiled), value_and_gradients(experts_reference)
-run_of_two_sizes = value_and_gradients(of_two_sizes)
+run_one_size, run_reference = value_and_gradients(one_size), value_and_gradients(experts_reference)
+run_two_sizes = value_and_gradients(two_sizes)
 
 
-def assert_near(found: dict, expected: dict, tolerance: float) -> None:
+def assert_near(actual: dict, expected: dict, tolerance: float) -> None:
     for name in expected:
-        assert found[name].dtype == expected[name].dtype, name
-        ours, theirs = (np.asarray(x[name], np.float32) for x in (found, expected))
+        assert actual[name].dtype == expected[name].dtype, name
+        ours, theirs = (np.asarray(x[name], np.float32) for x in (actual, expected))
         error = np.abs(ours - theirs).max()
         assert error <= tolerance * np.abs(theirs).max(), (name, error)
 
 
-@pytest.mark.parametrize("run", [run_tiled, run_of_two_sizes], ids=["tiles", "two sizes"])
+@pytest.mark.parametrize("run", [run_one_size, run_two_sizes], ids=["tiles", "two sizes"])
 @pytest.mark.parametrize("kind", ROUTINGS)
 def test_values_and_gradients_equal_the_references(kind, run):
-    chosen = routing(kind)
-    assert_near(run(arrays(R), chosen), run_reference(arrays(R), chosen), TOLERANCE)
+    expert_ids = routing(kind)
+    assert_near(run(arrays(R), expert_ids), run_reference(arrays(R), expert_ids), TOLERANCE)
 
 
 def test_one_row():
-    chosen = [[3, 1]]
-    assert_near(run_tiled(arrays(1), chosen), run_reference(arrays(1), chosen), TOLERANCE)
+    expert_ids = [[3, 1]]
+    assert_near(
+        run_one_size(arrays(1), expert_ids), run_reference(arrays(1), expert_ids), TOLERANCE
+    )
 
 
 def test_bfloat16_rounds_where_the_reference_does():
-    inputs, chosen = arrays(R, jnp.bfloat16), routing("random")
-    found, expected = run_tiled(inputs, chosen), run_reference(inputs, chosen)
-    np.testing.assert_allclose(found["y"], expected["y"], rtol=0, atol=1e-5 * 20)
+    inputs, expert_ids = arrays(R, jnp.bfloat16), routing("random")
+    actual, expected = run_one_size(inputs, expert_ids), run_reference(inputs, expert_ids)
+    np.testing.assert_allclose(actual["y"], expected["y"], rtol=0, atol=1e-5 * 20)
     # Gradients are rounded to 8 bits at each product and once more at the end.
-    assert_near(found, expected, 2**-6)
+    assert_near(actual, expected, 2**-6)
 
 
 def test_absent_experts_add_nothing_and_have_no_gradient():
-    found = run_tiled(arrays(R), routing("all absent"))
-    assert not any(array.any() for array in found.values())
+    actual = run_one_size(arrays(R), routing("all absent"))
+    assert not any(array.any() for array in actual.values())
 
 
 def test_an_expert_without_rows_has_no_gradient():
-    found = run_tiled(arrays(R), routing("empty first and last"))
+    actual = run_one_size(arrays(R), routing("empty first and last"))
     for name in ("d w_gate", "d w_up", "d w_down"):
-        assert not found[name][[0, E - 1]].any()
-        assert found[name][1:3].any(axis=(1, 2)).all()
+        assert not actual[name][[0, E - 1]].any()
+        assert actual[name][1:3].any(axis=(1, 2)).all()
 
 
 def test_a_rows_result_does_not_depend_on_the_other_rows():
     """Bit for bit, though its place in a tile is another."""
-    inputs, chosen = arrays(R), routing("random")
-    alone = np.asarray(run_tiled(inputs, chosen)["y"])
+    inputs, expert_ids = arrays(R), routing("random")
+    alone = np.asarray(run_one_size(inputs, expert_ids)["y"])
     order = np.random.default_rng(6).permutation(R)
-    shuffled = run_tiled([inputs[0][order], inputs[1][order], *inputs[2:]], chosen[order])
+    shuffled = run_one_size([inputs[0][order], inputs[1][order], *inputs[2:]], expert_ids[order])
     np.testing.assert_array_equal(shuffled["y"], alone[order])
 
 
 def test_tile_size_changes_no_value():
-    inputs, chosen = arrays(R), jnp.asarray(routing("random"), jnp.int32)
-    x, gate, *weights = inputs
-    expected = tiled(x, gate, chosen, *weights)
+    inputs, expert_ids = arrays(R), jnp.asarray(routing("random"), jnp.int32)
+    x, topk_weights, *weights = inputs
+    expected = one_size(x, topk_weights, expert_ids, *weights)
     for tile in (1, 16, 512):
-        found = experts_xla(x, gate, chosen, *weights, tile)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+        actual = experts_xla(x, topk_weights, expert_ids, *weights, tile)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
 
 
 @pytest.mark.parametrize(
@@ -182,11 +184,11 @@ def test_an_expert_is_gelu_of_one_branch_times_the_other():
     branch = x @ w_gate[0]
     inner = np.sqrt(2 / np.pi) * (branch + 0.044715 * branch**3)
     exact = (0.5 * branch * (1 + np.tanh(inner)) * (x @ w_up[0])) @ w_down[0]
-    found = jax.jit(expert_mlp)(
+    actual = jax.jit(expert_mlp)(
         *(jnp.asarray(a, jnp.float32) for a in (x, w_gate[0], w_up[0])),
         jnp.asarray(w_down[0], jnp.float32),
     )
-    np.testing.assert_allclose(found, exact, rtol=0, atol=TOLERANCE * np.abs(exact).max())
+    np.testing.assert_allclose(actual, exact, rtol=0, atol=TOLERANCE * np.abs(exact).max())
 
 
 def test_gelu_is_the_tanh_approximation():
@@ -200,9 +202,9 @@ def test_little_of_a_tile_is_empty():
     start, most = 3, 50
     order = jnp.concatenate([jnp.arange(most), jnp.full((16,), most)])
 
-    def body(place, pairs, carry):
+    def body(slot, assignments, carry):
         seen, rows = carry
-        return seen.at[pairs].add(1, mode="drop"), rows + len(pairs)
+        return seen.at[assignments].add(1, mode="drop"), rows + len(assignments)
 
     for count in range(most - start):
         seen, rows = for_each_tile(body, (jnp.zeros(most, int), 0), order, start, count, (16, 4))

@@ -27,8 +27,8 @@ def inputs(request) -> tuple[jax.Array, ...]:
     heads = (N, K, K, N)
     H = request.param
     arrays = [jax.random.normal(k, (B, T, n, H)) for k, n in zip(keys, heads, strict=True)]
-    places = jnp.arange(T)[None, :]
-    segment_BT = jnp.select([places < 90, places < 130, places < 240], [1, 2, 3], 0)
+    index_1T = jnp.arange(T)[None, :]
+    segment_BT = jnp.select([index_1T < 90, index_1T < 130, index_1T < 240], [1, 2, 3], 0)
     return *arrays, segment_BT
 
 
@@ -47,9 +47,9 @@ def value_and_gradients(q, k, v, factor, segment, form):
 
 
 def test_values_and_gradients_equal_the_references(inputs):
-    found = value_and_gradients(*inputs, "flash")
+    actual = value_and_gradients(*inputs, "flash")
     for name, expected in value_and_gradients(*inputs, "reference").items():
-        error = np.abs(found[name] - expected).max() / np.abs(expected).max()
+        error = np.abs(actual[name] - expected).max() / np.abs(expected).max()
         assert error < TOLERANCE, name
 
 

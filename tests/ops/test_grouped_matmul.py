@@ -38,10 +38,13 @@ def arrays() -> tuple[jax.Array, ...]:
     return tuple(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
 
 
-def assert_near(found, expected, tiles) -> None:
+def assert_near(actual, expected, tiles) -> None:
     """Equal in the tiles that there are."""
-    found, expected = np.asarray(found)[: 16 * sum(tiles)], np.asarray(expected)[: 16 * sum(tiles)]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+    actual, expected = (
+        np.asarray(actual)[: 16 * sum(tiles)],
+        np.asarray(expected)[: 16 * sum(tiles)],
+    )
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
 
 
 @functools.cache
@@ -68,15 +71,15 @@ def reference(x, w, tiles) -> jax.Array:
 @each_routing
 def test_product(arrays, tiles):
     x, _, w = arrays
-    found = product()(x, w, jnp.asarray(tiles, jnp.int32))
-    assert_near(found, reference(x, w, tiles), tiles)
-    assert np.isnan(np.asarray(found)[16 * sum(tiles) :]).all()  # nothing is done there
+    actual = product()(x, w, jnp.asarray(tiles, jnp.int32))
+    assert_near(actual, reference(x, w, tiles), tiles)
+    assert np.isnan(np.asarray(actual)[16 * sum(tiles) :]).all()  # nothing is done there
 
 
 def test_sum_of_two_products_with_transposed_matrices(arrays):
     x, _, w = arrays
-    found = product(True, 2)(x, w, jnp.asarray(TILES[0], jnp.int32))
-    assert_near(found, 2 * reference(x, w, TILES[0]), TILES[0])
+    actual = product(True, 2)(x, w, jnp.asarray(TILES[0], jnp.int32))
+    assert_near(actual, 2 * reference(x, w, TILES[0]), TILES[0])
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -86,10 +89,10 @@ def test_sum_from_a_start_on(arrays, split, monkeypatch):
         monkeypatch.setattr(tiling, "_block_sides", lambda *_: (8, 12))
     x, start, w = arrays
     tiles_E = jnp.asarray(TILES[0], jnp.int32)
-    found = kernels.grouped_matmul(
+    actual = kernels.grouped_matmul(
         (x,), (w,), tiles_E, 16, dtype=jnp.float32, start=start, interpret=RACES
     )
-    assert_near(found, start + reference(x, w, TILES[0]), TILES[0])
+    assert_near(actual, start + reference(x, w, TILES[0]), TILES[0])
 
 
 def test_blocks_of_rows_and_columns_of_the_weights(arrays, monkeypatch):
@@ -112,10 +115,10 @@ def test_int8_matrices_of_one_layer_of_several(arrays):
         jnp.stack([0 * values, values]), jnp.stack([scales, scales]), layer=jnp.int32(1)
     )
     tiles_E = jnp.asarray(TILES[0], jnp.int32)
-    found = kernels.grouped_matmul(
+    actual = kernels.grouped_matmul(
         (x,), (several,), tiles_E, 16, dtype=jnp.float32, interpret=RACES
     )
-    assert_near(found, reference(x, QuantizedArray(values, scales), TILES[0]), TILES[0])
+    assert_near(actual, reference(x, QuantizedArray(values, scales), TILES[0]), TILES[0])
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -128,11 +131,11 @@ def test_hidden_layer_in_one_kernel(arrays, tiles, split, monkeypatch):
     inputs = x, w, w[:, ::-1], jnp.asarray(tiles, jnp.int32), 16
     expected = grouped_hidden_reference(*inputs, activation=gated_activation)
     for products in (True, False):
-        found = grouped_hidden(
+        actual = grouped_hidden(
             *inputs, activation=gated_activation, keep_products=products, interpret=RACES
         )
-        assert len(found) == (3 if products else 1)
-        for ours, right in zip(found, expected, strict=False):
+        assert len(actual) == (3 if products else 1)
+        for ours, right in zip(actual, expected, strict=False):
             assert_near(ours, right, tiles)
 
 
@@ -140,9 +143,9 @@ def test_hidden_layer_in_one_kernel(arrays, tiles, split, monkeypatch):
 def test_weight_gradient_is_zero_for_experts_without_rows(arrays, tiles):
     x, dy, _ = arrays
     tiles_E = jnp.asarray(tiles, jnp.int32)
-    found = gradient(x, dy, tiles_E)
+    actual = gradient(x, dy, tiles_E)
     expected = kernels.weight_gradient_reference(x, dy, tiles_E, 16)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
 
 
 @jax.jit
@@ -174,7 +177,7 @@ def test_tiles_are_an_eighth_of_a_fair_share_between_128_and_512(rows, chosen, e
 
 
 def test_a_large_memory_has_wider_blocks_of_weights_and_lower_tiles(monkeypatch):
-    """What is read again for each block of columns is all rows: a v6e has one block where others
+    """All rows are read again for each block of columns: a v6e has one block where others
     have four, and two buffers only where a block stays for few tiles."""
     both = 6144, 4096, 2 * 2  # half of the width that four chips share, two matrices in bfloat16
     assert tiling.weight_blocks(*both, many_tiles=True) == (6144, 1024, 1)

@@ -1,5 +1,5 @@
-"""What the TPU form of attention over pages asks of JAX's kernel, which its authors' own reference
-answers here: the kernel itself runs on no interpreter, and `grok plan` compiles it."""
+"""The TPU form of paged attention, with the authors' reference in place of JAX's kernel: the kernel
+runs on no interpreter, and `grok plan` compiles it."""
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,8 @@ def test_it_computes_what_the_reference_does(queries, starts, monkeypatch):
         return ref_ragged_paged_attention(*arguments, **how)
 
     monkeypatch.setattr(ragged, "ragged_paged_attention", kernel)
-    found = ragged_attention(q, kv, *where, **OPTIONS)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    actual = ragged_attention(q, kv, *where, **OPTIONS)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def test_which_pages_it_takes():
