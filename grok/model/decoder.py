@@ -16,7 +16,6 @@ from grok.config import ModelConfig
 from grok.model.attend import PackedRows, PagedAttend, PagedBatch, PagedCache
 from grok.model.block import Block
 from grok.model.embedding import Embedding
-from grok.model.layers import RMSNorm
 from grok.model.moe import RouterStats
 from grok.model.norm import RMSNorm
 from grok.model.param_spec import ParamSpec, map_params, name_of, prefixed
