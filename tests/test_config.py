@@ -101,6 +101,17 @@ def test_every_key_has_a_meaning_of_one_line():
         assert "\n" not in setting.meaning, key
 
 
+def test_every_key_is_read():
+    code = "".join(
+        path.read_text()
+        for path in (Path(__file__).parents[1] / "grok").rglob("*.py")
+        if path.parent.name != "config"
+    )
+    names = set(re.findall(r"\.(\w+)", code)) | set(re.findall(r'"(\w+)"', code))
+    unread = [key for key in schema() if key.rpartition(".")[2] not in names]
+    assert not unread, "a key that nothing reads"
+
+
 def test_describe_gives_every_setting_with_value_and_meaning():
     rows = describe(load_config("grok-10m", ["train.steps=500"]))
     sections = {

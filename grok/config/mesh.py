@@ -57,6 +57,11 @@ def resolve_mesh(
     return sizes
 
 
+def batch_shards(sizes: dict[str, int]) -> int:
+    """Number of shards of a batch on a mesh of these sizes."""
+    return sizes["slice"] * sizes["data"] * sizes["expert"]
+
+
 def check_model_fits(model: ModelConfig, sizes: dict[str, int]) -> None:
     """Refuse, as ConfigError, a mesh over which an axis of the model cannot be split evenly."""
     problem = _misfit(model, sizes)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from grok.config.data import DataConfig
 from grok.config.engine import EngineConfig
-from grok.config.mesh import MeshConfig, check_model_fits, resolve_mesh
+from grok.config.mesh import MeshConfig, batch_shards, check_model_fits, resolve_mesh
 from grok.config.model import ModelConfig
 from grok.config.numbers import Count, round_up
 from grok.config.optimizer import OptimizerConfig
@@ -133,8 +133,11 @@ def check_fits(config: RunConfig, num_devices: int) -> dict[str, int]:
     """
     sizes = resolve_mesh(config.mesh, num_devices, config.model)
     check_model_fits(config.model, sizes)
-    shards = sizes["slice"] * sizes["data"] * sizes["expert"]
-    batch, steps = config.data.batch_size, config.train.grad_accum_steps
+    batch, steps, shards = (
+        config.data.batch_size,
+        config.train.grad_accum_steps,
+        batch_shards(sizes),
+    )
     if batch % shards:
         raise ConfigError(
             f"data.batch_size={batch} cannot be split over slice*data*expert={shards}; "
@@ -154,6 +157,21 @@ def check_fits(config: RunConfig, num_devices: int) -> dict[str, int]:
                 f"data.batch_schedule has batch_size={batch} from step {step}, which cannot be "
                 f"split over slice*data*expert*train.grad_accum_steps={rows}; {nearest} would work."
             )
+    return sizes
+
+
+def check_plan_fits(config: RunConfig, num_devices: int) -> dict[str, int]:
+    """`check_fits` for the program and batch that `grok plan` compiles."""
+    if config.plan.program == "train":
+        return check_fits(config, num_devices)
+    sizes = resolve_mesh(config.mesh, num_devices, config.model)
+    check_model_fits(config.model, sizes)
+    batch, shards = config.plan.batch_size, batch_shards(sizes)
+    if batch % shards:
+        raise ConfigError(
+            f"plan.batch_size={batch} cannot be split over slice*data*expert={shards}; "
+            f"plan.batch_size={round_up(batch, shards)} would work."
+        )
     return sizes
 
 

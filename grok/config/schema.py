@@ -1,7 +1,6 @@
 """Every key that a config may have, read off its dataclasses: type, values, default, meaning."""
 
 import dataclasses
-import functools
 import re
 import types
 import typing
@@ -52,12 +51,13 @@ class Setting:
 def schema(config_type: type = RunConfig) -> dict[str, Setting]:
     """Every dotted key of this type of config, sections included, in order."""
     settings = {}
+    types_ = typing.get_type_hints(config_type)
     hints = typing.get_type_hints(config_type, include_extras=True)
     for field in dataclasses.fields(config_type):
-        kind, *notes = typing.get_args(hints[field.name])
+        _, *notes = typing.get_args(hints[field.name])
         texts = [note if isinstance(note, str) else note.description for note in notes]
         meaning = next(text for text in texts if text)
-        setting = Setting(_bare(kind), _values(hints[field.name]), field.default, meaning)
+        setting = Setting(types_[field.name], _values(hints[field.name]), field.default, meaning)
         settings[field.name] = setting
         if setting.section is not None:
             below = schema(setting.section)
@@ -99,17 +99,6 @@ def _is_section(kind: Any) -> bool:
 
 def _is_union(kind: Any) -> bool:
     return typing.get_origin(kind) in (types.UnionType, typing.Union)
-
-
-def _bare(hint: Any) -> Any:
-    """A type hint without annotations."""
-    if typing.get_origin(hint) is typing.Annotated:
-        return _bare(typing.get_args(hint)[0])
-    if typing.get_origin(hint) is tuple:
-        return tuple.__class_getitem__((_bare(typing.get_args(hint)[0]), ...))
-    if _is_union(hint):
-        return functools.reduce(lambda a, b: a | b, map(_bare, typing.get_args(hint)))
-    return hint
 
 
 _NUMBERS = {int: "whole number", float: "number"}

@@ -8,13 +8,9 @@ import numpy as np
 from grok.plan.hlo import Computation, Instruction, roots_of
 
 COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all",
-)
+)  # fmt: skip
 
 
 def replica_groups(attributes: str, num_devices: int) -> np.ndarray:

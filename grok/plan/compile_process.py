@@ -18,15 +18,9 @@ from jax.experimental import serialize_executable, topologies
 from jax.sharding import Mesh
 
 from grok import sharding
-from grok.config import (
-    MESH_AXES,
-    RunConfig,
-    check_fits,
-    check_model_fits,
-    check_trainable,
-    resolve_mesh,
-)
+from grok.config import MESH_AXES, RunConfig, check_trainable
 from grok.config.load import from_dict
+from grok.config.run import check_plan_fits
 from grok.errors import ConfigError, GrokError
 from grok.ops.attention.paged import KV_BLOCK
 from grok.plan.program_cost import CompiledProgram
@@ -51,7 +45,9 @@ def compile_step(config: RunConfig, slice_: Slice, request: dict[str, Any]) -> d
     not fit, the compiler's message instead of costs."""
     devices = topology_devices(slice_)
     per_chip = len(devices) // slice_.num_chips
-    sizes = mesh_sizes(config, len(devices))
+    if config.plan.program == "train":
+        check_trainable(config)
+    sizes = check_plan_fits(config, len(devices))
     mesh = sharding.make_mesh(**sizes, devices=devices)
     measured: dict[str, Any] = {"mesh_sizes": sizes, "devices_per_chip": per_chip}
     _send({"phase": "tracing the step"})
@@ -121,22 +117,6 @@ def topology_devices(slice_: Slice) -> list[jax.Device]:
         return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"libtpu knows no topology {slice_.name}: {error}.") from None
-
-
-def mesh_sizes(config: RunConfig, num_devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes, after checking that model and batch can be split over them."""
-    if config.plan.program == "train":
-        check_trainable(config)
-        return check_fits(config, num_devices)
-    sizes = resolve_mesh(config.mesh, num_devices, config.model)
-    check_model_fits(config.model, sizes)
-    rows = sizes["slice"] * sizes["data"] * sizes["expert"]
-    if config.plan.batch_size % rows:
-        raise ConfigError(
-            f"plan.batch_size={config.plan.batch_size} cannot be split over slice*data*expert="
-            f"{rows}; plan.batch_size={-(-config.plan.batch_size // rows) * rows} would work."
-        )
-    return sizes
 
 
 def cache_loop_count(config: RunConfig) -> int:

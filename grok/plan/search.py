@@ -8,8 +8,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from grok.config import RunConfig, check_fits, check_model_fits
+from grok.config import RunConfig
+from grok.config.mesh import batch_shards
 from grok.config.numbers import divisors
+from grok.config.run import check_plan_fits
 from grok.errors import ConfigError
 from grok.model.params import num_active_parameters, num_parameters
 from grok.plan.estimate import Plan, batch_of
@@ -65,24 +67,19 @@ def _legal(config: RunConfig, slice_: Slice) -> Iterator[Candidate]:
     devices = slice_.num_chips * slice_.chip.devices
     training = config.plan.program == "train"
     for mesh in _meshes(devices, slice_.count):
-        shards = mesh["slice"] * mesh["data"] * mesh["expert"]
         for remat in REMAT if training else (config.model.remat,):
             for rows in ROWS_PER_DEVICE if training else (1,):
                 overrides: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
                 if training:
-                    overrides["model.remat"] = remat
-                    overrides["data.batch_size"] = shards * rows * config.train.grad_accum_steps
-                changed = replace_keys(config, overrides)
+                    batch = batch_shards(mesh) * rows * config.train.grad_accum_steps
+                    overrides |= {"model.remat": remat, "data.batch_size": batch}
                 try:
-                    if training:
-                        check_fits(changed, devices)
-                    else:
-                        check_model_fits(config.model, mesh)
+                    changed = replace_keys(config, overrides)
+                    check_plan_fits(changed, devices)
                 except ConfigError:
                     continue
-                if training or config.plan.batch_size % shards == 0:
-                    lines = tuple(f"{key}={value}" for key, value in overrides.items())
-                    yield Candidate(changed, lines, _seconds_per_token(changed, mesh, slice_))
+                lines = tuple(f"{key}={value}" for key, value in overrides.items())
+                yield Candidate(changed, lines, _seconds_per_token(changed, mesh, slice_))
 
 
 def _meshes(devices: int, slices: int) -> Iterator[dict[str, int]]:
@@ -128,7 +125,7 @@ def _seconds_per_token(config: RunConfig, mesh: dict[str, int], slice_: Slice) -
         length = config.plan.tokens if config.plan.program == "prefill" else 1
         tokens = config.plan.batch_size * length
         width = min(2, BYTES[model.param_dtype])
-    on_device = tokens / (mesh["slice"] * data * expert)
+    on_device = tokens / batch_shards(mesh)
     weights = width * num_parameters(model) / (expert * tensor) * (data > 1)
     routed = 2 * 2 * on_device * (expert - 1) * model.embed_dim * model.num_layers
     reduced = 2 * 4 * on_device * expert * model.embed_dim * model.num_layers * (tensor > 1)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from grok.config import RunConfig
+from grok.config.mesh import batch_shards
 from grok.errors import ConfigError
 from grok.hardware import GIB
 from grok.plan.estimate import Plan
@@ -57,8 +58,7 @@ def suggestions(plan: Plan) -> Iterator[str]:
         return
     if plan.total is None:
         return
-    mesh = plan.mesh_sizes
-    rows = plan.batch[0] // (mesh["slice"] * mesh["data"] * mesh["expert"])
+    rows = plan.batch[0] // batch_shards(plan.mesh_sizes)
     if rows > config.train.grad_accum_steps:
         yield f"train.grad_accum_steps={rows}, one row per chip at a time: fewer temporaries"
     if config.model.remat not in ("offload", "full"):

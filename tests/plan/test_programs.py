@@ -8,9 +8,10 @@ import pytest
 import grok
 from grok.config import PlanConfig
 from grok.config.load import load_config
+from grok.config.run import check_plan_fits
 from grok.errors import ConfigError
 from grok.model.params import num_parameters
-from grok.plan.compile_process import cache_loop_count, mesh_sizes
+from grok.plan.compile_process import cache_loop_count
 from grok.plan.programs import bytes_per_device, make_program
 
 MESH = {"slice": 1, "data": 2, "expert": 2, "tensor": 2}
@@ -52,7 +53,7 @@ def test_inference_programs_answer_with_logits_and_the_cache(tiny_run, program, 
 def test_rows_that_cannot_be_split_are_refused(tiny_run):
     config = planned(tiny_run, program="decode", batch_size=6, tokens=16)
     with pytest.raises(ConfigError, match=r"plan\.batch_size=6 .* plan\.batch_size=8 would work"):
-        mesh_sizes(config, 8)
+        check_plan_fits(config, 8)
 
 
 def test_loops_over_the_cache_run_as_far_as_rows_are_long():
