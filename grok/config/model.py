@@ -2,51 +2,40 @@
 
 import dataclasses
 import math
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import ConfigDict, Field
+from typing import Annotated, Literal
 
 from grok.config.numbers import Count, Positive, largest_divisor
+from grok.config.section import Section
 from grok.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NormConfig:
+class NormConfig(Section):
     """Root-mean-square norms, and where a block has them."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    eps: Annotated[Positive, Field(description="added to the mean square")] = 1e-5
-    sandwich: Annotated[
-        bool, Field(description="a norm behind attention and feed-forward, as well as before")
-    ] = True
+    eps: Annotated[Positive, "added to the mean square"] = 1e-5
+    sandwich: Annotated[bool, "a norm behind attention and feed-forward, as well as before"] = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
+class RopeConfig(Section):
     """Rotary position embedding."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    theta: Annotated[Positive, Field(description="base of the rotary wavelengths")] = 10000.0
+    theta: Annotated[Positive, "base of the rotary wavelengths"] = 10000.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(Section):
     """Grouped-query attention."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    num_heads: Annotated[Count, Field(description="query heads (N)")]
-    num_kv_heads: Annotated[Count, Field(description="key/value heads (K); N/K queries share one")]
-    head_dim: Annotated[Count, Field(description="width of one head (H); even, for rotary pairs")]
-    logit_scale: Annotated[
-        Positive, Field(description="factor on attention logits; default 1/sqrt(head_dim)")
-    ] = None  # type: ignore[assignment]  # filled in __post_init__
+    num_heads: Annotated[Count, "query heads (N)"]
+    num_kv_heads: Annotated[Count, "key/value heads (K); N/K queries share one"]
+    head_dim: Annotated[Count, "width of one head (H); even, for rotary pairs"]
+    logit_scale: Annotated[Positive, "factor on attention logits; default 1/sqrt(head_dim)"] = None  # type: ignore[assignment]  # filled in __post_init__
     logit_softcap: Annotated[
-        Positive | None, Field(description="c of c*tanh(x/c) on attention logits; null: none")
+        Positive | None, "c of c*tanh(x/c) on attention logits; null: none"
     ] = 30.0
-    rope: Annotated[RopeConfig, Field(description="rotary position embedding")] = RopeConfig()
+    rope: Annotated[RopeConfig, "rotary position embedding"] = RopeConfig()
 
     def __post_init__(self) -> None:
         if self.logit_scale is None:
@@ -66,14 +55,12 @@ class AttentionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEConfig:
+class MoEConfig(Section):
     """The routed experts of a block: gated MLPs of which each token uses a few."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    dim: Annotated[Count, Field(description="hidden width of one expert (F)")]
-    num_experts: Annotated[Count, Field(description="experts of a block (E)")] = 8
-    num_selected: Annotated[Count, Field(description="experts that each token goes to (C)")] = 2
+    dim: Annotated[Count, "hidden width of one expert (F)"]
+    num_experts: Annotated[Count, "experts of a block (E)"] = 8
+    num_selected: Annotated[Count, "experts that each token goes to (C)"] = 2
 
     def __post_init__(self) -> None:
         if self.num_selected > self.num_experts:
@@ -85,40 +72,32 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """A decoder: its width and depth, one section for each module, and the types it runs in."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    vocab_size: Annotated[Count, Field(description="entries of the token table (V)")]
-    num_layers: Annotated[Count, Field(description="blocks (L)")]
-    embed_dim: Annotated[Count, Field(description="width of the residual stream (D)")]
-    context_length: Annotated[Count, Field(description="longest sequence, in tokens")] = 8192
+    vocab_size: Annotated[Count, "entries of the token table (V)"]
+    num_layers: Annotated[Count, "blocks (L)"]
+    embed_dim: Annotated[Count, "width of the residual stream (D)"]
+    context_length: Annotated[Count, "longest sequence, in tokens"] = 8192
     embedding_multiplier: Annotated[
-        Positive, Field(description="factor on the embedding; default sqrt(embed_dim)")
+        Positive, "factor on the embedding; default sqrt(embed_dim)"
     ] = None  # type: ignore[assignment]  # filled in __post_init__
-    logit_multiplier: Annotated[Positive, Field(description="factor on the final logits")] = (
-        0.5773502691896257
-    )
-    norm: Annotated[NormConfig, Field(description="norms of blocks, and the final one")] = (
-        NormConfig()
-    )
-    attention: Annotated[AttentionConfig, Field(description="attention of every block")]
-    moe: Annotated[MoEConfig, Field(description="experts of every block")]
+    logit_multiplier: Annotated[Positive, "factor on the final logits"] = 0.5773502691896257
+    norm: Annotated[NormConfig, "norms of blocks, and the final one"] = NormConfig()
+    attention: Annotated[AttentionConfig, "attention of every block"]
+    moe: Annotated[MoEConfig, "experts of every block"]
     param_dtype: Annotated[
         Literal["float32", "bfloat16", "int8"],
-        Field(description="type of stored parameters; int8: matrices, to infer only"),
+        "type of stored parameters; int8: matrices, to infer only",
     ] = "float32"
-    compute_dtype: Annotated[
-        Literal["float32", "bfloat16"], Field(description="type of activations and products")
-    ] = "bfloat16"
+    compute_dtype: Annotated[Literal["float32", "bfloat16"], "type of activations and products"] = (
+        "bfloat16"
+    )
     remat: Annotated[
         Literal["none", "dots", "attention", "experts", "offload", "full"],
-        Field(
-            description="recompute in the backward pass: nothing; all but matrix products; all but "
-            "attention's output; all but the experts' output; the same, with what is saved "
-            "offloaded to host memory; whole blocks"
-        ),
+        "recompute in the backward pass: nothing; all but matrix products; all but "
+        "attention's output; all but the experts' output; the same, with what is saved "
+        "offloaded to host memory; whole blocks",
     ] = "full"
 
     def __post_init__(self) -> None:

@@ -68,7 +68,7 @@ class SamplingParams(SamplingConfig):
         TopCount | None, "return log-probabilities: each token's and k likeliest"
     ] = None
     prompt_logprobs: Annotated[TopCount | None, "the same of the prompt"] = None
-    seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1, description="seed of the draws")] = 0
+    seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1), "seed of the draws"] = 0
     ignore_eos: Annotated[bool, "do not end at EOS"] = False
     experts: Annotated[bool, "return the experts of the answer's tokens"] = False
 

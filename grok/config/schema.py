@@ -55,8 +55,7 @@ def schema(config_type: type = RunConfig) -> dict[str, Setting]:
     hints = typing.get_type_hints(config_type, include_extras=True)
     for field in dataclasses.fields(config_type):
         _, *notes = typing.get_args(hints[field.name])
-        texts = [note if isinstance(note, str) else note.description for note in notes]
-        meaning = next(text for text in texts if text)
+        meaning = next(note for note in notes if isinstance(note, str))
         setting = Setting(types_[field.name], _values(hints[field.name]), field.default, meaning)
         settings[field.name] = setting
         if setting.section is not None:
