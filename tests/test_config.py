@@ -215,18 +215,16 @@ def test_groups_round_trip(write):
 class Experts:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    dim: Annotated[int, Field(gt=0, description="width")]
-    router: Annotated[MeshConfig, Field(description="below")] = dataclasses.field(
-        default=MeshConfig()
-    )
+    dim: Annotated[int, Field(gt=0), "width"]
+    router: Annotated[MeshConfig, "below"] = dataclasses.field(default=MeshConfig())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Nested:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    experts: Annotated[Experts | None, Field(description="null: none")] = None
-    name: Annotated[str, Field(description="a name")] = ""
+    experts: Annotated[Experts | None, "null: none"] = None
+    name: Annotated[str, "a name"] = ""
 
 
 def test_sections_of_sections_and_sections_that_may_be_null(write):
