@@ -71,7 +71,7 @@ class Journal(contextlib.AbstractContextManager):
             return []
         if changed := difference(lines[0], identity):
             raise self._error(
-                f"{folder}: has an unfinished job of other weights or settings ({changed}); "
+                f"{folder}: has an unfinished job of other input or settings ({changed}); "
                 "delete it, or name another folder."
             )
         return lines[1:]

@@ -80,17 +80,17 @@ def eval_(
 def _losses(model, mesh, data, tokenizer, run, as_json: bool) -> list[dict[str, Any]]:
     from grok.evaluate.losses import evaluate_texts
 
-    found = list(evaluate_texts(model, mesh, data, tokenizer, run)) if data else []
-    if found and not as_json:
+    losses = list(evaluate_texts(model, mesh, data, tokenizer, run)) if data else []
+    if losses and not as_json:
         table = make_table("data", "tokens", "bytes", "nats/token", "bits/byte", right=4)
-        for loss in found:
+        for loss in losses:
             figures = f"{loss.nats_per_token:.4f}", f"{loss.bits_per_byte:.4f}"
             table.add_row(loss.data, f"{loss.tokens:,}", f"{loss.bytes:,}", *figures)
         make_console().print(table)
-    return [_plain(loss) for loss in found]
+    return [_to_dict(loss) for loss in losses]
 
 
-def _plain(loss: "TextLoss") -> dict[str, Any]:
+def _to_dict(loss: "TextLoss") -> dict[str, Any]:
     counts = {"data": loss.data, "tokens": loss.tokens, "bytes": loss.bytes}
     return counts | {"loss": loss.nats_per_token, "bits_per_byte": loss.bits_per_byte}
 
@@ -99,15 +99,15 @@ def _tasks(model, mesh, tasks, tokenizer, run, folder, fewshot, limit, as_json) 
     if not tasks:
         return {}
     from grok.data.tokenizers import load_tokenizer
-    from grok.evaluate.harness import HarnessModel, run_tasks
+    from grok.evaluate.harness import LmEvalModel, run_tasks
 
-    harness = HarnessModel(model, load_tokenizer(tokenizer), mesh, run.data.batch_size)
-    found = run_tasks(harness, tasks, folder, fewshot, limit)
+    harness = LmEvalModel(model, load_tokenizer(tokenizer), mesh, run.data.batch_size)
+    results = run_tasks(harness, tasks, folder, fewshot, limit)
     if not as_json:
         table = make_table("task", "metric", "value", right=1)
-        for task, metrics in found.items():
+        for task, metrics in results.items():
             for metric, value in metrics.items():
                 if isinstance(value, float):
                     table.add_row(task, metric, f"{value:.4f}")
         make_console().print(table)
-    return found
+    return results

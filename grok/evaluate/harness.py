@@ -1,5 +1,5 @@
-"""A model as EleutherAI's lm-eval asks for one. Only `grok eval --tasks` imports this file, since
-lm-eval is an extra."""
+"""A model behind the interface of EleutherAI's lm-eval, an extra: only `grok eval --tasks` imports
+this file."""
 
 import logging
 from collections.abc import Sequence
@@ -24,33 +24,33 @@ from grok.model.decoder import Decoder
 MAX_NEW_TOKENS = 256
 
 
-class HarnessModel(TemplateLM):
-    """A model, its tokenizer and its mesh behind lm-eval's three kinds of request."""
+class LmEvalModel(TemplateLM):
+    """A model, its tokenizer and its mesh, answering lm-eval's three kinds of request."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, mesh: Mesh, rows: int):
         super().__init__()
         self._scorer = Scorer(model, mesh, rows)
         self._engine = Engine(model, tokenizer, mesh, EngineConfig(max_num_seqs=rows))
-        self._pieces = tokenizer
+        self._tokenizer = tokenizer
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends documents and stands before a text without context."""
-        return self._pieces.eos_id
+        """The token that ends documents and precedes a text without context."""
+        return self._tokenizer.eos_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **others: Any
     ) -> list[int]:
         """Ids of a text; special tokens are never added."""
-        return self._pieces.encode(string)
+        return self._tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests, **others: Any) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        return [(score.log_probability, score.greedy) for score in self._scorer.score(pairs)]
+        return [(score.log_probability, score.is_greedy) for score in self._scorer.score(pairs)]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, each token predicted once, in windows of the context."""
-        found = []
+        totals = []
         for request in requests:
             (text,) = request.args
             windows = get_rolling_token_windows(
@@ -60,14 +60,14 @@ class HarnessModel(TemplateLM):
                 context_len=1,
             )
             scores = self._scorer.score([make_disjoint_window(window) for window in windows])
-            found.append(sum(score.log_probability for score in scores))
-        return found
+            totals.append(sum(score.log_probability for score in scores))
+        return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations, each up to the first of its `until` texts."""
-        asked = [self._request(str(i), *request.args) for i, request in enumerate(requests)]
-        texts = [""] * len(asked)
-        for output in self._engine.generate(asked):
+        prompts = [self._request(str(i), *request.args) for i, request in enumerate(requests)]
+        texts = [""] * len(prompts)
+        for output in self._engine.generate(prompts):
             texts[int(output.request_id)] += output.text
         return texts
 
@@ -81,7 +81,7 @@ class HarnessModel(TemplateLM):
 
 
 def run_tasks(
-    model: HarnessModel,
+    model: LmEvalModel,
     tasks: Sequence[str],
     folder: Path | None,
     num_fewshot: int | None = None,
@@ -89,16 +89,15 @@ def run_tasks(
 ) -> dict[str, Any]:
     """lm-eval's results on tasks of its own or of YAML files in `folder`, by task: metrics by name.
 
-    `limit` is how many examples of each task are run. Raises DataError for a task that there is
-    none of.
+    `limit` is the number of examples of each task. Raises DataError for an unknown task.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=None if folder is None else str(folder))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        where = f", and {folder} none of this name" if folder else "; --tasks-folder names others"
+        where = f", nor has {folder}" if folder else "; --tasks-folder adds others"
         raise DataError(f"lm-eval has no task {unknown[0]}{where}.")
-    found = simple_evaluate(
+    results = simple_evaluate(
         model=model,
         tasks=list(tasks),
         num_fewshot=num_fewshot,
@@ -107,7 +106,7 @@ def run_tasks(
         bootstrap_iters=1000,
         log_samples=False,
     )
-    return {task: dict(found["results"][task]) for task in found["results"]}
+    return {task: dict(metrics) for task, metrics in results["results"].items()}
 
 
 def _as_list(until: str | list[str] | None) -> list[str]:

@@ -23,7 +23,7 @@ from grok.train.step import eval_step
 
 @dataclasses.dataclass(frozen=True)
 class TextLoss:
-    """Loss of a text: `nats` over all its `tokens`, which encode `bytes` of UTF-8."""
+    """Loss of a text: `nats` summed over its `tokens`, which have `bytes` of UTF-8."""
 
     data: str
     tokens: int
@@ -32,22 +32,22 @@ class TextLoss:
 
     @property
     def nats_per_token(self) -> float:
-        """Cross-entropy, what training calls the loss."""
+        """Cross-entropy, the loss of training."""
         return self.nats / self.tokens
 
     @property
     def bits_per_byte(self) -> float:
-        """The same free of the tokenizer's choices."""
+        """The loss in a unit that is comparable across tokenizers."""
         return bits_per_byte(self.nats, self.bytes)
 
 
 def evaluate_texts(
     model: Decoder, mesh: Mesh, paths: Sequence[str], tokenizer: str, config: RunConfig
 ) -> Iterable[TextLoss]:
-    """The loss on each of these text files and prepared datasets, one after the other.
+    """The loss on each of these text files and token datasets, one after the other.
 
-    Rows have the shape that `config.data` says, and are split over the mesh. Raises DataError for
-    what cannot be read, has nothing to predict, or is not for this tokenizer, before any is run.
+    Rows have the shape that `config.data` gives, and are split over the mesh. Raises DataError for
+    one that cannot be read, has nothing to predict, or is of another tokenizer, before any is run.
     """
     held_out = [(path, *_open(path, tokenizer, config)) for path in paths]
     eval_function = jax.jit(eval_step)
@@ -57,17 +57,17 @@ def evaluate_texts(
         yield TextLoss(path, tokens, num_bytes, nats)
 
 
-def _open(path: str, tokenizer: str, config: RunConfig) -> tuple[Iterable[Batch], int]:
+def _open(path: str, tokenizer_file: str, config: RunConfig) -> tuple[Iterable[Batch], int]:
     """The batches of a text, and its bytes."""
-    data = dataclasses.replace(config.data, tokenizer=tokenizer)
+    data = dataclasses.replace(config.data, tokenizer=tokenizer_file)
     shape = {"sequence_length": data.sequence_length, "batch_size": data.batch_size}
-    pieces = load_tokenizer(tokenizer)
+    tokenizer = load_tokenizer(tokenizer_file)
     if not (Path(path) / MANIFEST_FILE).exists():
-        stream = read_stream([path], pieces, config.model.vocab_size)
+        stream = read_stream([path], tokenizer, config.model.vocab_size)
         return StreamValidation(stream, **shape), stream.num_bytes
     documents = open_dataset(path, dataclasses.replace(config, data=data))
     packed = PackedValidation(documents, **shape)
-    num_bytes = packed.num_bytes(token_bytes(pieces))
+    num_bytes = packed.num_bytes(token_bytes(tokenizer))
     if not num_bytes:
         raise DataError(f"dataset {path} has no text to predict; one with text would work.")
     return packed, num_bytes

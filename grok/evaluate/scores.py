@@ -14,54 +14,56 @@ from jax.sharding import Mesh
 from grok import sharding
 from grok.data.device_feed import shard_batch
 from grok.model.decoder import Decoder
+from grok.ops.cross_entropy import target_and_log_z
 from grok.train.loss import hidden
 
-SHORTEST = 16
-CHUNK = 512  # tokens of a row that have logits at a time
+MIN_LENGTH = 16
+CHUNK_TOKENS = 512  # tokens of a row that have logits at a time
 
 
 class Score(NamedTuple):
-    """Of a continuation: the sum of its tokens' log-probabilities in nats, and whether each of
-    them is the likeliest at its place."""
+    """Sum of a continuation's log-probabilities in nats; is_greedy: each of its tokens is the most
+    likely one at its position."""
 
     log_probability: float
-    greedy: bool
+    is_greedy: bool
 
 
 class Scorer:
-    """A model on its mesh that scores continuations, `rows` at a time.
+    """Scores continuations under a model on its mesh, `rows` at a time.
 
     Lengths are rounded up to powers of two, so that requests of all lengths share a few programs.
     """
 
     def __init__(self, model: Decoder, mesh: Mesh, rows: int):
         self._model, self._mesh, self._rows = model, mesh, rows
-        self._scores = jax.jit(_scores)
+        self._score_rows = jax.jit(_score_rows)
         self.context_length = model.config.context_length
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-        """The scores of (context, continuation) pairs of token ids, in order.
+        """Scores of (context, continuation) pairs of token ids, in order.
 
-        A context has a token at least. Of a pair with more than context_length + 1 tokens the
-        first are left out.
+        A context has at least one token. A pair of more than context_length + 1 tokens loses its
+        first ones.
         """
-        sizes = [self._bucket(len(context) + len(after) - 1) for context, after in pairs]
-        scores: list[Score | None] = [None] * len(pairs)
-        for size in sorted(set(sizes), reverse=True):
-            places = [place for place, own in enumerate(sizes) if own == size]
-            for first in range(0, len(places), self._rows):
-                some = places[first : first + self._rows]
-                batch = self._batch([pairs[place] for place in some], size)
+        buckets: dict[int, list[int]] = {}
+        for index, (context, continuation) in enumerate(pairs):
+            buckets.setdefault(self._bucket(len(context) + len(continuation) - 1), []).append(index)
+        scores: dict[int, Score] = {}
+        for size in sorted(buckets, reverse=True):
+            for first in range(0, len(buckets[size]), self._rows):
+                indices = buckets[size][first : first + self._rows]
+                batch = self._batch([pairs[index] for index in indices], size)
                 with jax.set_mesh(self._mesh):
-                    found = jax.device_get(
-                        self._scores(self._model, shard_batch(batch, self._mesh))
+                    rows = jax.device_get(
+                        self._score_rows(self._model, shard_batch(batch, self._mesh))
                     )
-                for place, log_p, greedy in zip(some, *found, strict=False):
-                    scores[place] = Score(float(log_p), bool(greedy))
-        return [score for score in scores if score is not None]
+                for index, log_p, is_greedy in zip(indices, *rows, strict=False):
+                    scores[index] = Score(float(log_p), bool(is_greedy))
+        return [scores[index] for index in range(len(pairs))]
 
     def _bucket(self, length: int) -> int:
-        return min(self.context_length, max(SHORTEST, 1 << (length - 1).bit_length()))
+        return min(self.context_length, max(MIN_LENGTH, 1 << (length - 1).bit_length()))
 
     def _batch(self, pairs, size: int) -> dict[str, np.ndarray]:
         """Rows of pairs, with padding behind each and rows of padding at the end."""
@@ -81,26 +83,25 @@ class Scorer:
         return batch
 
 
-def _scores(model: Decoder, batch: dict) -> tuple[jax.Array, jax.Array]:
-    """Of each row, whole on every device: log-probability of what the mask selects (float32), and
-    whether all of it is likeliest."""
+def _score_rows(model: Decoder, batch: dict) -> tuple[jax.Array, jax.Array]:
+    """Log-probability (float32) of each row's tokens under the mask, and True where all of them are
+    the most likely; (B,), replicated."""
     x_BTD, _ = hidden(model, batch)
 
-    def one_chunk(x_BcD, targets_Bc):
+    def one_chunk(chunk):
+        x_BcD, targets_Bc = chunk
         logits_BcV = model.unembed(x_BcD)
-        is_target = jnp.arange(logits_BcV.shape[-1])[None, None, :] == targets_Bc[:, :, None]
-        target_Bc = jnp.sum(jnp.where(is_target, logits_BcV, 0), axis=-1)
-        log_z_Bc = jax.nn.logsumexp(logits_BcV, axis=-1)
+        target_Bc, log_z_Bc = target_and_log_z(logits_BcV, targets_Bc)
         return target_Bc - log_z_Bc, target_Bc >= jnp.max(logits_BcV, axis=-1)
 
     B, T = batch["targets_BT"].shape
-    chunks = T // CHUNK if T % CHUNK == 0 else 1
+    chunks = T // CHUNK_TOKENS if T % CHUNK_TOKENS == 0 else 1
 
     def split(x):
         return jnp.moveaxis(x.reshape(B, chunks, T // chunks, *x.shape[2:]), 1, 0)
 
-    found = jax.lax.map(lambda chunk: one_chunk(*chunk), (split(x_BTD), split(batch["targets_BT"])))
-    log_p_BT, greedy_BT = (jnp.moveaxis(x_nBc, 0, 1).reshape(B, T) for x_nBc in found)
+    results = jax.lax.map(one_chunk, (split(x_BTD), split(batch["targets_BT"])))
+    log_p_BT, greedy_BT = (jnp.moveaxis(x_nBc, 0, 1).reshape(B, T) for x_nBc in results)
     counts_BT = batch["mask_BT"] > 0
     log_p_B = jnp.sum(jnp.where(counts_BT, log_p_BT, 0), axis=1)
     greedy_B = jnp.all(greedy_BT | ~counts_BT, axis=1)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grok.ops.cross_entropy import target_logprobs
+from grok.ops.cross_entropy import target_and_log_z
 
 REMOVED = -1e10
 
@@ -131,7 +131,7 @@ def sample_tokens(logits_BV: jax.Array, s: SamplingBatch, top: int) -> Sampled:
 def logprobs(logits_BV: jax.Array, token_B: jax.Array, with_top, top: int):
     """Log-probability of each row's token; the `top` likeliest tokens and theirs, zeros unless
     `with_top`."""
-    logprob_B, log_z_B = target_logprobs(logits_BV, token_B)
+    target_B, log_z_B = target_and_log_z(logits_BV, token_B)
 
     def likeliest():
         value_BX, token_BX = jax.lax.top_k(logits_BV, top)
@@ -141,7 +141,7 @@ def logprobs(logits_BV: jax.Array, token_B: jax.Array, with_top, top: int):
         zero_BX = jnp.zeros((1, top), jnp.float32) * log_z_B[:, None]
         return jnp.zeros((1, top), jnp.int32) * token_B[:, None], zero_BX
 
-    return logprob_B, *jax.lax.cond(with_top, likeliest, zeros)
+    return target_B - log_z_B, *jax.lax.cond(with_top, likeliest, zeros)
 
 
 def penalized(logits_BV: jax.Array, s: SamplingBatch) -> jax.Array:

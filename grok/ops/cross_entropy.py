@@ -24,15 +24,15 @@ def cross_entropy_reference(x_RD, table_VD, targets_R, scale: float):
     return log_z_R - target_R, log_z_R
 
 
-def target_logprobs(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of the target of each row of logits (..., V), and the log-partition, (...).
+def target_and_log_z(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logit of the target of each row of logits (..., V), and the log-partition, (...) each; their
+    difference is the target's log-probability.
 
     The target's logit is a sum under a mask, so the vocabulary may be split over devices.
     """
     tokens = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     target_logits = jnp.sum(jnp.where(tokens == targets[..., None], logits, 0), axis=-1)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    return target_logits - log_z, log_z
+    return target_logits, jax.nn.logsumexp(logits, axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

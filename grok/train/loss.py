@@ -12,7 +12,7 @@ from grok import sharding
 from grok.config import TrainConfig
 from grok.model.decoder import Decoder
 from grok.model.moe import RouterStats
-from grok.ops.cross_entropy import MAX_LOGITS
+from grok.ops.cross_entropy import MAX_LOGITS, target_and_log_z
 
 
 def token_losses(model: Decoder, x_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
@@ -27,12 +27,8 @@ def token_losses(model: Decoder, x_BTD, targets_BT) -> tuple[jax.Array, jax.Arra
                 x_BTD, targets_BT, model.config.logit_multiplier
             )
             return entropy_BT, jnp.square(log_z_BT)
-    logits_BTV = model.unembed(x_BTD)
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    # A sum under a mask, not an index: the vocabulary is split over devices.
-    is_target_BTV = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[:, :, None]
-    target_logit_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0), axis=-1)
-    return log_z_BT - target_logit_BT, jnp.square(log_z_BT)
+    target_BT, log_z_BT = target_and_log_z(model.unembed(x_BTD), targets_BT)
+    return log_z_BT - target_BT, jnp.square(log_z_BT)
 
 
 def hidden(model: Decoder, batch: dict) -> tuple[jax.Array, RouterStats]:

@@ -53,7 +53,7 @@ def expected() -> list[tuple[float, bool]]:
 def test_scores_are_those_of_the_logits(expected, sizes):
     mesh = grok.make_mesh(*sizes) if sizes else grok.make_mesh(1, devices=jax.devices()[:1])
     found = Scorer(put_on_mesh(SOURCE, mesh), mesh, rows=8).score(pairs())
-    assert [score.greedy for score in found] == [greedy for _, greedy in expected]
+    assert [score.is_greedy for score in found] == [greedy for _, greedy in expected]
     for score, (log_p, _) in zip(found, expected, strict=True):
         assert score.log_probability == pytest.approx(log_p, rel=1e-5, abs=1e-5)
 
@@ -66,5 +66,5 @@ def test_the_likeliest_continuation_is_greedy():
     best = int(np.argmax(model(row)[0, 2]))
     scorer = Scorer(put_on_mesh(SOURCE, mesh), mesh, rows=8)
     right, wrong = scorer.score([([7, 8, 9], [best]), ([7, 8, 9], [(best + 1) % 64])])
-    assert right.greedy and not wrong.greedy
+    assert right.is_greedy and not wrong.is_greedy
     assert right.log_probability > wrong.log_probability

@@ -241,7 +241,7 @@ def refusal(source: Source, folder, *args, **kwargs) -> str:
 def test_other_weights_and_settings_do_not_go_on(tmp_path):
     folder = tmp_path / "hf"
     refusal(Failing(RandomSource(TINY), 5), folder)
-    begun = f"{folder}: has an unfinished job of other weights or settings ("
+    begun = f"{folder}: has an unfinished job of other input or settings ("
     end = "); delete it, or name another folder."
     message = refusal(RandomSource(TINY, seed=1), folder)
     assert message.startswith(f"{begun}values was ") and message.endswith(end)
