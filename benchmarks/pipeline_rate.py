@@ -25,12 +25,12 @@ from grok.data.packed_batches import PackedBatches
 from grok.data.packing import make_packer, packing_efficiency
 from grok.hardware import configure_devices
 
-V5P_HOST = 4 * 500  # tokens a second
+V5P_HOST_TOKENS_PER_SECOND = 4 * 500
 STEPS_TO_RESTORE = (10, 1_000_000)
 
 
 def main() -> None:
-    """Measures both ways of packing and prints what it sees."""
+    """Measures both packings and prints the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,7 +55,7 @@ def main() -> None:
 def measure(
     packing: str, datasets: dict[str, TokenDataset], mixture: Mixture, options: argparse.Namespace
 ) -> dict:
-    """Figures of one way of packing."""
+    """Measurements of one packing."""
     shape = (options.batch, options.length)
     filled = {
         name: packing_efficiency(
@@ -87,7 +87,9 @@ def measure(
         jax.block_until_ready(batch)
     rate = options.steps * shape[0] * shape[1] / (time.perf_counter() - begin)
     print(f"{packing}: filled {', '.join(f'{share:.2%} {name}' for name, share in filled.items())}")
-    print(f"{packing}: {rate:,.0f} tokens/s, {rate / V5P_HOST:,.0f} times a v5p host's")
+    print(
+        f"{packing}: {rate:,.0f} tokens/s, {rate / V5P_HOST_TOKENS_PER_SECOND:,.0f} times a v5p host's"
+    )
     for step, seconds in seconds_to.items():
         print(f"{packing}: first batch at step {step:,} after {seconds:.3f} s")
     return {"filled": filled, "tokens_per_second": rate, "seconds_to_first_batch": seconds_to}

@@ -22,19 +22,19 @@ import sentencepiece
 from grok.data.prepare.job import PrepareOptions, prepare_dataset
 from grok.data.prepare.sources import find_files
 
-_pieces: sentencepiece.SentencePieceProcessor | None = None
+_processor: sentencepiece.SentencePieceProcessor | None = None
 
 
 def start(model: bytes) -> None:
     """Load a process's model."""
-    global _pieces
-    _pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    global _processor
+    _processor = sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 def encode(texts: list[str]) -> int:
     """Tokens of texts, each encoded and dropped."""
-    assert _pieces is not None
-    return sum(len(_pieces.encode(text)) for text in texts)
+    assert _processor is not None
+    return sum(len(_processor.encode(text)) for text in texts)
 
 
 def raw(texts: list[str], model: bytes, workers: int) -> int:

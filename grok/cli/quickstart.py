@@ -12,7 +12,7 @@ import click
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("runs/quickstart"),
     show_default=True,
-    help="Where everything goes.",
+    help="Folder for everything.",
 )
 def quickstart(folder: Path) -> None:
     """Train, stop, resume and sample a small Grok on this machine's CPU, in minutes."""

@@ -17,7 +17,7 @@ def report(runs: tuple[str, ...], out: Path | None) -> None:
     """Write a page about a run: one HTML file with curves, loads of the experts, goodput,
     checkpoints and config, and a PNG of the main curves.
 
-    RUN is the folder of a run, going on or not. Several are compared by tokens seen.
+    RUN is the folder of a run, finished or not. Several are compared by tokens seen.
     """
     from grok.report.write import write_report
 

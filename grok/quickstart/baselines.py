@@ -1,9 +1,8 @@
-"""What simple models make of the same held-out text, in bits per UTF-8 byte.
+"""Bits per UTF-8 byte of the same held-out text under simple models.
 
-A language model that has learned anything beyond word frequencies and word pairs must be below
-these. They are given their best: tuned smoothing, and the same tokens and the same text as the
-model. Every token is predicted, the eos of each document included, and nothing is tuned on the
-held-out text.
+A language model that has learned more than frequencies of words and of pairs of words must be below
+these. They have tuned smoothing, and the same tokens and text as the model. Every token is
+predicted, also the eos of each document, and nothing is tuned on the held-out text.
 
 V vocabulary, S tokens of a stream.
 """
@@ -14,7 +13,7 @@ import numpy as np
 
 from grok.data.text_stream import TokenStream, bits_per_byte
 
-# Share of the training tokens, at their end, on which smoothing constants are chosen.
+# Share of the training tokens, at their end, on which smoothing constants are tuned.
 TUNING_SHARE = 0.1
 ADDED_COUNTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 DISCOUNTS = tuple(np.arange(0.05, 1.0, 0.05))
@@ -49,7 +48,7 @@ def gzip_bits_per_byte(text: bytes) -> float:
 
 
 def _split(tokens_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens to count, and the last tenth, to choose a constant on."""
+    """Tokens to count, and the last tenth, to tune a constant on."""
     cut = len(tokens_S) - max(1, int(TUNING_SHARE * len(tokens_S)))
     return tokens_S[:cut], tokens_S[cut:]
 
@@ -57,7 +56,7 @@ def _split(tokens_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _unigram_nats(
     train_S: np.ndarray, heldout_S: np.ndarray, vocab_size: int, added: float
 ) -> float:
-    """Summed loss where every token counts `added` more often than it was seen."""
+    """Summed loss with `added` more counts of every token than were seen."""
     counts_V = np.bincount(train_S, minlength=vocab_size) + added
     return float(-np.log(counts_V[heldout_S] / counts_V.sum()).sum())
 
@@ -79,12 +78,12 @@ def _bigram_nats(
     uniform = discount * np.count_nonzero(kinds_before_V) / len(pairs) / vocab_size
     lower_V = np.maximum(kinds_before_V - discount, 0) / len(pairs) + uniform
 
-    wanted = _pairs(heldout_S, vocab_size, eos_id)
-    place = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
-    seen_S = np.where(pairs[place] == wanted, pair_counts[place], 0)
-    v_S, w_S = np.divmod(wanted, vocab_size)
+    heldout_pairs_S = _pairs(heldout_S, vocab_size, eos_id)
+    index_S = np.searchsorted(pairs, heldout_pairs_S).clip(max=len(pairs) - 1)
+    seen_S = np.where(pairs[index_S] == heldout_pairs_S, pair_counts[index_S], 0)
+    v_S, w_S = np.divmod(heldout_pairs_S, vocab_size)
     context_S = np.maximum(count_V[v_S], 1)
-    # After a token that training never had, the lower order is all there is.
+    # After a token that training lacks, only the lower order is left.
     back_off_S = np.where(count_V[v_S] > 0, discount * kinds_after_V[v_S] / context_S, 1)
     p_S = np.maximum(seen_S - discount, 0) / context_S + back_off_S * lower_V[w_S]
     return float(-np.log(p_S).sum())

@@ -1,7 +1,7 @@
-"""A corpus that every Python has: the language reference, as `help()` shows it.
+"""A corpus that comes with Python: the language reference, as `help()` shows it.
 
-The text comes from the standard library's `pydoc_data.topics`, so it needs no network; its size,
-and with it every number measured on it, depends on the Python version.
+The text is the standard library's `pydoc_data.topics`, so it needs no network; its size, and with
+it every number measured on it, depends on the Python version.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ MIN_SHARED_CHARACTERS = 60
 
 
 def write_corpus(folder: str | Path) -> tuple[Path, Path]:
-    """Write `train.txt` and `heldout.txt` (UTF-8) into `folder`; their paths, in that order."""
+    """Writes `train.txt` and `heldout.txt` (UTF-8) into `folder`; returns both paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     heldout = heldout_topics(pydoc_data.topics.topics)
     paths = folder / "train.txt", folder / "heldout.txt"
-    for path, wanted in zip(paths, (False, True), strict=True):
+    for path, is_heldout in zip(paths, (False, True), strict=True):
         texts = [
             text.strip("\n")
             for topic, text in sorted(pydoc_data.topics.topics.items())
-            if (topic in heldout) == wanted
+            if (topic in heldout) == is_heldout
         ]
         path.write_bytes(("\n\n".join(texts) + "\n").encode())
     return paths
@@ -34,8 +34,8 @@ def write_corpus(folder: str | Path) -> tuple[Path, Path]:
 def heldout_topics(topics: Mapping[str, str]) -> set[str]:
     """The topics to hold out: at most a tenth of the bytes, chosen by hash of their names.
 
-    Many topics repeat parts of others word for word. Topics that share a paragraph stay on one
-    side, so that nothing of the held-out text can be learned by heart.
+    Many topics repeat parts of others. Topics that share a paragraph stay on one side, so that none
+    of the held-out text can be memorised.
     """
     sizes = {topic: len(text.encode()) for topic, text in topics.items()}
     room = HELDOUT_SHARE * sum(sizes.values())
@@ -49,7 +49,7 @@ def heldout_topics(topics: Mapping[str, str]) -> set[str]:
 
 
 def _groups(topics: Mapping[str, str]) -> list[list[str]]:
-    """Topics, put together where they share a paragraph, directly or through others."""
+    """Topics in groups that share paragraphs, directly or through others."""
     groups: list[tuple[set[str], set[str]]] = []
     for topic in sorted(topics):
         members, paragraphs = {topic}, _paragraphs(topics[topic])
@@ -65,7 +65,7 @@ def _groups(topics: Mapping[str, str]) -> list[list[str]]:
 
 
 def _paragraphs(text: str) -> set[str]:
-    """Longer paragraphs, with white space evened out (included text may be indented)."""
+    """The longer paragraphs, with white space normalised (included text may be indented)."""
     paragraphs = {" ".join(paragraph.split()) for paragraph in text.split("\n\n")}
     return {p for p in paragraphs if len(p) >= MIN_SHARED_CHARACTERS}
 

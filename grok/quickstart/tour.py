@@ -1,4 +1,4 @@
-"""`grok quickstart`, as a story: text, tokenizer, training, a restart, results, samples.
+"""`grok quickstart`, told in order: text, tokenizer, training, a restart, results, samples.
 
 Training and sampling run in processes of their own through the same commands that a user types;
 this process never imports JAX.
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -39,36 +40,10 @@ def run(folder: Path) -> int:
     """The whole quickstart in `folder`; returns the exit code of the process."""
     console = Console(highlight=False)
     started = time.monotonic()
-    metrics_path = folder / "metrics.jsonl"
-
-    # ---- text and tokenizer
-    config_path = prepare(folder, console)
-    config = load_config(config_path)
-
-    # ---- train to the middle, stop the process, let a new one finish
-    try:
-        half = config.train.steps // 2
-        if last_step(metrics_path) < half:
-            console.rule("training, first process")
-            code = train(config_path, stop_at=half)
-            if code not in (DONE, SAVED):
-                return code
-        console.rule("the first process has ended; a new one resumes from its checkpoint")
-        if code := train(config_path, stop_at=None):
-            return code
-    except KeyboardInterrupt:
-        console.print("stopped; `grok quickstart` goes on from here")
-        return SAVED
-
-    # ---- what came of it
-    console.rule("results")
-    metrics = read_metrics(metrics_path)
-    bits = compare(config, metrics)
-    console.print(results_table(bits))
-    plot_path = folder / "quickstart.png"
-    baselines = {name: value for name, value in bits.items() if name != "this model"}
-    plot_run(metrics, plot_path, baselines)
-    console.print(f"Loss and expert load over time: {plot_path}")
+    config_path = prepare_folder(folder, console)
+    if code := train_with_a_restart(config_path, console):
+        return code
+    show_results(config_path, console)
     for prompt in PROMPTS:
         console.rule("a continuation")
         if code := sample(folder, prompt):
@@ -79,15 +54,17 @@ def run(folder: Path) -> int:
     return DONE
 
 
-def prepare(folder: Path, console: Console) -> Path:
-    """Text, tokenizer and config in `folder`; the config's path.
+# ---- text and tokenizer
 
-    A run that was interrupted is kept, to go on; what a finished one left is made anew.
+
+def prepare_folder(folder: Path, console: Console) -> Path:
+    """Writes text, tokenizer and config into `folder`; returns the config's path.
+
+    An interrupted run stays, to be continued; a finished one is deleted and made anew.
     """
     config_path = folder / "quickstart.yaml"
     if config_path.exists():
-        steps = load_config(config_path).train.steps
-        if last_step(folder / "metrics.jsonl") < steps:
+        if last_step(folder / "metrics.jsonl") < load_config(config_path).train.steps:
             return config_path
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         for name in ("metrics.jsonl", "events.jsonl", "run.json"):
@@ -117,14 +94,33 @@ def prepare(folder: Path, console: Console) -> Path:
     return config_path
 
 
+# ---- training to the middle, a stop, and a new process that resumes
+
+
+def train_with_a_restart(config_path: Path, console: Console) -> int:
+    """Trains to the end, with one restart in the middle; returns the exit code."""
+    half = load_config(config_path).train.steps // 2
+    try:
+        if last_step(config_path.parent / "metrics.jsonl") < half:
+            console.rule("training, first process")
+            code = train(config_path, stop_at=half)
+            if code not in (DONE, SAVED):
+                return code
+        console.rule("the first process has ended; a new one resumes from its checkpoint")
+        return train(config_path, stop_at=None)
+    except KeyboardInterrupt:
+        console.print("stopped; `grok quickstart` continues from here")
+        return SAVED
+
+
 def train(config_path: Path, stop_at: int | None) -> int:
     """Runs `grok train` to its end, or asks it to stop once it has logged step `stop_at`.
 
     Returns the command's exit code.
     """
+    metrics_path = config_path.parent / "metrics.jsonl"
     with subprocess.Popen([*GROK, "train", str(config_path)]) as process:
         try:
-            metrics_path = config_path.parent / "metrics.jsonl"
             while stop_at is not None and process.poll() is None:
                 if last_step(metrics_path) >= stop_at:
                     process.send_signal(signal.SIGTERM)
@@ -132,7 +128,7 @@ def train(config_path: Path, stop_at: int | None) -> int:
                 time.sleep(0.1)
             process.wait()
         except KeyboardInterrupt:
-            # The terminal sent it to the training process too, which saves before it leaves.
+            # The terminal sent it to the training process too, which saves before it exits.
             with contextlib.suppress(KeyboardInterrupt):
                 process.wait()
             raise
@@ -146,7 +142,23 @@ def last_step(metrics_path: Path) -> int:
     return max((line["step"] for line in read_metrics(metrics_path)), default=0)
 
 
-def compare(config: RunConfig, metrics: list[dict]) -> dict[str, float]:
+# ---- results
+
+
+def show_results(config_path: Path, console: Console) -> None:
+    """Prints a table of the model beside simple ones, and draws the run."""
+    console.rule("results")
+    folder = config_path.parent
+    metrics = read_metrics(folder / "metrics.jsonl")
+    bits = compare(load_config(config_path), metrics)
+    console.print(results_table(bits))
+    plot_path = folder / "quickstart.png"
+    baselines = {name: value for name, value in bits.items() if name != "this model"}
+    plot_run(metrics, plot_path, baselines)
+    console.print(f"Loss and expert load over time: {plot_path}")
+
+
+def compare(config: RunConfig, metrics: Sequence[Mapping]) -> dict[str, float]:
     """Bits per byte of the held-out text under the trained model and under simple ones."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     vocab_size = config.model.vocab_size
@@ -162,7 +174,7 @@ def compare(config: RunConfig, metrics: list[dict]) -> dict[str, float]:
     }
 
 
-def results_table(bits: dict[str, float]) -> Table:
+def results_table(bits: Mapping[str, float]) -> Table:
     """The comparison as a table, worst first."""
     table = Table("held-out text under", "bits per byte", title="Lower is better")
     for name, value in sorted(bits.items(), key=lambda item: -item[1]):
@@ -171,13 +183,13 @@ def results_table(bits: dict[str, float]) -> Table:
 
 
 def sample(folder: Path, prompt: str) -> int:
-    """Runs `grok sample`, which prints a continuation of `prompt`; its exit code."""
+    """Runs `grok sample`, which prints a continuation of `prompt`; returns its exit code."""
     options = ["--prompt", prompt, "--max-tokens", "60"]
     return subprocess.run([*GROK, "sample", str(folder), *options], check=False).returncode
 
 
 def next_steps(folder: Path, config_path: Path) -> str:
-    """Four commands to try, as they work in the shell that this was started from."""
+    """Four commands to try, as they work in the user's shell."""
     grok = "grok" if shutil.which("grok") else os.path.relpath(Path(sys.executable).parent / "grok")
     return (
         f'{grok} sample {folder} --prompt "Python is" --temperature 1\n'

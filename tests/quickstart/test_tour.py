@@ -18,7 +18,7 @@ from rich.console import Console
 
 from grok.config.load import load_config
 from grok.errors import DONE, GrokError
-from grok.quickstart.tour import prepare, run
+from grok.quickstart.tour import prepare_folder, run
 from grok.train.telemetry.event_log import read_events
 from grok.train.telemetry.metrics_file import read_metrics
 
@@ -36,7 +36,7 @@ def home(tmp_path_factory) -> Path:
     """A folder in which `grok quickstart` has run, shortened as a user would: in its config."""
     home = tmp_path_factory.mktemp("home")
     folder = home / "runs" / "quickstart"
-    config_path = prepare(folder, Console())
+    config_path = prepare_folder(folder, Console())
     config_path.write_text(config_path.read_text() + FEWER_STEPS)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("XLA_FLAGS")  # compiled as users' are
@@ -61,11 +61,11 @@ def test_interrupted_it_goes_on_and_finished_it_starts_anew(home: Path, tmp_path
     path = folder / "quickstart.yaml"
     path.write_text(path.read_text().replace("steps: 6", "steps: 8"))
     before = path.read_text()
-    assert prepare(folder, Console()) == path
+    assert prepare_folder(folder, Console()) == path
     assert path.read_text() == before
     assert (folder / "checkpoints").exists()
     path.write_text(before.replace("steps: 8", "steps: 6"))
-    prepare(folder, Console())
+    prepare_folder(folder, Console())
     assert not (folder / "checkpoints").exists()
     assert load_config(path).train.steps == load_config("quickstart").train.steps
 
@@ -73,7 +73,7 @@ def test_interrupted_it_goes_on_and_finished_it_starts_anew(home: Path, tmp_path
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(GrokError, match="holds other files"):
-        prepare(tmp_path, Console())
+        prepare_folder(tmp_path, Console())
 
 
 # In the order in which their commands build on each other.
