@@ -25,7 +25,7 @@ from grok.data.packed_batches import PackedBatches
 from grok.data.packing import make_packer, packing_efficiency
 from grok.hardware import configure_devices
 
-V5P_HOST_TOKENS_PER_SECOND = 4 * 500
+V5P_HOST_RATE = 4 * 500  # tokens a second
 STEPS_TO_RESTORE = (10, 1_000_000)
 
 
@@ -87,9 +87,7 @@ def measure(
         jax.block_until_ready(batch)
     rate = options.steps * shape[0] * shape[1] / (time.perf_counter() - begin)
     print(f"{packing}: filled {', '.join(f'{share:.2%} {name}' for name, share in filled.items())}")
-    print(
-        f"{packing}: {rate:,.0f} tokens/s, {rate / V5P_HOST_TOKENS_PER_SECOND:,.0f} times a v5p host's"
-    )
+    print(f"{packing}: {rate:,.0f} tokens/s, {rate / V5P_HOST_RATE:,.0f} times a v5p host's")
     for step, seconds in seconds_to.items():
         print(f"{packing}: first batch at step {step:,} after {seconds:.3f} s")
     return {"filled": filled, "tokens_per_second": rate, "seconds_to_first_batch": seconds_to}
