@@ -78,13 +78,15 @@ def decode_document(record: bytes) -> Document:
 class TokenDataset:
     """The documents of a dataset by number; safe to read from several threads.
 
-    manifest: content of `manifest.json`; lengths: uint32 (N,), tokens of each document.
+    manifest: content of `manifest.json`; hash: its SHA-256, which depends on all other files;
+    lengths: uint32 (N,), tokens of each document.
     """
 
     def __init__(self, folder: str | Path) -> None:
         """Opens a folder that `grok data prepare` wrote; DataError when a file is damaged."""
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        self.hash = manifest_hash(self.manifest)
         self.lengths = self._read_lengths()
         counts = [shard["documents"] for shard in self.manifest["shards"]]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
@@ -119,11 +121,6 @@ class TokenDataset:
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         """Pickled as its folder: each process opens its own readers."""
         return TokenDataset, (self.folder,)
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the manifest, which has the hashes of all other files."""
-        return manifest_hash(self.manifest)
 
     def _read_lengths(self) -> np.ndarray:
         path = self.folder / LENGTHS_FILE

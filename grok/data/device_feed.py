@@ -20,9 +20,7 @@ from grok.data.batch_schedule import Batch
 class TrainBatches(Protocol):
     """Training batches by step, as `StreamBatches` of text and `PackedBatches` of documents."""
 
-    @property
-    def shape(self) -> Callable[[int], tuple[int, int]]:
-        """Of a step: B and T of its batch."""
+    shape: Callable[[int], tuple[int, int]]  # B and T of the batch of a step
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Rows `rows` of the batch of `step`."""

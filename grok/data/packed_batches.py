@@ -22,13 +22,8 @@ CACHED_DOCUMENTS = 64
 class DocumentSource(Protocol):
     """Documents by number, as `grok.data.dataset.TokenDataset` has them."""
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of every document."""
-
-    @property
-    def hash(self) -> str:
-        """Identity of the content."""
+    lengths: np.ndarray  # tokens of each document
+    hash: str  # identity of the content
 
     def __getitem__(self, index: int) -> Document:
         """A document by its number."""
@@ -75,7 +70,7 @@ class PackedBatches:
         """Rows `rows` of the batch of `step`, [B, T] each.
 
         tokens_BT and targets_BT: int32; targets are the next tokens. segment_ids_BT: int32, from 1
-        in each row, one for each piece of a document, 0 where there is padding. positions_BT:
+        in each row, one for each slice of a document, 0 where there is padding. positions_BT:
         int32, from 0 in each segment, so that none is ever beyond the row's length. mask_BT:
         float32, 0 where there is no target in the same document or its own mask says no loss.
         """

@@ -1,1 +1,1 @@
-"""What the quickstart needs beside the trainer: a corpus, honest baselines, a picture."""
+"""The quickstart: a corpus, baselines to compare with, a picture, and the tour itself."""

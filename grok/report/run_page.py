@@ -9,15 +9,16 @@ from grok.report.plots import Marks, draw_load_over_time, png, short
 from grok.report.recorded_run import RecordedRun
 from grok.report.run_sections import (
     checkpoints_section,
+    commit_of,
     config_section,
     curves_section,
+    describe_exit,
     draw_metric,
     goodput_section,
     load_section,
     loss_section,
     processes_section,
 )
-from grok.report.run_text import commit_of, describe_exit
 
 
 def run_page(run: RecordedRun) -> str:

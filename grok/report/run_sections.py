@@ -1,12 +1,15 @@
 """Sections of a run's report: curves, expert load, goodput, processes, checkpoints, config."""
 
+import datetime
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from grok.errors import DONE, SAVED
 from grok.progress import duration
 from grok.report import page
 from grok.report.plots import (
@@ -20,7 +23,6 @@ from grok.report.plots import (
     svg,
 )
 from grok.report.recorded_run import RecordedRun, final_points
-from grok.report.run_text import commit_of, describe_exit, format_time
 
 SMALL, BROAD = (470, 280), (1000, 340)  # pixels
 # Name and colour of each kind of time in `grok.train.telemetry.goodput`.
@@ -243,3 +245,24 @@ def config_section(run: RecordedRun) -> page.Section:
             page.Table(rows, ("package", "version"), summary="software of the last start")
         )
     return page.Section("Configuration", tables=tables)
+
+
+def describe_exit(code: int | None) -> str:
+    """Meaning of a process's exit code; None where no end is recorded."""
+    meanings = {None: "no end recorded", DONE: "finished", SAVED: "asked to stop, saved"}
+    return meanings.get(code, f"ended with exit code {code}")
+
+
+def commit_of(start: Mapping[str, Any]) -> str:
+    """The commit that a process ran, and a note where its files had been changed."""
+    commit = start.get("commit")
+    if commit is None:
+        return "unknown"
+    return commit[:12] + (" with changes" if start["dirty"] else "")
+
+
+def format_time(time: str | None) -> str:
+    """An ISO time to the minute, in UTC; empty for None."""
+    if time is None:
+        return ""
+    return datetime.datetime.fromisoformat(time).strftime("%Y-%m-%d %H:%M UTC")

@@ -3,47 +3,48 @@
 Damage becomes a record with a problem; the records before it survive.
 """
 
+import dataclasses
 import io
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 CHUNK_BYTES = 1 << 20
 PARQUET_BATCH_ROWS = 256  # turned into Python objects at once
 
 
-class FileInfo(Protocol):
-    """Compression of a file (gzip, zstd or None) and its size in bytes."""
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """A file to read: number of its source, name as given, format, compression, size and hash."""
 
-    @property
-    def compression(self) -> str | None:
-        """gzip, zstd or None."""
-
-    @property
-    def bytes(self) -> int:
-        """Size of the file."""
+    source: int
+    name: str
+    format: str
+    compression: str | None
+    bytes: int
+    sha256: str = ""
 
 
 # Line, data, problem, and bytes of the file read so far.
 Row = tuple[int | None, Any, str | None, int]
 
 
-def _read_text(file: BinaryIO, info: FileInfo, columns: Sequence[str]) -> Iterator[Row]:
+def _read_text(file: BinaryIO, source: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
     chunks = []
-    for chunk, problem in _chunks(file, info.compression):
+    for chunk, problem in _chunks(file, source.compression):
         if problem:
-            yield None, None, problem, info.bytes
+            yield None, None, problem, source.bytes
             return
         chunks.append(chunk)
-    yield None, b"".join(chunks), None, info.bytes
+    yield None, b"".join(chunks), None, source.bytes
 
 
-def _read_lines(file: BinaryIO, info: FileInfo, columns: Sequence[str]) -> Iterator[Row]:
+def _read_lines(file: BinaryIO, source: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
     """The lines that are not blank."""
     number, tail = 1, b""
-    for chunk, problem in _chunks(file, info.compression):
+    for chunk, problem in _chunks(file, source.compression):
         if problem:
-            yield number, None, problem, info.bytes
+            yield number, None, problem, source.bytes
             return
         *lines, tail = (tail + chunk).split(b"\n")
         offset = file.tell()
@@ -52,7 +53,7 @@ def _read_lines(file: BinaryIO, info: FileInfo, columns: Sequence[str]) -> Itera
                 yield number, line, None, offset
             number += 1
     if tail.strip():
-        yield number, tail, None, info.bytes
+        yield number, tail, None, source.bytes
 
 
 def _chunks(file: BinaryIO, compression: str | None) -> Iterator[tuple[bytes, str | None]]:
@@ -85,23 +86,23 @@ def _chunks(file: BinaryIO, compression: str | None) -> Iterator[tuple[bytes, st
         pending = pending or file.read(CHUNK_BYTES)
 
 
-def _read_parquet(file: BinaryIO, info: FileInfo, columns: Sequence[str]) -> Iterator[Row]:
+def _read_parquet(file: BinaryIO, source: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
     """Rows as dictionaries of those of `columns` that the file has."""
     import pyarrow
     from pyarrow import parquet
 
-    if info.compression:
+    if source.compression:
         chunks = []
-        for chunk, problem in _chunks(file, info.compression):
+        for chunk, problem in _chunks(file, source.compression):
             if problem:
-                yield None, None, problem, info.bytes
+                yield None, None, problem, source.bytes
                 return
             chunks.append(chunk)
         file = io.BytesIO(b"".join(chunks))
     try:
         parquet_file = parquet.ParquetFile(file, page_checksum_verification=True)
     except (pyarrow.ArrowException, OSError) as error:
-        yield None, None, f"the file is no Parquet or damaged ({_first_line(error)})", info.bytes
+        yield None, None, f"the file is no Parquet or damaged ({_first_line(error)})", source.bytes
         return
     names = [name for name in columns if name in parquet_file.schema_arrow.names]
     first, rows = 1, max(1, parquet_file.metadata.num_rows)
@@ -112,11 +113,11 @@ def _read_parquet(file: BinaryIO, info: FileInfo, columns: Sequence[str]) -> Ite
                 PARQUET_BATCH_ROWS, [group], names, use_threads=False
             ):
                 for data, problem in _batch_rows(batch):
-                    yield line, data, problem, info.bytes * line // rows
+                    yield line, data, problem, source.bytes * line // rows
                     line += 1
         except (pyarrow.ArrowException, OSError) as error:
             problem = f"the rest of row group {group} is damaged ({_first_line(error)})"
-            yield line, None, problem, info.bytes * line // rows
+            yield line, None, problem, source.bytes * line // rows
         first += parquet_file.metadata.row_group(group).num_rows
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from grok import __version__, storage
 from grok.data.dataset import MANIFEST_FILE, read_manifest
+from grok.data.prepare.formats import SourceFile
 from grok.data.prepare.manifest import (
     REJECTED_FILE,
     add_counts,
@@ -26,7 +27,7 @@ from grok.data.prepare.manifest import (
 )
 from grok.data.prepare.records import PLAIN, EncodedDocument, RecordFields
 from grok.data.prepare.shards import ShardEntry, ShardJournal, ShardWriter
-from grok.data.prepare.sources import RawRecord, SourceFile, find_files, hash_files, read_records
+from grok.data.prepare.sources import RawRecord, find_files, hash_files, read_records
 from grok.data.prepare.workers import RecordGroup, encode_records
 from grok.data.tokenizers import Tokenizer, parse_tokenizer
 from grok.errors import DataError

@@ -15,8 +15,8 @@ import numpy as np
 
 from grok import storage
 from grok.data.dataset import FORMAT, LENGTHS_FILE, MANIFEST_FILE, read_manifest
+from grok.data.prepare.formats import SourceFile
 from grok.data.prepare.shards import COUNTS, ShardEntry, ShardJournal, file_hash
-from grok.data.prepare.sources import SourceFile
 
 SOURCES_FILE = "sources.jsonl"
 REJECTED_FILE = "rejected.jsonl"
@@ -74,7 +74,21 @@ def write_dataset(
         contents[REJECTED_FILE] = rejected
     for name, data in contents.items():
         storage.write_bytes(folder / name, data)
-    manifest = {
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    manifest = _make_manifest(identity, entries, names, hashes)
+    storage.write_bytes(folder / MANIFEST_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
+    journal.remove()
+    return manifest
+
+
+def _make_manifest(
+    identity: Mapping[str, Any],
+    entries: Sequence[ShardEntry],
+    names: Sequence[str],
+    hashes: Mapping[str, str],
+) -> dict[str, Any]:
+    """The manifest of shards of these `names` and other files of these `hashes`."""
+    return {
         "format": FORMAT,
         **identity,
         "sources": [
@@ -92,11 +106,8 @@ def write_dataset(
             }
             for name, entry in zip(names, entries, strict=True)
         ],
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+        "files": dict(hashes),
     }
-    storage.write_bytes(folder / MANIFEST_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
-    journal.remove()
-    return manifest
 
 
 def verify_dataset(folder: str | Path) -> list[str]:

@@ -12,23 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from grok import storage
-from grok.data.prepare.formats import CHUNK_BYTES, READERS
+from grok.data.prepare.formats import CHUNK_BYTES, READERS, SourceFile
 from grok.errors import DataError
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceFile:
-    """A file to read: number of its source, name as given, format, size and hash."""
-
-    source: int
-    name: str
-    format: str
-    compression: str | None
-    bytes: int
-    sha256: str = ""
 
 
 class RawRecord(NamedTuple):
