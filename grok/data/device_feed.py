@@ -6,7 +6,7 @@ data, and nothing else is saved to resume.
 B rows of a batch, T tokens of a row.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import grain
@@ -20,7 +20,9 @@ from grok.data.batch_schedule import Batch
 class TrainBatches(Protocol):
     """Training batches by step, as `StreamBatches` of text and `PackedBatches` of documents."""
 
-    shape: Callable[[int], tuple[int, int]]  # B and T of the batch of a step
+    def shape(self, step: int) -> tuple[int, int]:
+        """B and T of the batch of `step`."""
+        ...
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Rows `rows` of the batch of `step`."""
