@@ -29,7 +29,7 @@ def options(sources: list[str], tokenizer: str, **others) -> PrepareOptions:
     )
 
 
-def made(out: Path, sources: list[str], tokenizer: str, **others) -> dict:
+def prepare(out: Path, sources: list[str], tokenizer: str, **others) -> dict:
     return prepare_dataset(options(sources, tokenizer, **others), out)
 
 

@@ -42,8 +42,8 @@ def in_a_row(batches, steps, name: str) -> np.ndarray:
 def test_shapes_by_step_and_the_rows_they_take():
     shapes = BatchSchedule(LONGEST, ROWS, CHANGES)
     steps = [0, 2, 3, 4, 5, 8, 9, 12, 13, 10**9]
-    wanted = [(4, 32), (8, 16), (8, 8), (16, 8), (2, 32), (4, 16)]
-    assert [key for key, _ in itertools.groupby(shapes.shape(step) for step in steps)] == wanted
+    expected = [(4, 32), (8, 16), (8, 8), (16, 8), (2, 32), (4, 16)]
+    assert [key for key, _ in itertools.groupby(shapes.shape(step) for step in steps)] == expected
     taken = np.diff([shapes.first_row(step) for step in range(15)]).tolist()
     assert taken == [4] * 5 + [2] * 4 + [4] * 3 + [2] * 2
     assert BatchSchedule(LONGEST, ROWS, [(0, 8, 8)]).shape(0) == (8, 8)
@@ -55,9 +55,9 @@ def test_tokens_targets_and_losses_go_on_as_if_no_shape_had_changed(make):
     for step in STEPS:
         assert {a.shape for a in changed.batch(step).values()} == {changed.shape(step)}
     for name in ("tokens_BT", "targets_BT", "mask_BT"):
-        found = in_a_row(changed, STEPS, name)
-        wanted = in_a_row(steady, range(len(found) // (LONGEST * ROWS) + 1), name)
-        np.testing.assert_array_equal(found, wanted[: len(found)])
+        actual = in_a_row(changed, STEPS, name)
+        expected = in_a_row(steady, range(len(actual) // (LONGEST * ROWS) + 1), name)
+        np.testing.assert_array_equal(actual, expected[: len(actual)])
 
 
 @pytest.mark.parametrize("make", [packed, cut])
@@ -82,11 +82,11 @@ def test_every_cut_row_numbers_its_segments_and_positions_itself(make):
 def test_a_host_gets_its_rows_of_any_shape(make):
     batches = make(CHANGES)
     for step in (0, 3, 5, 9, 12):
-        whole = batches.batch(step)
+        full = batches.batch(step)
         size = batches.shape(step)[0]
         for rows in (slice(0, 1), slice(1, size), slice(size // 2, size // 2 + 1)):
             for name, array in batches.batch(step, rows).items():
-                np.testing.assert_array_equal(array, whole[name][rows])
+                np.testing.assert_array_equal(array, full[name][rows])
 
 
 @pytest.mark.parametrize("make", [packed, cut])

@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
     home = tmp_path_factory.mktemp("documents")
     tokenizer = prepared.make_tokenizer(home)
     source = prepared.write_lines(home / "rows.jsonl", prepared.TEXTS)
-    prepared.made(home / "out", [source], tokenizer)
+    prepared.prepare(home / "out", [source], tokenizer)
     return home
 
 
@@ -25,12 +25,12 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("fields", [{}, {"id": "é", "source": 3}])
 def test_a_document_survives_its_record(mask, fields):
     tokens_S = np.array([1, 2**31 - 1, 0])
-    found = decode_document(encode_document(tokens_S, mask and np.array(mask), fields))
-    np.testing.assert_array_equal(found.tokens_S, tokens_S.astype(np.int32), strict=True)
-    assert found.metadata == fields
-    assert (found.mask_S is None) == (mask is None)
+    document = decode_document(encode_document(tokens_S, mask and np.array(mask), fields))
+    np.testing.assert_array_equal(document.tokens_S, tokens_S.astype(np.int32), strict=True)
+    assert document.metadata == fields
+    assert (document.mask_S is None) == (mask is None)
     if mask is not None:
-        np.testing.assert_array_equal(found.mask_S, np.array(mask, np.uint8), strict=True)
+        np.testing.assert_array_equal(document.mask_S, np.array(mask, np.uint8), strict=True)
 
 
 def test_the_layout_of_a_record_is_fixed():
@@ -50,12 +50,14 @@ def test_documents_are_read_in_any_order_by_threads_and_after_a_journey(folder):
     assert len(data.manifest["shards"]) > 3
     order = np.random.default_rng(0).permutation(len(data)).tolist()
     with ThreadPoolExecutor(8) as pool:
-        found = dict(zip(order, pool.map(lambda i: data[i].tokens_S, order), strict=True))
+        tokens_by_number = dict(
+            zip(order, pool.map(lambda i: data[i].tokens_S, order), strict=True)
+        )
     again = pickle.loads(pickle.dumps(data))
     assert again.hash == data.hash
     for number in range(len(data)):
-        assert len(found[number]) == data.lengths[number]
-        np.testing.assert_array_equal(found[number], again[number].tokens_S)
+        assert len(tokens_by_number[number]) == data.lengths[number]
+        np.testing.assert_array_equal(tokens_by_number[number], again[number].tokens_S)
     assert prepared.texts_of(data, str(folder / "t.model")) == prepared.TEXTS
 
 
@@ -88,7 +90,7 @@ def test_a_number_that_is_none_is_refused(folder):
 def test_a_damaged_folder_is_refused_in_a_sentence(folder, tmp_path, damage, message):
     source = prepared.write_lines(tmp_path / "rows.jsonl", prepared.TEXTS)
     out = tmp_path / "out"
-    prepared.made(out, [source], str(folder / "t.model"))
+    prepared.prepare(out, [source], str(folder / "t.model"))
     damage(out)
     with pytest.raises(DataError, match=message):
         TokenDataset(out)[0]

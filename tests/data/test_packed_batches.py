@@ -37,13 +37,13 @@ def packed(*datasets, weights=None, changes=(), packing="concat_then_split", see
 
 def predictions(batches) -> Counter:
     """How often each (token, next token) is predicted in batches."""
-    found: Counter = Counter()
+    counts: Counter = Counter()
     for batch in batches:
         on = batch["mask_BT"] == 1
-        found.update(
+        counts.update(
             zip(batch["tokens_BT"][on].tolist(), batch["targets_BT"][on].tolist(), strict=True)
         )
-    return found
+    return counts
 
 
 def pairs_of(documents: FakeDocuments, longest: int | None = None) -> Counter:
@@ -67,24 +67,24 @@ def documents() -> FakeDocuments:
 def test_every_token_but_a_documents_first_is_predicted_once_an_epoch(documents):
     rows = -(-int(documents.lengths.sum()) // ROW)
     batches = packed(documents)
-    parts = [
+    single_rows = [
         batches.batch(row // ROWS, slice(row % ROWS, row % ROWS + 1)) for row in range(2 * rows)
     ]
-    assert predictions(parts[:rows]) == pairs_of(documents)
-    assert predictions(parts[rows:]) == pairs_of(documents)
+    assert predictions(single_rows[:rows]) == pairs_of(documents)
+    assert predictions(single_rows[rows:]) == pairs_of(documents)
 
 
 def test_cut_documents_lose_their_ends_and_nothing_else(documents):
     batches = packed(documents, packing="best_fit")
-    wanted = pairs_of(documents, longest=ROW)
-    found = Counter()
+    expected = pairs_of(documents, longest=ROW)
+    counts = Counter()
     for step in range(1000):
-        found += predictions([batches.batch(step)])
-        if found.total() >= 3 * wanted.total():
+        counts += predictions([batches.batch(step)])
+        if counts.total() >= 3 * expected.total():
             break
     # Whole epochs but for the rest of the last batch.
-    assert set(found) == set(wanted)
-    assert all(3 <= count <= 4 for count in found.values())
+    assert set(counts) == set(expected)
+    assert all(3 <= count <= 4 for count in counts.values())
 
 
 @pytest.mark.parametrize("packing", ["concat_then_split", "best_fit"])
@@ -120,10 +120,10 @@ def test_a_mask_says_which_tokens_bear_loss():
 
 def test_rows_of_a_batch_are_those_of_the_whole_batch(documents):
     batches = packed(documents, FakeDocuments([40] * 9, 10_000), weights=(2, 1))
-    whole = batches.batch(5)
+    full = batches.batch(5)
     for rows in (slice(0, 3), slice(3, 8), slice(7, 8)):
         for name, array in batches.batch(5, rows).items():
-            np.testing.assert_array_equal(array, whole[name][rows])
+            np.testing.assert_array_equal(array, full[name][rows])
 
 
 def test_shares_changes_and_tokens_seen(documents):

@@ -67,8 +67,8 @@ def test_cut_documents_are_never_split_and_are_there_once_an_epoch(epoch):
     rows = epoch_of(BestFit(LENGTHS, ROW, "key"), epoch)
     assert max(sum(piece.size for piece in row) for row in rows) <= ROW
     pieces = sorted(piece for row in rows for piece in row)
-    wanted = [(d, 0, min(n - 1, ROW)) for d, n in enumerate(LENGTHS.tolist()) if n > 1]
-    assert pieces == wanted
+    expected = [(d, 0, min(n - 1, ROW)) for d, n in enumerate(LENGTHS.tolist()) if n > 1]
+    assert pieces == expected
 
 
 def test_documents_of_one_token_predict_nothing():
@@ -143,5 +143,5 @@ def test_orders_of_far_epochs_are_dropped_and_made_again():
 @pytest.mark.parametrize("values", [[], [0], [3, 0, 3, 1, 0, 2**40, 1]])
 def test_sorted_places_are_those_of_a_stable_argsort(values):
     values_N = np.array(values, np.int64)
-    wanted = np.argsort(values_N, kind="stable")
-    np.testing.assert_array_equal(stable_argsort(values_N), wanted)
+    expected = np.argsort(values_N, kind="stable")
+    np.testing.assert_array_equal(stable_argsort(values_N), expected)

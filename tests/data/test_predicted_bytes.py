@@ -10,7 +10,7 @@ from grok.data.packed_batches import PackedValidation
 from grok.data.prepare.records import RecordFields
 from grok.data.text_stream import read_stream
 from grok.data.tokenizers import load_tokenizer, token_bytes
-from tests.data.prepared import TEXTS, made, make_tokenizer, write_lines
+from tests.data.prepared import TEXTS, make_tokenizer, prepare, write_lines
 
 HARD = ["½ \u2581 of a naïve café\n\n\tplus 12345", "\N{GRINNING FACE} smiles", " leading space"]
 
@@ -30,13 +30,16 @@ def test_a_dataset_has_the_bytes_of_its_text_files(tokenizer, tmp_path):
     files = [tmp_path / f"{number}.txt" for number in range(len(texts))]
     for file, text in zip(files, texts, strict=True):
         file.write_bytes(text.encode())
-    made(tmp_path / "out", [write_lines(tmp_path / "all.jsonl", texts)], tokenizer)
+    prepare(tmp_path / "out", [write_lines(tmp_path / "all.jsonl", texts)], tokenizer)
     pieces = load_tokenizer(tokenizer)
-    whole = read_stream(files, pieces, 384).num_bytes
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]["bytes"] == whole
+    num_bytes_of_all = read_stream(files, pieces, 384).num_bytes
+    assert (
+        json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]["bytes"]
+        == num_bytes_of_all
+    )
     # A text file's first token is predicted from an eos; a document's own is predicted by nothing.
     firsts = sum(len(pieces.piece_bytes(pieces.encode(text)[0], first=True)) for text in texts)
-    assert num_bytes(tmp_path / "out", tokenizer) == whole - firsts
+    assert num_bytes(tmp_path / "out", tokenizer) == num_bytes_of_all - firsts
 
 
 def test_what_is_not_to_be_learnt_has_no_bytes(tokenizer, tmp_path):
@@ -45,7 +48,7 @@ def test_what_is_not_to_be_learnt_has_no_bytes(tokenizer, tmp_path):
     ]
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     fields = RecordFields(text=None, prompt="q", completion="a")
-    made(tmp_path / "out", [str(tmp_path / "all.jsonl")], tokenizer, fields=fields)
+    prepare(tmp_path / "out", [str(tmp_path / "all.jsonl")], tokenizer, fields=fields)
     assert num_bytes(tmp_path / "out", tokenizer) == sum(len(line["a"].encode()) for line in lines)
 
 

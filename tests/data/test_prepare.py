@@ -21,7 +21,7 @@ from grok.data.tokenizers import load_tokenizer
 from grok.errors import DataError
 from grok.storage import google_storage
 from tests.data import prepared
-from tests.data.prepared import TEXTS, contents, made, texts_of, write_lines
+from tests.data.prepared import TEXTS, contents, prepare, texts_of, write_lines
 
 RELEASE = Path(__file__).parents[3] / "shared/tokenizer/grok-1.model"
 
@@ -39,14 +39,14 @@ def rows(tmp_path) -> str:
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path, rows, tokenizer, monkeypatch):
     monkeypatch.setattr("grok.data.prepare.job.GROUP_RECORDS", 7)
     others = {"drop_duplicates": True, "max_bad_share": 0.1, "licence": "CC0-1.0"}
-    found = []
+    outputs = []
     for workers in (1, 2, 4):
         out = tmp_path / f"out{workers}"
-        manifest = made(out, [rows], tokenizer, workers=workers, **others)
+        manifest = prepare(out, [rows], tokenizer, workers=workers, **others)
         assert manifest["counts"]["duplicates"] == 11
         assert manifest["counts"]["rejected"] == 1
-        found.append(contents(out))
-    assert found[0] == found[1] == found[2]
+        outputs.append(contents(out))
+    assert outputs[0] == outputs[1] == outputs[2]
 
 
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
@@ -69,7 +69,7 @@ def test_every_format_and_compression_gives_the_text(tmp_path, tokenizer, kind, 
         data = zstandard.compress(data[:100]) + zstandard.compress(data[100:])
     path = tmp_path / f"data.{kind}{compression}"
     path.write_bytes(data)
-    made(tmp_path / "out", [str(path)], tokenizer)
+    prepare(tmp_path / "out", [str(path)], tokenizer)
     assert texts_of(TokenDataset(tmp_path / "out"), tokenizer) == texts
 
 
@@ -78,7 +78,7 @@ def test_a_folder_is_walked_in_order_without_hidden_files(tmp_path, tokenizer):
     for name in ("b.md", "a/z.md", "a/y.py", ".hidden.md", ".git/x.md", "c.rst"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"text of {name}")
-    made(tmp_path / "out", [str(root)], tokenizer, patterns=("*.md", "*.rst"), licence="MIT")
+    prepare(tmp_path / "out", [str(root)], tokenizer, patterns=("*.md", "*.rst"), licence="MIT")
     data = TokenDataset(tmp_path / "out")
     names = ["a/z.md", "b.md", "c.rst"]
     assert texts_of(data, tokenizer) == [f"text of {name}" for name in names]
@@ -101,7 +101,7 @@ def test_kept_fields(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     fields = RecordFields(id="key", language="lang", licence="rights")
-    made(tmp_path / "out", [str(path)], tokenizer, fields=fields, licence="CC0-1.0")
+    prepare(tmp_path / "out", [str(path)], tokenizer, fields=fields, licence="CC0-1.0")
     data = TokenDataset(tmp_path / "out")
     assert [data[i].metadata for i in range(3)] == [
         {"source": 0, "licence": "MIT", "id": "x1", "language": "en"},
@@ -112,10 +112,10 @@ def test_kept_fields(tmp_path, tokenizer):
 
 def test_duplicates_are_dropped_over_shards_the_first_stays(tmp_path, rows, tokenizer):
     share = {"max_bad_share": 0.1}
-    made(tmp_path / "all", [rows], tokenizer, **share)
-    made(tmp_path / "once", [rows], tokenizer, drop_duplicates=True, **share)
-    found = texts_of(TokenDataset(tmp_path / "all"), tokenizer)
-    assert found == [*TEXTS, TEXTS[3], *TEXTS[50:60], "last"]
+    prepare(tmp_path / "all", [rows], tokenizer, **share)
+    prepare(tmp_path / "once", [rows], tokenizer, drop_duplicates=True, **share)
+    survivors = texts_of(TokenDataset(tmp_path / "all"), tokenizer)
+    assert survivors == [*TEXTS, TEXTS[3], *TEXTS[50:60], "last"]
     assert texts_of(TokenDataset(tmp_path / "once"), tokenizer) == [*TEXTS, "last"]
 
 
@@ -124,7 +124,7 @@ def test_only_completions_are_learnt(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"q": "Row 1:", "a": " 2 4 6"}) + "\n")
     fields = RecordFields(text=None, prompt="q", completion="a")
-    manifest = made(tmp_path / "out", [str(path)], tokenizer, fields=fields)
+    manifest = prepare(tmp_path / "out", [str(path)], tokenizer, fields=fields)
     document = TokenDataset(tmp_path / "out")[0]
     prompt, completion = pieces.encode("Row 1:"), pieces.encode(" 2 4 6")
     assert document.tokens_S.tolist() == [*prompt, *completion, pieces.eos_id]
@@ -139,7 +139,7 @@ def test_only_what_assistants_say_is_learnt(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"talk": messages}) + "\n")
     fields = RecordFields(text=None, messages="talk")
-    made(tmp_path / "out", [str(path)], tokenizer, fields=fields)
+    prepare(tmp_path / "out", [str(path)], tokenizer, fields=fields)
     document = TokenDataset(tmp_path / "out")[0]
     end = "<|separator|>"
     assert pieces.decode(document.tokens_S.tolist()) == (
@@ -160,7 +160,7 @@ def test_a_completion_goes_on_without_a_space_of_the_tokenizer(tmp_path):
     pairs = [("def f", "():"), ("Q:", " four"), ("a line", "\n\nnext"), ("x", "\u2581y  z ")]
     path.write_text("".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in pairs))
     fields = RecordFields(text=None, prompt="q", completion="a")
-    made(tmp_path / "out", [str(path)], str(RELEASE), fields=fields)
+    prepare(tmp_path / "out", [str(path)], str(RELEASE), fields=fields)
     data = TokenDataset(tmp_path / "out")
     for number, (prompt, completion) in enumerate(pairs):
         document = data[number]
@@ -173,7 +173,7 @@ def test_a_completion_goes_on_without_a_space_of_the_tokenizer(tmp_path):
 def test_the_manifest_says_what_was_made_of_what(tmp_path, rows, tokenizer):
     (tmp_path / "two.txt").write_text("A second source, é.")
     sources = [rows, str(tmp_path / "two.txt")]
-    manifest = made(tmp_path / "out", sources, tokenizer, max_bad_share=0.1)
+    manifest = prepare(tmp_path / "out", sources, tokenizer, max_bad_share=0.1)
     out = tmp_path / "out"
     assert manifest == json.loads((out / "manifest.json").read_text())
     data = TokenDataset(out)
@@ -200,30 +200,30 @@ def test_the_manifest_says_what_was_made_of_what(tmp_path, rows, tokenizer):
 
 def test_a_document_larger_than_a_shard_has_its_own(tmp_path, tokenizer):
     path = write_lines(tmp_path / "rows.jsonl", ["short", "long " * 2000, "short"])
-    manifest = made(tmp_path / "out", [path], tokenizer)
+    manifest = prepare(tmp_path / "out", [path], tokenizer)
     assert [shard["documents"] for shard in manifest["shards"]] == [1, 1, 1]
 
 
 def test_a_second_time_nothing_is_done(tmp_path, rows, tokenizer):
-    first = made(tmp_path / "out", [rows], tokenizer, max_bad_share=0.1)
+    first = prepare(tmp_path / "out", [rows], tokenizer, max_bad_share=0.1)
     before = contents(tmp_path / "out")
-    assert made(tmp_path / "out", [rows], tokenizer, max_bad_share=0.1) == first
+    assert prepare(tmp_path / "out", [rows], tokenizer, max_bad_share=0.1) == first
     assert contents(tmp_path / "out") == before
 
 
 def test_a_folder_of_other_data_is_refused(tmp_path, rows, tokenizer):
-    made(tmp_path / "out", [rows], tokenizer, max_bad_share=0.1)
+    prepare(tmp_path / "out", [rows], tokenizer, max_bad_share=0.1)
     with pytest.raises(DataError, match=r"options\.drop_duplicates was false and is true"):
-        made(tmp_path / "out", [rows], tokenizer, drop_duplicates=True)
+        prepare(tmp_path / "out", [rows], tokenizer, drop_duplicates=True)
     Path(rows).write_text('{"text": "other"}\n')
     with pytest.raises(DataError, match=r"is another dataset \(sources was"):
-        made(tmp_path / "out", [rows], tokenizer)
+        prepare(tmp_path / "out", [rows], tokenizer)
 
 
 def test_a_dataset_inside_its_own_source_is_refused(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(DataError, match=r"is inside source .* a folder beside it would work"):
-        made(tmp_path / "out", [str(tmp_path)], tokenizer)
+        prepare(tmp_path / "out", [str(tmp_path)], tokenizer)
     assert not (tmp_path / "out").exists()
 
 
@@ -237,16 +237,16 @@ def test_a_dataset_inside_its_own_source_is_refused(tmp_path, tokenizer):
 )
 def test_sources_that_are_none_are_refused(tmp_path, tokenizer, sources, message):
     with pytest.raises(DataError, match=message):
-        made(tmp_path / "out", sources, tokenizer)
+        prepare(tmp_path / "out", sources, tokenizer)
 
 
 def test_progress_ends_with_everything(tmp_path, rows, tokenizer):
-    told = []
+    progress = []
     job = prepared.options([rows], tokenizer, max_bad_share=0.1)
-    manifest = prepare_dataset(job, tmp_path / "out", told.append)
-    assert told[-1].share == 1
-    assert told[-1].tokens == manifest["counts"]["tokens"]
-    assert told[-1].documents == manifest["counts"]["documents"]
+    manifest = prepare_dataset(job, tmp_path / "out", progress.append)
+    assert progress[-1].share == 1
+    assert progress[-1].tokens == manifest["counts"]["tokens"]
+    assert progress[-1].documents == manifest["counts"]["documents"]
 
 
 def test_sources_in_a_bucket(tmp_path, tokenizer, monkeypatch):
@@ -259,11 +259,11 @@ def test_sources_in_a_bucket(tmp_path, tokenizer, monkeypatch):
         system.pipe_file("bucket/text/a.txt", b"first")
         system.pipe_file("bucket/text/.hidden", b"no")
         system.pipe_file("bucket/text/b/rows.jsonl.gz", gzip.compress(b'{"text": "second"}\n'))
-        made(tmp_path / "out", ["gs://bucket/text"], tokenizer)
+        prepare(tmp_path / "out", ["gs://bucket/text"], tokenizer)
         assert texts_of(TokenDataset(tmp_path / "out"), tokenizer) == ["first", "second"]
-        made(tmp_path / "one", ["gs://bucket/text/a.txt"], tokenizer)
+        prepare(tmp_path / "one", ["gs://bucket/text/a.txt"], tokenizer)
         assert texts_of(TokenDataset(tmp_path / "one"), tokenizer) == ["first"]
         with pytest.raises(DataError, match="source gs://bucket/none does not exist"):
-            made(tmp_path / "none", ["gs://bucket/none"], tokenizer)
+            prepare(tmp_path / "none", ["gs://bucket/none"], tokenizer)
     finally:
         server.stop()

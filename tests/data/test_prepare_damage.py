@@ -15,7 +15,7 @@ from grok.data.dataset import TokenDataset
 from grok.data.prepare.records import RecordFields
 from grok.errors import DataError
 from tests.data import prepared
-from tests.data.prepared import made, rejected, texts_of, write_lines
+from tests.data.prepared import prepare, rejected, texts_of, write_lines
 
 GOOD = [f"Good record {i}." for i in range(20)]
 GOOD_LINES = [json.dumps({"text": text}).encode() for text in GOOD]
@@ -49,10 +49,10 @@ def tokenizer(tmp_path_factory) -> str:
 def test_a_bad_line_among_good_ones(tmp_path, tokenizer, line, reason):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join([*GOOD_LINES[:10], b"", line, *GOOD_LINES[10:]]))
-    manifest = made(tmp_path / "out", [str(path)], tokenizer, max_bad_share=0.05)
-    (found,) = rejected(tmp_path / "out")
-    assert (found["file"], found["line"]) == (str(path), 12)
-    assert found["reason"].startswith(reason)
+    manifest = prepare(tmp_path / "out", [str(path)], tokenizer, max_bad_share=0.05)
+    (line,) = rejected(tmp_path / "out")
+    assert (line["file"], found["line"]) == (str(path), 12)
+    assert line["reason"].startswith(reason)
     assert manifest["counts"]["rejected"] == 1
     assert texts_of(TokenDataset(tmp_path / "out"), tokenizer) == GOOD
 
@@ -62,8 +62,8 @@ def compressed_lines(kind: str) -> bytes:
     return gzip.compress(data) if kind == "gz" else zstandard.compress(data)
 
 
-def flipped(data: bytes, place: int) -> bytes:
-    return data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+def flipped(data: bytes, offset: int) -> bytes:
+    return data[:offset] + bytes([data[offset] ^ 0xFF]) + data[offset + 1 :]
 
 
 def bad_utf8(path) -> None:
@@ -75,9 +75,9 @@ def bad_utf8(path) -> None:
 def broken_group(path) -> None:
     table = pyarrow.table({"text": GOOD})
     parquet.write_table(table, path, row_group_size=10, compression="gzip", use_dictionary=False)
-    place = parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    offset = parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
     data = path.read_bytes()
-    path.write_bytes(data[: place + 30] + b"\xff" * 20 + data[place + 50 :])
+    path.write_bytes(data[: offset + 30] + b"\xff" * 20 + data[offset + 50 :])
 
 
 FILES = {
@@ -124,10 +124,10 @@ def test_a_bad_file_among_good_ones(tmp_path, tokenizer, name):
     damage, reason = FILES[name]
     damage(tmp_path / name)
     sources = [first, str(tmp_path / name), last]
-    made(tmp_path / "out", sources, tokenizer, max_bad_share=0.5)
-    (found,) = rejected(tmp_path / "out")
-    assert found["file"] == str(tmp_path / name)
-    assert found["reason"].startswith(reason)
+    prepare(tmp_path / "out", sources, tokenizer, max_bad_share=0.5)
+    (line,) = rejected(tmp_path / "out")
+    assert line["file"] == str(tmp_path / name)
+    assert line["reason"].startswith(reason)
     texts = texts_of(TokenDataset(tmp_path / "out"), tokenizer)
     assert texts[:10] == GOOD[:10]
     assert texts[-10:] == GOOD[10:]
@@ -138,17 +138,17 @@ def test_what_comes_before_a_break_survives(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl.gz"
     write_lines(tmp_path / "rows.jsonl", texts)
     path.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes())[:-3000])
-    made(tmp_path / "out", [str(path)], tokenizer)
-    found = texts_of(TokenDataset(tmp_path / "out"), tokenizer)
-    assert 50 < len(found) < 200
-    assert found == texts[: len(found)]
+    prepare(tmp_path / "out", [str(path)], tokenizer)
+    survivors = texts_of(TokenDataset(tmp_path / "out"), tokenizer)
+    assert 50 < len(survivors) < 200
+    assert survivors == texts[: len(survivors)]
     (line,) = rejected(tmp_path / "out")
-    assert line["line"] == len(found) + 1
+    assert line["line"] == len(survivors) + 1
 
 
 def test_other_row_groups_survive_a_broken_one(tmp_path, tokenizer):
     broken_group(tmp_path / "rows.parquet")
-    made(tmp_path / "out", [str(tmp_path / "rows.parquet")], tokenizer, max_bad_share=0.5)
+    prepare(tmp_path / "out", [str(tmp_path / "rows.parquet")], tokenizer, max_bad_share=0.5)
     assert texts_of(TokenDataset(tmp_path / "out"), tokenizer) == GOOD[:10]
     assert rejected(tmp_path / "out")[0]["line"] == 11
 
@@ -161,7 +161,7 @@ def test_a_changed_byte_of_a_page_with_a_checksum_is_seen(tmp_path, tokenizer):
     )
     path.write_bytes(path.read_bytes().replace(b"Good record 3", b"Bad! record 3", 1))
     first = write_lines(tmp_path / "first.jsonl", GOOD)
-    made(tmp_path / "out", [first, str(path)], tokenizer, max_bad_share=0.5)
+    prepare(tmp_path / "out", [first, str(path)], tokenizer, max_bad_share=0.5)
     assert texts_of(TokenDataset(tmp_path / "out"), tokenizer) == GOOD
     assert "the rest of row group 0 is damaged" in rejected(tmp_path / "out")[0]["reason"]
 
@@ -194,14 +194,14 @@ def test_a_bad_prompt_or_completion(tmp_path, tokenizer, record, reason):
 def test_a_bad_conversation(tmp_path, tokenizer, messages, reason):
     good = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     fields = RecordFields(text=None, messages="m")
-    (found,) = reasons(tmp_path, tokenizer, fields, [{"m": good}, {"m": messages}, {"m": good}])
-    assert found.startswith(reason)
+    (problem,) = reasons(tmp_path, tokenizer, fields, [{"m": good}, {"m": messages}, {"m": good}])
+    assert problem.startswith(reason)
 
 
 def reasons(tmp_path, tokenizer, fields, records) -> list[str]:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    made(tmp_path / "out", [str(path)], tokenizer, fields=fields, max_bad_share=0.5)
+    prepare(tmp_path / "out", [str(path)], tokenizer, fields=fields, max_bad_share=0.5)
     assert len(TokenDataset(tmp_path / "out")) == len(records) - 1
     return [line["reason"] for line in rejected(tmp_path / "out")]
 
@@ -213,10 +213,10 @@ def test_too_many_bad_records_stop_it_and_a_larger_share_goes_on(tmp_path, token
         match=r"1 of 21 records are bad, 4\.76%, more than --max-bad-share 0\.01 allows .*; the "
         r"first: .*rows\.jsonl:21: is empty\. .* --max-bad-share 0\.05 continues",
     ):
-        made(tmp_path / "out", [path], tokenizer)
+        prepare(tmp_path / "out", [path], tokenizer)
     assert len(rejected(tmp_path / "out")) == 1
     assert not (tmp_path / "out" / "manifest.json").exists()
-    made(tmp_path / "out", [path], tokenizer, max_bad_share=0.05)
+    prepare(tmp_path / "out", [path], tokenizer, max_bad_share=0.05)
     assert texts_of(TokenDataset(tmp_path / "out"), tokenizer) == GOOD
 
 
@@ -224,14 +224,14 @@ def test_a_hopeless_job_stops_early(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("grok.data.prepare.job.CHECK_RECORDS", 10)
     path = write_lines(tmp_path / "rows.jsonl", [*GOOD[:5], *[""] * 100])
     with pytest.raises(DataError, match=r"5 of 10 records are bad, 50\.00%"):
-        made(tmp_path / "out", [path], tokenizer)
+        prepare(tmp_path / "out", [path], tokenizer)
 
 
 @pytest.mark.parametrize(("texts", "message"), [([], "of 0 records"), ([""], "of 1 records")])
 def test_nothing_good_is_refused(tmp_path, tokenizer, texts, message):
     path = write_lines(tmp_path / "rows.jsonl", texts)
     with pytest.raises(DataError, match=message):
-        made(tmp_path / "out", [path], tokenizer, max_bad_share=1.0)
+        prepare(tmp_path / "out", [path], tokenizer, max_bad_share=1.0)
 
 
 @pytest.fixture
@@ -249,10 +249,10 @@ def test_no_room_to_write(tmp_path, tokenizer, small_files):
     texts = [hashlib.sha512(bytes([i])).hexdigest() for i in range(200)]
     paths = [write_lines(tmp_path / f"rows{i}.jsonl", texts) for i in range(4)]
     with pytest.raises(DataError, match=r"cannot be written: .* the same command continues"):
-        made(tmp_path / "out", paths, tokenizer, shard_bytes=10**9)
+        prepare(tmp_path / "out", paths, tokenizer, shard_bytes=10**9)
 
 
 def test_a_tokenizer_that_is_none(tmp_path, tokenizer):
     path = write_lines(tmp_path / "rows.jsonl", GOOD)
     with pytest.raises(DataError, match="is not a SentencePiece model"):
-        made(tmp_path / "out", [path], path)
+        prepare(tmp_path / "out", [path], path)

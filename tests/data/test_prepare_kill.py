@@ -11,7 +11,7 @@ import pytest
 from grok.data.prepare.job import prepare_dataset
 from grok.data.prepare.shards import ShardJournal, ShardWriter
 from grok.errors import DataError
-from tests.data.prepared import TEXTS, contents, made, make_tokenizer, options, write_lines
+from tests.data.prepared import TEXTS, contents, make_tokenizer, options, prepare, write_lines
 
 # Kills itself just before the n-th call of a function, as SIGKILL from outside would.
 KILLED = """
@@ -69,9 +69,9 @@ def run(home: Path, out: Path, point: tuple[str, str, int], workers: int = 1) ->
     return subprocess.run([sys.executable, home / "killed.py", *map(str, arguments)]).returncode
 
 
-def whole(home: Path, out: Path) -> dict[str, str]:
+def undisturbed(home: Path, out: Path) -> dict[str, str]:
     source, tokenizer = str(home / "rows.jsonl"), str(home / "t.model")
-    made(out, [source], tokenizer, drop_duplicates=True, max_bad_share=0.1)
+    prepare(out, [source], tokenizer, drop_duplicates=True, max_bad_share=0.1)
     return contents(out)
 
 
@@ -80,7 +80,7 @@ def test_killed_at_many_points_and_resumed(home, tmp_path):
     for point in POINTS:
         assert run(home, out, point) == -signal.SIGKILL, point
     assert run(home, out, ("", "", 0)) == 0
-    assert contents(out) == whole(home, tmp_path / "whole")
+    assert contents(out) == undisturbed(home, tmp_path / "whole")
 
 
 def test_processes_end_with_the_one_that_was_killed(home, tmp_path):
@@ -94,7 +94,7 @@ def test_processes_end_with_the_one_that_was_killed(home, tmp_path):
     )
     assert done.returncode == -signal.SIGKILL
     assert run(home, out, ("", "", 0), workers=2) == 0
-    assert contents(out) == whole(home, tmp_path / "whole")
+    assert contents(out) == undisturbed(home, tmp_path / "whole")
 
 
 def test_finished_shards_are_not_made_again(home, tmp_path):
@@ -121,7 +121,7 @@ def test_a_changed_job_does_not_go_on(home, tmp_path, change, message):
     source.write_bytes((home / "rows.jsonl").read_bytes())
     job = {"drop_duplicates": True, "max_bad_share": 0.0}
     with pytest.raises(DataError, match="are bad"):
-        made(tmp_path / "out", [str(source)], tokenizer, **job)
+        prepare(tmp_path / "out", [str(source)], tokenizer, **job)
     if "text" in change:
         source.write_bytes(change.pop("text"))
     if "tokenizer" in change:
@@ -130,7 +130,7 @@ def test_a_changed_job_does_not_go_on(home, tmp_path, change, message):
         (other / "t.model").write_bytes(Path(tokenizer).read_bytes() + b"\x32\x00")
         tokenizer, change = str(other / "t.model"), {}
     with pytest.raises(DataError, match=message):
-        made(tmp_path / "out", [str(source)], tokenizer, **{**job, **change})
+        prepare(tmp_path / "out", [str(source)], tokenizer, **{**job, **change})
 
 
 def test_two_at_once_are_refused(home, tmp_path):

@@ -92,10 +92,10 @@ def test_training_is_quiet_and_the_file_loads(source_file, tmp_path, capfd):
 
 def test_stream_holds_back_parts_of_a_character(tokenizer):
     ids = tokenizer.encode("a\U0001f40b b")
-    parts = streamed(tokenizer, ids)
-    assert "".join(parts) == "a\U0001f40b b"
-    assert "\U0001f40b" in parts
-    assert "\ufffd" not in "".join(parts)
+    texts = streamed(tokenizer, ids)
+    assert "".join(texts) == "a\U0001f40b b"
+    assert "\U0001f40b" in texts
+    assert "\ufffd" not in "".join(texts)
 
 
 def test_stream_flush_shows_an_unfinished_character(tokenizer):
@@ -126,8 +126,8 @@ def test_release_streams_spaces_as_decode_does(release):
     prompt, rest = release.encode("The answer to life"), release.encode(" is é")[1:]
     assert streamed(release, prompt)[:2] == ["The", " answer"]
     assert streamed(release, release.encode("is"), after=prompt)[0] == " is"
-    whole = release.decode(prompt + rest)
-    assert whole == "The answer to life" + "".join(streamed(release, rest, after=prompt))
+    text = release.decode(prompt + rest)
+    assert text == "The answer to life" + "".join(streamed(release, rest, after=prompt))
 
 
 @pytest.mark.parametrize("content", [b"", b"import os\n", b"\0" * 64])

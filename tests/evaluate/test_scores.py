@@ -52,9 +52,9 @@ def expected() -> list[tuple[float, bool]]:
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=str)
 def test_scores_are_those_of_the_logits(expected, sizes):
     mesh = grok.make_mesh(*sizes) if sizes else grok.make_mesh(1, devices=jax.devices()[:1])
-    found = Scorer(put_on_mesh(SOURCE, mesh), mesh, rows=8).score(pairs())
-    assert [score.is_greedy for score in found] == [greedy for _, greedy in expected]
-    for score, (log_p, _) in zip(found, expected, strict=True):
+    scores = Scorer(put_on_mesh(SOURCE, mesh), mesh, rows=8).score(pairs())
+    assert [score.is_greedy for score in scores] == [greedy for _, greedy in expected]
+    for score, (log_p, _) in zip(scores, expected, strict=True):
         assert score.log_probability == pytest.approx(log_p, rel=1e-5, abs=1e-5)
 
 

@@ -142,8 +142,8 @@ def test_a_conversation_says_what_takes_time_and_goes_on_after_a_stray_byte(home
         stdout=subprocess.PIPE,
         stderr=end,
     )
-    told = os.read(terminal, 4096).decode().split("\r\n")
-    assert told == [
+    lines = os.read(terminal, 4096).decode().split("\r\n")
+    assert lines == [
         "loading JAX",
         "reading the weights at runs/quickstart, float32",
         "compiling",
