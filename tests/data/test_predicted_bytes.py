@@ -32,14 +32,13 @@ def test_a_dataset_has_the_bytes_of_its_text_files(tokenizer, tmp_path):
         file.write_bytes(text.encode())
     prepare(tmp_path / "out", [write_lines(tmp_path / "all.jsonl", texts)], tokenizer)
     pieces = load_tokenizer(tokenizer)
-    num_bytes_of_all = read_stream(files, pieces, 384).num_bytes
+    all_bytes = read_stream(files, pieces, 384).num_bytes
     assert (
-        json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]["bytes"]
-        == num_bytes_of_all
+        json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]["bytes"] == all_bytes
     )
     # A text file's first token is predicted from an eos; a document's own is predicted by nothing.
     firsts = sum(len(pieces.piece_bytes(pieces.encode(text)[0], first=True)) for text in texts)
-    assert num_bytes(tmp_path / "out", tokenizer) == num_bytes_of_all - firsts
+    assert num_bytes(tmp_path / "out", tokenizer) == all_bytes - firsts
 
 
 def test_what_is_not_to_be_learnt_has_no_bytes(tokenizer, tmp_path):

@@ -51,7 +51,7 @@ def test_a_bad_line_among_good_ones(tmp_path, tokenizer, line, reason):
     path.write_bytes(b"\n".join([*GOOD_LINES[:10], b"", line, *GOOD_LINES[10:]]))
     manifest = prepare(tmp_path / "out", [str(path)], tokenizer, max_bad_share=0.05)
     (line,) = rejected(tmp_path / "out")
-    assert (line["file"], found["line"]) == (str(path), 12)
+    assert (line["file"], line["line"]) == (str(path), 12)
     assert line["reason"].startswith(reason)
     assert manifest["counts"]["rejected"] == 1
     assert texts_of(TokenDataset(tmp_path / "out"), tokenizer) == GOOD
