@@ -5,6 +5,7 @@ Damage becomes a record with a problem; the records before it survive.
 
 import dataclasses
 import io
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
@@ -29,38 +30,50 @@ class SourceFile:
 Row = tuple[int | None, Any, str | None, int]
 
 
-def _read_text(file: BinaryIO, source: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
-    chunks = []
-    for chunk, problem in _chunks(file, source.compression):
-        if problem:
-            yield None, None, problem, source.bytes
-            return
-        chunks.append(chunk)
-    yield None, b"".join(chunks), None, source.bytes
+class Damaged(Exception):
+    """The reason why the rest of a file cannot be read."""
 
 
-def _read_lines(file: BinaryIO, source: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
+def read_rows(file: BinaryIO, source: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
+    """Rows of a file by its format; `columns` are read of a Parquet file."""
+    if source.format == "jsonl":
+        yield from _read_lines(file, source)
+        return
+    try:
+        data = file
+        if source.compression:
+            data = io.BytesIO(b"".join(_chunks(file, source.compression)))
+        if source.format == "parquet":
+            yield from _read_parquet(data, source, columns)
+        else:
+            yield None, data.read(), None, source.bytes
+    except Damaged as error:
+        yield None, None, str(error), source.bytes
+
+
+def _read_lines(file: BinaryIO, source: SourceFile) -> Iterator[Row]:
     """The lines that are not blank."""
     number, tail = 1, b""
-    for chunk, problem in _chunks(file, source.compression):
-        if problem:
-            yield number, None, problem, source.bytes
-            return
-        *lines, tail = (tail + chunk).split(b"\n")
-        offset = file.tell()
-        for line in lines:
-            if line.strip():
-                yield number, line, None, offset
-            number += 1
+    try:
+        for chunk in _chunks(file, source.compression):
+            *lines, tail = (tail + chunk).split(b"\n")
+            offset = file.tell()
+            for line in lines:
+                if line.strip():
+                    yield number, line, None, offset
+                number += 1
+    except Damaged as error:
+        yield number, None, str(error), source.bytes
+        return
     if tail.strip():
         yield number, tail, None, source.bytes
 
 
-def _chunks(file: BinaryIO, compression: str | None) -> Iterator[tuple[bytes, str | None]]:
-    """Decompressed bytes of a file, up to a problem where it is damaged."""
+def _chunks(file: BinaryIO, compression: str | None) -> Iterator[bytes]:
+    """Decompressed bytes of a file; raises Damaged after what can be read."""
     if compression is None:
         while chunk := file.read(CHUNK_BYTES):
-            yield chunk, None
+            yield chunk
         return
     from zstandard import ZstdDecompressor, ZstdError
 
@@ -74,14 +87,12 @@ def _chunks(file: BinaryIO, compression: str | None) -> Iterator[tuple[bytes, st
         )
         while not stream.eof:
             if not pending:
-                yield b"", f"the {compression} data breaks off before its end"
-                return
+                raise Damaged(f"the {compression} data breaks off before its end")
             try:
                 chunk = stream.decompress(pending)
             except (zlib.error, ZstdError) as error:
-                yield b"", f"the {compression} data is damaged ({error})"
-                return
-            yield chunk, None
+                raise Damaged(f"the {compression} data is damaged ({error})") from None
+            yield chunk
             pending = stream.unused_data if stream.eof else file.read(CHUNK_BYTES)
         pending = pending or file.read(CHUNK_BYTES)
 
@@ -91,30 +102,21 @@ def _read_parquet(file: BinaryIO, source: SourceFile, columns: Sequence[str]) ->
     import pyarrow
     from pyarrow import parquet
 
-    if source.compression:
-        chunks = []
-        for chunk, problem in _chunks(file, source.compression):
-            if problem:
-                yield None, None, problem, source.bytes
-                return
-            chunks.append(chunk)
-        file = io.BytesIO(b"".join(chunks))
     try:
         parquet_file = parquet.ParquetFile(file, page_checksum_verification=True)
     except (pyarrow.ArrowException, OSError) as error:
-        yield None, None, f"the file is no Parquet or damaged ({_first_line(error)})", source.bytes
-        return
+        raise Damaged(f"the file is no Parquet or damaged ({_first_line(error)})") from None
     names = [name for name in columns if name in parquet_file.schema_arrow.names]
     first, rows = 1, max(1, parquet_file.metadata.num_rows)
     for group in range(parquet_file.num_row_groups):
         line = first
         try:
-            for batch in parquet_file.iter_batches(
+            batches = parquet_file.iter_batches(
                 PARQUET_BATCH_ROWS, [group], names, use_threads=False
-            ):
-                for data, problem in _batch_rows(batch):
-                    yield line, data, problem, source.bytes * line // rows
-                    line += 1
+            )
+            for data, problem in itertools.chain.from_iterable(map(_batch_rows, batches)):
+                yield line, data, problem, source.bytes * line // rows
+                line += 1
         except (pyarrow.ArrowException, OSError) as error:
             problem = f"the rest of row group {group} is damaged ({_first_line(error)})"
             yield line, None, problem, source.bytes * line // rows
@@ -128,9 +130,6 @@ def _batch_rows(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str | None]
             yield (batch.slice(index, 1).to_pylist() or [{}])[0], None
         except UnicodeDecodeError as error:
             yield None, f"is not UTF-8 at byte {error.start} (0x{error.object[error.start]:02x})"
-
-
-READERS = {"text": _read_text, "jsonl": _read_lines, "parquet": _read_parquet}
 
 
 def _first_line(error: Exception) -> str:

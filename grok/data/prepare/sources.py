@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from grok import storage
-from grok.data.prepare.formats import CHUNK_BYTES, READERS, SourceFile
+from grok.data.prepare.formats import CHUNK_BYTES, SourceFile, read_rows
 from grok.errors import DataError
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
@@ -81,7 +81,7 @@ def read_records(
         file = files[number]
         skipped = start[1] if number == start[0] else 0
         with open_source(file.name) as opened:
-            rows = READERS[file.format](opened, file, columns)
+            rows = read_rows(opened, file, columns)
             for index, row in enumerate(itertools.islice(rows, skipped, None), start=skipped):
                 yield RawRecord(number, index, *row)
 
