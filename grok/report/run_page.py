@@ -80,10 +80,11 @@ def facts(run: RecordedRun) -> list[str]:
     lines = []
     get = run.config.get
     if "model.num_layers" in run.config:
+        experts, selected = get("model.moe.num_experts"), get("model.moe.num_selected")
+        router = f", {experts} experts of which {selected} are used" if experts else ""
         lines.append(
-            f"{get('model.num_layers')} layers, width {get('model.embed_dim')}, "
-            f"{get('model.num_experts')} experts of which {get('model.num_selected_experts')} are "
-            f"used; {get('data.batch_size')} rows of {get('data.sequence_length')} tokens a step"
+            f"{get('model.num_layers')} layers, width {get('model.embed_dim')}{router}; "
+            f"{get('data.batch_size')} rows of {get('data.sequence_length')} tokens a step"
         )
     for start in run.manifest.get("starts", ())[-1:]:
         axes = " x ".join(f"{axis} {size}" for axis, size in start["mesh"].items())
