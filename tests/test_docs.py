@@ -1,5 +1,6 @@
 """README and docs/ say what is there: links, commands, options, config keys, presets."""
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -208,3 +209,15 @@ def test_table_of_presets_is_right() -> None:
         assert (layers, embed) == (str(model.num_layers), str(model.embed_dim))
         head = (ROOT / f"configs/models/{preset}.yaml").read_text()  # held by tests/test_config.py
         assert f"{total} parameters, {active} active per token" in head
+
+
+def test_docstrings_begin_with_a_verb_or_noun() -> None:
+    question = ("What", "Which", "Whether", "Where", "How", "When", "If")
+    bad = []
+    for file in sorted((ROOT / "grok").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                docstring = ast.get_docstring(node) or ""
+                if re.match(rf"({'|'.join(question)})\b", docstring):
+                    bad.append(f"{name(file)}: {docstring.splitlines()[0]}")
+    assert not bad, "\n".join(bad)

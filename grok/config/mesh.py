@@ -71,7 +71,7 @@ def check_model_fits(model: ModelConfig, sizes: dict[str, int]) -> None:
 
 
 def _misfit(model: ModelConfig, sizes: dict[str, int]) -> str:
-    """Which axis of the model cannot be split over the mesh; empty when all can."""
+    """Names the axis of the model that cannot be split over the mesh; empty if all can."""
     tensor, expert, shards = sizes["tensor"], sizes["expert"], sizes["data"] * sizes["expert"]
     rules = (
         ("attention.num_heads", model.attention.num_heads, "mesh.tensor", tensor),

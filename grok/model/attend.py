@@ -1,4 +1,4 @@
-"""What tokens attend to: rows over themselves in training, pages of a cache in inference.
+"""Attention's keys and values: the rows themselves in training, pages of a cache in inference.
 
 `PackedRows` and `PagedAttend` are the only difference between training, prefill and decode: a block
 gets one of them, and its attention calls it with queries, keys and values.
@@ -29,7 +29,7 @@ from grok.sharding import Axes
 
 
 class Attend(Protocol):
-    """What the tokens of a block see, and where they stand."""
+    """Keys and values that the tokens of a block attend to, and the tokens' positions."""
 
     @property
     def positions_BT(self) -> jax.Array:
@@ -102,10 +102,10 @@ class PagedCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class PagedBatch:
-    """Where a step's tokens stand, int32: block u of group b holds `count_BU` tokens, at `start_BU`
-    and after in the sequence that has the pages `table_BUM`.
+    """Positions of a step's tokens, int32: block u of group b holds `count_BU` tokens, from position
+    `start_BU` of the sequence with the pages `table_BUM`.
 
-    What a block has beyond its count is padding. Pages count within a group.
+    The rest of a block is padding. Pages count within a group.
     """
 
     table_BUM: Any  # jax.Array or np.ndarray

@@ -154,7 +154,7 @@ def _abstract_int8(spec: ParamSpec, w, num_groups: int) -> QuantizedArray:
 
 
 def sharded_scale_groups(groups: int, split: int) -> int:
-    """How many groups of rows a device grid that splits the rows `split` ways needs.
+    """Number of groups of rows that a device grid needs which splits the rows `split` ways.
 
     A group cut into equal parts with its scale repeated is the same matrix. One group stays one:
     its scales go to every device.

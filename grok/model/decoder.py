@@ -130,7 +130,7 @@ class Decoder(nnx.Module):
             return self.unembed(jnp.where(last_BUQ[..., None], x_BUQD, 0).sum(2))
 
     def _scan_inputs(self, in_place: bool):
-        """What a scan over the layers hands to `_layer`: parameters, and the layer's number.
+        """Inputs of `_layer` that a scan slices by layer: parameters, and the layer's number.
 
         With `in_place`, as for an int8 model, it is the number alone: a layer then reads the
         experts that it needs where they lie, and sliced by the scan all of them would be copied.

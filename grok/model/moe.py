@@ -43,7 +43,7 @@ class RouterStats:
 
 @dataclasses.dataclass
 class Routing:
-    """Where a block's router sent its tokens, split as the residual stream is."""
+    """Experts that a block's router chose for its tokens, sharded like the residual stream."""
 
     probs_BTE: jax.Array  # of all experts, float32
     expert_ids_BTC: jax.Array  # the chosen ones, the likeliest first; E where a token needs none
