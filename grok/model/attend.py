@@ -102,8 +102,8 @@ class PagedCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class PagedBatch:
-    """Positions of a step's tokens, int32: block u of group b holds `count_BU` tokens, from position
-    `start_BU` of the sequence with the pages `table_BUM`.
+    """Positions of a step's tokens, int32: block u of group b holds `count_BU` tokens, from
+    position `start_BU` of the sequence with the pages `table_BUM`.
 
     The rest of a block is padding. Pages count within a group.
     """
