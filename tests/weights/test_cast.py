@@ -8,11 +8,11 @@ import pytest
 
 from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.errors import CheckpointError
-from grok.model import params
 from grok.ops.weights.int8 import dequantize, quantize
 from grok.weights.cast import converted, per_channel
 from grok.weights.source import TensorSpec
 from tests.fixtures.array_source import ArraySource
+from tests.fixtures.model_weights import MATRICES
 from tests.fixtures.random_weights import RandomSource
 
 # Heads have 6 rows and groups of w_out 9, so that groups begin and end inside heads.
@@ -29,8 +29,12 @@ FROM = ("int8", "float32", "bfloat16", "float16")
 TO = ("int8", "bfloat16", "float32")
 
 
+def groups_of(spec) -> int:
+    return GROUPS.get(spec.name, 1)
+
+
 def source_of(dtype: str) -> ArraySource:
-    random = RandomSource(CONFIG, dtype="int8" if dtype == "int8" else "float32", groups=GROUPS)
+    random = RandomSource(CONFIG, dtype="int8" if dtype == "int8" else "float32", groups=groups_of)
     source = ArraySource.copy(random)
     if dtype != "int8":
         kind = BF16 if dtype == "bfloat16" else np.dtype(dtype)
@@ -54,7 +58,7 @@ def whole_scales(spec: TensorSpec) -> tuple[slice, ...]:
 @pytest.mark.parametrize("to", TO)
 @pytest.mark.parametrize("kind", FROM)
 def test_any_part_is_the_part_of_the_whole(kind, to):
-    source = converted(source_of(kind), to, GROUPS)
+    source = converted(source_of(kind), to, groups_of)
     rng = np.random.default_rng(5)
     for name, spec in source.tensors.items():
         whole = source.read(name, spec.full_part)
@@ -75,18 +79,18 @@ def test_any_part_is_the_part_of_the_whole(kind, to):
 @pytest.mark.parametrize("kind", FROM)
 def test_the_whole_by_definition(kind, to):
     given = source_of(kind)
-    source = converted(given, to, GROUPS)
+    source = converted(given, to, groups_of)
     assert source.dtype == to
     for name, spec in source.tensors.items():
         values = given.values[name]
         found = source.read(name, spec.full_part)
-        matrix = params.MATRICES.get(name)
+        matrix = MATRICES.get(name)
         if to == "int8" and matrix and kind != "int8":
-            dims = matrix.row_dims, matrix.col_dims
+            dims = matrix.contract_dims, matrix.output_dims
             expected, scales = quantize(values, GROUPS.get(name, 1), *dims)
             np.testing.assert_array_equal(source.read_scales(name, whole_scales(spec)), scales)
         elif kind == "int8" and matrix and to != "int8":
-            dims = matrix.row_dims, matrix.col_dims
+            dims = matrix.contract_dims, matrix.output_dims
             expected = dequantize(values, given.scales[name], spec.dtype, *dims)
         elif to == "int8":
             expected = values if matrix else values.astype(np.float32)
@@ -108,7 +112,7 @@ def test_groups_of_the_release_where_they_divide_the_rows():
     assert spec["layers/moe/w_down_EFD"].groups == 6
     assert spec["layers/moe/w_gate_EDF"].groups == 1
     spec = converted(RandomSource(config, dtype="float32"), "int8", per_channel).tensors
-    assert {spec[name].groups for name in params.MATRICES} == {1}
+    assert {spec[name].groups for name in MATRICES} == {1}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from grok import storage
 from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.errors import CheckpointError
-from grok.model import params
 from grok.weights.huggingface.source import HuggingFaceSource
+from tests.fixtures.model_weights import shapes_of
 from tests.fixtures.models import replace_keys
 
 TINY = ModelConfig(
@@ -66,8 +66,7 @@ DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 def tree(dtype=ml_dtypes.bfloat16, config: ModelConfig = TINY) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
-        name: rng.standard_normal(shape).astype(dtype)
-        for name, shape in params.shapes(config).items()
+        name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes_of(config).items()
     }
 
 
@@ -121,7 +120,7 @@ def write(
 
 
 def assert_holds(source: HuggingFaceSource, expected: dict[str, np.ndarray]) -> None:
-    assert list(source.tensors) == list(params.shapes(source.config))
+    assert list(source.tensors) == list(shapes_of(source.config))
     for name, spec in source.tensors.items():
         found = source.read(name, spec.full_part)
         assert (spec.shape, spec.dtype, spec.groups) == (found.shape, found.dtype, None)

@@ -22,7 +22,6 @@ from grok.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, Run
 from grok.config.load import from_dict, load_config, to_dict
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
-from grok.model import params
 from grok.model.build import abstract, to_arrays
 from grok.weights.cast import QuantizedSource, converted, per_channel
 from grok.weights.checksums import piece_checksum
@@ -32,6 +31,7 @@ from grok.weights.importing.quantization_error import MeasuredQuantizedSource
 from grok.weights.orbax.source import OrbaxSource
 from grok.weights.source import Source, layer_pieces, scales_part
 from grok.weights.xai.source import ReleaseSource
+from tests.fixtures.model_weights import MATRICES
 from tests.fixtures.models import replace_keys
 from tests.fixtures.random_weights import RandomSource
 from tests.model import golden
@@ -77,7 +77,7 @@ class Watched(Source):
     @property
     def matrices(self) -> list[tuple[str, tuple]]:
         """Reads of matrices: a few rows of the rest are looked at again to know the weights."""
-        return [read for read in self.reads if read[0] in params.MATRICES]
+        return [read for read in self.reads if read[0] in MATRICES]
 
 
 def interrupt(source: Source, folder: Path, after: int = 60) -> None:
@@ -254,7 +254,7 @@ def test_a_piece_whose_files_are_not_whole_is_done_again(tmp_path):
     undisturbed = files_of(folder)
     shutil.rmtree(folder)
     interrupt(source, folder)
-    finished = [name for name, layer in journaled(folder) if name in params.MATRICES and layer == 0]
+    finished = [name for name, layer in journaled(folder) if name in MATRICES and layer == 0]
     model = folder / ".import" / "0" / "model"
     arrays = [model / f"{name.replace('/', '.')}.values" for name in finished[:2]]
     files = [next(array.glob("c.0.*")) for array in arrays]
@@ -361,7 +361,7 @@ def test_rounding_is_measured_in_one_reading(tmp_path, groups):
     plain, stored = QuantizedSource(floats, groups), OrbaxSource(tmp_path / "run")
     same_weights(plain, stored)
     back = converted(stored, "float32")
-    assert imported.summary["rounding_errors"].keys() == params.MATRICES.keys()
+    assert imported.summary["rounding_errors"].keys() == MATRICES.keys()
     for name, error in imported.summary["rounding_errors"].items():
         w = floats.read(name, floats.tensors[name].full_part)
         off = back.read(name, floats.tensors[name].full_part) - w
@@ -375,7 +375,7 @@ def test_wide_matrices_are_quantised_in_stripes(monkeypatch):
     monkeypatch.setattr("grok.weights.importing.quantization_error.STRIPE_BYTES", 1000)
     floats = RandomSource(TINY, dtype="float32")
     measured, plain = MeasuredQuantizedSource(floats), QuantizedSource(floats)
-    for name in params.MATRICES:
+    for name in MATRICES:
         spec = plain.tensors[name]
         part = (slice(1, 2),) * (len(spec.shape) - 2 - ("attention" in name)) + spec.full_part[
             len(spec.shape) - 2 - ("attention" in name) :

@@ -13,13 +13,13 @@ from grok.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, Rop
 from grok.config.load import load_config
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
-from grok.model import params
 from grok.model.params import num_active_parameters, num_parameters
 from grok.weights.huggingface.export import export_huggingface
 from grok.weights.importing.importer import import_weights
 from grok.weights.tools import inspection
 from grok.weights.tools.inspection import preset_of
 from grok.weights.xai.source import ReleaseSource
+from tests.fixtures.model_weights import MATRICES, shapes_of
 from tests.fixtures.random_weights import RandomSource
 from tests.fixtures.release_writer import write_release
 from tests.model import golden
@@ -84,13 +84,13 @@ def test_every_format_has_the_same_tensors(formats, form):
     else:
         found = as_json(formats / form)
     assert found["format"] == form
-    assert {t["name"]: tuple(t["shape"]) for t in found["tensors"]} == params.shapes(CONFIG)
+    assert {t["name"]: tuple(t["shape"]) for t in found["tensors"]} == shapes_of(CONFIG)
     kind = "bfloat16" if form == "huggingface" else "int8"
     assert found["dtype"] == kind
     groups = {t["name"]: t["groups"] for t in found["tensors"]}
     kinds = {t["name"]: t["dtype"] for t in found["tensors"]}
     if kind == "int8":
-        assert kinds == {n: "int8" if n in params.MATRICES else "float32" for n in kinds}
+        assert kinds == {n: "int8" if n in MATRICES else "float32" for n in kinds}
         assert groups["layers/moe/w_down_EFD"] == 8
         assert groups["layers/moe/w_up_EDF"] == 1
         assert groups["layers/moe/router_DE"] is None

@@ -11,7 +11,6 @@ import pytest
 from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.config.load import load_config
 from grok.errors import CheckpointError
-from grok.model import params
 from grok.weights.cast import converted, release_groups
 from grok.weights.source import blocks, part_shape
 from grok.weights.xai.source import (
@@ -20,6 +19,7 @@ from grok.weights.xai.source import (
     tensor_names,
     tensor_shapes,
 )
+from tests.fixtures.model_weights import shapes_of
 from tests.fixtures.pickles import pickled, pickled_weight
 from tests.fixtures.random_weights import RandomSource
 from tests.fixtures.release_layout import plain_layout, quantized_layout
@@ -100,7 +100,7 @@ def test_the_whole_release_as_files_with_holes(tmp_path):
                     file.seek(item, os.SEEK_CUR)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) == 318_239_886_140
     implied = implied_config(tmp_path)
-    assert params.shapes(implied) == params.shapes(config)
+    assert shapes_of(implied) == shapes_of(config)
     source = ReleaseSource(tmp_path, implied)
     groups = {name: spec.groups for name, spec in source.tensors.items() if spec.groups != 1}
     assert {name: count for name, count in groups.items() if count} == release_groups
@@ -184,5 +184,5 @@ def test_groups_of_random_weights():
         "layers/moe/w_up_EDF": 1,
         "layers/moe/w_down_EFD": 8,
     }
-    down = RandomSource(TINY, groups={"layers/moe/w_down_EFD": 7}).tensors["layers/moe/w_down_EFD"]
+    down = RandomSource(TINY, groups=lambda _: 7).tensors["layers/moe/w_down_EFD"]
     assert (down.groups, part_shape(down.full_part)[2]) == (5, 40)  # 7 does not divide 40

@@ -14,7 +14,6 @@ from grok.cli.main import main
 from grok.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, RunConfig
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
-from grok.model import params
 from grok.weights.cast import FloatSource, converted
 from grok.weights.huggingface.export import export_huggingface
 from grok.weights.importing.importer import import_weights
@@ -26,6 +25,7 @@ from grok.weights.xai.objects import StoredInt8
 from grok.weights.xai.source import ReleaseSource
 from grok.weights.xai.unpickler import read_tensor
 from tests.fixtures.array_source import ArraySource
+from tests.fixtures.model_weights import MATRICES
 from tests.fixtures.random_weights import RandomSource
 from tests.model import golden
 
@@ -250,8 +250,8 @@ def test_the_error_of_quantisation():
     back = converted(quantized, "float32")
     for sources in ((floats, quantized), (quantized, floats)):
         found = compared(*sources)
-        assert {name for name, each in found.items() if not each.equal} == params.MATRICES.keys()
-        for name in params.MATRICES:
+        assert {name for name, each in found.items() if not each.equal} == MATRICES.keys()
+        for name in MATRICES:
             w = floats.values[name].astype(np.float64)
             error = back.read(name, back.tensors[name].full_part) - w
             assert found[name].method.quantization
