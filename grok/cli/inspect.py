@@ -1,5 +1,6 @@
 """`grok inspect`."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -47,6 +48,8 @@ def inspect(ctx: click.Context, path: str, config: str | None, as_json: bool) ->
 
 
 def _print(console: "Console", inspection: "Inspection") -> None:
+    from grok.config.load import flatten
+
     console.print(inspection.path, style="bold")
     for label, text in _summary(inspection):
         console.print(f"  {label:<12}{text}")
@@ -61,8 +64,9 @@ def _print(console: "Console", inspection: "Inspection") -> None:
         console.print(table)
     if inspection.config is not None:
         table = make_table("config", "value", "from")
+        values = dict(flatten(dataclasses.asdict(inspection.config)))
         for name, origin in inspection.origins.items():
-            table.add_row(name, str(getattr(inspection.config, name)), origin)
+            table.add_row(name, str(values[name]), origin)
         console.print()
         console.print(table)
 

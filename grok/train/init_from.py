@@ -21,7 +21,7 @@ from grok.weights.checksums import sample_checksum
 from grok.weights.detect import open_source, stated_config
 from grok.weights.load import put_on_mesh
 from grok.weights.source import Source
-from grok.weights.tools.verify import differing_field
+from grok.weights.tools.verify import config_values, differing_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +76,12 @@ def open_initial(path: str, model: ModelConfig) -> InitialWeights:
     `open_source` does.
     """
     stated = stated_config(path)
-    field = stated and differing_field(stated, model)
-    if field:
-        theirs, ours = getattr(stated, field), getattr(model, field)
+    key = differing_key(stated, model) if stated else None
+    if stated and key:
+        theirs, ours = config_values(stated).get(key), config_values(model).get(key)
         raise CheckpointError(
-            f"train.init_from={path} holds a model with {field}={theirs}, and the config says "
-            f"model.{field}={ours}; model.{field}={theirs} would work."
+            f"train.init_from={path} holds a model with {key}={theirs}, and the config says "
+            f"model.{key}={ours}; model.{key}={theirs} would work."
         )
     source = open_source(path, model)
     location = path if storage.is_remote(path) else os.path.abspath(path)

@@ -241,7 +241,7 @@ def refusal(folder: Path, config: ModelConfig | None = None) -> str:
         ({"rope_theta": float("nan")}, "rope_theta is nan; it should be a positive number."),
         ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06; Grok-1's is 1e-05"),
         ({"head_dim": None, "num_attention_heads": 5}, "so head_dim must be given."),
-        ({"num_key_value_heads": 4}, "config.json: model.num_kv_heads=4 does not divide"),
+        ({"num_key_value_heads": 4}, "config.json: model.attention.num_kv_heads=4 does not divide"),
         (
             {"hidden_size": 16},
             "for this folder's config.json it should be (24, 16).",

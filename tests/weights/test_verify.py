@@ -347,8 +347,11 @@ def test_progress_counts_every_byte(small):
             {"mlp_dim": 48},
             "layers/moe/w_gate_EDF is (3, 2, 24, 40) in the first and (3, 2, 24, 48)",
         ),
-        ({"rope_theta": 5000.0}, "rope_theta is 10000.0 in the first and 5000.0 in the second."),
-        ({"num_selected_experts": 1}, "num_selected_experts is 2 in the first and 1 in the second"),
+        (
+            {"rope_theta": 5000.0},
+            "attention.rope.theta is 10000.0 in the first and 5000.0 in the second.",
+        ),
+        ({"num_selected_experts": 1}, "moe.num_selected is 2 in the first and 1 in the second"),
     ],
 )
 def test_other_configs_are_named(changed, sentence):

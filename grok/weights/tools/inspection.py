@@ -15,7 +15,7 @@ from grok.weights.orbax.metadata import read_meta
 from grok.weights.orbax.source import OrbaxSource
 from grok.weights.source import Source
 from grok.weights.tools.diagnose import TensorSummary, diagnose
-from grok.weights.tools.verify import differing_field
+from grok.weights.tools.verify import config_values, differing_key
 from grok.weights.xai.source import tensor_shapes
 
 # Origins of the value of a field of the config.
@@ -23,8 +23,8 @@ FILES, WITH_HEAD_DIM, ASSUMED = "files", "files, with this head_dim", "assumed"
 GIVEN, CONFIG_JSON, STORED = "--config", "config.json", "stored config"
 # Fields that follow from the shapes in a release's files; of heads, only their total width does.
 IN_RELEASE = {
-    **dict.fromkeys(("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_experts"), FILES),
-    **dict.fromkeys(("num_heads", "num_kv_heads"), WITH_HEAD_DIM),
+    **dict.fromkeys(("vocab_size", "num_layers", "embed_dim", "moe.dim", "moe.num_experts"), FILES),
+    **dict.fromkeys(("attention.num_heads", "attention.num_kv_heads"), WITH_HEAD_DIM),
 }
 
 
@@ -130,7 +130,7 @@ def inspect(path: str | os.PathLike[str], config: ModelConfig | None = None) -> 
 
 def preset_of(config: ModelConfig) -> str | None:
     """The preset that computes what `config` does, if any."""
-    return next((p for p, model in _presets().items() if not differing_field(model, config)), None)
+    return next((p for p, model in _presets().items() if not differing_key(model, config)), None)
 
 
 def _fitting(source: Source, config: ModelConfig | None) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ def _presets() -> dict[str, ModelConfig]:
 
 def _origins(source: Source, config: ModelConfig | None) -> dict[str, str]:
     """The origin of each field's value."""
-    fields = [field.name for field in dataclasses.fields(ModelConfig)]
+    fields = list(config_values(source.config))
     if config is not None:
         return {name: FILES if IN_RELEASE.get(name) == FILES else GIVEN for name in fields}
     if source.format == "xai":

@@ -13,12 +13,14 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from grok import storage
 from grok.config import ModelConfig
+from grok.config.load import flatten
 from grok.errors import CheckpointError
 from grok.weights.checksums import piece_checksum
 from grok.weights.detect import is_release, open_source
@@ -153,23 +155,33 @@ def check_comparable(a: Source, b: Source) -> None:
             raise CheckpointError(
                 f"{between}: {name} is {spec.shape} in the first and {other} in the second."
             )
-    field = differing_field(a.config, b.config)
-    if field is not None:
-        values = [getattr(source.config, field) for source in (a, b)]
+    key = differing_key(a.config, b.config)
+    if key is not None:
+        first, second = (config_values(source.config).get(key) for source in (a, b))
         raise CheckpointError(
-            f"{between}: {field} is {values[0]} in the first and {values[1]} in the second."
+            f"{between}: {key} is {first} in the first and {second} in the second."
         )
 
 
-def differing_field(a: ModelConfig, b: ModelConfig) -> str | None:
-    """A field by which the two compute different things, if there is one.
+def config_values(config: ModelConfig) -> dict[str, Any]:
+    """The values of a config by their dotted keys."""
+    return dict(flatten(dataclasses.asdict(config)))
 
-    Configs of others may have fewer digits, and 1/sqrt(128) depends on who computes it.
+
+def differing_key(a: ModelConfig, b: ModelConfig) -> str | None:
+    """The key of a value by which the two models compute different things, if there is one.
+
+    Other programs' configs may have fewer digits, and round 1/sqrt(128) differently.
     """
-    fields = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in HOW_IT_RUNS]
-    for name in fields:
-        if not math.isclose(getattr(a, name), getattr(b, name), rel_tol=1e-6):
-            return name
+    first, second = config_values(a), config_values(b)
+    for key in {**first, **second}:
+        x, y = first.get(key), second.get(key)
+        if isinstance(x, int | float) and isinstance(y, int | float):
+            equal = math.isclose(x, y, rel_tol=1e-6)
+        else:
+            equal = x == y
+        if key not in HOW_IT_RUNS and not equal:
+            return key
     return None
 
 
