@@ -5,7 +5,6 @@ a leading L axis; `jax.lax.scan` hands each layer its own slice.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,8 @@ from grok.model.embedding import Embedding
 from grok.model.moe import RouterStats
 from grok.model.norm import RMSNorm
 from grok.model.param_spec import ParamSpec, map_params, name_of, prefixed
-from grok.ops.weights.int8 import QuantizedArray
 from grok.ops.weights.layer_slice import LayerSlice
+from grok.ops.weights.weight import is_plain, take_layer
 
 REMAT_POLICIES = {
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
@@ -147,12 +146,9 @@ class Decoder(nnx.Module):
 
         def one(path, param: nnx.Param) -> nnx.Variable:
             w = param.get_value()
-            if isinstance(w, QuantizedArray):
-                return param.replace(dataclasses.replace(w, layer=number))
-            if specs[name_of(path)].is_per_expert and isinstance(w, jax.Array):
+            if specs[name_of(path)].is_per_expert and is_plain(w):
                 return param.replace(LayerSlice(w, number))
-            index = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
-            return param.replace(jax.tree.map(lambda a: index(a, number), w))
+            return param.replace(take_layer(w, number))
 
         return map_params(one, self.layers)
 

@@ -4,6 +4,7 @@ Letters: L layers, B batch, T length, R = B*T rows, D embed, F mlp, E experts, C
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,12 @@ from flax import nnx
 from grok import hardware, sharding
 from grok.config import ModelConfig
 from grok.hardware import LANES
-from grok.model.linear import quantized_axes
 from grok.model.param_spec import ParamSpec, init_params
 from grok.ops.moe.experts_pallas import MLP_SPLITS, experts_pallas, experts_pallas_split_mlp
 from grok.ops.moe.experts_xla import experts_xla
 from grok.ops.moe.tiling import serving_tile_rows, training_tile_rows, xla_tile_rows
 from grok.ops.varying import pvary
-from grok.ops.weights.int8 import QuantizedArray
-from grok.ops.weights.layer_slice import LayerSlice
-from grok.ops.weights.lora import LoraArray
+from grok.ops.weights.weight import Weight, adapter, cast, is_plain, leaf_axes, materialize
 
 # The matrices of which a token needs those of its experts alone.
 EXPERTS = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
@@ -91,7 +89,8 @@ class MoE(nnx.Module):
 
         Tokens outside of the mask go to no expert, so that none is read for them; None: all go.
         """
-        probs_BTE = self.route(x_BTD, axes)
+        with jax.named_scope("router"):
+            probs_BTE = self.route(x_BTD, axes)
         topk_weights_BTC, expert_ids_BTC = jax.lax.top_k(probs_BTE, self.config.moe.num_selected)
         if token_mask_BT is not None and hardware.platform() != "tpu":  # whose kernels know no mask
             expert_ids_BTC = jnp.where(
@@ -111,81 +110,76 @@ class MoE(nnx.Module):
         )
         return jax.nn.softmax(logits_BTE, axis=-1)
 
-    def _experts(self, x_BTD, topk_weights_BTC, expert_ids_BTC, stream: sharding.Axes):
-        """Tokens travel to the experts: each device collects those of its group, runs its slice of
-        every expert on the rows that chose it, and hands the partial sums back."""
-        C = self.config.moe.num_selected
-        weights = [getattr(self, name).get_value() for name in EXPERTS]
-        specs = self.param_specs(self.config)
-        axes: list[sharding.Axes] = []
-        for place, name in enumerate(EXPERTS):
-            w_axes = specs[name].storage_axes(self.config.param_dtype)
-            w = weights[place]
-            if isinstance(w, LoraArray):
-                weights[place] = w.scaled(x_BTD.dtype)
-                axes += [w_axes, (*w_axes[:2], None), (w_axes[0], None, w_axes[2])]
-                continue
-            if sharding.axis_size("fsdp_embed") > 1 and isinstance(w, LayerSlice | QuantizedArray):
-                # What is collected from other devices should be one layer.
-                w = weights[place] = w.sliced()
-            if isinstance(w, LayerSlice):
-                axes += [(None, *w_axes), ()]  # and the number of the layer
-                continue
-            if not isinstance(w, QuantizedArray):
-                weights[place] = w.astype(x_BTD.dtype)
-                axes.append(w_axes)
-                continue
-            lead = () if w.layer is None else (None,)
-            axes += [(*lead, *w_axes), (*lead, *quantized_axes(w, w_axes))]
-            axes += [()] * len(lead)  # the number of the layer
-        parts = jax.tree.leaves(weights)
-        kinds = jax.tree.structure(weights)
+    def _experts(self, x_BTD, topk_weights_BTC, expert_ids_BTC, axes: sharding.Axes):
+        """Dispatches tokens to the devices of their group, each of which has a slice of every
+        expert, and combines the partial sums; y_BTD is split as `axes` says."""
+        specs, param_dtype = self.param_specs(self.config), self.config.param_dtype
+        weights: list[Weight] = []
+        weight_axes: list[sharding.Axes] = []
+        for name in EXPERTS:
+            w = getattr(self, name).get_value()
+            if sharding.axis_size("fsdp_embed") > 1:
+                w = materialize(w)  # of one layer alone, to be gathered from other devices
+            weights.append(cast(w, x_BTD.dtype))
+            weight_axes += leaf_axes(weights[-1], specs[name].storage_axes(param_dtype))
+        leaves, structure = jax.tree.flatten(weights)
 
-        def local(x, gate, chosen, *parts):
-            x, gate, chosen = (
-                sharding.all_gather(a, "expert_group", dim=0) for a in (x, gate, chosen)
-            )
-            x = sharding.pin_row_major(x)
-            rows = (x.reshape(-1, x.shape[-1]), gate.reshape(-1, C), chosen.reshape(-1, C))
-            y_RD = self._routed(rows, parts, kinds, axes)
-            y = sharding.pin_row_major(y_RD.reshape(x.shape))
-            y = sharding.pin_row_major(sharding.psum_scatter(y, "expert_group", dim=0))
-            if stream[1] == "sp_length":
-                return sharding.psum_scatter(y, "sp_length", dim=1).astype(x.dtype)
-            return sharding.psum(y, "mlp_within_group").astype(x.dtype)
+        def unshard(leaves):
+            whole = map(sharding.unshard_local, leaves, weight_axes)
+            return jax.tree.unflatten(structure, list(whole))
+
+        def local(x_BTD, topk_weights_BTC, expert_ids_BTC, *leaves):
+            rows = _dispatch(x_BTD, topk_weights_BTC, expert_ids_BTC)
+            with jax.named_scope("experts"):
+                y_RD = self._run_experts(rows, leaves, unshard)
+            return _combine(y_RD, x_BTD, axes)
 
         tokens = ("batch", "length", None)
-        form = sharding.shard_map(local, (tokens, tokens, tokens, *axes), stream)
-        return form(
-            *(sharding.constrain(a, *tokens) for a in (x_BTD, topk_weights_BTC, expert_ids_BTC)),
-            *parts,
-        )
+        sharded = sharding.shard_map(local, (tokens, tokens, tokens, *weight_axes), axes)
+        arrays = x_BTD, topk_weights_BTC, expert_ids_BTC
+        return sharded(*(sharding.constrain(a, *tokens) for a in arrays), *leaves)
 
-    def _routed(self, rows, parts, kinds, axes) -> jax.Array:
-        """y_RD of rows (x_RD, topk_weights_RC, expert_ids_RC), by this device's part of the
-        experts' width."""
-
-        def collect(parts):
-            whole = [sharding.unshard_local(*each) for each in zip(parts, axes, strict=True)]
-            return jax.tree.unflatten(kinds, whole)
-
+    def _run_experts(self, rows, leaves, unshard: Callable) -> jax.Array:
+        """y_RD of rows (x_RD, topk_weights_RC, expert_ids_RC), by this device's slice of the
+        experts' width; `unshard` makes the matrices of their `leaves`."""
         rows = jax.tree.map(pvary, rows)
-        tpu = hardware.platform() == "tpu"
+        if hardware.platform() != "tpu":
+            weights = jax.tree.map(pvary, unshard(leaves))
+            (R, C), E = rows[1].shape, self.config.moe.num_experts
+            is_serving = not is_plain(weights[0]) and adapter(weights[0]) is None
+            tile_rows = serving_tile_rows if is_serving else xla_tile_rows
+            return experts_xla(*rows, *weights, tile_rows(R, C, E), training_tile_rows(R, C, E))
         # Gathered along its columns, a matrix has them major in memory.
         down_is_column_major = sharding.axis_size("fsdp_embed") > 1
-        plain = kinds == jax.tree.structure([*EXPERTS])
-        # Else the blocks' remat computes the hidden layer again, and so would this: once too often.
-        kept = self.config.saves_experts
-        if tpu and kept and plain and parts[0].shape[-1] % (MLP_SPLITS * LANES) == 0:
-            shards = tuple(map(pvary, parts))
-            return experts_pallas_split_mlp(*rows, shards, collect, down_is_column_major)
-        weights = jax.tree.map(pvary, collect(parts))
-        if tpu:
-            return experts_pallas(*rows, *weights, down_is_column_major)
-        (R, C), E = rows[1].shape, self.config.moe.num_experts
-        is_serving = isinstance(weights[0], LayerSlice | QuantizedArray)
-        tile_rows = serving_tile_rows if is_serving else xla_tile_rows
-        return experts_xla(*rows, *weights, tile_rows(R, C, E), training_tile_rows(R, C, E))
+        splits_evenly = leaves[0].shape[-1] % (MLP_SPLITS * LANES) == 0
+        # Where the output is not saved, remat computes the hidden layer again, and so would this:
+        # once too often.
+        if self.config.saves_experts and len(leaves) == len(EXPERTS) and splits_evenly:
+            shards = tuple(map(pvary, leaves))
+            return experts_pallas_split_mlp(*rows, shards, unshard, down_is_column_major)
+        weights = jax.tree.map(pvary, unshard(leaves))
+        return experts_pallas(*rows, *weights, down_is_column_major)
+
+
+def _dispatch(x_BTD, topk_weights_BTC, expert_ids_BTC) -> tuple[jax.Array, ...]:
+    """The rows of all devices of the expert group: x_RD, topk_weights_RC, expert_ids_RC."""
+    with jax.named_scope("dispatch"):
+        x, weights, ids = (
+            sharding.all_gather(a, "expert_group", dim=0)
+            for a in (x_BTD, topk_weights_BTC, expert_ids_BTC)
+        )
+        x = sharding.pin_row_major(x)
+        return tuple(a.reshape(-1, a.shape[-1]) for a in (x, weights, ids))
+
+
+def _combine(y_RD, x_BTD, axes: sharding.Axes) -> jax.Array:
+    """Sums the slices of the experts' width, each device receiving its own rows, like `x_BTD`."""
+    with jax.named_scope("combine"):
+        y = sharding.pin_row_major(y_RD.reshape(-1, *x_BTD.shape[1:]))
+        y = sharding.pin_row_major(sharding.psum_scatter(y, "expert_group", dim=0))
+        if axes[1] == "sp_length":
+            return sharding.psum_scatter(y, "sp_length", dim=1).astype(x_BTD.dtype)
+        return sharding.psum(y, "mlp_within_group").astype(x_BTD.dtype)
 
 
 def _stats(probs_BTE, expert_ids_BTC, real_BT) -> RouterStats:

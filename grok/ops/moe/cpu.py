@@ -19,6 +19,7 @@ from grok import hardware
 from grok.ops.moe.tiling import MAX_MATVEC_ROWS
 from grok.ops.weights.int8 import QuantizedArray
 from grok.ops.weights.layer_slice import LayerSlice
+from grok.ops.weights.weight import is_stacked, matmul
 
 # Rows of the matrix that one iteration adds: more would leave the nearest cache.
 ROWS_PER_ITER = 8
@@ -34,13 +35,11 @@ class ExpertSlice:
 
 def reads_in_place(w: Any, tile: int) -> bool:
     """True if a product of `tile` rows with an expert of `w` is faster in place, on CPU."""
-    is_stacked = isinstance(w, LayerSlice) or (
-        isinstance(w, QuantizedArray) and w.layer is not None
-    )
-    return is_stacked and tile <= MAX_MATVEC_ROWS and hardware.platform() == "cpu"
+    return is_stacked(w) and tile <= MAX_MATVEC_ROWS and hardware.platform() == "cpu"
 
 
-def matvec_in_place(x_MD: jax.Array, w_DF: ExpertSlice) -> jax.Array:
+@matmul.register
+def matvec_in_place(w_DF: ExpertSlice, x_MD: jax.Array) -> jax.Array:
     """x w, the weights rounded to the type of x, summed in float32 in order of D, y_MF float32.
 
     It runs at memory speed for a few rows; past MAX_MATVEC_ROWS, a copy and a plain product cost
@@ -50,17 +49,8 @@ def matvec_in_place(x_MD: jax.Array, w_DF: ExpertSlice) -> jax.Array:
     D, F = stack.shape[-2:]
     rows_per_iter = math.gcd(D, ROWS_PER_ITER)
 
-    def read_row(a, d):
-        start = (stack.layer, w_DF.expert, d, jnp.zeros_like(d))
-        return jax.lax.dynamic_slice(a, start, (1, 1, 1, F)).reshape(1, F).astype(jnp.float32)
-
     def weights(d):
-        if isinstance(stack, QuantizedArray):
-            group = D // stack.num_scale_groups
-            w_1F = read_row(stack.values, d) * read_row(stack.scales, d // group)
-        else:
-            w_1F = read_row(stack.values, d)
-        return w_1F.astype(x_MD.dtype).astype(jnp.float32)
+        return stack.read_row(w_DF.expert, d).astype(x_MD.dtype).astype(jnp.float32)
 
     def add_rows(i, y_MF):
         for offset in range(rows_per_iter):

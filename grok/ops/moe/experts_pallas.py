@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grok.ops.moe.experts_xla import Weight, gated_activation
+from grok.ops.moe.experts_xla import gated_activation
 from grok.ops.moe.grouped_hidden import grouped_hidden
 from grok.ops.moe.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from grok.ops.moe.routing import GroupedLayout, group_by_expert
 from grok.ops.moe.tiling import kernel_tile_rows
-from grok.ops.weights.int8 import QuantizedArray
 from grok.ops.weights.lora import LoraArray
+from grok.ops.weights.weight import Weight, adapter, base, is_plain
 
 # Parts of the experts' width, one after the other, where memory is scarce.
 MLP_SPLITS = 2
@@ -31,9 +31,9 @@ def experts_pallas(
     x_RD,
     topk_weights_RC,
     expert_ids_RC,
-    w_gate_EDF: Weight | QuantizedArray,
-    w_up_EDF: Weight | QuantizedArray,
-    w_down_EFD: Weight | QuantizedArray,
+    w_gate_EDF: Weight,
+    w_up_EDF: Weight,
+    w_down_EFD: Weight,
     down_is_column_major: bool = False,
     interpret: Any = False,
 ) -> jax.Array:
@@ -197,7 +197,7 @@ def _weights_of_slots(topk_weights_RC, layout: GroupedLayout) -> jax.Array:
 @jax.named_scope("hidden")
 def _hidden(x_PD, w_gate_EDF, w_up_EDF, keep_products: bool, kernel_args) -> tuple[jax.Array, ...]:
     """hidden_PF, and with `keep_products` gate_PF and up_PF, all in the type of x."""
-    if isinstance(w_gate_EDF, jax.Array) and isinstance(w_up_EDF, jax.Array):
+    if is_plain(w_gate_EDF) and is_plain(w_up_EDF):
         run: Callable = functools.partial(grouped_hidden, activation=gated_activation)
         return run(x_PD, w_gate_EDF, w_up_EDF, keep_products=keep_products, **kernel_args)
     gate_PF, up_PF = (
@@ -240,7 +240,7 @@ def _down_gradients(dy_PD, weight_P, products, w_down_EFD, column_major, kernel_
 @jax.named_scope("down")
 def _matmul_down(rows_P, w_down_EFD, transposed: bool, column_major: bool, kernel_args):
     """Rows times the down matrix of their expert, `transposed` or not."""
-    if column_major and isinstance(w_down_EFD, jax.Array):
+    if column_major and is_plain(w_down_EFD):
         w_down_EFD, transposed = jnp.swapaxes(w_down_EFD, 1, 2), not transposed
     return _matmul([rows_P], [w_down_EFD], dtype=rows_P.dtype, transposed=transposed, **kernel_args)
 
@@ -248,11 +248,10 @@ def _matmul_down(rows_P, w_down_EFD, transposed: bool, column_major: bool, kerne
 def _matmul(xs, ws, *, dtype, transposed: bool = False, **kernel_args) -> jax.Array:
     """Sum over pairs of rows and matrices of rows times the matrix of their expert."""
     run: Callable = functools.partial(grouped_matmul, **kernel_args, transposed=transposed)
-    bases = tuple(w.base if isinstance(w, LoraArray) else w for w in ws)
-    adapted = [(x, w) for x, w in zip(xs, ws, strict=True) if isinstance(w, LoraArray)]
-    y = run(tuple(xs), bases, dtype=jnp.float32 if adapted else dtype)
-    for x, w in adapted:
-        first, second = (w.b, w.a) if transposed else (w.a, w.b)
+    adapters = [(x, factors) for x, w in zip(xs, ws, strict=True) if (factors := adapter(w))]
+    y = run(tuple(xs), tuple(map(base, ws)), dtype=jnp.float32 if adapters else dtype)
+    for x, (a, b) in adapters:
+        first, second = (b, a) if transposed else (a, b)
         y += run((run((x,), (first,), dtype=dtype),), (second,), dtype=jnp.float32)
     return y.astype(dtype)
 
@@ -265,11 +264,13 @@ def _weight_gradient(x, dy, w: Weight, kernel_args, *, column_major: bool = Fals
     """
     args = {name: kernel_args[name] for name in ("tiles_E", "tile", "interpret")}
     run: Callable = functools.partial(grouped_weight_gradient, **args)
-    if not isinstance(w, LoraArray):
+    factors = adapter(w)
+    if factors is None:
         if column_major:
             return jnp.swapaxes(run(dy, x, dtype=w.dtype), 1, 2)
         return run(x, dy, dtype=w.dtype)
     matmul: Callable = functools.partial(grouped_matmul, **kernel_args, dtype=x.dtype)
-    da = run(x, matmul((dy,), (w.b,), transposed=True), dtype=w.a.dtype)
-    db = run(matmul((x,), (w.a,)), dy, dtype=w.b.dtype)
+    a, b = factors
+    da = run(x, matmul((dy,), (b,), transposed=True), dtype=a.dtype)
+    db = run(matmul((x,), (a,)), dy, dtype=b.dtype)
     return LoraArray(None, da, db)

@@ -14,19 +14,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from grok.ops.moe.cpu import ExpertSlice, for_each_tile, matvec_in_place, reads_in_place
+from grok.ops.moe.cpu import ExpertSlice, for_each_tile, reads_in_place
 from grok.ops.varying import pvary
-from grok.ops.weights.int8 import QuantizedArray
-from grok.ops.weights.layer_slice import LayerSlice
-from grok.ops.weights.lora import (
-    LoraArray,
+from grok.ops.weights.weight import (
+    Weight,
     matmul,
     matmul_transposed,
+    take_expert,
     trainable_part,
     weight_gradient,
 )
-
-Weight = jax.Array | LoraArray
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -36,12 +33,8 @@ def gelu(x: jax.Array) -> jax.Array:
 
 def expert_mlp(x_RD, w_gate_DF, w_up_DF, w_down_FD) -> jax.Array:
     """One expert on rows: (gelu(x w_gate) * (x w_up)) w_down, summed in float32, y_RD float32."""
-
-    def times(x, w):
-        return matvec_in_place(x, w) if isinstance(w, ExpertSlice) else matmul(x, w)
-
-    hidden_RF = gelu(times(x_RD, w_gate_DF)) * times(x_RD, w_up_DF)
-    return times(hidden_RF.astype(x_RD.dtype), w_down_FD)
+    hidden_RF = gelu(matmul(w_gate_DF, x_RD)) * matmul(w_up_DF, x_RD)
+    return matmul(w_down_FD, hidden_RF.astype(x_RD.dtype))
 
 
 def gated_activation(gate_RF: jax.Array, up_RF: jax.Array) -> jax.Array:
@@ -58,15 +51,15 @@ def expert_mlp_gradients(x_RD, weight_R, dy_RD, gate_RF, up_RF, w_gate_DF, w_up_
     """
     hidden_RF, pull = jax.vjp(gated_activation, gate_RF, up_RF)
     dy_RD = dy_RD.astype(x_RD.dtype)
-    dhidden_RF = matmul_transposed(dy_RD, w_down_FD)
+    dhidden_RF = matmul_transposed(w_down_FD, dy_RD)
     dweight_R = jnp.sum(dhidden_RF * hidden_RF, axis=-1)
     dgate_RF, dup_RF = pull(dhidden_RF * weight_R[:, None])
-    dx_RD = matmul_transposed(dgate_RF, w_gate_DF) + matmul_transposed(dup_RF, w_up_DF)
+    dx_RD = matmul_transposed(w_gate_DF, dgate_RF) + matmul_transposed(w_up_DF, dup_RF)
     weighted_RF = (hidden_RF * weight_R[:, None]).astype(x_RD.dtype)
     dmatrices = (
-        weight_gradient(x_RD, dgate_RF, w_gate_DF),
-        weight_gradient(x_RD, dup_RF, w_up_DF),
-        weight_gradient(weighted_RF, dy_RD, w_down_FD),
+        weight_gradient(w_gate_DF, x_RD, dgate_RF),
+        weight_gradient(w_up_DF, x_RD, dup_RF),
+        weight_gradient(w_down_FD, weighted_RF, dy_RD),
     )
     return dx_RD, dweight_R, dmatrices
 
@@ -85,9 +78,9 @@ def experts_xla(
     x_RD,
     topk_weights_RC,
     expert_ids_RC,
-    w_gate_EDF: Weight | QuantizedArray | LayerSlice,
-    w_up_EDF: Weight | QuantizedArray | LayerSlice,
-    w_down_EFD: Weight | QuantizedArray | LayerSlice,
+    w_gate_EDF: Weight,
+    w_up_EDF: Weight,
+    w_down_EFD: Weight,
     tile: int,
     training_tiles: tuple[int, ...] = (),
 ) -> jax.Array:
@@ -135,13 +128,13 @@ def _forward(x_RD, topk_weights_RC, expert_ids_RC, w_gate_EDF, w_up_EDF, w_down_
         def one_tile(slot, assignments, carry):
             y_RD, *products = carry
             x_MD = _take(x_RD, assignments // C)
-            tile_products = matmul(x_MD, gate_DF), matmul(x_MD, up_DF)
+            tile_products = matmul(gate_DF, x_MD), matmul(up_DF, x_MD)
             # Rows past an expert's end are the next one's, who writes them after it.
             products = [
                 jax.lax.dynamic_update_slice(all_PF, tile_MF.astype(x_RD.dtype), (slot, 0))
                 for all_PF, tile_MF in zip(products, tile_products, strict=True)
             ]
-            y_MD = matmul(gated_activation(*tile_products).astype(x_RD.dtype), down_FD)
+            y_MD = matmul(down_FD, gated_activation(*tile_products).astype(x_RD.dtype))
             y_MD *= _take(weights, assignments)[:, None]
             return y_RD.at[assignments // C].add(y_MD, mode="drop"), *products
 
@@ -220,13 +213,9 @@ def _for_each_expert(body, carry, count_E):
     return jax.lax.fori_loop(0, count_E.shape[0], one_expert, carry)
 
 
-def _expert_matrix(w, e, dtype, tile: int) -> Weight | ExpertSlice:
+def _expert_matrix(w, e, dtype, tile: int) -> Weight:
     """One expert's matrix as floats, or to be read in place."""
-    if reads_in_place(w, tile):
-        return ExpertSlice(w, e)
-    if isinstance(w, QuantizedArray):
-        return w[e].dequantize(dtype)
-    return w[e].astype(dtype) if isinstance(w, LayerSlice) else w[e]
+    return ExpertSlice(w, e) if reads_in_place(w, tile) else take_expert(w, e, dtype)
 
 
 def _take(x, indices):

@@ -18,12 +18,11 @@ from grok.ops.moe.grouped_blocks import Blocks, compiler_params, dot, make_block
 from grok.ops.moe.routing import tile_schedule
 from grok.ops.moe.tiling import gradient_blocks
 from grok.ops.varying import shape_like
-from grok.ops.weights.int8 import QuantizedArray
+from grok.ops.weights.weight import kernel_operands
 
 
 def grouped_matmul_reference(x_PK, w_EKN, tiles_E, tile: int) -> jax.Array:
     """Each tile times its expert's matrix, y_PN in float32; zeros after the last tile."""
-    w_EKN = w_EKN.dequantize(jnp.float32) if isinstance(w_EKN, QuantizedArray) else w_EKN
     x_IMK = x_PK.reshape(-1, tile, x_PK.shape[1])
     y_IEMN = jnp.einsum("imk,ekn->iemn", x_IMK, w_EKN, preferred_element_type=jnp.float32)
     return jnp.einsum("ie,iemn->imn", _experts_of_tiles(tiles_E, len(x_IMK)), y_IEMN).reshape(
@@ -65,7 +64,9 @@ def grouped_matmul(
     after the last tile are not written. `max_tiles` bounds the tiles with rows, for the cost
     estimate.
     """
-    layer, values, scales = _operands(ws)
+    layer, _, w_scales = kernel_operands(ws[0])
+    values = [kernel_operands(w)[1] for w in ws]
+    scales = [] if w_scales is None else [w_scales]
     P, N = len(xs[0]), values[0].shape[2 if transposed else 3]
     x_bytes, w_bytes = (sum(a.dtype.itemsize for a in arrays) for arrays in (xs, values))
     b = make_blocks(xs[0], N, w_bytes, tiles_E, tile, max_tiles)
@@ -94,16 +95,6 @@ def grouped_matmul(
         interpret=interpret,
         name="grouped_matmul",
     )(*operands)
-
-
-def _operands(ws: tuple[Any, ...]) -> tuple[Any, list[jax.Array], list[jax.Array]]:
-    """The layer's number, and values and scales of all layers: a slice would be a copy first."""
-    if not isinstance(ws[0], QuantizedArray):
-        return 0, [w[None] for w in ws], []
-    (w,) = ws
-    if w.layer is None:
-        return 0, [w.values[None]], [w.scales[None]]
-    return w.layer, [w.values], [w.scales]
 
 
 def _whole_scale_groups(b: Blocks, num_scale_groups: int) -> Blocks:

@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grok.ops.weights import weight
+from grok.ops.weights.layer_slice import row_of
+
 MAX_INT8 = 127
 
 
@@ -53,20 +56,71 @@ class QuantizedArray:
         at = index if self.layer is None else (self.layer, index)
         return dataclasses.replace(self, values=self.values[at], scales=self.scales[at], layer=None)
 
-    def sliced(self) -> "QuantizedArray":
-        """The same without the other layers."""
-        if self.layer is None:
-            return self
-        values, scales = (
-            jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False)
-            for a in (self.values, self.scales)
+    def read_row(self, expert, d) -> jax.Array:
+        """Row `d` of an expert's matrix, (1, columns) float32."""
+        group = d // (self.shape[-2] // self.num_scale_groups)
+        return row_of(self.values, self.layer, expert, d) * row_of(
+            self.scales, self.layer, expert, group
         )
-        return dataclasses.replace(self, values=values, scales=scales, layer=None)
 
     def dequantize(self, dtype) -> jax.Array:
         """values * scales in `dtype`."""
-        w = self.sliced()
+        w = weight.materialize(self)
         return dequantize(w.values, w.scales, dtype, w.contract_dims, w.output_dims)
+
+
+@weight.cast.register
+def _(w: QuantizedArray, dtype):
+    return w
+
+
+@weight.take_layer.register
+def _(w: QuantizedArray, layer):
+    return dataclasses.replace(w, layer=layer)
+
+
+@weight.materialize.register
+def _(w: QuantizedArray):
+    if w.layer is None:
+        return w
+    values, scales = (
+        jax.lax.dynamic_index_in_dim(a, w.layer, keepdims=False) for a in (w.values, w.scales)
+    )
+    return dataclasses.replace(w, values=values, scales=scales, layer=None)
+
+
+@weight.is_stacked.register
+def _(w: QuantizedArray):
+    return w.layer is not None
+
+
+@weight.is_plain.register
+def _(w: QuantizedArray):
+    return False
+
+
+@weight.leaf_axes.register
+def _(w: QuantizedArray, axes):
+    columns = len(axes) - w.output_dims
+    rows = columns - w.contract_dims
+    # Several groups of rows are split like the rows; a single one is on every device.
+    group_axis = None if w.num_scale_groups == 1 else axes[rows]
+    scale_axes = (*axes[:rows], group_axis, *axes[columns:])
+    if w.layer is None:
+        return axes, scale_axes
+    return (None, *axes), (None, *scale_axes), ()  # and the index of the layer
+
+
+@weight.take_expert.register
+def _(w_EDF: QuantizedArray, expert, dtype):
+    return w_EDF[expert].dequantize(dtype)
+
+
+@weight.kernel_operands.register
+def _(w_EDF: QuantizedArray):
+    if w_EDF.layer is None:
+        return 0, w_EDF.values[None], w_EDF.scales[None]
+    return w_EDF.layer, w_EDF.values, w_EDF.scales
 
 
 def dequantize(values, scales, dtype, contract_dims: int = 1, output_dims: int = 1):

@@ -14,6 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grok.ops.weights import weight
+from grok.ops.weights.weight import dot
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["base", "a", "b"], meta_fields=["scale"]
@@ -37,47 +40,60 @@ class LoraArray:
         """The matrix at `index` of the first of several leading axes."""
         return dataclasses.replace(self, base=self.base[index], a=self.a[index], b=self.b[index])
 
-    def scaled(self, dtype) -> "LoraArray":
-        """The same in `dtype`, with the scale in `b`, as products take it."""
-        b = (self.b.astype(jnp.float32) * self.scale).astype(dtype)
-        return LoraArray(self.base.astype(dtype), self.a.astype(dtype), b)
+
+@weight.cast.register
+def _(w: LoraArray, dtype):
+    # With the scale in `b`, as products take it.
+    b = (w.b.astype(jnp.float32) * w.scale).astype(dtype)
+    return LoraArray(w.base.astype(dtype), w.a.astype(dtype), b)
 
 
-def matmul(x_RD: jax.Array, w_DF: Any) -> jax.Array:
-    """x w, summed in float32; `w` an array or a scaled LoraArray."""
-    if not isinstance(w_DF, LoraArray):
-        return _dot(x_RD, w_DF)
-    return _dot(x_RD, w_DF.base) + _dot(_dot(x_RD, w_DF.a).astype(x_RD.dtype), w_DF.b)
+@weight.take_layer.register
+def _(w: LoraArray, layer):
+    return jax.tree.map(lambda leaf: weight.take_layer(leaf, layer), w)
 
 
-def matmul_transposed(y_RF: jax.Array, w_DF: Any) -> jax.Array:
-    """y w^T, summed in float32."""
-    if not isinstance(w_DF, LoraArray):
-        return _dot(y_RF, w_DF.T)
-    return _dot(y_RF, w_DF.base.T) + _dot(_dot(y_RF, w_DF.b.T).astype(y_RF.dtype), w_DF.a.T)
+@weight.leaf_axes.register
+def _(w: LoraArray, axes):
+    *lead, row, column = axes
+    return axes, (*lead, row, None), (*lead, None, column)
 
 
-def weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, w_DF: Any) -> Any:
-    """Gradient of <dy, x w> in float32, as `w` in structure; a LoraArray's base has none."""
-    if not isinstance(w_DF, LoraArray):
-        return _dot(x_RD.T, dy_RF)
-    da_Dr = _dot(x_RD.T, _dot(dy_RF, w_DF.b.T).astype(x_RD.dtype))
-    db_rF = _dot(_dot(x_RD, w_DF.a).astype(x_RD.dtype).T, dy_RF)
+@weight.base.register
+def _(w: LoraArray):
+    return w.base
+
+
+@weight.adapter.register
+def _(w: LoraArray):
+    return w.a, w.b
+
+
+@weight.is_plain.register
+def _(w: LoraArray):
+    return False
+
+
+@weight.matmul.register
+def _(w_DF: LoraArray, x_RD):
+    return dot(x_RD, w_DF.base) + dot(dot(x_RD, w_DF.a).astype(x_RD.dtype), w_DF.b)
+
+
+@weight.matmul_transposed.register
+def _(w_DF: LoraArray, y_RF):
+    return dot(y_RF, w_DF.base.T) + dot(dot(y_RF, w_DF.b.T).astype(y_RF.dtype), w_DF.a.T)
+
+
+@weight.weight_gradient.register
+def _(w_DF: LoraArray, x_RD, dy_RF):
+    da_Dr = dot(x_RD.T, dot(dy_RF, w_DF.b.T).astype(x_RD.dtype))
+    db_rF = dot(dot(x_RD, w_DF.a).astype(x_RD.dtype).T, dy_RF)
     return LoraArray(None, da_Dr, db_rF)
 
 
-def trainable_part(w: Any) -> Any:
-    """The part of a weight that has a gradient, as in the result of `weight_gradient`."""
-    return dataclasses.replace(w, base=None) if isinstance(w, LoraArray) else w
-
-
-def factor_shapes(
-    shape: tuple[int, ...], contract_dims: int, output_dims: int, rank: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of `a` and `b` for a matrix of this shape."""
-    columns = len(shape) - output_dims
-    rows = columns - contract_dims
-    return (*shape[:columns], rank), (*shape[:rows], rank, *shape[columns:])
+@weight.trainable_part.register
+def _(w: LoraArray):
+    return dataclasses.replace(w, base=None)
 
 
 def merge_adapter(w: LoraArray, contract_dims: int, output_dims: int):
@@ -88,8 +104,3 @@ def merge_adapter(w: LoraArray, contract_dims: int, output_dims: int):
     a = w.a.reshape(*lead, -1, rank).astype("float32")
     b = w.b.reshape(*lead, rank, math.prod(w.shape[columns:])).astype("float32")
     return w.base.astype("float32") + (w.scale * (a @ b)).reshape(w.shape)
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b, summed in float32."""
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
