@@ -30,7 +30,7 @@ def matrices(kind: str, rows: int, columns: int):
 def test_the_product_is_that_of_the_matrix_taken_out(kind):
     stack, dense = matrices(kind, D, F)
     x_MD = RANDOM.standard_normal((M, D)).astype(np.float32 if kind == "int8" else kind)
-    multiply = jax.jit(lambda x, stack, e: matvec_in_place(x, ExpertSlice(stack, e)))
+    multiply = jax.jit(lambda x, stack, e: matvec_in_place(ExpertSlice(stack, e), x))
     actual = np.asarray(multiply(x_MD, stack, 3))
     expected = x_MD.astype(np.float32) @ dense[3]
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
