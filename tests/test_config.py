@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+from click.testing import CliRunner
 from pydantic import ConfigDict, Field
 
+from grok.cli.main import main
 from grok.config import (
     MESH_AXES,
     AttentionConfig,
@@ -18,8 +20,6 @@ from grok.config import (
     MoEConfig,
     RopeConfig,
     RunConfig,
-    check_fits,
-    check_model_fits,
     resolve_mesh,
 )
 from grok.config.load import from_dict, load_config, to_dict
@@ -27,7 +27,10 @@ from grok.config.presets import presets
 from grok.config.schema import describe, schema
 from grok.config.text import to_yaml
 from grok.errors import ConfigError
-from grok.model.params import num_active_parameters, num_parameters
+from grok.model import mesh_fit
+from grok.model.mesh_fit import STORED_AS, check_fits, fit_mesh
+from grok.model.params import num_active_parameters, num_parameters, param_specs
+from grok.sharding.rules import mesh_axes
 from tests.fixtures.models import model_config
 
 # Removing or renaming a key breaks the files that users have: change this list on purpose only.
@@ -77,10 +80,17 @@ def write(tmp_path, monkeypatch):
     return lambda name, text: Path(name).write_text(text, encoding="utf-8")
 
 
+def load_and_fit(path, overrides):
+    """Loads a config, and checks its mesh as commands do before they begin."""
+    config = load_config(path, overrides)
+    if config.mesh.simulated_devices:
+        check_fits(config, config.mesh.simulated_devices)
+
+
 def refusal(path, *overrides):
-    """The sentence that loading is refused with."""
+    """The sentence that a config is refused with."""
     with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
+        load_and_fit(path, overrides)
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert sentence[-1] in ".?"
@@ -489,9 +499,9 @@ def test_an_error_in_an_extended_file_names_that_file(write):
 
 
 def test_a_broken_rule_points_at_the_users_own_setting_not_at_the_preset():
-    assert refusal("grok-1", "mesh.tensor=7", "mesh.simulated_devices=7").startswith(
-        "override `mesh.tensor=7`: model.attention.num_heads=48 cannot be split over "
-        "mesh.tensor=7; mesh "
+    assert refusal("grok-1", "data.sequence_length=9000") == (
+        "override `data.sequence_length=9000`: data.sequence_length=9000 is longer than "
+        "model.context_length=8192; data.sequence_length=8192 would work."
     )
 
 
@@ -528,7 +538,7 @@ def test_the_ladder_is_named_by_its_parameters_and_splits_eight_ways(name):
     assert model.moe.dim == -(-(8 * model.embed_dim * 2 // 3) // 8) * 8  # the release's rule
     for tensor in (1, 2, 4, 8):
         for expert in {1, 2, 16 // tensor} - {16}:
-            check_model_fits(model, {"slice": 1, "data": 1, "expert": expert, "tensor": tensor})
+            fit_mesh(MeshConfig(data=1, expert=expert, tensor=tensor), expert * tensor, model)
 
 
 def test_grok_1_is_the_release():
@@ -623,7 +633,7 @@ def test_sizes_that_are_none():
 def test_a_mesh_that_the_model_does_not_fit(changes, sizes, sentence):
     model = model_config(MODEL | changes)
     with pytest.raises(ConfigError) as caught:
-        check_model_fits(model, dict(zip(MESH_AXES, sizes, strict=True)))
+        fit_mesh(MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True))), math.prod(sizes), model)
     assert str(caught.value).startswith(sentence + "; mesh slice=")
 
 
@@ -633,10 +643,20 @@ def test_a_batch_that_cannot_be_split():
         check_fits(run, 8)
 
 
-def test_simulated_devices_are_checked_when_the_config_is_loaded():
-    sentence = refusal("grok-10m", "mesh.simulated_devices=8", "mesh.expert=3")
-    assert "override `mesh" in sentence
-    assert "there are 8" in sentence
+def test_simulated_devices_are_checked_when_the_config_is_printed():
+    overrides = ["mesh.tensor=7", "mesh.simulated_devices=7"]
+    result = CliRunner().invoke(main, ["config", "grok-1", *overrides])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(
+        "error: model.attention.num_heads=48 cannot be split over mesh.tensor=7; mesh "
+    )
+    assert "there are 8" in refusal("grok-10m", "mesh.simulated_devices=8", "mesh.expert=3")
+
+
+def test_every_axis_that_a_mesh_splits_has_a_key_in_refusals():
+    model = model_config(MODEL)
+    axes = {axis for spec in param_specs(model).values() for axis in spec.axes if axis}
+    assert {axis for axis in axes if mesh_axes(STORED_AS.get(axis, axis))} == set(mesh_fit.KEYS)
 
 
 @pytest.mark.parametrize(
@@ -669,7 +689,7 @@ def test_what_a_refusal_proposes_really_fits(changes):
             else:
                 sizes = resolve_mesh(mesh, devices)
             assert math.prod(sizes.values()) == devices
-            check_model_fits(model, sizes)
+            assert fit_mesh(MeshConfig(**sizes), devices, model) == sizes
             rows = sizes["slice"] * sizes["data"] * sizes["expert"]
             batch = re.search(r"data.batch_size=(\d+) would work", sentence)
             if batch:

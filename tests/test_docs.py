@@ -10,10 +10,9 @@ import pytest
 
 from grok.cli.main import main
 from grok.config import RunConfig
-from grok.config.batch import BatchConfig
+from grok.config.infer import BatchConfig, ServeConfig
 from grok.config.load import from_dict, load_config
 from grok.config.schema import schema
-from grok.config.serve import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from grok import storage
-from grok.config.batch import BatchConfig
+from grok.config.infer import BatchConfig
 from grok.config.load import to_dict
 from grok.data.prepare.formats import SourceFile
 from grok.data.prepare.sources import RawRecord, find_files, read_records

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from grok import distributed
-from grok.config.batch import BatchConfig
+from grok.config.infer import BatchConfig
 from grok.hardware import configure_devices, has_tpu
 
 

@@ -9,7 +9,7 @@ from grok import distributed
 from grok.batch.items import COLUMNS, BatchItem, failure_key, read_item
 from grok.batch.job_dir import Input, JobDir, scan_input
 from grok.batch.replicas import Replica
-from grok.config.batch import BatchConfig
+from grok.config.infer import BatchConfig
 from grok.data.prepare.sources import RawRecord
 from grok.errors import SAVED, GrokError, RequestError
 from grok.infer.loader import ServedModel

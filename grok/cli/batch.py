@@ -12,7 +12,7 @@ def batch(config: str, overrides: tuple[str, ...]) -> None:
     CONFIG is a YAML file or a preset's name. After an interruption, the same command computes only
     the missing shards; Ctrl-C exits with code 75. On several hosts, start the same command on each.
     """
-    from grok.config.batch import BatchConfig
+    from grok.config.infer import BatchConfig
     from grok.config.load import load_config
 
     checked = load_config(config, overrides, BatchConfig)

@@ -9,7 +9,7 @@ import click
 
 def _print_reference(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked:
-        from grok.config.reference import reference
+        from grok.config.text import reference
 
         click.echo(reference(), nl=False)
         ctx.exit()
@@ -40,17 +40,19 @@ def config(config: str, overrides: tuple[str, ...], command: str) -> None:
     KEY=VALUE sets one key, as in train.steps=50. The output is itself a config file.
     """
     from grok.config import RunConfig
-    from grok.config.batch import BatchConfig
+    from grok.config.infer import BatchConfig, ServeConfig
     from grok.config.load import load_config
-    from grok.config.serve import ServeConfig
     from grok.config.text import to_yaml
 
     config_type = {"train": RunConfig, "batch": BatchConfig, "serve": ServeConfig}[command]
     resolved: Any = load_config(config, overrides, config_type)
     text = to_yaml(resolved)
     if command == "train":
+        from grok.model.mesh_fit import check_fits
         from grok.model.params import num_active_parameters, num_parameters
 
+        if resolved.mesh.simulated_devices:
+            check_fits(resolved, resolved.mesh.simulated_devices)
         total, active = num_parameters(resolved.model), num_active_parameters(resolved.model)
         text += f"# {total:,} parameters, {active:,} active per token\n"
     dimmed = re.sub(r"# .*$", lambda comment: click.style(comment[0], dim=True), text, flags=re.M)

@@ -64,7 +64,7 @@ def eval_(
 
     configure_devices(run.mesh.simulated_devices)
 
-    from grok.config import check_fits
+    from grok.model.mesh_fit import check_fits
     from grok.weights.load import load
 
     mesh = make_mesh(run.mesh, run.model)

@@ -25,8 +25,8 @@ def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
             f"`grok serve` needs {', '.join(missing)}; the package's extra `serve` "
             "(pip install 'grok[serve]') has it."
         )
+    from grok.config.infer import ServeConfig
     from grok.config.load import from_dict, load_config
-    from grok.config.serve import ServeConfig
 
     if run_or_config.endswith((".yaml", ".yml")):
         config = load_config(run_or_config, overrides, ServeConfig)

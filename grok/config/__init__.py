@@ -6,10 +6,10 @@ A refusal is a `ConfigError`: one sentence with the key, the numbers, and a valu
 
 from grok.config.data import BatchChange, DataConfig, DatasetConfig, MixtureChange
 from grok.config.engine import EngineConfig
-from grok.config.mesh import MESH_AXES, MeshConfig, check_model_fits, resolve_mesh
+from grok.config.mesh import MESH_AXES, MeshConfig, resolve_mesh
 from grok.config.model import AttentionConfig, ModelConfig, MoEConfig, NormConfig, RopeConfig
 from grok.config.optimizer import OptimizerConfig, ParamGroup
-from grok.config.run import PlanConfig, RunConfig, check_fits, check_trainable
+from grok.config.run import PlanConfig, RunConfig, check_trainable
 from grok.config.train import CheckpointConfig, LoraConfig, TrainConfig
 
 __all__ = [
@@ -32,8 +32,6 @@ __all__ = [
     "RopeConfig",
     "RunConfig",
     "TrainConfig",
-    "check_fits",
-    "check_model_fits",
     "check_trainable",
     "resolve_mesh",
 ]

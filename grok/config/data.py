@@ -3,8 +3,14 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grok.config.numbers import Count, CountOrZero, PositiveOrZero, largest_divisor, round_up
-from grok.config.section import Section
+from grok.config.section import (
+    Count,
+    CountOrZero,
+    PositiveOrZero,
+    Section,
+    largest_divisor,
+    round_up,
+)
 from grok.errors import ConfigError
 
 

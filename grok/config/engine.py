@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grok.config.numbers import Count, CountOrZero, round_up
-from grok.config.section import Section
+from grok.config.section import Count, CountOrZero, Section, round_up
 from grok.errors import ConfigError
 
 

@@ -1,12 +1,14 @@
-"""Config of a served model, which `grok batch` and `grok serve` extend: weights, mesh, defaults."""
+"""Configs of inference: a served model, and the jobs of `grok batch` and `grok serve`."""
 
 import dataclasses
+import ipaddress
 from typing import Annotated, Literal
 
 from grok.config.engine import EngineConfig
 from grok.config.mesh import MeshConfig
 from grok.config.sampling import SamplingConfig
-from grok.config.section import Section
+from grok.config.section import Count, CountOrZero, Positive, Section
+from grok.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,3 +32,55 @@ class InferConfig(Section):
         SamplingConfig()
     )
     chat_template: Annotated[str, "Jinja text that makes a prompt of messages; none: no chat"] = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig(InferConfig):
+    """A job: requests in files, and where their answers go."""
+
+    input: Annotated[
+        tuple[str, ...], "files, folders or globs of JSON lines or Parquet, here or at gs://"
+    ]
+    output: Annotated[str, "folder that the answers go to, here or at gs://"]
+    replica: Annotated[
+        Literal["host", "all"],
+        "hosts that one mesh spans: each alone, with its share of shards, or all",
+    ] = "host"
+    shard_size: Annotated[Count, "requests per file of answers"] = 1000
+    seed: Annotated[CountOrZero, "seeds the requests that set no seed"] = 0
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise ConfigError("input names no files; input=[prompts.jsonl] would work.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig(InferConfig):
+    """A server: its address, keys and limits."""
+
+    host: Annotated[str, "address to listen on"] = "127.0.0.1"
+    port: Annotated[CountOrZero, "port to listen on; 0: any that is free"] = 8000
+    name: Annotated[str, "the model's name in requests; none: that of the weights' folder"] = ""
+    api_keys_file: Annotated[str, "file of keys, one per line, besides those in GROK_API_KEYS"] = ""
+    allow_anyone: Annotated[bool, "let other machines in without keys"] = False
+    max_body_bytes: Annotated[Count, "longest body of a request"] = 1 << 20
+    max_prompt_tokens: Annotated[
+        CountOrZero, "tokens of a prompt at most; 0: the context length"
+    ] = 0
+    max_choices: Annotated[Count, "answers that one request may ask for"] = 16
+    max_queue: Annotated[Count, "live requests; more are refused with 429"] = 256
+    max_seconds: Annotated[Positive, "time limit of a request"] = 600.0
+
+    def __post_init__(self) -> None:
+        if self.port > 65535:
+            raise ConfigError(f"port={self.port} is no port; port=8000 would work.")
+
+    @property
+    def local(self) -> bool:
+        """True where only this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False

@@ -1,12 +1,11 @@
-"""Devices along each axis of the mesh, and the meshes that a model can be split over."""
+"""Devices along each axis of the mesh."""
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
-from grok.config.model import ModelConfig
-from grok.config.numbers import CountOrZero, divisors
-from grok.config.section import Section
+from grok.config.section import CountOrZero, Section, divisors
 from grok.errors import ConfigError
 
 MESH_AXES = ("slice", "data", "expert", "tensor")
@@ -20,18 +19,17 @@ class MeshConfig(Section):
     data: Annotated[int, "the batch; parameters and optimizer state (ZeRO-3)"] = -1
     expert: Annotated[int, "the width of each expert; the batch"] = 1
     tensor: Annotated[int, "heads, the width of each expert, the vocabulary"] = 1
-    simulated_devices: Annotated[
-        CountOrZero, "CPU devices to simulate, over all hosts; 0: real devices"
-    ] = 0
+    simulated_devices: Annotated[CountOrZero, "CPU devices to simulate, on all hosts; 0: none"] = 0
 
 
 def resolve_mesh(
-    mesh: MeshConfig, num_devices: int, model: ModelConfig | None = None
+    mesh: MeshConfig, num_devices: int, misfit: Callable[[dict[str, int]], str] = lambda sizes: ""
 ) -> dict[str, int]:
     """Sizes of the four mesh axes on `num_devices` devices, with -1 filled in.
 
-    Raises ConfigError when a size is not positive, more than one is -1, or they do not multiply
-    to the number of devices. The mesh that it then proposes suits `model`, where one is given.
+    `misfit` says why a model cannot be split over a mesh of some sizes; empty if it can. Raises
+    ConfigError, with the nearest mesh that fits, when it cannot, or when the sizes do not multiply
+    to the number of devices.
     """
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     open_axes = [axis for axis, size in sizes.items() if size == -1]
@@ -46,14 +44,15 @@ def resolve_mesh(
             f"the devices that remain; mesh.{open_axes[1]}=1 would work."
         )
     given = math.prod(size for size in sizes.values() if size != -1)
-    if open_axes and num_devices % given == 0:
-        sizes[open_axes[0]] = num_devices // given
-    elif open_axes or given != num_devices:
-        raise ConfigError(
-            f"mesh {_x(sizes)} needs {'a multiple of ' if open_axes else ''}{given} devices, and "
-            f"there are {num_devices}; mesh {_x(_nearest_mesh(sizes, num_devices, model))} "
-            "would work."
-        )
+    if num_devices % given or not (open_axes or given == num_devices):
+        multiple = "a multiple of " if open_axes else ""
+        problem = f"mesh {_x(sizes)} needs {multiple}{given} devices, and there are {num_devices}"
+    else:
+        sizes |= dict.fromkeys(open_axes, num_devices // given)
+        problem = misfit(sizes)
+    if problem:
+        near = _x(_nearest_mesh(sizes, num_devices, misfit))
+        raise ConfigError(f"{problem}; mesh {near} would work.")
     return sizes
 
 
@@ -62,56 +61,27 @@ def batch_shards(sizes: dict[str, int]) -> int:
     return sizes["slice"] * sizes["data"] * sizes["expert"]
 
 
-def check_model_fits(model: ModelConfig, sizes: dict[str, int]) -> None:
-    """Refuse, as ConfigError, a mesh over which an axis of the model cannot be split evenly."""
-    problem = _misfit(model, sizes)
-    if problem:
-        near = _nearest_mesh(sizes, math.prod(sizes.values()), model)
-        raise ConfigError(f"{problem}; mesh {_x(near)} would work.")
-
-
-def _misfit(model: ModelConfig, sizes: dict[str, int]) -> str:
-    """Names the axis of the model that cannot be split over the mesh; empty if all can."""
-    tensor, expert, shards = sizes["tensor"], sizes["expert"], sizes["data"] * sizes["expert"]
-    rules = (
-        ("attention.num_heads", model.attention.num_heads, "mesh.tensor", tensor),
-        ("moe.dim", model.moe.dim, "mesh.expert*mesh.tensor", expert * tensor),
-        ("vocab_size", model.vocab_size, "mesh.tensor", tensor),
-        ("embed_dim", model.embed_dim, "mesh.data*mesh.expert", shards),
-    )
-    for key, number, axes, size in rules:
-        if number % size:
-            return f"model.{key}={number} cannot be split over {axes}={size}"
-    kv_heads = model.attention.num_kv_heads
-    if kv_heads % tensor and tensor % kv_heads:
-        return (
-            f"model.attention.num_kv_heads={kv_heads} can be neither split nor repeated over "
-            f"mesh.tensor={tensor}"
-        )
-    return ""
+def meshes(num_devices: int, slices: int = 1) -> Iterator[dict[str, int]]:
+    """Sizes of all meshes of so many devices in so many slices."""
+    per_slice = num_devices // slices
+    for expert in divisors(per_slice):
+        for tensor in divisors(per_slice // expert):
+            data = per_slice // (expert * tensor)
+            yield {"slice": slices, "data": data, "expert": expert, "tensor": tensor}
 
 
 def _nearest_mesh(
-    wanted: dict[str, int], num_devices: int, model: ModelConfig | None
+    sizes: dict[str, int], num_devices: int, misfit: Callable[[dict[str, int]], str]
 ) -> dict[str, int]:
-    """The mesh of exactly `num_devices` that suits `model` and is nearest to `wanted`.
+    """The mesh that fits and is nearest to `sizes`. Replicas change last; of the others, data takes
+    what the rest leaves. One always exists: whole replicas on single devices."""
 
-    Replicas change last; of the others, data takes what the rest leaves. One always exists:
-    whole replicas on single devices.
-    """
-    meshes = (
-        {"slice": slices, "data": num_devices // (slices * expert * tensor)}
-        | {"expert": expert, "tensor": tensor}
-        for slices in divisors(num_devices)
-        for expert in divisors(num_devices // slices)
-        for tensor in divisors(num_devices // (slices * expert))
-    )
-
-    def distance(sizes: dict[str, int]) -> tuple[float, float]:
-        apart = {axis: abs(math.log(sizes[axis] / max(1, wanted[axis]))) for axis in sizes}
+    def distance(mesh: dict[str, int]) -> tuple[float, float]:
+        apart = {axis: abs(math.log(mesh[axis] / max(1, sizes[axis]))) for axis in mesh}
         return apart["slice"], apart["expert"] + apart["tensor"]
 
-    return min((m for m in meshes if model is None or not _misfit(model, m)), key=distance)
+    candidates = (m for slices in divisors(num_devices) for m in meshes(num_devices, slices))
+    return min((mesh for mesh in candidates if not misfit(mesh)), key=distance)
 
 
 def _x(sizes: dict[str, int]) -> str:

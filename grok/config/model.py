@@ -4,8 +4,7 @@ import dataclasses
 import math
 from typing import Annotated, Literal
 
-from grok.config.numbers import Count, Positive, largest_divisor
-from grok.config.section import Section
+from grok.config.section import Count, Positive, Section, largest_divisor
 from grok.errors import ConfigError
 
 

@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grok.config.numbers import CountOrZero, Positive, PositiveOrZero, Share
-from grok.config.section import Section
+from grok.config.section import CountOrZero, Positive, PositiveOrZero, Section, Share
 from grok.errors import ConfigError
 
 # A moment in bfloat16 with more stays what it is where no gradient comes any more: its decay is

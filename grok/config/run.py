@@ -1,16 +1,14 @@
 """A whole run: all sections, and checks of keys across them."""
 
 import dataclasses
-import math
 from typing import Annotated, Literal
 
 from grok.config.data import DataConfig
 from grok.config.engine import EngineConfig
-from grok.config.mesh import MeshConfig, batch_shards, check_model_fits, resolve_mesh
+from grok.config.mesh import MeshConfig
 from grok.config.model import ModelConfig
-from grok.config.numbers import Count, round_up
 from grok.config.optimizer import OptimizerConfig
-from grok.config.section import Section
+from grok.config.section import Count, Section
 from grok.config.train import CheckpointConfig, LoraConfig, TrainConfig
 from grok.errors import ConfigError
 
@@ -67,8 +65,6 @@ class RunConfig(Section):
                 f"{rank} trains factors of them; optimizer.name=adamw would work."
             )
         self._check_plan()
-        if self.mesh.simulated_devices:
-            check_fits(self, self.mesh.simulated_devices)
 
     def _check_lengths(self) -> None:
         """Refuses rows longer than the context, and schedules longer than the run."""
@@ -124,55 +120,6 @@ class RunConfig(Section):
                 f"train.eval_every={self.train.eval_every} has none at some multiples of "
                 f"checkpoint.every={every}; train.eval_every={every} would work."
             )
-
-
-def check_fits(config: RunConfig, num_devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes on `num_devices` devices.
-
-    Raises ConfigError, with a value that would work, if model or batch cannot be split over them.
-    """
-    sizes = resolve_mesh(config.mesh, num_devices, config.model)
-    check_model_fits(config.model, sizes)
-    batch, steps, shards = (
-        config.data.batch_size,
-        config.train.grad_accum_steps,
-        batch_shards(sizes),
-    )
-    if batch % shards:
-        raise ConfigError(
-            f"data.batch_size={batch} cannot be split over slice*data*expert={shards}; "
-            f"data.batch_size={round_up(batch, shards)} would work."
-        )
-    rows = shards * steps
-    if batch % rows:
-        raise ConfigError(
-            f"data.batch_size={batch} cannot be split into train.grad_accum_steps={steps} "
-            f"microbatches over slice*data*expert={shards}; "
-            f"data.batch_size={round_up(batch, rows)} would work."
-        )
-    for step, batch, length in config.data.shapes():
-        if batch % rows:
-            nearest = round_up(batch, math.lcm(rows, config.data.sequence_length // length))
-            raise ConfigError(
-                f"data.batch_schedule has batch_size={batch} from step {step}, which cannot be "
-                f"split over slice*data*expert*train.grad_accum_steps={rows}; {nearest} would work."
-            )
-    return sizes
-
-
-def check_plan_fits(config: RunConfig, num_devices: int) -> dict[str, int]:
-    """`check_fits` for the program and batch that `grok plan` compiles."""
-    if config.plan.program == "train":
-        return check_fits(config, num_devices)
-    sizes = resolve_mesh(config.mesh, num_devices, config.model)
-    check_model_fits(config.model, sizes)
-    batch, shards = config.plan.batch_size, batch_shards(sizes)
-    if batch % shards:
-        raise ConfigError(
-            f"plan.batch_size={batch} cannot be split over slice*data*expert={shards}; "
-            f"plan.batch_size={round_up(batch, shards)} would work."
-        )
-    return sizes
 
 
 def check_trainable(config: RunConfig) -> None:

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from grok.config.numbers import Count, CountOrZero, Finite, Positive, PositiveOrZero, Share
-from grok.config.section import Section
+from grok.config.section import Count, CountOrZero, Finite, Positive, PositiveOrZero, Section, Share
 from grok.config.validate import expectation
 from grok.errors import ConfigError, RequestError
 

@@ -1,8 +1,16 @@
-"""The base of config sections; a key is `name: Annotated[TYPE, "meaning"] = default`."""
+"""The base of config sections, with keys as `name: Annotated[TYPE, "meaning"] = default`; types of
+numbers, and the nearest number that would work."""
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
+
+Count = Annotated[int, Field(gt=0)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section:
@@ -14,3 +22,18 @@ class Section:
     def default(cls, key: str) -> Any:
         """The default of a key."""
         return cls.__dict__["__dataclass_fields__"][key].default
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of `number`, in order."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` that is no more than `at_most`."""
+    return max(d for d in divisors(number) if d <= at_most)
+
+
+def round_up(number: int, factor: int) -> int:
+    """The least multiple of `factor` that is no less than `number`."""
+    return -(-number // factor) * factor

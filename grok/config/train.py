@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grok.config.numbers import Count, CountOrZero, Positive, PositiveOrZero
-from grok.config.section import Section
+from grok.config.section import Count, CountOrZero, Positive, PositiveOrZero, Section
 from grok.errors import ConfigError
 
 

@@ -18,8 +18,6 @@ from grok.config import (
     MeshConfig,
     ModelConfig,
     RunConfig,
-    check_model_fits,
-    resolve_mesh,
 )
 from grok.config.infer import InferConfig
 from grok.config.load import from_dict, load_config, to_dict
@@ -27,6 +25,7 @@ from grok.data.prepare.manifest import TOKENIZER_FILE
 from grok.data.tokenizers import parse_tokenizer
 from grok.errors import ConfigError, DataError
 from grok.infer.openai.requests import RequestParser, make_renderer
+from grok.model.mesh_fit import fit_mesh
 from grok.weights.checksums import sample_checksum
 from grok.weights.detect import open_source
 from grok.weights.load import DTYPES, load
@@ -82,8 +81,7 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, spans_all_hosts: bool = Fals
     sizes = [getattr(mesh, axis) for axis in MESH_AXES]
     if -1 not in sizes and not spans_all_hosts:
         devices = devices[: math.prod(sizes)]
-    resolved = resolve_mesh(mesh, len(devices), model)
-    check_model_fits(model, resolved)
+    resolved = fit_mesh(mesh, len(devices), model)
     return sharding.make_mesh(
         resolved["data"], resolved["expert"], resolved["tensor"], resolved["slice"], devices
     )

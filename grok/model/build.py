@@ -18,9 +18,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok import sharding
-from grok.config import MESH_AXES, ModelConfig, check_model_fits
+from grok.config import MESH_AXES, MeshConfig, ModelConfig
 from grok.errors import CheckpointError, ConfigError
 from grok.model.decoder import Decoder
+from grok.model.mesh_fit import fit_mesh
 from grok.model.param_spec import ParamSpec, map_params, name_of
 from grok.model.params import param_specs
 from grok.ops.weights.int8 import QuantizedArray
@@ -70,7 +71,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
             "the mesh has axes of JAX's automatic kind and the model needs explicit ones; "
             "grok.make_mesh makes one."
         )
-    check_model_fits(config, dict(mesh.shape))
+    fit_mesh(MeshConfig(**mesh.shape), mesh.size, config)
 
 
 def from_arrays(

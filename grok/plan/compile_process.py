@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from grok import sharding
 from grok.config import MESH_AXES, RunConfig, check_trainable
 from grok.config.load import from_dict
-from grok.config.run import check_plan_fits
 from grok.errors import ConfigError, GrokError
+from grok.model.mesh_fit import check_plan_fits
 from grok.ops.attention.paged import KV_BLOCK
 from grok.plan.program_cost import CompiledProgram
 from grok.plan.programs import bytes_per_device, make_program

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from grok.config import RunConfig
-from grok.config.mesh import batch_shards
-from grok.config.numbers import divisors
-from grok.config.run import check_plan_fits
+from grok.config.mesh import batch_shards, meshes
 from grok.errors import ConfigError
+from grok.model.mesh_fit import check_plan_fits
 from grok.model.params import num_active_parameters, num_parameters
 from grok.plan.estimate import Plan, batch_of
 from grok.plan.suggestions import BYTES, replace_keys, state_bytes
@@ -66,7 +65,7 @@ def ranking(plans: list[tuple[Candidate, Plan]]) -> str:
 def _legal(config: RunConfig, slice_: Slice) -> Iterator[Candidate]:
     devices = slice_.num_chips * slice_.chip.devices
     training = config.plan.program == "train"
-    for mesh in _meshes(devices, slice_.count):
+    for mesh in meshes(devices, slice_.count):
         for remat in REMAT if training else (config.model.remat,):
             for rows in ROWS_PER_DEVICE if training else (1,):
                 overrides: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
@@ -80,14 +79,6 @@ def _legal(config: RunConfig, slice_: Slice) -> Iterator[Candidate]:
                     continue
                 lines = tuple(f"{key}={value}" for key, value in overrides.items())
                 yield Candidate(changed, lines, _seconds_per_token(changed, mesh, slice_))
-
-
-def _meshes(devices: int, slices: int) -> Iterator[dict[str, int]]:
-    inside = devices // slices
-    for expert in divisors(inside):
-        for tensor in divisors(inside // expert):
-            data = inside // (expert * tensor)
-            yield {"slice": slices, "data": data, "expert": expert, "tensor": tensor}
 
 
 def _may_fit(config: RunConfig, slice_: Slice) -> bool:

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from grok.config.serve import ServeConfig
+from grok.config.infer import ServeConfig
 from grok.data.tokenizers import Tokenizer
 from grok.infer.openai.requests import CompletionRequest, RequestParser
 from grok.infer.openai.responses import ResponseBuilder, error_response

@@ -10,7 +10,7 @@ import click
 import uvicorn
 
 from grok import storage
-from grok.config.serve import ServeConfig
+from grok.config.infer import ServeConfig
 from grok.errors import ConfigError, GrokError
 from grok.infer.loader import ServedModel
 from grok.serve.app import App

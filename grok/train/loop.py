@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 
 from grok import distributed, sharding
 from grok.checkpoint.manager import Checkpoints
-from grok.config import RunConfig, check_fits, check_trainable
+from grok.config import RunConfig, check_trainable
 from grok.config.text import to_yaml
 from grok.data.device_feed import global_batches
 from grok.errors import DONE, SAVED, Diverged, SaveError
+from grok.model.mesh_fit import check_fits
 from grok.optim.optimizer import make_optimizer
 from grok.optim.param_groups import combine, names
 from grok.preemption import PreemptionSignal

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from grok.batch.replicas import Replica
 from grok.batch.runner import run
-from grok.config.batch import BatchConfig
+from grok.config.infer import BatchConfig
 from grok.infer import loader
 from tests.infer.fake_engine import FakeEngine
 

@@ -15,7 +15,7 @@ from grok import storage
 from grok.batch.replicas import Replica
 from grok.batch.runner import run
 from grok.config import EngineConfig, MeshConfig
-from grok.config.batch import BatchConfig
+from grok.config.infer import BatchConfig
 from grok.config.load import load_config
 from grok.config.sampling import SamplingConfig
 from grok.errors import SAVED, ConfigError, DataError

@@ -7,10 +7,9 @@ from click.testing import CliRunner
 
 from grok.cli.main import main
 from grok.config import RunConfig
-from grok.config.batch import BatchConfig
+from grok.config.infer import BatchConfig, ServeConfig
 from grok.config.load import load_config
 from grok.config.schema import describe, schema
-from grok.config.serve import ServeConfig
 
 
 def grok_config(*args, **kwargs):

@@ -66,7 +66,7 @@ def test_help_says_how_it_is_used(cloud: Cloud, verb: str) -> None:
 
 
 def test_the_command_of_the_batch_run_is_a_config_that_holds(cloud: Cloud) -> None:
-    from grok.config.batch import BatchConfig
+    from grok.config.infer import BatchConfig
     from grok.config.load import load_config
 
     text = dry_run(cloud, "runs/batch-v6e")

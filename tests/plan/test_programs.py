@@ -8,8 +8,8 @@ import pytest
 import grok
 from grok.config import PlanConfig
 from grok.config.load import load_config
-from grok.config.run import check_plan_fits
 from grok.errors import ConfigError
+from grok.model.mesh_fit import check_plan_fits
 from grok.model.params import num_parameters
 from grok.plan.compile_process import cache_loop_count
 from grok.plan.programs import bytes_per_device, make_program

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from grok.config import check_fits
 from grok.config.load import load_config
 from grok.errors import ConfigError
+from grok.model.mesh_fit import check_fits
 from grok.plan.estimate import make_plan
 from grok.plan.search import candidates, ranking
 from grok.plan.topology import parse_slice

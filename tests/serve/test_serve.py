@@ -13,9 +13,9 @@ import httpx
 import openai
 import pytest
 
+from grok.config.infer import ServeConfig
 from grok.config.load import from_dict
 from grok.config.sampling import SamplingConfig
-from grok.config.serve import ServeConfig
 from grok.data.tokenizers import Tokenizer, load_tokenizer
 from grok.errors import ConfigError
 from grok.infer.openai.requests import RequestParser, make_renderer

@@ -1,0 +1,111 @@
+"""Meshes that a model and its batches can be split over, checked before anything compiles.
+
+Each axis of a weight must be divisible by the devices that it is used or stored over.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+from grok.config import MeshConfig, ModelConfig, RunConfig, resolve_mesh
+from grok.config.mesh import batch_shards
+from grok.config.section import round_up
+from grok.errors import ConfigError
+from grok.model.params import param_specs
+from grok.sharding.rules import mesh_axes
+
+# Logical axes of weights -> the config key of their size, in the order in which they are refused.
+KEYS = {
+    "heads": "attention.num_heads",
+    "mlp": "{module}.dim",
+    "vocab": "vocab_size",
+    "embed": "embed_dim",
+    "kv_heads": "attention.num_kv_heads",
+}
+STORED_AS = {"embed": "fsdp_embed_only"}  # axes that are only sharded where they are stored
+REPEATABLE = ("kv_heads",)  # axes that may be repeated instead: fewer of them than devices
+
+
+class _Dim(NamedTuple):
+    """An axis of some weights: its config key and size, and the mesh axes that it is split over."""
+
+    key: str
+    size: int
+    mesh_axes: tuple[str, ...]
+    repeatable: bool
+
+
+@functools.cache
+def _sharded_dims(model: ModelConfig) -> list[_Dim]:
+    """All different axes of the model's weights that a mesh would split."""
+    dims = {}
+    for spec in param_specs(model).values():
+        for axis, size in zip(spec.axes, spec.shape, strict=True):
+            over = mesh_axes(STORED_AS.get(axis, axis)) if axis else ()
+            if axis and over:
+                key = KEYS[axis].format(module=spec.module)
+                dims[_Dim(key, size, over, axis in REPEATABLE)] = list(KEYS).index(axis)
+    return sorted(dims, key=dims.__getitem__)
+
+
+def misfit(model: ModelConfig, sizes: dict[str, int]) -> str:
+    """Names the axis of the model that cannot be split over mesh axes of these sizes; empty if all
+    can."""
+    for dim in _sharded_dims(model):
+        shards = math.prod(sizes[axis] for axis in dim.mesh_axes)
+        if dim.size % shards == 0 or (dim.repeatable and shards % dim.size == 0):
+            continue
+        verb = "can be neither split nor repeated" if dim.repeatable else "cannot be split"
+        axes = "*".join(f"mesh.{axis}" for axis in dim.mesh_axes)
+        return f"model.{dim.key}={dim.size} {verb} over {axes}={shards}"
+    return ""
+
+
+def fit_mesh(mesh: MeshConfig, num_devices: int, model: ModelConfig) -> dict[str, int]:
+    """Sizes of the mesh axes on `num_devices` devices; ConfigError, with a mesh that would work, if
+    they do not multiply to those or the model cannot be split over them."""
+    return resolve_mesh(mesh, num_devices, functools.partial(misfit, model))
+
+
+def check_fits(config: RunConfig, num_devices: int) -> dict[str, int]:
+    """Sizes of the mesh axes on `num_devices` devices.
+
+    Raises ConfigError, with a value that would work, if the model or a batch of training cannot be
+    split over them.
+    """
+    sizes = fit_mesh(config.mesh, num_devices, config.model)
+    batch, steps = config.data.batch_size, config.train.grad_accum_steps
+    _check_batch("data.batch_size", batch, sizes)
+    rows = batch_shards(sizes) * steps
+    if batch % rows:
+        raise ConfigError(
+            f"data.batch_size={batch} cannot be split into train.grad_accum_steps={steps} "
+            f"microbatches over slice*data*expert={batch_shards(sizes)}; "
+            f"data.batch_size={round_up(batch, rows)} would work."
+        )
+    for step, batch, length in config.data.shapes():
+        if batch % rows:
+            nearest = round_up(batch, math.lcm(rows, config.data.sequence_length // length))
+            raise ConfigError(
+                f"data.batch_schedule has batch_size={batch} from step {step}, which cannot be "
+                f"split over slice*data*expert*train.grad_accum_steps={rows}; {nearest} would work."
+            )
+    return sizes
+
+
+def check_plan_fits(config: RunConfig, num_devices: int) -> dict[str, int]:
+    """`check_fits` for the program and batch that `grok plan` compiles."""
+    if config.plan.program == "train":
+        return check_fits(config, num_devices)
+    sizes = fit_mesh(config.mesh, num_devices, config.model)
+    _check_batch("plan.batch_size", config.plan.batch_size, sizes)
+    return sizes
+
+
+def _check_batch(key: str, rows: int, sizes: dict[str, int]) -> None:
+    shards = batch_shards(sizes)
+    if rows % shards:
+        raise ConfigError(
+            f"{key}={rows} cannot be split over slice*data*expert={shards}; "
+            f"{key}={round_up(rows, shards)} would work."
+        )
