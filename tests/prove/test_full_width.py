@@ -74,9 +74,10 @@ import grok
 from grok.weights.importing.importer import import_weights
 from grok.weights.xai.source import ReleaseSource
 from grok.config import ModelConfig, RunConfig
+from grok.config.load import from_dict
 
 folder, config, kill_at = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
-source = ReleaseSource(folder / "ckpt-0", ModelConfig(**config))
+source = ReleaseSource(folder / "ckpt-0", from_dict(config, config_type=ModelConfig))
 
 def progress(name, done, total):
     if kill_at and done > total * kill_at / 100:
@@ -120,9 +121,10 @@ import jax
 import numpy as np
 import grok
 from grok.config import ModelConfig
+from grok.config.load import from_dict
 
 path, config, token = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-model = grok.load(path, ModelConfig(**config), grok.make_mesh(1, 1, 8), "int8")
+model = grok.load(path, from_dict(config, config_type=ModelConfig), grok.make_mesh(1, 1, 8), "int8")
 kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(model.layers.moe)}
 assert kinds == {"int8", "bfloat16", "float32"}, kinds
 logits_V = np.asarray(model(np.full((1, 1), token)))[0, 0]
@@ -174,7 +176,7 @@ def one_token(source: Source, token: int) -> np.ndarray:
         return weights.read(name, tuple(part)).reshape(shape[len(index) :])
 
     def norm(x_D: np.ndarray, name: str, *layer: int) -> np.ndarray:
-        return x_D / np.sqrt(np.mean(x_D**2) + 1e-5) * read(f"{name}/scale_D", *layer)
+        return x_D / np.sqrt(np.mean(x_D**2) + config.norm.eps) * read(f"{name}/scale_D", *layer)
 
     x_D = read("embed/table_VD", token) * config.embedding_multiplier
     group = config.attention.num_heads // config.attention.num_kv_heads

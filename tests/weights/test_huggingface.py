@@ -197,20 +197,21 @@ def test_config_in_full(tmp_path):
             "attn_output_multiplier": 0.125,
             "max_attn_value": 20,
             "rope_theta": 500.0,
-            "rms_norm_eps": 1e-5,
+            "rms_norm_eps": 1e-6,
             "head_dim": 4,
         },
     )
-    assert HuggingFaceSource(folder).config == ModelConfig(
-        **{
-            **vars(TINY),
-            "num_selected_experts": 1,
+    assert HuggingFaceSource(folder).config == replace_keys(
+        TINY,
+        {
+            "moe.num_selected": 1,
             "embedding_multiplier": 5.5,
-            "output_multiplier": 0.25,
-            "attn_output_multiplier": 0.125,
-            "attn_logit_softcap": 20.0,
-            "rope_theta": 500.0,
-        }
+            "logit_multiplier": 0.25,
+            "attention.logit_scale": 0.125,
+            "attention.logit_softcap": 20.0,
+            "attention.rope.theta": 500.0,
+            "norm.eps": 1e-6,
+        },
     )
 
 
@@ -239,7 +240,7 @@ def refusal(folder: Path, config: ModelConfig | None = None) -> str:
         ({"num_key_value_heads": 1 << 60}, "it should be a whole number from 1 to 16777216."),
         ({"max_attn_value": -1}, "config.json: max_attn_value is -1; it should be a positive"),
         ({"rope_theta": float("nan")}, "rope_theta is nan; it should be a positive number."),
-        ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06; Grok-1's is 1e-05"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0; it should be a positive number."),
         ({"head_dim": None, "num_attention_heads": 5}, "so head_dim must be given."),
         ({"num_key_value_heads": 4}, "config.json: model.attention.num_kv_heads=4 does not divide"),
         (

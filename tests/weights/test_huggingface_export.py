@@ -1,10 +1,13 @@
 """Export to a Hugging Face folder: exact, in files of bounded size, restartable, and documented."""
 
+import dataclasses
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 import tracemalloc
+import typing
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from click.testing import CliRunner
 
 from grok.cli.export import export
 from grok.config import AttentionConfig, ModelConfig, MoEConfig
-from grok.config.load import load_config
+from grok.config.load import flatten, load_config
+from grok.config.schema import schema
 from grok.errors import CheckpointError, ConfigError
 from grok.model.params import num_parameters
 from grok.ops.weights.int8 import dequantize
@@ -37,7 +41,7 @@ TINY = ModelConfig(
     vocab_size=64,
     num_layers=2,
     embed_dim=16,
-    moe=MoEConfig(dim=32, num_experts=2),
+    moe=MoEConfig(dim=32, num_experts=4),
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4),
 )
 
@@ -343,10 +347,57 @@ def test_model_card_without_what_is_not_known(tmp_path):
     assert "the code must be changed" in (tmp_path / "odd/README.md").read_text()
 
 
+# Keys that change how a model is computed and not what.
+RUNTIME = {"param_dtype", "compute_dtype", "remat"}
+KEYS = schema(ModelConfig)
+
+
+def variants(key: str) -> list:
+    """Other values of a key than TINY's, None where it may be null."""
+    values = dict(flatten(dataclasses.asdict(TINY)))
+    hint = KEYS[key].type
+    nullable = type(None) in typing.get_args(hint)
+    if KEYS[key].section is not None:
+        return [None] if nullable else []
+    match values[key]:
+        case bool(value):
+            other: object = not value
+        case int(value) | float(value):
+            other = 2 * value
+        case str(value):
+            other = next(choice for choice in KEYS[key].choices if choice != value)
+        case _:
+            pytest.fail(f"no other value of {key} is known")
+    return [other, None] if nullable else [other]
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if key not in RUNTIME])
+def test_every_field_of_a_model_is_written_or_refused(tmp_path, key):
+    for value in variants(key):
+        config = replace_keys(TINY, {key: value})
+        try:
+            data = EXPORT_ADAPTER.config_data(config, "float32")
+        except ConfigError as error:
+            assert str(error).startswith(f"model.{key}={json.dumps(value)} has no place in ")  # noqa: PT017
+            with pytest.raises(ConfigError, match=re.escape(str(error))):
+                export_huggingface(RandomSource(config), tmp_path / "hf")
+            assert not (tmp_path / "hf").exists()
+        else:
+            assert EXPORT_ADAPTER.read_config("config.json", data) == config
+
+
+@pytest.mark.parametrize("key", ["norm.sandwich", "attention.logit_softcap"])
+def test_fields_that_config_json_cannot_hold_are_refused(key):
+    with pytest.raises(ConfigError, match=rf"^model\.{key}=(false|null) has no place in a Hugging"):
+        EXPORT_ADAPTER.config_data(replace_keys(TINY, {key: variants(key)[-1]}), "float32")
+
+
 def test_command(tmp_path):
     config = tmp_path / "run.yaml"
     model = golden.config("pub_a", "float32")
-    config.write_text(json.dumps({"model": vars(model), "data": {"sequence_length": 32}}))
+    config.write_text(
+        json.dumps({"model": dataclasses.asdict(model), "data": {"sequence_length": 32}})
+    )
     source = golden.FOLDER / "pub_a" / "ckpt-0"
     arguments = ["hf", str(source), str(tmp_path / "hf"), "--config", str(config)]
     result = CliRunner().invoke(export, [*arguments, "--shard-size", "1.5 MB"])

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from grok.cli.main import main
 from grok.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, RopeConfig, RunConfig
-from grok.config.load import load_config
+from grok.config.load import flatten, from_dict, load_config
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
 from grok.model.params import num_active_parameters, num_parameters
@@ -107,7 +107,9 @@ def test_every_format_has_the_same_tensors(formats, form):
         "active": num_active_parameters(CONFIG),
         "active_without_embedding": num_active_parameters(CONFIG) - 384 * 96,
     }
-    stored = dataclasses.replace(ModelConfig(**found["config"]), param_dtype="float32")
+    stored = dataclasses.replace(
+        from_dict(found["config"], config_type=ModelConfig), param_dtype="float32"
+    )
     how = {name: getattr(stored, name) for name in ("compute_dtype", "remat")}
     assert stored == dataclasses.replace(CONFIG, **how)
 
@@ -125,20 +127,20 @@ def test_what_an_import_kept(formats):
 
 def test_what_a_release_does_not_say(release):
     found = as_json(release)
-    fields = {name for name in found["config"] if name not in found["assumed"]}
-    assert fields == {"vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_experts"}
-    assert ModelConfig(**found["config"]) == WIDE
+    fields = {name for name, _ in flatten(found["config"]) if name not in found["assumed"]}
+    assert fields == {"vocab_size", "num_layers", "embed_dim", "moe.dim", "moe.num_experts"}
+    assert from_dict(found["config"], config_type=ModelConfig) == WIDE
     text = inspect(release).stdout
     origins = {line.split()[0]: line for line in text.splitlines() if line.split()}
-    assert origins["mlp_dim"].split() == ["mlp_dim", "24", "files"]
-    assert origins["head_dim"].split() == ["head_dim", "128", "assumed"]
-    assert origins["num_heads"].endswith("files, with this head_dim")
+    assert origins["moe.dim"].split() == ["moe.dim", "24", "files"]
+    assert origins["attention.head_dim"].split() == ["attention.head_dim", "128", "assumed"]
+    assert origins["attention.num_heads"].endswith("files, with this head_dim")
 
 
 def test_fields_that_were_given(formats):
     text = inspect(RELEASE, "--config", formats / "config.yaml").stdout
     origins = {line.split()[0]: line.split()[-1] for line in text.splitlines() if line.split()}
-    assert (origins["mlp_dim"], origins["head_dim"]) == ("files", "--config")
+    assert (origins["moe.dim"], origins["attention.head_dim"]) == ("files", "--config")
     assert as_json(RELEASE, "--config", formats / "config.yaml")["assumed"] == []
 
 
@@ -192,8 +194,11 @@ def test_grok_1_is_known_by_its_config():
     model = load_config("grok-1").model
     assert preset_of(model) == "grok-1"
     # A release says no multipliers: these are computed, and differ in the last bit.
-    params = ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads")
-    implied = ModelConfig(**{name: getattr(model, name) for name in params}, head_dim=128)
+    implied = ModelConfig(
+        **{name: getattr(model, name) for name in ("vocab_size", "num_layers", "embed_dim")},
+        moe=MoEConfig(dim=model.moe.dim),
+        attention=AttentionConfig(num_heads=48, num_kv_heads=8, head_dim=128),
+    )
     assert preset_of(implied) == "grok-1"
     assert (
         preset_of(

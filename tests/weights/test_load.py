@@ -209,6 +209,7 @@ from grok.weights.importing.importer import import_weights
 from grok.weights.load import put_on_mesh
 from tests.fixtures.random_weights import RandomSource
 from grok.config import DataConfig, ModelConfig, RunConfig
+from grok.config.load import from_dict
 from grok.model.build import to_arrays
 from tests.weights.test_load import SMALL
 
@@ -222,7 +223,7 @@ jax.distributed.initialize(address, 2, int(process))
 mesh = grok.make_mesh(*json.loads(sizes))
 put_on_mesh(RandomSource(SMALL), mesh)  # what is imported on first use
 before = bytes_read()
-model = grok.load(folder, ModelConfig(**json.loads(config)), mesh)
+model = grok.load(folder, from_dict(json.loads(config), config_type=ModelConfig), mesh)
 read, disk = (after - early for early, after in zip(before, bytes_read()))
 needed = 0
 for name, array in to_arrays(model).items():

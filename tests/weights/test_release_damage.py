@@ -459,10 +459,10 @@ def test_a_file_that_may_not_be_read(sound, monkeypatch):
         ({"num_layers": 3}, "tensor00026_000", "tensor00000_000 to tensor00037_000"),
         ({"vocab_size": 51}, TABLE, "should be float32 (51, 24)"),
         ({"embed_dim": 32}, TABLE, "should be float32 (50, 32)"),
-        ({"mlp_dim": 48}, GATE, "should be quantised int8 (3, 24, 48)"),
-        ({"num_heads": 4}, OUT, "should be quantised int8 (32, 24)"),
-        ({"num_kv_heads": 3}, KEY, "should be quantised int8 (24, 24)"),
-        ({"num_experts": 4}, GATE, "should be quantised int8 (4, 24, 40)"),
+        ({"moe.dim": 48}, GATE, "should be quantised int8 (3, 24, 48)"),
+        ({"attention.num_heads": 4}, OUT, "should be quantised int8 (32, 24)"),
+        ({"attention.num_kv_heads": 3}, KEY, "should be quantised int8 (24, 24)"),
+        ({"moe.num_experts": 4}, GATE, "should be quantised int8 (4, 24, 40)"),
     ],
 )
 def test_other_models(sound, changes, file, right):

@@ -11,6 +11,7 @@ import pytest
 from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.config.load import load_config
 from grok.errors import CheckpointError
+from grok.model.params import param_specs
 from grok.weights.cast import converted, release_groups
 from grok.weights.source import blocks, part_shape
 from grok.weights.xai.source import (
@@ -19,7 +20,7 @@ from grok.weights.xai.source import (
     tensor_names,
     tensor_shapes,
 )
-from tests.fixtures.model_weights import shapes_of
+from tests.fixtures.model_weights import MATRICES, shapes_of
 from tests.fixtures.pickles import pickled, pickled_weight
 from tests.fixtures.random_weights import RandomSource
 from tests.fixtures.release_layout import plain_layout, quantized_layout
@@ -64,8 +65,9 @@ def test_the_golden_release_is_written_again_byte_for_byte(tmp_path, name):
     write_release(source, tmp_path / "new/ckpt-0")
     theirs = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "new/ckpt-0").iterdir()} == theirs
-    groups = {tensor.name: tensor.groups for tensor in source.tensors.values() if tensor.groups}
-    assert file_sizes(source.config, groups) == [len(theirs[file]) for file in sorted(theirs)]
+    assert file_sizes(source.config, lambda param: source.tensors[param.name].groups) == [
+        len(theirs[file]) for file in sorted(theirs)
+    ]
 
 
 def test_numbers_and_sizes_of_all_770_files():
@@ -84,11 +86,11 @@ def test_numbers_and_sizes_of_all_770_files():
 def test_the_whole_release_as_files_with_holes(tmp_path):
     """All 770 files at full size, in which the arrays take no room on disk, opened as they are."""
     config = load_config("grok-1").model
-    shapes = tensor_shapes(config)
+    shapes, specs = tensor_shapes(config), param_specs(config)
     for tensor in tensor_names(64):
         shape = shapes[tensor.name].in_file
         if shapes[tensor.name].quantized:
-            groups = release_groups.get(tensor.name, 1)
+            groups = release_groups(specs[tensor.name])
             layout = quantized_layout(shape, (*shape[:-2], groups, shape[-1]))
         else:
             layout = plain_layout(shape)
@@ -102,8 +104,12 @@ def test_the_whole_release_as_files_with_holes(tmp_path):
     implied = implied_config(tmp_path)
     assert shapes_of(implied) == shapes_of(config)
     source = ReleaseSource(tmp_path, implied)
-    groups = {name: spec.groups for name, spec in source.tensors.items() if spec.groups != 1}
-    assert {name: count for name, count in groups.items() if count} == release_groups
+    groups = {name: spec.groups for name, spec in source.tensors.items() if spec.groups}
+    assert groups == {name: release_groups(specs[name]) for name in MATRICES}
+    assert {name for name, count in groups.items() if count == 8} == {
+        "layers/attention/w_out_NHD",
+        "layers/moe/w_down_EFD",
+    }
     part = (slice(63, 64), slice(7, 8), slice(6143, 6144), slice(32766, 32768))
     assert source.read("layers/moe/w_gate_EDF", part).tolist() == [[[[0, 0]]]]
 

@@ -26,6 +26,7 @@ from grok.weights.xai.source import ReleaseSource
 from grok.weights.xai.unpickler import read_tensor
 from tests.fixtures.array_source import ArraySource
 from tests.fixtures.model_weights import MATRICES
+from tests.fixtures.models import replace_keys
 from tests.fixtures.random_weights import RandomSource
 from tests.model import golden
 
@@ -270,7 +271,7 @@ def test_two_float_types_are_compared_in_the_coarser(small):
     a.values[TABLE][7, 8] = 1
     b.values[TABLE][7, 8] = 1.001
     assert only(compared(a, b), TABLE).farthest() == (None, (7, 8))
-    assert choose_method(b.tensors[TABLE], TensorSpec(TABLE, (20, 24), BF16)).dtype == BF16
+    assert choose_method(b.tensors[TABLE], TensorSpec(b.tensors[TABLE].param, BF16)).dtype == BF16
 
 
 def test_bits_count_without_a_tolerance(small):
@@ -344,18 +345,18 @@ def test_progress_counts_every_byte(small):
     ("changed", "sentence"),
     [
         (
-            {"mlp_dim": 48},
+            {"moe.dim": 48},
             "layers/moe/w_gate_EDF is (3, 2, 24, 40) in the first and (3, 2, 24, 48)",
         ),
         (
-            {"rope_theta": 5000.0},
+            {"attention.rope.theta": 5000.0},
             "attention.rope.theta is 10000.0 in the first and 5000.0 in the second.",
         ),
-        ({"num_selected_experts": 1}, "moe.num_selected is 2 in the first and 1 in the second"),
+        ({"moe.num_selected": 1}, "moe.num_selected is 2 in the first and 1 in the second"),
     ],
 )
 def test_other_configs_are_named(changed, sentence):
-    other = RandomSource(dataclasses.replace(SMALL, **changed))
+    other = RandomSource(replace_keys(SMALL, changed))
     with pytest.raises(CheckpointError) as refused:
         compared(RandomSource(SMALL), other)
     assert sentence in str(refused.value)

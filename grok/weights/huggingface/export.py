@@ -68,10 +68,12 @@ def export_huggingface(
 
     Raises CheckpointError where `folder` is remote, holds anything else or cannot be written, where
     the interrupted export was of other weights or settings, and for what `source` cannot read;
-    ConfigError where `shard_bytes` is less than a tensor takes.
+    ConfigError where `shard_bytes` is less than a tensor takes, and for a model, with its key, that
+    the family's folders cannot hold.
     """
     start = time.monotonic()
     adapter = EXPORT_ADAPTER
+    config = json_text(adapter.config_data(source.config, dtype))
     shards = plan(adapter, source.config, DTYPES[dtype], shard_bytes)
     manifest = None
     if data_manifest is not None:
@@ -85,7 +87,6 @@ def export_huggingface(
         check_space(path, sum(shard.file_bytes for shard in todo), CheckpointError)
         with Journal(path / UNFINISHED, _identity(source, dtype, shards), CheckpointError):
             _write_shards(source, path, todo, _ProgressCounter(shards, todo, on_progress))
-            config = json_text(adapter.config_data(source.config, dtype))
             card = huggingface_card.model_card(source, adapter, dtype, base_weights, manifest)
             storage.write_bytes(path / CONFIG, config.encode())
             storage.write_bytes(path / huggingface_card.FILE, card.encode())

@@ -59,6 +59,7 @@ class HuggingFaceSource(Source):
             )
         self.adapter = adapter
         self.config = config or adapter.read_config(*read_config_json(self.path))
+        adapter.config_numbers(self.config)  # raises for a model that no such folder can hold
         whose = "this model's config" if config else f"this folder's {CONFIG}"
         self._entries = _arrange(self.path, adapter, layout, self.config, whose, entries)
         table = self._entries["embed/table_VD", ()]

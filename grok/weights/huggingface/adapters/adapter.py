@@ -74,7 +74,10 @@ class Adapter(abc.ABC):
 
     @abc.abstractmethod
     def config_numbers(self, config: ModelConfig) -> dict[str, int | float]:
-        """The model's sizes and factors under their keys in config.json."""
+        """The model's sizes and factors under their keys in config.json.
+
+        Raises ConfigError, with the key, for a model that the family cannot express.
+        """
 
     @abc.abstractmethod
     def reading_notes(self, config: ModelConfig) -> str:

@@ -1,5 +1,6 @@
 """Grok-1 on Hugging Face: two repositories with the release's weights, each with its own names."""
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -91,6 +92,8 @@ FACTORS = {
     "attention.logit_softcap": ("max_attn_value",),
     "attention.rope.theta": ("rope_theta",),
 }
+# Our keys that config.json has none for, with the value that the family's code computes with.
+FIXED = {"norm.sandwich": True}
 REQUIRED = (
     *("vocab_size", "num_layers", "embed_dim", "moe.dim"),
     *("attention.num_heads", "attention.num_kv_heads"),
@@ -167,6 +170,14 @@ class Grok1(Adapter):
     def config_numbers(self, config: ModelConfig) -> dict[str, int | float]:
         """The model's sizes and factors under their keys in config.json."""
         values = dict(flatten(to_dict(config)))
+        for key in (*SIZES, *FACTORS, *FIXED):
+            value = values.get(key)
+            if value is None or value != FIXED.get(key, value):
+                right = "a number" if key not in FIXED else json.dumps(FIXED[key])
+                raise ConfigError(
+                    f"model.{key}={json.dumps(value)} has no place in a Hugging Face folder of "
+                    f"{self.family}, which needs {right}."
+                )
         sizes = {theirs[0]: values[ours] for ours, theirs in SIZES.items()}
         return sizes | {theirs[0]: float(values[ours]) for ours, theirs in FACTORS.items()}
 
