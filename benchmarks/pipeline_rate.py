@@ -17,10 +17,9 @@ from collections import Counter
 import jax
 
 from grok import sharding
-from grok.data.batch_schedule import BatchSchedule
+from grok.data.batch_schedule import BatchSchedule, Mixture
 from grok.data.dataset import TokenDataset
 from grok.data.device_feed import global_batches
-from grok.data.mixture import Mixture
 from grok.data.packed_batches import PackedBatches
 from grok.data.packing import make_packer, packing_efficiency
 from grok.hardware import configure_devices

@@ -54,15 +54,9 @@ class BatchItem:
         answers = {"choices": builder.choices(), "usage": builder.usage()}
         if not self.openai:
             return _line({"index": self.index, "id": self.id, **answers})
-        request = builder.request
-        body = {
-            "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{self.index}",
-            "object": "chat.completion" if request.chat else "text_completion",
-            "created": 0,  # not the time: a shard that is computed again gives the same bytes
-            "model": request.model,
-            **answers,
-        }
-        return _line(self._envelope(200, body))
+        # Not the time: a shard that is computed again gives the same bytes.
+        head = builder.request.head(str(self.index), 0, builder.request.model)
+        return _line(self._envelope(200, {**head, **answers}))
 
     def _envelope(self, status: int, body: dict[str, Any]) -> dict[str, Any]:
         response = {"status_code": status, "request_id": str(self.index), "body": body}
@@ -96,20 +90,19 @@ def _data(record: RawRecord) -> Mapping[str, Any]:
         raise BadRecord(record.problem)
     if isinstance(record.data, bytes):
         return parse_json_object(record.data)
-    # Rows of Parquet have every column: null stands for a field that is not there.
-    return {name: _number(value) for name, value in record.data.items() if value is not None}
-
-
-def _number(value: Any) -> Any:
-    """A value of Parquet: pandas writes whole numbers as floats where the column has nulls."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    # Rows of Parquet have every column: null stands for a field that is not there, and pandas
+    # writes whole numbers as floats where the column has nulls.
+    return {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in record.data.items()
+        if value is not None
+    }
 
 
 def _parse(data: Mapping[str, Any], openai: bool, parser: RequestParser) -> CompletionRequest:
     if openai:
-        for name in data:
-            if name not in ENVELOPE:
-                raise RequestError(name, f"{name!r:.60} is none of {', '.join(ENVELOPE)}.")
+        for name in [name for name in data if name not in ENVELOPE]:
+            raise RequestError(name, f"{name!r:.60} is none of {', '.join(ENVELOPE)}.")
         url, body = data.get("url"), data.get("body")
         if data.get("method") != "POST":
             raise RequestError("method", "method should be POST.")
@@ -128,10 +121,8 @@ def _parse(data: Mapping[str, Any], openai: bool, parser: RequestParser) -> Comp
 
 
 def _line(data: dict[str, Any]) -> str:
-    text = json.dumps(data, ensure_ascii=False)
     try:
-        text.encode()
+        return json.dumps(data, ensure_ascii=False).encode().decode()
     except UnicodeEncodeError:
         # An id with half of a surrogate pair, which only an escape can hold.
         return json.dumps(data)
-    return text

@@ -17,8 +17,7 @@ from typing import Any
 from grok import storage
 from grok.config.infer import BatchConfig
 from grok.config.load import to_dict
-from grok.data.prepare.formats import SourceFile
-from grok.data.prepare.sources import RawRecord, find_files, read_records
+from grok.data.prepare.sources import RawRecord, SourceFile, find_files, read_records
 from grok.errors import ConfigError, DataError
 from grok.resumable import difference
 

@@ -1,6 +1,8 @@
 """Runs a batch job: keeps the engine busy with the requests of the missing shards."""
 
 import collections
+import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -8,15 +10,56 @@ from typing import Any
 from grok import distributed
 from grok.batch.items import COLUMNS, BatchItem, failure_key, read_item
 from grok.batch.job_dir import Input, JobDir, scan_input
-from grok.batch.replicas import Replica
 from grok.config.infer import BatchConfig
 from grok.data.prepare.sources import RawRecord
 from grok.errors import SAVED, GrokError, RequestError
+from grok.hardware import configure_devices, has_tpu
 from grok.infer.loader import ServedModel
 from grok.infer.openai.responses import ResponseBuilder
 from grok.infer.request import Output, submit_all
 from grok.preemption import PreemptionSignal
 from grok.progress import ProgressDisplay
+
+
+@dataclasses.dataclass(frozen=True)
+class Replica:
+    """A model on the devices of one host or of all: number `index` of `count`.
+
+    `writes`: this process writes and prints for its replica. `spans_all_hosts`: the mesh spans all
+    hosts, which then make the same calls in the same order.
+    """
+
+    index: int
+    count: int
+    writes: bool
+    spans_all_hosts: bool
+
+
+@contextlib.contextmanager
+def join_replica(config: BatchConfig) -> Iterator[Replica]:
+    """Gives the replica of this process.
+
+    Replicas of one host each are independent: they do not connect, and one that fails leaves the
+    others to their shares. Hosts of one TPU slice start and end together, as its runtime demands,
+    and so do hosts that one mesh spans.
+    """
+    cluster = distributed.env_cluster()
+    if config.replica == "host" and (cluster or not has_tpu()):
+        configure_devices(config.mesh.simulated_devices)
+        _, count, index = cluster or ("", 1, 0)
+        yield Replica(index, count, True, False)
+        return
+    with distributed.exit_together():
+        distributed.initialize(config)
+        count = distributed.process_count()
+        if config.replica == "all":
+            configure_devices(config.mesh.simulated_devices // count)
+            yield Replica(0, 1, distributed.is_primary(), count > 1)
+        else:
+            configure_devices(config.mesh.simulated_devices)
+            yield Replica(distributed.process_index(), count, True, False)
+        distributed.barrier()
+
 
 # Waiting sequences that keep the engine from idling, and let it see common prefixes together.
 MIN_WAITING = 256

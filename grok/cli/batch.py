@@ -18,7 +18,7 @@ def batch(config: str, overrides: tuple[str, ...]) -> None:
     checked = load_config(config, overrides, BatchConfig)
 
     click.echo("loading JAX", err=True)
-    from grok.batch.replicas import join_replica
+    from grok.batch.runner import join_replica
 
     with join_replica(checked) as replica:
         from grok.batch.runner import run

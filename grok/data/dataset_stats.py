@@ -11,7 +11,7 @@ import numpy as np
 
 from grok.data.dataset import TokenDataset
 from grok.data.packing import make_packer, packing_efficiency
-from grok.data.prepare.manifest import TOKENIZER_FILE, verify_dataset
+from grok.data.prepare.shards import TOKENIZER_FILE, verify_dataset
 from grok.data.tokenizers import load_tokenizer
 
 SAMPLE_TOKENS = 60

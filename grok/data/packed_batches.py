@@ -9,9 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from grok.data.batch_schedule import Batch, BatchSchedule
+from grok.data.batch_schedule import Batch, BatchSchedule, Mixture
 from grok.data.dataset import Document
-from grok.data.mixture import Mixture
 from grok.data.packing import ConcatThenSplit, DocumentSlice, make_packer
 from grok.errors import DataError
 

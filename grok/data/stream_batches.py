@@ -3,14 +3,69 @@
 B rows of a batch, T tokens of a row, S tokens of the stream.
 """
 
-from collections.abc import Iterator
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
 
 from grok.data.batch_schedule import Batch, BatchSchedule
-from grok.data.text_stream import TokenStream
+from grok.data.tokenizers.tokenizer import read_text
 from grok.errors import DataError
+
+if TYPE_CHECKING:
+    from grok.data.tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TokenStream:
+    """Documents end to end, each ended by `eos_id`.
+
+    tokens_S: int32 ids; num_bytes: UTF-8 bytes of the text (eos has none).
+    """
+
+    tokens_S: np.ndarray
+    num_bytes: int
+    eos_id: int
+
+
+def read_stream(
+    paths: Sequence[str | Path], tokenizer: "Tokenizer", vocab_size: int
+) -> TokenStream:
+    """Tokenizes text files, a document each, for a model of `vocab_size` tokens.
+
+    DataError when there are no files, a file cannot be read, the tokenizer has no end-of-sequence
+    token, or a token is not below `vocab_size`.
+    """
+    if not paths:
+        raise DataError("no text files were given (data.train, data.validation); one would work.")
+    if tokenizer.eos_id < 0:
+        raise DataError(
+            "the tokenizer has no end-of-sequence token to end documents with; one that `grok data "
+            "tokenizer` trained would work."
+        )
+    documents, num_bytes = [], 0
+    for path in paths:
+        text = read_text(path)
+        document_S = np.array([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
+        if document_S.max() >= vocab_size:
+            raise DataError(
+                f"text file {path} has token {document_S.max()}, but model.vocab_size={vocab_size}"
+                f"; model.vocab_size={tokenizer.vocab_size}, as the tokenizer has, would work."
+            )
+        documents.append(document_S)
+        num_bytes += len(text.encode())
+    return TokenStream(
+        tokens_S=np.concatenate(documents), num_bytes=num_bytes, eos_id=tokenizer.eos_id
+    )
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """Summed loss of a text in nats, as bits per UTF-8 byte: comparable across tokenizers."""
+    return nats / math.log(2) / num_bytes
 
 
 class StreamBatches:
@@ -77,7 +132,7 @@ class StreamValidation:
     before it alone. The last batch is padded; mask_BT excludes the padding from the loss.
 
     num_tokens: tokens predicted (the eos of each document among them), the sum of all masks.
-    num_bytes: UTF-8 bytes of the text, for `grok.data.text_stream.bits_per_byte`.
+    num_bytes: UTF-8 bytes of the text, for `grok.data.stream_batches.bits_per_byte`.
     """
 
     def __init__(self, stream: TokenStream, *, sequence_length: int, batch_size: int) -> None:

@@ -11,8 +11,7 @@ from grok.config import RunConfig
 from grok.data.batch_schedule import Batch
 from grok.data.dataset import MANIFEST_FILE
 from grok.data.packed_batches import PackedValidation
-from grok.data.stream_batches import StreamValidation
-from grok.data.text_stream import bits_per_byte, read_stream
+from grok.data.stream_batches import StreamValidation, bits_per_byte, read_stream
 from grok.data.tokenizers import load_tokenizer, token_bytes
 from grok.errors import DataError
 from grok.model.decoder import Decoder

@@ -1,14 +1,7 @@
 """The engine: requests in, tokens out, many at a time.
 
-A request's tokens depend on the request and its seed alone, never on its batch: prompts always go
-through one program and answers through another, whatever the load; every row of a product, tile of
-an expert, attention and draw is computed by itself; page numbers do not matter. In float32 on CPU
-this holds to the bit, and tests check it. Elsewhere, and in bfloat16, a compiled program may round
-a row differently depending on its position, which can flip a near-tie between tokens or experts.
-Another number of sequences, chunk size or mesh rounds differently as well.
-
-Letters: B groups of devices, U chunks of a step, Q tokens of a chunk, T = U*Q, D embed, L layers,
-C chosen experts.
+B groups of devices, U chunks of a step, Q tokens of a chunk, T = U*Q, D embed, L layers, C chosen
+experts.
 """
 
 import dataclasses
@@ -26,8 +19,7 @@ from grok.errors import RequestError
 from grok.infer.request import Completion, Limits, Output, Request, TokenLogprobs
 from grok.infer.sampling import Sampled
 from grok.infer.scheduler import ScheduledStep, Scheduler, SequenceState
-from grok.infer.step import forward_and_sample, score_prompt
-from grok.infer.step_inputs import StepInputs
+from grok.infer.step import StepInputs, forward_and_sample, score_prompt
 from grok.model.attend import init_cache
 from grok.model.decoder import Decoder
 
@@ -64,8 +56,12 @@ class _InFlight:
 class Engine:
     """A model on its mesh, a paged cache, and the requests in flight.
 
-    One thread makes all calls. Where the mesh has several processes, each makes the same calls in
-    the same order.
+    A request's tokens depend on it and its seed alone, never on its batch: prompts always go
+    through one program and answers through another, and rows are computed independently. In float32
+    on CPU this holds to the bit; elsewhere a program may round a row differently by its position,
+    which can flip near-ties. Another number of sequences, chunk size or mesh rounds differently.
+
+    One thread makes all calls; every process of the mesh makes the same ones in the same order.
     """
 
     def __init__(
@@ -81,15 +77,13 @@ class Engine:
         """
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         config, size = model.config, options.page_size
+        dtype = config.compute_dtype if options.cache_dtype == "compute" else options.cache_dtype
         with jax.set_mesh(mesh):
             groups = sharding.axis_size("batch")
             slots = -(-options.max_num_seqs // groups)
             self._max_pages = -(-config.context_length // size)  # of one sequence
             pages = -(-options.num_pages // groups) or slots * self._max_pages
-            same = options.cache_dtype == "compute"
-            dtype = config.compute_dtype if same else options.cache_dtype
-            make = jax.jit(lambda: init_cache(config, groups * pages, size, dtype))
-            self._cache = make()
+            self._cache = jax.jit(lambda: init_cache(config, groups * pages, size, dtype))()
         self._limits = Limits(config.vocab_size, config.context_length, size, pages, groups)
         self._scheduler = Scheduler(groups, slots, pages, size, options.prefill_chunk_size // size)
         self._inputs = StepInputs(config, tokenizer, mesh)
@@ -122,14 +116,13 @@ class Engine:
         """Queues a request. Raises RequestError where it could never be run."""
         self._check(request)
         params = request.params
-        choices = range(params.best_of or params.n)
-        entry = _InFlight([Completion(request, c, self._tokenizer) for c in choices], {})
-        for choice in choices:
+        entry = self._requests[request.id] = _InFlight([], {})
+        for choice in range(params.best_of or params.n):
             no_prefix_reuse = choice == 0 and params.prompt_logprobs is not None
             sequence = SequenceState(request, choice, list(request.prompt), no_prefix_reuse)
+            entry.completions.append(Completion(request, choice, self._tokenizer))
             entry.open[choice] = sequence
             self._scheduler.add(sequence)
-        self._requests[request.id] = entry
 
     def cancel(self, request_id: str) -> None:
         """Ends a request and frees its pages at once; unknown ids are ignored."""
@@ -142,8 +135,9 @@ class Engine:
         if step is None:
             return outputs
         sampled, x_BTD, experts_LBTC = self._run(step)
-        if step.prefill:
-            self._score_prompts(step, x_BTD)
+        scored = [(chunk, row) for chunk, row in step.chunks() if chunk.sequence.no_prefix_reuse]
+        if step.prefill and scored:
+            self._score_prompts(step, scored, x_BTD)
         for chunk, row in step.chunks():
             sequence = chunk.sequence
             if chunk.start + chunk.count < len(sequence.tokens):
@@ -154,11 +148,8 @@ class Engine:
         return outputs
 
     def generate(self, requests: Iterable[Request]) -> Generator[Output, None, None]:
-        """Runs requests to their ends, beside whatever else is in flight.
-
-        Raises RequestError where one could never be run, and then runs none. Closed early, it ends
-        those that still run.
-        """
+        """Runs requests to their ends, beside whatever else is in flight; closed early, ends those
+        that still run. Raises RequestError where one could never be run, and then runs none."""
         submitted = []
         try:
             for request in requests:
@@ -183,11 +174,11 @@ class Engine:
             return []
         for choice, sequence in entry.open.items():
             self._scheduler.remove(sequence)
-            entry.completions[choice].cancel()
+            entry.completions[choice].finish("cancelled")
         n = entry.completions[0].request.params.n
-        if len(entry.completions) > n:  # best_of: none was returned yet
-            return [completion.drain() for completion in entry.completions[:n]]
-        return [entry.completions[choice].drain() for choice in entry.open]
+        best_of = len(entry.completions) > n  # of which none was returned yet
+        choices = range(n) if best_of else entry.open
+        return [entry.completions[choice].drain() for choice in choices]
 
     def _completion(self, sequence: SequenceState) -> Completion:
         return self._requests[sequence.request.id].completions[sequence.choice]
@@ -202,11 +193,8 @@ class Engine:
             )
         return jax.tree.map(np.asarray, sampled), x_BTD, experts_LBTC
 
-    def _score_prompts(self, step: ScheduledStep, x_BTD: jax.Array) -> None:
-        """Collects log-probabilities of the prompts' tokens, where they were asked for."""
-        scored = [(chunk, row) for chunk, row in step.chunks() if chunk.sequence.no_prefix_reuse]
-        if not scored:
-            return
+    def _score_prompts(self, step: ScheduledStep, scored, x_BTD: jax.Array) -> None:
+        """Collects log-probabilities of the prompts' tokens in the chunks `scored`."""
         next_BUQ = np.zeros((*step.shape, self._limits.page_size), np.int32)
         for chunk, row in scored:
             first = chunk.start + 1
@@ -253,23 +241,18 @@ class Engine:
         """Raises RequestError for what could not be run beside the requests in flight."""
         params = request.params
         if request.id in self._requests:
-            raise RequestError(
-                "id", f"id={request.id!r} is that of a request in flight; another one would work."
-            )
+            message = f"id={request.id!r} is that of a request in flight; another one would work."
+            raise RequestError("id", message)
         self._limits.check(request)
         if params.stop and self._tokenizer is None:
             raise RequestError("stop", "stop texts need a tokenizer, and this engine has none.")
         if params.experts and self._mesh.is_multi_process:
-            raise RequestError(
-                "experts",
-                "experts are returned only where one process has the whole mesh; experts=false "
-                "would work.",
-            )
+            message = "experts need one process with the whole mesh; experts=false would work."
+            raise RequestError("experts", message)
         if self._inputs.bans(params, early=params.min_tokens > 0).all():
             name = "allowed_token_ids" if params.allowed_token_ids else "banned_token_ids"
-            raise RequestError(
-                name, f"{name} leaves no token that may be chosen; one such token would work."
-            )
+            message = f"{name} leaves no token that may be chosen; one such token would work."
+            raise RequestError(name, message)
 
 
 def _logprobs(token: int, top: int, logprob, top_X, top_logprob_X) -> TokenLogprobs:

@@ -1,9 +1,8 @@
 """Text in, text out as it is generated: several prompts at once, or a conversation."""
 
-import contextlib
 import itertools
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import Tokenizer
@@ -27,24 +26,22 @@ def stream(
     soon as those before it are written.
     """
     requests = [_request(tokenizer, prompt, params) for prompt in prompts]
-    index = {request.id: i for i, request in enumerate(requests)}
-    keys = [(i, choice) for i in range(len(prompts)) for choice in range(params.n)]
-    texts = {key: prompts[key[0]] for key in keys}
+    index = {request.id: i * params.n for i, request in enumerate(requests)}
+    texts = [prompt for prompt in prompts for _ in range(params.n)]
     finished, written, current = set(), 0, 0
     for output in engine.generate(requests):
-        key = index[output.request_id], output.choice
-        texts[key] += output.text
+        completion = index[output.request_id] + output.choice
+        texts[completion] += output.text
         if output.finish_reason is not None:
-            finished.add(key)
-        while current < len(keys):
-            text = texts[keys[current]]
-            echo(text[written:], nl=False)
-            written = len(text)
-            if keys[current] not in finished:
+            finished.add(completion)
+        while current < len(texts):
+            echo(texts[current][written:], nl=False)
+            written = len(texts[current])
+            if current not in finished:
                 break
             echo("\n")
             current, written = current + 1, 0
-    return [texts[key][len(prompts[key[0]]) :] for key in keys]
+    return [text[len(prompts[i // params.n]) :] for i, text in enumerate(texts)]
 
 
 def chat_loop(
@@ -81,30 +78,21 @@ def _answer(
     params: SamplingParams,
     echo: Callable[..., None],
 ) -> str:
-    """Writes the completion of a prompt as it comes; returns all of it, or the text up to
-    Ctrl-C."""
-    pieces = []
-    with _catch_interrupt() as interrupts:
+    """Writes the completion of a prompt as it comes; returns it, or the text up to Ctrl-C."""
+    interrupts: list[int] = []  # read between two steps: an exception in one would lose the cache
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    answer = ""
+    try:
         outputs = engine.generate([_request(tokenizer, prompt, params)])
         for output in itertools.takewhile(lambda _: not interrupts, outputs):
             echo(output.text, nl=False)
-            pieces.append(output.text)
+            answer += output.text
         outputs.close()
+    finally:
+        signal.signal(signal.SIGINT, before)
     echo("")
-    return "".join(pieces)
+    return answer
 
 
 def _request(tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Request:
     return Request(f"interactive-{next(_numbers)}", tuple(tokenizer.encode(prompt)), params)
-
-
-@contextlib.contextmanager
-def _catch_interrupt() -> Iterator[list[int]]:
-    """Gives a list that Ctrl-C adds to, to be read between two steps: an exception inside a step
-    would leave the engine without its cache."""
-    interrupts: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
-    try:
-        yield interrupts
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -21,7 +21,7 @@ from grok.config import (
 )
 from grok.config.infer import InferConfig
 from grok.config.load import from_dict, load_config, to_dict
-from grok.data.prepare.manifest import TOKENIZER_FILE
+from grok.data.prepare.shards import TOKENIZER_FILE
 from grok.data.tokenizers import parse_tokenizer
 from grok.errors import ConfigError, DataError
 from grok.infer.openai.requests import RequestParser, make_renderer
@@ -34,22 +34,18 @@ ONE_DEVICE = (*(f"mesh.{axis}=1" for axis in MESH_AXES), "mesh.simulated_devices
 
 
 def config_of(path: str, config: str | None, overrides: Sequence[str]) -> RunConfig:
-    """The config to run the weights at `path` with, on one device unless overrides say otherwise.
-
-    It is the preset or file `config`, or the config.yaml of a run's folder, or made of what the
-    files at `path` say of their model and type. Raises ConfigError and CheckpointError.
-    """
+    """The config for the weights at `path`, on one device unless overrides say otherwise: `config`
+    (a preset or file), a run's config.yaml, or what the files say of their model and type. Raises
+    ConfigError and CheckpointError."""
     changes = (*ONE_DEVICE, *overrides)
     file = Path(path) / "config.yaml"
     if config or file.is_file():
         return load_config(config or file, changes)
     source = open_source(path)
     dtype: Any = source.dtype if source.dtype in DTYPES else "float32"
-    length = min(DataConfig.sequence_length, source.config.context_length)
-    run = RunConfig(
-        model=dataclasses.replace(source.config, param_dtype=dtype),
-        data=DataConfig(sequence_length=length),
-    )
+    model = dataclasses.replace(source.config, param_dtype=dtype)
+    length = min(DataConfig.sequence_length, model.context_length)
+    run = RunConfig(model=model, data=DataConfig(sequence_length=length))
     return from_dict(to_dict(run), path, changes)
 
 
@@ -82,9 +78,7 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, spans_all_hosts: bool = Fals
     if -1 not in sizes and not spans_all_hosts:
         devices = devices[: math.prod(sizes)]
     resolved = fit_mesh(mesh, len(devices), model)
-    return sharding.make_mesh(
-        resolved["data"], resolved["expert"], resolved["tensor"], resolved["slice"], devices
-    )
+    return sharding.make_mesh(**resolved, devices=devices)
 
 
 class ServedModel:
@@ -108,9 +102,8 @@ class ServedModel:
                 "model was trained with would work."
             )
         self.mesh = make_mesh(config.mesh, self.config, spans_all_hosts)
-        self._render = (
-            make_renderer(config.chat_template, self.tokenizer) if config.chat_template else None
-        )
+        template = config.chat_template
+        self._render = make_renderer(template, self.tokenizer) if template else None
 
     def identity(self) -> dict[str, Any]:
         """Plain data that tells this model from others without reading all of it."""

@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ import numpy as np
 from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import StreamDecoder, Tokenizer
 from grok.errors import RequestError
+
+TOKEN_LISTS = ("stop_token_ids", "allowed_token_ids", "banned_token_ids")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,47 +37,36 @@ class Limits:
 
     def check(self, request: Request) -> None:
         """Raises RequestError, with what would fit, for a request that could never run."""
-        if not request.prompt:
-            raise RequestError(
-                "prompt", "the prompt is empty; one token at least is needed to continue from."
-            )
-        lists = ("stop_token_ids", "allowed_token_ids", "banned_token_ids")
-        self._check_ids("prompt", request.prompt)
-        for name in lists:
-            self._check_ids(name, getattr(request.params, name))
-        self._check_length(len(request.prompt), request.params.max_tokens)
+        if problem := next(self._problems(request), None):
+            raise RequestError(*problem)
 
-    def _check_ids(self, name: str, ids: tuple[int, ...]) -> None:
-        wrong = next((token for token in ids if not 0 <= token < self.vocab_size), None)
-        if wrong is not None:
-            raise RequestError(
-                name,
-                f"{name} has token {wrong} and the model's vocabulary {self.vocab_size} tokens; "
-                "the tokenizer must be the one the model was trained with.",
-            )
-
-    def _check_length(self, prompt: int, new: int) -> None:
-        length, context = prompt + new, self.context_length
-        tokens = f"a prompt of {prompt} tokens with {new} new ones"
+    def _problems(self, request: Request) -> Iterator[tuple[str, str]]:
+        """Parameters that cannot be, each with its message."""
+        params, context = request.params, self.context_length
+        prompt, length = len(request.prompt), len(request.prompt) + params.max_tokens
+        if not prompt:
+            yield "prompt", "the prompt is empty; one token at least is needed to continue from."
+        lists = {name: getattr(params, name) for name in TOKEN_LISTS}
+        for name, ids in {"prompt": request.prompt, **lists}.items():
+            for token in ids:
+                if not 0 <= token < self.vocab_size:
+                    yield (
+                        name,
+                        f"{name} has token {token} and the model's vocabulary {self.vocab_size} "
+                        "tokens; the tokenizer must be the one the model was trained with.",
+                    )
+        tokens = f"a prompt of {prompt} tokens"
         if prompt >= context:
-            raise RequestError(
-                "prompt",
-                f"a prompt of {prompt} tokens leaves no room for a new one in the model's context "
-                f"of {context}; at most {context - 1} tokens fit.",
-            )
+            room = f"leaves no room for a new one in the model's context of {context}"
+            yield "prompt", f"{tokens} {room}; at most {context - 1} tokens fit."
+        tokens += f" with {params.max_tokens} new ones"
         if length > context:
-            raise RequestError(
-                "max_tokens",
-                f"{tokens} is longer than the model's context of {context}; at most "
-                f"{context - prompt} new tokens fit.",
-            )
+            room = f"is longer than the model's context of {context}"
+            yield "max_tokens", f"{tokens} {room}; at most {context - prompt} new tokens fit."
         if length > self.pages_per_group * self.page_size:
             enough = -(-length // self.page_size) * self.groups
-            raise RequestError(
-                "max_tokens",
-                f"{tokens} needs more than the {self.pages_per_group} pages of {self.page_size} "
-                f"tokens that there are; engine.num_pages={enough} would work.",
-            )
+            room = f"needs more than the {self.pages_per_group} pages of {self.page_size} tokens"
+            yield "max_tokens", f"{tokens} {room}; engine.num_pages={enough} would work."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +129,7 @@ class Completion:
         """Takes the next token; afterwards `finish_reason` may be set."""
         params, token = self.request.params, logprobs.token
         if token in self._stop_tokens:
-            self._finish("stop")
+            self.finish("stop")
             return
         self._tokens.append(token)
         self._logprobs.append(logprobs)
@@ -147,15 +138,11 @@ class Completion:
         if self._decoder is not None:
             self._add_text(self._decoder.push(token))
         if self.finish_reason is None and self._length == params.max_tokens:
-            self._finish("length")
+            self.finish("length")
 
     def add_experts(self, experts_LC: np.ndarray) -> None:
         """Takes the experts of its first token that has none yet."""
         self._experts.append(experts_LC.tolist())
-
-    def cancel(self) -> None:
-        """Ends it here."""
-        self._finish("cancelled")
 
     def drain(self) -> Output:
         """Returns what is new since the last call."""
@@ -175,7 +162,8 @@ class Completion:
         self._text, self.prompt_logprobs = self._text[safe:], None
         return output
 
-    def _finish(self, reason: str) -> None:
+    def finish(self, reason: str) -> None:
+        """Ends it here, for this reason unless a stop text comes first."""
         if self._decoder is not None:
             self._add_text(self._decoder.flush())
         self.finish_reason = self.finish_reason or reason
@@ -191,13 +179,13 @@ class Completion:
 
     def _stop_prefix_length(self) -> int:
         """Length of the longest end of the text that a stop text begins with."""
-        longest = 0
-        for stop in self.request.params.stop:
-            for length in range(min(len(stop) - 1, len(self._text)), longest, -1):
-                if stop.startswith(self._text[len(self._text) - length :]):
-                    longest = length
-                    break
-        return longest
+        lengths = (
+            length
+            for stop in self.request.params.stop
+            for length in range(1, min(len(stop), len(self._text) + 1))
+            if stop.startswith(self._text[-length:])
+        )
+        return max(lengths, default=0)
 
 
 def submit_all(engine: Any, requests: Sequence[Request]) -> None:

@@ -95,9 +95,9 @@ class SamplingBatch:
     top_k_B: Any
     top_p_B: Any
     min_p_B: Any
-    repetition_B: Any
-    presence_B: Any
-    frequency_B: Any
+    repetition_penalty_B: Any
+    presence_penalty_B: Any
+    frequency_penalty_B: Any
     prompt_length_B: Any
     top_logprobs_B: Any  # true where the likeliest tokens are asked for
     tokens_BN: Any  # prompt and answer of rows with penalties; V elsewhere
@@ -157,13 +157,15 @@ def penalized(logits_BV: jax.Array, s: SamplingBatch) -> jax.Array:
         times_BV = none_BV.at[row_B1, s.tokens_BN].add(
             answer_BN.astype(logits_BV.dtype), mode="drop"
         )
-        factor_B1 = s.repetition_B[:, None]
+        factor_B1 = s.repetition_penalty_B[:, None]
         changed_BV = jnp.where(logits_BV > 0, logits_BV / factor_B1, logits_BV * factor_B1)
         logits_BV = jnp.where(seen_BV > 0, changed_BV, logits_BV)
-        logits_BV -= s.frequency_B[:, None] * times_BV
-        return logits_BV - s.presence_B[:, None] * (times_BV > 0)
+        logits_BV -= s.frequency_penalty_B[:, None] * times_BV
+        return logits_BV - s.presence_penalty_B[:, None] * (times_BV > 0)
 
-    asked_B = (s.repetition_B != 1) | (s.presence_B != 0) | (s.frequency_B != 0)
+    asked_B = (
+        (s.repetition_penalty_B != 1) | (s.presence_penalty_B != 0) | (s.frequency_penalty_B != 0)
+    )
     return _where_any(asked_B, change, logits_BV)
 
 

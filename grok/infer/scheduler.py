@@ -1,17 +1,97 @@
-"""Continuous batching: which tokens the next step runs, and who holds slots and pages.
-
-A step is a prefill, which computes prompts a page at a time, or a decode, one token for each slot;
-while both have work they alternate. Prompt tokens are always computed by a prefill and answer
-tokens by a decode, since programs of other shapes round otherwise: the answer of a preempted
-sequence is decoded again token by token.
-"""
+"""Continuous batching: which tokens the next step runs, and who holds slots and pages."""
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
 
-from grok.infer.page_pool import PagePool, prefix_keys
+import numpy as np
+
 from grok.infer.request import Request
+
+
+def prefix_keys(tokens: Sequence[int], page_size: int) -> list[bytes]:
+    """A key for each full page of `tokens`, of its tokens and all before them."""
+    keys, key = [], b""
+    for first in range(0, len(tokens) // page_size * page_size, page_size):
+        page = np.asarray(tokens[first : first + page_size], np.int64).tobytes()
+        key = hashlib.blake2b(key + page, digest_size=16).digest()
+        keys.append(key)
+    return keys
+
+
+class PagePool:
+    """Pages by number, with a count of the sequences that read each.
+
+    A page that holds a prefix stays cached when its last user releases it, until the room is
+    needed: the least recently used one is evicted first.
+    """
+
+    def __init__(self, num_pages: int):
+        self._free = list(reversed(range(num_pages)))
+        self._users = [0] * num_pages
+        self._keys: dict[int, bytes] = {}
+        self._page_of_key: dict[bytes, int] = {}
+        self._cached: collections.OrderedDict[int, None] = collections.OrderedDict()
+
+    @property
+    def free(self) -> int:
+        """Pages that hold nothing."""
+        return len(self._free)
+
+    @property
+    def cached(self) -> int:
+        """Pages without a user that hold prefixes."""
+        return len(self._cached)
+
+    @property
+    def used(self) -> int:
+        """Pages that have users."""
+        return len(self._users) - self.free - self.cached
+
+    def allocate(self) -> int | None:
+        """A page for one user, to write to; None where all have users."""
+        if self._free:
+            page = self._free.pop()
+        elif self._cached:
+            page, _ = self._cached.popitem(last=False)
+            del self._page_of_key[self._keys.pop(page)]
+        else:
+            return None
+        self._users[page] = 1
+        return page
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Removes one user of each of a sequence's pages; its last pages are evicted first."""
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if self._users[page]:
+                continue
+            if page in self._keys:
+                self._cached[page] = None
+            else:
+                self._free.append(page)
+
+    def register_prefix(self, page: int, key: bytes) -> None:
+        """Notes that `page` holds, or will after the scheduled step, the prefix of this key."""
+        if key not in self._page_of_key:
+            self._page_of_key[key], self._keys[page] = page, key
+
+    def cached_prefix(self, keys: Sequence[bytes]) -> list[int]:
+        """Pages of the longest prefix that the cache holds."""
+        cached = itertools.takewhile(lambda key: key in self._page_of_key, keys)
+        return [self._page_of_key[key] for key in cached]
+
+    def share(self, pages: Sequence[int]) -> None:
+        """Adds one user to each of these pages."""
+        for page in pages:
+            self._users[page] += 1
+            self._cached.pop(page, None)
+
+    def available(self, besides: Sequence[int] = ()) -> int:
+        """Number of pages that `allocate` could give if `besides` were shared."""
+        return self.free + self.cached - sum(page in self._cached for page in besides)
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,14 +138,19 @@ class ScheduledStep:
 
     def chunks(self) -> Iterator[tuple[Chunk, tuple[int, int]]]:
         """Every chunk with its index (b, u)."""
-        for group, chunks in enumerate(self.chunks_BU):
-            for row, chunk in enumerate(chunks):
-                if chunk is not None:
-                    yield chunk, (group, row)
+        for b, u in itertools.product(*map(range, self.shape)):
+            if (chunk := self.chunks_BU[b][u]) is not None:
+                yield chunk, (b, u)
 
 
 class Scheduler:
-    """Slots and pages of `groups` groups of devices, and a queue."""
+    """Slots and pages of `groups` groups of devices, and a queue.
+
+    A step is a prefill, which computes prompts a page at a time, or a decode, one token for each
+    slot; while both have work they alternate. Prompt tokens are always computed by a prefill and
+    answer tokens by a decode, since programs of other shapes round otherwise: the answer of a
+    preempted sequence is decoded again token by token.
+    """
 
     def __init__(self, groups: int, slots: int, num_pages: int, page_size: int, max_chunks: int):
         """`slots`, `num_pages` and `max_chunks` of a prefill are those of one group."""
@@ -94,15 +179,13 @@ class Scheduler:
     def running(self, group: int | None = None) -> list[SequenceState]:
         """Sequences in slots, oldest first."""
         groups = self.slots if group is None else [self.slots[group]]
-        sequences = [sequence for slots in groups for sequence in slots if sequence is not None]
+        sequences = filter(None, itertools.chain.from_iterable(groups))
         return sorted(sequences, key=lambda sequence: sequence.age)
 
     def next_step(self) -> ScheduledStep | None:
         """The step to run next, counted as done from here on; None without work."""
         decoding = any(s.computed >= s.prompt_length for s in self.running())
-        step = None
-        if not (decoding and self._last_was_prefill):
-            step = self._prefill()
+        step = None if decoding and self._last_was_prefill else self._prefill()
         if step is None and decoding:
             step = self._decode()
         self._last_was_prefill = step is not None and step.prefill
@@ -136,8 +219,8 @@ class Scheduler:
                 # Later sequences, of the same step too, can share the page: a layer writes all its
                 # keys and values before it reads any.
                 page = start // self.page_size
-                pool = self.pools[sequence.group]
-                pool.register_prefix(sequence.pages[page], sequence.keys[page])
+                prefix = sequence.pages[page], sequence.keys[page]
+                self.pools[sequence.group].register_prefix(*prefix)
 
     def _admit(self, sequence: SequenceState, groups: list[int]) -> bool:
         """Gives a waiting sequence a slot, and pages for all its tokens, in the group that caches
@@ -172,10 +255,11 @@ class Scheduler:
     def _decode(self) -> ScheduledStep:
         chunks_BU: list[list[Chunk | None]] = []
         for group, slots in enumerate(self.slots):
-            ready = []
-            for sequence in self.running(group):
-                if sequence.computed >= sequence.prompt_length and self._reserve_page(sequence):
-                    ready.append(sequence)
+            ready = [
+                sequence
+                for sequence in self.running(group)
+                if sequence.computed >= sequence.prompt_length and self._reserve_page(sequence)
+            ]
             chunks_BU.append([Chunk(s, s.computed, 1) if s in ready else None for s in slots])
             for sequence in ready:
                 sequence.computed += 1
@@ -189,13 +273,11 @@ class Scheduler:
             if page is not None:
                 sequence.pages.append(page)
             else:
-                self._preempt(self.running(sequence.group)[-1])
+                youngest = self.running(sequence.group)[-1]
+                self._free_slot(youngest)
+                self.waiting.appendleft(youngest)
+                self.preempted += 1
         return sequence.group >= 0
-
-    def _preempt(self, sequence: SequenceState) -> None:
-        self._free_slot(sequence)
-        self.waiting.appendleft(sequence)
-        self.preempted += 1
 
     def _free_slot(self, sequence: SequenceState) -> None:
         self.pools[sequence.group].release(sequence.pages)

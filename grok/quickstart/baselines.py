@@ -11,7 +11,7 @@ import gzip
 
 import numpy as np
 
-from grok.data.text_stream import TokenStream, bits_per_byte
+from grok.data.stream_batches import TokenStream, bits_per_byte
 
 # Share of the training tokens, at their end, on which smoothing constants are tuned.
 TUNING_SHARE = 0.1

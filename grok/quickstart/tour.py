@@ -19,7 +19,7 @@ from rich.table import Table
 
 from grok.config import RunConfig
 from grok.config.load import load_config
-from grok.data.text_stream import read_stream
+from grok.data.stream_batches import read_stream
 from grok.data.tokenizers import load_tokenizer
 from grok.data.tokenizers.sentencepiece import train_tokenizer
 from grok.errors import DONE, SAVED, GrokError

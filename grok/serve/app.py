@@ -21,9 +21,8 @@ from grok.config.infer import ServeConfig
 from grok.data.tokenizers import Tokenizer
 from grok.infer.openai.requests import CompletionRequest, RequestParser
 from grok.infer.openai.responses import ResponseBuilder, error_response
-from grok.serve.engine_thread import EngineFailed, EngineThread, RequestHandle
+from grok.serve.engine_thread import EngineFailed, EngineThread, Metrics, RequestHandle
 from grok.serve.http_errors import ENGINE_FAILED, HANDLED, HttpError, to_response
-from grok.serve.prometheus import Metrics
 
 # The page is one file and shows answers as text: it may load nothing and send nothing elsewhere.
 PAGE_POLICY = (
@@ -34,7 +33,7 @@ CHAT_PATH = "/v1/chat/completions"
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; `stack` is unwound after them, or when the client disconnects."""
+    """A response whose `stack` is unwound after it, or when the client disconnects."""
 
     def __init__(self, events: AsyncIterator[str], stack: contextlib.AsyncExitStack):
         super().__init__(events, media_type="text/event-stream")
@@ -61,6 +60,7 @@ class App:
         self._config, self._name, self._engine = config, name, engine_thread
         self._parser, self._tokenizer = parser, tokenizer
         self._keys = {_digest(key) for key in keys}
+        self._timeout_message = f"the answer took more than the {config.max_seconds:g} s allowed."
         self._metrics = Metrics(engine_thread)
         self._created = int(time.time())
         self._page = resources.files("grok.serve").joinpath("page.html").read_text()
@@ -121,12 +121,7 @@ class App:
         self._check_limits(parsed)
         key = secrets.token_hex(12)
         builder = ResponseBuilder(parsed, self._tokenizer)
-        head = {
-            "id": f"{'chatcmpl' if parsed.chat else 'cmpl'}-{key}",
-            "object": _object(parsed),
-            "created": int(time.time()),
-            "model": self._name,
-        }
+        head = parsed.head(key, int(time.time()), self._name)
         async with contextlib.AsyncExitStack() as stack:
             requests = parsed.requests(key, secrets.randbits(63))
             handle = await stack.enter_async_context(self._engine.submit(requests))
@@ -144,14 +139,10 @@ class App:
                 while not builder.finished:
                     self._add(await handle.next(), builder, began)
         except TimeoutError:
-            raise HttpError(504, self._timeout_message()) from None
+            raise HttpError(504, self._timeout_message) from None
 
     async def _events(
-        self,
-        handle: RequestHandle,
-        builder: ResponseBuilder,
-        head: dict[str, Any],
-        began: float,
+        self, handle: RequestHandle, builder: ResponseBuilder, head: dict[str, Any], began: float
     ) -> AsyncIterator[str]:
         """The answer as server-sent events."""
         include_usage = builder.request.include_usage
@@ -163,7 +154,7 @@ class App:
                 if choices:
                     yield _event({**head, "choices": choices, **usage})
         except TimeoutError:
-            yield _event(error_response(None, self._timeout_message(), "timeout_error"))
+            yield _event(error_response(None, self._timeout_message, "timeout_error"))
         except EngineFailed:
             yield _event(error_response(None, ENGINE_FAILED, "server_error"))
         if include_usage:
@@ -180,11 +171,6 @@ class App:
             self._metrics.duration.observe(seconds)
         return choices
 
-    def _timeout_message(self) -> str:
-        return (
-            f"the answer took more than the {self._config.max_seconds:g} s that it may take here."
-        )
-
     # ---- checks
 
     def _check_key(self, request: Request) -> None:
@@ -194,20 +180,15 @@ class App:
 
     def _check_model(self, name: str) -> None:
         if name != self._name:
-            raise HttpError(
-                404, f"there is no model {name!r:.80} here; there is {self._name}.", "model"
-            )
+            message = f"there is no model {name!r:.80} here; there is {self._name}."
+            raise HttpError(404, message, "model")
 
     def _check_limits(self, parsed: CompletionRequest) -> None:
         self._check_model(parsed.model or self._name)
-        longest = max(map(len, parsed.prompts))
-        if 0 < self._config.max_prompt_tokens < longest:
-            raise HttpError(
-                400,
-                f"a prompt has {longest} tokens; {self._config.max_prompt_tokens} at most are "
-                "read here.",
-                "messages" if parsed.chat else "prompt",
-            )
+        longest, most = max(map(len, parsed.prompts)), self._config.max_prompt_tokens
+        if 0 < most < longest:
+            message = f"a prompt has {longest} tokens; {most} at most are read here."
+            raise HttpError(400, message, "messages" if parsed.chat else "prompt")
         if self._engine.live >= self._config.max_queue:
             raise HttpError(429, "too many requests are under way; try again in a moment.")
 
@@ -264,12 +245,6 @@ async def _disconnect(request: Request) -> None:
     """Waits until the client has disconnected; its body was read already."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _object(parsed: CompletionRequest) -> str:
-    if not parsed.chat:
-        return "text_completion"
-    return "chat.completion.chunk" if parsed.stream else "chat.completion"
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from grok.data.batch_schedule import Batch
 from grok.data.device_feed import shard_batch
-from grok.data.text_stream import bits_per_byte
+from grok.data.stream_batches import bits_per_byte
 
 
 def total_loss(

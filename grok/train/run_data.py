@@ -6,13 +6,11 @@ from typing import NamedTuple
 
 from grok import storage
 from grok.config import RunConfig
-from grok.data.batch_schedule import Batch, BatchSchedule
+from grok.data.batch_schedule import Batch, BatchSchedule, Mixture
 from grok.data.dataset import TokenDataset
 from grok.data.device_feed import TrainBatches
-from grok.data.mixture import Mixture
 from grok.data.packed_batches import PackedBatches, PackedValidation
-from grok.data.stream_batches import StreamBatches, StreamValidation
-from grok.data.text_stream import read_stream
+from grok.data.stream_batches import StreamBatches, StreamValidation, read_stream
 from grok.data.tokenizers import load_tokenizer, token_bytes
 from grok.errors import CheckpointError, DataError
 

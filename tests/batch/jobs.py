@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from grok.batch.replicas import Replica
-from grok.batch.runner import run
+from grok.batch.runner import Replica, run
 from grok.config.infer import BatchConfig
 from grok.infer import loader
 from tests.infer.fake_engine import FakeEngine

@@ -12,8 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from grok import storage
-from grok.batch.replicas import Replica
-from grok.batch.runner import run
+from grok.batch.runner import Replica, run
 from grok.config import EngineConfig, MeshConfig
 from grok.config.infer import BatchConfig
 from grok.config.load import load_config

@@ -20,10 +20,9 @@ def main() -> None:
         jax.distributed.initialize(address, int(hosts), int(number))
 
     from grok import sharding
-    from grok.data.batch_schedule import BatchSchedule
+    from grok.data.batch_schedule import BatchSchedule, Mixture
     from grok.data.dataset import TokenDataset
     from grok.data.device_feed import global_batches
-    from grok.data.mixture import Mixture
     from grok.data.packed_batches import PackedBatches
 
     # Eight rows of the length, then sixteen of half of it, then eight of a quarter.

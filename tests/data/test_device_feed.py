@@ -9,8 +9,13 @@ import pytest
 from grok import sharding
 from grok.data.batch_schedule import BatchSchedule
 from grok.data.device_feed import shard_batch
-from grok.data.stream_batches import StreamBatches, StreamValidation
-from grok.data.text_stream import TokenStream, bits_per_byte, read_stream
+from grok.data.stream_batches import (
+    StreamBatches,
+    StreamValidation,
+    TokenStream,
+    bits_per_byte,
+    read_stream,
+)
 from grok.data.tokenizers.sentencepiece import train_tokenizer
 from grok.errors import DataError
 

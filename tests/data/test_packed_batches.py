@@ -13,10 +13,9 @@ import pytest
 
 import grok
 from grok import sharding
-from grok.data.batch_schedule import BatchSchedule
+from grok.data.batch_schedule import BatchSchedule, Mixture
 from grok.data.dataset import TokenDataset
 from grok.data.device_feed import global_batches
-from grok.data.mixture import Mixture
 from grok.data.packed_batches import PackedBatches, PackedValidation
 from grok.errors import DataError
 from tests.data.fake_documents import FakeDocuments, random_lengths, write_prepared

@@ -5,11 +5,11 @@ import threading
 import numpy as np
 import pytest
 
-from grok.data.epoch_cache import EpochCache
 from grok.data.packing import (
     BestFit,
     ConcatThenSplit,
     DocumentSlice,
+    EpochCache,
     best_fit_decreasing,
     make_packer,
     packing_efficiency,

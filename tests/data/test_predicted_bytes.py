@@ -8,7 +8,7 @@ import pytest
 from grok.data.dataset import TokenDataset
 from grok.data.packed_batches import PackedValidation
 from grok.data.prepare.records import RecordFields
-from grok.data.text_stream import read_stream
+from grok.data.stream_batches import read_stream
 from grok.data.tokenizers import load_tokenizer, token_bytes
 from tests.data.prepared import TEXTS, make_tokenizer, prepare, write_lines
 

@@ -16,7 +16,7 @@ from tests.data.prepared import TEXTS, contents, make_tokenizer, options, prepar
 # Kills itself just before the n-th call of a function, as SIGKILL from outside would.
 KILLED = """
 import os, signal, sys
-from grok.data.prepare import job, manifest, shards
+from grok.data.prepare import job, shards
 
 def kill_before(owner, name, calls):
     function = getattr(owner, name)
@@ -31,7 +31,7 @@ def kill_before(owner, name, calls):
 def main():
     source, tokenizer, out, workers, owner, name, calls = sys.argv[1:]
     owners = {"writer": shards.ShardWriter, "journal": shards.ShardJournal, "os": os,
-              "shards": shards, "storage": manifest.storage, "shutil": shards.shutil}
+              "shards": shards, "storage": shards.storage, "shutil": shards.shutil}
     if owner:
         kill_before(owners[owner], name, int(calls))
     job.prepare_dataset(job.PrepareOptions(

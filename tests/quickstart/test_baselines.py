@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from grok.data.text_stream import TokenStream
+from grok.data.stream_batches import TokenStream
 from grok.quickstart import baselines
 
 V, EOS = 12, 2

@@ -17,18 +17,24 @@ from typing import Any
 
 from grok import __version__, storage
 from grok.data.dataset import MANIFEST_FILE, read_manifest
-from grok.data.prepare.formats import SourceFile
-from grok.data.prepare.manifest import (
+from grok.data.prepare.records import (
+    PLAIN,
+    EncodedDocument,
+    RecordFields,
+    RecordGroup,
+    encode_records,
+)
+from grok.data.prepare.shards import (
     REJECTED_FILE,
+    ShardEntry,
+    ShardJournal,
+    ShardWriter,
     add_counts,
     describe_sources,
     rejected_lines,
     write_dataset,
 )
-from grok.data.prepare.records import PLAIN, EncodedDocument, RecordFields
-from grok.data.prepare.shards import ShardEntry, ShardJournal, ShardWriter
-from grok.data.prepare.sources import RawRecord, find_files, hash_files, read_records
-from grok.data.prepare.workers import RecordGroup, encode_records
+from grok.data.prepare.sources import RawRecord, SourceFile, find_files, hash_files, read_records
 from grok.data.tokenizers import Tokenizer, parse_tokenizer
 from grok.errors import DataError
 from grok.resumable import difference

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from grok.data.text_stream import read_text
-from grok.data.tokenizers.tokenizer import StreamDecoder
+from grok.data.tokenizers.tokenizer import StreamDecoder, read_text
 from grok.errors import DataError
 
 # SentencePiece writes a space as this character (U+2581), inside its pieces.

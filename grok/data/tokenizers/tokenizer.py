@@ -2,9 +2,13 @@
 
 import codecs
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from grok import storage
+from grok.errors import DataError
 
 
 class Tokenizer(Protocol):
@@ -71,3 +75,20 @@ class StreamDecoder:
     def flush(self) -> str:
         """U+FFFD for an unfinished character at the end, otherwise an empty string."""
         return self._utf8.decode(b"", final=True)
+
+
+def read_text(path: str | Path) -> str:
+    """Text of a UTF-8 file, line ends as they are.
+
+    DataError when the file is missing or empty, or naming its first byte that is not UTF-8.
+    """
+    data = storage.read_bytes(path, DataError)
+    if not data:
+        raise DataError(f"text file {path} is empty; one with text would work.")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"text file {path} is not UTF-8 at byte offset {error.start} "
+            f"(0x{data[error.start]:02x}); the file re-encoded as UTF-8 would work."
+        ) from None

@@ -47,6 +47,16 @@ class CompletionRequest:
         params = self.params if self.seeded else dataclasses.replace(self.params, seed=seed)
         return [Request(f"{key}/{i}", prompt, params) for i, prompt in enumerate(self.prompts)]
 
+    def head(self, key: str, created: int, model: str) -> dict[str, Any]:
+        """The first fields of a response, or of each event of a stream."""
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{key}",
+            "object": f"{kind}.chunk" if self.chat and self.stream else kind,
+            "created": created,
+            "model": model,
+        }
+
 
 class RequestParser:
     """Parses bodies, whatever was sent: all that is wrong with one is a RequestError."""
@@ -80,11 +90,11 @@ class RequestParser:
         """Parses a body of /v1/chat/completions."""
         fields = _known_fields(body, CHAT)
         if self._render is None:
-            raise RequestError(
-                "messages",
-                "chat needs a template that makes a prompt of messages, and chat_template in the "
-                "config is empty; `prompt` in place of `messages` would work.",
+            message = (
+                "chat needs chat_template in the config, which is empty; `prompt` in place of "
+                "`messages` would work."
             )
+            raise RequestError("messages", message)
         text = self._render(_messages(fields.get("messages")))
         params = {name: fields[name] for name in PARAMETERS & fields.keys()}
         if "max_completion_tokens" in fields:
@@ -112,9 +122,8 @@ class RequestParser:
         sampling = self._defaults.params(**params)
         choices = len(prompts) * max(sampling.n, sampling.best_of or 1)
         if choices > self._max_choices:
-            raise RequestError(
-                "n", f"{choices} answers are asked for at once; {self._max_choices} would work."
-            )
+            message = f"{choices} answers are asked for at once; {self._max_choices} would work."
+            raise RequestError("n", message)
         stream = _flag(fields, "stream")
         if stream and sampling.best_of is not None and sampling.best_of > sampling.n:
             raise RequestError("stream", "the best of several answers cannot be streamed.")
@@ -124,41 +133,28 @@ class RequestParser:
         model = fields.get("model", "")
         if not isinstance(model, str):
             raise RequestError("model", "model should be text.")
-        usage = _flag(options, "include_usage")
-        seeded = "seed" in params
-        return CompletionRequest(
-            prompts, texts, sampling, model, seeded, stream=stream, include_usage=usage, **flags
-        )
+        flags |= {"stream": stream, "include_usage": _flag(options, "include_usage")}
+        return CompletionRequest(prompts, texts, sampling, model, "seed" in params, **flags)
 
     def _prompts(self, prompt: Any) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
         """Tokens and text of the prompts: one as a text or as tokens, or a list of either."""
         prompts = [prompt] if isinstance(prompt, str) or _is_tokens(prompt) else prompt
-        if not _is_list(prompts) or not all(
-            isinstance(prompt, str) or _is_tokens(prompt) for prompt in prompts
-        ):
-            raise RequestError(
-                "prompt", "prompt should be a text, a list of tokens, or a list of these."
-            )
-        encoded, texts = [], []
-        for prompt in prompts:
-            is_text = isinstance(prompt, str)
-            encoded.append(self._encode(prompt) if is_text else self._checked(prompt))
-            texts.append(prompt if is_text else self._tokenizer.decode(prompt))
-        return tuple(encoded), tuple(texts)
+        if not _is_list(prompts) or not all(isinstance(p, str) or _is_tokens(p) for p in prompts):
+            message = "prompt should be a text, a list of tokens, or a list of these."
+            raise RequestError("prompt", message)
+        decode = self._tokenizer.decode
+        encoded = tuple(map(self._encode, prompts))
+        return encoded, tuple(p if isinstance(p, str) else decode(p) for p in prompts)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
+    def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         try:
-            ids = tuple(self._tokenizer.encode(text))
+            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         except DataError as error:
             raise RequestError("prompt", str(error)) from None
-        return self._checked(ids)
-
-    def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
-        if ids and not 0 <= min(ids) <= max(ids) < self._tokenizer.vocab_size:
-            raise RequestError(
-                "prompt",
-                f"the prompt has a token that is not from 0 to {self._tokenizer.vocab_size - 1}.",
-            )
+        last = self._tokenizer.vocab_size - 1
+        if ids and not 0 <= min(ids) <= max(ids) <= last:
+            message = f"the prompt has a token that is not from 0 to {last}."
+            raise RequestError("prompt", message)
         return tuple(ids)
 
 
@@ -174,9 +170,11 @@ def make_renderer(template: str, tokenizer: Tokenizer) -> Render:
     def refuse(text: str) -> None:
         raise RequestError("messages", str(text))
 
-    def special(token: int) -> str:
-        return tokenizer.piece(token) if token >= 0 else ""
-
+    tokens = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    fields: dict[str, Any] = {
+        name: tokenizer.piece(token) if token >= 0 else "" for name, token in tokens.items()
+    }
+    fields |= {"add_generation_prompt": True, "raise_exception": refuse}
     try:
         compiled = environment.from_string(template)
     except jinja2.TemplateError as error:
@@ -184,20 +182,13 @@ def make_renderer(template: str, tokenizer: Tokenizer) -> Render:
 
     def render(messages: Sequence[Mapping[str, Any]]) -> str:
         try:
-            return compiled.render(
-                messages=messages,
-                bos_token=special(tokenizer.bos_id),
-                eos_token=special(tokenizer.eos_id),
-                add_generation_prompt=True,
-                raise_exception=refuse,
-            )
+            return compiled.render(messages=messages, **fields)
         except RequestError:
             raise
         # Whatever a template runs into with these messages: undefined names, types, the sandbox.
         except Exception as error:
-            raise RequestError(
-                "messages", f"the chat template cannot write these messages: {error}."
-            ) from None
+            message = f"the chat template cannot write these messages: {error}."
+            raise RequestError("messages", message) from None
 
     return render
 
@@ -205,9 +196,7 @@ def make_renderer(template: str, tokenizer: Tokenizer) -> Render:
 def _known_fields(body: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     """The fields that are set: clients send null for what they leave open."""
     fields = {name: value for name, value in body.items() if value is not None}
-    for name in fields:
-        if name in known:
-            continue
+    for name in [name for name in fields if name not in known]:
         near = difflib.get_close_matches(name, known, 1, cutoff=0.8)
         right = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}."
         raise RequestError(name, f"there is no parameter {name!r:.60} here; {right}")
@@ -216,9 +205,8 @@ def _known_fields(body: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
 
 def _messages(messages: Any) -> list[dict[str, Any]]:
     if not (_is_list(messages) and messages and all(isinstance(m, dict) for m in messages)):
-        raise RequestError(
-            "messages", "messages should be a list of objects with role and content, one at least."
-        )
+        message = "messages should be a list of objects with role and content, one at least."
+        raise RequestError("messages", message)
     return [{**message, "content": _content(message.get("content"))} for message in messages]
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from grok.data.tokenizers import Tokenizer
@@ -25,7 +25,6 @@ class ResponseBuilder:
         self._prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = {}
         self._offsets = [0] * count
         self._pending: dict[int, list[Output]] = {}
-        self._begun: set[int] = set()
 
     def add(self, output: Output) -> list[dict[str, Any]]:
         """Takes an output of one of the engine's requests; returns choices of a stream event.
@@ -46,14 +45,13 @@ class ResponseBuilder:
         self._pending.setdefault(index, []).append(output)
         if params.prompt_logprobs is not None and prompt not in self._prompt_logprobs:
             return []
-        siblings = range(prompt * params.n, (prompt + 1) * params.n)
-        return [self._emit(sibling) for sibling in siblings if sibling in self._pending]
-
-    def _emit(self, index: int) -> dict[str, Any]:
-        """New parts of an answer as a choice; the first begins with the prompt for `echo`."""
-        with_prompt = self.request.echo and index not in self._begun
-        self._begun.add(index)
-        return self._choice(index, self._pending.pop(index), with_prompt)
+        choices = []
+        for sibling in range(prompt * params.n, (prompt + 1) * params.n):
+            if sibling in self._pending:
+                outputs = self._pending.pop(sibling)
+                with_prompt = self.request.echo and outputs[0] is self._answers[sibling][0]
+                choices.append(self._choice(sibling, outputs, with_prompt))
+        return choices
 
     @property
     def finished(self) -> bool:
@@ -103,20 +101,17 @@ class ResponseBuilder:
         return {**choice, "text": text, "logprobs": logprobs}
 
     def _completion_logprobs(
-        self, index: int, tokens: Iterable[tuple[int, TokenLogprobs | None]]
+        self, index: int, tokens: Sequence[tuple[int, TokenLogprobs | None]]
     ) -> dict[str, Any]:
-        ids, known = [], []
-        for token, logprobs in tokens:
-            ids.append(token)
-            known.append(logprobs)
-        lengths = [len(self._tokenizer.piece_bytes(token).decode(errors="ignore")) for token in ids]
-        *offsets, self._offsets[index] = itertools.accumulate(lengths, initial=self._offsets[index])
+        texts = (self._tokenizer.piece_bytes(token).decode(errors="ignore") for token, _ in tokens)
+        first = self._offsets[index]
+        *offsets, self._offsets[index] = itertools.accumulate(map(len, texts), initial=first)
         return {
-            "tokens": [self._token_text(token) for token in ids],
-            "token_logprobs": [logprobs and logprobs.logprob for logprobs in known],
+            "tokens": [self._token_text(token) for token, _ in tokens],
+            "token_logprobs": [logprobs and logprobs.logprob for _, logprobs in tokens],
             "top_logprobs": [
                 logprobs and {self._token_text(token): value for token, value in logprobs.top}
-                for logprobs in known
+                for _, logprobs in tokens
             ],
             "text_offset": offsets,
         }
