@@ -15,9 +15,8 @@ from grok.data.stream_batches import StreamValidation, bits_per_byte, read_strea
 from grok.data.tokenizers import load_tokenizer, token_bytes
 from grok.errors import DataError
 from grok.model.decoder import Decoder
-from grok.train.evaluate import total_loss
+from grok.train.loss import eval_step, total_loss
 from grok.train.run_data import open_dataset
-from grok.train.step import eval_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The optimizer of a run, by name, made of optax's transformations and our own.
+"""The optimizer and the learning rate of a run, by name.
 
 Each optimizer turns a gradient into a direction; clipping before it, and decay, learning rate and
 parameter groups after it, are the same for all.
@@ -15,7 +15,6 @@ from grok.model.params import tensor_specs
 from grok.optim.adafactor import scale_by_factored_second_moment
 from grok.optim.muon import scale_by_muon
 from grok.optim.param_groups import Specs, check_groups, group_of, map_named
-from grok.optim.schedule import make_schedule
 
 
 def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
@@ -32,6 +31,27 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
         optax.scale_by_learning_rate(make_schedule(config, run.train.steps)),
         scale_groups(config),
     )
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Returns the learning rate of a run of `steps` steps, as a function of the steps done.
+
+    It rises from peak_lr / (warmup_steps + 1) to peak_lr. From there to min_lr_ratio of it go
+    half a cosine, a straight line, or, for wsd (warm-up, stable, decay; Hu et al. 2024, section 4),
+    a straight line over the last decay_steps; constant stays.
+    """
+    peak, last = config.peak_lr, config.peak_lr * config.min_lr_ratio
+    warmup, rest = config.warmup_steps, steps - config.warmup_steps
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    course = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.min_lr_ratio),
+        "linear": lambda: optax.linear_schedule(peak, last, rest),
+        "constant": lambda: optax.constant_schedule(peak),
+        "wsd": lambda: optax.linear_schedule(
+            peak, last, config.decay_steps, transition_begin=rest - config.decay_steps
+        ),
+    }[config.schedule]()
+    return optax.join_schedules([rise, course], [warmup])
 
 
 def _adam(config: OptimizerConfig, specs: Specs) -> optax.GradientTransformation:

@@ -10,8 +10,7 @@ import numpy as np
 from grok.config.load import flatten
 from grok.config.yaml import parse_yaml
 from grok.errors import GrokError
-from grok.train.telemetry.event_log import read_events
-from grok.train.telemetry.goodput import Goodput, measure
+from grok.train.telemetry.event_log import Goodput, measure_goodput, read_events
 from grok.train.telemetry.metrics_file import read_metrics
 from grok.train.telemetry.run_manifest import read_manifest
 
@@ -51,7 +50,7 @@ class RecordedRun:
     @property
     def goodput(self) -> Goodput | None:
         """Wall time by what it was spent on; None without an event log."""
-        return measure(self.events) if self.events else None
+        return measure_goodput(self.events) if self.events else None
 
     def series(self, key: str, kind: str = "training") -> tuple[np.ndarray, np.ndarray]:
         """Steps and values (P,) of the training or validation lines with a number under `key`."""

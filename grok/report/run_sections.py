@@ -25,7 +25,7 @@ from grok.report.plots import (
 from grok.report.recorded_run import RecordedRun, final_points
 
 SMALL, BROAD = (470, 280), (1000, 340)  # pixels
-# Name and colour of each kind of time in `grok.train.telemetry.goodput`.
+# Name and colour of each kind of time in `grok.train.telemetry.event_log`.
 TIME_KINDS = {
     "useful": ("steps that count", "s2"),
     "lost": ("steps done again", "bad"),

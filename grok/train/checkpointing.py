@@ -15,8 +15,8 @@ from grok.config.load import flatten, to_dict
 from grok.errors import CheckpointError
 from grok.model.params import is_adapter, tensor_specs
 from grok.optim.param_groups import combine, partition
+from grok.train.bad_steps import Skipped
 from grok.train.init_from import InitialWeights
-from grok.train.rollback import Skipped
 from grok.train.run_data import RunData, check_unchanged
 from grok.train.state import TrainState, abstract_state, init_state, start_state
 

@@ -16,21 +16,17 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from grok import distributed, sharding
+from grok import distributed, sharding, storage
 from grok.checkpoint.manager import Checkpoints
 from grok.config import RunConfig, check_trainable
 from grok.config.text import to_yaml
 from grok.data.device_feed import global_batches
-from grok.errors import DONE, SAVED, Diverged, SaveError
+from grok.errors import DONE, SAVED, CheckpointError, Diverged, SaveError
 from grok.model.mesh_fit import check_fits
 from grok.optim.optimizer import make_optimizer
 from grok.optim.param_groups import combine, names
 from grok.preemption import PreemptionSignal
-from grok.storage import join
-from grok.train.checkpointing import restore, retention_policy, save
-from grok.train.evaluate import validate
-from grok.train.init_from import InitialWeights, initial_weights
-from grok.train.rollback import (
+from grok.train.bad_steps import (
     Skipped,
     batch_number,
     is_bad_step,
@@ -38,10 +34,12 @@ from grok.train.rollback import (
     rollback_step,
     skip_batches,
 )
+from grok.train.checkpointing import restore, retention_policy, save
+from grok.train.init_from import InitialWeights, initial_weights
+from grok.train.loss import eval_step, validate
 from grok.train.run_data import RunData, read_data
 from grok.train.state import TrainState, init_state
-from grok.train.step import eval_step, train_step
-from grok.train.telemetry.run_dir import write_file
+from grok.train.step import train_step
 from grok.train.telemetry.run_manifest import describe_run
 from grok.train.telemetry.telemetry import Telemetry
 from grok.train.watchdog import Watchdog
@@ -108,7 +106,7 @@ def open_run(config: RunConfig, replay_to: int | None) -> Run:
     data = read_data(config)
     optimizer = make_optimizer(config)
     step = functools.partial(train_step, config=config, optimizer=optimizer)
-    checkpoints = Checkpoints(join(config.folder, "checkpoints"), retention_policy(config))
+    checkpoints = Checkpoints(storage.join(config.folder, "checkpoints"), retention_policy(config))
     notices: list[str] = []
     first_step = checkpoints.newest_good(notices.append) or 0
     return Run(
@@ -146,10 +144,12 @@ def first_state(run: Run) -> Start:
         log("making the initial state")
         start = Start(0, init_state(run.config, run.optimizer, run.mesh, model))
     if distributed.is_primary():
-        write_file(run.config.folder, "config.yaml", to_yaml(run.config).encode())
+        files = {"config.yaml": to_yaml(run.config).encode()}
         if not run.first_step:
-            tokenizer = Path(run.config.data.tokenizer).read_bytes()
-            write_file(run.config.folder, "tokenizer.model", tokenizer)
+            files["tokenizer.model"] = Path(run.config.data.tokenizer).read_bytes()
+        for name, data in files.items():
+            with storage.errors(run.config.folder, CheckpointError, f"{name} cannot be written"):
+                storage.write_bytes(storage.join(run.config.folder, name), data)
     return start
 
 

@@ -1,15 +1,20 @@
-"""Losses of a batch: cross-entropy, z-loss, and the router's balance loss.
+"""Losses of a batch (cross-entropy, z-loss, the router's balance loss) and of a held-out text.
 
 Letters: B batch, T length, D embed, V vocab.
 """
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from grok import sharding
 from grok.config import TrainConfig
+from grok.data.batch_schedule import Batch
+from grok.data.device_feed import shard_batch
+from grok.data.stream_batches import bits_per_byte
 from grok.model.decoder import Decoder
 from grok.model.moe import RouterStats
 from grok.ops.cross_entropy import MAX_LOGITS, target_and_log_z
@@ -85,3 +90,33 @@ def batch_loss(
     if config.z_loss:
         metrics["z_loss"] = z
     return total, metrics
+
+
+def eval_step(model, batch: dict) -> jax.Array:
+    """Sum of the cross-entropy of all tokens that count, nats (float32)."""
+    x_BTD, _ = hidden(model, batch)
+    entropy_BT, _ = token_losses(model, x_BTD, batch["targets_BT"])
+    return jnp.sum(entropy_BT * batch["mask_BT"])
+
+
+def total_loss(
+    jitted_eval_step: Callable, model, batches: Iterable[Batch], mesh: Mesh
+) -> tuple[float, int]:
+    """Sum of the cross-entropy of all tokens that count, in nats, and the number of them."""
+    nats, num_tokens = 0.0, 0
+    for batch in batches:
+        nats += float(jitted_eval_step(model, shard_batch(batch, mesh)))
+        num_tokens += int(batch["mask_BT"].sum(dtype="float64"))
+    return nats, num_tokens
+
+
+def validate(
+    jitted_eval_step: Callable, model, batches: Iterable[Batch], num_bytes: int | None, mesh: Mesh
+) -> dict[str, float]:
+    """Loss of a validation pass in nats a token, and in bits per byte where the text's number of
+    bytes is known."""
+    nats, num_tokens = total_loss(jitted_eval_step, model, batches, mesh)
+    losses = {"validation_loss": nats / num_tokens}
+    if num_bytes is not None:
+        losses["validation_bits_per_byte"] = bits_per_byte(nats, num_bytes)
+    return losses

@@ -1,4 +1,4 @@
-"""The training and evaluation steps, as pure functions.
+"""The training step, a pure function: loss and gradients of a batch, and the optimizer's update.
 
 B rows of a batch, T tokens of a row, n microbatches.
 """
@@ -11,12 +11,22 @@ import optax
 
 from grok import hardware, sharding
 from grok.config import ModelConfig, RunConfig, TrainConfig
-from grok.model.params import param_specs
+from grok.model.build import to_arrays
+from grok.model.params import param_specs, tensor_specs
 from grok.ops.weights.low_precision_grad import LowPrecisionGrad
-from grok.optim.param_groups import combine, map_named, partition, trainable
-from grok.train.loss import batch_loss, count_tokens, hidden, token_losses
+from grok.optim import offload
+from grok.optim.optimizer import make_schedule
+from grok.optim.param_groups import combine, map_named, metric_group, names, partition, trainable
+from grok.train import update_cpu
+from grok.train.bad_steps import (
+    detect_bad_step,
+    global_norm,
+    select_if_ok,
+    sums_of_squares,
+    update_guard,
+)
+from grok.train.loss import batch_loss, count_tokens
 from grok.train.state import TrainState, as_float32
-from grok.train.update import update
 
 
 def train_step(
@@ -31,7 +41,7 @@ def train_step(
     """
     params, frozen = partition(state.model, trainable(config))
     loss, metrics, grads = gradients(params, frozen, batch, config.train)
-    state, update_metrics = update(state, params, loss, grads, config=config, optimizer=optimizer)
+    state, update_metrics = update(state, params, loss, grads, config, optimizer)
     return state, metrics | update_metrics
 
 
@@ -102,8 +112,59 @@ def microbatches(x_BT: jax.Array, n: int) -> jax.Array:
     return jnp.moveaxis(jax.lax.reshape(x_BT, (B // n, n, T), out_sharding=out_sharding), 1, 0)
 
 
-def eval_step(model, batch: dict) -> jax.Array:
-    """Sum of the cross-entropy of all tokens that count, nats (float32)."""
-    x_BTD, _ = hidden(model, batch)
-    entropy_BT, _ = token_losses(model, x_BTD, batch["targets_BT"])
-    return jnp.sum(entropy_BT * batch["mask_BT"])
+def update(
+    state: TrainState, params, loss: jax.Array, grads, config: RunConfig, optimizer
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Applies `grads` (float32) to `params`, the trained part of the model, unless the step is bad.
+
+    Returns the new state and its metrics: those of `train_step` that are not of the loss.
+    """
+    old_params, old_opt_state = params, offload.to_device(state.opt_state)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, old_opt_state, as_float32(params))
+    with jax.named_scope("bad_step"):
+        grad_squares, update_squares = (sums_of_squares(to_arrays(x)) for x in (grads, updates))
+        bad, to_blame = detect_bad_step(state.guard, loss, grad_squares, config.train)
+        guard = update_guard(state.guard, bad, global_norm(grad_squares))
+    with jax.named_scope("apply_updates"):
+        if hardware.platform() == "cpu":
+            params, opt_state, update_squares = update_cpu.apply_in_place(
+                bad, old_params, old_opt_state, grads, updates, update_squares, optimizer
+            )
+        else:
+            params = select_if_ok(bad, optax.apply_updates(old_params, updates), old_params)
+            opt_state = select_if_ok(bad, opt_state, old_opt_state)
+        opt_state = offload.back(opt_state, state.opt_state)
+    ema = state.ema
+    if ema is not None:
+        ema = select_if_ok(bad, ema_update(ema, params, config.optimizer.ema_decay), ema)
+    update_squares = {name: jnp.where(bad, 0, square) for name, square in update_squares.items()}
+    metrics = {
+        # A bad step leaves its place in the schedule to the next.
+        "learning_rate": make_schedule(config.optimizer, config.train.steps)(
+            state.step - state.guard.skipped
+        ),
+        "param_norm": global_norm(sums_of_squares(to_arrays(params))),
+        **norms("grad_norm", grad_squares, config),
+        **norms("update_norm", update_squares, config),
+        "skipped": bad.astype(jnp.float32),
+        "bad_in_a_row": guard.bad_in_a_row.astype(jnp.float32),
+        "bad_tensors": jnp.stack([to_blame.get(name, False) for name in names(state.model)]),
+    }
+    model = combine(params, state.model)
+    return TrainState(state.step + 1, model, opt_state, guard, ema), metrics
+
+
+def ema_update(ema, params, decay: float):
+    """The moving average after a step that led to `params`."""
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, as_float32(params))
+
+
+def norms(name: str, squares: dict[str, jax.Array], config: RunConfig) -> dict:
+    """The norm of all tensors as NAME, and of each group of them as NAME/GROUP."""
+    specs = tensor_specs(config.model, config.lora)
+    groups: dict[str, dict[str, jax.Array]] = {}
+    for tensor, square in squares.items():
+        groups.setdefault(metric_group(config.optimizer, specs[tensor]), {})[tensor] = square
+    group_norms = {f"{name}/{group}": global_norm(members) for group, members in groups.items()}
+    return {name: global_norm(squares)} | group_norms

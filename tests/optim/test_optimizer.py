@@ -31,9 +31,8 @@ from grok.model.build import abstract, from_arrays, to_arrays
 from grok.model.params import param_specs
 from grok.optim.adafactor import column_axes, row_axes
 from grok.optim.muon import orthogonalize
-from grok.optim.optimizer import keep_moments_in, make_optimizer
+from grok.optim.optimizer import keep_moments_in, make_optimizer, make_schedule
 from grok.optim.param_groups import metric_group, names
-from grok.optim.schedule import make_schedule
 from grok.train.bad_steps import Guard
 from grok.train.checkpointing import state_trees
 from grok.train.state import TrainState, abstract_state

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from grok.train.telemetry import goodput
-from grok.train.telemetry.event_log import EventLog, read_events
+from grok.train.telemetry.event_log import EventLog, measure_goodput, read_events
 
 
 def lines_of(*lines: tuple) -> list[dict]:
@@ -81,7 +80,7 @@ def test_goodput_counts_steps_done_again_once_and_gaps_as_down():
         (270, "steps", {"first": 151, "last": 201, "seconds": 50}),
         (320, "ended", {"step": 201, "code": 0}),
     )
-    measured = goodput.measure(events)
+    measured = measure_goodput(events)
     assert measured.seconds == {
         "useful": 198.0,
         "lost": 50.0,
@@ -108,8 +107,8 @@ def test_after_a_finished_run_no_time_is_lost_until_it_is_made_longer():
         (90000, "resumed", {"step": 10}),
         (90000, "steps", {"first": 10, "last": 20, "seconds": 10}),
     )
-    assert goodput.measure(events).share == 1
-    assert goodput.measure([]).share == 0
+    assert measure_goodput(events).share == 1
+    assert measure_goodput([]).share == 0
 
 
 def test_steps_before_a_return_to_a_checkpoint_are_lost():
@@ -120,5 +119,5 @@ def test_steps_before_a_return_to_a_checkpoint_are_lost():
         (20, "rolled_back", {"step": 10}),
         (20, "steps", {"first": 10, "last": 30, "seconds": 20}),
     )
-    measured = goodput.measure(events).seconds
+    measured = measure_goodput(events).seconds
     assert (measured["useful"], measured["lost"]) == (30, 10)

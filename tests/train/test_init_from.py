@@ -17,11 +17,10 @@ from grok.checkpoint.manager import Checkpoints
 from grok.cli.main import main
 from grok.config import CheckpointConfig, OptimizerConfig, RopeConfig, RunConfig, TrainConfig
 from grok.errors import DONE, CheckpointError
-from grok.train.evaluate import validate
 from grok.train.init_from import initial_weights, open_initial
 from grok.train.loop import run_training
+from grok.train.loss import eval_step, validate
 from grok.train.run_data import read_data
-from grok.train.step import eval_step
 from grok.train.telemetry.metrics_file import read_metrics
 from tests.model import golden
 

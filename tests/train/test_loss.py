@@ -12,7 +12,7 @@ from grok.config import RunConfig, TrainConfig
 from grok.model.moe import RouterStats
 from grok.ops import cross_entropy
 from grok.train import loss
-from grok.train.step import eval_step
+from grok.train.loss import eval_step
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,7 @@ from grok.config.load import to_dict
 from grok.errors import DONE, CheckpointError
 from grok.train.loop import run_training
 from grok.train.replay import Comparison, Segment, find_segment, replay
-from grok.train.telemetry import goodput
-from grok.train.telemetry.event_log import read_events
+from grok.train.telemetry.event_log import measure_goodput, read_events
 from grok.train.telemetry.metrics_file import read_metrics
 
 
@@ -52,7 +51,7 @@ def test_the_event_log_accounts_for_the_time(finished: RunConfig):
     spans = [(event["first"], event["last"]) for event in events if event["event"] == "steps"]
     assert {2, 4, 6} <= {last for _, last in spans}
     assert [first for first, _ in spans] == [0, *(last for _, last in spans[:-1])]
-    measured = goodput.measure(events)
+    measured = measure_goodput(events)
     assert 0 < measured.share < 1
     assert measured.seconds["lost"] == measured.seconds["down"] == 0
 

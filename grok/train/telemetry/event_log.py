@@ -14,18 +14,23 @@ the spans inside it. Events that others read:
   ended     the process exited by itself after `step`, with exit `code`
 
 Lines are appended, each by one write, so a kill costs at most the line being written.
-`grok.train.telemetry.goodput` adds them up.
+`measure_goodput` adds them up: the share of wall time that went to steps of the result.
 """
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# Longest time between two lines of steps.
-LAP_SECONDS = 30
+LAP_SECONDS = 30  # longest time between two lines of steps
+# Events that set the step from which the run continues; steps beyond it are repeated.
+REWINDS = ("resumed", "rolled_back")
+SPANS = ("start", "restore", "compile", "data", "validate", "save", "profile")
+KINDS = ("useful", "lost", *SPANS, "down", "other")
 
 
 class EventLog:
@@ -121,3 +126,68 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
     return [line for line in lines if isinstance(line, dict) and {"time", "event"} <= line.keys()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Goodput:
+    """Wall time by kind, in the order of `KINDS`: of all processes that worked on the run, and of
+    the gaps between them, except after one that had finished it.
+
+    useful: steps; lost: steps that were not saved and so repeated; the spans; down: from the last
+    line of a process that died to the next process; other: the rest.
+    """
+
+    seconds: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Wall time, seconds."""
+        return sum(self.seconds.values())
+
+    @property
+    def share(self) -> float:
+        """Goodput, 0 to 1; 0 where no time has passed."""
+        return self.seconds["useful"] / self.total if self.total else 0.0
+
+
+def measure_goodput(events: Sequence[dict[str, Any]]) -> Goodput:
+    """Adds up the lines of a run's `events.jsonl`."""
+    seconds = dict.fromkeys(KINDS, 0.0)
+    processes = _processes(events)
+    for lines in processes:
+        for line in lines:
+            if line["event"] in SPANS:
+                seconds[line["event"]] += line["seconds"]
+    # Backwards: whether a step counts depends on what came after it.
+    rewound_to: float = float("inf")
+    for line in reversed(events):
+        if line["event"] in REWINDS:
+            rewound_to = min(rewound_to, line["step"])
+        elif line["event"] == "steps":
+            first, last = line["first"], line["last"]
+            share = min(1.0, max(0.0, (rewound_to - first) / (last - first)))
+            seconds["useful"] += share * line["seconds"]
+            seconds["lost"] += (1 - share) * line["seconds"]
+    for lines in processes:
+        spent = sum(line["seconds"] for line in lines if "seconds" in line)
+        seconds["other"] += max(0.0, _end(lines) - lines[0]["time"] - spent)
+    for before, after in itertools.pairwise(processes):
+        finished = before[-1]["event"] == "ended" and before[-1]["code"] == 0
+        if not finished:
+            seconds["down"] += max(0.0, after[0]["time"] - _end(before))
+    return Goodput(seconds)
+
+
+def _processes(events: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The lines of each process that worked on the run."""
+    processes: list[list[dict[str, Any]]] = []
+    for line in events:
+        if line["event"] == "began" or not processes:
+            processes.append([])
+        processes[-1].append(line)
+    return processes
+
+
+def _end(lines: Sequence[dict[str, Any]]) -> float:
+    """The time of a process's last sign of life."""
+    return max(line["time"] + line.get("seconds", 0.0) for line in lines)

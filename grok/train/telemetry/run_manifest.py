@@ -1,4 +1,4 @@
-"""`run.json`: the facts that an audit of a run needs, kept up to date while it goes on.
+"""The folder of a run while it goes on, and its `run.json`: the facts that an audit needs.
 
 id            of this run, made at its first start
 config        as of the last start
@@ -11,6 +11,7 @@ checkpoints   every one that was written, by step: number of files, bytes, and a
               names, sizes, and contents of files up to a mebibyte, where Orbax keeps its indices
 """
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -18,6 +19,7 @@ import json
 import platform
 import secrets
 import subprocess
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from jax.sharding import Mesh
 from grok import __version__, storage
 from grok.config import RunConfig
 from grok.config.load import to_dict
+from grok.errors import CheckpointError
 from grok.model.params import num_active_parameters, num_parameters
 from grok.train.run_data import RunData
 
@@ -36,6 +39,46 @@ PACKAGES = (
     "sentencepiece",
 )  # fmt: skip
 SMALL_FILE = 2**20
+GROWING_FILES = ("metrics.jsonl", "events.jsonl")  # a resumed run appends to them
+
+
+class RunDir:
+    """A local folder, `path`, for the files of a run's folder.
+
+    It is the run's folder itself, or, since nothing can be appended to at gs://, a temporary one:
+    entering downloads the files to append to, and `upload` and leaving copy back what has changed.
+    """
+
+    def __init__(self, folder: str):
+        self._folder = folder
+        self._uploaded: dict[str, int] = {}  # bytes, by name
+        self._temporary = tempfile.TemporaryDirectory() if storage.is_remote(folder) else None
+        self.path = Path(self._temporary.name if self._temporary else folder)
+
+    def __enter__(self) -> "RunDir":
+        """Raises CheckpointError if the folder cannot be read."""
+        if self._temporary:
+            with storage.errors(self._folder, CheckpointError):
+                for name in GROWING_FILES:
+                    if storage.exists(storage.join(self._folder, name)):
+                        storage.copy(storage.join(self._folder, name), self.path / name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._temporary:
+            # The failure that ended the run may be the same.
+            with contextlib.suppress(OSError):
+                self.upload()
+            self._temporary.cleanup()
+
+    def upload(self) -> None:
+        """Copies the files whose size has changed to gs://. Raises OSError."""
+        if not self._temporary:
+            return
+        for name, size in storage.list_tree(self.path).items():
+            if self._uploaded.get(name) != size:
+                storage.copy(self.path / name, storage.join(self._folder, name))
+                self._uploaded[name] = size
 
 
 class RunManifest:

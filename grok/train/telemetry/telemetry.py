@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,9 +24,7 @@ from grok.progress import ProgressDisplay
 from grok.train.run_data import RunData
 from grok.train.telemetry.event_log import EventLog
 from grok.train.telemetry.metrics_file import MetricsFile, to_plain
-from grok.train.telemetry.profiler import Profiler
-from grok.train.telemetry.run_dir import RunDir
-from grok.train.telemetry.run_manifest import RunManifest
+from grok.train.telemetry.run_manifest import RunDir, RunManifest
 from grok.train.telemetry.trackers import Tracker, open_trackers
 
 # Share of the smoothed loss that stays from one logged step to the next.
@@ -236,3 +235,38 @@ class Rates:
         self._tokens = self._flops = 0
         self._since = self._clock()
         return rates
+
+
+class Profiler:
+    """Profiles the steps that `train.profile` names into a folder, in the format of XProf and
+    TensorBoard: host, device, and every operation by its scope."""
+
+    def __init__(self, folder: Path | None, steps: tuple[int, ...], events: EventLog):
+        """`steps`: the first and the last; () for none. Without a folder nothing is profiled. The
+        time to start and to write a profile is an event of its own."""
+        self._folder, self._events = folder, events
+        self._first, self._last = steps if steps and folder is not None else (0, 0)
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """Call it before `step` is dispatched."""
+        # A run that resumes in the middle records the rest.
+        if self._first <= step <= self._last and not self._running:
+            with self._events.during("profile"):
+                jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, metrics: dict[str, jax.Array]) -> bool:
+        """Call it with the metrics of `step`; returns whether that ended the profile."""
+        if not self._running or step < self._last:
+            return False
+        jax.block_until_ready(metrics)
+        self.close()
+        return True
+
+    def close(self) -> None:
+        """Ends the profile, if one is being recorded."""
+        if self._running:
+            with self._events.during("profile"):
+                jax.profiler.stop_trace()
+            self._running = False

@@ -11,7 +11,7 @@ from grok.checkpoint.manager import Checkpoints
 from grok.config import CheckpointConfig, RunConfig, TrainConfig
 from grok.errors import DIVERGED, DONE, Diverged
 from grok.train import loop
-from grok.train.rollback import batch_number, rollback_step, skip_batches
+from grok.train.bad_steps import batch_number, rollback_step, skip_batches
 from grok.train.run_data import read_data
 from grok.train.telemetry.event_log import read_events
 from grok.train.telemetry.metrics_file import read_metrics
