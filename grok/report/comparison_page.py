@@ -30,7 +30,7 @@ def comparison_page(runs: Sequence[RecordedRun]) -> str:
     figures = [svg_figure(plot.title, plot.draw, BROAD) for plot in plots(runs)]
     return page.render(
         title=" and ".join(run.name for run in runs),
-        status=page.Status(f"{len(runs)} runs", "muted"),
+        status=(f"{len(runs)} runs", "muted"),
         sections=[
             page.Section("Loss by tokens seen", figures=figures),
             page.Section("At the end", tables=[final_table(runs)]),
@@ -66,26 +66,28 @@ def plots(runs: Sequence[RecordedRun]) -> list[Plot]:
 def final_table(runs: Sequence[RecordedRun]) -> page.Table:
     """A row for each run: its progress, and its values there."""
     rows = []
-    for number, run in enumerate(runs):
-        _, loss_P = run.series("loss")
-        _, nats_P = run.series("validation_loss", "validation")
-        _, bits_P = run.series("validation_bits_per_byte", "validation")
-        _, speed_P = run.series("tokens_per_second")
-        tokens_P = run.tokens()
-        goodput = run.goodput
-        texts = [
-            f"{run.last_step:,}",
-            short(tokens_P[-1]) if len(tokens_P) else "",
-            f"{loss_P[-final_points(len(loss_P)) :].mean():.4f}" if len(loss_P) else "",
-            f"{nats_P[-1]:.4f}" if len(nats_P) else "",
-            f"{bits_P[-1]:.4f}" if len(bits_P) else "",
-            f"{np.median(speed_P):,.0f}" if len(speed_P) else "",
-            duration(goodput.total) if goodput is not None else "",
+    for run in runs:
+        (_, loss_P), (_, speed_P) = run.series("loss"), run.series("tokens_per_second")
+        losses = [
+            f"{values_P[-1]:.4f}" if len(values_P) else ""
+            for key in ("validation_loss", "validation_bits_per_byte")
+            for _, values_P in [run.series(key, "validation")]
         ]
-        color = f"s{number % len(SERIES_COLORS)}"
-        rows.append([page.Cell(run.name, color), *(page.Cell(text) for text in texts)])
+        tokens_P = run.tokens()
+        rows.append(
+            (
+                run.name,
+                f"{run.last_step:,}",
+                short(tokens_P[-1]) if len(tokens_P) else "",
+                f"{loss_P[-final_points(len(loss_P)) :].mean():.4f}" if len(loss_P) else "",
+                *losses,
+                f"{np.median(speed_P):,.0f}" if len(speed_P) else "",
+                duration(run.goodput.total) if run.goodput is not None else "",
+            )
+        )
     header = (
         "run", "steps", "tokens seen", "loss, last tenth", "held-out loss", "bits per byte",
         "tokens/s", "wall time",
     )  # fmt: skip
-    return page.Table(rows, header, range(1, len(header)))
+    colors = [f"s{number % len(SERIES_COLORS)}" for number in range(len(runs))]
+    return page.Table(rows, header, range(1, len(header)), colors=colors)

@@ -1,8 +1,8 @@
 """The HTML page: sections of figures and tables, put into `page.html`, which escapes their text."""
 
-import dataclasses
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jinja2 import Environment, StrictUndefined
@@ -26,72 +26,47 @@ class Figure(NamedTuple):
     narrow: Markup | None = None
 
 
-class Cell(NamedTuple):
-    """Content of a table's cell: text, perhaps set as code, perhaps with a swatch of colour."""
+class Table(NamedTuple):
+    """Rows under a header; `right_aligned` and `code_columns` number columns; `colors`: a swatch in
+    front of each row. A table with a `summary` is folded under that text until clicked."""
 
-    text: object
-    color: str = ""
-    code: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows under a header; `right_aligned` numbers columns. A table with a `summary` is folded
-    under that text until clicked."""
-
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[object]]
     header: Sequence[str] = ()
     right_aligned: Sequence[int] = ()
+    code_columns: Sequence[int] = ()
+    colors: Sequence[str] = ()
     summary: str = ""
 
 
-class BarSegment(NamedTuple):
-    """A segment of a stacked bar."""
-
-    name: str
-    percent: float
-    color: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """A heading with paragraphs, a bar, figures and tables; `heat_scale`: its figures need one."""
+class Section(NamedTuple):
+    """A heading with paragraphs, a stacked bar (name, percent and colour of each segment), figures
+    and tables; `heat_scale`: its figures need one."""
 
     title: str
     paragraphs: Sequence[str] = ()
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
-    bar: Sequence[BarSegment] = ()
+    bar: Sequence[tuple[str, float, str]] = ()
     heat_scale: bool = False
-
-
-class Metric(NamedTuple):
-    """A number at the top of the page."""
-
-    name: str
-    value: str
-
-
-class Status(NamedTuple):
-    """State of the run in words; `tone` is good, bad or muted."""
-
-    text: str
-    tone: str
 
 
 def render(
     title: str,
-    status: Status,
+    status: tuple[str, str],
     sections: Sequence[Section],
     facts: Sequence[str] = (),
-    metrics: Sequence[Metric] = (),
+    metrics: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """The whole page as HTML that loads nothing from anywhere else."""
+    """The whole page as HTML that loads nothing from anywhere else.
+
+    `status`: text, and its tone: good, bad or muted; `metrics`: the numbers at the top, by name.
+    """
     template = importlib.resources.files("grok.report").joinpath("page.html").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(template).render(
         title=title,
-        status=status,
+        status=status[0],
+        tone=status[1],
         facts=facts,
         metrics=metrics,
         sections=sections,

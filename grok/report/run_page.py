@@ -60,19 +60,19 @@ def run_png(run: RecordedRun) -> bytes | None:
     return png(list(drawn.values()), list(drawn))
 
 
-def status(run: RecordedRun) -> page.Status:
-    """State of the run, as far as its folder records it."""
+def status(run: RecordedRun) -> tuple[str, str]:
+    """State of the run, as far as its folder records it, and its tone."""
     starts = run.manifest.get("starts", ())
     step = run.last_step
     progress = f"step {step:,} of {run.steps:,}" if run.steps else f"step {step:,}"
     if not starts:
         finished = run.steps and step >= run.steps
-        return page.Status(f"finished, {progress}" if finished else progress, "muted")
+        return f"finished, {progress}" if finished else progress, "muted"
     code = starts[-1]["exit_code"]
     if code is None:
-        return page.Status(f"{progress}; still running, or killed: no end is recorded", "muted")
+        return f"{progress}; still running, or killed: no end is recorded", "muted"
     tone = "good" if code == DONE else "muted" if code == SAVED else "bad"
-    return page.Status(f"{describe_exit(code)}, {progress}", tone)
+    return f"{describe_exit(code)}, {progress}", tone
 
 
 def facts(run: RecordedRun) -> list[str]:
@@ -97,29 +97,29 @@ def facts(run: RecordedRun) -> list[str]:
     return lines
 
 
-def headline_metrics(run: RecordedRun) -> list[page.Metric]:
-    """The numbers at the top of the page."""
-    metrics = []
-    _, loss_P = run.series("loss")
-    if len(loss_P):
-        metrics.append(page.Metric("loss, last logged", f"{loss_P[-1]:.3f}"))
-    for key, name in (
-        ("validation_loss", "held-out loss"),
-        ("validation_bits_per_byte", "held-out bits per byte"),
+def headline_metrics(run: RecordedRun) -> dict[str, str]:
+    """The numbers at the top of the page, by name."""
+    metrics = {}
+    for name, key, kind in (
+        ("loss, last logged", "loss", "training"),
+        ("held-out loss", "validation_loss", "validation"),
+        ("held-out bits per byte", "validation_bits_per_byte", "validation"),
     ):
-        _, values_P = run.series(key, "validation")
+        _, values_P = run.series(key, kind)
         if len(values_P):
-            metrics.append(page.Metric(name, f"{values_P[-1]:.3f}"))
+            metrics[name] = f"{values_P[-1]:.3f}"
     if len(run.training) and np.isfinite(run.tokens()[-1]):
-        metrics.append(page.Metric("tokens seen", short(run.tokens()[-1])))
-    for key, name, style in (
-        ("tokens_per_second", "tokens per second", ",.0f"),
-        ("mfu", "MFU", ".1%"),
+        metrics["tokens seen"] = short(run.tokens()[-1])
+    for name, key, style in (
+        ("tokens per second", "tokens_per_second", ",.0f"),
+        ("MFU", "mfu", ".1%"),
     ):
         _, values_P = run.series(key)
         if len(values_P):
-            metrics.append(page.Metric(name, format(float(np.median(values_P)), style)))
+            metrics[name] = format(float(np.median(values_P)), style)
     if run.goodput is not None and run.goodput.total:
-        metrics.append(page.Metric("goodput", f"{run.goodput.share:.1%}"))
-        metrics.append(page.Metric("wall time", duration(run.goodput.total)))
+        metrics |= {
+            "goodput": f"{run.goodput.share:.1%}",
+            "wall time": duration(run.goodput.total),
+        }
     return metrics

@@ -157,37 +157,33 @@ def goodput_section(run: RecordedRun) -> page.Section | None:
     bar, rows = [], []
     for kind, seconds in goodput.seconds.items():
         share = seconds / goodput.total
-        if share < 0.0005:
-            continue
-        name, color = TIME_KINDS[kind]
-        bar.append(page.BarSegment(name, round(100 * share, 3), color))
-        rows.append(
-            [page.Cell(name, color), page.Cell(duration(seconds)), page.Cell(f"{share:.1%}")]
-        )
+        if share >= 0.0005:
+            name, color = TIME_KINDS[kind]
+            bar.append((name, round(100 * share, 3), color))
+            rows.append((name, duration(seconds), f"{share:.1%}"))
     paragraph = (
         f"Goodput {goodput.share:.1%}: of {duration(goodput.total)} of wall time, over all "
         "processes and the gaps between them, that share was spent on steps that are part of the "
         "result."
     )
-    table = page.Table(rows, ("", "time", "share"), (1, 2))
+    colors = [color for _, _, color in bar]
+    table = page.Table(rows, ("", "time", "share"), (1, 2), colors=colors)
     return page.Section("Goodput", [paragraph], tables=[table], bar=bar)
 
 
 def processes_section(run: RecordedRun) -> page.Section | None:
     """The processes that worked on the run, and the updates that were skipped."""
-    rows = []
-    for start in run.manifest.get("starts", ()):
-        devices = start.get("devices", {})
-        rows.append(
-            [
-                page.Cell(format_time(start["began"])),
-                page.Cell(format_time(start["ended"])),
-                page.Cell(f"{start['first_step']} to {start['last_step']}"),
-                page.Cell(describe_exit(start["exit_code"])),
-                page.Cell(f"{devices.get('count')} x {devices.get('kind')}"),
-                page.Cell(commit_of(start), code=True),
-            ]
+    rows = [
+        (
+            format_time(start["began"]),
+            format_time(start["ended"]),
+            f"{start['first_step']} to {start['last_step']}",
+            describe_exit(start["exit_code"]),
+            "{count} x {kind}".format(**{"count": None, "kind": None, **start.get("devices", {})}),
+            commit_of(start),
         )
+        for start in run.manifest.get("starts", ())
+    ]
     bad_steps = run.bad_steps()
     paragraphs = []
     if bad_steps:
@@ -201,7 +197,7 @@ def processes_section(run: RecordedRun) -> page.Section | None:
     if not rows and not paragraphs:
         return None
     header = ("began", "ended", "steps", "exit", "devices", "commit")
-    tables = [page.Table(rows, header)] if rows else []
+    tables = [page.Table(rows, header, code_columns=[5])] if rows else []
     return page.Section("Processes and skipped updates", paragraphs, tables=tables)
 
 
@@ -214,36 +210,34 @@ def checkpoints_section(run: RecordedRun) -> page.Section | None:
     if not steps:
         return None
     rows = [
-        [
-            page.Cell(step),
-            page.Cell(f"{saved[step]['files']:,}" if step in saved else ""),
-            page.Cell(f"{saved[step]['bytes'] / 1e6:,.1f} MB" if step in saved else ""),
-            page.Cell("kept" if step in on_disk else "deleted"),
-            page.Cell(saved[step]["sha256"][:16] if step in saved else "", code=True),
-        ]
+        (
+            step,
+            f"{saved[step]['files']:,}" if step in saved else "",
+            f"{saved[step]['bytes'] / 1e6:,.1f} MB" if step in saved else "",
+            "kept" if step in on_disk else "deleted",
+            saved[step]["sha256"][:16] if step in saved else "",
+        )
         for step in steps
     ]
     header = ("step", "files", "size", "", "SHA-256 of names, sizes and indices")
-    return page.Section("Checkpoints", tables=[page.Table(rows, header, (0, 1, 2))])
+    return page.Section("Checkpoints", tables=[page.Table(rows, header, (0, 1, 2), [4])])
 
 
 def config_section(run: RecordedRun) -> page.Section:
     """The config, the data and the software."""
-    config = [[page.Cell(key, code=True), page.Cell(value)] for key, value in run.config.items()]
-    tables = [page.Table(config, ("key", "value"), summary=f"config, {len(config)} keys")]
+    config, summary = list(run.config.items()), f"config, {len(run.config)} keys"
+    tables = [page.Table(config, ("key", "value"), code_columns=[0], summary=summary)]
     data = [
-        [page.Cell(name), page.Cell(path), page.Cell(digest[:16], code=True)]
+        (name, path, digest[:16])
         for source in run.manifest.get("data", ())
         for (name, path), (_, digest) in [source.items()]
     ]
     if data:
-        tables.append(page.Table(data, ("", "path", "SHA-256"), summary="data"))
+        tables.append(page.Table(data, ("", "path", "SHA-256"), code_columns=[2], summary="data"))
     for start in run.manifest.get("starts", ())[-1:]:
         versions = {"grok": start["grok"], "python": start["python"], **start["packages"]}
-        rows = [[page.Cell(name), page.Cell(version)] for name, version in versions.items()]
-        tables.append(
-            page.Table(rows, ("package", "version"), summary="software of the last start")
-        )
+        header, summary = ("package", "version"), "software of the last start"
+        tables.append(page.Table(list(versions.items()), header, summary=summary))
     return page.Section("Configuration", tables=tables)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grok.cli.report import write_report
 from grok.errors import GrokError
 from grok.report.plots import smooth, thin
 from grok.report.recorded_run import read_run
-from grok.report.write import write_report
 
 
 def line(step: int, **more) -> dict:
