@@ -21,8 +21,9 @@ def replay(run: Path, first: int | None, steps: int | None) -> None:
     """
     from grok.cli.tables import make_console, make_table
     from grok.hardware import configure_devices
-    from grok.train.replay import commits, find_segment
+    from grok.train.replay import find_segment
     from grok.train.replay import replay as run_replay
+    from grok.train.telemetry.run_manifest import code_version, describe_commit
 
     segment = find_segment(run, first, steps)
     configure_devices(segment.config.mesh.simulated_devices)
@@ -37,11 +38,9 @@ def replay(run: Path, first: int | None, steps: int | None) -> None:
         equal = all(c.equal for c in of_step.values())
         table.add_row(str(line["step"]), *cells, "" if equal else "differs")
     console.print(table)
-    then, now = commits(segment)
+    then, now = describe_commit(segment.process), describe_commit(code_version())
     if then != now:
-        console.print(
-            f"The run was made by commit {then or 'unknown'}; this is {now or 'unknown'}."
-        )
+        console.print(f"The run was made by commit {then}; this is {now}.")
     different = [c for c in comparisons if not c.equal]
     if not different:
         console.print(
@@ -49,10 +48,9 @@ def replay(run: Path, first: int | None, steps: int | None) -> None:
             f"{segment.first + 1} to {segment.last}, are the same to the last bit"
         )
         return
-    first_different = different[0]
+    first_of = different[0]
     console.print(
-        f"different: {len(different)} of {len(comparisons)} numbers, first {first_different.name} "
-        f"of step {first_different.step}: {first_different.logged:.9g} then, "
-        f"{first_different.replayed:.9g} now"
+        f"different: {len(different)} of {len(comparisons)} numbers, first {first_of.name} of "
+        f"step {first_of.step}: {first_of.logged:.9g} then, {first_of.replayed:.9g} now"
     )
     sys.exit(1)

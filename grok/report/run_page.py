@@ -4,34 +4,23 @@ import numpy as np
 
 from grok.errors import DONE, SAVED
 from grok.progress import duration
-from grok.report import page
+from grok.report import page, run_sections
 from grok.report.plots import Marks, draw_load_over_time, png, short
 from grok.report.recorded_run import RecordedRun
-from grok.report.run_sections import (
-    checkpoints_section,
-    commit_of,
-    config_section,
-    curves_section,
-    describe_exit,
-    draw_metric,
-    goodput_section,
-    load_section,
-    loss_section,
-    processes_section,
-)
+from grok.train.telemetry.run_manifest import describe_commit, describe_devices
 
 
 def run_page(run: RecordedRun) -> str:
     """The HTML page of a run."""
     marks = Marks(run.restarts, run.bad_steps())
     sections = [
-        loss_section(run, marks),
-        curves_section(run, marks),
-        load_section(run),
-        goodput_section(run),
-        processes_section(run),
-        checkpoints_section(run),
-        config_section(run),
+        run_sections.loss_section(run, marks),
+        run_sections.curves_section(run, marks),
+        run_sections.load_section(run),
+        run_sections.goodput_section(run),
+        run_sections.processes_section(run),
+        run_sections.checkpoints_section(run),
+        run_sections.config_section(run),
     ]
     return page.render(
         title=run.name,
@@ -48,9 +37,9 @@ def run_png(run: RecordedRun) -> bytes | None:
         return None
     marks = Marks(run.restarts, run.bad_steps())
     drawings = {
-        "Loss": draw_metric(run, "loss", "nats per token", marks),
-        "Speed": draw_metric(run, "tokens_per_second", "tokens per second", marks),
-        "Gradient norm": draw_metric(run, "grad_norm", "", marks),
+        "Loss": run_sections.draw_metric(run, "loss", "nats per token", marks),
+        "Speed": run_sections.draw_metric(run, "tokens_per_second", "tokens per second", marks),
+        "Gradient norm": run_sections.draw_metric(run, "grad_norm", "", marks),
     }
     steps_P, load_PLE = run.loads()
     if len(steps_P):
@@ -72,7 +61,7 @@ def status(run: RecordedRun) -> tuple[str, str]:
     if code is None:
         return f"{progress}; still running, or killed: no end is recorded", "muted"
     tone = "good" if code == DONE else "muted" if code == SAVED else "bad"
-    return f"{describe_exit(code)}, {progress}", tone
+    return f"{run_sections.describe_exit(code)}, {progress}", tone
 
 
 def facts(run: RecordedRun) -> list[str]:
@@ -88,11 +77,9 @@ def facts(run: RecordedRun) -> list[str]:
         )
     for start in run.manifest.get("starts", ())[-1:]:
         axes = " x ".join(f"{axis} {size}" for axis, size in start["mesh"].items())
-        devices = start["devices"]
         lines.append(
-            f"{devices['count']} x {devices['kind']}, {devices['processes']} "
-            f"process{'es' if devices['processes'] > 1 else ''}, mesh {axes}; grok "
-            f"{start['grok']}, commit {commit_of(start)}"
+            f"{describe_devices(start['devices'])}, mesh {axes}; grok {start['grok']}, commit "
+            f"{describe_commit(start)}"
         )
     return lines
 

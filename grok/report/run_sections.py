@@ -2,8 +2,7 @@
 
 import datetime
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from markupsafe import Markup
@@ -23,6 +22,7 @@ from grok.report.plots import (
     svg,
 )
 from grok.report.recorded_run import RecordedRun, final_points
+from grok.train.telemetry.run_manifest import describe_commit
 
 SMALL, BROAD = (470, 280), (1000, 340)  # pixels
 # Name and colour of each kind of time in `grok.train.telemetry.event_log`.
@@ -180,7 +180,7 @@ def processes_section(run: RecordedRun) -> page.Section | None:
             f"{start['first_step']} to {start['last_step']}",
             describe_exit(start["exit_code"]),
             "{count} x {kind}".format(**{"count": None, "kind": None, **start.get("devices", {})}),
-            commit_of(start),
+            describe_commit(start),
         )
         for start in run.manifest.get("starts", ())
     ]
@@ -245,14 +245,6 @@ def describe_exit(code: int | None) -> str:
     """Meaning of a process's exit code; None where no end is recorded."""
     meanings = {None: "no end recorded", DONE: "finished", SAVED: "asked to stop, saved"}
     return meanings.get(code, f"ended with exit code {code}")
-
-
-def commit_of(start: Mapping[str, Any]) -> str:
-    """The commit that a process ran, and a note where its files had been changed."""
-    commit = start.get("commit")
-    if commit is None:
-        return "unknown"
-    return commit[:12] + (" with changes" if start["dirty"] else "")
 
 
 def format_time(time: str | None) -> str:

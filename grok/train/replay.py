@@ -19,7 +19,7 @@ from grok.config.load import from_dict, load_config
 from grok.errors import DONE, CheckpointError
 from grok.train.loop import run_training
 from grok.train.telemetry.metrics_file import read_metrics
-from grok.train.telemetry.run_manifest import code_version, device_facts, read_manifest
+from grok.train.telemetry.run_manifest import describe_devices, device_facts, read_manifest
 
 
 class Segment(NamedTuple):
@@ -69,12 +69,10 @@ def find_segment(folder: Path, first: int | None, num_steps: int | None) -> Segm
     last = end if num_steps is None else first + num_steps
     if last > end or not any(step <= last for step in steps):
         lengths = [step - first for step in steps if step <= end]
-        advice = "an earlier checkpoint"
-        if lengths:
-            advice = f"--steps from {lengths[0]} to {lengths[-1]}"
+        steps_advice = f"--steps from {lengths[0]} to {lengths[-1]}" if lengths else None
         raise CheckpointError(
             f"{folder} has no logged steps of one config and devices from {first + 1} to "
-            f"{max(last, first + 1)}; {advice} would work."
+            f"{max(last, first + 1)}; {steps_advice or 'an earlier checkpoint'} would work."
         )
     logged = [line for line in logged if first < line["step"] <= last]
     return Segment(folder, first, last, logged, config, process)
@@ -86,8 +84,7 @@ def replay(segment: Segment) -> list[Comparison]:
     Raises CheckpointError when devices or text are not those of the run, or the replay was asked to
     stop.
     """
-    _check_devices(segment)
-    _check_text(segment)
+    _check_same_machine_and_text(segment)
     with tempfile.TemporaryDirectory(prefix="grok-replay-") as name:
         folder = Path(name)
         if segment.first:
@@ -103,15 +100,6 @@ def replay(segment: Segment) -> list[Comparison]:
         for name in line
         if name == "loss" or name.startswith("grad_norm")
     ]
-
-
-def commits(segment: Segment) -> tuple[str, str]:
-    """The commit of the code that ran the segment, and the one of this code; empty if unknown."""
-    then, now = (
-        (program.get("commit") or "")[:12] + (", with changes" if program.get("dirty") else "")
-        for program in (segment.process, code_version())
-    )
-    return then, now
 
 
 def _logged_steps(path: Path) -> list[dict[str, Any]]:
@@ -141,12 +129,8 @@ def _config_at(folder: Path, first: int) -> tuple[RunConfig, dict[str, Any], int
         return load_config(folder / "config.yaml"), {}, None
     processes = manifest["starts"]
     # Of several processes that ran the same steps, the metrics of the last are in the file.
-    covering = [
-        i
-        for i, process in enumerate(processes)
-        if process["first_step"] is not None and process["first_step"] <= first
-    ]
-    index = covering[-1] if covering else 0
+    begins = [process["first_step"] for process in processes]
+    index = max((i for i, at in enumerate(begins) if at is not None and at <= first), default=0)
     process, later = processes[index], processes[index + 1 :]
     replaced = [p["config_before"] for p in later if p.get("config_before") is not None]
     config = from_dict(replaced[0] if replaced else manifest["config"], "run.json")
@@ -159,23 +143,14 @@ def _config_at(folder: Path, first: int) -> tuple[RunConfig, dict[str, Any], int
     return config, process, None
 
 
-def _check_devices(segment: Segment) -> None:
+def _check_same_machine_and_text(segment: Segment) -> None:
     then, now = segment.process.get("devices"), device_facts(jax.devices())
     if then is not None and then != now:
         raise CheckpointError(
-            f"{segment.folder} ran on {_devices(then)}, and here are {_devices(now)}; only the "
-            "same devices give the same bits."
+            f"{segment.folder} ran on {describe_devices(then)}, and here are "
+            f"{describe_devices(now)}; only the same devices give the same bits."
         )
-
-
-def _devices(facts: dict[str, Any]) -> str:
-    count = facts["processes"]
-    return f"{facts['count']} x {facts['kind']} in {count} process{'es' if count > 1 else ''}"
-
-
-def _check_text(segment: Segment) -> None:
-    manifest = read_manifest(str(segment.folder)) or {}
-    for source in manifest.get("data", ()):
+    for source in (read_manifest(str(segment.folder)) or {}).get("data", ()):
         path = source.get("file")
         if path not in segment.config.data.train:
             continue
@@ -188,8 +163,7 @@ def _check_text(segment: Segment) -> None:
 
 def _replay_config(segment: Segment, folder: Path) -> RunConfig:
     """The segment's config in another folder, without what does not affect the numbers."""
-    config = segment.config
-    tokenizer = str(segment.folder / "tokenizer.model")
+    config, tokenizer = segment.config, str(segment.folder / "tokenizer.model")
     data = dataclasses.replace(
         config.data, validation=(), validation_dataset="", tokenizer=tokenizer
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 # JSON lacks these numbers; they are written as in Protocol Buffers' JSON.
-NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+QUOTED_NON_FINITE = re.compile(r'"(NaN|-?Infinity)"(?!:)')
 # Decimals of the expert loads per layer: L x E of them are the bulk of each line.
 LOAD_DIGITS = 4
 
@@ -51,7 +52,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_text().splitlines():
         try:
-            lines.append(_decode_non_finite(json.loads(line)))
+            lines.append(json.loads(QUOTED_NON_FINITE.sub(r"\1", line)))
         except json.JSONDecodeError:
             break
     return lines
@@ -73,7 +74,7 @@ def to_plain(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
 
 
 def _to_line(values: dict[str, Any]) -> str:
-    return json.dumps(_encode_non_finite(values), allow_nan=False) + "\n"
+    return json.dumps(_quote_non_finite(values), allow_nan=False) + "\n"
 
 
 def _shortest(value: np.ndarray) -> Any:
@@ -82,19 +83,9 @@ def _shortest(value: np.ndarray) -> Any:
     return float(str(value)) if value.dtype == np.float32 else value.item()
 
 
-def _encode_non_finite(value: Any) -> Any:
-    """Replaces numbers that JSON lacks by text."""
+def _quote_non_finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return json.dumps(value)
     if isinstance(value, dict):
-        return {name: _encode_non_finite(item) for name, item in value.items()}
-    return [_encode_non_finite(item) for item in value] if isinstance(value, list) else value
-
-
-def _decode_non_finite(value: Any) -> Any:
-    """The inverse of `_encode_non_finite`."""
-    if isinstance(value, str):
-        return NOT_FINITE.get(value, value)
-    if isinstance(value, dict):
-        return {name: _decode_non_finite(item) for name, item in value.items()}
-    return [_decode_non_finite(item) for item in value] if isinstance(value, list) else value
+        return {name: _quote_non_finite(item) for name, item in value.items()}
+    return [_quote_non_finite(item) for item in value] if isinstance(value, list) else value

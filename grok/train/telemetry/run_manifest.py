@@ -20,7 +20,7 @@ import platform
 import secrets
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,12 @@ def code_version() -> dict[str, Any]:
     return {"commit": commit.strip(), "dirty": bool(status)}
 
 
+def describe_commit(program: Mapping[str, Any]) -> str:
+    """The commit of `code_version`, and a note where files had been changed."""
+    commit = program.get("commit")
+    return commit[:12] + (" with changes" if program["dirty"] else "") if commit else "unknown"
+
+
 def device_facts(devices: Iterable[jax.Device]) -> dict[str, Any]:
     """Kind, platform and number of the devices and of the processes that they belong to."""
     devices = list(devices)
@@ -191,6 +197,12 @@ def device_facts(devices: Iterable[jax.Device]) -> dict[str, Any]:
         "count": len(devices),
         "processes": jax.process_count(),
     }
+
+
+def describe_devices(facts: dict[str, Any]) -> str:
+    """`device_facts` in words, as in `8 x TPU v5p in 2 processes`."""
+    count = facts["processes"]
+    return f"{facts['count']} x {facts['kind']} in {count} process{'es' if count > 1 else ''}"
 
 
 def describe_data(config: RunConfig, data: RunData) -> list[dict[str, str]]:

@@ -3,37 +3,34 @@
 import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from grok.config import RunConfig
 from grok.config.load import to_dict
 from grok.errors import ConfigError
 
 
-class Tracker(Protocol):
-    """A service or format that metrics are sent to."""
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Sends the metrics of a step."""
-
-    def close(self) -> None:
-        """Sends what is left."""
-
-
-def open_trackers(config: RunConfig, folder: Path, run_id: str, first: int) -> list[Tracker]:
+def open_trackers(config: RunConfig, folder: Path, run_id: str, first: int) -> "list[Tracker]":
     """Opens the trackers of `train.tensorboard` and `train.wandb`, with files in `folder`; they
     continue the run `run_id` after step `first`.
 
     Raises ConfigError when a package is missing, or the service refuses the login.
     """
-    trackers: list[Tracker] = []
+    extras = []
     if config.train.tensorboard:
-        _require("tensorboardX", "train.tensorboard=true", "tensorboard")
-        trackers.append(TensorBoard(folder / "tensorboard", first))
+        extras.append(("train.tensorboard=true", "tensorboardX", "tensorboard"))
     if config.train.wandb:
-        _require("wandb", f"train.wandb={config.train.wandb}", "wandb")
-        trackers.append(WeightsAndBiases(config, folder, run_id))
-    return trackers
+        extras.append((f"train.wandb={config.train.wandb}", "wandb", "wandb"))
+    for key, package, extra in extras:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{key} needs {package}, which is not installed; `pip install 'grok[{extra}]'` "
+                "would install it."
+            )
+    return [
+        *([TensorBoard(folder / "tensorboard", first)] if config.train.tensorboard else []),
+        *([WeightsAndBiases(config, folder, run_id)] if config.train.wandb else []),
+    ]
 
 
 class TensorBoard:
@@ -88,6 +85,9 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+Tracker = TensorBoard | WeightsAndBiases
+
+
 def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers among `values`, those in lists and mappings as `name/key`. Skips text, and nested
     lists (expert loads per layer), which would be hundreds of curves."""
@@ -99,11 +99,3 @@ def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield from scalars(numbers)
         elif isinstance(value, int | float):
             yield name, value
-
-
-def _require(package: str, key: str, extra: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ConfigError(
-            f"{key} needs {package}, which is not installed; `pip install 'grok[{extra}]'` would "
-            "install it."
-        )
