@@ -10,7 +10,6 @@ the others.
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -177,16 +176,16 @@ def _connect(heartbeat_timeout_seconds: int) -> None:
         return
     # Its signal handler would take SIGTERM away from Python's.
     jax.config.update("jax_enable_preemption_service", False)
-    connect = functools.partial(
-        jax.distributed.initialize,
-        initialization_timeout=INITIALIZE_TIMEOUT_SECONDS,
-        heartbeat_timeout_seconds=heartbeat_timeout_seconds,
-    )
+    address, count, index = cluster or (None, None, None)
     try:
-        if cluster:
-            connect(*cluster, cluster_detection_method="deactivate")
-        else:
-            connect()
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            cluster_detection_method="deactivate" if cluster else None,
+            initialization_timeout=INITIALIZE_TIMEOUT_SECONDS,
+            heartbeat_timeout_seconds=heartbeat_timeout_seconds,
+        )
     except ValueError:
         if cluster:
             raise
@@ -205,10 +204,8 @@ def _listen_for_abort() -> None:
         message = _read(_ABORT_KEY)
         if message is not None and _aborting.acquire(blocking=False):
             published = json.loads(message)
-            _print_error(
-                f"[process {process_index()}] ended by process {published['process']}: "
-                f"{published['reason']}"
-            )
+            sender, reason = published["process"], published["reason"]
+            _print_error(f"[process {process_index()}] ended by process {sender}: {reason}")
             _exit(published["code"])
         time.sleep(1)
 
@@ -222,10 +219,8 @@ def _read(key: str) -> str | None:
 
 def _abort_on(error: BaseException) -> NoReturn:
     """Ends every process because of `error`."""
-    if isinstance(error, GrokError):
-        abort(error.exit_code, str(error))
-    if isinstance(error, OSError):
-        abort(1, str(error))
+    if isinstance(error, GrokError | OSError):
+        abort(getattr(error, "exit_code", 1), str(error))
     if isinstance(error, KeyboardInterrupt):
         abort(130, "interrupted")
     if isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in str(error):

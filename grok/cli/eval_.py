@@ -3,15 +3,12 @@
 import importlib.util
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from grok.cli.tables import make_console, make_table
 from grok.errors import ConfigError
-
-if TYPE_CHECKING:
-    from grok.evaluate.losses import TextLoss
 
 
 @click.command("eval")
@@ -83,16 +80,10 @@ def _losses(model, mesh, data, tokenizer, run, as_json: bool) -> list[dict[str, 
     losses = list(evaluate_texts(model, mesh, data, tokenizer, run)) if data else []
     if losses and not as_json:
         table = make_table("data", "tokens", "bytes", "nats/token", "bits/byte", right=4)
-        for loss in losses:
-            figures = f"{loss.nats_per_token:.4f}", f"{loss.bits_per_byte:.4f}"
-            table.add_row(loss.data, f"{loss.tokens:,}", f"{loss.bytes:,}", *figures)
+        for path, *counts, nats, bits in losses:
+            table.add_row(path, *(f"{count:,}" for count in counts), f"{nats:.4f}", f"{bits:.4f}")
         make_console().print(table)
-    return [_to_dict(loss) for loss in losses]
-
-
-def _to_dict(loss: "TextLoss") -> dict[str, Any]:
-    counts = {"data": loss.data, "tokens": loss.tokens, "bytes": loss.bytes}
-    return counts | {"loss": loss.nats_per_token, "bits_per_byte": loss.bits_per_byte}
+    return [loss._asdict() for loss in losses]
 
 
 def _tasks(model, mesh, tasks, tokenizer, run, folder, fewshot, limit, as_json) -> dict[str, Any]:

@@ -75,7 +75,8 @@ class LmEvalModel(TemplateLM):
         limit = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
         room = self._scorer.context_length - limit
         prompt = (self.tok_encode(context) or [self.eot_token_id])[-room:]
-        stop = tuple(_as_list(options.get("until")))
+        until = options.get("until") or []
+        stop = (until,) if isinstance(until, str) else tuple(filter(None, until))
         params = SamplingParams(max_tokens=limit, temperature=0, stop=stop)
         return Request(name, tuple(prompt), params)
 
@@ -107,9 +108,3 @@ def run_tasks(
         log_samples=False,
     )
     return {task: dict(metrics) for task, metrics in results["results"].items()}
-
-
-def _as_list(until: str | list[str] | None) -> list[str]:
-    if isinstance(until, str):
-        return [until]
-    return [stop for stop in until or [] if stop]

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -19,24 +20,15 @@ from grok.train.loss import eval_step, total_loss
 from grok.train.run_data import open_dataset
 
 
-@dataclasses.dataclass(frozen=True)
-class TextLoss:
-    """Loss of a text: `nats` summed over its `tokens`, which have `bytes` of UTF-8."""
+class TextLoss(NamedTuple):
+    """Loss of a text: nats per token, the loss of training, and bits per byte of UTF-8, which are
+    comparable across tokenizers."""
 
     data: str
     tokens: int
     bytes: int
-    nats: float
-
-    @property
-    def nats_per_token(self) -> float:
-        """Cross-entropy, the loss of training."""
-        return self.nats / self.tokens
-
-    @property
-    def bits_per_byte(self) -> float:
-        """The loss in a unit that is comparable across tokenizers."""
-        return bits_per_byte(self.nats, self.bytes)
+    loss: float
+    bits_per_byte: float
 
 
 def evaluate_texts(
@@ -52,7 +44,7 @@ def evaluate_texts(
     for path, batches, num_bytes in held_out:
         with jax.set_mesh(mesh):
             nats, tokens = total_loss(eval_function, model, batches, mesh)
-        yield TextLoss(path, tokens, num_bytes, nats)
+        yield TextLoss(path, tokens, num_bytes, nats / tokens, bits_per_byte(nats, num_bytes))
 
 
 def _open(path: str, tokenizer_file: str, config: RunConfig) -> tuple[Iterable[Batch], int]:

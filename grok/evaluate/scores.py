@@ -55,10 +55,8 @@ class Scorer:
                 indices = buckets[size][first : first + self._rows]
                 batch = self._batch([pairs[index] for index in indices], size)
                 with jax.set_mesh(self._mesh):
-                    rows = jax.device_get(
-                        self._score_rows(self._model, shard_batch(batch, self._mesh))
-                    )
-                for index, log_p, is_greedy in zip(indices, *rows, strict=False):
+                    scored = self._score_rows(self._model, shard_batch(batch, self._mesh))
+                for index, log_p, is_greedy in zip(indices, *jax.device_get(scored), strict=False):
                     scores[index] = Score(float(log_p), bool(is_greedy))
         return [scores[index] for index in range(len(pairs))]
 
@@ -67,12 +65,9 @@ class Scorer:
 
     def _batch(self, pairs, size: int) -> dict[str, np.ndarray]:
         """Rows of pairs, with padding behind each and rows of padding at the end."""
-        shape = (self._rows, size)
-        batch = {
-            name: np.zeros(shape, np.int32)
-            for name in ("tokens_BT", "targets_BT", "segment_ids_BT")
-        }
-        batch["mask_BT"] = np.zeros(shape, np.float32)
+        names = ("tokens_BT", "targets_BT", "segment_ids_BT")
+        batch: dict = {name: np.zeros((self._rows, size), np.int32) for name in names}
+        batch["mask_BT"] = np.zeros((self._rows, size), np.float32)
         for row, (context, continuation) in enumerate(pairs):
             tokens = np.array([*context, *continuation], np.int32)[-size - 1 :]
             length = len(tokens) - 1

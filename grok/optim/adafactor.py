@@ -37,16 +37,12 @@ def scale_by_factored_second_moment(ceiling: float, specs: Specs) -> optax.Gradi
     1 - t^-0.8 at update t, at most `ceiling`."""
 
     def init(params) -> FactoredState:
-        return FactoredState(
-            jnp.zeros((), jnp.int32),
-            map_named(lambda name, x: _zero_mean(x, column_axes(specs[name])), params),
-            map_named(
-                lambda name, x: (
-                    _zero_mean(x, row_axes(specs[name])) if row_axes(specs[name]) else None
-                ),
-                params,
-            ),
-        )
+        def columns(name, x):
+            axes = row_axes(specs[name])
+            return _zero_mean(x, axes) if axes else None
+
+        rows = map_named(lambda name, x: _zero_mean(x, column_axes(specs[name])), params)
+        return FactoredState(jnp.zeros((), jnp.int32), rows, map_named(columns, params))
 
     def update(grads, state: FactoredState, params=None):
         updates = state.updates + 1

@@ -24,18 +24,16 @@ def placed_on_host(tree: Any) -> Any:
 
 def to_device(tree: Any) -> Any:
     """Moves the leaves in host memory to the devices; traced."""
-    return jax.tree.map(
-        lambda x: jax.device_put(x, jax.memory.Space.Device) if _on_host(x) else x, tree
-    )
+    device = jax.memory.Space.Device
+    return jax.tree.map(lambda x: jax.device_put(x, device) if _on_host(x) else x, tree)
 
 
 def back(tree: Any, before: Any) -> Any:
     """Moves leaves to host memory where those of `before`, of the same structure, are; traced."""
-
-    def one(x: jax.Array, was: jax.Array) -> jax.Array:
-        return jax.device_put(x, jax.memory.Space.Host) if _on_host(was) else x
-
-    return jax.tree.map(one, tree, before)
+    host = jax.memory.Space.Host
+    return jax.tree.map(
+        lambda x, was: jax.device_put(x, host) if _on_host(was) else x, tree, before
+    )
 
 
 def is_on_host(leaf: Any) -> bool:

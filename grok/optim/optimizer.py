@@ -91,9 +91,7 @@ DIRECTIONS: dict[str, Callable[[OptimizerConfig, Specs], optax.GradientTransform
 }
 
 
-def keep_moments_in(
-    dtype: str, inner: optax.GradientTransformation
-) -> optax.GradientTransformation:
+def keep_moments_in(dtype: str, inner: optax.GradientTransformation):
     """`inner`, computed in float32, with its moments stored in `dtype` between steps."""
     if dtype == "float32":
         return inner

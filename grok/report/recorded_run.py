@@ -14,9 +14,6 @@ from grok.train.telemetry.event_log import Goodput, measure_goodput, read_events
 from grok.train.telemetry.metrics_file import read_metrics
 from grok.train.telemetry.run_manifest import read_manifest
 
-# Share of a run's points, at its end, over which final values are means.
-FINAL_SHARE = 0.1
-
 
 @dataclasses.dataclass(frozen=True)
 class RecordedRun:
@@ -84,13 +81,9 @@ class RecordedRun:
 
     def bad_steps(self) -> list[int]:
         """Steps whose update was skipped, or whose loss is not finite."""
-        skipped = [event["step"] for event in self.events if event["event"] == "skipped"]
-        logged = [
-            line["step"]
-            for line in self.training
-            if line.get("skipped") or not np.isfinite(line.get("loss") or 0.0)
-        ]
-        return sorted({*skipped, *logged})
+        lines = self.training
+        bad = (x.get("skipped") or not np.isfinite(x.get("loss") or 0.0) for x in lines)
+        return sorted({line["step"] for line, is_bad in zip(lines, bad, strict=True) if is_bad})
 
 
 def read_run(folder: str | Path) -> RecordedRun:
@@ -137,5 +130,5 @@ def drop_redone_steps(
 
 
 def final_points(points: int) -> int:
-    """Number of the last points that count as a run's end."""
-    return max(1, round(FINAL_SHARE * points))
+    """Number of the last points, a tenth of all, that count as a run's end."""
+    return max(1, round(0.1 * points))

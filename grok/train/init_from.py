@@ -1,8 +1,6 @@
 """The weights that a run starts from: train.init_from.
 
-They are read at step 0 of a fresh run; a resumed run reads its own checkpoint instead. (A run with
-adapters reads them again, since its checkpoints hold only the adapters.) Their identity is stored
-in the meta of every checkpoint.
+A resumed run reads them again only if it trains adapters, since its checkpoints hold no more.
 """
 
 import dataclasses

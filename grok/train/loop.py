@@ -1,8 +1,7 @@
 """A training run, top to bottom.
 
-The run's folder holds `config.yaml` (resolved), `tokenizer.model`, `checkpoints/`, and the files of
-`grok.train.telemetry.telemetry`: `metrics.jsonl`, `events.jsonl`, `run.json`. Started again with
-the same command, a run resumes from its newest checkpoint, bit for bit as if it had never stopped.
+Its folder holds `config.yaml` (resolved), `tokenizer.model`, `checkpoints/` and the files of
+`grok.train.telemetry.telemetry`. Started again, a run resumes bit for bit.
 """
 
 import dataclasses
@@ -46,18 +45,17 @@ from grok.train.watchdog import Watchdog
 
 
 class Start(NamedTuple):
-    """The point at which the steps begin: the steps done, the state after them, the batches that
-    were skipped before, and whether the run was rolled back to here."""
+    """The point at which the steps begin."""
 
-    step: int
+    step: int  # steps done
     state: TrainState
-    skipped: Skipped = ()
-    rolled_back: bool = False
+    skipped: Skipped = ()  # batches skipped before
+    rolled_back: bool = False  # True: the run was rolled back to here
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run that is ready to start: its data, jitted steps, checkpoints and telemetry."""
+    """A run that is ready to start."""
 
     config: RunConfig
     mesh: Mesh
@@ -291,10 +289,10 @@ def roll_back(run: Run, start: Start, error: Diverged) -> Start:
 
 def finish(run: Run, step: int) -> int:
     """Logs how the run ended after `step`; returns the exit code."""
-    if step < run.last_step:
+    code = SAVED if step < run.last_step else DONE
+    if code == SAVED:
         run.telemetry.log(f"stopped at step {step}, all saved; the same command goes on from there")
     elif run.saves:
         run.telemetry.log(f"done: {step} steps, in {run.config.folder}")
-    code = SAVED if step < run.last_step else DONE
     run.telemetry.ended(step, code)
     return code

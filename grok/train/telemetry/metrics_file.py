@@ -12,8 +12,7 @@ import numpy as np
 
 # JSON lacks these numbers; they are written as in Protocol Buffers' JSON.
 QUOTED_NON_FINITE = re.compile(r'"(NaN|-?Infinity)"(?!:)')
-# Decimals of the expert loads per layer: L x E of them are the bulk of each line.
-LOAD_DIGITS = 4
+LOAD_DIGITS = 4  # decimals of the L x E expert loads, which are the bulk of each line
 
 
 class MetricsFile:
@@ -64,13 +63,13 @@ def to_plain(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
     A float32 becomes the shortest decimal that reads back as the same float32; expert loads per
     layer are rounded.
     """
-    values = {}
-    for name, value in jax.device_get(dict(metrics)).items():
-        if name == "expert_load_layers":
-            values[name] = np.round(value.astype(np.float64), LOAD_DIGITS).tolist()
-        else:
-            values[name] = _shortest(value)
-    return values
+    values = jax.device_get(dict(metrics))
+    return {
+        name: np.round(value.astype(np.float64), LOAD_DIGITS).tolist()
+        if name == "expert_load_layers"
+        else _shortest(value)
+        for name, value in values.items()
+    }
 
 
 def _to_line(values: dict[str, Any]) -> str:

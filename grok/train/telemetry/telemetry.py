@@ -27,8 +27,7 @@ from grok.train.telemetry.metrics_file import MetricsFile, to_plain
 from grok.train.telemetry.run_manifest import RunDir, RunManifest
 from grok.train.telemetry.trackers import Tracker, open_trackers
 
-# Share of the smoothed loss that stays from one logged step to the next.
-SMOOTHING = 0.9
+SMOOTHING = 0.9  # share of the smoothed loss that stays from one logged step to the next
 
 
 @dataclasses.dataclass
@@ -141,12 +140,11 @@ class Telemetry:
         """Waits for the metrics of a step; writes them, and `more`, and shows the main ones."""
         values = to_plain(metrics) | more | self.rates.take()
         self._write(step, values)
-        loss, speed, mfu = values["loss"], values["tokens_per_second"], values.get("mfu")
+        loss = values["loss"]
         self._figures = [f"loss {loss:.3f}", f"smoothed {self._smoothed_loss.add(loss):.3f}"]
-        if speed is not None:
-            self._figures.append(f"{speed:,.0f} tokens/s")
-        if mfu is not None:
-            self._figures.append(f"MFU {mfu:.1%}")
+        for key, text in (("tokens_per_second", "{:,.0f} tokens/s"), ("mfu", "MFU {:.1%}")):
+            if values.get(key) is not None:
+                self._figures.append(text.format(values[key]))
         note = self._display.update(step, *self._figures)
         if not self._display.is_terminal:
             self.log(f"step {step}  {note}")
