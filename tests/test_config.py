@@ -22,8 +22,7 @@ from grok.config import (
     RunConfig,
     resolve_mesh,
 )
-from grok.config.load import from_dict, load_config, to_dict
-from grok.config.presets import presets
+from grok.config.load import from_dict, load_config, presets, to_dict
 from grok.config.schema import describe, schema
 from grok.config.text import to_yaml
 from grok.errors import ConfigError

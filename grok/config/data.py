@@ -37,7 +37,7 @@ class BatchChange(Section):
     from_step: Annotated[CountOrZero, "first step with this shape, counted from 0"]
     batch_size: Annotated[Count | None, "rows of a batch (B); null: unchanged"] = None
     sequence_length: Annotated[
-        Count | None, "tokens per row (T), a divisor of data.sequence_length; null: unchanged"
+        Count | None, "tokens per row (T), dividing the longest; null: same"
     ] = None
 
 
@@ -47,59 +47,39 @@ class DataConfig(Section):
 
     train: Annotated[tuple[str, ...], "UTF-8 text files to train on"] = ()
     validation: Annotated[tuple[str, ...], "UTF-8 text files held out for validation"] = ()
-    datasets: Annotated[
-        tuple[DatasetConfig, ...], "prepared datasets to train on, instead of text files"
-    ] = ()
-    mixture_schedule: Annotated[
-        tuple[MixtureChange, ...], "changes of the weights of data.datasets at given steps"
-    ] = ()
-    validation_dataset: Annotated[str, "prepared dataset for validation, instead of text files"] = (
-        ""
-    )
+    datasets: Annotated[tuple[DatasetConfig, ...], "prepared datasets, instead of text files"] = ()
+    mixture_schedule: Annotated[tuple[MixtureChange, ...], "changes of the datasets' weights"] = ()
+    validation_dataset: Annotated[str, "prepared dataset for validation, instead of text"] = ""
     packing: Annotated[
-        Literal["concat_then_split", "best_fit"],
-        "documents longer than a row: continue in the next row, or are truncated",
+        Literal["concat_then_split", "best_fit"], "documents longer than a row: split, or truncated"
     ] = "concat_then_split"
-    allow_data_change: Annotated[
-        bool, "resume even if the prepared datasets differ from the checkpoint's"
-    ] = False
+    allow_data_change: Annotated[bool, "resume though datasets differ from a checkpoint's"] = False
     tokenizer: Annotated[str, "tokenizer file"] = ""
     sequence_length: Annotated[Count, "tokens per row (T), at its longest"] = 1024
     batch_size: Annotated[Count, "rows of the global batch (B)"] = 8
-    batch_schedule: Annotated[
-        tuple[BatchChange, ...], "changes of the batch's shape at given steps"
-    ] = ()
+    batch_schedule: Annotated[tuple[BatchChange, ...], "changes of the batch's shape"] = ()
     seed: Annotated[CountOrZero, "seed of the data order"] = 0
     prefetch: Annotated[CountOrZero, "batches prepared in advance, each in a thread; 0: none"] = 2
 
     def __post_init__(self) -> None:
-        if self.train and self.datasets:
-            raise ConfigError(
-                "data.train and data.datasets are both set, and a run reads text files or prepared "
-                "datasets; data.train=[] would work."
-            )
-        if self.validation and self.validation_dataset:
-            raise ConfigError(
-                "data.validation and data.validation_dataset are both set; data.validation=[] "
-                "would work."
-            )
+        for text, datasets in {"train": "datasets", "validation": "validation_dataset"}.items():
+            if getattr(self, text) and getattr(self, datasets):
+                raise ConfigError(
+                    f"data.{text} and data.{datasets} are both set, and a run reads text files or "
+                    f"prepared datasets; data.{text}=[] would work."
+                )
         paths = [dataset.path for dataset in self.datasets]
         for path in paths:
             if paths.count(path) > 1:
-                raise ConfigError(
-                    f"data.datasets names {path} twice; once, with the sum of the weights, would "
-                    "work."
-                )
+                raise ConfigError(f"data.datasets names {path} twice; once would work.")
         if self.datasets and not any(dataset.weight for dataset in self.datasets):
-            raise ConfigError(
-                "data.datasets have no weight above 0; weight: 1 for one of them would work."
-            )
+            raise ConfigError("data.datasets have no weight above 0; weight: 1 would work.")
         for change in self.mixture_schedule:
             if len(change.weights) != len(paths) or not any(change.weights):
                 raise ConfigError(
                     f"data.mixture_schedule has {list(change.weights)} from step "
-                    f"{change.from_step}, and data.datasets has {len(paths)} datasets; "
-                    "as many weights, one of them above 0, would work."
+                    f"{change.from_step}, and data.datasets has {len(paths)} datasets; as many "
+                    "weights, not all of them 0, would work."
                 )
         self._check_shapes()
         for key, earliest in (("mixture_schedule", 1), ("batch_schedule", 0)):
@@ -121,7 +101,6 @@ class DataConfig(Section):
         return shapes
 
     def _check_shapes(self) -> None:
-        """Refuses batches that are not whole rows of data.sequence_length, once put together."""
         for change in self.batch_schedule:
             if change.batch_size is None and change.sequence_length is None:
                 raise ConfigError(
@@ -136,7 +115,7 @@ class DataConfig(Section):
                     f"{largest_divisor(self.sequence_length, T)} would work."
                 )
             per_row = self.sequence_length // T
-            if B % per_row:
+            if B % per_row:  # read as whole rows of data.sequence_length, then split
                 raise ConfigError(
                     f"data.batch_schedule has batches of {B} x {T} tokens from step {step}, which "
                     f"are no whole rows of data.sequence_length={self.sequence_length}; "

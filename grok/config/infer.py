@@ -19,18 +19,14 @@ class InferConfig(Section):
     model: Annotated[str, "preset or YAML file of that model; none: what the weights say"] = ""
     tokenizer: Annotated[str, "SentencePiece model file; none: the one beside the weights"] = ""
     param_dtype: Annotated[
-        Literal["", "float32", "bfloat16", "int8"],
-        "dtype that matrices are converted to; none: as stored",
+        Literal["", "float32", "bfloat16", "int8"], "dtype of matrices; none: as stored"
     ] = ""
     compute_dtype: Annotated[
-        Literal["", "float32", "bfloat16"],
-        "dtype of activations and products; none: as the model's config says",
+        Literal["", "float32", "bfloat16"], "dtype of activations; none: as the model's config says"
     ] = ""
     mesh: Annotated[MeshConfig, "devices of one replica, along each axis"] = MeshConfig()
     engine: Annotated[EngineConfig, "concurrent sequences, paged cache"] = EngineConfig()
-    sampling: Annotated[SamplingConfig, "defaults for requests that leave a parameter out"] = (
-        SamplingConfig()
-    )
+    sampling: Annotated[SamplingConfig, "defaults for requests"] = SamplingConfig()
     chat_template: Annotated[str, "Jinja text that makes a prompt of messages; none: no chat"] = ""
 
 
@@ -38,13 +34,10 @@ class InferConfig(Section):
 class BatchConfig(InferConfig):
     """A job: requests in files, and where their answers go."""
 
-    input: Annotated[
-        tuple[str, ...], "files, folders or globs of JSON lines or Parquet, here or at gs://"
-    ]
+    input: Annotated[tuple[str, ...], "files, folders or globs of JSON lines or Parquet; or gs://"]
     output: Annotated[str, "folder that the answers go to, here or at gs://"]
     replica: Annotated[
-        Literal["host", "all"],
-        "hosts that one mesh spans: each alone, with its share of shards, or all",
+        Literal["host", "all"], "hosts of one mesh: each alone, with its share of shards, or all"
     ] = "host"
     shard_size: Annotated[Count, "requests per file of answers"] = 1000
     seed: Annotated[CountOrZero, "seeds the requests that set no seed"] = 0
@@ -64,9 +57,7 @@ class ServeConfig(InferConfig):
     api_keys_file: Annotated[str, "file of keys, one per line, besides those in GROK_API_KEYS"] = ""
     allow_anyone: Annotated[bool, "let other machines in without keys"] = False
     max_body_bytes: Annotated[Count, "longest body of a request"] = 1 << 20
-    max_prompt_tokens: Annotated[
-        CountOrZero, "tokens of a prompt at most; 0: the context length"
-    ] = 0
+    max_prompt_tokens: Annotated[CountOrZero, "longest prompt; 0: the context length"] = 0
     max_choices: Annotated[Count, "answers that one request may ask for"] = 16
     max_queue: Annotated[Count, "live requests; more are refused with 429"] = 256
     max_seconds: Annotated[Positive, "time limit of a request"] = 600.0

@@ -1,7 +1,7 @@
 """YAML files and dotted overrides -> a checked config, and a config -> plain data.
 
-The files that a file `extends` go underneath, overrides on top, and pydantic checks the result.
-Every refusal is a `ConfigError`, one sentence: where, which key, what is wrong, what would work.
+The files that a file `extends` go underneath, overrides on top, and pydantic checks the result. A
+refusal is a `ConfigError`, one sentence: where, which key, what is wrong, what would work.
 """
 
 import dataclasses
@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from grok.config.presets import find_config
 from grok.config.run import RunConfig
 from grok.config.schema import schema
 from grok.config.validate import validate
 from grok.config.yaml import Locations, parse_yaml
 from grok.errors import ConfigError
+
+# Folders of the presets of each type of config.
+FOLDERS = {"RunConfig": ("models", "train", "serve"), "BatchConfig": ("batch",)}
 
 
 @overload
@@ -28,10 +30,7 @@ def load_config[C](path: str | Path, overrides: Sequence[str], config_type: type
 
 def load_config(path: Any, overrides: Any = (), config_type: Any = RunConfig) -> Any:
     """The checked config of a YAML file or bare preset name, under overrides like `train.steps=50`.
-
-    `config_type` is the dataclass of the keys. Raises ConfigError, one sentence for a person, when
-    anything in it cannot work.
-    """
+    `config_type` is the dataclass of the keys. Raises ConfigError when anything cannot work."""
     file = find_config(str(path), Path(), config_type)
     data, locations = _read_file(file, (), config_type)
     return from_dict(data, str(file), overrides, config_type, locations)
@@ -44,10 +43,8 @@ def from_dict(
     config_type: type = RunConfig,
     locations: Locations | None = None,
 ) -> Any:
-    """The checked config of plain data under overrides, inverse of `to_dict`.
-
-    Errors name the place where a key was set, from `locations` or the override, or else `source`.
-    """
+    """The checked config of plain data under overrides, inverse of `to_dict`. Errors name the place
+    where a key was set, from `locations` or the override, or else `source`."""
     locations = {} if locations is None else locations
     for override in overrides:
         data = _merge(data, _read_override(override, locations))
@@ -76,6 +73,34 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
             value = {name: value}
         data = _merge(data, value)
     return data
+
+
+def configs_folder() -> Path:
+    """The folder of the presets: inside the installed package, or beside it in the repository."""
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def presets(config_type: type = RunConfig) -> dict[str, Path]:
+    """Files of the presets of this type of config, by name: models first."""
+    folders = FOLDERS.get(config_type.__name__, ())
+    files = [file for name in folders for file in sorted((configs_folder() / name).glob("*.yaml"))]
+    return {file.stem: file for file in files}
+
+
+def find_config(name: str, beside: Path, config_type: type) -> Path:
+    """The file `name`, relative to `beside`, or else the preset called `name`."""
+    file = beside / name
+    if file.is_file():
+        return file
+    known = presets(config_type)
+    if name in known:
+        return known[name]
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder, and a config is a YAML file.")
+    names = f"the presets are {', '.join(known)}" if known else "one would work"
+    raise ConfigError(f"there is no config file {file}; {names}.")
 
 
 def _read_file(
@@ -120,10 +145,7 @@ def _read_override(override: str, locations: Locations) -> dict[str, Any]:
         )
     location = f"override `{override}`"
     locations.update({key[:depth]: location for depth in range(1, len(key))})
-    data = parse_yaml(text, lambda _: location, locations, key)
-    for name in reversed(key):
-        data = {name: data}
-    return data
+    return nest({".".join(key): parse_yaml(text, lambda _: location, locations, key)})
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,9 +31,7 @@ class AttentionConfig(Section):
     num_kv_heads: Annotated[Count, "key/value heads (K); N/K queries share one"]
     head_dim: Annotated[Count, "width of one head (H); even, for rotary pairs"]
     logit_scale: Annotated[Positive, "factor on attention logits; default 1/sqrt(head_dim)"] = None  # type: ignore[assignment]  # filled in __post_init__
-    logit_softcap: Annotated[
-        Positive | None, "c of c*tanh(x/c) on attention logits; null: none"
-    ] = 30.0
+    logit_softcap: Annotated[Positive | None, "c of c*tanh(x/c) on the logits; null: none"] = 30.0
     rope: Annotated[RopeConfig, "rotary position embedding"] = RopeConfig()
 
     def __post_init__(self) -> None:
@@ -42,9 +40,8 @@ class AttentionConfig(Section):
         if self.num_heads % self.num_kv_heads:
             near = largest_divisor(self.num_heads, self.num_kv_heads)
             raise ConfigError(
-                f"model.attention.num_kv_heads={self.num_kv_heads} does not divide "
-                f"model.attention.num_heads={self.num_heads}; "
-                f"model.attention.num_kv_heads={near} would work."
+                f"model.attention.num_kv_heads={self.num_kv_heads} does not divide model.attention."
+                f"num_heads={self.num_heads}; model.attention.num_kv_heads={near} would work."
             )
         if self.head_dim % 2:
             raise ConfigError(
@@ -64,9 +61,8 @@ class MoEConfig(Section):
     def __post_init__(self) -> None:
         if self.num_selected > self.num_experts:
             raise ConfigError(
-                f"model.moe.num_selected={self.num_selected} is more than "
-                f"model.moe.num_experts={self.num_experts}; "
-                f"model.moe.num_selected={self.num_experts} would work."
+                f"model.moe.num_selected={self.num_selected} is more than model.moe.num_experts="
+                f"{self.num_experts}; model.moe.num_selected={self.num_experts} would work."
             )
 
 
@@ -86,17 +82,13 @@ class ModelConfig(Section):
     attention: Annotated[AttentionConfig, "attention of every block"]
     moe: Annotated[MoEConfig, "experts of every block"]
     param_dtype: Annotated[
-        Literal["float32", "bfloat16", "int8"],
-        "type of stored parameters; int8: matrices, to infer only",
+        Literal["float32", "bfloat16", "int8"], "type of parameters; int8: matrices, to infer only"
     ] = "float32"
-    compute_dtype: Annotated[Literal["float32", "bfloat16"], "type of activations and products"] = (
-        "bfloat16"
-    )
+    compute_dtype: Annotated[Literal["float32", "bfloat16"], "type of activations"] = "bfloat16"
     remat: Annotated[
         Literal["none", "dots", "attention", "experts", "offload", "full"],
-        "recompute in the backward pass: nothing; all but matrix products; all but "
-        "attention's output; all but the experts' output; the same, with what is saved "
-        "offloaded to host memory; whole blocks",
+        "recompute in the backward pass: nothing; all but matrix products; all but attention's "
+        "output; all but the experts' output; the same, saved in host memory; whole blocks",
     ] = "full"
 
     def __post_init__(self) -> None:

@@ -50,52 +50,30 @@ class OptimizerConfig(Section):
     epsilon: Annotated[Positive, "epsilon of adamw"] = 1e-8
     muon_momentum: Annotated[Share, "decay of muon's momentum"] = 0.95
     moments_dtype: Annotated[
-        Literal["float32", "bfloat16"],
-        "dtype of stored moments; adafactor's second moment stays float32",
+        Literal["float32", "bfloat16"], "dtype of moments; of adafactor's second always float32"
     ] = "float32"
     offload: Annotated[bool, "keep moments in host memory between steps"] = False
-    weight_decay: Annotated[
-        PositiveOrZero, "decoupled weight decay of matrices; none for norm scales"
-    ] = 0.1
+    weight_decay: Annotated[PositiveOrZero, "decoupled decay, of matrices; not of norms"] = 0.1
     max_grad_norm: Annotated[Positive, "gradients are clipped to this global norm"] = 1.0
-    param_groups: Annotated[
-        tuple[ParamGroup, ...],
-        "settings of parameters by name; the first group that matches applies",
-    ] = ()
-    ema_decay: Annotated[
-        Share, "decay of an exponential moving average of the weights; 0: none"
-    ] = 0.0
+    param_groups: Annotated[tuple[ParamGroup, ...], "settings by name; first match applies"] = ()
+    ema_decay: Annotated[Share, "decay of an average of the weights; 0: none"] = 0.0
 
     def __post_init__(self) -> None:
         if self.ema_decay == 1:
-            raise ConfigError(
-                "optimizer.ema_decay=1.0 would keep the initial weights; optimizer.ema_decay=0.999 "
-                "would work."
-            )
-        self._check_schedule()
-        self._check_moments()
-
-    def _check_schedule(self) -> None:
-        """Refuses keys that the schedule would not read."""
-        if (self.schedule == "wsd") != (self.decay_steps > 0):
-            works = (
-                "optimizer.decay_steps=100" if self.schedule == "wsd" else "optimizer.schedule=wsd"
-            )
+            problem = "optimizer.ema_decay=1.0 would keep the initial weights"
+            raise ConfigError(f"{problem}; optimizer.ema_decay=0.999 would work.")
+        is_wsd, ratios = self.schedule == "wsd", (1, self.default("min_lr_ratio"))
+        if is_wsd != (self.decay_steps > 0):
+            fix = "optimizer.decay_steps=100" if is_wsd else "optimizer.schedule=wsd"
             raise ConfigError(
                 f"optimizer.decay_steps={self.decay_steps} and optimizer.schedule={self.schedule}: "
-                f"it is wsd that decays over the last steps; {works} would work."
+                f"it is wsd that decays over the last steps; {fix} would work."
             )
-        if self.schedule == "constant" and self.min_lr_ratio not in (
-            1,
-            self.default("min_lr_ratio"),
-        ):
+        if self.schedule == "constant" and self.min_lr_ratio not in ratios:
             raise ConfigError(
                 f"optimizer.min_lr_ratio={self.min_lr_ratio} is not reached with "
                 "optimizer.schedule=constant; optimizer.schedule=linear would work."
             )
-
-    def _check_moments(self) -> None:
-        """Refuses keys that the optimizer would not read, and decays that bfloat16 cannot hold."""
         for key, readers in {"epsilon": ("adamw", "muon"), "muon_momentum": ("muon",)}.items():
             value, default = getattr(self, key), self.default(key)
             if value != default and self.name not in readers:
@@ -103,10 +81,8 @@ class OptimizerConfig(Section):
                     f"optimizer.{key}={value} is nothing that optimizer.name={self.name} has; "
                     f"optimizer.{key}={default} would work."
                 )
-        if self.moments_dtype == "float32":
-            return
         for key in ("beta1", "beta2", "muon_momentum"):
-            if getattr(self, key) > MAX_BFLOAT16_DECAY:
+            if self.moments_dtype == "bfloat16" and getattr(self, key) > MAX_BFLOAT16_DECAY:
                 raise ConfigError(
                     f"optimizer.{key}={getattr(self, key)} decays by less than bfloat16's 8 bits "
                     f"can hold; optimizer.{key}={MAX_BFLOAT16_DECAY} or "

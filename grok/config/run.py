@@ -18,8 +18,7 @@ class PlanConfig(Section):
     """The step that `grok plan` compiles, and its slice."""
 
     program: Annotated[
-        Literal["train", "prefill", "decode"],
-        "compiled step: of training, over prompts, or one token per row",
+        Literal["train", "prefill", "decode"], "step: of training, over prompts, or a token a row"
     ] = "train"
     topology: Annotated[str, "TPU slice, such as v5p:4x4x8; --topology overrides it"] = ""
     batch_size: Annotated[Count, "rows of a prefill or decode step"] = 8
@@ -31,26 +30,19 @@ class RunConfig(Section):
     """A whole run: the config of `grok train`, `grok plan` and `grok.load_config`."""
 
     model: Annotated[ModelConfig, "the decoder: dimensions, arithmetic, dtypes"]
-    folder: Annotated[str, "folder of the run: checkpoints, metrics, resolved config"] = (
-        "runs/default"
-    )
-    mesh: Annotated[MeshConfig, "devices along each mesh axis; one may be -1: all that remain"] = (
-        MeshConfig()
-    )
+    folder: Annotated[str, "folder of checkpoints, metrics and config"] = "runs/default"
+    mesh: Annotated[MeshConfig, "devices along each mesh axis; -1: all that remain"] = MeshConfig()
     data: Annotated[DataConfig, "training and validation data, and batches"] = DataConfig()
-    optimizer: Annotated[OptimizerConfig, "optimizer and learning-rate schedule"] = (
-        OptimizerConfig()
-    )
+    optimizer: Annotated[OptimizerConfig, "optimizer and learning rate"] = OptimizerConfig()
     train: Annotated[TrainConfig, "length, losses, safeguards and reports"] = TrainConfig()
     lora: Annotated[LoraConfig, "low-rank adapters, trained instead of the weights"] = LoraConfig()
-    checkpoint: Annotated[CheckpointConfig, "when checkpoints are saved, and which are kept"] = (
-        CheckpointConfig()
-    )
+    checkpoint: Annotated[CheckpointConfig, "checkpoints to save and keep"] = CheckpointConfig()
     engine: Annotated[EngineConfig, "inference: concurrent sequences and KV cache"] = EngineConfig()
     plan: Annotated[PlanConfig, "what `grok plan` compiles, and for which slice"] = PlanConfig()
 
     def __post_init__(self) -> None:
         self._check_lengths()
+        self._check_plan()
         if self.checkpoint.keep_best:
             self._check_keep_best()
         rank = self.lora.rank
@@ -64,16 +56,19 @@ class RunConfig(Section):
                 "optimizer.name=muon makes updates of whole matrices orthogonal, and lora.rank="
                 f"{rank} trains factors of them; optimizer.name=adamw would work."
             )
-        self._check_plan()
 
     def _check_lengths(self) -> None:
         """Refuses rows longer than the context, and schedules longer than the run."""
-        length, context = self.data.sequence_length, self.model.context_length
-        if length > context:
-            raise ConfigError(
-                f"data.sequence_length={length} is longer than model.context_length={context}; "
-                f"data.sequence_length={context} would work."
-            )
+        lengths = {"data.sequence_length": self.data.sequence_length}
+        if self.plan.program != "train":
+            lengths["plan.tokens"] = self.plan.tokens
+        context = self.model.context_length
+        for key, length in lengths.items():
+            if length > context:
+                raise ConfigError(
+                    f"{key}={length} is longer than model.context_length={context}; "
+                    f"{key}={context} would work."
+                )
         steps, warmup = self.train.steps, self.optimizer.warmup_steps
         decay = self.optimizer.decay_steps
         if warmup >= steps:
@@ -89,22 +84,15 @@ class RunConfig(Section):
             )
 
     def _check_plan(self) -> None:
-        """Refuses keys that `grok plan` would not read, and rows longer than the context."""
-        tokens, context = self.plan.tokens, self.model.context_length
-        if self.plan.program == "train":
-            for key, instead in {"batch_size": "batch_size", "tokens": "sequence_length"}.items():
-                value = getattr(self.plan, key)
-                if value != PlanConfig.default(key):
-                    raise ConfigError(
-                        f"plan.{key}={value} is of plan.program=prefill or decode, and a training "
-                        f"step has data.{instead}={getattr(self.data, instead)}; "
-                        f"data.{instead}={value} would work."
-                    )
-        elif tokens > context:
-            raise ConfigError(
-                f"plan.tokens={tokens} is more than model.context_length={context}; "
-                f"plan.tokens={context} would work."
-            )
+        """Refuses keys that `grok plan` would not read."""
+        for key, instead in {"batch_size": "batch_size", "tokens": "sequence_length"}.items():
+            value = getattr(self.plan, key)
+            if self.plan.program == "train" and value != PlanConfig.default(key):
+                raise ConfigError(
+                    f"plan.{key}={value} is of plan.program=prefill or decode, and a training step "
+                    f"has data.{instead}={getattr(self.data, instead)}; "
+                    f"data.{instead}={value} would work."
+                )
 
     def _check_keep_best(self) -> None:
         """Refuses to keep the best checkpoints if some are not validated."""

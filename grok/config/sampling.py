@@ -34,12 +34,8 @@ class SamplingConfig(Section):
     top_k: Annotated[CountOrZero, "draw from the k likeliest and ties; 0: all"] = 0
     top_p: Annotated[Share, "draw from the nucleus of this probability"] = 1.0
     min_p: Annotated[Share, "least probability, over the likeliest token's"] = 0.0
-    repetition_penalty: Annotated[
-        Positive, "divides logits of tokens in prompt or answer; 1: none"
-    ] = 1.0
-    presence_penalty: Annotated[
-        Finite, "subtracted from logits of tokens in the answer; 0: none"
-    ] = 0.0
+    repetition_penalty: Annotated[Positive, "divides logits of tokens seen so far; 1: none"] = 1.0
+    presence_penalty: Annotated[Finite, "subtracted from logits of answered tokens; 0: none"] = 0.0
     frequency_penalty: Annotated[Finite, "the same for each occurrence; 0: none"] = 0.0
     stop: Annotated[tuple[Text, ...], "texts that end the answer, and are cut from it"] = ()
 
@@ -63,9 +59,7 @@ class SamplingParams(SamplingConfig):
     banned_token_ids: Annotated[Tokens, "tokens that are never chosen"] = ()
     n: Annotated[Count, "answers to each prompt"] = 1
     best_of: Annotated[Count | None, "answers made, of which the n likeliest are returned"] = None
-    logprobs: Annotated[
-        TopCount | None, "return log-probabilities: each token's and k likeliest"
-    ] = None
+    logprobs: Annotated[TopCount | None, "log-probabilities of each token and k likeliest"] = None
     prompt_logprobs: Annotated[TopCount | None, "the same of the prompt"] = None
     seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1), "seed of the draws"] = 0
     ignore_eos: Annotated[bool, "do not end at EOS"] = False

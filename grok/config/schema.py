@@ -24,7 +24,8 @@ class Setting:
     @property
     def section(self) -> type | None:
         """The dataclass of the keys below this one; None for a value."""
-        kinds = typing.get_args(self.type) if _is_union(self.type) else (self.type,)
+        is_list = typing.get_origin(self.type) is tuple
+        kinds = () if is_list else (self.type, *typing.get_args(self.type))
         return next(filter(_is_section, kinds), None)
 
     @property
@@ -96,10 +97,6 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
-def _is_union(kind: Any) -> bool:
-    return typing.get_origin(kind) in (types.UnionType, typing.Union)
-
-
 _NUMBERS = {int: "whole number", float: "number"}
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
@@ -122,7 +119,7 @@ def _values(hint: Any) -> str:
         return ", ".join(f"`{value}`" for value in inner if value)
     if origin is tuple:
         return f"list of {_values(inner[0])}"
-    if _is_union(hint):
+    if origin in (types.UnionType, typing.Union):
         return " or ".join(map(_values, inner))
     if _is_section(hint):
         return f"{{{', '.join(field.name for field in dataclasses.fields(hint))}}}"

@@ -84,11 +84,8 @@ def _table(settings: list[tuple[str, Setting]]) -> list[str]:
 
 
 def _row(key: str, setting: Setting) -> str:
+    default = "must be set"
+    if setting.default is not dataclasses.MISSING:
+        default = "" if setting.default in (None, "", ()) else f"`{json.dumps(setting.default)}`"
     meaning = setting.meaning.replace("|", "\\|")
-    return f"| `{key}` | {setting.values} | {_default(setting.default)} | {meaning} |"
-
-
-def _default(default: Any) -> str:
-    if default is dataclasses.MISSING:
-        return "must be set"
-    return "" if default in (None, "", ()) else f"`{json.dumps(default)}`"
+    return f"| `{key}` | {setting.values} | {default} | {meaning} |"

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grok.config.section import Count, CountOrZero, Positive, PositiveOrZero, Section
+from grok.config.section import Count, CountOrZero, Positive, PositiveOrZero, Section, round_up
 from grok.errors import ConfigError
 
 
@@ -13,32 +13,22 @@ class TrainConfig(Section):
 
     steps: Annotated[Count, "optimizer steps of the whole run"] = 1000
     seed: Annotated[CountOrZero, "seed of the parameter initialisation"] = 0
-    init_from: Annotated[
-        str, "weights to start from: ckpt-0, Hugging Face, or a checkpoint of grok"
-    ] = ""
+    init_from: Annotated[str, "weights to start from: ckpt-0, Hugging Face, or a checkpoint"] = ""
     z_loss: Annotated[PositiveOrZero, "weight of log(Z)^2 of the output softmax in the loss"] = 0.0
-    router_balance_loss: Annotated[PositiveOrZero, "weight of the router's load-balancing loss"] = (
-        0.0
-    )
+    router_balance_loss: Annotated[PositiveOrZero, "weight of the load-balancing loss"] = 0.0
     grad_accum_steps: Annotated[Count, "microbatches per step, whose gradients are accumulated"] = 1
     grad_spike_factor: Annotated[
         PositiveOrZero, "skip steps with a gradient norm above so many times its average; 0: none"
     ] = 0.0
     max_bad_steps: Annotated[Count, "consecutive bad steps after which the run ends"] = 10
-    rollback_on_divergence: Annotated[
-        bool, "return to the last good checkpoint instead, and skip those batches"
-    ] = False
+    rollback_on_divergence: Annotated[bool, "return to a good checkpoint, skip the batches"] = False
     log_every: Annotated[Count, "steps between lines of metrics.jsonl"] = 10
     eval_every: Annotated[CountOrZero, "steps between validation passes; 0: only at the end"] = 0
-    hang_timeout_seconds: Annotated[
-        CountOrZero, "abort when no step finishes for so long, to be restarted; 0: never"
-    ] = 1800
+    hang_timeout_seconds: Annotated[CountOrZero, "abort when no step ends so long; 0: never"] = 1800
     heartbeat_timeout_seconds: Annotated[Count, "abort when a host is silent for so long"] = 60
     tensorboard: Annotated[bool, "write TensorBoard event files (extra `tensorboard`)"] = False
     wandb: Annotated[str, "Weights & Biases project that receives metrics (extra `wandb`)"] = ""
-    profile: Annotated[
-        tuple[Count, ...], "first and last step of a profile for XProf; []: none"
-    ] = ()
+    profile: Annotated[tuple[Count, ...], "first and last step to profile for XProf; []: none"] = ()
 
     def __post_init__(self) -> None:
         first, last = self.profile if len(self.profile) == 2 else (1, 0)
@@ -86,20 +76,16 @@ class CheckpointConfig(Section):
 
     every: Annotated[Count, "steps between checkpoints; the last step is saved too"] = 500
     keep: Annotated[Count, "newest checkpoints to keep"] = 3
-    keep_every: Annotated[
-        CountOrZero, "also keep checkpoints at multiples of so many steps; 0: none"
-    ] = 0
-    keep_best: Annotated[
-        CountOrZero, "also keep so many checkpoints with the lowest best_metric"
-    ] = 0
+    keep_every: Annotated[CountOrZero, "also keep multiples of so many steps; 0: none"] = 0
+    keep_best: Annotated[CountOrZero, "also keep so many with the lowest best_metric"] = 0
     best_metric: Annotated[
         Literal["validation_loss", "validation_bits_per_byte"], "metric that keep_best compares"
     ] = "validation_loss"
 
     def __post_init__(self) -> None:
         if self.keep_every % self.every:
-            up = -(-self.keep_every // self.every) * self.every
+            near = round_up(self.keep_every, self.every)
             raise ConfigError(
                 f"checkpoint.keep_every={self.keep_every} is no multiple of checkpoint.every="
-                f"{self.every}; checkpoint.keep_every={up} would work."
+                f"{self.every}; checkpoint.keep_every={near} would work."
             )

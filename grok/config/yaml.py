@@ -1,7 +1,7 @@
-"""YAML 1.2 text -> plain data that remembers where each key was set.
+"""YAML 1.2 text (`no` is text, 1e-4 a number) -> plain data that remembers where each key was set.
 
-Version 1.2 reads `1e-4` as a number and `no` as text. Only plain data is read: tags, anchors and
-duplicate keys are refused, so no file can run code, blow up in memory, or say two things at once.
+Tags, anchors and duplicate keys are refused, so no file can run code, blow up in memory, or say two
+things at once.
 """
 
 from collections.abc import Callable
@@ -33,9 +33,7 @@ def parse_yaml(
         root = yaml.compose(text)
         return None if root is None else _Reader(yaml, location_of, locations).data(root, key)
     except RecursionError:
-        raise ConfigError(
-            f"{location_of(1)}: the YAML is nested too deeply for a config."
-        ) from None
+        raise ConfigError(f"{location_of(1)}: the YAML is nested too deeply.") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or getattr(error, "reason", "unreadable text")
@@ -54,8 +52,7 @@ class _Reader:
         tag = str(node.tag).removeprefix("tag:yaml.org,2002:")
         if node.anchor:
             raise ConfigError(
-                f"{location}: the anchor &{node.anchor} is not allowed; "
-                "write the value out each time."
+                f"{location}: the anchor &{node.anchor} is not allowed; write it out."
             )
         if tag == "value" or (tag == "timestamp" and "-" in node.value[:5]):
             return node.value  # `=` and dates, which no key takes, are text

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from grok.config.presets import configs_folder
+from grok.config.load import configs_folder
 from grok.errors import ConfigError
 from grok.plan.estimate import Price
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import grok
 from grok.config import AttentionConfig, ModelConfig, MoEConfig
-from grok.config.presets import presets
+from grok.config.load import presets
 from grok.model.attend import PagedBatch, init_cache
 from grok.model.build import from_arrays, to_arrays
 from grok.model.decoder import Decoder

@@ -5,8 +5,7 @@ import os
 from typing import Any
 
 from grok.config import ModelConfig
-from grok.config.load import load_config
-from grok.config.presets import presets
+from grok.config.load import load_config, presets
 from grok.errors import CheckpointError, ConfigError
 from grok.model.params import num_active_parameters, num_parameters
 from grok.weights.detect import open_source
