@@ -41,10 +41,8 @@ class PreemptionSignal:
         return self._requested if self._result is None else bool(self._result)
 
     def __enter__(self) -> "PreemptionSignal":
-        self._handlers = {
-            number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,7 +51,7 @@ class PreemptionSignal:
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._requested = True
-        for each_signal in self._handlers:
-            signal.signal(each_signal, signal.SIG_DFL)
+        for caught in self._handlers:
+            signal.signal(caught, signal.SIG_DFL)
         # Straight to the descriptor: the signal may have come in the middle of a print.
         os.write(2, b"\nstopping soon; once more stops at once, without saving\n")

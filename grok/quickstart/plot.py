@@ -10,23 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from grok.errors import DataError
-from grok.report.plots import (
-    HELD_OUT_COLOR,
-    RESTART_STYLE,
-    Marks,
-    Series,
-    draw_load_stack,
-    draw_marks,
-    draw_series,
-    make_figure,
-    raw_and_smooth,
-    style_axes,
-)
+from grok.report import plots
 from grok.report.recorded_run import drop_redone_steps
 
 BASELINE_COLOR = "#555555"
-# Least distance of two baseline labels, as a share of the axis height.
-LABEL_GAP = 0.055
+LABEL_GAP = 0.055  # least distance of two baseline labels, as a share of the axis height
 
 
 def plot_run(
@@ -48,28 +36,35 @@ def plot_run(
             f"there is no training line to draw {path} from; metrics of a run that has logged a "
             f"step would work."
         )
-    figure = make_figure(1400, 600, pad=0.12)
+    figure = plots.make_figure(1400, 600, pad=0.12)
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     steps_P = np.array([line["step"] for line in training], float)
-    _draw_loss(left, steps_P, training, validation, Marks(restarts))
+    _draw_loss(left, steps_P, training, validation, restarts)
     if validation:
         _draw_baselines(left, baselines)
-    draw_load_stack(right, steps_P, np.array([line["expert_load"] for line in training]))
-    draw_marks(right, restarts, "process restarted", **RESTART_STYLE)
+    plots.draw_load_stack(right, steps_P, np.array([line["expert_load"] for line in training]))
+    plots.draw_marks(right, restarts, "process restarted", **plots.RESTART_STYLE)
     share = "share of routed tokens (mean over layers)"
-    style_axes(right, "optimizer step", share, text="black", frame="black")
+    plots.style_axes(right, "optimizer step", share, text="black", frame="black")
     right.set_title("Load of each expert", fontsize=13, pad=12)
-    _load_legend(right, num_experts=len(training[0]["expert_load"]))
+    # From the top of the stack down, then the line of even shares.
+    handles, labels = right.get_legend_handles_labels()
+    E = len(training[0]["expert_load"])
+    order = [*range(E - 1, -1, -1), *range(E, len(labels))[:1]]
+    right.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        ncols=-(-E // 16),
+    )
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=4, frameon=False)
     figure.savefig(path)
 
 
 def _draw_loss(
-    axes: Axes,
-    steps_P: np.ndarray,
-    training: Sequence[dict],
-    validation: Sequence[dict],
-    marks: Marks,
+    axes: Axes, steps_P: np.ndarray, training: Sequence[dict], validation: Sequence[dict], restarts
 ) -> None:
     """Loss over steps; in bits per byte where validation lines give the scale."""
     scale, unit = 1.0, "nats per token"
@@ -77,15 +72,15 @@ def _draw_loss(
         scale = validation[-1]["validation_bits_per_byte"] / validation[-1]["validation_loss"]
         unit = "bits per byte"
     loss_P = scale * np.array([line["loss"] for line in training])
-    series = raw_and_smooth("training", steps_P, loss_P)
+    series = plots.raw_and_smooth("training", steps_P, loss_P)
     if validation:
         at_P = np.array([line["step"] for line in validation], float)
         bits_P = np.array([line["validation_bits_per_byte"] for line in validation])
-        series.append(Series("held-out", at_P, bits_P, HELD_OUT_COLOR, "dots"))
-    draw_series(axes, series, marks)
+        series.append(plots.Series("held-out", at_P, bits_P, plots.HELD_OUT_COLOR, "dots"))
+    plots.draw_series(axes, series, plots.Marks(restarts))
     # Room on both sides, so that neither the curve nor a line runs along the frame.
     axes.margins(x=0.02, y=0.08)
-    style_axes(axes, "optimizer step", f"loss ({unit})", text="black", frame="black")
+    plots.style_axes(axes, "optimizer step", f"loss ({unit})", text="black", frame="black")
     axes.set_title("Loss on training and held-out text", fontsize=13, pad=12)
 
 
@@ -114,16 +109,3 @@ def _draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
             verticalalignment="center",
             arrowprops=arrow,
         )
-
-
-def _load_legend(axes: Axes, num_experts: int) -> None:
-    """A legend whose top is the top of the stack."""
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        handles[num_experts - 1 :: -1] + handles[num_experts : num_experts + 1],
-        labels[num_experts - 1 :: -1] + labels[num_experts : num_experts + 1],
-        loc="center left",
-        bbox_to_anchor=(1.01, 0.5),
-        frameon=False,
-        ncols=-(-num_experts // 16),
-    )

@@ -23,11 +23,7 @@ from grok.data.stream_batches import read_stream
 from grok.data.tokenizers import load_tokenizer
 from grok.data.tokenizers.sentencepiece import train_tokenizer
 from grok.errors import DONE, SAVED, GrokError
-from grok.quickstart.baselines import (
-    bigram_bits_per_byte,
-    gzip_bits_per_byte,
-    unigram_bits_per_byte,
-)
+from grok.quickstart import baselines
 from grok.quickstart.corpus import write_corpus
 from grok.quickstart.plot import plot_run
 from grok.train.telemetry.metrics_file import read_metrics
@@ -52,9 +48,6 @@ def run(folder: Path) -> int:
     console.print(next_steps(folder, config_path), soft_wrap=True)
     console.print(f"Took {time.monotonic() - started:.0f} s.")
     return DONE
-
-
-# ---- text and tokenizer
 
 
 def prepare_folder(folder: Path, console: Console) -> Path:
@@ -92,9 +85,6 @@ def prepare_folder(folder: Path, console: Console) -> Path:
         f"pieces trained on the first."
     )
     return config_path
-
-
-# ---- training to the middle, a stop, and a new process that resumes
 
 
 def train_with_a_restart(config_path: Path, console: Console) -> int:
@@ -142,19 +132,19 @@ def last_step(metrics_path: Path) -> int:
     return max((line["step"] for line in read_metrics(metrics_path)), default=0)
 
 
-# ---- results
-
-
 def show_results(config_path: Path, console: Console) -> None:
     """Prints a table of the model beside simple ones, and draws the run."""
     console.rule("results")
     folder = config_path.parent
     metrics = read_metrics(folder / "metrics.jsonl")
     bits = compare(load_config(config_path), metrics)
-    console.print(results_table(bits))
+    table = Table("held-out text under", "bits per byte", title="Lower is better")
+    for name, value in sorted(bits.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{value:.3f}", style="bold" if name == "this model" else "")
+    console.print(table)
     plot_path = folder / "quickstart.png"
-    baselines = {name: value for name, value in bits.items() if name != "this model"}
-    plot_run(metrics, plot_path, baselines)
+    del bits["this model"]
+    plot_run(metrics, plot_path, bits)
     console.print(f"Loss and expert load over time: {plot_path}")
 
 
@@ -167,19 +157,11 @@ def compare(config: RunConfig, metrics: Sequence[Mapping]) -> dict[str, float]:
     text = b"".join(Path(path).read_bytes() for path in config.data.validation)
     trained = [line["validation_bits_per_byte"] for line in metrics if "validation_loss" in line]
     return {
-        "unigram": unigram_bits_per_byte(train_stream, heldout, vocab_size),
-        "gzip -9": gzip_bits_per_byte(text),
-        "bigram": bigram_bits_per_byte(train_stream, heldout, vocab_size),
+        "unigram": baselines.unigram_bits_per_byte(train_stream, heldout, vocab_size),
+        "gzip -9": baselines.gzip_bits_per_byte(text),
+        "bigram": baselines.bigram_bits_per_byte(train_stream, heldout, vocab_size),
         "this model": trained[-1],
     }
-
-
-def results_table(bits: Mapping[str, float]) -> Table:
-    """The comparison as a table, worst first."""
-    table = Table("held-out text under", "bits per byte", title="Lower is better")
-    for name, value in sorted(bits.items(), key=lambda item: -item[1]):
-        table.add_row(name, f"{value:.3f}", style="bold" if name == "this model" else "")
-    return table
 
 
 def sample(folder: Path, prompt: str) -> int:

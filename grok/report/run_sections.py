@@ -10,17 +10,7 @@ from matplotlib.axes import Axes
 
 from grok.errors import DONE, SAVED
 from grok.progress import duration
-from grok.report import page
-from grok.report.plots import (
-    HELD_OUT_COLOR,
-    Marks,
-    Series,
-    draw_curves,
-    draw_load,
-    draw_load_over_time,
-    raw_and_smooth,
-    svg,
-)
+from grok.report import page, plots
 from grok.report.recorded_run import RecordedRun, final_points
 from grok.train.telemetry.run_manifest import describe_commit
 
@@ -42,34 +32,34 @@ TIME_KINDS = {
 Draw = Callable[[Axes], None]
 
 
-def draw_metric(run: RecordedRun, key: str, unit: str, marks: Marks) -> Draw | None:
+def draw_metric(run: RecordedRun, key: str, unit: str, marks: plots.Marks) -> Draw | None:
     """A drawing of a training metric, for the loss with the validation loss; None without
     points."""
     steps_P, values_P = run.series(key)
     if not len(steps_P):
         return None
     if key == "learning_rate":
-        series = [Series("", steps_P, values_P)]
+        series = [plots.Series("", steps_P, values_P)]
     else:
-        series = raw_and_smooth("training" if key == "loss" else "", steps_P, values_P)
+        series = plots.raw_and_smooth("training" if key == "loss" else "", steps_P, values_P)
     if key == "loss" and run.validation:
         series.append(_held_out(run, "validation_loss"))
-    return lambda axes: draw_curves(axes, series, "step", unit, marks)
+    return lambda axes: plots.draw_curves(axes, series, "step", unit, marks)
 
 
-def _held_out(run: RecordedRun, key: str) -> Series:
-    return Series("held-out", *run.series(key, "validation"), HELD_OUT_COLOR, "dots")
+def _held_out(run: RecordedRun, key: str) -> plots.Series:
+    return plots.Series("held-out", *run.series(key, "validation"), plots.HELD_OUT_COLOR, "dots")
 
 
 def svg_figure(title: str, draw: Draw, size: tuple[int, int] = SMALL) -> page.Figure:
     """A figure of the page; one of the page's width has a second form for phones."""
     if size == SMALL:
-        return page.Figure(title, Markup(svg(*SMALL, draw, title)))
-    narrow = svg(SMALL[0], max(120, min(SMALL[1], size[1])), draw, f"{title}, narrow")
-    return page.Figure(title, Markup(svg(*size, draw, title)), Markup(narrow))
+        return page.Figure(title, Markup(plots.svg(*SMALL, draw, title)))
+    narrow = plots.svg(SMALL[0], max(120, min(SMALL[1], size[1])), draw, f"{title}, narrow")
+    return page.Figure(title, Markup(plots.svg(*size, draw, title)), Markup(narrow))
 
 
-def loss_section(run: RecordedRun, marks: Marks) -> page.Section:
+def loss_section(run: RecordedRun, marks: plots.Marks) -> page.Section:
     """Training and held-out loss."""
     draw = draw_metric(run, "loss", "nats per token", marks)
     if draw is None:
@@ -78,17 +68,17 @@ def loss_section(run: RecordedRun, marks: Marks) -> page.Section:
     return page.Section("Loss", paragraphs, [svg_figure("Loss", draw, BROAD)])
 
 
-def curves_section(run: RecordedRun, marks: Marks) -> page.Section | None:
+def curves_section(run: RecordedRun, marks: plots.Marks) -> page.Section | None:
     """Held-out bits per byte, norms, learning rate, router, speed."""
     drawings: dict[str, Draw | None] = {}
     held_out = _held_out(run, "validation_bits_per_byte")
     if len(held_out.x_P):
-        drawings["Held-out text"] = lambda axes: draw_curves(
+        drawings["Held-out text"] = lambda axes: plots.draw_curves(
             axes, [held_out], "step", "bits per byte", marks
         )
     for prefix, title in (("grad_norm", "Gradient norm"), ("update_norm", "Update norm")):
         series = [
-            Series(name, *run.series(f"{prefix}/{name}"), number)
+            plots.Series(name, *run.series(f"{prefix}/{name}"), number)
             for number, name in enumerate(run.groups(prefix))
         ]
         if series:
@@ -110,8 +100,8 @@ def curves_section(run: RecordedRun, marks: Marks) -> page.Section | None:
     return page.Section(title, figures=figures) if figures else None
 
 
-def _draw_log_curves(axes: Axes, series: Sequence[Series], marks: Marks) -> None:
-    draw_curves(axes, series, "step", "", marks)
+def _draw_log_curves(axes: Axes, series: Sequence[plots.Series], marks: plots.Marks) -> None:
+    plots.draw_curves(axes, series, "step", "", marks)
     if any(np.any(curve.y_P > 0) for curve in series):
         axes.set_yscale("log")
 
@@ -128,12 +118,12 @@ def load_section(run: RecordedRun) -> page.Section | None:
     figures = [
         svg_figure(
             f"Each expert's load, mean of steps {steps_P[-count]:.0f} to {steps_P[-1]:.0f}",
-            lambda axes: draw_load(axes, last_LE),
+            lambda axes: plots.draw_load(axes, last_LE),
             (BROAD[0], min(900, 90 + 26 * L)),
         ),
         svg_figure(
             "Each expert's load over time",
-            lambda axes: draw_load_over_time(axes, steps_P, load_PLE),
+            lambda axes: plots.draw_load_over_time(axes, steps_P, load_PLE),
             (BROAD[0], height),
         ),
     ]

@@ -264,7 +264,7 @@ def test_gradients_left_in_the_type_of_computation_are_those_of_float32():
     def loss(slots):
         return batch_loss(with_grad_slots(model, slots), data, CONFIG.train)[0]
 
-    small = jax.jit(jax.grad(loss))(grad_slots(model, "bfloat16"))
+    small = jax.jit(jax.grad(loss))(grad_slots(model, config))
     dtypes = {name: array.dtype.name for name, array in to_arrays(small).items()}
     assert dtypes["layers/moe/w_gate_EDF"] == dtypes["layers/attention/w_out_NHD"] == "bfloat16"
     assert dtypes["embed/table_VD"] == dtypes["layers/moe/router_DE"] == "float32"

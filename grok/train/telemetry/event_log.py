@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,12 +40,11 @@ class EventLog:
     def __init__(self, path: Path | None, began: float | None = None):
         """Opens `path` to append to it, and records that a process `began` (default: now), with the
         time since then as its start."""
-        self._file = None
-        if path is not None:
-            is_cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-            self._file = path.open("ab", buffering=0)
-            if is_cut_short:
-                self._file.write(b"\n")
+        path = path or Path(os.devnull)
+        is_cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = path.open("ab", buffering=0)
+        if is_cut_short:
+            self._file.write(b"\n")
         self._nested = [0.0]  # seconds of the spans that ended within each open span; first: none
         self._waited = 0.0
         now = time.time()
@@ -98,8 +98,7 @@ class EventLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[list[float]]:
@@ -114,9 +113,8 @@ class EventLog:
             self._nested[-1] += total
 
     def _write(self, began: float, event: str, facts: dict[str, Any]) -> None:
-        if self._file is not None:
-            line = {"time": round(began, 3), "event": event, **facts}
-            self._file.write(json.dumps(line).encode() + b"\n")
+        line = {"time": round(began, 3), "event": event, **facts}
+        self._file.write(json.dumps(line).encode() + b"\n")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,27 +22,23 @@ class MetricsFile:
     def __init__(self, path: Path | None, first_step: int):
         """The file at `path` (None: writes nothing). Entering it drops the lines after step
         `first_step`, which were written before a crash and are about to be repeated."""
-        self._path, self._first_step = path, first_step
+        self._path, self._first_step = path or Path(os.devnull), first_step
 
     def __enter__(self) -> "MetricsFile":
-        if self._path is None:
-            return self
         self.truncate(self._first_step)
         self._file = self._path.open("a", buffering=1)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._path is not None:
-            self._file.close()
+        self._file.close()
 
     def write(self, step: int, **values: Any) -> None:
         """Appends one line; it is in the file when this returns."""
-        if self._path is not None:
-            self._file.write(_to_line({"step": step, **values}))
+        self._file.write(_to_line({"step": step, **values}))
 
     def truncate(self, after: int) -> None:
         """Drops the lines of steps after step `after`."""
-        if self._path is not None and self._path.exists():
+        if self._path.exists():
             lines = [line for line in read_metrics(self._path) if line["step"] <= after]
             self._path.write_text("".join(map(_to_line, lines)))
 

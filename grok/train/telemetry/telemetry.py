@@ -1,8 +1,7 @@
-"""Everything that a run records while it goes on, in one object for the loop to talk to.
+"""Everything that a run records while it goes on: `metrics.jsonl`, `events.jsonl`, `run.json`,
+where the config asks for them TensorBoard's files and a profile, and progress on the terminal.
 
-In the run's folder: `metrics.jsonl` (what was measured), `events.jsonl` (what the time went to),
-`run.json` (the run manifest), and where the config asks for them TensorBoard's files and a profile;
-on the terminal: progress. Of several processes only the primary does any of this.
+Of several processes only the primary does any of this.
 """
 
 import contextlib
@@ -64,21 +63,21 @@ class Telemetry:
         with contextlib.ExitStack() as exits:
             if self._run_dir:
                 exits.enter_context(self._run_dir)
-            path = None if self._folder is None else self._folder / "events.jsonl"
-            self.events = exits.enter_context(EventLog(path, self._began))
+            self.events = exits.enter_context(EventLog(self._path("events.jsonl"), self._began))
             exits.enter_context(self._display)
             with self.events.during("start"):
                 self._open(exits)
             self._exits = exits.pop_all()
         return self
 
+    def _path(self, name: str) -> Path | None:
+        return self._folder and self._folder / name
+
     def _open(self, exits: contextlib.ExitStack) -> None:
         """Opens what is written to; `exits` closes it."""
         config, folder = self._config, self._folder
         self.rates = Rates(config.model, self._mesh, self.events)
-        self.metrics = exits.enter_context(
-            MetricsFile(None if folder is None else folder / "metrics.jsonl", self._step)
-        )
+        self.metrics = exits.enter_context(MetricsFile(self._path("metrics.jsonl"), self._step))
         self._manifest: RunManifest | None = None
         self._trackers: list[Tracker] = []
         if folder is not None:
@@ -86,9 +85,7 @@ class Telemetry:
             self._trackers = open_trackers(config, folder, self._manifest.run_id, self._step)
         for tracker in self._trackers:
             exits.callback(tracker.close)
-        self._profiler = Profiler(
-            None if folder is None else folder / "profile", config.train.profile, self.events
-        )
+        self._profiler = Profiler(self._path("profile"), config.train.profile, self.events)
         exits.callback(self._profiler.close)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
