@@ -1,33 +1,20 @@
 """Several runs on one page: loss by tokens seen, and their final values side by side."""
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from grok.progress import duration
 from grok.report import page
 from grok.report.plots import SERIES_COLORS, Series, draw_curves, png, short, smooth
 from grok.report.recorded_run import RecordedRun, final_points
-from grok.report.run_sections import BROAD, svg_figure
-
-
-class Plot(NamedTuple):
-    """Curves of several runs over tokens seen."""
-
-    title: str
-    unit: str
-    series: list[Series]
-
-    def draw(self, axes: Axes) -> None:
-        """Draws the curves."""
-        draw_curves(axes, self.series, "tokens seen", self.unit)
+from grok.report.run_sections import BROAD, Draw, svg_figure
 
 
 def comparison_page(runs: Sequence[RecordedRun]) -> str:
     """The HTML page of several runs."""
-    figures = [svg_figure(plot.title, plot.draw, BROAD) for plot in plots(runs)]
+    figures = [svg_figure(title, draw, BROAD) for title, draw in drawings(runs).items()]
     return page.render(
         title=" and ".join(run.name for run in runs),
         status=(f"{len(runs)} runs", "muted"),
@@ -40,12 +27,13 @@ def comparison_page(runs: Sequence[RecordedRun]) -> str:
 
 def comparison_png(runs: Sequence[RecordedRun]) -> bytes | None:
     """The curves as a picture; None where there are none yet."""
-    curves = plots(runs)
-    return png([plot.draw for plot in curves], [plot.title for plot in curves]) if curves else None
+    curves = drawings(runs)
+    return png(curves) if curves else None
 
 
-def plots(runs: Sequence[RecordedRun]) -> list[Plot]:
-    """Training loss and held-out bits per byte, one curve of each run that has it."""
+def drawings(runs: Sequence[RecordedRun]) -> dict[str, Draw]:
+    """Training loss and held-out bits per byte over tokens seen, a curve of each run that has it,
+    by title."""
     training, held_out = [], []
     for number, run in enumerate(runs):
         steps_P, loss_P = run.series("loss")
@@ -56,11 +44,15 @@ def plots(runs: Sequence[RecordedRun]) -> list[Plot]:
             if len(validated_P):
                 seen_P = np.interp(validated_P, steps_P, tokens_P)
                 held_out.append(Series(run.name, seen_P, bits_P, number, "dots"))
-    both = [
-        Plot("Training loss, smoothed", "nats per token", training),
-        Plot("Held-out text", "bits per byte", held_out),
-    ]
-    return [plot for plot in both if plot.series]
+    curves = {
+        "Training loss, smoothed": ("nats per token", training),
+        "Held-out text": ("bits per byte", held_out),
+    }
+    return {
+        title: functools.partial(draw_curves, series=series, x_label="tokens seen", y_label=unit)
+        for title, (unit, series) in curves.items()
+        if series
+    }
 
 
 def final_table(runs: Sequence[RecordedRun]) -> page.Table:

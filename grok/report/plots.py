@@ -6,7 +6,7 @@ theme, and text is text. P points, L layers, E experts.
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -231,12 +231,12 @@ def svg(width: float, height: float, draw: Callable[[Axes], None], label: str) -
     return text.replace("<svg ", f'<svg aria-label="{label}" ', 1)
 
 
-def png(drawings: Sequence[Callable[[Axes], None]], titles: Sequence[str]) -> bytes:
-    """Several plots on white, two in a row."""
+def png(drawings: Mapping[str, Callable[[Axes], None]]) -> bytes:
+    """Several plots, by title, on white, two in a row."""
     rows = -(-len(drawings) // 2)
     figure = make_figure(1200, 380 * rows)
     grid = list(figure.subplots(rows, 2, squeeze=False).flat)
-    for axes, draw, title in zip(grid, drawings, titles, strict=False):
+    for axes, (title, draw) in zip(grid, drawings.items(), strict=False):
         draw(axes)
         axes.set_title(title, fontsize=11, pad=24, color=COLORS["ink"])
     for axes in grid[len(drawings) :]:

@@ -45,8 +45,7 @@ def run_png(run: RecordedRun) -> bytes | None:
     if len(steps_P):
         title = "Load of each expert (blue: less than an even share, orange: more)"
         drawings[title] = lambda axes: draw_load_over_time(axes, steps_P, load_PLE)
-    drawn = {title: draw for title, draw in drawings.items() if draw is not None}
-    return png(list(drawn.values()), list(drawn))
+    return png({title: draw for title, draw in drawings.items() if draw is not None})
 
 
 def status(run: RecordedRun) -> tuple[str, str]:

@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import optax
-from jax.sharding import Mesh
 
-from grok.checkpoint.manager import EMA, LORA, MODEL, OPTIMIZER, Checkpoints
+from grok.checkpoint.manager import EMA, LORA, MODEL, OPTIMIZER
 from grok.checkpoint.retention import RetentionPolicy
 from grok.config import RunConfig
 from grok.config.load import flatten, to_dict
@@ -16,28 +14,24 @@ from grok.errors import CheckpointError
 from grok.model.params import is_adapter, tensor_specs
 from grok.optim.param_groups import combine, partition
 from grok.train.bad_steps import Skipped
-from grok.train.init_from import InitialWeights
-from grok.train.run_data import RunData, check_unchanged
+from grok.train.run_data import check_unchanged
 from grok.train.state import TrainState, abstract_state, init_state, start_state
+
+if TYPE_CHECKING:
+    from grok.train.loop import Run
 
 
 def save(
-    checkpoints: Checkpoints,
-    step: int,
-    state: TrainState,
-    config: RunConfig,
-    data: RunData,
-    initial: InitialWeights | None,
-    losses: dict[str, float],
-    skipped: Skipped = (),
+    run: "Run", step: int, state: TrainState, losses: dict[str, float], skipped: Skipped = ()
 ) -> None:
     """Starts saving all that a resumed run needs, `skipped` batches included; `losses` are those of
     a validation pass at this step, if there was one."""
-    meta = {"config": to_dict(config), "data": data.hashes, "skipped_batches": skipped}
+    config, initial = run.config, run.initial
+    meta = {"config": to_dict(config), "data": run.data.hashes, "skipped_batches": skipped}
     if initial is not None:
         meta["init_from"] = initial.identity
     specs = tensor_specs(config.model, config.lora)
-    checkpoints.save(step, state_trees(state), meta, losses, specs)
+    run.checkpoints.save(step, state_trees(state), meta, losses, specs)
 
 
 def retention_policy(config: RunConfig) -> RetentionPolicy:
@@ -54,37 +48,30 @@ def state_trees(state: TrainState) -> dict:
     return trees if state.ema is None else trees | {EMA: state.ema}
 
 
-def restore(
-    checkpoints: Checkpoints,
-    step: int,
-    config: RunConfig,
-    data: RunData,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    initial: InitialWeights | None,
-) -> tuple[TrainState, Skipped, list[str]]:
-    """Returns the state saved at `step`, on `mesh`, the batches skipped until then, and the config
-    keys that have changed since.
+def restore(run: "Run", step: int) -> tuple[TrainState, Skipped, list[str]]:
+    """Returns the state saved at `step`, on the run's mesh, the batches skipped until then, and the
+    config keys that have changed since.
 
     Raises CheckpointError when other tensors are trained, naming the key, or when prepared datasets
     have changed without data.allow_data_change.
     """
+    checkpoints, config = run.checkpoints, run.config
     meta = checkpoints.meta(step)
     if not config.data.allow_data_change:
-        check_unchanged(meta.get("data", []), data.hashes, checkpoints.path(step))
+        check_unchanged(meta.get("data", []), run.data.hashes, checkpoints.path(step))
     saved_config = dict(flatten(meta["config"]))
     changes = config_changes(saved_config, config, checkpoints.path(step))
-    abstract = abstract_state(config, optimizer, mesh)
+    abstract = abstract_state(config, run.optimizer, run.mesh)
     is_ema_new = abstract.ema is not None and not saved_config.get("optimizer.ema_decay")
     if is_ema_new:
         abstract = dataclasses.replace(abstract, ema=None)
     trees = checkpoints.restore(step, state_trees(abstract))
     if LORA in trees:
-        assert initial is not None
-        base = init_state(config, optimizer, mesh, initial.load(mesh)).model
+        assert run.initial is not None
+        base = init_state(config, run.optimizer, run.mesh, run.initial.load(run.mesh)).model
         trees[MODEL] = combine(trees[LORA], base)
     if is_ema_new:
-        trees[EMA] = start_state(config, optimizer, trees[MODEL]).ema
+        trees[EMA] = start_state(config, run.optimizer, trees[MODEL]).ema
     steps_done, opt_state, guard = trees[OPTIMIZER]
     state = TrainState(steps_done, trees[MODEL], opt_state, guard, trees.get(EMA))
     skipped = tuple((first, last) for first, last in meta.get("skipped_batches", []))

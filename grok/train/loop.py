@@ -154,9 +154,7 @@ def first_state(run: Run) -> Start:
 def from_checkpoint(run: Run, step: int) -> Start:
     """Restores the checkpoint of `step`; logs the config keys that have changed since."""
     with run.telemetry.events.during("restore", step=step):
-        state, skipped, changes = restore(
-            run.checkpoints, step, run.config, run.data, run.optimizer, run.mesh, run.initial
-        )
+        state, skipped, changes = restore(run, step)
     for change in changes:
         run.telemetry.log(f"changed since then: {change}")
     return Start(step, state, skipped)
@@ -251,10 +249,7 @@ def save_state(
     A failed save is reported, and the run goes on: older checkpoints are intact, and the next save
     may work. With several hosts it ends all: the others wait for this one in the midst of a save.
     """
-
-    def begin() -> None:
-        save(run.checkpoints, step, state, run.config, run.data, run.initial, losses, skipped)
-
+    begin = functools.partial(save, run, step, state, losses, skipped)
     with run.telemetry.events.during("save", step=step):
         for phase in (run.checkpoints.wait, begin):
             try:
