@@ -19,6 +19,7 @@ from grok.checkpoint.manager import Checkpoints
 from grok.checkpoint.retention import RetentionPolicy
 from grok.config import (
     AttentionConfig,
+    LoraConfig,
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
@@ -26,13 +27,16 @@ from grok.config import (
     RunConfig,
     TrainConfig,
 )
+from grok.config.schema import schema
 from grok.errors import ConfigError
 from grok.model.build import abstract, from_arrays, to_arrays
-from grok.model.params import param_specs
+from grok.model.params import param_specs, tensor_specs
+from grok.optim import optimizer
 from grok.optim.adafactor import column_axes, row_axes
 from grok.optim.muon import orthogonalize
 from grok.optim.optimizer import keep_moments_in, make_optimizer, make_schedule
 from grok.optim.param_groups import metric_group, names
+from grok.plan.suggestions import MOMENTS
 from grok.train.bad_steps import Guard
 from grok.train.checkpointing import state_trees
 from grok.train.state import TrainState, abstract_state
@@ -45,7 +49,7 @@ MODEL_CONFIG = ModelConfig(
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
 )
 SPECS = param_specs(MODEL_CONFIG)
-NAMES = ["adamw", "adafactor", "lion", "muon"]
+NAMES = schema(RunConfig)["optimizer.name"].choices
 each_optimizer = pytest.mark.parametrize("name", NAMES)
 
 
@@ -363,6 +367,21 @@ def test_every_tensor_is_reported_in_some_group():
     assert groups["layers/moe/router_DE"] == "router"
     assert groups["layers/moe/w_up_EDF"] == "experts"
     assert groups["layers/pre_moe_norm/scale_D"] == groups["final_norm/scale_D"] == "norms"
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["no adapters", "adapters"])
+def test_every_tensor_of_a_model_has_a_group_in_metrics(rank):
+    config = run_config()
+    train = dataclasses.replace(config.train, init_from="weights")
+    config = dataclasses.replace(config, train=train, lora=LoraConfig(rank=rank))
+    state = abstract_state(config, make_optimizer(config), sharding.make_mesh(2, 2, 2))
+    specs = tensor_specs(config.model, config.lora)
+    groups = {name: metric_group(config.optimizer, specs[name]) for name in names(state.model)}
+    assert set(groups.values()) == {"embed", "attention", "experts", "router", "norms"}, groups
+
+
+def test_every_optimizer_of_the_config_has_its_row():
+    assert set(optimizer.DIRECTIONS) == set(MOMENTS) == set(DIRECTIONS) == set(NAMES)
 
 
 def test_frozen_tensors_have_no_moments():
