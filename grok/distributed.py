@@ -97,8 +97,7 @@ def initialize(config: Any, heartbeat_timeout_seconds: int = 60) -> None:
 
 
 def broadcast_from_primary(make: Callable[[], Any]) -> Any:
-    """Returns, in every process, the value of `make()` in process 0: plain data. A collective: all
-    processes must call it."""
+    """Returns, in every process, what `make()`, plain data, is in process 0. A collective."""
     if process_count() == 1:
         return make()
     key = f"grok/broadcast/{next(_call_numbers)}"
@@ -249,8 +248,7 @@ def _exit(code: int, message: str | None = None) -> NoReturn:
 
 
 def _publish_abort(message: str | None) -> None:
-    """Publishes the abort, or acknowledges one; process 0, which holds the store, waits until all
-    the others have acknowledged."""
+    """Publishes the abort, or acknowledges one; process 0, which holds the store, waits for all."""
     for key, value in ((_ABORT_KEY, message), (f"{_ABORT_KEY}/read/{process_index()}", "")):
         # Where another process aborted first, its reason stays.
         with contextlib.suppress(jax.errors.JaxRuntimeError):

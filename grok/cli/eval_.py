@@ -61,6 +61,7 @@ def eval_(
 
     configure_devices(run.mesh.simulated_devices)
 
+    from grok.evaluate.losses import evaluate_texts
     from grok.model.mesh_fit import check_fits
     from grok.weights.load import load
 
@@ -68,22 +69,16 @@ def eval_(
     check_fits(run, mesh.size)
     tokenizer = find_tokenizer(checkpoint, tokenizer, run, data)
     model = load(checkpoint, run.model, mesh, run.model.param_dtype)
-    losses = _losses(model, mesh, data, tokenizer, run, as_json)
-    results = _tasks(model, mesh, tasks, tokenizer, run, tasks_folder, fewshot, limit, as_json)
-    if as_json:
-        click.echo(json.dumps({"checkpoint": checkpoint, "data": losses, "tasks": results}))
-
-
-def _losses(model, mesh, data, tokenizer, run, as_json: bool) -> list[dict[str, Any]]:
-    from grok.evaluate.losses import evaluate_texts
-
-    losses = list(evaluate_texts(model, mesh, data, tokenizer, run)) if data else []
+    losses = list(evaluate_texts(model, mesh, data, tokenizer, run))
     if losses and not as_json:
         table = make_table("data", "tokens", "bytes", "nats/token", "bits/byte", right=4)
         for path, *counts, nats, bits in losses:
             table.add_row(path, *(f"{count:,}" for count in counts), f"{nats:.4f}", f"{bits:.4f}")
         make_console().print(table)
-    return [loss._asdict() for loss in losses]
+    results = _tasks(model, mesh, tasks, tokenizer, run, tasks_folder, fewshot, limit, as_json)
+    if as_json:
+        texts = [loss._asdict() for loss in losses]
+        click.echo(json.dumps({"checkpoint": checkpoint, "data": texts, "tasks": results}))
 
 
 def _tasks(model, mesh, tasks, tokenizer, run, folder, fewshot, limit, as_json) -> dict[str, Any]:

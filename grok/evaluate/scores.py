@@ -79,8 +79,7 @@ class Scorer:
 
 
 def _score_rows(model: Decoder, batch: dict) -> tuple[jax.Array, jax.Array]:
-    """Log-probability (float32) of each row's tokens under the mask, and True where all of them are
-    the most likely; (B,), replicated."""
+    """(B,), replicated: log-probability of each row under the mask, and True where it is greedy."""
     x_BTD, _ = hidden(model, batch)
 
     def one_chunk(chunk):

@@ -31,8 +31,7 @@ def names(model: Decoder) -> list[str]:
 
 
 def trainable(config: RunConfig) -> Callable[[str], bool]:
-    """Returns the predicate over names of the tensors that are trained: of a run with adapters,
-    only those."""
+    """The predicate over names of trained tensors: of a run with adapters, only those."""
 
     def is_trainable(name: str) -> bool:
         if config.lora.rank and not is_adapter(config.model, name):
@@ -50,8 +49,7 @@ def group_of(config: OptimizerConfig, name: str) -> ParamGroup | None:
 
 
 def metric_group(config: OptimizerConfig, spec: ParamSpec) -> str:
-    """The name of the tensor's group in metrics: the config's, or else one of DEFAULT_GROUPS
-    or its module's."""
+    """The tensor's group in metrics: the config's, or else of DEFAULT_GROUPS or its module."""
     group = group_of(config, spec.name)
     if group is not None and group.name:
         return group.name
@@ -77,8 +75,8 @@ def check_groups(config: RunConfig, tensors: Collection[str]) -> None:
 
 
 def partition(model: Any, predicate: Callable[[str], bool]) -> tuple[Any, Any]:
-    """Splits the model into two trees of its structure: the tensors whose name satisfies
-    `predicate`, and the rest; None stands for a tensor of the other."""
+    """Splits the model into the tensors whose name satisfies `predicate`, and the rest; each tree
+    has None in place of a tensor of the other."""
     selected = map_named(lambda name, leaf: leaf if predicate(name) else None, model)
     rest = map_named(lambda name, leaf: None if predicate(name) else leaf, model)
     return selected, rest

@@ -32,8 +32,7 @@ def comparison_png(runs: Sequence[RecordedRun]) -> bytes | None:
 
 
 def drawings(runs: Sequence[RecordedRun]) -> dict[str, Draw]:
-    """Training loss and held-out bits per byte over tokens seen, a curve of each run that has it,
-    by title."""
+    """Training loss and held-out bits per byte over tokens seen, a curve a run, by title."""
     training, held_out = [], []
     for number, run in enumerate(runs):
         steps_P, loss_P = run.series("loss")

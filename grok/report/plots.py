@@ -64,8 +64,7 @@ NO_MARKS = Marks()
 
 
 def smooth(values_P: np.ndarray) -> np.ndarray:
-    """Mean of the finite values in a centred window of about P / 20 points, narrower at both ends;
-    NaN where it has none."""
+    """Mean of the finite values in a centred window of about P / 20 points; NaN without any."""
     P = len(values_P)
     finite_P = np.isfinite(values_P)
     sums = np.cumsum([0.0, *np.where(finite_P, values_P, 0)])
@@ -78,8 +77,7 @@ def smooth(values_P: np.ndarray) -> np.ndarray:
 
 
 def thin(x_P: np.ndarray, y_P: np.ndarray, points: int = 500) -> tuple[np.ndarray, np.ndarray]:
-    """About `points` of the points at most, among them the lowest and highest of each stretch, so
-    that no spike is lost; a value that is not finite becomes a gap."""
+    """At most about `points` points, the extremes of each stretch among them; inf becomes a gap."""
     y_P = np.where(np.isfinite(y_P), y_P, np.nan)
     if len(x_P) <= points:
         return x_P, y_P
@@ -261,8 +259,7 @@ def short(value: float) -> str:
 
 
 def _heat(relative: np.ndarray) -> np.ndarray:
-    """Colours (..., 4) of multiples of an even share: deeper with each doubling or halving, up to
-    four times."""
+    """Colours (..., 4) of multiples of an even share, deeper with each doubling, to 4 times."""
     doublings = np.clip(np.log2(np.maximum(np.nan_to_num(relative), 1e-9)), -2, 2)
     color = np.where(doublings[..., None] < 0, LESS_RGB, MORE_RGB)
     return np.concatenate([color / 255, np.abs(doublings)[..., None] / 2], axis=-1)

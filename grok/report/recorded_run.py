@@ -67,8 +67,7 @@ class RecordedRun:
         return [key.removeprefix(start) for key in keys]
 
     def loads(self) -> tuple[np.ndarray, np.ndarray]:
-        """Steps (P,), and the share of tokens of each layer's experts (P, L, E). Lines that have
-        only the mean over layers count as one layer."""
+        """Steps (P,), and shares of each expert (P, L, E); a mean over layers counts as a layer."""
         key = "expert_load_layers"
         lines = [line for line in self.training if key in line]
         if not lines:

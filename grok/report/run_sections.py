@@ -33,8 +33,7 @@ Draw = Callable[[Axes], None]
 
 
 def draw_metric(run: RecordedRun, key: str, unit: str, marks: plots.Marks) -> Draw | None:
-    """A drawing of a training metric, for the loss with the validation loss; None without
-    points."""
+    """A drawing of a training metric, the loss with the held-out one; None without points."""
     steps_P, values_P = run.series(key)
     if not len(steps_P):
         return None

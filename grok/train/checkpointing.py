@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from grok.checkpoint.manager import EMA, LORA, MODEL, OPTIMIZER
-from grok.checkpoint.retention import RetentionPolicy
 from grok.config import RunConfig
 from grok.config.load import flatten, to_dict
 from grok.errors import CheckpointError
@@ -32,12 +31,6 @@ def save(
         meta["init_from"] = initial.identity
     specs = tensor_specs(config.model, config.lora)
     run.checkpoints.save(step, state_trees(state), meta, losses, specs)
-
-
-def retention_policy(config: RunConfig) -> RetentionPolicy:
-    """Returns the policy of the config's `checkpoint` section."""
-    c = config.checkpoint
-    return RetentionPolicy(c.keep, c.keep_every, c.keep_best, c.best_metric)
 
 
 def state_trees(state: TrainState) -> dict:

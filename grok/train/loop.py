@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from grok import distributed, sharding, storage
 from grok.checkpoint.manager import Checkpoints
+from grok.checkpoint.retention import RetentionPolicy
 from grok.config import RunConfig, check_trainable
 from grok.config.text import to_yaml
 from grok.data.device_feed import global_batches
@@ -33,7 +34,7 @@ from grok.train.bad_steps import (
     rollback_step,
     skip_batches,
 )
-from grok.train.checkpointing import restore, retention_policy, save
+from grok.train.checkpointing import restore, save
 from grok.train.init_from import InitialWeights, initial_weights
 from grok.train.loss import eval_step, validate
 from grok.train.run_data import RunData, read_data
@@ -76,8 +77,7 @@ class Run:
 def run_training(config: RunConfig, replay_to: int | None = None) -> int:
     """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop.
 
-    With `replay_to`, runs only the steps up to that one and saves nothing. With
-    train.rollback_on_divergence, a run that diverges is rolled back and continues.
+    With `replay_to`, runs only the steps up to that one and saves nothing.
     """
     run = open_run(config, replay_to)
     with jax.set_mesh(run.mesh), PreemptionSignal(run.mesh) as preemption, run.telemetry:
@@ -104,7 +104,9 @@ def open_run(config: RunConfig, replay_to: int | None) -> Run:
     data = read_data(config)
     optimizer = make_optimizer(config)
     step = functools.partial(train_step, config=config, optimizer=optimizer)
-    checkpoints = Checkpoints(storage.join(config.folder, "checkpoints"), retention_policy(config))
+    c = config.checkpoint
+    policy = RetentionPolicy(c.keep, c.keep_every, c.keep_best, c.best_metric)
+    checkpoints = Checkpoints(storage.join(config.folder, "checkpoints"), policy)
     notices: list[str] = []
     first_step = checkpoints.newest_good(notices.append) or 0
     return Run(
@@ -219,16 +221,14 @@ def training_batches(run: Run, start: Start) -> Iterator[dict[str, jax.Array]]:
 
 
 def log_step(run: Run, step: int, metrics: dict[str, jax.Array], skipped: Skipped) -> None:
-    """Waits for the step's metrics, writes and shows them. Tokens of skipped batches count as
-    seen."""
+    """Waits for the step's metrics, writes and shows them; skipped batches count as seen."""
     tokens_seen = run.data.train.tokens_seen(batch_number(step, skipped))
     shown = {name: value for name, value in metrics.items() if name != "bad_tensors"}
     run.telemetry.log_metrics(step, shown, tokens_seen=tokens_seen)
 
 
 def validation_losses(run: Run, step: int, state: TrainState) -> dict[str, float]:
-    """Runs and reports a validation pass, if there is data for one, and a second with the averaged
-    weights, if there are any."""
+    """Runs and reports a validation pass, if there is data, also of averaged weights."""
     if run.data.validation is None:
         return {}
     data = (run.data.validation, run.data.num_bytes, run.mesh)

@@ -42,8 +42,7 @@ def hidden(model: Decoder, batch: dict) -> tuple[jax.Array, RouterStats]:
 
 
 class TokenCounts(NamedTuple):
-    """Numbers of tokens of a batch, float32: those that count in the loss, and those that are not
-    padding."""
+    """Numbers of tokens of a batch, float32: those that the loss counts, and all but padding."""
 
     counted: jax.Array
     real: jax.Array
@@ -113,8 +112,7 @@ def total_loss(
 def validate(
     jitted_eval_step: Callable, model, batches: Iterable[Batch], num_bytes: int | None, mesh: Mesh
 ) -> dict[str, float]:
-    """Loss of a validation pass in nats a token, and in bits per byte where the text's number of
-    bytes is known."""
+    """Loss of a pass in nats a token, and in bits per byte where `num_bytes` is known."""
     nats, num_tokens = total_loss(jitted_eval_step, model, batches, mesh)
     losses = {"validation_loss": nats / num_tokens}
     if num_bytes is not None:

@@ -122,8 +122,7 @@ def _first_step(folder: Path, first: int | None, logged: list[dict[str, Any]]) -
 
 
 def _config_at(folder: Path, first: int) -> tuple[RunConfig, dict[str, Any], int | None]:
-    """The config of the steps after `first`, the process that ran them, and the step at which
-    another config or other devices took over, if any."""
+    """The config after `first`, the process that ran it, and the step at which others took over."""
     manifest = read_manifest(str(folder))
     if manifest is None:
         return load_config(folder / "config.yaml"), {}, None

@@ -30,8 +30,7 @@ class RunData(NamedTuple):
 
 
 def read_data(config: RunConfig) -> RunData:
-    """Opens the data that the config names. Raises DataError when it is missing, or was prepared
-    for another tokenizer."""
+    """Opens the config's data. DataError when it is missing or of another tokenizer."""
     data, vocab_size = config.data, config.model.vocab_size
     if not data.train and not data.datasets:
         raise DataError(

@@ -35,8 +35,7 @@ def apply_in_place(
 
 
 def barrier_per_leaf(*trees):
-    """The trees (lists, or all of one structure), each leaf available only once the leaves at its
-    position in all of them are computed."""
+    """The trees, each leaf available only once those at its position in all are computed."""
     leaves = zip(*map(jax.tree.leaves, trees), strict=True)
     barred_leaves = zip(*map(jax.lax.optimization_barrier, leaves), strict=True)
     return [

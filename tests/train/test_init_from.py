@@ -119,7 +119,8 @@ def test_weights_of_another_model_are_refused(tuned: RunConfig, tmp_path):
         tuned.model,
         attention=dataclasses.replace(tuned.model.attention, rope=RopeConfig(theta=500.0)),
     )
-    sentence = r"rope_theta=10000\.0, and the config says model\.rope_theta=500\.0; .* would work"
+    key = r"attention\.rope\.theta"
+    sentence = rf"{key}=10000\.0, and the config says model\.{key}=500\.0; .* would work"
     with pytest.raises(CheckpointError, match=sentence):
         open_initial(tuned.folder, wider)
     with pytest.raises(CheckpointError, match=r"embed_dim=64, and the config says .*=128"):

@@ -138,7 +138,9 @@ def test_another_model_is_refused_by_name(straight: RunConfig, tmp_path):
             attention=dataclasses.replace(straight.model.attention, rope=RopeConfig(theta=500.0)),
         ),
     )
-    with pytest.raises(CheckpointError, match=r"model\.rope_theta=10000\.0 .* says 500\.0"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.attention\.rope\.theta=10000\.0 .* says 500\.0"
+    ):
         run_training(other)
 
 

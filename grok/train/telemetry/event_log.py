@@ -38,8 +38,7 @@ class EventLog:
     """Writes the log. Without a path (all processes but the primary) nothing is written."""
 
     def __init__(self, path: Path | None, began: float | None = None):
-        """Opens `path` to append to it, and records that a process `began` (default: now), with the
-        time since then as its start."""
+        """Appends to `path` that a process `began` (default: now), with its start until now."""
         path = path or Path(os.devnull)
         is_cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         self._file = path.open("ab", buffering=0)
@@ -82,8 +81,7 @@ class EventLog:
         self._waited = 0.0
 
     def steps_to(self, step: int, at_once: bool = True) -> None:
-        """Writes the steps since the last line of them, up to `step`; unless `at_once`, only when
-        that line is LAP_SECONDS old."""
+        """Writes the steps since the last line of them: `at_once`, or LAP_SECONDS after it."""
         is_due = at_once or time.time() - self._lap_time >= LAP_SECONDS
         if step == self._lap_step or not is_due:
             return

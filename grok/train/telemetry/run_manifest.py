@@ -167,7 +167,11 @@ def describe_program() -> dict[str, Any]:
         **code_version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {
+            name: package.version
+            for name in PACKAGES
+            for package in [*importlib.metadata.distributions(name=name)][:1]
+        },
     }
 
 
@@ -223,13 +227,6 @@ def describe_checkpoint(folder: str) -> dict[str, Any]:
         if size <= SMALL_FILE:
             digest.update(storage.read_bytes(storage.join(folder, name)))
     return {"files": len(files), "bytes": sum(files.values()), "sha256": digest.hexdigest()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -41,8 +41,7 @@ class Telemetry:
     """The records of one process of a run; nothing is written before it is entered."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, data: RunData, first: int, began: float):
-        """For a run of `config` on `data` that resumes after step `first` on `mesh`; `began`: when
-        this process did, seconds since 1970."""
+        """For a run after step `first`; `began`: when this process did, seconds since 1970."""
         self._began = began
         self._config, self._mesh, self._data, self._step = config, mesh, data, first
         self._run_dir = RunDir(config.folder) if jax.process_index() == 0 else None
@@ -233,12 +232,10 @@ class Rates:
 
 
 class Profiler:
-    """Profiles the steps that `train.profile` names into a folder, in the format of XProf and
-    TensorBoard: host, device, and every operation by its scope."""
+    """Profiles the steps of `train.profile` into a folder, for XProf and TensorBoard."""
 
     def __init__(self, folder: Path | None, steps: tuple[int, ...], events: EventLog):
-        """`steps`: the first and the last; () for none. Without a folder nothing is profiled. The
-        time to start and to write a profile is an event of its own."""
+        """`steps`: first and last, () for none. Without a folder nothing is profiled."""
         self._folder, self._events = folder, events
         self._first, self._last = steps if steps and folder is not None else (0, 0)
         self._running = False

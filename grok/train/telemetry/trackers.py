@@ -89,8 +89,7 @@ Tracker = TensorBoard | WeightsAndBiases
 
 
 def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers among `values`, those in lists and mappings as `name/key`. Skips text, and nested
-    lists (expert loads per layer), which would be hundreds of curves."""
+    """The numbers in `values`, `name/key` for lists and mappings, without text and nested lists."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from ((f"{name}/{key}", number) for key, number in scalars(value))
