@@ -1,10 +1,9 @@
 """`grok data tokenizer`, `grok data prepare` and `grok data inspect`."""
 
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +43,7 @@ def tokenizer(files, out, vocab_size, special, check, config) -> None:
     if check:
         if not config or files:
             raise click.UsageError("--check FILE needs --config CONFIG, and no files.")
-        _check_tokenizer(check, config)
+        click.echo(_check_tokenizer(check, config))
         return
     if not out or not vocab_size:
         raise click.UsageError("training needs --out FILE and --vocab-size N.")
@@ -54,7 +53,7 @@ def tokenizer(files, out, vocab_size, special, check, config) -> None:
     click.echo(f"{out}: {trained.vocab_size:,} pieces, end of sequence is {trained.eos_id}")
 
 
-def _check_tokenizer(file: str, config: str) -> None:
+def _check_tokenizer(file: str, config: str) -> str:
     from grok.config.load import load_config
     from grok.data.tokenizers import load_tokenizer
 
@@ -72,10 +71,28 @@ def _check_tokenizer(file: str, config: str) -> None:
         )
     unused = vocab_size - loaded.vocab_size
     note = f", {unused:,} rows of the model's table are unused" if unused else ""
-    click.echo(
+    return (
         f"{file} fits {config}: {loaded.vocab_size:,} pieces, padding {loaded.pad_id}, begin "
         f"{loaded.bos_id}, end {loaded.eos_id}{note}"
     )
+
+
+# Options --NAME-field of `grok data prepare`: fields of grok.data.prepare.records.RecordFields.
+FIELDS = {
+    "text": "Field with the text.  [default: text]",
+    "id": "Field to keep as a document's id.",
+    "language": "Field to keep as its language.",
+    "licence": "Field to keep as its licence.",
+    "prompt": "Supervised: field before, without loss.",
+    "completion": "Supervised: field that bears loss.",
+    "messages": "Supervised: list of objects with role and content.",
+}
+
+
+def _field_options(command: Callable) -> Callable:
+    for name, meaning in reversed(FIELDS.items()):
+        command = click.option(f"--{name}-field", help=meaning)(command)
+    return command
 
 
 @data.command()
@@ -90,14 +107,8 @@ def _check_tokenizer(file: str, config: str) -> None:
     type=click.Choice(["auto", "text", "jsonl", "parquet"]),
     help="What all files are; auto: by their names.",
 )
-@click.option("--text-field", help="Field with the text.  [default: text]")
-@click.option("--id-field", help="Field to keep as a document's id.")
-@click.option("--language-field", help="Field to keep as its language.")
-@click.option("--licence-field", help="Field to keep as its licence.")
+@_field_options
 @click.option("--licence", help="Licence of all sources.")
-@click.option("--prompt-field", help="Supervised: field before, without loss.")
-@click.option("--completion-field", help="Supervised: field that bears loss.")
-@click.option("--messages-field", help="Supervised: list of objects with role and content.")
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
 @click.option(
     "--shard-size",
@@ -123,16 +134,28 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
     rejected.jsonl.
     """
     from grok.data.prepare.job import PrepareOptions, prepare_dataset
+    from grok.data.prepare.records import RecordFields
+    from grok.progress import ProgressDisplay
 
-    fields = _fields({name: options.pop(f"{name}_field") for name in FIELDS})
-    job = PrepareOptions(
-        tokenizer=tokenizer,
-        fields=fields,
-        workers=workers or os.cpu_count() or 1,
-        shard_bytes=shard_size,
-        **options,
-    )
-    with _progress() as on_progress:
+    names = {name: options.pop(f"{name}_field") for name in FIELDS}
+    if bool(names["prompt"]) != bool(names["completion"]):
+        raise click.UsageError("--prompt-field and --completion-field belong together.")
+    kinds = [name for name in ("text", "prompt", "messages") if names[name]]
+    if len(kinds) > 1:
+        raise click.UsageError(f"--{kinds[0]}-field and --{kinds[1]}-field exclude each other.")
+    names["text"] = names["text"] or (None if kinds else "text")
+    options |= {"workers": workers or os.cpu_count() or 1, "shard_bytes": shard_size}
+    job = PrepareOptions(tokenizer=tokenizer, fields=RecordFields(**names), **options)
+    note = "SHA-256 of the sources"
+    with ProgressDisplay("{share:4.0%}", total=1.0, note=note, stderr=True) as display:
+
+        def on_progress(now: "PrepareProgress") -> None:
+            if not display.due and display.done:  # called for every record
+                return
+            rate = display.rate("bytes", now.bytes) / 1e6
+            texts = f"{now.documents:,} documents", f"{now.tokens:,} tokens", f"{rate:,.1f} MB/s"
+            display.update(now.share, *texts)
+
         manifest = prepare_dataset(job, out, on_progress)
     counts = manifest["counts"]
     click.echo(
@@ -145,39 +168,6 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
     if counts["duplicates"]:
         click.echo(f"{_plural(counts['duplicates'], 'duplicate')} left out")
     click.echo(f"{out}: complete")
-
-
-FIELDS = ("text", "id", "language", "licence", "prompt", "completion", "messages")
-
-
-def _fields(names):
-    from grok.data.prepare.records import RecordFields
-
-    if bool(names["prompt"]) != bool(names["completion"]):
-        raise click.UsageError("--prompt-field and --completion-field belong together.")
-    kinds = [name for name in ("text", "prompt", "messages") if names[name]]
-    if len(kinds) > 1:
-        raise click.UsageError(f"--{kinds[0]}-field and --{kinds[1]}-field exclude each other.")
-    return RecordFields(**{**names, "text": names["text"] or (None if kinds else "text")})
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[["PrepareProgress"], None]]:
-    """Documents, tokens, MB/s and time left."""
-    from grok.progress import ProgressDisplay
-
-    with ProgressDisplay(
-        "{share:4.0%}", total=1.0, note="SHA-256 of the sources", stderr=True
-    ) as display:
-
-        def on_progress(now: "PrepareProgress") -> None:
-            if not display.due and display.done:  # called for every record
-                return
-            rate = display.rate("bytes", now.bytes) / 1e6
-            counts = f"{now.documents:,} documents", f"{now.tokens:,} tokens"
-            display.update(now.share, *counts, f"{rate:,.1f} MB/s")
-
-        yield on_progress
 
 
 @data.command()
@@ -227,13 +217,9 @@ def _print_counts(console: "Console", folder: str, stats: "DatasetStats", verifi
         files = _plural(source["files"], "file")
         text = f"{source['name']}: {files}, {documents:,} documents, {tokens:,} tokens{licence}"
         rows.append(("source", text))
-    share = stats.efficiency
-    packing = (
-        f"at length {stats.sequence_length}: {share['concat_then_split']:.2%} with "
-        f"concat_then_split, {share['best_fit']:.2%} with best_fit (which truncates "
-        f"{stats.truncated_share:.1%} of tokens)"
-    )
-    rows.append(("packing", packing))
+    shares = " and ".join(f"{share:.2%} with {name}" for name, share in stats.efficiency.items())
+    truncated = f"(which truncates {stats.truncated_share:.1%} of tokens)"
+    rows.append(("packing", f"at length {stats.sequence_length}: {shares} {truncated}"))
     if verified:
         rows.append(("files", "differ" if stats.problems else "match the manifest"))
     console.print(folder, style="bold")

@@ -8,6 +8,7 @@ B rows of a batch, T tokens of a row; R long rows, S tokens of each, k = S / T p
 """
 
 import bisect
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -31,9 +32,8 @@ class BatchSchedule:
         self._first_steps = [0]
         self._stages = [(0, batch_size, sequence_length)]  # first row, B, T
         for first_step, batch_rows, length in changes:
-            stage = self.first_row(first_step), batch_rows, length
+            self._stages.append((self.first_row(first_step), batch_rows, length))
             self._first_steps.append(first_step)
-            self._stages.append(stage)
 
     def shape(self, step: int) -> tuple[int, int]:
         """B and T of the batch of `step`."""
@@ -100,10 +100,9 @@ class Mixture:
         self._shares = [_shares(weights)]
         self._counts = [[0] * len(weights)]
         for first_row, new_weights in changes:
-            counts = self.counts(first_row)
+            self._counts.append(self.counts(first_row))
             self._first_rows.append(first_row)
             self._shares.append(_shares(new_weights))
-            self._counts.append(counts)
 
     def counts(self, row: int) -> list[int]:
         """Number of the rows before `row` from each dataset."""
@@ -111,7 +110,8 @@ class Mixture:
         rows_left = row - self._first_rows[stage]
         counts = []
         for share, before in zip(self._shares[stage], self._counts[stage], strict=True):
-            taken = _round(rows_left * share)
+            # Rounded to the nearest, halves upwards, so that it never falls as rows_left grows.
+            taken = math.floor(rows_left * share + Fraction(1, 2))
             counts.append(before + taken)
             rows_left -= taken
         return counts
@@ -128,8 +128,3 @@ def _shares(weights: Sequence[float]) -> list[Fraction]:
     exact = [Fraction(repr(weight)) for weight in weights]
     sums = [sum(exact[d:], Fraction(0)) for d in range(len(exact))]
     return [w / total if total else Fraction(0) for w, total in zip(exact, sums, strict=True)]
-
-
-def _round(number: Fraction) -> int:
-    """The nearest integer, halves upwards, so that it never falls as `number` grows."""
-    return (2 * number.numerator + number.denominator) // (2 * number.denominator)

@@ -28,6 +28,7 @@ _HEADER = struct.Struct("<IB")
 MANIFEST_FILE = "manifest.json"
 LENGTHS_FILE = "lengths.npy"
 FORMAT = "grok documents 1"
+COMPARE = "`grok data inspect --check` compares all files with the manifest."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,12 +51,8 @@ def encode_document(
     header = _HEADER.pack(len(tokens_S), HAS_MASK if mask_S is not None else 0)
     tokens = np.asarray(tokens_S).astype("<u4", copy=False).tobytes()
     mask = b"" if mask_S is None else np.asarray(mask_S).astype("u1", copy=False).tobytes()
-    return (
-        header
-        + tokens
-        + mask
-        + json.dumps(metadata, ensure_ascii=False, separators=(",", ":")).encode()
-    )
+    text = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
+    return header + tokens + mask + text.encode()
 
 
 def decode_document(record: bytes) -> Document:
@@ -101,20 +98,18 @@ class TokenDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        # Two threads may both open a shard; one of the readers is then dropped.
-        reader = self._readers.get(shard) or self._readers.setdefault(
-            shard, self._open_shard(shard)
-        )
+        if (reader := self._readers.get(shard)) is None:
+            # Two threads may both open a shard; one of the readers is then dropped.
+            reader = self._readers.setdefault(shard, self._open_shard(shard))
         try:
             (record,) = reader.read([int(index - self._starts[shard])])
         except (RuntimeError, ValueError, IndexError) as error:
             raise self._damaged(shard, error) from None
         document = decode_document(record)
         if len(document.tokens_S) != self.lengths[index]:
+            length = f"{self.lengths[index]} tokens, and its record has {len(document.tokens_S)}"
             raise DataError(
-                f"{self.folder / LENGTHS_FILE} says that document {index} has "
-                f"{self.lengths[index]} tokens, and its record has {len(document.tokens_S)}; `grok "
-                "data inspect --check` compares all files with the manifest."
+                f"{self.folder / LENGTHS_FILE} says that document {index} has {length}; {COMPARE}"
             )
         return document
 
@@ -127,9 +122,8 @@ class TokenDataset:
         try:
             lengths_N = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(
-                f"{path} cannot be read ({error}); `grok data prepare` writes it."
-            ) from None
+            message = f"{path} cannot be read ({error}); `grok data prepare` writes it."
+            raise DataError(message) from None
         documents = self.manifest["counts"]["documents"]
         if lengths_N.shape != (documents,) or lengths_N.dtype != np.uint32:
             raise DataError(
@@ -159,20 +153,15 @@ class TokenDataset:
     def _damaged(self, shard: int, reason: object) -> DataError:
         name = self.manifest["shards"][shard]["name"]
         first_line = str(reason).strip().split("\n")[0][:200]
-        return DataError(
-            f"shard {self.folder / name} is damaged ({first_line}); `grok data inspect --check` "
-            f"compares all shards with the manifest."
-        )
+        return DataError(f"shard {self.folder / name} is damaged ({first_line}); {COMPARE}")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a dataset; DataError when `folder` has none that can be read."""
     path = Path(folder) / MANIFEST_FILE
     if not path.exists():
-        raise DataError(
-            f"{folder} has no {MANIFEST_FILE}; a folder that `grok data prepare` finished would "
-            "work."
-        )
+        finished = "a folder that `grok data prepare` finished"
+        raise DataError(f"{folder} has no {MANIFEST_FILE}; {finished} would work.")
     try:
         manifest = json.loads(storage.read_bytes(path, DataError))
     except ValueError as error:

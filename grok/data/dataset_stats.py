@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from grok.data.dataset import TokenDataset
-from grok.data.packing import make_packer, packing_efficiency
+from grok.data.packing import PACKERS
 from grok.data.prepare.shards import TOKENIZER_FILE, verify_dataset
 from grok.data.tokenizers import load_tokenizer
 
@@ -71,10 +71,7 @@ def compute_stats(
     """
     problems = verify_dataset(folder) if verify else []
     data = TokenDataset(folder)
-    packers = {
-        packing: make_packer(packing, data.lengths, sequence_length, "")
-        for packing in ("concat_then_split", "best_fit")
-    }
+    packers = {name: make(data.lengths, sequence_length, "") for name, make in PACKERS.items()}
     truncated_N = np.maximum(data.lengths.astype(np.int64) - sequence_length - 1, 0)
     return DatasetStats(
         hash=data.hash,
@@ -82,8 +79,9 @@ def compute_stats(
         histogram=length_histogram(data.lengths),
         sequence_length=sequence_length,
         efficiency={
-            packing: packing_efficiency(packer, sequence_length)
-            for packing, packer in packers.items()
+            name: packer.tokens_before(packer.rows_per_epoch)
+            / (packer.rows_per_epoch * sequence_length)
+            for name, packer in packers.items()
         },
         truncated_share=float(truncated_N.sum() / data.lengths.sum(dtype=np.int64)),
         # Documents of a damaged shard may not be readable.
@@ -95,30 +93,25 @@ def compute_stats(
 def length_histogram(lengths_N: np.ndarray) -> list[LengthBin]:
     """Documents by length, in bins that double: 1, 2 to 3, 4 to 7 tokens and so on."""
     exponents_N = np.frexp(lengths_N.astype(np.float64))[1] - 1
-    return [
-        LengthBin(
-            low=2**exponent,
-            high=2 ** (exponent + 1) - 1,
-            documents=int((exponents_N == exponent).sum()),
-            tokens=int(lengths_N[exponents_N == exponent].sum(dtype=np.int64)),
-        )
-        for exponent in range(int(exponents_N.min()), int(exponents_N.max()) + 1)
-    ]
+    bins = []
+    for exponent in range(int(exponents_N.min()), int(exponents_N.max()) + 1):
+        tokens_N = lengths_N[exponents_N == exponent]
+        low, tokens = 2**exponent, int(tokens_N.sum(dtype=np.int64))
+        bins.append(LengthBin(low=low, high=2 * low - 1, documents=len(tokens_N), tokens=tokens))
+    return bins
 
 
 def _samples(data: TokenDataset, count: int, tokenizer_file: str | None) -> list[DocumentSample]:
     """Documents at even distances, from the first on."""
     tokenizer = load_tokenizer(tokenizer_file or data.folder / TOKENIZER_FILE)
-    samples = []
-    for number in range(0, len(data), -(-len(data) // count)) if count else ():
-        document = data[number]
-        samples.append(
-            DocumentSample(
-                document=number,
-                tokens=len(document.tokens_S),
-                loss_share=1.0 if document.mask_S is None else float(document.mask_S.mean()),
-                metadata=dict(document.metadata),
-                text=tokenizer.decode(document.tokens_S[:SAMPLE_TOKENS].tolist()),
-            )
+    numbers = range(0, len(data), -(-len(data) // count)) if count else ()
+    return [
+        DocumentSample(
+            document=number,
+            tokens=len(document.tokens_S),
+            loss_share=1.0 if document.mask_S is None else float(document.mask_S.mean()),
+            metadata=dict(document.metadata),
+            text=tokenizer.decode(document.tokens_S[:SAMPLE_TOKENS].tolist()),
         )
-    return samples
+        for number, document in zip(numbers, map(data.__getitem__, numbers), strict=True)
+    ]

@@ -7,7 +7,6 @@ B rows of a batch, T tokens of a row.
 """
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import grain
 import jax
@@ -15,22 +14,10 @@ import jax.numpy as jnp
 
 from grok import sharding
 from grok.data.batch_schedule import Batch
+from grok.data.packed_batches import PackedBatches
+from grok.data.stream_batches import StreamBatches
 
-
-class TrainBatches(Protocol):
-    """Training batches by step, as `StreamBatches` of text and `PackedBatches` of documents."""
-
-    def shape(self, step: int) -> tuple[int, int]:
-        """B and T of the batch of `step`."""
-        ...
-
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """Rows `rows` of the batch of `step`."""
-        ...
-
-    def tokens_seen(self, step: int) -> dict[str, int]:
-        """Tokens of each dataset in all batches before `step`."""
-        ...
+TrainBatches = StreamBatches | PackedBatches
 
 
 def global_batches(

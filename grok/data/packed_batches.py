@@ -5,27 +5,16 @@ B rows of a batch, T tokens of a row, N documents, S tokens of a document.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from grok.data.batch_schedule import Batch, BatchSchedule, Mixture
-from grok.data.dataset import Document
-from grok.data.packing import ConcatThenSplit, DocumentSlice, make_packer
+from grok.data.dataset import Document, TokenDataset
+from grok.data.packing import PACKERS, ConcatThenSplit, DocumentSlice, RowPacker
 from grok.errors import DataError
 
 # Documents of a dataset in memory: one that fills several rows is read once for all of them.
 CACHED_DOCUMENTS = 64
-
-
-class DocumentSource(Protocol):
-    """Documents by number, as `grok.data.dataset.TokenDataset` has them."""
-
-    lengths: np.ndarray  # tokens of each document
-    hash: str  # identity of the content
-
-    def __getitem__(self, index: int) -> Document:
-        """A document by its number."""
 
 
 class PackedBatches:
@@ -37,7 +26,7 @@ class PackedBatches:
 
     def __init__(
         self,
-        datasets: Mapping[str, DocumentSource],
+        datasets: Mapping[str, TokenDataset],
         mixture: Mixture,
         schedule: BatchSchedule,
         *,
@@ -48,21 +37,18 @@ class PackedBatches:
 
         DataError when a dataset has no row: no documents, or none of two tokens for "best_fit".
         """
-        self._names = list(datasets)
-        self._mixture = mixture
-        self._schedule = schedule
-        self.shape = schedule.shape
+        self._mixture, self._schedule, self.shape = mixture, schedule, schedule.shape
         length = schedule.sequence_length
-        self._packers = [
-            make_packer(packing, documents.lengths, length, f"{seed}/{documents.hash}")
-            for documents in datasets.values()
-        ]
-        self._read = [_cached_reader(documents) for documents in datasets.values()]
-        for name, packer in zip(self._names, self._packers, strict=True):
+        self._packers: dict[str, RowPacker] = {
+            name: PACKERS[packing](documents.lengths, length, f"{seed}/{documents.hash}")
+            for name, documents in datasets.items()
+        }
+        self._read = {name: _reader(documents) for name, documents in datasets.items()}
+        self._names = list(datasets)
+        for name, packer in self._packers.items():
             if not packer.rows_per_epoch:
                 raise DataError(
-                    f"dataset {name} has no document with a token to predict; one with text would "
-                    "work."
+                    f"dataset {name} has no document with a token to predict; text would work."
                 )
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
@@ -76,7 +62,8 @@ class PackedBatches:
         locations = [self._mixture.locate(row) for row in self._schedule.long_rows(step, rows)]
         batch = empty_batch(len(locations), self._schedule.sequence_length)
         for row, (dataset, number) in enumerate(locations):
-            fill_row(batch, row, self._packers[dataset].slices(number), self._read[dataset])
+            name = self._names[dataset]
+            fill_row(batch, row, self._packers[name].slices(number), self._read[name])
         return self._schedule.split(step, rows, batch)
 
     def tokens_seen(self, step: int) -> dict[str, int]:
@@ -84,7 +71,7 @@ class PackedBatches:
         counts = self._mixture.counts(self._schedule.first_row(step))
         return {
             name: packer.tokens_before(count)
-            for name, packer, count in zip(self._names, self._packers, counts, strict=True)
+            for (name, packer), count in zip(self._packers.items(), counts, strict=True)
         }
 
 
@@ -92,20 +79,18 @@ class PackedValidation:
     """All documents of a dataset end to end, in their own order, each token but a document's first
     predicted once. The last batch is filled up with rows of padding."""
 
-    def __init__(self, documents: DocumentSource, *, sequence_length: int, batch_size: int) -> None:
+    def __init__(self, documents: TokenDataset, *, sequence_length: int, batch_size: int) -> None:
         """Packs `documents` in batches of B rows of T tokens."""
-        self._documents = documents
+        self._documents, self._read = documents, _reader(documents)
         self._packer = ConcatThenSplit(documents.lengths, sequence_length, key=None)
-        self._read = _cached_reader(documents)
-        self._sequence_length = sequence_length
-        self._batch_size = batch_size
+        self._shape = batch_size, sequence_length
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches like those of `PackedBatches.batch`."""
-        num_rows = self._packer.rows_per_epoch
-        for first in range(0, num_rows, self._batch_size):
-            batch = empty_batch(self._batch_size, self._sequence_length)
-            for row in range(min(self._batch_size, num_rows - first)):
+        num_rows, batch_size = self._packer.rows_per_epoch, self._shape[0]
+        for first in range(0, num_rows, batch_size):
+            batch = empty_batch(*self._shape)
+            for row in range(min(batch_size, num_rows - first)):
                 fill_row(batch, row, self._packer.slices(first + row), self._read)
             yield batch
 
@@ -125,7 +110,7 @@ class PackedValidation:
         return total
 
 
-def _cached_reader(documents: DocumentSource) -> Callable[[int], Document]:
+def _reader(documents: TokenDataset) -> Callable[[int], Document]:
     return functools.lru_cache(maxsize=CACHED_DOCUMENTS)(documents.__getitem__)
 
 
@@ -133,9 +118,8 @@ def empty_batch(num_rows: int, sequence_length: int) -> Batch:
     """Rows of padding."""
     shape = (num_rows, sequence_length)
     ids = ("tokens_BT", "targets_BT", "segment_ids_BT", "positions_BT")
-    return {name: np.zeros(shape, np.int32) for name in ids} | {
-        "mask_BT": np.zeros(shape, np.float32)
-    }
+    batch: Batch = {name: np.zeros(shape, np.int32) for name in ids}
+    return batch | {"mask_BT": np.zeros(shape, np.float32)}
 
 
 def fill_row(
@@ -146,13 +130,11 @@ def fill_row(
     begin = 0
     for segment, (number, start, size) in enumerate(slices, start=1):
         document = read(number)
-        end = begin + size
-        inputs = slice(start, start + size)
-        outputs = slice(inputs.start + 1, inputs.stop + 1)
+        end, outputs = begin + size, slice(start + 1, start + size + 1)
         targets_S = document.tokens_S[outputs]
         # A slice that ends with its document has one target less: the next token is another's.
         predicted = slice(begin, begin + len(targets_S))
-        tokens_T[begin:end] = document.tokens_S[inputs]
+        tokens_T[begin:end] = document.tokens_S[start : start + size]
         targets_T[predicted] = targets_S
         segments_T[begin:end] = segment
         positions_T[begin:end] = np.arange(size)

@@ -10,7 +10,7 @@ import hashlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,32 +51,6 @@ class DocumentSlice(NamedTuple):
     document: int
     start: int
     size: int
-
-
-class RowPacker(Protocol):
-    """Rows of T tokens, without end: rows are numbered on from one epoch to the next."""
-
-    rows_per_epoch: int
-
-    def slices(self, row: int) -> list[DocumentSlice]:
-        """Content of a row, in order; the rest of the row is padding."""
-        ...
-
-    def tokens_before(self, row: int) -> int:
-        """Inputs, without padding, of all rows before `row`."""
-        ...
-
-
-def make_packer(packing: str, lengths_N: np.ndarray, sequence_length: int, key: str) -> RowPacker:
-    """The packer that data.packing names, for documents of these lengths in tokens."""
-    packer = ConcatThenSplit if packing == "concat_then_split" else BestFit
-    return packer(lengths_N, sequence_length, key)
-
-
-def packing_efficiency(packer: RowPacker, sequence_length: int) -> float:
-    """Share of the positions of an epoch's rows that hold a token."""
-    rows = packer.rows_per_epoch
-    return packer.tokens_before(rows) / (rows * sequence_length)
 
 
 def permutation(count: int, *key: object) -> np.ndarray:
@@ -121,19 +95,16 @@ class ConcatThenSplit:
         self._orders = EpochCache(self._order)
 
     def slices(self, row: int) -> list[DocumentSlice]:
-        """Content of row `row`, counted over all epochs."""
+        """Content of row `row`, counted over all epochs; the rest of the row is padding."""
         epoch, row = divmod(row, self.rows_per_epoch)
         order_N, ends_N = self._orders.get(epoch, row / self.rows_per_epoch)
         position = row * self._sequence_length
         stop = min(position + self._sequence_length, self._num_tokens)
         first = np.searchsorted(ends_N, position, side="right")
         last = np.searchsorted(ends_N, stop, side="left")
-        slices = []
-        for document, end in zip(
-            order_N[first : last + 1].tolist(), ends_N[first : last + 1].tolist(), strict=True
-        ):
-            size = min(end, stop) - position
-            if size:
+        slices, inside = [], slice(first, last + 1)
+        for document, end in zip(order_N[inside].tolist(), ends_N[inside].tolist(), strict=True):
+            if size := min(end, stop) - position:
                 start = position - (end - int(self._lengths_N[document]))
                 slices.append(DocumentSlice(document, start, size))
             position += size
@@ -146,11 +117,8 @@ class ConcatThenSplit:
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents in the order of an epoch, and the token after the end of each."""
-        num_documents = len(self._lengths_N)
-        if self._key is None:
-            order_N = np.arange(num_documents)
-        else:
-            order_N = permutation(num_documents, self._key, epoch)
+        count, key = len(self._lengths_N), self._key
+        order_N = np.arange(count) if key is None else permutation(count, key, epoch)
         return order_N, np.cumsum(self._lengths_N[order_N])
 
 
@@ -178,7 +146,7 @@ class BestFit:
         self._orders = EpochCache(self._order)
 
     def slices(self, row: int) -> list[DocumentSlice]:
-        """Content of row `row`, counted over all epochs."""
+        """Content of row `row`, counted over all epochs; the rest of the row is padding."""
         epoch, row = divmod(row, self.rows_per_epoch)
         row = self._orders.get(epoch, row / self.rows_per_epoch)[0][row]
         documents = self._documents_N[self._starts_R[row] : self._starts_R[row + 1]]
@@ -194,6 +162,10 @@ class BestFit:
         order_R = permutation(self.rows_per_epoch, self._key, epoch)
         tokens_R = self._tokens_R[order_R]
         return order_R, np.cumsum(tokens_R) - tokens_R
+
+
+PACKERS = {"concat_then_split": ConcatThenSplit, "best_fit": BestFit}
+RowPacker = ConcatThenSplit | BestFit
 
 
 def best_fit_decreasing(sizes_N: np.ndarray, capacity: int) -> np.ndarray:

@@ -22,13 +22,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TokenStream:
-    """Documents end to end, each ended by `eos_id`.
+    """Documents end to end, each ended by `eos_id`."""
 
-    tokens_S: int32 ids; num_bytes: UTF-8 bytes of the text (eos has none).
-    """
-
-    tokens_S: np.ndarray
-    num_bytes: int
+    tokens_S: np.ndarray  # int32
+    num_bytes: int  # UTF-8 bytes of the text; eos has none
     eos_id: int
 
 
@@ -86,10 +83,8 @@ class StreamBatches:
                 f"{sequence_length} needs {sequence_length + 1}; data.sequence_length="
                 f"{num_tokens - 1}, or more text, would work."
             )
-        self._tokens_S = stream.tokens_S
-        self._schedule = schedule
-        self.shape = schedule.shape
-        self._seed = seed
+        self._tokens_S, self._seed = stream.tokens_S, seed
+        self._schedule, self.shape = schedule, schedule.shape
         self.rows_per_epoch = num_tokens // sequence_length
         self._rows = (
             grain.MapDataset.range(self.rows_per_epoch)
@@ -137,10 +132,8 @@ class StreamValidation:
 
     def __init__(self, stream: TokenStream, *, sequence_length: int, batch_size: int) -> None:
         """Lays out `stream` in batches of B rows of T tokens; no stream is too short."""
-        self.num_tokens = len(stream.tokens_S)
-        self.num_bytes = stream.num_bytes
-        self._stream = stream
-        self._shape = batch_size, sequence_length
+        self.num_tokens, self.num_bytes = len(stream.tokens_S), stream.num_bytes
+        self._stream, self._shape = stream, (batch_size, sequence_length)
 
     def __len__(self) -> int:
         """Number of batches."""

@@ -281,7 +281,7 @@ def test_another_job_in_the_same_folder_is_refused(config, tmp_path, monkeypatch
     [
         ("in.txt", "The", "is neither JSON lines nor Parquet by its name"),
         ("in.jsonl", "\n", "has no requests"),
-        ("other.jsonl", "{}", "in.jsonl does not exist"),
+        ("other.jsonl", "{}", "in.jsonl: cannot be read: No such file"),
     ],
 )
 def test_input_that_cannot_be_used(config, tmp_path, monkeypatch, name, text, words):

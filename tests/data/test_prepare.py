@@ -231,7 +231,7 @@ def test_a_dataset_inside_its_own_source_is_refused(tmp_path, tokenizer):
     ("sources", "message"),
     [
         ([], "no sources were given"),
-        (["nowhere.txt"], r"source nowhere\.txt does not exist"),
+        (["nowhere.txt"], r"source nowhere\.txt: cannot be read: No such file"),
         (["s3://bucket/x"], "neither on this machine nor at gs://"),
     ],
 )
@@ -263,7 +263,9 @@ def test_sources_in_a_bucket(tmp_path, tokenizer, monkeypatch):
         assert texts_of(TokenDataset(tmp_path / "out"), tokenizer) == ["first", "second"]
         prepare(tmp_path / "one", ["gs://bucket/text/a.txt"], tokenizer)
         assert texts_of(TokenDataset(tmp_path / "one"), tokenizer) == ["first"]
-        with pytest.raises(DataError, match="source gs://bucket/none does not exist"):
+        with pytest.raises(
+            DataError, match="source gs://bucket/none: cannot be read: No such file"
+        ):
             prepare(tmp_path / "none", ["gs://bucket/none"], tokenizer)
     finally:
         server.stop()

@@ -29,9 +29,9 @@ from grok.data.prepare.shards import (
     ShardEntry,
     ShardJournal,
     ShardWriter,
-    add_counts,
     describe_sources,
     rejected_lines,
+    sum_counts,
     write_dataset,
 )
 from grok.data.prepare.sources import RawRecord, SourceFile, find_files, hash_files, read_records
@@ -111,7 +111,7 @@ def prepare_dataset(
     with ShardJournal(folder / UNFINISHED, identity) as journal:
         if not journal.is_complete:
             _write_shards(options, files, tokenizer, folder, journal, on_progress)
-        totals = _sum_counts(journal.entries)
+        totals = sum_counts(journal.entries)
         _check_bad_share(options, folder, totals, journal.entries)
         if not totals["documents"]:
             raise DataError(
@@ -125,7 +125,9 @@ def _identity(
     options: PrepareOptions, files: Sequence[SourceFile], model: bytes, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Everything that the bytes of the dataset depend on."""
-    fields = {key: name for key, name in dataclasses.asdict(options.fields).items() if name}
+    names = ("patterns", "format", "fields", "licence", "shard_bytes", "drop_duplicates")
+    settings = dataclasses.asdict(options) | {"patterns": list(options.patterns)}
+    settings["fields"] = {key: name for key, name in settings["fields"].items() if name}
     return {
         "code_version": __version__,
         "tokenizer": {
@@ -133,14 +135,7 @@ def _identity(
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,
         },
-        "options": {
-            "patterns": list(options.patterns),
-            "format": options.format,
-            "fields": fields,
-            "licence": options.licence,
-            "shard_bytes": options.shard_bytes,
-            "drop_duplicates": options.drop_duplicates,
-        },
+        "options": {name: settings[name] for name in names},
         "sources": describe_sources(options.sources, files, options.licence),
     }
 
@@ -170,7 +165,7 @@ def _write_shards(
 ) -> None:
     """Writes all shards that the journal lacks."""
     digests = {digest for entry in journal.entries for digest in entry.digests}
-    totals = collections.Counter(_sum_counts(journal.entries))
+    totals = collections.Counter(sum_counts(journal.entries))
     offsets = list(itertools.accumulate((file.bytes for file in files), initial=0))
     shards = ShardWriter(journal, options.shard_bytes)
     records = read_records(files, options.fields.names(), journal.position)
@@ -244,10 +239,6 @@ def _group_records(
             group, size = [], 0
     if group:
         yield group
-
-
-def _sum_counts(entries: Sequence[ShardEntry]) -> dict[str, int]:
-    return add_counts(counts for entry in entries for counts in entry.counts.values())
 
 
 def _num_records(totals: Mapping[str, int]) -> int:

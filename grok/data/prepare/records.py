@@ -50,11 +50,6 @@ class RecordFields:
     completion: str | None = None
     messages: str | None = None
 
-    @property
-    def supervised(self) -> bool:
-        """True for records of prompts and completions instead of texts."""
-        return bool(self.messages or self.prompt)
-
     def names(self) -> list[str]:
         """All fields that are read."""
         return [name for name in dataclasses.asdict(self).values() if name]
@@ -91,26 +86,21 @@ class DocumentEncoder:
         """Uses `tokenizer`, which must have an end-of-sequence token."""
         self._tokenizer = tokenizer
         self._fields = fields
+        self._supervised = bool(fields.messages or fields.prompt)
         self._num_guard_ids = len(self._tokenizer.encode(GUARD))
 
     def encode(self, raw: RawRecord, metadata: Mapping[str, Any]) -> EncodedDocument:
         """The document of a record, with `metadata` and its own; BadRecord where it has none."""
         if raw.problem or raw.data is None:
             raise BadRecord(raw.problem)
-        data = (
-            raw.data
-            if isinstance(raw.data, dict) or raw.line is None
-            else parse_json_object(raw.data)
-        )
-        if isinstance(data, bytes):
-            segments = [TextSegment(_decode(data), True)]
+        if isinstance(raw.data, bytes) and raw.line is None:
+            segments = [TextSegment(_decode(raw.data), True)]
         else:
+            data = raw.data if isinstance(raw.data, dict) else parse_json_object(raw.data)
             segments = self._segments(data)
             metadata = {**metadata, **self._metadata(data)}
         if not any(segment.text.strip() for segment in segments if segment.has_loss):
-            raise BadRecord(
-                "has no text that bears loss" if self._fields.supervised else "is empty"
-            )
+            raise BadRecord("has no text that bears loss" if self._supervised else "is empty")
         tokens_S, mask_S = self._tokenize(segments)
         texts = [segment.text.encode() for segment in segments]
         return EncodedDocument(
@@ -132,7 +122,7 @@ class DocumentEncoder:
         tokens.append(self._tokenizer.eos_id)
         mask.append(segments[-1].has_loss)
         tokens_S = np.frombuffer(tokens, np.uintc)
-        return tokens_S, np.frombuffer(mask, np.uint8) if self._fields.supervised else None
+        return tokens_S, np.frombuffer(mask, np.uint8) if self._supervised else None
 
     def _ids(self, text: str, first: bool) -> list[int]:
         """Ids of a text, which is the `first` of its document or continues it."""
@@ -155,14 +145,12 @@ class DocumentEncoder:
 
     def _metadata(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Id, language and licence, where the record has them, as text or numbers."""
-        names = {"id": self._fields.id, "language": self._fields.language}
-        names["licence"] = self._fields.licence
-        values = {key: data.get(name) for key, name in names.items() if name}
+        names = {key: getattr(self._fields, key) for key in ("id", "language", "licence")}
         return {
             # A surrogate in a name is no reason to lose the text.
             key: value if isinstance(value, int) else str(value).encode(errors="replace").decode()
-            for key, value in values.items()
-            if value is not None
+            for key, name in names.items()
+            if name and (value := data.get(name)) is not None
         }
 
 
@@ -235,14 +223,10 @@ def encode_records(
     if workers == 1:
         encoder = DocumentEncoder(tokenizer, fields)
         for group in groups:
-            yield from _with_records(group, _encode_group(group, encoder))
+            yield from zip((raw for raw, _ in group), _encode_group(group, encoder), strict=True)
         return
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer, fields),
-    )
+    context, arguments = multiprocessing.get_context("spawn"), (tokenizer, fields)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, arguments)
     try:
         pending: collections.deque[tuple[RecordGroup, Future]] = collections.deque()
         while True:
@@ -252,7 +236,7 @@ def encode_records(
             if not pending:
                 return
             group, future = pending.popleft()
-            yield from _with_records(group, future.result())
+            yield from zip((raw for raw, _ in group), future.result(), strict=True)
     except BrokenProcessPool:
         raise DataError(
             "a process that tokenized was killed (was memory short?); the same command continues, "
@@ -260,11 +244,6 @@ def encode_records(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _with_records(group: RecordGroup, results: list[EncodedDocument | str]) -> Iterator[Result]:
-    for (raw, _), result in zip(group, results, strict=True):
-        yield raw, result
 
 
 # Made once in each process: loading the tokenizer takes longer than a group.
@@ -275,16 +254,15 @@ def _start_worker(tokenizer: Tokenizer, fields: RecordFields) -> None:
     global _encoder
     # Ctrl-C reaches all processes of a terminal; the main one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = DocumentEncoder(tokenizer, fields)
-
-
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone, even after SIGKILL."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
+
+    def end_with_parent() -> None:  # even after its SIGKILL
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _encoder = DocumentEncoder(tokenizer, fields)
 
 
 def _encode_group(

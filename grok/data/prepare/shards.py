@@ -66,8 +66,7 @@ class ShardJournal(contextlib.AbstractContextManager):
     """The finished shards of an unfinished dataset."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Starts or resumes the job of this identity; DataError where `folder` has another one, or
-        another process works on it."""
+        """Starts or resumes the job of this identity. Raises DataError as `Journal` does."""
         self.folder = folder
         self._journal = Journal(folder / "journal.jsonl", identity, DataError, sync=True)
         self.entries = [ShardEntry.from_json(entry) for entry in self._journal.entries]
@@ -104,8 +103,8 @@ class ShardWriter:
 
     def __init__(self, journal: ShardJournal, shard_bytes: int) -> None:
         """Writes shards whose records have at most `shard_bytes` bytes, or are one record."""
-        self._journal = journal
-        self._shard_bytes = shard_bytes
+        self._journal, self._shard_bytes = journal, shard_bytes
+        self._unfinished = journal.folder / "unfinished.arrayrecord"
         self._writer: Any = None
         self._size = 0
         self.entry = ShardEntry(position=journal.position)
@@ -134,7 +133,8 @@ class ShardWriter:
                     f"room for it the same command continues."
                 ) from None
             sync(self._unfinished)
-            self.entry.sha256, self.entry.bytes = file_hash(self._unfinished)
+            self.entry.sha256 = _file_hash(self._unfinished)
+            self.entry.bytes = self._unfinished.stat().st_size
             os.replace(self._unfinished, path)
         self.entry.position, self.entry.is_last = position, is_last
         self._journal.append(self.entry)
@@ -146,22 +146,16 @@ class ShardWriter:
             with contextlib.suppress(RuntimeError):
                 self._writer.close()
 
-    @property
-    def _unfinished(self) -> Path:
-        return self._journal.folder / "unfinished.arrayrecord"
 
-
-def file_hash(path: Path) -> tuple[str, int]:
-    """SHA-256 and bytes of a file."""
+def _file_hash(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
     """Waits until a file's bytes are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 SOURCES_FILE = "sources.jsonl"
@@ -178,16 +172,13 @@ def describe_sources(
         members = [file for file in files if file.source == number]
         is_file = len(members) == 1 and members[0].name == name
         lines_hash = hashlib.sha256(sources_lines(members)).hexdigest()
-        sources.append(
-            {
-                "name": name,
-                "sha256": members[0].sha256 if is_file else lines_hash,
-                "files": len(members),
-                "file_bytes": sum(file.bytes for file in members),
-            }
-        )
-        if licence is not None:
-            sources[-1]["licence"] = licence
+        source: dict[str, Any] = {
+            "name": name,
+            "sha256": members[0].sha256 if is_file else lines_hash,
+            "files": len(members),
+            "file_bytes": sum(file.bytes for file in members),
+        }
+        sources.append(source if licence is None else {**source, "licence": licence})
     return sources
 
 
@@ -203,9 +194,7 @@ def write_dataset(
     After an interruption it can be called again: the manifest is written last.
     """
     entries = journal.entries
-    names = [
-        f"shard-{number:05}-of-{len(entries):05}.arrayrecord" for number in range(len(entries))
-    ]
+    names = [f"shard-{n:05}-of-{len(entries):05}.arrayrecord" for n in range(len(entries))]
     for number, name in enumerate(names):
         if (path := journal.shard_path(number)).exists():
             os.replace(path, folder / name)
@@ -221,27 +210,14 @@ def write_dataset(
     for name, data in contents.items():
         storage.write_bytes(folder / name, data)
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    manifest = _make_manifest(identity, entries, names, hashes)
-    storage.write_bytes(folder / MANIFEST_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
-    journal.remove()
-    return manifest
-
-
-def _make_manifest(
-    identity: Mapping[str, Any],
-    entries: Sequence[ShardEntry],
-    names: Sequence[str],
-    hashes: Mapping[str, str],
-) -> dict[str, Any]:
-    """The manifest of shards of these `names` and other files of these `hashes`."""
-    return {
+    manifest = {
         "format": FORMAT,
         **identity,
         "sources": [
-            {**source, "counts": add_counts([entry.counts.get(number, {}) for entry in entries])}
+            {**source, "counts": sum_counts(entries, number)}
             for number, source in enumerate(identity["sources"])
         ],
-        "counts": add_counts([counts for entry in entries for counts in entry.counts.values()]),
+        "counts": sum_counts(entries),
         "shards": [
             {
                 "name": name,
@@ -252,8 +228,11 @@ def _make_manifest(
             }
             for name, entry in zip(names, entries, strict=True)
         ],
-        "files": dict(hashes),
+        "files": hashes,
     }
+    storage.write_bytes(folder / MANIFEST_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
+    journal.remove()
+    return manifest
 
 
 def verify_dataset(folder: str | Path) -> list[str]:
@@ -265,20 +244,21 @@ def verify_dataset(folder: str | Path) -> list[str]:
     for name, sha256 in hashes.items():
         if not (folder / name).exists():
             problems.append(f"{name} is missing.")
-        elif (actual := file_hash(folder / name)[0]) != sha256:
-            problems.append(
-                f"{name} does not match its manifest: its SHA-256 is {actual}, not {sha256}."
-            )
+        elif (actual := _file_hash(folder / name)) != sha256:
+            problem = f"its SHA-256 is {actual}, not {sha256}"
+            problems.append(f"{name} does not match its manifest: {problem}.")
     return problems
 
 
-def add_counts(several: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The sums of several counts."""
-    total = dict.fromkeys(COUNTS, 0)
-    for counts in several:
-        for name, number in counts.items():
-            total[name] += number
-    return total
+def sum_counts(entries: Sequence[ShardEntry], source: int | None = None) -> dict[str, int]:
+    """The sums of the entries' counts, of one source or all."""
+    counts = [
+        counts
+        for entry in entries
+        for number, counts in entry.counts.items()
+        if source in (None, number)
+    ]
+    return {name: sum(count[name] for count in counts) for name in COUNTS}
 
 
 def rejected_lines(entries: Iterable[ShardEntry]) -> bytes:

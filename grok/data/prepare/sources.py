@@ -42,10 +42,20 @@ class Damaged(Exception):
 
 def read_rows(file: BinaryIO, source: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
     """Rows of a file by its format; `columns` are read of a Parquet file."""
-    if source.format == "jsonl":
-        yield from _read_lines(file, source)
-        return
+    number: int | None = None
     try:
+        if source.format == "jsonl":
+            number, tail = 1, b""
+            for chunk in _chunks(file, source.compression):
+                *lines, tail = (tail + chunk).split(b"\n")
+                offset = file.tell()
+                for line in lines:
+                    if line.strip():
+                        yield number, line, None, offset
+                    number += 1
+            if tail.strip():
+                yield number, tail, None, source.bytes
+            return
         data = file
         if source.compression:
             data = io.BytesIO(b"".join(_chunks(file, source.compression)))
@@ -54,25 +64,7 @@ def read_rows(file: BinaryIO, source: SourceFile, columns: Sequence[str]) -> Ite
         else:
             yield None, data.read(), None, source.bytes
     except Damaged as error:
-        yield None, None, str(error), source.bytes
-
-
-def _read_lines(file: BinaryIO, source: SourceFile) -> Iterator[Row]:
-    """The lines that are not blank."""
-    number, tail = 1, b""
-    try:
-        for chunk in _chunks(file, source.compression):
-            *lines, tail = (tail + chunk).split(b"\n")
-            offset = file.tell()
-            for line in lines:
-                if line.strip():
-                    yield number, line, None, offset
-                number += 1
-    except Damaged as error:
         yield number, None, str(error), source.bytes
-        return
-    if tail.strip():
-        yield number, tail, None, source.bytes
 
 
 def _chunks(file: BinaryIO, compression: str | None) -> Iterator[bytes]:
@@ -86,11 +78,8 @@ def _chunks(file: BinaryIO, compression: str | None) -> Iterator[bytes]:
     pending = file.read(CHUNK_BYTES)
     while pending:
         # A file may hold several streams, as `cat a.gz b.gz` writes.
-        stream: Any = (
-            zlib.decompressobj(wbits=31)
-            if compression == "gzip"
-            else ZstdDecompressor().decompressobj()
-        )
+        is_gzip = compression == "gzip"
+        stream: Any = zlib.decompressobj(31) if is_gzip else ZstdDecompressor().decompressobj()
         while not stream.eof:
             if not pending:
                 raise Damaged(f"the {compression} data breaks off before its end")
@@ -165,13 +154,10 @@ class RawRecord(NamedTuple):
 def find_files(
     sources: Sequence[str], patterns: Sequence[str] = (), format: str = "auto"
 ) -> list[SourceFile]:
-    """The files of all sources in a fixed order, without hidden ones inside folders.
+    """The files of all sources, local or at gs://, in a fixed order; inside folders those that are
+    not hidden and match one of `patterns`, such as *.md, if there are any.
 
-    Args:
-      sources: files or folders, local or at gs://.
-      patterns: such as *.md; a file inside a folder must match one, if there are any.
-      format: text, jsonl or parquet, or auto: by the name's suffix, text where that is unknown.
-
+    `format` is text, jsonl or parquet, or auto: by the name's suffix, text where that is unknown.
     Raises DataError where a source does not exist or has no such files.
     """
     if not sources:
@@ -190,10 +176,7 @@ def find_files(
 def hash_files(files: Sequence[SourceFile]) -> list[SourceFile]:
     """The files with their SHA-256, each read once; DataError where one cannot be read."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        hashes = list(pool.map(lambda file: _sha256(file.name), files))
-    return [
-        dataclasses.replace(file, sha256=sha256) for file, sha256 in zip(files, hashes, strict=True)
-    ]
+        return list(pool.map(_hash, files))
 
 
 def read_records(
@@ -207,34 +190,31 @@ def read_records(
     for number in range(start[0], len(files)):
         file = files[number]
         skipped = start[1] if number == start[0] else 0
-        with open_source(file.name) as opened:
+        with _open(file.name) as opened:
             rows = read_rows(opened, file, columns)
             for index, row in enumerate(itertools.islice(rows, skipped, None), start=skipped):
                 yield RawRecord(number, index, *row)
 
 
 @contextlib.contextmanager
-def open_source(name: str) -> Iterator[BinaryIO]:
-    """A file for reading, here or at gs://; DataError where opening or reading it fails."""
-    with _read_errors(name), storage.open_file(name) as file:
+def _open(name: str) -> Iterator[BinaryIO]:
+    """A file for reading; DataError where opening or reading it fails."""
+    with storage.errors(f"source {name}", DataError), storage.open_file(name) as file:
         yield file
 
 
 def _list_files(source: str, patterns: Sequence[str]) -> list[tuple[str, int]]:
     """Names and bytes of a source's files."""
-    with _read_errors(source):
+    with storage.errors(f"source {source}", DataError):
         if storage.is_remote(source):
             return _remote_listing(source, patterns)
-        path = Path(source)
-        if not path.is_dir():
-            return [(source, path.stat().st_size)]
+        if not os.path.isdir(source):
+            return [(source, os.stat(source).st_size)]
         sizes = []
         for folder, folders, names in os.walk(source):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            for name in names:
-                file = Path(folder) / name
-                if _is_included(name, patterns) and file.is_file():
-                    sizes.append((str(file), file.stat().st_size))
+            files = [Path(folder, name) for name in names if _is_included(name, patterns)]
+            sizes += [(str(file), file.stat().st_size) for file in files if file.is_file()]
         return sizes
 
 
@@ -254,35 +234,21 @@ def _remote_listing(source: str, patterns: Sequence[str]) -> list[tuple[str, int
 
 
 def _is_included(name: str, patterns: Sequence[str]) -> bool:
-    if not name or name.startswith("."):
-        return False
-    return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    matches = not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return bool(name) and not name.startswith(".") and matches
 
 
 def _format_of(name: str, format: str) -> tuple[str, str | None]:
     """Format and compression of a file; the format by its name where `format` is auto."""
     stem, suffix = os.path.splitext(name)
-    compression = COMPRESSIONS.get(suffix.lower())
-    if compression:
+    if compression := COMPRESSIONS.get(suffix.lower()):
         suffix = os.path.splitext(stem)[1]
     return SUFFIXES.get(suffix.lower(), "text") if format == "auto" else format, compression
 
 
-def _sha256(name: str) -> str:
+def _hash(file: SourceFile) -> SourceFile:
     digest = hashlib.sha256()
-    with open_source(name) as file:
-        while chunk := file.read(CHUNK_BYTES):
+    with _open(file.name) as opened:
+        while chunk := opened.read(CHUNK_BYTES):
             digest.update(chunk)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _read_errors(name: str) -> Iterator[None]:
-    """Turns what goes wrong inside into a DataError with the reason why `name` cannot be read."""
-    try:
-        with storage.errors(name):
-            yield
-    except FileNotFoundError:
-        raise DataError(f"source {name} does not exist; a file or folder would work.") from None
-    except OSError as error:
-        raise DataError(f"source {name} cannot be read: {storage.reason(error)}.") from error
+    return dataclasses.replace(file, sha256=digest.hexdigest())
