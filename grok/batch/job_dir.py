@@ -17,38 +17,36 @@ from typing import Any
 from grok import storage
 from grok.config.infer import BatchConfig
 from grok.config.load import to_dict
-from grok.data.prepare.sources import RawRecord, SourceFile, find_files, read_records
+from grok.data.prepare.sources import (
+    COMPRESSIONS,
+    SUFFIXES,
+    RawRecord,
+    SourceFile,
+    find_files,
+    read_records,
+)
 from grok.errors import ConfigError, DataError
 from grok.resumable import difference
 
 JOB_FILE, SUMMARY_FILE = "job.json", "summary.json"
 ANSWERS_FOLDER, STATISTICS_FOLDER = "answers", "statistics"
 FORMAT_VERSION = 1
-PATTERNS = tuple(
-    f"*{extension}{compression}"
-    for extension in (".jsonl", ".ndjson", ".json", ".parquet")
-    for compression in ("", ".gz", ".zst", ".zstd")
-)
+PATTERNS = tuple(f"*{suffix}{ending}" for suffix in SUFFIXES for ending in ("", *COMPRESSIONS))
 # Changing these is allowed: it can only flip near-tied tokens, through rounding.
 NOT_IDENTITY = ("max_num_seqs", "num_pages")
 
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """All requests of a job in order.
-
-    `seed` is for those that set none; `requests` is their number; `sha256` is of the records,
-    whatever files they are in; `starts` has for each shard the number of a file, and of a record
-    in it.
-    """
+    """All requests of a job in order."""
 
     files: Sequence[SourceFile]
     columns: Sequence[str]
     shard_size: int
-    seed: int
-    requests: int
-    sha256: str
-    starts: Sequence[tuple[int, int]]
+    seed: int  # of requests that set none
+    requests: int  # their number
+    sha256: str  # of the records, whatever files they are in
+    starts: Sequence[tuple[int, int]]  # of each shard: number of a file, and of a record in it
 
     def size(self, shard: int) -> int:
         """Number of requests of a shard."""
@@ -105,29 +103,20 @@ def _expand(patterns: Sequence[str]) -> list[str]:
     """The files and folders that the patterns match."""
     paths: list[str] = []
     for pattern in patterns:
-        if not glob.has_magic(pattern):
-            paths.append(pattern)
-            continue
-        if storage.is_remote(pattern):
-            matches = _remote_matches(pattern)
-        else:
+        matches = [pattern]
+        if glob.has_magic(pattern) and storage.is_remote(pattern):
+            with storage.errors(f"input {pattern}", DataError, "cannot be listed"):
+                system, inside = storage.remote(pattern)
+                try:
+                    matches = [f"gs://{name}" for name in sorted(system.glob(inside))]
+                except FileNotFoundError:  # no such bucket
+                    matches = []
+        elif glob.has_magic(pattern):
             matches = sorted(glob.glob(pattern, recursive=True))
         if not matches:
             raise DataError(f"input {pattern} matches no files; one that does would work.")
         paths += matches
     return paths
-
-
-def _remote_matches(pattern: str) -> list[str]:
-    """The files at gs:// that a pattern matches; none where there is no such bucket."""
-    try:
-        with storage.errors(pattern):
-            system, inside = storage.remote(pattern)
-            return [f"gs://{name}" for name in sorted(system.glob(inside))]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise DataError(f"input {pattern} cannot be listed: {storage.reason(error)}.") from error
 
 
 class JobDir:
@@ -139,7 +128,16 @@ class JobDir:
     def open(self, config: BatchConfig, model_identity: dict[str, Any], requests: Input) -> None:
         """Makes it this job's folder, or checks that it is already. Raises ConfigError where it
         has answers of another job."""
-        job = _identity(config, model_identity, requests)
+        settings = to_dict(config)
+        for key in NOT_IDENTITY:
+            del settings["engine"][key]
+        names = ("shard_size", "seed", "sampling", "chat_template", "engine")
+        job = {
+            "format": FORMAT_VERSION,
+            **{name: settings[name] for name in names},
+            **model_identity,
+            "input": {"requests": requests.requests, "sha256": requests.sha256},
+        }
         path = storage.join(self._path, JOB_FILE)
         if not storage.exists(path):
             try:
@@ -156,10 +154,10 @@ class JobDir:
                 ) from None
             return
         try:
-            before = json.loads(storage.read_bytes(path))
+            changed = difference(json.loads(storage.read_bytes(path)), job)
         except ValueError as error:
             raise ConfigError(f"{path} is no JSON: {error}; another output would work.") from None
-        if changed := difference(before, job):
+        if changed:
             raise ConfigError(
                 f"output={self._path} has answers of another job: {changed}; what it was, or "
                 "another output, would work."
@@ -188,30 +186,12 @@ class JobDir:
             total.update(json.loads(storage.read_bytes(path)))
         summary: dict[str, Any] = {"shards": shards}
         for name, value in total.items():
-            section, _, key = name.partition(".")
-            if key:
-                summary.setdefault(section, {})[key] = value
-            else:
-                summary[name] = value
+            section, _, key = name.rpartition(".")
+            (summary.setdefault(section, {}) if section else summary)[key] = value
         for name in ("prompt_tokens", "completion_tokens"):
             summary[f"{name}_per_second"] = round(total[name] / max(total["seconds"], 1e-9), 3)
         storage.write_bytes(storage.join(self._path, SUMMARY_FILE), _json(summary))
         return summary
-
-
-def _identity(
-    config: BatchConfig, model_identity: dict[str, Any], requests: Input
-) -> dict[str, Any]:
-    """All that the answers depend on."""
-    settings = to_dict(config)
-    engine = {key: value for key, value in settings["engine"].items() if key not in NOT_IDENTITY}
-    return {
-        "format": FORMAT_VERSION,
-        **{key: settings[key] for key in ("shard_size", "seed", "sampling", "chat_template")},
-        "engine": engine,
-        **model_identity,
-        "input": {"requests": requests.requests, "sha256": requests.sha256},
-    }
 
 
 def _json(data: Any) -> bytes:

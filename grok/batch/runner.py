@@ -123,22 +123,16 @@ class BatchRunner:
         if shard not in self._shards:
             self._shards[shard] = _Shard(self._input.size(shard))
         item = read_item(index, record, self._parser)
-        error = item.error or self._submit(shard, item)
-        if error is not None:
+        try:
+            if item.request is None:
+                raise item.error or AssertionError
+            submit_all(self._engine, item.engine_requests(self._input.seed))
+            builder = ResponseBuilder(item.request, self._tokenizer)
+            self._running[str(index)] = shard, item, builder
+        except RequestError as error:
             self._shards[shard].counts.update(["failed", f"failures.{failure_key(error)}"])
             self._put(shard, item, item.error_line(error))
         return True
-
-    def _submit(self, shard: int, item: BatchItem) -> RequestError | None:
-        """Submits all requests of an item, or none and returns the error."""
-        assert item.request is not None
-        try:
-            submit_all(self._engine, item.engine_requests(self._input.seed))
-        except RequestError as error:
-            return error
-        builder = ResponseBuilder(item.request, self._tokenizer)
-        self._running[str(item.index)] = shard, item, builder
-        return None
 
     def _take(self, output: Output) -> None:
         key = output.request_id.partition("/")[0]
@@ -199,19 +193,15 @@ def run(config: BatchConfig, replica: Replica) -> None:
         display.done = display.total - sum(requests.size(shard) for shard in missing)
         with PreemptionSignal(model.mesh) as stop, display:
             runner.run(missing, stop, display)
-    if replica.writes and len(job_dir.done()) == shards:
-        display.log(_outcome(job_dir.summarise(shards), config.output))
-    else:
+    if not (replica.writes and len(job_dir.done()) == shards):
         display.log("this share is done; other processes have theirs")
-
-
-def _outcome(summary: dict[str, Any], output: str) -> str:
-    """The result of a job in a sentence."""
+        return
+    summary = job_dir.summarise(shards)
     failures = sorted(summary.get("failures", {}).items(), key=lambda pair: -pair[1])
     reasons = ", ".join(f"{name} {count:,}" for name, count in failures)
-    return (
+    display.log(
         f"{summary['answered']:,} of {summary['requests']:,} requests answered, "
         f"{summary['failed']:,} failed{f' ({reasons})' if reasons else ''}; "
-        f"{summary['prompt_tokens']:,} tokens in, "
-        f"{summary['completion_tokens']:,} out: see {output}"
+        f"{summary['prompt_tokens']:,} tokens in, {summary['completion_tokens']:,} out: "
+        f"see {config.output}"
     )

@@ -17,31 +17,24 @@ class _SampleCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Arguments and options, those for sampling made when they are asked for."""
-        return [*self.params, *_sampling_options(), *super().get_params(ctx)[len(self.params) :]]
+        from grok.config.sampling import SamplingConfig, SamplingParams
+        from grok.config.schema import schema
 
-
-def _sampling_options() -> list[click.Parameter]:
-    import dataclasses
-
-    from grok.config.sampling import SamplingConfig, SamplingParams
-    from grok.config.schema import schema
-
-    names = [*(field.name for field in dataclasses.fields(SamplingConfig)), "n", "seed"]
-    settings = schema(SamplingParams)
-    options: list[click.Parameter] = []
-    for name in names:
-        repeated = isinstance(settings[name].default, tuple)
-        options.append(
-            click.Option(
+        options: list[click.Parameter] = []
+        settings = schema(SamplingParams)
+        for name in [*schema(SamplingConfig), "n", "seed"]:
+            setting = settings[name]
+            repeated = isinstance(setting.default, tuple)
+            option = click.Option(
                 [f"--{name.replace('_', '-')}"],
-                type=str if repeated else settings[name].type,
+                type=str if repeated else setting.type,
                 multiple=repeated,
-                default=None if repeated else DEFAULTS.get(name, settings[name].default),
+                default=None if repeated else DEFAULTS.get(name, setting.default),
                 show_default=not repeated,
-                help=f"{settings[name].meaning.capitalize()}.",
+                help=f"{setting.meaning.capitalize()}.",
             )
-        )
-    return options
+            options.append(option)
+        return [*self.params, *options, *super().get_params(ctx)[len(self.params) :]]
 
 
 @click.command(cls=_SampleCommand)

@@ -8,7 +8,6 @@ B rows of a batch, T tokens of a row; R long rows, S tokens of each, k = S / T p
 """
 
 import bisect
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -111,7 +110,8 @@ class Mixture:
         counts = []
         for share, before in zip(self._shares[stage], self._counts[stage], strict=True):
             # Rounded to the nearest, halves upwards, so that it never falls as rows_left grows.
-            taken = math.floor(rows_left * share + Fraction(1, 2))
+            exact = rows_left * share
+            taken = (2 * exact.numerator + exact.denominator) // (2 * exact.denominator)
             counts.append(before + taken)
             rows_left -= taken
         return counts

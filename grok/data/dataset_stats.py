@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from grok.data.dataset import TokenDataset
-from grok.data.packing import PACKERS
+from grok.data.packing import PACKERS, packing_efficiency
 from grok.data.prepare.shards import TOKENIZER_FILE, verify_dataset
 from grok.data.tokenizers import load_tokenizer
 
@@ -79,9 +79,7 @@ def compute_stats(
         histogram=length_histogram(data.lengths),
         sequence_length=sequence_length,
         efficiency={
-            name: packer.tokens_before(packer.rows_per_epoch)
-            / (packer.rows_per_epoch * sequence_length)
-            for name, packer in packers.items()
+            name: packing_efficiency(packer, sequence_length) for name, packer in packers.items()
         },
         truncated_share=float(truncated_N.sum() / data.lengths.sum(dtype=np.int64)),
         # Documents of a damaged shard may not be readable.

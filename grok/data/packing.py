@@ -164,8 +164,17 @@ class BestFit:
         return order_R, np.cumsum(tokens_R) - tokens_R
 
 
-PACKERS = {"concat_then_split": ConcatThenSplit, "best_fit": BestFit}
 RowPacker = ConcatThenSplit | BestFit
+PACKERS: dict[str, type[ConcatThenSplit] | type[BestFit]] = {
+    "concat_then_split": ConcatThenSplit,
+    "best_fit": BestFit,
+}
+
+
+def packing_efficiency(packer: RowPacker, sequence_length: int) -> float:
+    """Share of the positions of an epoch's rows that hold a token."""
+    rows = packer.rows_per_epoch
+    return packer.tokens_before(rows) / (rows * sequence_length)
 
 
 def best_fit_decreasing(sizes_N: np.ndarray, capacity: int) -> np.ndarray:

@@ -6,11 +6,12 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -19,10 +20,10 @@ from starlette.routing import Route
 
 from grok.config.infer import ServeConfig
 from grok.data.tokenizers import Tokenizer
+from grok.errors import RequestError
 from grok.infer.openai.requests import CompletionRequest, RequestParser
 from grok.infer.openai.responses import ResponseBuilder, error_response
 from grok.serve.engine_thread import EngineFailed, EngineThread, Metrics, RequestHandle
-from grok.serve.http_errors import ENGINE_FAILED, HANDLED, HttpError, to_response
 
 # The page is one file and shows answers as text: it may load nothing and send nothing elsewhere.
 PAGE_POLICY = (
@@ -30,6 +31,40 @@ PAGE_POLICY = (
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 )
 CHAT_PATH = "/v1/chat/completions"
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}
+DISCONNECTED = 499  # as in nginx's log; nobody reads this response
+ENGINE_FAILED = "the engine has broken down."
+
+
+class HttpError(Exception):
+    """A request that is refused, with the status and message of the response."""
+
+    def __init__(self, status: int, message: str, parameter: str | None = None):
+        super().__init__(message)
+        self.status, self.parameter = status, parameter
+
+
+HANDLED = (HttpError, RequestError, HTTPException, EngineFailed, ClientDisconnect)
+
+
+def to_response(request: Request, error: Exception) -> Response:
+    """The response to one of the HANDLED errors, with OpenAI's error body."""
+    status, message, parameter = 400, str(error), getattr(error, "parameter", None)
+    headers: Mapping[str, str] | None = None
+    match error:
+        case ClientDisconnect():
+            return Response(status_code=DISCONNECTED)
+        case HttpError():
+            status = error.status
+        case HTTPException():
+            status, message = error.status_code, f"{error.detail}: {request.url.path:.200}"
+            headers = error.headers
+        case EngineFailed():
+            status, message = 503, ENGINE_FAILED
+    error_type = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    body = error_response(parameter, message, error_type)
+    return JSONResponse(body, status, {**HEADERS.get(status, {}), **(headers or {})})
 
 
 class _Stream(StreamingResponse):
@@ -78,7 +113,9 @@ class App:
         self.asgi = Starlette(
             routes=routes,
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-            exception_handlers=dict.fromkeys(HANDLED, self._on_error),
+            exception_handlers=dict.fromkeys(
+                HANDLED, lambda request, error: self._counted(request, to_response(request, error))
+            ),
             lifespan=self._lifespan,
         )
 
@@ -217,9 +254,6 @@ class App:
 
     # ---- responses
 
-    def _on_error(self, request: Request, error: Exception) -> Response:
-        return self._counted(request, to_response(request, error))
-
     def _counted(self, request: Request, response: Response) -> Response:
         known = {route.path for route in self.asgi.routes if isinstance(route, Route)}
         path = request.url.path if request.url.path in known else "other"
@@ -229,8 +263,12 @@ class App:
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, None]) -> None:
     """Does `work`, and cancels it when the client disconnects first. Raises ClientDisconnect."""
-    task = asyncio.ensure_future(work)
-    disconnected = asyncio.ensure_future(_disconnect(request))
+
+    async def disconnect() -> None:  # the body was read already
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, disconnected = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
     try:
         await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -239,12 +277,6 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, None]
     finally:
         task.cancel()
         disconnected.cancel()
-
-
-async def _disconnect(request: Request) -> None:
-    """Waits until the client has disconnected; its body was read already."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -30,8 +30,7 @@ class RequestHandle:
     async def next(self) -> Output | None:
         """Returns None once the engine has accepted the requests, then their outputs one by one.
         Raises RequestError where it refuses them, EngineFailed where it broke."""
-        item = await self.outputs.get()
-        if isinstance(item, Exception):
+        if isinstance(item := await self.outputs.get(), Exception):
             raise item
         return item
 
@@ -107,12 +106,11 @@ class EngineThread:
         return True
 
     def _submit(self, handle: RequestHandle) -> None:
-        if self.failed:
-            self._send(handle, EngineFailed())
-            return
         try:
+            if self.failed:
+                raise EngineFailed
             submit_all(self._engine, handle.requests)
-        except RequestError as error:
+        except (EngineFailed, RequestError) as error:
             self._send(handle, error)
             return
         for request in handle.requests:
@@ -152,18 +150,15 @@ class Metrics:
     def __init__(self, engine_thread: EngineThread):
         self._engine, self._registry = engine_thread, CollectorRegistry()
         self._registry.register(self)
-        self.requests = Counter(
-            "grok_requests", "requests answered", ("path", "code"), registry=self._registry
-        )
-        self.first_token = self._histogram(
-            "grok_time_to_first_token_seconds", "from a request to its first token"
-        )
-        self.duration = self._histogram(
-            "grok_request_seconds", "from a request to the end of its answer"
-        )
+        registry, labels = self._registry, ("path", "code")
+        self.requests = Counter("grok_requests", "requests answered", labels, registry=registry)
 
-    def _histogram(self, name: str, meaning: str) -> Histogram:
-        return Histogram(name, meaning, registry=self._registry, buckets=BUCKET_SECONDS)
+        def seconds(name: str, meaning: str) -> Histogram:
+            return Histogram(name, meaning, registry=registry, buckets=BUCKET_SECONDS)
+
+        first_token = "from a request to its first token"
+        self.first_token = seconds("grok_time_to_first_token_seconds", first_token)
+        self.duration = seconds("grok_request_seconds", "from a request to the end of its answer")
 
     def collect(self) -> Iterator[Metric]:
         """The engine's counts, for the registry."""

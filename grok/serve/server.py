@@ -80,14 +80,13 @@ class _Server(uvicorn.Server):
 
 def make_server(app: App) -> uvicorn.Server:
     """The HTTP server of an application, to be run on a bound socket."""
-    return _Server(
-        uvicorn.Config(
-            app.asgi,
-            log_level="warning",
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-            server_header=False,
-        )
+    settings = uvicorn.Config(
+        app.asgi,
+        log_level="warning",
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        server_header=False,
     )
+    return _Server(settings)
 
 
 def read_keys(config: ServeConfig) -> list[str]:
@@ -96,12 +95,12 @@ def read_keys(config: ServeConfig) -> list[str]:
     keys = os.environ.get(KEYS_VARIABLE, "").split()
     if config.api_keys_file:
         try:
-            text = storage.read_bytes(config.api_keys_file).decode()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = storage.reason(error) if isinstance(error, OSError) else str(error)
-            raise ConfigError(f"api_keys_file={config.api_keys_file}: {reason}.") from None
+            with storage.errors(f"api_keys_file={config.api_keys_file}", ConfigError):
+                text = storage.read_bytes(config.api_keys_file).decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"api_keys_file={config.api_keys_file}: {error}.") from None
         lines = [line.strip() for line in text.splitlines() if not line.startswith("#")]
-        keys += [line for line in lines if line]
+        keys += filter(None, lines)
         if not keys:
             raise ConfigError(
                 f"api_keys_file={config.api_keys_file} has no keys; one a line would work."

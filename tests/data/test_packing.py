@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from grok.data.packing import (
+    PACKERS,
     BestFit,
     ConcatThenSplit,
     DocumentSlice,
     EpochCache,
     best_fit_decreasing,
-    make_packer,
     packing_efficiency,
     permutation,
     stable_argsort,
@@ -35,7 +35,7 @@ def test_a_permutation_is_fixed_for_good():
 
 @pytest.mark.parametrize("epoch", [0, 1, 10**6])
 def test_continued_documents_are_whole_once_an_epoch(epoch):
-    layout = make_packer("concat_then_split", LENGTHS, ROW, "key")
+    layout = PACKERS["concat_then_split"](LENGTHS, ROW, "key")
     rows = epoch_of(layout, epoch)
     assert [sum(piece.size for piece in row) for row in rows[:-1]] == [ROW] * (len(rows) - 1)
     reached = dict.fromkeys(range(len(LENGTHS)), 0)
@@ -47,10 +47,10 @@ def test_continued_documents_are_whole_once_an_epoch(epoch):
 
 def test_epochs_have_orders_of_their_own():
     for packing in ("concat_then_split", "best_fit"):
-        layout = make_packer(packing, LENGTHS, ROW, "key")
+        layout = PACKERS[packing](LENGTHS, ROW, "key")
         assert epoch_of(layout, 0) != epoch_of(layout, 1)
-        assert epoch_of(layout, 0) == epoch_of(make_packer(packing, LENGTHS, ROW, "key"), 0)
-        assert epoch_of(layout, 0) != epoch_of(make_packer(packing, LENGTHS, ROW, "other"), 0)
+        assert epoch_of(layout, 0) == epoch_of(PACKERS[packing](LENGTHS, ROW, "key"), 0)
+        assert epoch_of(layout, 0) != epoch_of(PACKERS[packing](LENGTHS, ROW, "other"), 0)
 
 
 def test_without_a_key_documents_keep_their_order():
@@ -79,7 +79,7 @@ def test_documents_of_one_token_predict_nothing():
 
 @pytest.mark.parametrize("packing", ["concat_then_split", "best_fit"])
 def test_tokens_before_a_row_are_those_of_its_pieces(packing):
-    layout = make_packer(packing, LENGTHS, ROW, "key")
+    layout = PACKERS[packing](LENGTHS, ROW, "key")
     seen = 0
     for row in range(2 * layout.rows_per_epoch + 3):
         assert layout.tokens_before(row) == seen
@@ -89,7 +89,7 @@ def test_tokens_before_a_row_are_those_of_its_pieces(packing):
 @pytest.mark.parametrize("packing", ["concat_then_split", "best_fit"])
 def test_rows_are_98_percent_full(packing):
     lengths = np.array(random_lengths(20_000, largest=10_000))
-    assert packing_efficiency(make_packer(packing, lengths, 2048, "key"), 2048) > 0.98
+    assert packing_efficiency(PACKERS[packing](lengths, 2048, "key"), 2048) > 0.98
 
 
 @pytest.mark.parametrize(

@@ -369,7 +369,7 @@ def test_an_engine_that_breaks_down(tokenizer):
     [
         ("host=0.0.0.0", "lets other machines in, and there are no keys"),
         ("port=70000", "port=70000 is no port"),
-        ("api_keys_file=missing.txt", "missing.txt: No such file"),
+        ("api_keys_file=missing.txt", "missing.txt: cannot be read: No such file"),
         ("max_queue=0", "max_queue must be more than 0"),
     ],
 )

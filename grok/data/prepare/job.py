@@ -49,23 +49,18 @@ CHECK_RECORDS = 10_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """Input and settings of a job.
+    """Input and settings of a job."""
 
-    sources: files or folders, local or at gs://; patterns: of file names inside folders; format:
-    auto, text, jsonl or parquet; licence: of all sources; shard_bytes: most of a shard's records;
-    max_bad_share: of all records, before the job stops; workers: processes that tokenize.
-    """
-
-    sources: tuple[str, ...]
+    sources: tuple[str, ...]  # files or folders, local or at gs://
     tokenizer: str
-    patterns: tuple[str, ...] = ()
-    format: str = "auto"
+    patterns: tuple[str, ...] = ()  # of file names inside folders
+    format: str = "auto"  # or text, jsonl, parquet
     fields: RecordFields = PLAIN
-    licence: str | None = None
-    shard_bytes: int = 256 * 10**6
+    licence: str | None = None  # of all sources
+    shard_bytes: int = 256 * 10**6  # of a shard's records, at most
     drop_duplicates: bool = False
-    max_bad_share: float = 0.01
-    workers: int = 1
+    max_bad_share: float = 0.01  # of all records, before the job stops
+    workers: int = 1  # processes that tokenize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +88,8 @@ def prepare_dataset(
     folder = Path(out)
     for source in options.sources:
         if Path(source).resolve() in (folder.resolve(), *folder.resolve().parents):
-            raise DataError(
-                f"{folder} is inside source {source} and would be read as one of its files; a "
-                f"folder beside it would work."
-            )
+            inside = f"{folder} is inside source {source} and would be read as one of its files"
+            raise DataError(f"{inside}; a folder beside it would work.")
     model = storage.read_bytes(options.tokenizer, DataError)
     tokenizer = parse_tokenizer(model, options.tokenizer)
     if tokenizer.eos_id < 0:
@@ -114,10 +107,8 @@ def prepare_dataset(
         totals = sum_counts(journal.entries)
         _check_bad_share(options, folder, totals, journal.entries)
         if not totals["documents"]:
-            raise DataError(
-                f"{', '.join(options.sources)}: of {_num_records(totals):,} records none is good; "
-                f"text would work."
-            )
+            sources, records = ", ".join(options.sources), f"{_num_records(totals):,} records"
+            raise DataError(f"{sources}: of {records} none is good; text would work.")
         return write_dataset(folder, journal, identity, files, model)
 
 
@@ -169,7 +160,7 @@ def _write_shards(
     offsets = list(itertools.accumulate((file.bytes for file in files), initial=0))
     shards = ShardWriter(journal, options.shard_bytes)
     records = read_records(files, options.fields.names(), journal.position)
-    groups = _group_records(records, files, options)
+    groups = _group_records(records, files, options.licence)
     encoded = encode_records(groups, tokenizer, options.fields, options.workers)
     try:
         for raw, result in encoded:
@@ -179,9 +170,8 @@ def _write_shards(
             if _num_records(totals) % CHECK_RECORDS == 0:
                 _check_bad_share(options, folder, totals, [*journal.entries, shards.entry])
             share = (offsets[raw.file] + raw.offset) / max(1, offsets[-1])
-            on_progress(
-                PrepareProgress(totals["documents"], totals["tokens"], totals["bytes"], share)
-            )
+            so_far = totals["documents"], totals["tokens"], totals["bytes"]
+            on_progress(PrepareProgress(*so_far, share))
         shards.finish((len(files), 0), is_last=True)
     finally:
         encoded.close()
@@ -210,16 +200,12 @@ def _write_record(
     if options.drop_duplicates:
         digests.add(digest)
         shards.entry.digests.append(digest)
-    return {
-        "documents": 1,
-        "bytes": result.text_bytes,
-        "tokens": result.tokens,
-        "loss_tokens": result.loss_tokens,
-    }
+    counts = {"bytes": result.text_bytes, "tokens": result.tokens}
+    return {"documents": 1, **counts, "loss_tokens": result.loss_tokens}
 
 
 def _group_records(
-    records: Iterable[RawRecord], files: Sequence[SourceFile], options: PrepareOptions
+    records: Iterable[RawRecord], files: Sequence[SourceFile], licence: str | None
 ) -> Iterator[RecordGroup]:
     """Consecutive records, as many as a process is given at once."""
     group: RecordGroup = []
@@ -227,8 +213,8 @@ def _group_records(
     for raw in records:
         file = files[raw.file]
         metadata: dict[str, Any] = {"source": file.source}
-        if options.licence is not None:
-            metadata["licence"] = options.licence
+        if licence is not None:
+            metadata["licence"] = licence
         if file.format == "text":
             metadata["id"] = file.name.encode(errors="replace").decode()
         group.append((raw, metadata))

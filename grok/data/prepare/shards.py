@@ -32,22 +32,16 @@ COUNTS = ("documents", "bytes", "tokens", "loss_tokens", "rejected", "duplicates
 
 @dataclasses.dataclass(kw_only=True)
 class ShardEntry:
-    """Journal entry of a shard and of the input up to its end.
+    """Journal entry of a shard and of the input up to its end."""
 
-    sha256, bytes: of its file, which an entry without documents lacks; position: file and record in
-    it that come next; is_last: no input is left; lengths: tokens of each document; digests: of
-    their texts, in hexadecimal; counts: by source, of each of COUNTS; rejected: lines of the file
-    of bad records.
-    """
-
-    sha256: str = ""
+    sha256: str = ""  # of its file, which an entry without documents lacks
     bytes: int = 0
-    position: tuple[int, int] = (0, 0)
-    is_last: bool = False
-    lengths: list[int] = dataclasses.field(default_factory=list)
-    digests: list[str] = dataclasses.field(default_factory=list)
-    counts: dict[int, dict[str, int]] = dataclasses.field(default_factory=dict)
-    rejected: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    position: tuple[int, int] = (0, 0)  # file, and record in it, that come next
+    is_last: bool = False  # no input is left
+    lengths: list[int] = dataclasses.field(default_factory=list)  # tokens of each document
+    digests: list[str] = dataclasses.field(default_factory=list)  # of texts, in hexadecimal
+    counts: dict[int, dict[str, int]] = dataclasses.field(default_factory=dict)  # by source
+    rejected: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # bad records
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ShardEntry":

@@ -1,12 +1,11 @@
-"""Text to token ids and back, with a SentencePiece model.
+"""SentencePiece models: the release's and those that `train_tokenizer` makes, which lose nothing.
 
-Works with the release's tokenizer file and with the small ones that `train_tokenizer` makes. The
-latter lose nothing: `decode(encode(text)) == text` for every text that is valid Unicode.
+`decode(encode(text)) == text` for every text that is valid Unicode.
 """
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -30,10 +29,8 @@ class SentencePieceTokenizer:
         self._model = model
         self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = processor.vocab_size()
-        self.pad_id: int = processor.pad_id()
-        self.bos_id: int = processor.bos_id()
-        self.eos_id: int = processor.eos_id()
-        self.unk_id: int = processor.unk_id()
+        self.pad_id, self.bos_id = processor.pad_id(), processor.bos_id()
+        self.eos_id, self.unk_id = processor.eos_id(), processor.unk_id()
         # A model with the "dummy prefix" writes a space before every text and drops it again.
         self._adds_space = processor.encode("a", out_type=str)[0].startswith(SPACE)
         byte_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
@@ -70,10 +67,8 @@ class SentencePieceTokenizer:
     def piece_bytes(self, token_id: int, *, first: bool = False) -> bytes:
         """UTF-8 bytes of a piece, at the start of a text where `first`; control ones have none."""
         if not 0 <= token_id < self.vocab_size:
-            raise DataError(
-                f"token id {token_id} is not among the tokenizer's {self.vocab_size} pieces; "
-                f"0 to {self.vocab_size - 1} would work."
-            )
+            pieces = f"the tokenizer's {self.vocab_size} pieces; 0 to {self.vocab_size - 1}"
+            raise DataError(f"token id {token_id} is not among {pieces} would work.")
         if self._processor.is_control(token_id):
             return b""
         if self._processor.is_unknown(token_id):
@@ -97,8 +92,7 @@ def train_tokenizer(
     Ids 0 to 3 are padding, begin, end and unknown; then come runs of newlines, the `special` texts
     (a piece each), the 256 bytes (for characters too rare for a piece), and merges. Each digit is a
     piece and text is not normalised, so nothing is lost. The same files give the same bytes.
-    DataError when a file cannot be read or its text has too few distinct words, or too many
-    characters, for `vocab_size`.
+    DataError when a file cannot be read or its text does not suit `vocab_size`.
     """
     texts = [read_text(path) for path in files]
     if not texts:
@@ -107,7 +101,7 @@ def train_tokenizer(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=(line for text in texts for line in text.split("\n")),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -132,22 +126,14 @@ def train_tokenizer(
     return SentencePieceTokenizer(model.getvalue())
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        yield from text.split("\n")
-
-
 def _refusal(message: str, files: Sequence[str | Path], vocab_size: int) -> DataError:
     """SentencePiece's refusal of a vocabulary size, as a sentence with a size that would work."""
     names = ", ".join(str(path) for path in files)
+    vocabulary = f"a vocabulary of {vocab_size} pieces"
+    problem = f"SentencePiece cannot train a tokenizer on {names}: {message}"
     if match := re.search(r"Please set it to a value <= (\d+)", message):
-        return DataError(
-            f"the text of {names} is too short for a vocabulary of {vocab_size} pieces; "
-            f"{match[1]} would work."
-        )
-    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return DataError(
-            f"a vocabulary of {vocab_size} pieces cannot hold the 256 bytes and the characters of "
-            f"{names}; {int(match[1]) + 1} would work."
-        )
-    return DataError(f"SentencePiece cannot train a tokenizer on {names}: {message}")
+        problem = f"the text of {names} is too short for {vocabulary}; {match[1]} would work."
+    elif match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        characters = f"the 256 bytes and the characters of {names}"
+        problem = f"{vocabulary} cannot hold {characters}; {int(match[1]) + 1} would work."
+    return DataError(problem)
