@@ -53,11 +53,8 @@ class Input:
         return min(self.shard_size, self.requests - shard * self.shard_size)
 
     def read(self, shards: Iterable[int]) -> Iterator[tuple[int, int, RawRecord]]:
-        """Shard, index and record of every request of these shards, which must ascend.
-
-        Files are streamed: records between the shards are skipped, and files without any are not
-        opened.
-        """
+        """Shard, index and record of every request of these shards, which must ascend. Files are
+        streamed: records between the shards are skipped, and files without any are not opened."""
         records: Iterator[RawRecord] = iter(())
         file, index = -1, 0
         for shard in shards:
@@ -73,10 +70,8 @@ class Input:
 
 
 def scan_input(config: BatchConfig, columns: Sequence[str]) -> Input:
-    """Reads the input once, to count its requests and hash them.
-
-    Raises DataError where there is none, or a file is of no kind that holds requests.
-    """
+    """Reads the input once, to count its requests and hash them. Raises DataError where there is
+    none, or a file is of no kind that holds requests."""
     files = find_files(_expand(config.input), PATTERNS)
     for file in files:
         if file.format == "text":

@@ -23,11 +23,9 @@ from grok.progress import ProgressDisplay
 
 @dataclasses.dataclass(frozen=True)
 class Replica:
-    """A model on the devices of one host or of all: number `index` of `count`.
-
-    `writes`: this process writes and prints for its replica. `spans_all_hosts`: the mesh spans all
-    hosts, which then make the same calls in the same order.
-    """
+    """A model on the devices of one host or of all: number `index` of `count`. `writes`: this
+    process writes and prints for its replica. `spans_all_hosts`: the mesh spans all hosts, which
+    then make the same calls in the same order."""
 
     index: int
     count: int
@@ -37,12 +35,9 @@ class Replica:
 
 @contextlib.contextmanager
 def join_replica(config: BatchConfig) -> Iterator[Replica]:
-    """Gives the replica of this process.
-
-    Replicas of one host each are independent: they do not connect, and one that fails leaves the
-    others to their shares. Hosts of one TPU slice start and end together, as its runtime demands,
-    and so do hosts that one mesh spans.
-    """
+    """Gives the replica of this process. Replicas of one host each are independent: they do not
+    connect, and one that fails leaves the others to their shares. Hosts of one TPU slice start and
+    end together, as its runtime demands, and so do hosts that one mesh spans."""
     cluster = distributed.env_cluster()
     if config.replica == "host" and (cluster or not has_tpu()):
         configure_devices(config.mesh.simulated_devices)
@@ -165,10 +160,8 @@ class BatchRunner:
 
 
 def run(config: BatchConfig, replica: Replica) -> None:
-    """Answers the missing shards of a job, or of this replica's share of it.
-
-    Raises ConfigError, DataError and CheckpointError for what cannot work, and Stopped.
-    """
+    """Answers the missing shards of a job, or of this replica's share of it. Raises ConfigError,
+    DataError and CheckpointError for what cannot work, and Stopped."""
     display = ProgressDisplay(
         "requests {done:,}/{total:,}", note="compiling", quiet=not replica.writes
     )

@@ -23,10 +23,8 @@ class BatchSchedule:
         self, sequence_length: int, batch_size: int, changes: Sequence[tuple[int, int, int]] = ()
     ) -> None:
         """Starts with `batch_size` rows of `sequence_length` tokens, the length of packed rows.
-
         Each of `changes` is a first step (they increase), and B and T from there on: T divides
-        `sequence_length`, and the number of parts divides B.
-        """
+        `sequence_length`, and the number of parts divides B."""
         self.sequence_length = sequence_length
         self._first_steps = [0]
         self._stages = [(0, batch_size, sequence_length)]  # first row, B, T
@@ -81,20 +79,16 @@ def _renumber(batch: Batch) -> None:
 
 
 class Mixture:
-    """Spreads rows over D datasets as evenly as whole rows allow, in closed form.
-
-    The first dataset gets its share of all rows, rounded; the second its share of the rows that are
-    left; and so on. Each of these counts grows by no more than one from row to row, so every row
-    belongs to exactly one dataset, and after any number of rows each count is within D of exact.
-    """
+    """Spreads rows over D datasets as evenly as whole rows allow, in closed form. The first dataset
+    gets its share of all rows, rounded; the second its share of the rows that are left; and so on.
+    Each of these counts grows by no more than one from row to row, so every row belongs to exactly
+    one dataset, and after any number of rows each count is within D of exact."""
 
     def __init__(
         self, weights: Sequence[float], changes: Sequence[tuple[int, Sequence[float]]] = ()
     ) -> None:
         """Starts with `weights`; each of `changes` is a first row and the weights from there on.
-
-        Weights are relative, not negative, and not all zero; first rows increase.
-        """
+        Weights are relative, not negative, and not all zero; first rows increase."""
         self._first_rows = [0]
         self._shares = [_shares(weights)]
         self._counts = [[0] * len(weights)]

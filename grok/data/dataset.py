@@ -33,11 +33,8 @@ COMPARE = "`grok data inspect --check` compares all files with the manifest."
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Document:
-    """One document.
-
-    tokens_S: int32; mask_S: uint8, 1 where a token bears loss, or None: all do; metadata: those of
-    id, language, licence and source (number in the manifest) that are known.
-    """
+    """One document. tokens_S: int32; mask_S: uint8, 1 where a token bears loss, or None: all do;
+    metadata: those of id, language, licence and source (number in the manifest) that are known."""
 
     tokens_S: np.ndarray
     mask_S: np.ndarray | None
@@ -73,11 +70,9 @@ def decode_document(record: bytes) -> Document:
 
 
 class TokenDataset:
-    """The documents of a dataset by number; safe to read from several threads.
-
-    manifest: content of `manifest.json`; hash: its SHA-256, which depends on all other files;
-    lengths: uint32 (N,), tokens of each document.
-    """
+    """The documents of a dataset by number; safe to read from several threads. manifest: content of
+    `manifest.json`; hash: its SHA-256, which depends on all other files; lengths: uint32 (N,),
+    tokens of each document."""
 
     def __init__(self, folder: str | Path) -> None:
         """Opens a folder that `grok data prepare` wrote; DataError when a file is damaged."""

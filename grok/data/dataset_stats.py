@@ -40,12 +40,9 @@ class DocumentSample:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetStats:
-    """Output of `grok data inspect`.
-
-    efficiency: share of positions that hold a token, by packing; truncated_share: share of the
-    tokens that best_fit leaves out; problems: a sentence for each file that differs from the
-    manifest, empty where they were not compared.
-    """
+    """Output of `grok data inspect`. efficiency: share of positions that hold a token, by packing;
+    truncated_share: share of the tokens that best_fit leaves out; problems: a sentence for each
+    file that differs from the manifest, empty where they were not compared."""
 
     hash: str
     manifest: dict[str, Any]
@@ -64,11 +61,9 @@ def compute_stats(
     tokenizer: str | None = None,
     verify: bool = False,
 ) -> DatasetStats:
-    """Statistics of the dataset in `folder`, with text of so many samples.
-
-    The dataset's own tokenizer decodes them where no other is given; `verify` reads all files and
-    compares them with the manifest. DataError where the folder is no dataset.
-    """
+    """Statistics of the dataset in `folder`, with text of so many samples. The dataset's own
+    tokenizer decodes them where no other is given; `verify` reads all files and compares them with
+    the manifest. DataError where the folder is no dataset."""
     problems = verify_dataset(folder) if verify else []
     data = TokenDataset(folder)
     packers = {name: make(data.lengths, sequence_length, "") for name, make in PACKERS.items()}

@@ -23,11 +23,8 @@ TrainBatches = StreamBatches | PackedBatches
 def global_batches(
     batches: TrainBatches, mesh: jax.sharding.Mesh, steps: range, prefetch: int
 ) -> Iterator[dict[str, jax.Array]]:
-    """The batches of `steps` as global arrays, rows split over the mesh.
-
-    Every process makes the rows of its own devices alone, up to `prefetch` steps ahead, in as many
-    threads.
-    """
+    """The batches of `steps` as global arrays, rows split over the mesh. Every process makes the
+    rows of its own devices alone, up to `prefetch` steps ahead, in as many threads."""
     row_sharding = _row_sharding(mesh)
 
     def load(step: int) -> dict[tuple[int, int], Batch]:
@@ -51,9 +48,7 @@ def global_batches(
 
 def shard_batch(batch: Batch, mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
     """Arrays of a [B, T] batch as global arrays, rows split over the mesh; plain without a mesh.
-
-    Every process holds the whole batch and hands its own devices their rows.
-    """
+    Every process holds the whole batch and hands its own devices their rows."""
     if mesh is None:
         return {name: jnp.asarray(array_BT) for name, array_BT in batch.items()}
     row_sharding = _row_sharding(mesh)

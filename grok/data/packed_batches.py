@@ -18,11 +18,9 @@ CACHED_DOCUMENTS = 64
 
 
 class PackedBatches:
-    """Training batches by step number, without end.
-
-    Row r of the run, which `grok.data.batch_schedule` assigns to a step, is the next row of the
-    dataset that the mixture assigns to r. A dataset's rows follow `grok.data.packing`.
-    """
+    """Training batches by step number, without end. Row r of the run, which
+    `grok.data.batch_schedule` assigns to a step, is the next row of the dataset that the mixture
+    assigns to r. A dataset's rows follow `grok.data.packing`."""
 
     def __init__(
         self,
@@ -34,9 +32,7 @@ class PackedBatches:
         packing: str = "concat_then_split",
     ) -> None:
         """Packs `datasets`, in the order of the mixture's weights, in rows for `schedule`.
-
-        DataError when a dataset has no row: no documents, or none of two tokens for "best_fit".
-        """
+        DataError when a dataset has no row: no documents, or none of two tokens for "best_fit"."""
         self._mixture, self._schedule, self.shape = mixture, schedule, schedule.shape
         length = schedule.sequence_length
         self._packers: dict[str, RowPacker] = {
@@ -96,10 +92,8 @@ class PackedValidation:
 
     def num_bytes(self, bytes_V: np.ndarray) -> int:
         """UTF-8 bytes of the tokens that are predicted, where token v has `bytes_V[v]`.
-
         `StreamValidation.num_bytes` counts the bytes of a text's first token too, since there it is
-        predicted from an eos. Reads every document once.
-        """
+        predicted from an eos. Reads every document once."""
         total = 0
         for index in range(len(self._documents.lengths)):
             document = self._documents[index]

@@ -54,21 +54,17 @@ class DocumentSlice(NamedTuple):
 
 
 def permutation(count: int, *key: object) -> np.ndarray:
-    """A random permutation of `count` indices by `key`: int64 (count,).
-
-    Sorts the raw words of a counter-based generator, without as many low bits as an index takes.
-    Both are fixed for good, whereas NumPy may change its shuffle from version to version.
-    """
+    """A random permutation of `count` indices by `key`: int64 (count,). Sorts the raw words of a
+    counter-based generator, without as many low bits as an index takes. Both are fixed for good,
+    whereas NumPy may change its shuffle from version to version."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     words = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
     return stable_argsort(words >> np.uint64(count.bit_length()))
 
 
 def stable_argsort(values_N: np.ndarray) -> np.ndarray:
-    """The stable argsort of integers from 0 to 2**64 / 2**(bits of N): int64 (N,).
-
-    Sorts the values with their indices in the low bits, in a fraction of argsort's time.
-    """
+    """The stable argsort of integers from 0 to 2**64 / 2**(bits of N): int64 (N,). Sorts the values
+    with their indices in the low bits, in a fraction of argsort's time."""
     bits = np.uint64(len(values_N).bit_length())
     keys_N = values_N.astype(np.uint64) << bits
     keys_N |= np.arange(len(values_N), dtype=np.uint64)
@@ -78,12 +74,10 @@ def stable_argsort(values_N: np.ndarray) -> np.ndarray:
 
 
 class ConcatThenSplit:
-    """All documents of an epoch end to end in a new random order, split every T tokens.
-
-    A document that does not fit continues in the next row, whose first target was the last of the
-    row before: every token but a document's first is predicted exactly once an epoch. Only the last
-    row of an epoch has padding.
-    """
+    """All documents of an epoch end to end in a new random order, split every T tokens. A document
+    that does not fit continues in the next row, whose first target was the last of the row before:
+    every token but a document's first is predicted exactly once an epoch. Only the last row of an
+    epoch has padding."""
 
     def __init__(self, lengths_N: np.ndarray, sequence_length: int, key: str | None) -> None:
         """Packs documents of `lengths_N` tokens in rows of T; without a key, in their order."""
@@ -123,12 +117,10 @@ class ConcatThenSplit:
 
 
 class BestFit:
-    """Whole documents only: a document longer than T + 1 tokens is truncated.
-
-    A document of n tokens takes n - 1 positions, since its last token predicts nothing. The
-    documents of a row are chosen once; every epoch has the same rows in a new random order, so that
-    all epochs have equally many rows.
-    """
+    """Whole documents only: a document longer than T + 1 tokens is truncated. A document of n
+    tokens takes n - 1 positions, since its last token predicts nothing. The documents of a row are
+    chosen once; every epoch has the same rows in a new random order, so that all epochs have
+    equally many rows."""
 
     def __init__(self, lengths_N: np.ndarray, sequence_length: int, key: str) -> None:
         """Packs documents of `lengths_N` tokens in rows of T."""
@@ -179,11 +171,9 @@ def packing_efficiency(packer: RowPacker, sequence_length: int) -> float:
 
 def best_fit_decreasing(sizes_N: np.ndarray, capacity: int) -> np.ndarray:
     """Row of each of N items of `sizes_N` (0 to `capacity`), int64 (N,); -1 where the size is 0.
-
     The largest first, each into the fullest row that still has room (Johnson, "Near-optimal bin
     packing algorithms", 1973). Items of one size are placed together, as many at a time as there
-    are rows equally full.
-    """
+    are rows equally full."""
     row_N = np.full(len(sizes_N), -1, np.int64)
     num_rows = 0
     # Rows by the room that they have, as chunks of arrays.

@@ -32,11 +32,9 @@ class TokenStream:
 def read_stream(
     paths: Sequence[str | Path], tokenizer: "Tokenizer", vocab_size: int
 ) -> TokenStream:
-    """Tokenizes text files, a document each, for a model of `vocab_size` tokens.
-
-    DataError when there are no files, a file cannot be read, the tokenizer has no end-of-sequence
-    token, or a token is not below `vocab_size`.
-    """
+    """Tokenizes text files, a document each, for a model of `vocab_size` tokens. DataError when
+    there are no files, a file cannot be read, the tokenizer has no end-of-sequence token, or a
+    token is not below `vocab_size`."""
     if not paths:
         raise DataError("no text files were given (data.train, data.validation); one would work.")
     if tokenizer.eos_id < 0:

@@ -71,10 +71,8 @@ class Engine:
         mesh: Mesh,
         options: EngineConfig = DEFAULTS,
     ):
-        """Makes the cache; sequences and pages are rounded up to a multiple of the groups.
-
-        Without a tokenizer, completions have no text and end at their length or stop_token_ids.
-        """
+        """Makes the cache; sequences and pages are rounded up to a multiple of the groups. Without
+        a tokenizer, completions have no text and end at their length or stop_token_ids."""
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         config, size = model.config, options.page_size
         dtype = config.compute_dtype if options.cache_dtype == "compute" else options.cache_dtype

@@ -20,11 +20,9 @@ def stream(
     params: SamplingParams,
     echo: Callable[..., None],
 ) -> list[str]:
-    """Writes each prompt and its completions through `echo(text, nl=...)`; returns the latter.
-
-    All prompts run at once. The first completion is written as its tokens come, each other one as
-    soon as those before it are written.
-    """
+    """Writes each prompt and its completions through `echo(text, nl=...)`; returns the latter. All
+    prompts run at once. The first completion is written as its tokens come, each other one as soon
+    as those before it are written."""
     requests = [_request(tokenizer, prompt, params) for prompt in prompts]
     index = {request.id: i * params.n for i, request in enumerate(requests)}
     texts = [prompt for prompt in prompts for _ in range(params.n)]
@@ -52,10 +50,8 @@ def chat_loop(
     echo: Callable[..., None],
 ) -> None:
     """Continues each line that `ask` returns, conditioned on the whole conversation, until None.
-
     Ctrl-C ends an answer early. Pages of earlier turns are not computed again; once the context
-    window is full, the conversation is forgotten.
-    """
+    window is full, the conversation is forgotten."""
     text, line = "", ask()
     while line is not None:
         try:

@@ -71,10 +71,8 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probability of one token, and of the likeliest ones in order as (token, value).
-
-    They are the model's own: before penalties, bans and temperature.
-    """
+    """Log-probability of one token, and of the likeliest ones in order as (token, value). They are
+    the model's own: before penalties, bans and temperature."""
 
     token: int
     logprob: float

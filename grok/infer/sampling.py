@@ -58,10 +58,8 @@ def sample(
     top_k_B: jax.Array | None = None,
     min_p_B: jax.Array | None = None,
 ) -> jax.Array:
-    """One token a row, tokens_B int32: the likeliest where temperature is 0, drawn elsewhere.
-
-    Each row is drawn with its own key, so that a row's token does not depend on its neighbours.
-    """
+    """One token a row, tokens_B int32: the likeliest where temperature is 0, drawn elsewhere. Each
+    row is drawn with its own key, so that a row's token does not depend on its neighbours."""
     logits_BV = logits_BV.astype(jnp.float32)
     greedy_B = jnp.argmax(logits_BV, axis=-1)
 

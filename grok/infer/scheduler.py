@@ -22,11 +22,9 @@ def prefix_keys(tokens: Sequence[int], page_size: int) -> list[bytes]:
 
 
 class PagePool:
-    """Pages by number, with a count of the sequences that read each.
-
-    A page that holds a prefix stays cached when its last user releases it, until the room is
-    needed: the least recently used one is evicted first.
-    """
+    """Pages by number, with a count of the sequences that read each. A page that holds a prefix
+    stays cached when its last user releases it, until the room is needed: the least recently used
+    one is evicted first."""
 
     def __init__(self, num_pages: int):
         self._free = list(reversed(range(num_pages)))

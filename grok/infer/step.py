@@ -30,11 +30,9 @@ NEUTRAL |= {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty":
 def forward_and_sample(
     model: Decoder, cache: PagedCache, tokens_BT, batch: PagedBatch, sampling: SamplingBatch
 ) -> tuple[Sampled, jax.Array, jax.Array, PagedCache]:
-    """Runs new tokens and samples one after each chunk's last one.
-
-    `sampling` has rows (B, U). Returns the sampled tokens, (B, U), on every device, x_BTD after the
-    final norm, the experts of each token, experts_LBTC, and the cache.
-    """
+    """Runs new tokens and samples one after each chunk's last one. `sampling` has rows (B, U).
+    Returns the sampled tokens, (B, U), on every device, x_BTD after the final norm, the experts of
+    each token, experts_LBTC, and the cache."""
     x_BTD, cache, experts_LBTC = model.step(tokens_BT, cache, batch)
     logits_BUV = model.next_logits(x_BTD, batch.count_BU)
     U = logits_BUV.shape[1]

@@ -36,10 +36,8 @@ class RequestHandle:
 
 
 class EngineThread:
-    """Runs an engine's steps in a thread as long as there is work.
-
-    Only `_run` and what it calls runs in that thread; all else belongs to the event loop's thread.
-    """
+    """Runs an engine's steps in a thread as long as there is work. Only `_run` and what it calls
+    runs in that thread; all else belongs to the event loop's thread."""
 
     def __init__(self, engine: Any, on_failure: Callable[[BaseException], None]):
         """`on_failure` is called, in the engine's thread, with the error that broke the engine."""

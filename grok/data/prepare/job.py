@@ -79,12 +79,9 @@ OnProgress = Callable[[PrepareProgress], None]
 def prepare_dataset(
     options: PrepareOptions, out: str | Path, on_progress: OnProgress = lambda progress: None
 ) -> dict[str, Any]:
-    """Writes the dataset of these options to the folder `out`; returns its manifest.
-
-    After an interruption, the same call continues after the last finished shard. DataError where a
-    source or the tokenizer cannot be used, the folder holds another dataset, or too many records
-    are bad.
-    """
+    """Writes the dataset of these options to the folder `out`; returns its manifest. After an
+    interruption, the same call continues after the last finished shard. DataError where a source or
+    the tokenizer cannot be used, the folder holds another dataset, or too many records are bad."""
     folder = Path(out)
     for source in options.sources:
         if Path(source).resolve() in (folder.resolve(), *folder.resolve().parents):

@@ -36,11 +36,9 @@ GUARD = "\U0010fffd"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordFields:
-    """Names of a record's fields, None for those that are not read.
-
-    A record's text is in `text`, or it is supervised: `prompt` and `completion`, or `messages`, a
-    list of objects with role and content. Then loss is on completions, or assistants' messages.
-    """
+    """Names of a record's fields, None for those that are not read. A record's text is in `text`,
+    or it is supervised: `prompt` and `completion`, or `messages`, a list of objects with role and
+    content. Then loss is on completions, or assistants' messages."""
 
     text: str | None = "text"
     id: str | None = None

@@ -183,10 +183,8 @@ def write_dataset(
     files: Sequence[SourceFile],
     model: bytes,
 ) -> dict[str, Any]:
-    """Completes the dataset of a journal with all input; returns its manifest.
-
-    After an interruption it can be called again: the manifest is written last.
-    """
+    """Completes the dataset of a journal with all input; returns its manifest. After an
+    interruption it can be called again: the manifest is written last."""
     entries = journal.entries
     names = [f"shard-{n:05}-of-{len(entries):05}.arrayrecord" for n in range(len(entries))]
     for number, name in enumerate(names):

@@ -136,12 +136,10 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 
 class RawRecord(NamedTuple):
-    """A record as it was read, or the `problem` in its place.
-
-    file: number of its file; number: of the record in the file, from 0; line: in the file (row, in
-    Parquet), from 1, None where the file is one document; data: bytes of a text or a line, or a
-    row; offset: bytes of the file read so far.
-    """
+    """A record as it was read, or the `problem` in its place. file: number of its file; number: of
+    the record in the file, from 0; line: in the file (row, in Parquet), from 1, None where the file
+    is one document; data: bytes of a text or a line, or a row; offset: bytes of the file read so
+    far."""
 
     file: int
     number: int
@@ -155,11 +153,9 @@ def find_files(
     sources: Sequence[str], patterns: Sequence[str] = (), format: str = "auto"
 ) -> list[SourceFile]:
     """The files of all sources, local or at gs://, in a fixed order; inside folders those that are
-    not hidden and match one of `patterns`, such as *.md, if there are any.
-
-    `format` is text, jsonl or parquet, or auto: by the name's suffix, text where that is unknown.
-    Raises DataError where a source does not exist or has no such files.
-    """
+    not hidden and match one of `patterns`, such as *.md, if there are any. `format` is text, jsonl
+    or parquet, or auto: by the name's suffix, text where that is unknown. Raises DataError where a
+    source does not exist or has no such files."""
     if not sources:
         raise DataError("no sources were given; a file or folder of text would work.")
     files = []
@@ -182,11 +178,9 @@ def hash_files(files: Sequence[SourceFile]) -> list[SourceFile]:
 def read_records(
     files: Sequence[SourceFile], columns: Sequence[str], start: tuple[int, int] = (0, 0)
 ) -> Iterator[RawRecord]:
-    """All records of the files in order, from record start[1] of file start[0] on.
-
-    `columns` are read of Parquet files. Raises DataError where a file cannot be read at all; damage
-    inside one is a record with a problem.
-    """
+    """All records of the files in order, from record start[1] of file start[0] on. `columns` are
+    read of Parquet files. Raises DataError where a file cannot be read at all; damage inside one is
+    a record with a problem."""
     for number in range(start[0], len(files)):
         file = files[number]
         skipped = start[1] if number == start[0] else 0

@@ -12,11 +12,9 @@ from grok.errors import DataError
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back; picklable, so that worker processes get a copy.
-
-    vocab_size: number of tokens, every id is below it; pad_id, bos_id, eos_id: ids of padding,
-    begin and end of sequence, -1 where the tokenizer has none.
-    """
+    """Text to token ids and back; picklable, so that worker processes get a copy. vocab_size:
+    number of tokens, every id is below it; pad_id, bos_id, eos_id: ids of padding, begin and end of
+    sequence, -1 where the tokenizer has none."""
 
     vocab_size: int
     pad_id: int
@@ -36,10 +34,8 @@ class Tokenizer(Protocol):
         ...
 
     def piece_bytes(self, token_id: int, *, first: bool = False) -> bytes:
-        """UTF-8 bytes of a token, at the start of a text where `first`; special tokens have none.
-
-        A character may span several tokens, so the bytes of one need not be valid UTF-8.
-        """
+        """UTF-8 bytes of a token, at the start of a text where `first`; special tokens have none. A
+        character may span several tokens, so the bytes of one need not be valid UTF-8."""
         ...
 
 
@@ -51,10 +47,8 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
 
 class StreamDecoder:
     """Decodes ids one at a time: the results of `push` and `flush`, joined, are `decode(ids)`.
-
     `after` holds the ids that precede, such as a prompt's. Their text is not returned; with them
-    the first token keeps its leading space, and a character begun in the prompt is completed.
-    """
+    the first token keeps its leading space, and a character begun in the prompt is completed."""
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         """Start behind the ids of `after`."""
@@ -78,10 +72,8 @@ class StreamDecoder:
 
 
 def read_text(path: str | Path) -> str:
-    """Text of a UTF-8 file, line ends as they are.
-
-    DataError when the file is missing or empty, or naming its first byte that is not UTF-8.
-    """
+    """Text of a UTF-8 file, line ends as they are. DataError when the file is missing or empty, or
+    naming its first byte that is not UTF-8."""
     data = storage.read_bytes(path, DataError)
     if not data:
         raise DataError(f"text file {path} is empty; one with text would work.")

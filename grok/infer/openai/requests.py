@@ -26,10 +26,8 @@ Render = Callable[[Sequence[Mapping[str, Any]]], str]
 
 @dataclasses.dataclass(frozen=True)
 class CompletionRequest:
-    """A parsed body: its prompts, each to be a request with the same parameters.
-
-    `scores_only`: max_tokens was 0, which the engine knows as 1; that token is left out.
-    """
+    """A parsed body: its prompts, each to be a request with the same parameters. `scores_only`:
+    max_tokens was 0, which the engine knows as 1; that token is left out."""
 
     prompts: tuple[tuple[int, ...], ...]
     texts: tuple[str, ...]
@@ -159,12 +157,10 @@ class RequestParser:
 
 
 def make_renderer(template: str, tokenizer: Tokenizer) -> Render:
-    """The function that makes a prompt of messages, each with `role` and `content`.
-
-    `template` is Jinja as Hugging Face tokenizers have it: it sees `messages`, `bos_token`,
-    `eos_token`, `add_generation_prompt` (true) and `raise_exception(text)`. Raises ConfigError
-    for a template that does not compile; messages that it refuses are a RequestError.
-    """
+    """The function that makes a prompt of messages, each with `role` and `content`. `template` is
+    Jinja as Hugging Face tokenizers have it: it sees `messages`, `bos_token`, `eos_token`,
+    `add_generation_prompt` (true) and `raise_exception(text)`. Raises ConfigError for a template
+    that does not compile; messages that it refuses are a RequestError."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
     def refuse(text: str) -> None:

@@ -11,10 +11,8 @@ from grok.infer.request import Output, TokenLogprobs
 
 
 class ResponseBuilder:
-    """Puts the answers to a request together from Outputs.
-
-    `tokens` is the number of new tokens so far, `finish_reasons` has one for each answer.
-    """
+    """Puts the answers to a request together from Outputs. `tokens` is the number of new tokens so
+    far, `finish_reasons` has one for each answer."""
 
     def __init__(self, request: CompletionRequest, tokenizer: Tokenizer):
         self.request, self._tokenizer = request, tokenizer
@@ -27,11 +25,9 @@ class ResponseBuilder:
         self._pending: dict[int, list[Output]] = {}
 
     def add(self, output: Output) -> list[dict[str, Any]]:
-        """Takes an output of one of the engine's requests; returns choices of a stream event.
-
-        That is one choice, except where answers were ahead of their prompt's log-probabilities,
-        which have to come first: none until then, and then all.
-        """
+        """Takes an output of one of the engine's requests; returns choices of a stream event. That
+        is one choice, except where answers were ahead of their prompt's log-probabilities, which
+        have to come first: none until then, and then all."""
         params = self.request.params
         prompt = int(output.request_id.rpartition("/")[2])
         index = prompt * params.n + output.choice
