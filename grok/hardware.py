@@ -1,9 +1,5 @@
-"""The specifications of each TPU generation, the choice of the devices that JAX uses, and the facts
-of those that a program is traced for.
-
-From Google's published specifications; of the seventh generation partly from the press. JAX shows
-a chip of that one as two devices, each with half of what the table says.
-"""
+"""TPU generations, by Google's published specifications, the seventh's partly by the press; the
+choice of the devices that JAX uses, and facts of those that a program is traced for."""
 
 import importlib.util
 import os
@@ -12,39 +8,30 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """One chip.
+    """Specifications of one chip."""
 
-    flops: peak of bfloat16 products, FLOP/s; hbm: memory, bytes; bandwidth: of that memory,
-    bytes/s; devices: how many JAX devices it is; kinds: what JAX calls them; link: one wire to a
-    neighbouring chip, one way, bytes/s; dimensions: of the grid that chips are wired in; ring: a
-    side of the grid whose length is a multiple of this closes to a ring; network: a chip's share of
-    its host's way to other slices, bytes/s; vmem: vector memory of a core, bytes.
-    """
-
-    flops: float
-    hbm: int
-    bandwidth: float
-    devices: int
-    kinds: tuple[str, ...]
-    link: float
-    dimensions: int
-    ring: int
-    network: float
-    vmem: int
+    flops: float  # peak of bfloat16 products, FLOP/s
+    hbm: int  # memory, bytes
+    bandwidth: float  # of that memory, bytes/s
+    devices: int  # JAX devices that it is, each with an equal share of the rest
+    kinds: tuple[str, ...]  # what JAX calls them
+    link: float  # one wire to a neighbouring chip, one way, bytes/s
+    dimensions: int  # of the grid that chips are wired in
+    ring: int  # a side of the grid whose length is a multiple of this closes to a ring
+    network: float  # a chip's share of its host's way to other slices, bytes/s
+    vmem: int  # vector memory of a core, bytes
 
 
 GIB, MIB = 2**30, 2**20
 LANES = 128  # elements of a TPU's vector register along the last axis of an array
 
+_V5E, _V6E = ("TPU v5 lite", "TPU v5e"), ("TPU v6 lite", "TPU v6e")
+
 CHIPS = {
     "v4": Chip(275e12, 32 * GIB, 1200e9, 1, ("TPU v4",), 45e9, 3, 4, 6.25e9, 16 * MIB),
-    "v5e": Chip(
-        197e12, 16 * GIB, 810e9, 1, ("TPU v5 lite", "TPU v5e"), 45e9, 2, 16, 3.125e9, 128 * MIB
-    ),
+    "v5e": Chip(197e12, 16 * GIB, 810e9, 1, _V5E, 45e9, 2, 16, 3.125e9, 128 * MIB),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 1, ("TPU v5", "TPU v5p"), 90e9, 3, 4, 6.25e9, 64 * MIB),
-    "v6e": Chip(
-        918e12, 32 * GIB, 1638e9, 1, ("TPU v6 lite", "TPU v6e"), 90e9, 2, 16, 12.5e9, 128 * MIB
-    ),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 1, _V6E, 90e9, 2, 16, 12.5e9, 128 * MIB),
     "7x": Chip(2307e12, 192 * GIB, 7300e9, 2, ("TPU7x",), 100e9, 3, 4, 12.5e9, 64 * MIB),
 }
 
@@ -61,8 +48,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def platform() -> str:
-    """The platform that is traced for, "cpu" or "tpu": of the ambient mesh's devices, which need
-    not be this machine's, else of the default backend."""
+    """The platform that is traced for, "cpu" or "tpu": the ambient mesh's, else this machine's."""
     import jax
 
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -84,9 +70,8 @@ def has_large_vmem() -> bool:
 
 
 def configure_devices(simulated: int) -> None:
-    """Simulates `simulated` CPU devices in this process (0: uses the machine's real ones), and
-    keeps compiled programs between runs in the user's cache folder. Call it before JAX's backend
-    starts."""
+    """Simulates `simulated` CPU devices (0: uses the real ones), and keeps compiled programs in the
+    user's cache folder. Call it before JAX's backend starts."""
     import jax
 
     if simulated:

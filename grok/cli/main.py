@@ -3,27 +3,18 @@
 Command modules import what is heavy inside their function bodies, so that help is instant.
 """
 
+import importlib
 from typing import Any
 
 import click
 
 from grok import __version__
-from grok.cli.batch import batch
-from grok.cli.config import config
-from grok.cli.data import data
-from grok.cli.eval_ import eval_
-from grok.cli.export import export
-from grok.cli.import_ import import_
-from grok.cli.inspect import inspect
-from grok.cli.plan import plan
-from grok.cli.quickstart import quickstart
-from grok.cli.replay import replay
-from grok.cli.report import report
-from grok.cli.sample import sample
-from grok.cli.serve import serve
-from grok.cli.train import train
-from grok.cli.verify import verify
 from grok.errors import GrokError
+
+COMMANDS = (  # a module each, with a function of that name
+    "quickstart config train plan replay report sample batch serve eval_ data import_ export "
+    "inspect verify"
+)
 
 
 class _Group(click.Group):
@@ -32,12 +23,9 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except GrokError as error:
+        except (GrokError, OSError) as error:
             click.echo(f"error: {error}", err=True)
-            ctx.exit(error.exit_code)
-        except OSError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(1)
+            ctx.exit(error.exit_code if isinstance(error, GrokError) else 1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(130)  # 128 + SIGINT, as shells count it
@@ -49,21 +37,5 @@ def main() -> None:
     """Grok-1 on TPUs: training and inference."""
 
 
-for command in (
-    quickstart,
-    config,
-    train,
-    plan,
-    replay,
-    report,
-    sample,
-    batch,
-    serve,
-    eval_,
-    data,
-    import_,
-    export,
-    inspect,
-    verify,
-):
-    main.add_command(command)
+for name in COMMANDS.split():
+    main.add_command(getattr(importlib.import_module(f"grok.cli.{name}"), name))

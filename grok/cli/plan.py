@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 
 NOT_FITTING = 1
+FILE = click.Path(path_type=Path)
 
 
 @click.command()
@@ -18,21 +18,13 @@ NOT_FITTING = 1
     help="TPU slice, such as v5p:4x4x8. Default: plan.topology of the config.",
 )
 @click.option(
-    "--slices",
-    type=click.IntRange(1),
-    help="Slices joined by the data-centre network; sets mesh.slice.",
+    "--slices", type=click.IntRange(1), help="Slices joined by the network; sets mesh.slice."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option(
-    "--dump", type=click.Path(path_type=Path), help="File for the text of the compiled program."
-)
-@click.option("--save", type=click.Path(path_type=Path), help="File for the serialised executable.")
+@click.option("--dump", type=FILE, help="File for the text of the compiled program.")
+@click.option("--save", type=FILE, help="File for the serialised executable.")
 @click.option("--price", type=click.FloatRange(0), help="USD per chip-hour.")
-@click.option(
-    "--prices",
-    type=click.Path(path_type=Path),
-    help="Prices by generation. Default: launch/prices.env.",
-)
+@click.option("--prices", type=FILE, help="Prices by generation. Default: launch/prices.env.")
 @click.option(
     "--search",
     type=click.IntRange(1),
@@ -41,17 +33,7 @@ NOT_FITTING = 1
 )
 @click.pass_context
 def plan(
-    ctx: click.Context,
-    config: str,
-    overrides: tuple[str, ...],
-    topology: str | None,
-    slices: int | None,
-    as_json: bool,
-    dump: Path | None,
-    save: Path | None,
-    price: float | None,
-    prices: Path | None,
-    search: int | None,
+    ctx, config, overrides, topology, slices, as_json, dump, save, price, prices, search
 ) -> None:
     """Compile a step of CONFIG for a slice of TPUs, without one, and estimate it.
 
@@ -62,9 +44,9 @@ def plan(
     from grok.config.load import load_config
     from grok.errors import ConfigError
     from grok.plan.compile import compile_plan
-    from grok.plan.estimate import Price
+    from grok.plan.estimate import Price, price_of, prices_file
     from grok.plan.format import format_plan
-    from grok.plan.prices import price_of, prices_file
+    from grok.plan.search import candidates, ranking
     from grok.plan.topology import parse_slice
     from grok.progress import phase_progress
 
@@ -83,23 +65,15 @@ def plan(
     if search is not None:
         if dump or save or as_json:
             raise ConfigError("--search compiles several programs; it prints a ranking, no files.")
-        click.echo(_ranking(run, slice_, chip_price, search))
+        plans = []
+        for i, candidate in enumerate(candidates(run, slice_)[:search], 1):
+            with phase_progress(f"{i} of {search}: {candidate}") as on_phase:
+                compiled = compile_plan(candidate.config, slice_, chip_price, on_phase)
+            plans.append((candidate, compiled))
+        click.echo(ranking(plans))
         return
     with phase_progress(f"{run.plan.program} step for {slice_}") as on_phase:
         plan = compile_plan(run, slice_, chip_price, on_phase, dump, save)
     click.echo(json.dumps(plan.to_dict(), indent=2) if as_json else format_plan(plan))
     if not plan.fits:
         ctx.exit(NOT_FITTING)
-
-
-def _ranking(run: Any, slice_: Any, chip_price: Any, number: int) -> str:
-    """The ranking of the `number` most promising candidates, compiled one after the other."""
-    from grok.plan.compile import compile_plan
-    from grok.plan.search import candidates, ranking
-    from grok.progress import phase_progress
-
-    plans = []
-    for i, candidate in enumerate(candidates(run, slice_)[:number], 1):
-        with phase_progress(f"{i} of {number}: {candidate}") as on_phase:
-            plans.append((candidate, compile_plan(candidate.config, slice_, chip_price, on_phase)))
-    return ranking(plans)
