@@ -20,8 +20,7 @@ from grok.plan.topology import Slice
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    # There is no TPU to query or lock.
-    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no TPU to query or lock
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -85,8 +84,7 @@ def _run_process(request: dict[str, Any], on_phase: Callable[[str], None]) -> di
                         on_phase(message["phase"])
             code = process.wait()
         finally:
-            # The compiler ignores interrupts.
-            process.kill()
+            process.kill()  # the compiler ignores interrupts
             process.wait()
         stderr.seek(0)
         stderr_end = "".join(stderr.readlines()[-STDERR_LINES:])
@@ -96,8 +94,8 @@ def _run_process(request: dict[str, Any], on_phase: Callable[[str], None]) -> di
         raise error
     if code == -signal.SIGKILL:
         raise GrokError(
-            "the process that compiles was killed, which happens when memory runs out; a machine "
-            "with more would work."
+            "the process that compiles was killed, as when memory runs out; a machine with more "
+            "would work."
         )
     if "measured" not in message:
         raise RuntimeError(f"the process that compiles ended with code {code}:\n{stderr_end}")
@@ -105,12 +103,10 @@ def _run_process(request: dict[str, Any], on_phase: Callable[[str], None]) -> di
 
 
 def required_bytes(compiler_message: str, state: int) -> float | None:
-    """Bytes that a device would need, by the compiler's message that it has too few; None if the
-    message does not say."""
+    """Bytes that a device would need, if the compiler's message that it has too few says so."""
     size = r"([\d.]+)([KMGT]?)"
     temporaries = re.search(rf"HLO temporaries \({size}\) exceeds", compiler_message)
-    total = re.search(rf"(?:Used |\(){size}(?: of|\) exceeds)", compiler_message)
-    match = temporaries or total
+    match = temporaries or re.search(rf"(?:Used |\(){size}(?: of|\) exceeds)", compiler_message)
     if match is None:
         return None
     number = float(match[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[match[2]]

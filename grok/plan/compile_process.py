@@ -1,9 +1,6 @@
-"""The process that compiles: one program for one slice, with no accelerator.
-
-It reads a request as JSON from standard input, and writes lines of JSON to standard output: the
-phase that begins, and last the measurements or an error. It is a process of its own because JAX and
-libtpu read their environment once, and because it can be killed while the compiler runs.
-"""
+"""The process that compiles one program for one slice: a request as JSON on standard input, JSON
+lines on standard output: phases that begin, last the measurements or an error. It is a process of
+its own since JAX and libtpu read their environment once, and as it can be killed meanwhile."""
 
 import dataclasses
 import json
@@ -120,14 +117,13 @@ def topology_devices(slice_: Slice) -> list[jax.Device]:
 
 
 def cache_loop_count(config: RunConfig) -> int:
-    """Iterations of a loop over the KV cache, the only loop whose count a program leaves open: as
-    many as the rows are long."""
+    """Iterations of a loop over the KV cache, the only loop whose count a program leaves open."""
     return -(-config.plan.tokens // max(KV_BLOCK, config.engine.page_size))
 
 
 def wiring(mesh: Mesh, axes: str, slice_: Slice) -> dict[str, Any]:
-    """Wiring of the chips that differ along these mesh axes: the `links` of a chip to others of
-    them in its slice, the `hops` between two on average, and if they span `slices`."""
+    """Wiring of the chips that differ along these mesh axes: `links` of a chip to others of them in
+    its slice, `hops` between two on average, and if they span `slices`."""
     names = axes.split("+")
     index = tuple(slice(None) if axis in names else 0 for axis in MESH_AXES)
     devices = mesh.devices[index].reshape(-1)
@@ -135,10 +131,10 @@ def wiring(mesh: Mesh, axes: str, slice_: Slice) -> dict[str, Any]:
     links, hops = 0, 0.0
     for side, length in enumerate(slice_.shape):
         extent = len(set(coords[:, side]))
+        is_ring = extent == length and slice_.is_ring(side)
         if extent > 1:
-            is_ring = extent == length and slice_.is_ring(side)
-            links += 2 if is_ring else 1
-            hops += extent / (4 if is_ring else 3)
+            links += 1 + is_ring
+            hops += extent / (3 + is_ring)
     return {"links": links, "hops": hops, "slices": slice_.count > 1 and "slice" in names}
 
 

@@ -1,8 +1,5 @@
-"""The costs of a compiled program -> its time on a slice: a three-term roofline.
-
-Williams et al., "Roofline" (2009), with interconnect as a third term: a step takes at least as long
-as its longest term (all overlap), and about their sum if none does.
-"""
+"""The costs of a compiled program -> its time on a slice, by a roofline (Williams et al. 2009) with
+interconnect as third term: at least the longest term (all overlap), at most about their sum."""
 
 import dataclasses
 import re
@@ -18,10 +15,10 @@ from grok.plan.topology import Slice
 
 
 class Price(NamedTuple):
-    """USD per hour of one chip, and the source of the figure."""
+    """Price of one chip."""
 
     usd_per_hour: float
-    source: str
+    source: str  # of the figure
 
 
 def prices_file() -> Path:
@@ -47,10 +44,8 @@ def price_of(generation: str, file: Path) -> Price | None:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The figures of a plan; bytes and FLOPs are of one chip and one step.
-
-    Those that need a compiled program are None for a program that does not fit.
-    """
+    """The figures of a plan, bytes and FLOPs of one chip and step; those that need a compiled
+    program are None where it does not fit."""
 
     config: RunConfig
     slice: Slice
@@ -96,15 +91,14 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `grok plan --json` prints. The price is that of the serial step."""
-        temporaries = None if self.total is None else (self.total - self.state) / GIB
-        known = self.seconds is not None
+        total, known = self.total, self.seconds is not None
         usd = self.usd_per_billion_tokens() if known else None
         return {
             "fits": self.fits,
             "hbm_gib_per_chip": {
                 "state": self.state / GIB,
-                "temporaries": temporaries,
-                "total": None if self.total is None else self.total / GIB,
+                "temporaries": None if total is None else (total - self.state) / GIB,
+                "total": None if total is None else total / GIB,
                 "capacity": self.slice.chip.hbm / GIB,
             },
             "flops_per_chip_per_step": {"model": self.model_flops, "compiled": self.flops},
@@ -123,8 +117,7 @@ def make_plan(
     config: RunConfig, slice_: Slice, measured: dict[str, Any], price: Price | None
 ) -> Plan:
     """The plan from the measurements of `grok.plan.compile_process`, which are per device."""
-    per_chip, chip = measured["devices_per_chip"], slice_.chip
-    batch = batch_of(config)
+    per_chip, chip, batch = measured["devices_per_chip"], slice_.chip, batch_of(config)
     tokens, model_flops = model_work(config, *batch)
     common: dict[str, Any] = {
         "config": config,
@@ -149,31 +142,20 @@ def make_plan(
         collectives.setdefault(axes, {})[kind] = sent
         seconds = transfer_seconds(slice_, measured["wiring"][axes], kind, sent)
         interconnect[axes] = interconnect.get(axes, 0) + seconds
-    return Plan(
-        fits=True,
-        total=measured["peak"] * per_chip,
-        flops=measured["flops"] * per_chip,
-        hbm=measured["hbm"] * per_chip,
-        host=measured["host"] * per_chip,
-        host_memory=measured["host_memory"] * per_chip,
-        collectives=collectives,
-        seconds={
-            "compute": measured["flops"] * per_chip / chip.flops,
-            "hbm": measured["hbm"] * per_chip / chip.bandwidth,
-            "interconnect": sum(interconnect.values()),
-        },
-        interconnect=interconnect,
-        compile_seconds=measured["compile_seconds"],
-        **common,
-    )
+    amounts = {k: measured[k] * per_chip for k in ("flops", "hbm", "host", "host_memory")}
+    terms = {
+        "compute": amounts["flops"] / chip.flops,
+        "hbm": amounts["hbm"] / chip.bandwidth,
+        "interconnect": sum(interconnect.values()),
+    }
+    common |= amounts | {"collectives": collectives, "interconnect": interconnect}
+    total, compile_seconds = measured["peak"] * per_chip, measured["compile_seconds"]
+    return Plan(fits=True, total=total, seconds=terms, compile_seconds=compile_seconds, **common)
 
 
 def transfer_seconds(slice_: Slice, wiring: dict[str, Any], kind: str, sent: float) -> float:
-    """Time to send so many bytes from each chip, over all links that it has along the axes.
-
-    Reductions and gathers go from neighbour to neighbour; in an all-to-all each byte takes all hops
-    to its target. Bytes between slices go over the network.
-    """
+    """Time to send so many bytes from each chip, over all links that it has along the axes, or over
+    the network between slices; in an all-to-all each byte takes all hops to its target."""
     if wiring["slices"]:
         return sent / slice_.chip.network
     if not wiring["links"]:  # two devices of one chip
@@ -206,8 +188,7 @@ def model_work(config: RunConfig, rows: int, length: int) -> tuple[int, float]:
 
 
 def recomputed_flops(plan: Plan) -> float:
-    """FLOPs of a chip and step that `model.remat` recomputes in the backward pass; 0 with `dots`,
-    which saves the results of matrix products."""
+    """FLOPs of a chip and step that `model.remat` recomputes in the backward pass."""
     model = plan.config.model
     if plan.config.plan.program != "train" or model.remat in ("none", "dots"):
         return 0.0

@@ -12,8 +12,7 @@ WIDTH = 14
 
 def format_plan(plan: Plan) -> str:
     """The whole plan, as lines of text."""
-    rows = list(_rows(plan))
-    return "\n".join(f"{label:<{WIDTH}}{text}".rstrip() for label, text in rows)
+    return "\n".join(f"{label:<{WIDTH}}{text}".rstrip() for label, text in _rows(plan))
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -47,7 +46,8 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _work(plan: Plan) -> Iterator[tuple[str, str]]:
-    assert plan.flops is not None and plan.hbm is not None and plan.collectives is not None
+    assert plan.flops is not None and plan.hbm is not None
+    assert plan.collectives is not None and plan.interconnect is not None
     text = f"{_amount(plan.model_flops)} of the model, {_amount(plan.flops)} compiled "
     text += f"({plan.flops / plan.model_flops:.2f} x"
     again = recomputed_flops(plan)
@@ -60,17 +60,13 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
         text += f", {plan.hbm / plan.state:.2f} x weights and cache read once"
     yield "HBM", text
     if plan.host:
-        rate = _amount(plan.host / plan.step_seconds()["overlapped"])
-        yield (
-            "hosts",
-            f"{_amount(plan.host)}B to host memory and back, which holds "
-            f"{_gib(plan.host_memory)} GiB a chip; in the shortest step, {rate}B/s",
-        )
+        rate, held = _amount(plan.host / plan.step_seconds()["overlapped"]), _gib(plan.host_memory)
+        text = f"{_amount(plan.host)}B to host memory and back, which holds {held} GiB a chip; "
+        yield "hosts", f"{text}in the shortest step, {rate}B/s"
     sent = sum(sum(kinds.values()) for kinds in plan.collectives.values())
     yield "interconnect", f"{_amount(sent)}B sent"
     for axes, kinds in sorted(plan.collectives.items()):
         bytes_sent = ", ".join(f"{kind} {_amount(sent)}B" for kind, sent in sorted(kinds.items()))
-        assert plan.interconnect is not None
         wiring, seconds = plan.measured["wiring"][axes], _seconds(plan.interconnect[axes])
         medium = "the network" if wiring["slices"] else f"links: {wiring['links']}"
         yield "", f"over {axes}: {bytes_sent}; {seconds} on {medium}"
@@ -83,10 +79,8 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
     steps, rates, mfu = plan.step_seconds(), plan.tokens_per_second(), plan.mfu()
     prices = plan.usd_per_billion_tokens()
     for name, how in (("overlapped", "all terms overlap"), ("serial", "none overlaps")):
-        text = (
-            f"{_seconds(steps[name])} a step if {how}: {rates[name]:,.4g} tokens/s/chip, "
-            f"MFU {mfu[name]:.1%}"
-        )
+        text = f"{_seconds(steps[name])} a step if {how}: {rates[name]:,.4g} tokens/s/chip, "
+        text += f"MFU {mfu[name]:.1%}"
         if prices is not None:
             text += f", {prices[name]:,.0f} USD per billion tokens"
         yield name, text
@@ -118,40 +112,30 @@ def _assumptions(plan: Plan) -> Iterator[str]:
                 "transfers to host memory and back take no time of the step, and the peak is what "
                 "the compiler allocates in HBM"
             )
-        if measured["loops"]:
-            yield (
-                f"{len(measured['loops'])} loops over the cache run for "
-                f"{plan.config.plan.tokens} tokens"
-            )
-        if measured["kernels"]:
-            yield (
-                f"{len(measured['kernels'])} kernels cost what their authors state, those of "
-                "attention what their shapes imply"
-            )
-    if plan.price is None:
-        yield "no price of the chip is known; --price gives one"
-    else:
-        yield f"a chip-hour costs {plan.price.usd_per_hour:g} USD ({plan.price.source})"
+        loops, kernels = len(measured["loops"]), len(measured["kernels"])
+        if loops:
+            yield f"{loops} loops over the cache run for {plan.config.plan.tokens} tokens"
+        if kernels:
+            authors = f"{kernels} kernels cost what their authors state"
+            yield f"{authors}, those of attention what their shapes imply"
+    known = (
+        plan.price and f"a chip-hour costs {plan.price.usd_per_hour:g} USD ({plan.price.source})"
+    )
+    yield known or "no price of the chip is known; --price gives one"
 
 
 def _describe_program(plan: Plan) -> str:
     """The compiled step in words."""
-    model, planned = plan.config.model, plan.config.plan
+    model, optimizer, (rows, length) = plan.config.model, plan.config.optimizer, plan.batch
     size = f"{num_parameters(model):,} parameters in {model.param_dtype}"
-    if planned.program == "prefill":
-        return f"prefill of {planned.batch_size} x {planned.tokens} tokens, {size}"
-    if planned.program == "decode":
-        rows, tokens = planned.batch_size, planned.tokens
-        return f"decode of {rows} rows, {tokens} tokens each in the cache, {size}"
-    rows, length = plan.batch
+    if plan.config.plan.program == "prefill":
+        return f"prefill of {rows} x {length} tokens, {size}"
+    if plan.config.plan.program == "decode":
+        return f"decode of {rows} rows, {length} tokens each in the cache, {size}"
     splits = plan.config.train.grad_accum_steps
-    microbatches = f"{splits} microbatch{'es' if splits > 1 else ''}"
-    return (
-        f"train on {rows:,} x {length:,} tokens in {microbatches}, {size}, "
-        f"{plan.config.optimizer.name} with moments in {plan.config.optimizer.moments_dtype}"
-        f"{' in host memory' if plan.config.optimizer.offload else ''}, "
-        f"remat {model.remat}"
-    )
+    text = f"train on {rows:,} x {length:,} tokens in {splits} microbatch{'es' * (splits > 1)}, "
+    text += f"{size}, {optimizer.name} with moments in {optimizer.moments_dtype}"
+    return f"{text}{' in host memory' * optimizer.offload}, remat {model.remat}"
 
 
 def _labelled(label: str, texts) -> Iterator[tuple[str, str]]:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grok.plan.collectives import replica_groups
-from grok.plan.program_cost import CompiledProgram
+from grok.plan.program_cost import CompiledProgram, replica_groups
 
 TEXT = (Path(__file__).parent / "program.txt").read_text()
 MESH = {"slice": 1, "data": 2, "expert": 2, "tensor": 2}

@@ -1,0 +1,232 @@
+"""Costs of one instruction of a compiled program, per run of it: FLOPs, and bytes of HBM and of
+host memory; of kernels as their authors state them, or by the shapes of JAX's attention kernels."""
+
+import math
+import re
+
+import numpy as np
+
+from grok.plan.hlo import COLLECTIVES, Array, Computation, Instruction, roots_of
+
+# Matrix products per block in splash attention: forward, and backward for either side.
+SPLASH_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}
+
+# Instructions that update a part of an array in place -> the operand with that part.
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+
+# Instructions that start to read a part of an array in host memory, or to write one -> the element
+# of the result with that part.
+HOST_TRANSFERS = {"dynamic-slice-start": -2, "dynamic-update-slice-start": 1}
+
+# Instructions inside a fusion that compute only those elements that are asked for.
+ELEMENTWISE = ("bitcast", "convert", "copy", "reshape", "transpose")
+
+
+def matmul_flops(computation: Computation, instruction: Instruction) -> float:
+    """FLOPs of a matrix product (two for each multiplication) or of a kernel; 0 for others."""
+    if instruction.opcode == "dot":
+        left = computation[instruction.operands[0]].arrays[0]
+        match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        contracted = [int(n) for n in match[1].split(",") if n] if match else []
+        return (
+            2
+            * math.prod(instruction.arrays[0].shape)
+            * math.prod(left.shape[d] for d in contracted)
+        )
+    if instruction.opcode == "convolution":
+        return _convolution_flops(computation, instruction)
+    if instruction.opcode == "custom-call":
+        return kernel_flops(computation, instruction)
+    return 0.0
+
+
+def _convolution_flops(computation: Computation, conv: Instruction) -> float:
+    """FLOPs of a convolution, not counting padding and holes.
+
+    TPU programs express all matrix products as convolutions; batch dimensions become dilated
+    windows, in each of which one element is real.
+    """
+    left, right = (computation[name].arrays[0] for name in conv.operands[:2])
+    labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", conv.attributes)
+    assert labels, conv.attributes
+    window = re.search(r"window=\{([^}]*)\}", conv.attributes)
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+
+    def per_dimension(key: str, default: str) -> list[str]:
+        return fields[key].split("x") if key in fields else [default] * rank
+
+    rank = sum(label.isdigit() for label in labels[3])
+    strides, dilations, holes = (
+        [int(n) for n in per_dimension(key, "1")] for key in ("stride", "rhs_dilate", "lhs_dilate")
+    )
+    pads = [tuple(int(n) for n in pad.split("_")) for pad in per_dimension("pad", "0_0")]
+    pairs = 1
+    for d in range(rank):
+        size_in = left.shape[labels[1].index(str(d))]
+        size_window = right.shape[labels[2].index(str(d))]
+        size_out = conv.arrays[0].shape[labels[3].index(str(d))]
+        pairs *= _valid(
+            size_in, size_window, size_out, strides[d], pads[d][0], dilations[d], holes[d]
+        )
+    batch = conv.arrays[0].shape[labels[3].index("b")]
+    features = conv.arrays[0].shape[labels[3].index("f")]
+    return 2.0 * batch * features * right.shape[labels[2].index("i")] * pairs
+
+
+def _valid(
+    size_in: int, size_window: int, size_out: int, stride: int, pad: int, dilation: int, hole: int
+) -> int:
+    """Pairs of an output and a window position that meet a real input."""
+    total = 0
+    window = np.arange(size_window) * dilation
+    for start in range(0, size_out, 4096):  # in chunks, since there may be millions
+        out = np.arange(start, min(start + 4096, size_out))
+        at = out[:, None] * stride + window[None, :] - pad
+        total += int(((at >= 0) & (at % hole == 0) & (at // hole < size_in)).sum())
+    return total
+
+
+def host_bytes(instruction: Instruction) -> float:
+    """Bytes that an instruction moves between HBM and host memory."""
+    if instruction.opcode == "copy-start":
+        source, target = instruction.arrays[:2]
+        return source.size * (source.on_host != target.on_host)
+    if instruction.opcode not in HOST_TRANSFERS or not instruction.arrays[0].on_host:
+        return 0.0
+    return instruction.arrays[HOST_TRANSFERS[instruction.opcode]].size
+
+
+def hbm_bytes(computation: Computation, instruction: Instruction, fused: Computation) -> float:
+    """Bytes of HBM that an instruction of `computation` reads and writes; `fused` is what a fusion
+    computes."""
+    opcode, arrays = instruction.opcode, instruction.arrays
+    if opcode == "copy-start":
+        source, target = arrays[:2]
+        return source.size * source.in_hbm + target.size * target.in_hbm
+    if opcode == "recv":
+        return _size(arrays)
+    operands = [computation[name] for name in instruction.operands if name in computation]
+    if opcode == "send":
+        return _size(operands[0].arrays)
+    if opcode == "custom-call":
+        stated = kernel_bytes(computation, instruction)
+        if stated is not None:
+            return stated
+    if opcode == "fusion":
+        return _fusion_bytes(instruction, operands, fused)
+    if opcode == "dynamic-slice":
+        return _size(arrays) + arrays[0].size * operands[0].arrays[0].in_hbm
+    if opcode in UPDATES:
+        update = computation[instruction.operands[UPDATES[opcode]]].arrays[0]
+        return 2 * update.size * arrays[0].in_hbm
+    if opcode == "gather":
+        return 2 * _size(arrays)
+    return _size(arrays) + sum(_size(operand.arrays) for operand in operands)
+
+
+def is_async_collective(fused: Computation) -> bool:
+    """True if a fusion is part of a collective that overlaps with other work: its start, its end,
+    or other work meanwhile. The collective stands in each of these."""
+    opcodes = {inner.opcode for inner in fused.values()}
+    return "custom-call" in opcodes and not opcodes.isdisjoint(COLLECTIVES)
+
+
+def _fusion_bytes(fusion: Instruction, operands: list[Instruction], fused: Computation) -> float:
+    """Bytes of operands and results; of an array that is sliced or updated, of the part alone."""
+    if is_async_collective(fused):
+        # Arrays that it passes on were counted at its start.
+        aliases = re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", fusion.attributes)
+        passed_in = {int(operand) for _, operand in aliases}
+        passed_out = {int(result or 0) for result, _ in aliases}
+        read = sum(_size(o.arrays) for i, o in enumerate(operands) if i not in passed_in)
+        return read + _size(tuple(a for i, a in enumerate(fusion.arrays) if i not in passed_out))
+    users: dict[str, list[Instruction]] = {}
+    for inner in fused.values():
+        for name in inner.operands:
+            users.setdefault(name, []).append(inner)
+    total = 0.0
+    for inner in fused.values():
+        if inner.opcode == "parameter":
+            operand = operands[int(inner.operands[0])].arrays[0]
+            if operand.in_hbm:
+                total += _bytes_read(fused, inner, users, operand.size)
+    for root, result in zip(roots_of(fused), fusion.arrays, strict=True):
+        while root.opcode in ELEMENTWISE and root.operands[0] in fused:
+            root = fused[root.operands[0]]
+        if result.in_hbm:
+            update = UPDATES.get(root.opcode)
+            written = result if update is None else fused[root.operands[update]].arrays[0]
+            total += written.size
+    return total
+
+
+def _bytes_read(
+    fused: Computation, parameter: Instruction, users: dict[str, list[Instruction]], size: float
+) -> float:
+    """Bytes that a fusion reads of a parameter of `size` bytes."""
+    total = 0.0
+    for user in users.get(parameter.name, []):
+        if user.opcode in ("dynamic-slice", "gather", "slice"):
+            total += user.arrays[0].size
+        elif user.opcode in ELEMENTWISE:
+            total += _bytes_read(fused, user, users, size)
+        elif user.opcode == "scatter" and user.operands[0] == parameter.name:
+            total += fused[user.operands[UPDATES["scatter"]]].arrays[0].size
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != parameter.name:
+            return size
+    return min(total, size)
+
+
+def _size(arrays: tuple[Array, ...]) -> float:
+    """Bytes of those arrays that lie in HBM."""
+    return sum(array.size for array in arrays if array.in_hbm)
+
+
+def kernel_flops(computation: Computation, kernel: Instruction) -> float:
+    """FLOPs of a custom call; 0 if not known."""
+    return _attention(computation, kernel)[0] or _stated(kernel, "flops") or 0.0
+
+
+def kernel_bytes(computation: Computation, kernel: Instruction) -> float | None:
+    """Bytes of HBM that a custom call reads and writes; None if not known."""
+    return _attention(computation, kernel)[1] or _stated(kernel, "bytes_accessed")
+
+
+def _stated(kernel: Instruction, field: str) -> float | None:
+    """A number of the cost estimate that the kernel's author gave, if any."""
+    match = re.search(rf'"cost_estimate":\{{[^}}]*"{field}":"?(\d+)', kernel.attributes)
+    return float(match[1]) if match else None
+
+
+def _attention(computation: Computation, kernel: Instruction) -> tuple[float, float]:
+    """FLOPs and bytes of an attention kernel; zeros for others."""
+    if match := re.match(r"splash_mha_(fwd|dq|dkv)_", kernel.name):
+        return _splash(computation, kernel, SPLASH_MATMULS[match[1]])
+    if kernel.name.startswith("ragged_paged_attention"):
+        return _ragged(computation, kernel)
+    return 0.0, 0.0
+
+
+def _splash(computation: Computation, kernel: Instruction, matmuls: int) -> tuple[float, float]:
+    """FLOPs and bytes of splash attention. Blocks above the diagonal are skipped; each other block
+    reads two arrays of the side that is streamed: keys and values, or queries and the gradient of
+    the output."""
+    arrays = [computation[name].arrays[0] for name in kernel.operands]
+    splits, (*rows, heads, length, width) = arrays[0].shape[-2], arrays[2].shape
+    side, blocks = length // splits, math.prod(rows) * heads * splits * (splits + 1) // 2
+    flops = 2.0 * matmuls * blocks * side**2 * width
+    once = sum(a.size for a in (*arrays[5:], *kernel.arrays) if a.in_hbm) + arrays[2].size
+    return flops, once + 2 * blocks * side * width * 2
+
+
+def _ragged(computation: Computation, kernel: Instruction) -> tuple[float, float]:
+    """FLOPs and bytes of ragged paged attention with full caches: all pages of the table; of
+    prompts, which have as many queries as keys, half, since a query sees the keys before it."""
+    arrays = [computation[name].arrays[0] for name in kernel.operands]
+    table, q, kv = arrays[1], arrays[-2], arrays[-1]
+    queries = q.shape[0] // table.shape[0]
+    share = 1.0 if queries == 1 else 0.5
+    keys = share * math.prod(table.shape) * kv.shape[1]
+    flops = 2.0 * 2 * keys * queries * q.shape[1] * q.shape[2]
+    token = kv.size / math.prod(kv.shape[:2])
+    return flops, 2 * q.size + keys * token
