@@ -27,12 +27,8 @@ def matmul_flops(computation: Computation, instruction: Instruction) -> float:
     if instruction.opcode == "dot":
         left = computation[instruction.operands[0]].arrays[0]
         match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        contracted = [int(n) for n in match[1].split(",") if n] if match else []
-        return (
-            2
-            * math.prod(instruction.arrays[0].shape)
-            * math.prod(left.shape[d] for d in contracted)
-        )
+        contracted = [left.shape[int(d)] for d in match[1].split(",") if d] if match else []
+        return 2 * math.prod((*instruction.arrays[0].shape, *contracted))
     if instruction.opcode == "convolution":
         return _convolution_flops(computation, instruction)
     if instruction.opcode == "custom-call":
@@ -41,49 +37,32 @@ def matmul_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def _convolution_flops(computation: Computation, conv: Instruction) -> float:
-    """FLOPs of a convolution, not counting padding and holes.
-
-    TPU programs express all matrix products as convolutions; batch dimensions become dilated
-    windows, in each of which one element is real.
-    """
+    """FLOPs of a convolution without padding and holes. TPU programs express all matrix products as
+    convolutions; batch dimensions become dilated windows with one real element each."""
     left, right = (computation[name].arrays[0] for name in conv.operands[:2])
     labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", conv.attributes)
     assert labels, conv.attributes
-    window = re.search(r"window=\{([^}]*)\}", conv.attributes)
-    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+    match = re.search(r"window=\{([^}]*)\}", conv.attributes)
+    fields = dict(field.split("=") for field in match[1].split()) if match else {}
 
-    def per_dimension(key: str, default: str) -> list[str]:
-        return fields[key].split("x") if key in fields else [default] * rank
+    def field(key: str, d: int, default: int) -> int:
+        """The value of a dimension; of `pad`, the one in front."""
+        return int(fields[key].split("x")[d].split("_")[0]) if key in fields else default
 
-    rank = sum(label.isdigit() for label in labels[3])
-    strides, dilations, holes = (
-        [int(n) for n in per_dimension(key, "1")] for key in ("stride", "rhs_dilate", "lhs_dilate")
-    )
-    pads = [tuple(int(n) for n in pad.split("_")) for pad in per_dimension("pad", "0_0")]
-    pairs = 1
-    for d in range(rank):
-        size_in = left.shape[labels[1].index(str(d))]
-        size_window = right.shape[labels[2].index(str(d))]
-        size_out = conv.arrays[0].shape[labels[3].index(str(d))]
-        pairs *= _valid(
-            size_in, size_window, size_out, strides[d], pads[d][0], dilations[d], holes[d]
-        )
-    batch = conv.arrays[0].shape[labels[3].index("b")]
-    features = conv.arrays[0].shape[labels[3].index("f")]
-    return 2.0 * batch * features * right.shape[labels[2].index("i")] * pairs
+    def size(side: int, label: str) -> int:
+        """Size of a labelled dimension of the input (1), the window (2) or the output (3)."""
+        return (left, right, conv.arrays[0])[side - 1].shape[labels[side].index(label)]
 
-
-def _valid(
-    size_in: int, size_window: int, size_out: int, stride: int, pad: int, dilation: int, hole: int
-) -> int:
-    """Pairs of an output and a window position that meet a real input."""
-    total = 0
-    window = np.arange(size_window) * dilation
-    for start in range(0, size_out, 4096):  # in chunks, since there may be millions
-        out = np.arange(start, min(start + 4096, size_out))
-        at = out[:, None] * stride + window[None, :] - pad
-        total += int(((at >= 0) & (at % hole == 0) & (at // hole < size_in)).sum())
-    return total
+    pairs = 1  # of an output and a window position that meet a real input
+    for d in range(sum(label.isdigit() for label in labels[3])):
+        window = np.arange(size(2, str(d))) * field("rhs_dilate", d, 1) - field("pad", d, 0)
+        stride, hole, met = field("stride", d, 1), field("lhs_dilate", d, 1), 0
+        for start in range(0, size(3, str(d)), 4096):  # in chunks, since there may be millions
+            out = np.arange(start, min(start + 4096, size(3, str(d))))
+            at = out[:, None] * stride + window
+            met += int(((at >= 0) & (at % hole == 0) & (at // hole < size(1, str(d)))).sum())
+        pairs *= met
+    return 2.0 * size(3, "b") * size(3, "f") * size(2, "i") * pairs
 
 
 def host_bytes(instruction: Instruction) -> float:
@@ -108,10 +87,9 @@ def hbm_bytes(computation: Computation, instruction: Instruction, fused: Computa
     operands = [computation[name] for name in instruction.operands if name in computation]
     if opcode == "send":
         return _size(operands[0].arrays)
-    if opcode == "custom-call":
-        stated = kernel_bytes(computation, instruction)
-        if stated is not None:
-            return stated
+    stated = kernel_bytes(computation, instruction) if opcode == "custom-call" else None
+    if stated is not None:
+        return stated
     if opcode == "fusion":
         return _fusion_bytes(instruction, operands, fused)
     if opcode == "dynamic-slice":
@@ -125,8 +103,8 @@ def hbm_bytes(computation: Computation, instruction: Instruction, fused: Computa
 
 
 def is_async_collective(fused: Computation) -> bool:
-    """True if a fusion is part of a collective that overlaps with other work: its start, its end,
-    or other work meanwhile. The collective stands in each of these."""
+    """True if a fusion is part of a collective that overlaps with other work: its start, its end or
+    other work meanwhile, in each of which the collective stands."""
     opcodes = {inner.opcode for inner in fused.values()}
     return "custom-call" in opcodes and not opcodes.isdisjoint(COLLECTIVES)
 

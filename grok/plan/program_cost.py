@@ -5,7 +5,6 @@ runs: a loop whose condition compares a counter with a constant as often as that
 often as the caller says. Costs are those of one device.
 """
 
-import dataclasses
 import math
 import re
 from collections import defaultdict
@@ -36,23 +35,17 @@ FREE = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass
 class Cost:
-    """Costs on one device.
+    """Costs on one device."""
 
-    flops: of matrix products; hbm: bytes read and written; host: bytes to and from host memory;
-    collectives: bytes that the device sends in each, by mesh axes and kind; loops: those whose
-    count was taken from the caller; kernels: custom calls of known cost.
-    """
-
-    flops: float = 0.0
-    hbm: float = 0.0
-    host: float = 0.0
-    collectives: dict[tuple[str, str], float] = dataclasses.field(
-        default_factory=lambda: defaultdict(float)
-    )
-    loops: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
-    kernels: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+    def __init__(self) -> None:
+        self.flops = 0.0  # of matrix products
+        self.hbm = 0.0  # bytes read and written
+        self.host = 0.0  # bytes to and from host memory
+        # Bytes sent in collectives, by mesh axes and kind.
+        self.collectives: dict[tuple[str, str], float] = defaultdict(float)
+        self.loops: dict[str, float] = defaultdict(float)  # whose count the caller gave
+        self.kernels: dict[str, float] = defaultdict(float)  # custom calls of known cost
 
     def add(self, other: "Cost", times: float = 1) -> None:
         """Adds another cost, so many times."""
@@ -68,9 +61,8 @@ class CompiledProgram:
     """A compiled program and its costs."""
 
     def __init__(self, text: str, mesh_sizes: dict[str, int], loop_count: float = 1):
-        """Reads `text`. `mesh_sizes` are the sizes of the mesh axes, in order; `loop_count` is how
-        often a loop runs whose count the text does not have. Conditionals take their dearest
-        branch."""
+        """Reads `text`. `mesh_sizes`: of the mesh axes, in order; `loop_count`: runs of loops whose
+        count the text does not have. Conditionals take their dearest branch."""
         self._computations, self._entry = parse_hlo(text)
         self._mesh_sizes = mesh_sizes
         self._loop_count = loop_count
@@ -131,29 +123,28 @@ class CompiledProgram:
         # Of a transfer to or from host memory, one end is in HBM.
         total.hbm = total.host or hbm_bytes(computation, instruction, fused)
         if "_xla_megascale_transfer_type" in instruction.attributes:
-            self._add_megascale(total, computation, instruction)
+            if opcode == "send":  # bytes for the host and the network, to all slices
+                match = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+                kind = match[1].lower().replace("_", "-") if match else "send"
+                sent = bytes_sent(computation, instruction, kind, self._mesh_sizes["slice"])
+                total.collectives["slice", kind] += sent
         elif fused:
-            resumed = is_async_collective(fused)
-            resumed = resumed and not instruction.name.startswith("async-collective-start")
+            is_start = instruction.name.startswith("async-collective-start")
+            sends = is_start or not is_async_collective(fused)
             for inner in fused.values():
-                self._add_work(total, fused, inner, counts_collectives=not resumed)
+                if sends or inner.opcode.removesuffix("-start") not in COLLECTIVES:
+                    self._add_work(total, fused, inner)
         else:
             self._add_work(total, computation, instruction)
         if opcode == "custom-call" and kernel_flops(computation, instruction):
             total.kernels[instruction.op_name] += 1
         return total
 
-    def _add_work(
-        self,
-        total: Cost,
-        computation: Computation,
-        instruction: Instruction,
-        counts_collectives: bool = True,
-    ) -> None:
+    def _add_work(self, total: Cost, computation: Computation, instruction: Instruction) -> None:
         """Adds FLOPs of an instruction, and bytes that it sends if it is a collective."""
         total.flops += matmul_flops(computation, instruction)
         kind = instruction.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES or not counts_collectives:
+        if kind not in COLLECTIVES:
             return
         groups = replica_groups(instruction.attributes, math.prod(self._mesh_sizes.values()))
         # A TPU has a reduce-scatter as an all-reduce fused with a slice of its result.
@@ -161,17 +152,6 @@ class CompiledProgram:
             kind = "reduce-scatter"
         sent = bytes_sent(computation, instruction, kind, groups.shape[1])
         total.collectives[self._mesh_axes(groups), kind] += sent
-
-    def _add_megascale(
-        self, total: Cost, computation: Computation, instruction: Instruction
-    ) -> None:
-        """Adds bytes that a device hands its host, for the network, in a collective of all
-        slices."""
-        if instruction.opcode == "send":
-            match = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
-            kind = match[1].lower().replace("_", "-") if match else "send"
-            sent = bytes_sent(computation, instruction, kind, self._mesh_sizes["slice"])
-            total.collectives["slice", kind] += sent
 
     def _loop_cost(self, computation: Computation, loop: Instruction) -> Cost:
         total = Cost()

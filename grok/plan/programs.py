@@ -25,19 +25,17 @@ from grok.weights.cast import release_groups
 
 
 class Program(NamedTuple):
-    """A function to compile; `arguments` are abstract, and `donate` is the place of the one that
-    the function may overwrite."""
+    """A function to compile."""
 
     function: Callable
-    arguments: dict[str, Any]  # by name, in order
-    donate: int
+    arguments: dict[str, Any]  # abstract, by name, in order
+    donate: int  # the place of the one that the function may overwrite
 
 
 def make_program(config: RunConfig, mesh: Mesh) -> Program:
     """The step that `config.plan.program` names, on `mesh`, which must be the ambient one."""
-    if config.plan.program == "train":
-        return train_program(config, mesh)
-    return inference_program(config, mesh)
+    make = train_program if config.plan.program == "train" else inference_program
+    return make(config, mesh)
 
 
 def train_program(config: RunConfig, mesh: Mesh) -> Program:
@@ -47,7 +45,11 @@ def train_program(config: RunConfig, mesh: Mesh) -> Program:
     dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
     if config.data.datasets:
         dtypes |= {"segment_ids_BT": jnp.int32, "positions_BT": jnp.int32}
-    batch = {name: _rows((B, T), dtype, mesh) for name, dtype in dtypes.items()}
+    placement = NamedSharding(mesh, sharding.spec("batch", "length"))
+    batch = {
+        name: jax.ShapeDtypeStruct((B, T), dtype, sharding=placement)
+        for name, dtype in dtypes.items()
+    }
     step = functools.partial(train_step, config=config, optimizer=optimizer)
     state = abstract_state(config, optimizer, mesh)
     return Program(step, {"state": state, "batch": batch}, donate=0)
@@ -55,10 +57,7 @@ def train_program(config: RunConfig, mesh: Mesh) -> Program:
 
 def inference_program(config: RunConfig, mesh: Mesh) -> Program:
     """One step of the model with its cache in pages: a prompt of S tokens a row, or a token a row
-    after S - 1.
-
-    What serving compiles is decided here alone.
-    """
+    after S - 1."""
     B, S = batch_of(config)
     size = config.engine.page_size
     pages = -(-S // size)
@@ -67,29 +66,25 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
     blocks, Q = (B // parts * pages, size) if prefill else (B // parts, 1)
     specs = params.param_specs(config.model)
     groups = {name: release_groups(spec) for name, spec in specs.items() if spec.is_matmul}
-    model = build.abstract(
-        config.model, mesh, groups if config.model.param_dtype == "int8" else None
-    )
-    same = config.engine.cache_dtype == "compute"
-    dtype = config.model.compute_dtype if same else config.engine.cache_dtype
+    is_int8, dtype = config.model.param_dtype == "int8", config.engine.cache_dtype
+    model = build.abstract(config.model, mesh, groups if is_int8 else None)
+    dtype = config.model.compute_dtype if dtype == "compute" else dtype
     make = functools.partial(init_cache, config.model, B * pages, size, dtype)
     cache = sharding.abstract_arrays(make, mesh)
 
-    def placed(*shape: int) -> jax.ShapeDtypeStruct:
-        place = NamedSharding(mesh, sharding.spec("batch", *(None,) * (len(shape) - 1)))
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    def sharded(*shape: int) -> jax.ShapeDtypeStruct:
+        placement = NamedSharding(mesh, sharding.spec("batch", *(None,) * (len(shape) - 1)))
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement)
 
     def step(model, cache, tokens_BT, places):
         x_BTD, cache, _ = model.step(tokens_BT, cache, places)
         return model.next_logits(x_BTD, places.count_BU), cache
 
-    places = PagedBatch(placed(parts, blocks, pages), placed(parts, blocks), placed(parts, blocks))
-    arguments = {
-        "model": model,
-        "cache": cache,
-        "tokens_BT": placed(parts, blocks * Q),
-        "places": places,
-    }
+    places = PagedBatch(
+        sharded(parts, blocks, pages), sharded(parts, blocks), sharded(parts, blocks)
+    )
+    tokens_BT = sharded(parts, blocks * Q)
+    arguments = {"model": model, "cache": cache, "tokens_BT": tokens_BT, "places": places}
     return Program(step, arguments, donate=1)
 
 
@@ -103,8 +98,3 @@ def bytes_per_device(arguments: dict[str, Any]) -> dict[str, int]:
         for path, leaf in jax.tree_util.tree_flatten_with_path(argument)[0]
         if not is_on_host(leaf)
     }
-
-
-def _rows(shape: tuple[int, int], dtype, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    parts = NamedSharding(mesh, sharding.spec("batch", "length"))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=parts)

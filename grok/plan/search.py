@@ -1,8 +1,5 @@
-"""A search of meshes, remat policies and batch sizes: legal candidates, most promising first.
-
-Candidates that cannot fit are left out, and the rest is ordered by a rough count of what it moves;
-the figures of the ranking come from compiled programs alone.
-"""
+"""A search of meshes, remat policies and batch sizes: those that may fit, ordered by a rough count of
+what they move. The figures of the ranking come from compiled programs alone."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -82,8 +79,8 @@ def _legal(config: RunConfig, slice_: Slice) -> Iterator[Candidate]:
 
 
 def _may_fit(config: RunConfig, slice_: Slice) -> bool:
-    """True if the state and a rough count of the rest fit a chip: activations saved for the
-    backward pass, a layer's weights and their gradients, rows in collectives, the table."""
+    """True if the state and a rough count of the rest fit a chip: saved activations, a layer's
+    weights and their gradients, rows in collectives, the table."""
     model, mesh = config.model, config.mesh
     shards = mesh.data * mesh.expert * mesh.tensor / slice_.chip.devices
     state = state_bytes(config) * num_parameters(model) / shards
@@ -102,11 +99,9 @@ def _may_fit(config: RunConfig, slice_: Slice) -> bool:
 
 
 def _seconds_per_token(config: RunConfig, mesh: dict[str, int], slice_: Slice) -> float:
-    """Rough seconds per token of what a step moves between chips and recomputes.
-
-    Parameters are gathered over data twice and their gradients scattered once; tokens go to experts
-    and back; tensor reduces what goes into and out of a block, twice.
-    """
+    """Rough seconds per token of what a step moves between chips and recomputes: parameters are
+    gathered over data twice and their gradients scattered once; tokens go to experts and back;
+    tensor reduces what goes into and out of a block, twice."""
     model, passes = config.model, 3 if config.plan.program == "train" else 1
     width = 2  # bytes of a value that moves
     data, expert, tensor = mesh["data"], mesh["expert"], mesh["tensor"]

@@ -18,15 +18,9 @@ BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 MOMENTS = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 1}
 # Config keys that `state_bytes` depends on.
 STATE_KEYS = (
-    "model.param_dtype",
-    "optimizer.name",
-    "optimizer.beta1",
-    "optimizer.moments_dtype",
-    "optimizer.offload",
-    "optimizer.ema_decay",
-    "lora.rank",
-    "plan.program",
-)
+    "model.param_dtype", "optimizer.name", "optimizer.beta1", "optimizer.moments_dtype",
+    "optimizer.offload", "optimizer.ema_decay", "lora.rank", "plan.program",
+)  # fmt: skip
 SMALLER_STATES: tuple[dict[str, Any], ...] = (
     {"optimizer.moments_dtype": "bfloat16"},
     {"optimizer.offload": True},
@@ -48,15 +42,12 @@ def suggestions(plan: Plan) -> Iterator[str]:
             yield f"{keys}: state of {plan.state * change / GIB:,.1f} GiB a chip"
     larger = larger_slice(plan)
     if larger is not None:
-        state = plan.state * plan.slice.num_chips / larger.num_chips
-        yield (
-            f"--topology {larger.name}, with more of mesh.data and as many rows a chip: state of "
-            f"{state / GIB:,.1f} GiB a chip"
-        )
+        state = plan.state * plan.slice.num_chips / larger.num_chips / GIB
+        change = "with more of mesh.data and as many rows a chip"
+        yield f"--topology {larger.name}, {change}: state of {state:,.1f} GiB a chip"
     if not training:
         yield f"fewer rows or tokens than {plan.batch[0]} x {plan.batch[1]}"
-        return
-    if plan.total is None:
+    if plan.total is None or not training:
         return
     rows = plan.batch[0] // batch_shards(plan.mesh_sizes)
     if rows > config.train.grad_accum_steps:
@@ -69,10 +60,9 @@ def suggestions(plan: Plan) -> Iterator[str]:
 
 def fits(plan: Plan, state: float) -> bool:
     """True if a state of so many bytes a chip leaves room for the rest of the program."""
-    capacity = plan.slice.chip.hbm
     if plan.total is None:
-        return state <= MAX_STATE_SHARE * capacity
-    return state + plan.total - plan.state <= capacity
+        return state <= MAX_STATE_SHARE * plan.slice.chip.hbm
+    return state + plan.total - plan.state <= plan.slice.chip.hbm
 
 
 def larger_slice(plan: Plan) -> Slice | None:
@@ -87,8 +77,7 @@ def larger_slice(plan: Plan) -> Slice | None:
 
 def state_bytes(config: RunConfig) -> float:
     """Bytes of HBM per parameter that persist from step to step."""
-    weights = BYTES[config.model.param_dtype]
-    optimizer = config.optimizer
+    weights, optimizer = BYTES[config.model.param_dtype], config.optimizer
     if config.plan.program != "train" or config.lora.rank:
         return weights
     moments = MOMENTS[optimizer.name]
