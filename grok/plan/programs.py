@@ -61,13 +61,13 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
     B, S = batch_of(config)
     size = config.engine.page_size
     pages = -(-S // size)
-    parts = sharding.axis_size("batch")
+    groups = sharding.axis_size("batch")
     prefill = config.plan.program == "prefill"
-    blocks, Q = (B // parts * pages, size) if prefill else (B // parts, 1)
+    blocks, Q = (B // groups * pages, size) if prefill else (B // groups, 1)
     specs = params.param_specs(config.model)
-    groups = {name: release_groups(spec) for name, spec in specs.items() if spec.is_matmul}
+    scale_groups = {name: release_groups(spec) for name, spec in specs.items() if spec.is_matmul}
     is_int8, dtype = config.model.param_dtype == "int8", config.engine.cache_dtype
-    model = build.abstract(config.model, mesh, groups if is_int8 else None)
+    model = build.abstract(config.model, mesh, scale_groups if is_int8 else None)
     dtype = config.model.compute_dtype if dtype == "compute" else dtype
     make = functools.partial(init_cache, config.model, B * pages, size, dtype)
     cache = sharding.abstract_arrays(make, mesh)
@@ -76,15 +76,14 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
         placement = NamedSharding(mesh, sharding.spec("batch", *(None,) * (len(shape) - 1)))
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement)
 
-    def step(model, cache, tokens_BT, places):
-        x_BTD, cache, _ = model.step(tokens_BT, cache, places)
-        return model.next_logits(x_BTD, places.count_BU), cache
+    def step(model, cache, tokens_BT, batch):
+        x_BTD, cache, _ = model.step(tokens_BT, cache, batch)
+        return model.next_logits(x_BTD, batch.count_BU), cache
 
-    places = PagedBatch(
-        sharded(parts, blocks, pages), sharded(parts, blocks), sharded(parts, blocks)
-    )
-    tokens_BT = sharded(parts, blocks * Q)
-    arguments = {"model": model, "cache": cache, "tokens_BT": tokens_BT, "places": places}
+    chunks = sharded(groups, blocks)
+    batch = PagedBatch(sharded(groups, blocks, pages), chunks, chunks)
+    tokens_BT = sharded(groups, blocks * Q)
+    arguments = {"model": model, "cache": cache, "tokens_BT": tokens_BT, "batch": batch}
     return Program(step, arguments, donate=1)
 
 

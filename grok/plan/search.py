@@ -1,5 +1,5 @@
-"""A search of meshes, remat policies and batch sizes: those that may fit, ordered by a rough count of
-what they move. The figures of the ranking come from compiled programs alone."""
+"""A search of meshes, remat policies and batch sizes: those that may fit, by a rough count of what
+they move. The figures of the ranking come from compiled programs alone."""
 
 import dataclasses
 from collections.abc import Iterator

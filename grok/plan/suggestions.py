@@ -43,8 +43,8 @@ def suggestions(plan: Plan) -> Iterator[str]:
     larger = larger_slice(plan)
     if larger is not None:
         state = plan.state * plan.slice.num_chips / larger.num_chips / GIB
-        change = "with more of mesh.data and as many rows a chip"
-        yield f"--topology {larger.name}, {change}: state of {state:,.1f} GiB a chip"
+        scaled = "with more of mesh.data and as many rows a chip"
+        yield f"--topology {larger.name}, {scaled}: state of {state:,.1f} GiB a chip"
     if not training:
         yield f"fewer rows or tokens than {plan.batch[0]} x {plan.batch[1]}"
     if plan.total is None or not training:
