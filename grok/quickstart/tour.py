@@ -51,10 +51,8 @@ def run(folder: Path) -> int:
 
 
 def prepare_folder(folder: Path, console: Console) -> Path:
-    """Writes text, tokenizer and config into `folder`; returns the config's path.
-
-    An interrupted run stays, to be continued; a finished one is deleted and made anew.
-    """
+    """Writes text, tokenizer and config into `folder`, but for an interrupted run, which is
+    continued; returns the config's path."""
     config_path = folder / "quickstart.yaml"
     if config_path.exists():
         if last_step(folder / "metrics.jsonl") < load_config(config_path).train.steps:
@@ -72,9 +70,7 @@ def prepare_folder(folder: Path, console: Console) -> Path:
     tokenizer = train_tokenizer([train_path], tokenizer_path, vocab_size)
     config_path.write_text(
         "# Written by `grok quickstart`.\n"
-        "extends: quickstart\n"
-        f"folder: {folder.absolute()}\n"
-        "data:\n"
+        f"extends: quickstart\nfolder: {folder.absolute()}\ndata:\n"
         f"  train: [{train_path.absolute()}]\n"
         f"  validation: [{heldout_path.absolute()}]\n"
         f"  tokenizer: {tokenizer_path.absolute()}\n"
@@ -104,10 +100,7 @@ def train_with_a_restart(config_path: Path, console: Console) -> int:
 
 
 def train(config_path: Path, stop_at: int | None) -> int:
-    """Runs `grok train` to its end, or asks it to stop once it has logged step `stop_at`.
-
-    Returns the command's exit code.
-    """
+    """Runs `grok train`, asked to stop once it has logged step `stop_at`; returns its exit code."""
     metrics_path = config_path.parent / "metrics.jsonl"
     with subprocess.Popen([*GROK, "train", str(config_path)]) as process:
         try:

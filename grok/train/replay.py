@@ -49,9 +49,8 @@ class Comparison(NamedTuple):
 
 
 def find_segment(folder: Path, first: int | None, num_steps: int | None) -> Segment:
-    """Finds the steps after the checkpoint `first` (0: from the beginning; default: the newest
-    checkpoint with a logged step after it): `num_steps` of them, or as many as have the same config
-    and devices.
+    """Finds the steps after the checkpoint `first` (0: the beginning; default: the newest with a
+    logged step after it): `num_steps`, or as many as have the same config and devices.
 
     Raises CheckpointError when the run does not have them.
     """
@@ -81,8 +80,7 @@ def find_segment(folder: Path, first: int | None, num_steps: int | None) -> Segm
 def replay(segment: Segment) -> list[Comparison]:
     """Runs the steps again and compares.
 
-    Raises CheckpointError when devices or text are not those of the run, or the replay was asked to
-    stop.
+    Raises CheckpointError when devices or text are not the run's, or when asked to stop.
     """
     _check_same_machine_and_text(segment)
     with tempfile.TemporaryDirectory(prefix="grok-replay-") as name:

@@ -90,8 +90,7 @@ class RunManifest:
         self._facts = read_manifest(folder) or {"id": secrets.token_hex(4), "starts": []}
         checkpoints = self._facts.get("checkpoints", {})
         config_before = self._facts.get("config")
-        self._facts["config"] = to_dict(config)
-        self._facts["data"] = describe_data(config, data)
+        self._facts |= {"config": to_dict(config), "data": describe_data(config, data)}
         self._facts["checkpoints"] = checkpoints
         self._process: dict[str, Any] = {"began": _now(), "ended": None}
         self._process |= {"first_step": None, "last_step": None, "exit_code": None}

@@ -55,7 +55,7 @@ class Telemetry:
             quiet=self._folder is None,
         )
         self._figures: list[str] = []
-        self._smoothed_loss = SmoothedLoss()
+        self._loss_sum = self._loss_weight = 0.0
         self._shapes: set[tuple[int, int]] = set()
 
     def __enter__(self) -> "Telemetry":
@@ -137,7 +137,7 @@ class Telemetry:
         values = to_plain(metrics) | more | self.rates.take()
         self._write(step, values)
         loss = values["loss"]
-        self._figures = [f"loss {loss:.3f}", f"smoothed {self._smoothed_loss.add(loss):.3f}"]
+        self._figures = [f"loss {loss:.3f}", f"smoothed {self._smooth(loss):.3f}"]
         for key, text in (("tokens_per_second", "{:,.0f} tokens/s"), ("mfu", "MFU {:.1%}")):
             if values.get(key) is not None:
                 self._figures.append(text.format(values[key]))
@@ -182,24 +182,17 @@ class Telemetry:
         if self._manifest:
             self._manifest.ended(step, code)
 
+    def _smooth(self, loss: float) -> float:
+        """Exponential mean of the finite losses so far, not biased to zero; `loss` before any."""
+        if math.isfinite(loss):
+            self._loss_sum = SMOOTHING * self._loss_sum + (1 - SMOOTHING) * loss
+            self._loss_weight = SMOOTHING * self._loss_weight + (1 - SMOOTHING)
+        return self._loss_sum / self._loss_weight if self._loss_weight else loss
+
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         self.metrics.write(step, **values)
         for tracker in self._trackers:
             tracker.write(step, values)
-
-
-class SmoothedLoss:
-    """Exponential mean of the finite losses so far, without the start's bias towards zero."""
-
-    def __init__(self) -> None:
-        self._sum = self._weight = 0.0
-
-    def add(self, loss: float) -> float:
-        """Returns the mean with `loss`; a loss that is not finite before any other is returned."""
-        if math.isfinite(loss):
-            self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
-            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
-        return self._sum / self._weight if self._weight else loss
 
 
 class Rates:

@@ -1,91 +1,74 @@
 """Experiment trackers that metrics are sent to: TensorBoard, Weights & Biases."""
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grok.config import RunConfig
 from grok.config.load import to_dict
 from grok.errors import ConfigError
 
 
-def open_trackers(config: RunConfig, folder: Path, run_id: str, first: int) -> "list[Tracker]":
+class Tracker(NamedTuple):
+    """A service or format that metrics are sent to, by step; `close` sends what is left."""
+
+    write: Callable[[int, Mapping[str, Any]], None]
+    close: Callable[[], None]
+
+
+def open_trackers(config: RunConfig, folder: Path, run_id: str, first: int) -> list[Tracker]:
     """Opens the trackers of `train.tensorboard` and `train.wandb`, with files in `folder`; they
     continue the run `run_id` after step `first`.
 
     Raises ConfigError when a package is missing, or the service refuses the login.
     """
-    extras = []
+    trackers = []
     if config.train.tensorboard:
-        extras.append(("train.tensorboard=true", "tensorboardX", "tensorboard"))
+        _require("tensorboardX", "train.tensorboard=true", "tensorboard")
+        trackers.append(_tensorboard(folder / "tensorboard", first))
     if config.train.wandb:
-        extras.append((f"train.wandb={config.train.wandb}", "wandb", "wandb"))
-    for key, package, extra in extras:
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"{key} needs {package}, which is not installed; `pip install 'grok[{extra}]'` "
-                "would install it."
-            )
-    return [
-        *([TensorBoard(folder / "tensorboard", first)] if config.train.tensorboard else []),
-        *([WeightsAndBiases(config, folder, run_id)] if config.train.wandb else []),
-    ]
+        _require("wandb", f"train.wandb={config.train.wandb}", "wandb")
+        trackers.append(_weights_and_biases(config, folder, run_id))
+    return trackers
 
 
-class TensorBoard:
+def _tensorboard(folder: Path, first: int) -> Tracker:
     """Event files in a folder. Scalars alone: `name` or, of a list, `name/0`, `name/1`, ..."""
+    from tensorboardX import SummaryWriter
 
-    def __init__(self, folder: Path, first: int):
-        from tensorboardX import SummaryWriter
+    # Hides later steps, written by a process that died.
+    writer = SummaryWriter(str(folder), purge_step=first + 1)
 
-        # Hides later steps, written by a process that died.
-        self._writer = SummaryWriter(str(folder), purge_step=first + 1)
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds a point to each curve."""
+    def write(step: int, values: Mapping[str, Any]) -> None:
         for name, value in scalars(values):
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
-    def close(self) -> None:
-        """Closes the files."""
-        self._writer.close()
+    return Tracker(write, writer.close)
 
 
-class WeightsAndBiases:
+def _weights_and_biases(config: RunConfig, folder: Path, run_id: str) -> Tracker:
     """A run of W&B, which a resumed run goes on with."""
+    import wandb
 
-    def __init__(self, config: RunConfig, folder: Path, run_id: str):
-        import wandb
-
-        try:
-            self._run = wandb.init(
-                project=config.train.wandb,
-                dir=folder,
-                id=run_id,
-                name=Path(config.folder).name,
-                config=to_dict(config),
-                resume="allow",
-                # The progress display is for a terminal, not for a log file.
-                settings=wandb.Settings(console="off"),
-            )
-        except wandb.errors.Error as error:
-            raise ConfigError(
-                f"train.wandb={config.train.wandb} cannot be used: {error}; `wandb login`, or "
-                "WANDB_MODE=offline in the environment, would work."
-            ) from None
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Logs the values of a step."""
-        self._run.log(dict(scalars(values)), step=step)
-
-    def close(self) -> None:
-        """Sends what is left."""
-        self._run.finish()
-
-
-Tracker = TensorBoard | WeightsAndBiases
+    try:
+        run = wandb.init(
+            project=config.train.wandb,
+            dir=folder,
+            id=run_id,
+            name=Path(config.folder).name,
+            config=to_dict(config),
+            resume="allow",
+            # The progress display is for a terminal, not for a log file.
+            settings=wandb.Settings(console="off"),
+        )
+    except wandb.errors.Error as error:
+        raise ConfigError(
+            f"train.wandb={config.train.wandb} cannot be used: {error}; `wandb login`, or "
+            "WANDB_MODE=offline in the environment, would work."
+        ) from None
+    return Tracker(lambda step, values: run.log(dict(scalars(values)), step=step), run.finish)
 
 
 def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -98,3 +81,11 @@ def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield from scalars(numbers)
         elif isinstance(value, int | float):
             yield name, value
+
+
+def _require(package: str, key: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"{key} needs {package}, which is not installed; `pip install 'grok[{extra}]'` would "
+            "install it."
+        )
