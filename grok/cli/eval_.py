@@ -69,7 +69,7 @@ def eval_(
     check_fits(run, mesh.size)
     tokenizer = find_tokenizer(checkpoint, tokenizer, run, data)
     model = load(checkpoint, run.model, mesh, run.model.param_dtype)
-    losses = list(evaluate_texts(model, mesh, data, tokenizer, run))
+    losses = list(evaluate_texts(model, mesh, data, tokenizer, run)) if data else []
     if losses and not as_json:
         table = make_table("data", "tokens", "bytes", "nats/token", "bits/byte", right=4)
         for path, *counts, nats, bits in losses:

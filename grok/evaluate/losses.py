@@ -9,15 +9,13 @@ import jax
 from jax.sharding import Mesh
 
 from grok.config import RunConfig
-from grok.data.batch_schedule import Batch
 from grok.data.dataset import MANIFEST_FILE
-from grok.data.packed_batches import PackedValidation
-from grok.data.stream_batches import StreamValidation, bits_per_byte, read_stream
-from grok.data.tokenizers import load_tokenizer, token_bytes
+from grok.data.stream_batches import bits_per_byte
+from grok.data.tokenizers import load_tokenizer
 from grok.errors import DataError
 from grok.model.decoder import Decoder
 from grok.train.loss import eval_step, total_loss
-from grok.train.run_data import open_dataset
+from grok.train.run_data import open_held_out
 
 
 class TextLoss(NamedTuple):
@@ -32,32 +30,26 @@ class TextLoss(NamedTuple):
 
 
 def evaluate_texts(
-    model: Decoder, mesh: Mesh, paths: Sequence[str], tokenizer: str, config: RunConfig
+    model: Decoder, mesh: Mesh, paths: Sequence[str], tokenizer_file: str, config: RunConfig
 ) -> Iterable[TextLoss]:
     """The loss on each of these text files and token datasets, one after the other.
 
     Rows have the shape that `config.data` gives, and are split over the mesh. Raises DataError for
     one that cannot be read, has nothing to predict, or is of another tokenizer, before any is run.
     """
-    held_out = [(path, *_open(path, tokenizer, config)) for path in paths]
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, tokenizer=tokenizer_file)
+    )
+    tokenizer = load_tokenizer(tokenizer_file)
+    held_out = []
+    for path in paths:
+        is_dataset = (Path(path) / MANIFEST_FILE).exists()
+        batches, num_bytes = open_held_out([path], path if is_dataset else "", tokenizer, config)
+        if not num_bytes:
+            raise DataError(f"dataset {path} has no text to predict; one with text would work.")
+        held_out.append((path, batches, num_bytes))
     eval_function = jax.jit(eval_step)
     for path, batches, num_bytes in held_out:
         with jax.set_mesh(mesh):
             nats, tokens = total_loss(eval_function, model, batches, mesh)
         yield TextLoss(path, tokens, num_bytes, nats / tokens, bits_per_byte(nats, num_bytes))
-
-
-def _open(path: str, tokenizer_file: str, config: RunConfig) -> tuple[Iterable[Batch], int]:
-    """The batches of a text, and its bytes."""
-    data = dataclasses.replace(config.data, tokenizer=tokenizer_file)
-    shape = {"sequence_length": data.sequence_length, "batch_size": data.batch_size}
-    tokenizer = load_tokenizer(tokenizer_file)
-    if not (Path(path) / MANIFEST_FILE).exists():
-        stream = read_stream([path], tokenizer, config.model.vocab_size)
-        return StreamValidation(stream, **shape), stream.num_bytes
-    documents = open_dataset(path, dataclasses.replace(config, data=data))
-    packed = PackedValidation(documents, **shape)
-    num_bytes = packed.num_bytes(token_bytes(tokenizer))
-    if not num_bytes:
-        raise DataError(f"dataset {path} has no text to predict; one with text would work.")
-    return packed, num_bytes

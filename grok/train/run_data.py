@@ -1,7 +1,7 @@
 """The data of a run, and the check that a resumed run has the same."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from grok import storage
@@ -11,7 +11,7 @@ from grok.data.dataset import TokenDataset
 from grok.data.device_feed import TrainBatches
 from grok.data.packed_batches import PackedBatches, PackedValidation
 from grok.data.stream_batches import StreamBatches, StreamValidation, read_stream
-from grok.data.tokenizers import load_tokenizer, token_bytes
+from grok.data.tokenizers import Tokenizer, load_tokenizer, token_bytes
 from grok.errors import CheckpointError, DataError
 
 
@@ -31,7 +31,7 @@ class RunData(NamedTuple):
 
 def read_data(config: RunConfig) -> RunData:
     """Opens the config's data. DataError when it is missing or of another tokenizer."""
-    data, vocab_size = config.data, config.model.vocab_size
+    data = config.data
     if not data.train and not data.datasets:
         raise DataError(
             "data.train names no files and data.datasets no datasets; data.train=[text.txt] would "
@@ -50,16 +50,25 @@ def read_data(config: RunConfig) -> RunData:
         mixture = Mixture([dataset.weight for dataset in data.datasets], changes)
         train = PackedBatches(datasets, mixture, schedule, seed=data.seed, packing=data.packing)
     else:
-        stream = read_stream(data.train, tokenizer, vocab_size)
+        stream = read_stream(data.train, tokenizer, config.model.vocab_size)
         train = StreamBatches(stream, schedule, seed=data.seed)
-    shape = {"sequence_length": data.sequence_length, "batch_size": data.batch_size}
-    if data.validation_dataset:
-        packed = PackedValidation(open_dataset(data.validation_dataset, config), **shape)
-        return RunData(train, packed, packed.num_bytes(token_bytes(tokenizer)), hashes)
-    if data.validation:
-        held_out = StreamValidation(read_stream(data.validation, tokenizer, vocab_size), **shape)
-        return RunData(train, held_out, held_out.num_bytes, hashes)
-    return RunData(train, None, None, hashes)
+    if not data.validation_dataset and not data.validation:
+        return RunData(train, None, None, hashes)
+    held_out = open_held_out(data.validation, data.validation_dataset, tokenizer, config)
+    return RunData(train, *held_out, hashes)
+
+
+def open_held_out(
+    texts: Sequence[str], dataset: str, tokenizer: Tokenizer, config: RunConfig
+) -> tuple[Iterable[Batch], int]:
+    """The batches of a pass over a prepared dataset, or else over text files, in the shape of
+    `config.data`, and the UTF-8 bytes that it predicts."""
+    shape = {"sequence_length": config.data.sequence_length, "batch_size": config.data.batch_size}
+    if dataset:
+        packed = PackedValidation(open_dataset(dataset, config), **shape)
+        return packed, packed.num_bytes(token_bytes(tokenizer))
+    stream = read_stream(texts, tokenizer, config.model.vocab_size)
+    return StreamValidation(stream, **shape), stream.num_bytes
 
 
 def open_dataset(path: str, config: RunConfig) -> TokenDataset:
