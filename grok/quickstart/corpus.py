@@ -40,7 +40,9 @@ def heldout_topics(topics: Mapping[str, str]) -> set[str]:
     sizes = {topic: len(text.encode()) for topic, text in topics.items()}
     room = HELDOUT_SHARE * sum(sizes.values())
     heldout: set[str] = set()
-    for group in sorted(_groups(topics), key=_hash):
+    for group in sorted(
+        _groups(topics), key=lambda group: hashlib.sha256(group[0].encode()).digest()
+    ):
         size = sum(sizes[topic] for topic in group)
         if size <= room:
             heldout.update(group)
@@ -50,17 +52,12 @@ def heldout_topics(topics: Mapping[str, str]) -> set[str]:
 
 def _groups(topics: Mapping[str, str]) -> list[list[str]]:
     """Topics in groups that share paragraphs, directly or through others."""
-    groups: list[tuple[set[str], set[str]]] = []
+    groups: list[tuple[set[str], ...]] = []  # members and their paragraphs
     for topic in sorted(topics):
-        members, paragraphs = {topic}, _paragraphs(topics[topic])
-        apart = []
-        for other_members, other_paragraphs in groups:
-            if paragraphs & other_paragraphs:
-                members |= other_members
-                paragraphs |= other_paragraphs
-            else:
-                apart.append((other_members, other_paragraphs))
-        groups = [*apart, (members, paragraphs)]
+        paragraphs = _paragraphs(topics[topic])
+        sharing = [({topic}, paragraphs), *(group for group in groups if group[1] & paragraphs)]
+        apart = [group for group in groups if not group[1] & paragraphs]
+        groups = [*apart, tuple(set[str]().union(*sets) for sets in zip(*sharing, strict=True))]
     return [sorted(members) for members, _ in groups]
 
 
@@ -68,7 +65,3 @@ def _paragraphs(text: str) -> set[str]:
     """The longer paragraphs, with white space normalised (included text may be indented)."""
     paragraphs = {" ".join(paragraph.split()) for paragraph in text.split("\n\n")}
     return {p for p in paragraphs if len(p) >= MIN_SHARED_CHARACTERS}
-
-
-def _hash(group: list[str]) -> bytes:
-    return hashlib.sha256(group[0].encode()).digest()

@@ -116,11 +116,11 @@ def rollback_step(steps: Sequence[int], error: Diverged, began: int, rolled_back
     one was not good enough, and the one before it is taken. Raises `error` when none is left.
     """
     good = [step for step in steps if step < error.first]
-    newer = [step for step in good if rolled_back and step > began]
-    older = [step for step in good if not rolled_back or step < began]
-    if not newer and not older:
+    if rolled_back:
+        good = [step for step in good if step > began] or [step for step in good if step < began]
+    if not good:
         raise error
-    return max(newer or older)
+    return max(good)
 
 
 def skip_batches(before: Skipped, step: int, error: Diverged, skipped: Skipped) -> Skipped:
