@@ -31,9 +31,8 @@ def write_report(folders: Sequence[str], out: Path) -> list[Path]:
 
     GrokError where a folder is no run's.
     """
-    from grok.report.comparison_page import comparison_page, comparison_png
+    from grok.report.pages import comparison_page, comparison_png, run_page, run_png
     from grok.report.recorded_run import read_run
-    from grok.report.run_page import run_page, run_png
 
     runs = [read_run(folder) for folder in folders]
     html = run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)
