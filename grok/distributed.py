@@ -1,12 +1,9 @@
 """Several hosts: one process on each, started by the same command, that start and end together.
 
-On TPU VMs the processes find each other through the VM's metadata. Elsewhere the environment of
-each names GROK_COORDINATOR (host:port of process 0, free there), GROK_NUM_PROCESSES and
-GROK_PROCESS_ID (from 0); without them a process works alone.
-
-A process that fails publishes the reason in the coordination service's key-value store, and all
-exit with its code. The service notices a process that was killed or no longer answers, and aborts
-the others.
+TPU VMs find each other by their metadata. Elsewhere the environment has GROK_COORDINATOR (host:port
+of process 0, free there), GROK_NUM_PROCESSES and GROK_PROCESS_ID (from 0). A process that fails
+publishes the reason in the coordination service's store, and all exit with its code; the service
+aborts them when one was killed or no longer answers.
 """
 
 import contextlib
@@ -110,8 +107,7 @@ def broadcast_from_primary(make: Callable[[], Any]) -> Any:
 
 
 def compile_in_lockstep(jitted: Any, *arguments: Any) -> None:
-    """Compiles a jitted function for `arguments` in every process before any process runs it: CPU
-    collectives time out after half a minute, and compilation may take longer."""
+    """Compiles in every process before any runs: CPU collectives time out after half a minute."""
     jitted.lower(*arguments).compile()
     barrier()
 

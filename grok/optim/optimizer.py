@@ -1,7 +1,6 @@
 """The optimizer and the learning rate of a run, by name.
 
-Each optimizer turns a gradient into a direction; clipping before it, and decay, learning rate and
-parameter groups after it, are the same for all.
+Each optimizer turns a gradient into a direction; clipping, decay and groups are the same for all.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,5 @@
-"""Trained and frozen tensors, and parameter groups: patterns over the tensors' names.
-
-A tensor's name is its path in the model, as in `layers/moe/router_DE`. The trained part of a model
-is the model's own tree with None in place of every frozen tensor, so that nothing is computed or
-stored for those.
+"""Trained and frozen tensors, and parameter groups: patterns over names such as
+`layers/moe/router_DE`. In the trained part of a model, None stands for every frozen tensor.
 """
 
 import fnmatch

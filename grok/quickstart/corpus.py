@@ -1,7 +1,6 @@
-"""A corpus that comes with Python: the language reference, as `help()` shows it.
+"""A corpus that comes with Python, so that it needs no network: the language reference of `help()`.
 
-The text is the standard library's `pydoc_data.topics`, so it needs no network; its size, and with
-it every number measured on it, depends on the Python version.
+Its size, and every number measured on it, depend on the Python version.
 """
 
 import hashlib

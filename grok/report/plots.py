@@ -1,7 +1,6 @@
-"""Plots of a run: curves over steps and loads of experts, as PNG or as SVG in the page's colours.
+"""Plots of a run, as PNG or as SVG with the page's CSS variables for colours and text as text.
 
-In SVG every colour is a CSS variable of the page, so that one drawing suits a light and a dark
-theme, and text is text. P points, L layers, E experts.
+P points, L layers, E experts.
 """
 
 import io

@@ -1,8 +1,7 @@
 """Bad steps: skipped and counted inside the compiled step, and the rollback after many in a row.
 
-A step is bad when its loss or a gradient is not finite, or, with `train.grad_spike_factor`, when
-the gradient's norm is that many times its running average. A bad step changes no parameter, moment
-or average, but counts as a step, since its batch was used.
+Bad is a loss or gradient that is not finite, or, with `train.grad_spike_factor`, a norm so many
+times its running average. Such a step changes no parameter, moment or average, but is counted.
 """
 
 import dataclasses

@@ -38,8 +38,7 @@ class InitialWeights:
 
 
 def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeights | None:
-    """Returns the weights that the run in this folder starts or has started from; None: it was
-    initialised from its seed.
+    """Returns the weights that the run starts or has started from; None: initialised from its seed.
 
     Raises CheckpointError as `open_initial` does, when adapters belong to other weights, and when
     the folder is an import's, whose weights would not be used.

@@ -1,7 +1,5 @@
-"""Replay: repeats some steps of a run, to see that they come out the same, bit for bit.
-
-It runs the training loop in a temporary folder, from a checkpoint of the run or from its beginning,
-with the config of that time, and compares every loss and gradient norm that the run logged.
+"""Replay: repeats steps of a run in a temporary folder, from a checkpoint or from its beginning,
+and compares every loss and gradient norm that it logged, bit for bit.
 """
 
 import dataclasses

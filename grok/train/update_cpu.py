@@ -1,9 +1,7 @@
-"""The application of updates on CPU, in an order in which XLA writes parameters and moments in
-place.
+"""Updates on CPU, in an order in which XLA writes parameters and moments in place.
 
-XLA on CPU would otherwise copy them, to write over what it has yet to read, and hold all updates at
-once. With these barriers it reads all that a tensor's update needs, then changes the tensor, and
-then its moments, which are computed a second time for that.
+XLA on CPU would otherwise copy them and hold all updates at once. With these barriers it reads all
+that a tensor's update needs, then changes the tensor, and then its moments, computed once more.
 """
 
 from typing import Any

@@ -14,9 +14,8 @@ from grok.storage import is_remote
 class Watchdog:
     """Ends the process with RESTART when no heartbeat comes for `seconds` (0: never).
 
-    It is paused until the first heartbeat, and from `pause` to the next, since compilation takes as
-    long as it takes. Before the end, the stacks of all threads go to stderr and, if the run's
-    folder is on this machine, to `stacks-PROCESS.txt` in it.
+    It is paused until the first, and from `pause` to the next, since compilation takes its time.
+    The stacks of all threads go to stderr and, if the folder is local, to `stacks-PROCESS.txt`.
     """
 
     def __init__(self, seconds: int, folder: str):
