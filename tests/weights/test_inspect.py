@@ -151,7 +151,7 @@ def test_fields_that_config_json_does_not_have(formats, tmp_path):
     del data["rope_theta"]
     file.write_text(json.dumps(data))
     found = as_json(tmp_path / "hf")
-    assert found["assumed"] == ["rope_theta", "param_dtype", "compute_dtype", "remat"]
+    assert found["assumed"] == ["attention.rope.theta", "param_dtype", "compute_dtype", "remat"]
     assert found["step"] is found["checksums"] is found["imported_from"] is None
 
 

@@ -21,7 +21,7 @@ import grok
 from grok.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, RunConfig
 from grok.errors import CheckpointError, ConfigError
 from grok.model.build import to_arrays
-from grok.weights.cast import converted, per_channel
+from grok.weights.cast import converted, per_channel, release_groups
 from grok.weights.importing.importer import import_weights
 from grok.weights.load import put_on_mesh
 from grok.weights.xai.source import ReleaseSource
@@ -161,7 +161,7 @@ def test_large_parts_arrive_in_blocks(monkeypatch):
 
 def test_floats_become_int8_on_a_mesh():
     source = RandomSource(ODD, dtype="float32")
-    for groups in (None, per_channel):
+    for groups in (release_groups, per_channel):
         quantized = converted(source, "int8", groups)
         here, there = put_on_mesh(quantized), put_on_mesh(quantized, grok.make_mesh(1, 4, 2))
         for name, array in to_arrays(here).items():

@@ -146,7 +146,7 @@ class Grok1(Adapter):
     def stated_fields(self, data: dict[str, Any]) -> set[str]:
         """The fields of our config that a config.json has."""
         known = SIZES | FACTORS
-        return {ours for ours, theirs in known.items() if any(data.get(key) for key in theirs)}
+        return {ours for ours, theirs in known.items() if any(map(data.get, theirs))} | {*FIXED}
 
     def config_data(self, config: ModelConfig, dtype: str) -> dict[str, Any]:
         """The content of config.json for a model in the layout of hpcai-tech/grok-1."""
