@@ -29,7 +29,7 @@ import ml_dtypes
 import numpy as np
 
 from grok.errors import CheckpointError
-from grok.weights.xai.objects import GLOBALS, StoredArray, StoredTensor
+from grok.weights.xai.objects import GLOBALS, StoredTensor
 from grok.weights.xai.unpickler import parse_tensor
 from tests.fixtures.release_layout import Layout, plain_layout, quantized_layout
 
@@ -265,8 +265,8 @@ class Control(pickle.Unpickler):
 def holds(data: bytes, record: StoredTensor) -> bool:
     """Returns whether Python unpickles the arrays of `record` from `data`."""
     value = Control(io.BytesIO(data)).load()
-    if isinstance(record, StoredArray):
-        pairs = [(record, value)]
+    if record.scales is None:
+        pairs = [(record.values, value)]
     else:
         pairs = [(record.values, value.weight), (record.scales, value.scales)]
     return all(

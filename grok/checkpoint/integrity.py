@@ -1,8 +1,6 @@
 """Detects damaged checkpoints, by the sizes of their files and the content of the small ones.
 
-A save writes the list of its files, `files.json`, last. Small files have a checksum there, so that
-a flipped bit in any description of the arrays is noticed; of large files, sizes are compared, which
-costs no reading.
+A save writes the list of its files, `files.json`, last, with checksums of the small ones.
 """
 
 import json
@@ -31,9 +29,8 @@ def write_list(folder: StrPath) -> None:
     files: dict[str, dict[str, Any]] = {}
     for name, size in sorted(storage.list_tree(folder).items()):
         if name != STEP_METADATA:
-            files[name] = {"bytes": size}
-            if size <= SMALL_BYTES:
-                files[name][ALGORITHM] = _checksum(folder, name)
+            checksum = {ALGORITHM: _checksum(folder, name)} if size <= SMALL_BYTES else {}
+            files[name] = {"bytes": size, **checksum}
     storage.write_bytes(join(folder, FILES), json.dumps(files).encode())
 
 

@@ -1,12 +1,12 @@
 """Checkpoints of a run through Orbax; the only file that imports it.
 
-A checkpoint is a set of named pytrees of arrays, plus plain data. Each tree is stored as nested
-dictionaries under the names of its attributes (`layers/moe/router_DE`), so that what is on disk
-does not depend on Python classes, and one tree can be read without the others.
+A checkpoint is a set of named pytrees of arrays, stored by attribute names, plus plain data.
 """
 
+import dataclasses
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,6 @@ import orbax.checkpoint as ocp
 
 from grok import storage
 from grok.checkpoint import integrity
-from grok.checkpoint.retention import RetentionPolicy
 from grok.checkpoint.tree_names import from_names, lead_axes, leaf_shapes, to_names
 from grok.distributed import broadcast_from_primary, process_count
 from grok.errors import CheckpointError, DamageError, SaveError
@@ -34,6 +33,32 @@ POLL_SECONDS = 0.05
 DAMAGED = "damaged"
 
 
+@dataclasses.dataclass(frozen=True)
+class RetentionPolicy:
+    """Retains the `last` checkpoints, every `every`-th step, and the `best` by the lowest `metric`.
+
+    0 means none of a kind. A checkpoint stays if any of the three rules retains it.
+    """
+
+    last: int
+    every: int = 0
+    best: int = 0
+    metric: str = "validation_loss"
+
+    # Of each step that has some; grows while a run saves.
+    metrics: dict[int, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        """Tells Orbax for each of the checkpoints whether it stays."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        newest = sorted(steps)[-self.last :]
+        permanent = [step for step in steps if self.every and step % self.every == 0]
+        values = {step: self.metrics.get(step, {}).get(self.metric, math.nan) for step in steps}
+        ranked = sorted((value, step) for step, value in values.items() if not math.isnan(value))
+        best = [step for _, step in ranked[: self.best]]
+        return [step in {*newest, *permanent, *best} for step in steps]
+
+
 class Checkpoints:
     """The checkpoints in a folder, local or at gs://, by step.
 
@@ -43,20 +68,16 @@ class Checkpoints:
 
     def __init__(self, folder: StrPath, retention: RetentionPolicy | None = None):
         """Opens a folder for saving, with its `retention`; without one, for reading only."""
-        # Orbax logs each file that it writes, missing optional parts, and, with a stack trace,
-        # failures that it raises as well.
+        # Orbax logs each file, missing optional parts, and, with stack traces, what it raises.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self.folder = (
-            os.fspath(folder) if storage.is_remote(folder) else str(Path(folder).absolute())
-        )
+        self.folder = os.fspath(folder if storage.is_remote(folder) else Path(folder).absolute())
         self._saving: int | None = None
         self._failures: list[Exception] = []
-        self._metrics: dict[int, Mapping[str, float]] = {}
+        self._metrics = retention.metrics if retention else {}
         with storage.errors(self.folder, CheckpointError, "checkpoints cannot be kept there"):
             storage.configure_clients(folder)
             handlers = {name: ocp.StandardCheckpointHandler() for name in TREES}
             handlers[META] = ocp.JsonCheckpointHandler()
-            policy = retention and _PreservationPolicy(retention, self._metrics)
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 item_handlers={
@@ -64,7 +85,7 @@ class Checkpoints:
                 },
                 options=ocp.CheckpointManagerOptions(
                     create=retention is not None,
-                    preservation_policy=policy,
+                    preservation_policy=retention,
                     async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
                 ),
             )
@@ -127,8 +148,7 @@ class Checkpoints:
         self._try_save(self._wait_for_save)
 
     def _wait_for_save(self) -> None:
-        """Waits; raises a failure of this process without waiting for the others, since they would
-        wait for this one until Orbax gives up, after 20 minutes."""
+        # A failure here is raised before others finish: they would wait for this one 20 minutes.
         while self._manager.is_saving_in_progress():
             if self._failures and process_count() > 1:
                 raise self._failures[0]
@@ -148,8 +168,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """The plain data saved with `step`."""
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._read(step, args)[META]
+        return self._read(step, ocp.args.Composite(meta=ocp.args.JsonRestore()))[META]
 
     def restore(self, step: int, trees: dict) -> dict:
         """Reads the named trees of `step`. `trees` holds, for each, a pytree of
@@ -158,7 +177,6 @@ class Checkpoints:
         Raises CheckpointError naming the tensors that are missing or of another shape.
         """
         names = {name: to_names(tree) for name, tree in trees.items()}
-
         items = {name: ocp.args.StandardRestore(tree) for name, tree in names.items()}
         stored = self._manager.item_metadata(step)
         for name, tree in names.items():
@@ -193,9 +211,8 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=args)
         except (FileNotFoundError, ValueError, KeyError, json.JSONDecodeError) as error:
-            raise DamageError(
-                f"{self.path(step)} cannot be read as a checkpoint: {reason(error)}."
-            ) from error
+            message = f"{self.path(step)} cannot be read as a checkpoint: {reason(error)}."
+            raise DamageError(message) from error
 
     def _search(self, log: Callable[[str], object]) -> tuple[int | None, bool]:
         """The newest undamaged step, and True where the folder `damaged` has any."""
@@ -246,19 +263,6 @@ class Checkpoints:
                     f"{in_model.get(tensor, 'absent')} in the model of this config; "
                     "the config's model section must be the one it was trained with."
                 )
-
-
-class _PreservationPolicy:
-    """A RetentionPolicy as Orbax calls it; `metrics` are those of each step, and grow."""
-
-    def __init__(self, retention: RetentionPolicy, metrics: Mapping[int, Mapping[str, float]]):
-        self._retention, self._metrics = retention, metrics
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
-        """Tells for each of the checkpoints whether it stays."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        retained = self._retention.retained(steps, self._metrics)
-        return [step in retained for step in steps]
 
 
 class _ReportingFuture:

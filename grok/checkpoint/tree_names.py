@@ -50,8 +50,6 @@ def lead_axes(path, leaf, specs: Mapping[str, ParamSpec]) -> tuple[int, ...]:
 
 
 def _names(path) -> list[str]:
-    names = [
-        str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path
-    ]
+    names = (getattr(key, "name", getattr(key, "key", getattr(key, "idx", ""))) for key in path)
     # Flax keeps a parameter's array under `value`; the parameter's own name is enough.
-    return [name for name in names if name != "value"]
+    return [str(name) for name in names if name != "value"]

@@ -16,8 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from grok import distributed, sharding, storage
-from grok.checkpoint.manager import Checkpoints
-from grok.checkpoint.retention import RetentionPolicy
+from grok.checkpoint.manager import Checkpoints, RetentionPolicy
 from grok.config import RunConfig, check_trainable
 from grok.config.text import to_yaml
 from grok.data.device_feed import global_batches

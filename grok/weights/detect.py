@@ -8,9 +8,8 @@ from grok.config import ModelConfig
 from grok.config.load import from_dict
 from grok.errors import CheckpointError
 from grok.weights.huggingface.source import HuggingFaceSource
-from grok.weights.lora_source import LoraSource
 from grok.weights.orbax.metadata import LORA, read_meta
-from grok.weights.orbax.source import OrbaxSource, step_folder
+from grok.weights.orbax.source import LoraSource, OrbaxSource, step_folder
 from grok.weights.source import Source
 from grok.weights.xai.source import ReleaseSource, implied_config
 

@@ -1,14 +1,15 @@
 """The interface of weights on disk in any format: named tensors of our tree, read in parts.
 
-Every reader of a format is a `Source`, and so is a conversion of one (`cast.py`). Loading onto a
-mesh, importing, exporting and comparing work with any source.
+Every reader of a format is a `Source`, and so is a conversion of one (`cast.py`).
 """
 
 import abc
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +26,9 @@ OnProgress = Callable[[str, int, int], object]
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of a source: its name and shape in our tree, and its stored type.
+    """A tensor of a source: its parameter in our tree, and its stored type, a float or int8.
 
-    `dtype` is float32, bfloat16, float16 or int8; int8 values go with `groups` groups of rows, each
-    with a scale per column, bfloat16 (`grok.ops.weights.int8`). Otherwise `groups` is None.
+    int8 values have `groups` groups of rows, each with a bfloat16 scale per column, others None.
     """
 
     param: ParamSpec
@@ -66,10 +66,9 @@ class TensorSpec:
 class Source(abc.ABC):
     """Weights of a model that can be read part by part, by several threads at a time.
 
-    `format` is "xai", "orbax" or "huggingface"; `path` says where, for messages; `tensors` holds
-    exactly the names of `grok.model.params.param_specs(config)`, in that order. `stores_rows` says
-    that a file has the rows of a matrix one after the other. Methods raise CheckpointError, with
-    the file, for what cannot be read.
+    `format` is "xai", "orbax" or "huggingface"; `tensors` holds exactly the names of
+    `param_specs(config)`, in order; `stores_rows` says that the rows of a matrix follow each other
+    in its file. Methods raise CheckpointError, with the file, for what cannot be read.
     """
 
     format: str
@@ -141,35 +140,22 @@ def relative_to(outer: Part, part: Sequence[slice]) -> Part:
 
 
 def read_part(
-    path: storage.StrPath, offset: int, shape: tuple[int, ...], dtype: np.dtype, part: Part
+    path: storage.StrPath, offset: int, shape: tuple[int, ...], part: Part, out: np.ndarray
 ) -> np.ndarray:
-    """Part of an array in C order that begins at byte `offset` of a file, local or at gs://.
+    """Fills `out`, in C order, with a part of an array that begins at byte `offset` of a file.
 
-    Raises CheckpointError where the file cannot be read or became shorter.
+    Raises CheckpointError where the file, local or at gs://, cannot be read or became shorter.
     """
-    out = np.empty(part_shape(part), dtype)
-    read_into(out, path, offset, shape, part)
-    return out
-
-
-def read_into(
-    out: np.ndarray, path: storage.StrPath, offset: int, shape: tuple[int, ...], part: Part
-) -> None:
-    """`read_part` into an array of the part's shape, in C order."""
     assert out.flags.c_contiguous
     starts = _run_offsets(shape, out.itemsize, part) + offset
     data = memoryview(out.reshape(-1).view(np.uint8))
     storage.read_ranges(path, starts.tolist(), data, CheckpointError)
+    return out
 
 
 def _run_offsets(shape: tuple[int, ...], itemsize: int, part: Part) -> np.ndarray:
-    """Byte offsets in a C-ordered array of the contiguous runs of `part`, as long as they can be.
-
-    They are in order, and all runs have one length.
-    """
-    strides = [itemsize]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
+    """Byte offsets of the longest contiguous runs of `part`, in order; all have one length."""
+    strides = [itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     axis = len(shape) - 1
     # Axes behind the last one that is cut are taken entirely.
     while axis > 0 and part[axis] == slice(0, shape[axis]):
@@ -178,3 +164,35 @@ def _run_offsets(shape: tuple[int, ...], itemsize: int, part: Part) -> np.ndarra
     for cut, stride in reversed(list(zip(part[:axis], strides[:axis], strict=True))):
         starts = np.add.outer(np.arange(cut.start, cut.stop) * stride, starts).reshape(-1)
     return starts
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """The JSON object in a small file."""
+    return parse_object(storage.read_bytes(path, CheckpointError), f"{path}:")
+
+
+def parse_object(data: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in `data`. Raises CheckpointError, which begins with `what`, for others."""
+    try:
+        content = json.loads(data.decode(), object_pairs_hook=_unique)
+    except RecursionError:
+        raise CheckpointError(f"{what} is nested too deeply.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{what} cannot be read as JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{what} should be a JSON object, and is a {type(content).__name__}.")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{quoted(name)} is there twice")
+        values[name] = value
+    return values
+
+
+def quoted(name: str) -> str:
+    """A name from a file for messages: shortened, and with control characters escaped."""
+    return f"{name!r:.100}"

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,8 +12,7 @@ import pytest
 
 import grok
 from grok import sharding
-from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
-from grok.checkpoint.retention import RetentionPolicy
+from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints, RetentionPolicy
 from grok.config import ModelConfig
 from grok.errors import CheckpointError, SaveError
 
@@ -78,14 +78,21 @@ def test_a_checkpoint_without_its_files_says_so(saved, model, tmp_path):
     checkpoints.close()
 
 
+def retained(policy: RetentionPolicy, steps, metrics) -> set[int]:
+    policy.metrics.update(metrics)
+    checkpoints = [SimpleNamespace(step=step) for step in steps]
+    marks = policy.should_preserve(checkpoints, context=None)
+    return {step for step, stays in zip(steps, marks, strict=True) if stays}
+
+
 def test_which_stay():
     loss = {10: 3.0, 20: 1.0, 30: float("nan"), 40: 2.0, 60: 4.0}
     metrics = {step: {"validation_loss": value} for step, value in loss.items()}
     steps = [10, 20, 30, 40, 50, 60]
-    assert RetentionPolicy(2).retained(steps, metrics) == {50, 60}
-    assert RetentionPolicy(1, every=30).retained(steps, metrics) == {30, 60}
-    assert RetentionPolicy(1, best=2).retained(steps, metrics) == {20, 40, 60}
-    assert RetentionPolicy(1, best=2, metric="other").retained(steps, metrics) == {60}
+    assert retained(RetentionPolicy(2), steps, metrics) == {50, 60}
+    assert retained(RetentionPolicy(1, every=30), steps, metrics) == {30, 60}
+    assert retained(RetentionPolicy(1, best=2), steps, metrics) == {20, 40, 60}
+    assert retained(RetentionPolicy(1, best=2, metric="other"), steps, metrics) == {60}
 
 
 def tree(step: int) -> dict:

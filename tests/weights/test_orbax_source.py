@@ -14,8 +14,7 @@ import pytest
 from gcp_storage_emulator.server import create_server
 
 from grok import sharding
-from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
-from grok.checkpoint.retention import RetentionPolicy
+from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints, RetentionPolicy
 from grok.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, RunConfig
 from grok.config.load import to_dict
 from grok.config.text import to_yaml

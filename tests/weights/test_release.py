@@ -14,7 +14,6 @@ from grok.model.params import num_parameters
 from grok.weights.cast import converted
 from grok.weights.source import blocks, scales_part
 from grok.weights.xai import source as release
-from grok.weights.xai.objects import StoredArray
 from grok.weights.xai.source import ReleaseSource, implied_config, tensor_names
 from grok.weights.xai.unpickler import read_tensor
 from tests.fixtures.models import model_config, replace_keys
@@ -53,7 +52,7 @@ def opened(name: str) -> ReleaseSource:
 def arrays_in(path: Path) -> list[np.ndarray]:
     """The arrays of a file by plain reads of its bytes at the recorded places."""
     record, data = read_tensor(path), path.read_bytes()
-    parts = [record] if isinstance(record, StoredArray) else [record.values, record.scales]
+    parts = [part for part in (record.values, record.scales) if part]
     return [
         np.frombuffer(data[p.offset : p.offset + p.nbytes], p.dtype).reshape(p.shape) for p in parts
     ]

@@ -15,13 +15,8 @@ import pytest
 
 from benchmarks.fuzz_release import Watch, fuzz
 from grok.errors import CheckpointError
-from grok.weights.xai.unpickler import (
-    MAX_OPCODES,
-    StoredArray,
-    StoredInt8,
-    parse_tensor,
-    read_tensor,
-)
+from grok.weights.xai.objects import StoredArray, StoredTensor
+from grok.weights.xai.unpickler import MAX_OPCODES, parse_tensor, read_tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 QUANTIZED = (GOLDEN / "pub_a/ckpt-0/tensor00005_000").read_bytes()  # weight (64, 16), 1 group
@@ -30,13 +25,13 @@ PAYLOAD = slice(197, 197 + 1024)  # of the weight in QUANTIZED
 HEAD = b"\x80\x04"
 
 
-def parse(data: bytes) -> StoredArray | StoredInt8:
+def parse(data: bytes) -> StoredTensor:
     return parse_tensor(io.BytesIO(data), "the-file")
 
 
-def arrays_of(record: StoredArray | StoredInt8) -> dict[str, StoredArray]:
-    if isinstance(record, StoredArray):
-        return {"array": record}
+def arrays_of(record: StoredTensor) -> dict[str, StoredArray]:
+    if record.scales is None:
+        return {"array": record.values}
     return {"weight": record.values, "scales": record.scales}
 
 
@@ -81,7 +76,7 @@ def test_payload_is_found_where_pickletools_finds_it():
 def test_what_this_numpy_pickles(dtype, shape):
     array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
     data = pickle.dumps(array, protocol=4)
-    record = parse(data)
+    record = parse(data).values
     assert (record.shape, record.dtype) == (array.shape, array.dtype)
     assert data[record.offset : record.offset + record.nbytes] == array.tobytes()
 
@@ -124,7 +119,8 @@ def test_a_sparse_file_of_gigabytes_is_quick(tmp_path):
         file.write(head)
         file.seek(nbytes, os.SEEK_CUR)
         file.write(b"\x94t\x94b.")
-    assert read_tensor(path) == StoredArray(shape, np.dtype("<f4"), len(head), nbytes)
+    stored = StoredArray(shape, np.dtype("<f4"), len(head), nbytes)
+    assert read_tensor(path) == StoredTensor(stored)
 
 
 class Hostile:

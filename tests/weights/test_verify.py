@@ -21,7 +21,6 @@ from grok.weights.source import TensorSpec
 from grok.weights.tools import verify as verification
 from grok.weights.tools.array_difference import ArrayDifference, array_difference
 from grok.weights.tools.verify import Comparison, choose_method, compare
-from grok.weights.xai.objects import StoredInt8
 from grok.weights.xai.source import ReleaseSource
 from grok.weights.xai.unpickler import read_tensor
 from tests.fixtures.array_source import ArraySource
@@ -125,7 +124,7 @@ def test_one_bit_is_found_and_named(imported, tmp_path, file, array, number, nam
     shutil.copytree(RELEASE, tmp_path / "ckpt-0")
     path = tmp_path / "ckpt-0" / f"tensor{file:05d}_000"
     record = read_tensor(path)
-    found = getattr(record, array) if isinstance(record, StoredInt8) else record
+    found = record.values if array == "array" else getattr(record, array)
     data = bytearray(path.read_bytes())
     data[found.offset + np.ravel_multi_index(number, found.shape) * found.dtype.itemsize] ^= 1
     path.write_bytes(data)

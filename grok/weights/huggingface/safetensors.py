@@ -16,6 +16,7 @@ import numpy as np
 
 from grok import storage
 from grok.errors import CheckpointError
+from grok.weights.source import parse_object, quoted
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -86,33 +87,6 @@ def header_bytes(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> by
     # The data begin at a multiple of 8 bytes, so that they can be mapped.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in `data`. Raises CheckpointError, which begins with `what`, for others."""
-    try:
-        content = json.loads(data.decode(), object_pairs_hook=_unique)
-    except RecursionError:
-        raise CheckpointError(f"{what} is nested too deeply.") from None
-    except ValueError as error:
-        raise CheckpointError(f"{what} cannot be read as JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{what} should be a JSON object, and is a {type(content).__name__}.")
-    return content
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f"{quoted(name)} is there twice")
-        values[name] = value
-    return values
-
-
-def quoted(name: str) -> str:
-    """A name from a file for messages: shortened, and with control characters escaped."""
-    return f"{name!r:.100}"
 
 
 def _tensor(path: str, name: str, begin: int, entry: Any) -> TensorInfo:

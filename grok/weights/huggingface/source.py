@@ -1,8 +1,6 @@
-"""A Hugging Face folder as a source of our parameters.
+"""A Hugging Face folder as a source of our parameters: config.json, safetensors files, an index.
 
-A folder has `config.json`, the tensors in safetensors files, and an index that says which file has
-which tensor. Two repositories made such folders of the release, in two layouts
-(`adapters/`); the names of the tensors identify the layout.
+The names of the tensors identify the layout (`adapters/`).
 """
 
 import itertools
@@ -21,14 +19,15 @@ from grok.errors import CheckpointError
 from grok.model.params import param_specs
 from grok.weights.huggingface.adapters import ADAPTERS, adapter_of
 from grok.weights.huggingface.adapters.adapter import Adapter, split_axes
-from grok.weights.huggingface.safetensors import TensorInfo, parse_object, quoted, read_header
+from grok.weights.huggingface.safetensors import TensorInfo, read_header
 from grok.weights.source import (
     Part,
     Source,
     TensorSpec,
     blocks,
     part_shape,
-    read_into,
+    quoted,
+    read_object,
     read_part,
 )
 from grok.weights.transpose import transpose_into
@@ -86,16 +85,18 @@ class HuggingFaceSource(Source):
         _, row_sizes, column_sizes = split_axes(self.tensors[name].param, self.tensors[name].shape)
         stored = (entry.path, entry.offset, (*column_sizes, *row_sizes))
         if not columns:
-            read_into(out_RC.reshape(part_shape(rows)), *stored, rows)
+            read_part(*stored, rows, out_RC.reshape(part_shape(rows)))
             return
-        values_CR = read_part(*stored, entry.dtype, (*columns, *rows))
+        values_CR = np.empty(part_shape((*columns, *rows)), entry.dtype)
+        read_part(*stored, (*columns, *rows), values_CR)
         transpose_into(out_RC, values_CR.reshape(out_RC.shape[::-1]))
 
     def _check_tied(self, head: TensorInfo, part: Part, table_VD: np.ndarray) -> None:
         spec = self.tensors["embed/table_VD"]
         bits = f"u{spec.dtype.itemsize}"
         for block in blocks(spec, part):
-            other_VD = read_part(head.path, head.offset, spec.shape, spec.dtype, block)
+            other_VD = np.empty(part_shape(block), spec.dtype)
+            read_part(head.path, head.offset, spec.shape, block, other_VD)
             first = block[0].start - part[0].start
             mine_VD = table_VD[first : first + len(other_VD)]
             # As integers, so that a NaN equals itself.
@@ -111,7 +112,7 @@ class HuggingFaceSource(Source):
 def read_config_json(folder: str) -> tuple[str, dict[str, Any]]:
     """The path and the content of a folder's config.json."""
     path = storage.join(folder, CONFIG)
-    return path, parse_object(storage.read_bytes(path, CheckpointError), f"{path}:")
+    return path, read_object(path)
 
 
 def _adapter_of(folder: str, names: Collection[str]) -> tuple[Adapter, str]:
@@ -183,7 +184,7 @@ def _check_index(folder: str, index: dict[str, str], entries: dict[str, TensorIn
 
 
 def _read_index(path: str) -> dict[str, str]:
-    files = parse_object(storage.read_bytes(path, CheckpointError), f"{path}:").get("weight_map")
+    files = read_object(path).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{path}: should have a weight_map from tensors to files.")
     for name, file in files.items():

@@ -13,14 +13,16 @@ from typing import Any
 from grok import storage
 from grok.errors import CheckpointError
 from grok.weights.orbax.zarr import ZarrArray
+from grok.weights.source import read_object
 
 MODEL, LORA, META = "model", "lora", "meta"
 METADATA = "_METADATA"
 # Orbax's mark of a finished checkpoint where folders cannot be renamed.
 COMMITTED = "commit_success.txt"
+_HANDLERS = "orbax.checkpoint._src.handlers"
 HANDLERS = {
-    META: "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler",
-    MODEL: ("orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"),
+    META: f"{_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler",
+    MODEL: f"{_HANDLERS}.standard_checkpoint_handler.StandardCheckpointHandler",
 }
 DICT_KEY = 2  # Orbax's number for a key of a dictionary
 
@@ -57,8 +59,7 @@ def write_files(step: Path, arrays: Iterable[ZarrArray], meta: dict[str, Any]) -
         "custom_metadata": None,
     }
     (step / MODEL / METADATA).write_text(json.dumps(metadata))
-    handlers = {"item_handlers": HANDLERS}
-    (step / "_CHECKPOINT_METADATA").write_text(json.dumps(handlers))
+    (step / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": HANDLERS}))
     for folder in (step / MODEL, step / META, step):
         (folder / COMMITTED).write_text("Checkpoint commit was successful")
 
@@ -66,7 +67,7 @@ def write_files(step: Path, arrays: Iterable[ZarrArray], meta: dict[str, Any]) -
 def read_tree(folder: str) -> Tree:
     """Reads `_METADATA` in an item's folder. Raises CheckpointError where it cannot be read."""
     path = storage.join(folder, METADATA)
-    data = _read(path)
+    data = read_object(path)
     try:
         names = frozenset(
             ".".join(str(key["key"]) for key in entry["key_metadata"])
@@ -80,14 +81,4 @@ def read_tree(folder: str) -> Tree:
 def read_meta(step: str) -> dict[str, Any]:
     """The plain data of the checkpoint in folder `step`; empty where there is none."""
     path = storage.join(step, META, "metadata")
-    return _read(path) if storage.exists(path, CheckpointError) else {}
-
-
-def _read(path: str) -> dict[str, Any]:
-    try:
-        data = json.loads(storage.read_bytes(path, CheckpointError))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is not JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: is not a JSON object.")
-    return data
+    return read_object(path) if storage.exists(path, CheckpointError) else {}

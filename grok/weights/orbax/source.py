@@ -1,4 +1,8 @@
-"""Our own checkpoints as a source: those that runs saved through Orbax, and those of imports."""
+"""Our own checkpoints as a source: those that runs saved through Orbax, and those of imports.
+
+A checkpoint of a LoRA run has the adapters' factors alone (`lora/layers.attention.w_query_DNH.a`),
+and in its meta the path and checksum of the other weights.
+"""
 
 import os
 from collections.abc import Collection, Mapping
@@ -10,11 +14,14 @@ import numpy as np
 
 from grok import storage
 from grok.checkpoint.integrity import UNFINISHED
-from grok.config import ModelConfig
+from grok.config import ModelConfig, RunConfig
 from grok.config.load import from_dict, load_config
 from grok.errors import CheckpointError
 from grok.model.param_spec import ParamSpec
-from grok.model.params import param_specs
+from grok.model.params import lora_targets, param_specs, tensor_specs
+from grok.ops.weights.lora import LoraArray, merge_adapter
+from grok.weights.cast import converted
+from grok.weights.checksums import sample_checksum
 from grok.weights.orbax.metadata import COMMITTED, LORA, METADATA, MODEL, Tree, read_meta, read_tree
 from grok.weights.orbax.zarr import open_array, wait
 from grok.weights.source import Part, Source, TensorSpec
@@ -26,10 +33,9 @@ class OrbaxSource(Source):
     """One checkpoint, local or at gs://: a run's folder (its newest), its `checkpoints`, or one
     step's folder. Opening it reads no array.
 
-    The model is `config`; without one that of the run's config.yaml, or else of the checkpoint's
-    own config. `step` is the step's folder; `checksums` are those that an import stored, by name
-    and layer (None where there are no layers), none for other checkpoints. Raises CheckpointError,
-    with the file and tensor, where a checkpoint is unfinished, damaged, or of another model.
+    The model is `config`, or that of the run's config.yaml, or else of the checkpoint. `step` is
+    the step's folder; `checksums` are those of an import, by name and layer (or None). Raises
+    CheckpointError, with file and tensor, for what is unfinished, damaged, or of another model.
     """
 
     format = "orbax"
@@ -57,6 +63,51 @@ class OrbaxSource(Source):
         return self._arrays.read(f"{name}/scales", part)
 
 
+class LoraSource(Source):
+    """`base` with the adapters of the checkpoint in the folder `step` added, all in float32.
+
+    `run` is the run's config. Raises CheckpointError where `base` is other weights than those that
+    the adapters were trained on, and as OrbaxSource does.
+    """
+
+    format = "orbax"
+
+    def __init__(self, step: str, run: RunConfig, base: Source, checksum: str):
+        if sample_checksum(base) != checksum:
+            raise CheckpointError(
+                f"{step}: has adapters of the weights that were at {base.path}, and others are "
+                "there now; the same weights would work."
+            )
+        self.path, self.config = step, base.config
+        self._base = converted(base, run.model.param_dtype)
+        self._rank, self._scale = run.lora.rank, run.lora.scale
+        folder = storage.join(step, LORA)
+        self._arrays = ArrayTree(folder, read_tree(folder))
+        self.tensors = {
+            name: TensorSpec(spec.param, np.dtype(np.float32))
+            for name, spec in base.tensors.items()
+        }
+        self._adapted = set(lora_targets(base.config, run.lora))
+        specs = tensor_specs(base.config, run.lora).values()
+        adapters = [spec for spec in specs if spec.use == "adapter"]
+        for spec in adapters:
+            self._arrays.spec(spec)
+        self._arrays.check_no_others([spec.name for spec in adapters])
+
+    def read(self, name: str, part: Part) -> np.ndarray:
+        """Values of a part, with its adapter added."""
+        base = self._base.read(name, part).astype(np.float32, copy=False)
+        if name not in self._adapted:
+            return base
+        spec = self.tensors[name].param
+        lead, rows, columns = spec.split(part)
+        rank = slice(0, self._rank)
+        a = self._arrays.read(f"{name}/a", (*lead, *rows, rank))
+        b = self._arrays.read(f"{name}/b", (*lead, rank, *columns))
+        adapted = LoraArray(base, a, b, self._scale)
+        return merge_adapter(adapted, spec.contract_dims, spec.output_dims)
+
+
 class ArrayTree:
     """The arrays of a tree in `folder`, by names with slashes, opened at once."""
 
@@ -72,8 +123,7 @@ class ArrayTree:
         """The spec of the stored tensor of a parameter."""
         name, shape = param.name, param.shape
         if f"{name}/values" not in self._stores:
-            dtype = self._check(name, shape, FLOATS)
-            return TensorSpec(param, dtype)
+            return TensorSpec(param, self._check(name, shape, FLOATS))
         dtype = self._check(f"{name}/values", shape, (np.dtype(np.int8),))
         scales_shape = self._store(f"{name}/scales").shape
         axis = param.lead_dims if param.is_matmul else 0
@@ -83,21 +133,15 @@ class ArrayTree:
         rows = param.contract_size
         if rows % groups:
             raise CheckpointError(
-                f"{self._folder}: {name} has {groups} groups of scales, and its {rows} rows cannot "
-                "be split into as many."
+                f"{self._folder}: {name} has {groups} groups of scales, and {rows} rows for them."
             )
         return spec
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._stores
 
     def check_no_others(self, expected: Collection[str]) -> None:
         """Raises CheckpointError for an array of a tensor that is not `expected`."""
         for name in self._stores:
             if name not in expected and name.rpartition("/")[0] not in expected:
-                raise CheckpointError(
-                    f"{self._folder}: tensor {name} is no parameter of this model."
-                )
+                raise CheckpointError(f"{self._folder}: tensor {name} is none of this model.")
 
     def read(self, name: str, part: Part) -> np.ndarray:
         """Part of an array."""
@@ -127,9 +171,8 @@ class ArrayTree:
         try:
             return wait(future)
         except OSError as error:
-            raise CheckpointError(
-                f"{self._folder}: tensor {name} cannot be read: {error}."
-            ) from error
+            message = f"{self._folder}: tensor {name} cannot be read: {error}."
+            raise CheckpointError(message) from error
 
 
 def step_folder(path: str) -> str:
@@ -141,10 +184,8 @@ def step_folder(path: str) -> str:
         if not _is_finished(path):
             raise CheckpointError(f"{path}: is a checkpoint that was not finished.")
         return path
-    steps = sorted((int(name) for name in present if name.isdecimal()), reverse=True)
-    for step in steps:
-        folder = storage.join(path, str(step))
-        if _is_finished(folder):
+    for step in sorted((int(name) for name in present if name.isdecimal()), reverse=True):
+        if _is_finished(folder := storage.join(path, str(step))):
             return folder
     if ".import" in present:
         raise CheckpointError(
@@ -166,17 +207,13 @@ def _config(step: str, meta: dict[str, Any]) -> ModelConfig:
     if not storage.is_remote(step) and beside.is_file():
         return load_config(beside).model
     if "config" not in meta:
-        raise CheckpointError(
-            f"{step}: does not say what model it is of; give its config with --config."
-        )
+        raise CheckpointError(f"{step}: does not say its model; give its config with --config.")
     return from_dict(meta["config"], storage.join(step, "meta", "metadata")).model
 
 
 def _checksums(meta: dict[str, Any]) -> dict[tuple[str, int | None], str]:
-    checksums: dict[tuple[str, int | None], str] = {}
-    for name, stored in meta.get("import", {}).get("checksums", {}).items():
-        if isinstance(stored, str):
-            checksums[name, None] = stored
-        else:
-            checksums |= {(name, layer): checksum for layer, checksum in enumerate(stored)}
-    return checksums
+    return {
+        (name, layer): checksum
+        for name, stored in meta.get("import", {}).get("checksums", {}).items()
+        for layer, checksum in ([(None, stored)] if isinstance(stored, str) else enumerate(stored))
+    }

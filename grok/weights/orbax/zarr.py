@@ -1,14 +1,7 @@
-"""Arrays of a checkpoint on disk: zarr version 3 in shards, as TensorStore and Orbax read them.
+"""Arrays of a checkpoint on disk: uncompressed zarr 3, as TensorStore and Orbax read it.
 
-A tensor's values are cut into shards, a file each: a matrix of one layer and expert, or some rows
-of it where that is larger than `SHARD_BYTES`. A shard is cut into chunks, so that a device of a
-mesh reads little more than its own part. The file has the chunks, then the offset and length of
-each, and a CRC-32C of these. Nothing is compressed, so all offsets are known beforehand, and a
-shard is written slab by slab: a slab is the chunks of the same rows.
-
-An int8 tensor is two arrays, values and scales.
-
-Format: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed
+A shard, a file, is a matrix of one layer and expert, or some rows of it; a slab is its chunks of
+the same rows. https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed
 """
 
 import dataclasses
@@ -30,8 +23,7 @@ from grok.errors import CheckpointError
 from grok.weights.source import Part, TensorSpec
 
 SHARD_BYTES = 1 << 28
-# Chunks along an axis, by its letter in the name of a tensor, where they divide it: the axes that
-# meshes split, about as finely as large meshes do.
+# Chunks along an axis, by its letter, where they divide it: about as many as large meshes split.
 CHUNKS = {"D": 16, "F": 8, "N": 8, "K": 8, "V": 128}
 
 
@@ -125,10 +117,7 @@ def arrays(spec: TensorSpec) -> tuple[ZarrArray, ZarrArray | None]:
 
 
 def create(folder: Path, array: ZarrArray) -> None:
-    """Makes the array in `folder`, with no shard yet, where it is not there from an earlier try.
-
-    Raises OSError where it cannot be made.
-    """
+    """Makes the array in `folder`, without shards, unless it is there. Raises OSError."""
     to_bytes = {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {
         "chunk_shape": array.chunk,
@@ -142,17 +131,13 @@ def create(folder: Path, array: ZarrArray) -> None:
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
-    kvstore = _kvstore(folder / array.name)
-    spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata}
+    spec = {"driver": "zarr3", "kvstore": _kvstore(folder / array.name), "metadata": metadata}
     wait(ts.open(spec, open=True, create=True))
 
 
 def write_slabs(folder: Path, array: ZarrArray, slabs: Slabs, values: np.ndarray) -> None:
-    """Writes the values of slabs into their shard's file, which the first of them makes.
-
-    Those of a shard are to be written in order: the file has its full size only after the last.
-    Raises OSError where it cannot be written.
-    """
+    """Writes the values of slabs into their shard's file, in order: the first makes the file, and
+    the last gives it its full size. Raises OSError."""
     count = values.shape[array.slab_axis] // array.chunk[array.slab_axis]
     with open(array.file(folder, slabs.shard), "r+b" if slabs.offset else "wb") as file:
         file.seek(slabs.offset)
@@ -167,20 +152,13 @@ def write_slabs(folder: Path, array: ZarrArray, slabs: Slabs, values: np.ndarray
 
 
 def open_array(folder: str, name: str, zarr3: bool, ocdbt: bool) -> ts.Future:
-    """Begins to open an array of a checkpoint in `folder`, local or gs://, for reading.
-
-    `zarr3` and `ocdbt` are what Orbax says of the folder; `wait` gives the array.
-    """
+    """Begins to open an array in `folder`, local or gs://, for reading; `wait` gives it."""
     if ocdbt:
         kvstore: dict[str, Any] = {"driver": "ocdbt", "base": _kvstore(folder), "path": f"{name}/"}
     else:
         kvstore = _kvstore(storage.join(folder, name))
-    spec = {
-        "driver": "zarr3" if zarr3 else "zarr",
-        "kvstore": kvstore,
-        "fill_missing_data_reads": False,
-    }
-    return ts.open(spec, open=True, read=True)
+    spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": kvstore}
+    return ts.open(spec | {"fill_missing_data_reads": False}, open=True, read=True)
 
 
 def wait(future: Any) -> Any:

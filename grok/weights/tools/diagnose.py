@@ -15,9 +15,9 @@ from grok.config import ModelConfig
 from grok.errors import CheckpointError
 from grok.resumable import journal_lines
 from grok.weights.detect import is_huggingface, is_release
-from grok.weights.huggingface.safetensors import parse_object
 from grok.weights.huggingface.source import INDEX
 from grok.weights.importing.importer import JOURNAL, STAGING
+from grok.weights.source import read_object
 from grok.weights.xai.objects import StoredTensor
 from grok.weights.xai.source import ReleaseTensor, tensor_names, tensor_shapes
 from grok.weights.xai.unpickler import read_tensor
@@ -137,8 +137,7 @@ def _summarize(
 def _huggingface(path: str, present: set[str]) -> Diagnosis:
     if INDEX not in present:
         return Diagnosis("huggingface")
-    data = storage.read_bytes(storage.join(path, INDEX), CheckpointError)
-    index = parse_object(data, f"{INDEX}:").get("weight_map")
+    index = read_object(storage.join(path, INDEX)).get("weight_map")
     files = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
     missing = [file for file in files if file not in present]
     return Diagnosis("huggingface", problems=(_missing(missing, len(files)),) if missing else ())

@@ -1,8 +1,6 @@
-"""The objects that a `ckpt-0` file may hold, as symbols: named, created and completed here.
+"""The objects that a `ckpt-0` file may hold, as symbols; no global that it names is ever called.
 
-`unpickler.py` reads the opcodes; this file says which objects they may make, and never imports or
-calls a global that a file names. The states of arrays and dtypes are those of NumPy's
-`ndarray.__reduce__` and `dtype.__reduce__`; the quantised class is the release's own.
+States are those of NumPy's `ndarray.__reduce__` and `dtype.__reduce__`, and of the release's class.
 """
 
 import dataclasses
@@ -28,34 +26,19 @@ class StoredArray:
     offset: int
     nbytes: int
 
-    @property
-    def values(self) -> "StoredArray":
-        """Itself, as the values of a tensor without scales."""
-        return self
-
-    @property
-    def scales(self) -> None:
-        """None: a plain array has no scales."""
-        return None
-
 
 @dataclasses.dataclass(frozen=True)
-class StoredInt8:
-    """int8 `values` (..., rows, columns) with bfloat16 `scales` (..., groups, columns).
-
-    `groups` divides `rows`, and each group of scales serves rows/groups consecutive rows.
-    """
+class StoredTensor:
+    """`values` (..., rows, columns); of int8, with bfloat16 `scales` (..., groups, columns), each
+    group of which serves rows/groups consecutive rows. A plain array has no scales."""
 
     values: StoredArray
-    scales: StoredArray
+    scales: StoredArray | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of values and scales."""
-        return self.values.nbytes + self.scales.nbytes
-
-
-StoredTensor = StoredArray | StoredInt8
+        return self.values.nbytes + (self.scales.nbytes if self.scales else 0)
 
 
 class PickleBool(enum.Enum):
@@ -106,17 +89,12 @@ class DtypeObject:
 
 
 @dataclasses.dataclass(eq=False)
-class ArrayObject:
-    """An array that REDUCE made; one BUILD says where its bytes lie."""
+class TensorObject:
+    """An array that REDUCE made, or a QuantizedWeight8bit that NEWOBJ made; one BUILD says where
+    its bytes lie."""
 
-    stored: StoredArray | None = None
-
-
-@dataclasses.dataclass(eq=False)
-class Int8Object:
-    """A QuantizedWeight8bit that NEWOBJ made; one BUILD says where its bytes lie."""
-
-    stored: StoredInt8 | None = None
+    quantized: bool
+    stored: StoredTensor | None = None
 
 
 def find_global(module: object, name: object) -> Global:
@@ -132,13 +110,11 @@ def find_global(module: object, name: object) -> Global:
     return symbol
 
 
-def new_object(
-    opcode: str, function: object, arguments: object
-) -> DtypeObject | ArrayObject | Int8Object:
+def new_object(opcode: str, function: object, arguments: object) -> DtypeObject | TensorObject:
     """The incomplete object that REDUCE or NEWOBJ makes."""
     match opcode, function, arguments:
         case "REDUCE", Global.RECONSTRUCT, (Global.NDARRAY, (0,), FileBytes(tag=b"b")):
-            return ArrayObject()
+            return TensorObject(quantized=False)
         case "REDUCE", Global.DTYPE, ("f4", PickleBool.FALSE, PickleBool.TRUE):
             return DtypeObject(FLOAT32)
         case "REDUCE", Global.DTYPE, ("i1", PickleBool.FALSE, PickleBool.TRUE):
@@ -146,11 +122,10 @@ def new_object(
         case "REDUCE", Global.DTYPE, (Global.BFLOAT16, PickleBool.FALSE, PickleBool.TRUE):
             return DtypeObject(BFLOAT16)
         case "REDUCE", Global.DTYPE, (str() as code, *_):
-            raise MalformedError(
-                f"has an array of dtype {_shown(code)}; float32, int8 or bfloat16 is right"
-            )
+            right = "float32, int8 or bfloat16 is right"
+            raise MalformedError(f"has an array of dtype {_shown(code)}; {right}")
         case "NEWOBJ", Global.QUANTIZED, ():
-            return Int8Object()
+            return TensorObject(quantized=True)
     raise MalformedError(f"calls by {opcode} what no array and no QuantizedWeight8bit needs")
 
 
@@ -163,9 +138,11 @@ def set_items(target: object, items: list[object]) -> None:
             raise MalformedError(
                 "has a QuantizedWeight8bit with other keys than weight and scales, each once"
             )
-        if not (isinstance(value, ArrayObject) and value.stored):
-            raise MalformedError(f"has a QuantizedWeight8bit in which {key} is not an array")
-        target[key] = value.stored
+        match value:
+            case TensorObject(quantized=False, stored=StoredTensor(values=array)):
+                target[key] = array
+            case _:
+                raise MalformedError(f"has a QuantizedWeight8bit in which {key} is not an array")
 
 
 def set_state(target: object, state: object) -> None:
@@ -175,31 +152,23 @@ def set_state(target: object, state: object) -> None:
             _check_dtype_state(target.dtype, state)
             target.ready = True
         case (
-            ArrayObject(stored=None),
-            (
-                1,
-                tuple() as shape,
-                DtypeObject(ready=True) as kind,
-                PickleBool() as fortran_order,
-                FileBytes() as data,
-            ),
-        ):
-            if fortran_order is PickleBool.TRUE:
+            TensorObject(quantized=False, stored=None),
+            (1, tuple() as shape, DtypeObject(ready=True) as kind, PickleBool() as order, data),
+        ) if isinstance(data, FileBytes):
+            if order is PickleBool.TRUE:
                 raise MalformedError("has an array in Fortran order; the release's are in C order")
-            target.stored = _stored_array(shape, kind.dtype, data)
-        case Int8Object(stored=None), {"weight": weight, "scales": scales}:
+            target.stored = StoredTensor(_stored_array(shape, kind.dtype, data))
+        case TensorObject(quantized=True, stored=None), {"weight": weight, "scales": scales}:
             target.stored = _stored_int8(weight, scales)
         case _:
-            raise MalformedError(
-                "completes an object by a state that is not NumPy's or the release's"
-            )
+            raise MalformedError("completes an object by another state than NumPy's or a release's")
 
 
 def _check_dtype_state(dtype: np.dtype, state: tuple[object, ...]) -> None:
     match state:
         case (3, ">", *_):
             raise MalformedError(
-                f"has a big-endian array of {dtype}; the release's are little-endian"
+                f"has a big-endian array of {dtype}; a release's are little-endian"
             )
         case (3, "<", None, None, None, -1, -1, 0) if dtype == FLOAT32:
             return
@@ -208,17 +177,13 @@ def _check_dtype_state(dtype: np.dtype, state: tuple[object, ...]) -> None:
         case (3, "<", None, None, None, 2, 2, int() as flags) if dtype == BFLOAT16:
             if not flags & ~BFLOAT16_FLAGS:
                 return
-    raise MalformedError(
-        f"has a dtype {dtype} with fields or a layout of its own; it should be plain"
-    )
+    raise MalformedError(f"has a dtype {dtype} with fields or a layout of its own; plain is right")
 
 
 def _stored_array(shape: tuple[object, ...], dtype: np.dtype, data: FileBytes) -> StoredArray:
     dims = tuple(dim for dim in shape if isinstance(dim, int) and dim > 0)
     if len(dims) != len(shape) or not 1 <= len(dims) <= MAX_DIMENSIONS:
-        raise MalformedError(
-            f"has an array whose shape is not 1 to {MAX_DIMENSIONS} positive dimensions"
-        )
+        raise MalformedError(f"has an array not of 1 to {MAX_DIMENSIONS} positive dimensions")
     needed = math.prod(dims) * dtype.itemsize
     if needed != data.nbytes:
         raise MalformedError(
@@ -228,7 +193,7 @@ def _stored_array(shape: tuple[object, ...], dtype: np.dtype, data: FileBytes) -
     return StoredArray(dims, dtype, data.offset, data.nbytes)
 
 
-def _stored_int8(weight: StoredArray, scales: StoredArray) -> StoredInt8:
+def _stored_int8(weight: StoredArray, scales: StoredArray) -> StoredTensor:
     if weight.dtype != INT8 or scales.dtype != BFLOAT16:
         raise MalformedError(
             f"has {weight.dtype} weight and {scales.dtype} scales; int8 and bfloat16 are right"
@@ -244,7 +209,7 @@ def _stored_int8(weight: StoredArray, scales: StoredArray) -> StoredInt8:
             f"has scales {scales.shape} for a weight {weight.shape}; only the last dimension but "
             "one may differ, and has to divide the weight's"
         )
-    return StoredInt8(weight, scales)
+    return StoredTensor(weight, scales)
 
 
 def _shown(text: str) -> str:

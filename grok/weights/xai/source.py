@@ -1,14 +1,6 @@
-"""xAI's release of Grok-1 (`ckpt-0`) as a source of our parameters.
+"""xAI's release of Grok-1 (`ckpt-0`) as a source: a file a tensor, int8 matrices with scales.
 
-The release is one folder of files `tensor00000_000`, `tensor00001_000`, ..., each with one
-tensor: the token table, the final norm, then twelve tensors a layer. Layers come in the order of
-their numbers as text (0, 1, 10, 11, ..., 19, 2, 20, ...), as JAX sorts the keys of a dict.
-
-Matrices are int8 with bfloat16 scales, (..., groups, columns) for (..., rows, columns), where rows
-are the contracted axis. Some have several groups because the released code split rows over eight
-devices; that split ties nothing here to a mesh.
-
-Shape letters: D embed, E experts, F mlp, H head_dim, K kv heads, L layers, N heads, V vocab.
+Letters: D embed, E experts, F mlp, H head_dim, K kv heads, L layers, N heads, V vocab.
 """
 
 import dataclasses
@@ -22,9 +14,8 @@ import numpy as np
 from grok import storage
 from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.errors import CheckpointError, ConfigError
-from grok.model.param_spec import ParamSpec
 from grok.model.params import param_specs
-from grok.weights.source import Part, Source, TensorSpec, part_shape, read_into, read_part
+from grok.weights.source import Part, Source, TensorSpec, part_shape, read_part
 from grok.weights.xai.objects import StoredArray, StoredTensor
 from grok.weights.xai.unpickler import read_tensor
 
@@ -67,7 +58,8 @@ class TensorShape:
 
 
 def tensor_names(num_layers: int) -> list[ReleaseTensor]:
-    """All 2 + 12 * `num_layers` tensors, in the order of the release's files."""
+    """All 2 + 12 * `num_layers` tensors, in the order of the release's files: layers in that of
+    their numbers as text (0, 1, 10, ..., 19, 2, 20, ...), as JAX sorts the keys of a dict."""
     rows: list[tuple[str, str, int | None]] = [
         ("language_model/in_out_embed/embeddings", "embed/table_VD", None),
         ("language_model/rms_norm/scale", "final_norm/scale_D", None),
@@ -82,16 +74,12 @@ def tensor_shapes(config: ModelConfig) -> dict[str, TensorShape]:
     """The shapes of each parameter; of one layer, without the axis L."""
     return {
         name: TensorShape(
-            _one_layer(spec, spec.as_matrices() if spec.is_matmul else spec.shape),
-            _one_layer(spec, spec.shape),
+            (spec.as_matrices() if spec.is_matmul else spec.shape)[spec.is_stacked :],
+            spec.shape[spec.is_stacked :],
             spec.is_matmul,
         )
         for name, spec in param_specs(config).items()
     }
-
-
-def _one_layer(spec: ParamSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[1:] if spec.is_stacked else shape
 
 
 class ReleaseSource(Source):
@@ -147,13 +135,15 @@ class ReleaseSource(Source):
     def _read(self, name: str, part: Part, shape: tuple[int, ...], scales: bool) -> np.ndarray:
         if not self.tensors[name].param.is_stacked:
             path, array = self._array(name, None, scales)
-            return read_part(path, array.offset, shape, array.dtype, part)
+            return read_part(
+                path, array.offset, shape, part, np.empty(part_shape(part), array.dtype)
+            )
         first, stop = part[0].start, part[0].stop
         out = np.empty(part_shape(part), self._array(name, first, scales)[1].dtype)
         for layer in range(first, stop):
             path, array = self._array(name, layer, scales)
             # Heads and their width are one axis in the file, and the same bytes as two.
-            read_into(out[layer - first], path, array.offset, shape[1:], part[1:])
+            read_part(path, array.offset, shape[1:], part[1:], out[layer - first])
         return out
 
     def _array(self, name: str, layer: int | None, scales: bool) -> tuple[str, StoredArray]:

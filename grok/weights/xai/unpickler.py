@@ -1,13 +1,7 @@
-"""Finds where the arrays of one `ckpt-0` file lie, without unpickling anything.
+"""Finds where the arrays of a `ckpt-0` file lie: a pickle (protocol 4) that is never unpickled.
 
-A file of the release is one pickle (protocol 4) of either a NumPy array or a
-`__main__.QuantizedWeight8bit` with the state `{weight: int8 array, scales: bfloat16 array}`.
-Python's unpickler would run any code that a file contains. The pickle machine here knows only the
-opcodes that those two objects need and refuses the rest; `objects.py` says which objects they may
-make. Array bytes are skipped by their length, so a file of gigabytes costs a few kilobytes of
-reading.
-
-The opcodes are documented in CPython's Lib/pickletools.py, the frames in PEP 3154.
+Only opcodes of a NumPy array or a QuantizedWeight8bit are known; array bytes are skipped. Opcodes
+are documented in CPython's Lib/pickletools.py, frames in PEP 3154.
 """
 
 import os
@@ -17,31 +11,23 @@ from typing import BinaryIO
 from grok import storage
 from grok.errors import CheckpointError
 from grok.weights.xai.objects import (
-    ArrayObject,
     FileBytes,
-    Int8Object,
     MalformedError,
     PickleBool,
-    StoredArray,
-    StoredInt8,
     StoredTensor,
+    TensorObject,
     find_global,
     new_object,
     set_items,
     set_state,
 )
 
-# The release's streams have up to about 135 opcodes; the bound keeps hostile ones short, and with
-# them the stack and the memo.
+# A release's have up to about 135; this bounds the stack and memo of hostile ones.
 MAX_OPCODES = 512
 PROTOCOL_4 = b"\x80\x04"
 OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-CONSTANTS = {
-    "NONE": None,
-    "NEWTRUE": PickleBool.TRUE,
-    "NEWFALSE": PickleBool.FALSE,
-    "EMPTY_TUPLE": (),
-}
+TRUE, FALSE = PickleBool.TRUE, PickleBool.FALSE
+CONSTANTS = {"NONE": None, "NEWTRUE": TRUE, "NEWFALSE": FALSE, "EMPTY_TUPLE": ()}
 # Width of the length in front of a bytes object.
 LENGTH_BYTES = {"SHORT_BINBYTES": 1, "BINBYTES": 4, "BINBYTES8": 8}
 # Contents of files after downloads that went wrong, by their first bytes.
@@ -68,10 +54,8 @@ def read_tensor(path: str | os.PathLike[str]) -> StoredTensor:
 
 
 def parse_tensor(file: BinaryIO, name: str) -> StoredTensor:
-    """The arrays of an open file or mmap; `name` stands for it in messages.
-
-    Whatever the bytes are, the only exception is CheckpointError (beside OSError from `file`).
-    """
+    """The arrays of an open file or mmap, called `name` in messages. Raises CheckpointError for all
+    other bytes, and nothing else but OSErrors of `file`."""
     head = file.read(32)
     if not head.startswith(PROTOCOL_4):
         raise CheckpointError(f"{name}: {_what_else(head)}.")
@@ -117,9 +101,7 @@ class _PickleMachine:
             code = self.number(1)
             opcode = OPCODE_NAMES.get(code)
             if opcode is None:
-                raise MalformedError(
-                    f"has the byte 0x{code:02x}, which is no opcode, for an opcode"
-                )
+                raise MalformedError(f"has the byte 0x{code:02x}, which is no opcode, for one")
             if opcode == "STOP":
                 return self.finish()
             self.execute(opcode)
@@ -179,13 +161,9 @@ class _PickleMachine:
         if len(self.stack) != 1 or self.marks:
             raise MalformedError("does not end with exactly one object")
         match self.stack[0]:
-            case ArrayObject(stored=StoredArray() as array):
-                return array
-            case Int8Object(stored=StoredInt8() as quantized):
-                return quantized
-        raise MalformedError(
-            "holds neither a complete NumPy array nor a complete QuantizedWeight8bit"
-        )
+            case TensorObject(stored=StoredTensor() as tensor):
+                return tensor
+        raise MalformedError("holds no complete NumPy array and no complete QuantizedWeight8bit")
 
     # Bytes of the file
 
@@ -236,8 +214,7 @@ class _PickleMachine:
         self.stack.append(value)
 
     def push_tuple(self, items: list[object]) -> None:
-        # An array's state holds its shape, and nothing is nested deeper. The bound keeps
-        # comparisons of tuples, which recur, short.
+        # No state is nested deeper, and comparisons of tuples recur.
         if any(isinstance(item, tuple) and tuple in map(type, item) for item in items):
             raise MalformedError("nests tuples more than two deep")
         self.push(tuple(items))
