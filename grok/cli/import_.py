@@ -11,9 +11,7 @@ import click
 from grok.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
-    from grok.config import ModelConfig, RunConfig
     from grok.weights.importing.importer import Imported
-    from grok.weights.source import Source
 
 FORMATS = {"xai": "the release's (ckpt-0)", "huggingface": "Hugging Face's", "orbax": "grok's own"}
 COMMANDS = {"xai": "xai", "huggingface": "hf"}
@@ -85,10 +83,13 @@ def hf(src, dst, config, dtype, scales, tokenizer) -> None:
 
 
 def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None:
+    from grok.config import DataConfig, RunConfig
     from grok.config.load import load_config
     from grok.progress import byte_progress
+    from grok.weights.cast import per_channel, release_groups
     from grok.weights.detect import open_source
     from grok.weights.importing.importer import import_weights
+    from grok.weights.importing.quantization_error import measured
 
     run = load_config(config) if config else None
     source = open_source(src, run.model if run else None)
@@ -96,20 +97,20 @@ def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None
         other = COMMANDS.get(source.format)
         hint = f"`grok import {other}` takes it" if other else "it needs no import"
         raise CheckpointError(f"{src}: is in {FORMATS[source.format]} format; {hint}.")
-    run = run or _run_of(source.config)
+    if run is None:
+        length = min(DataConfig.sequence_length, source.config.context_length)
+        run = RunConfig(model=source.config, data=DataConfig(sequence_length=length))
     if tokenizer is not None:
         _check_tokenizer(tokenizer, source.config.vocab_size)
-    source = _converted(source, dtype, scales)
+    if scales is not None and (dtype != "int8" or source.dtype == "int8"):
+        raise ConfigError(
+            f"--scales {scales} is for floats that become int8; {source.path} holds "
+            f"{source.dtype} and --dtype is {dtype}."
+        )
+    source = measured(source, dtype, per_channel if scales == "per-channel" else release_groups)
     with byte_progress() as on_progress:
         imported = import_weights(source, dst, run, tokenizer, on_progress)
     print_import(imported)
-
-
-def _run_of(model: "ModelConfig") -> "RunConfig":
-    from grok.config import DataConfig, RunConfig
-
-    length = min(DataConfig.sequence_length, model.context_length)
-    return RunConfig(model=model, data=DataConfig(sequence_length=length))
 
 
 def _check_tokenizer(file: Path, vocab_size: int) -> None:
@@ -121,21 +122,6 @@ def _check_tokenizer(file: Path, vocab_size: int) -> None:
             f"{file}: has {pieces} pieces, and the model's vocab_size is {vocab_size}; it is the "
             "tokenizer of another model."
         )
-
-
-def _converted(source: "Source", dtype: str, scales: str | None) -> "Source":
-    from grok.weights.cast import converted, per_channel, release_groups
-    from grok.weights.importing.quantization_error import MeasuredQuantizedSource
-
-    if dtype == "int8" and source.dtype != "int8":
-        groups = per_channel if scales == "per-channel" else release_groups
-        return MeasuredQuantizedSource(source, groups)
-    if scales is not None:
-        raise ConfigError(
-            f"--scales {scales} is for floats that become int8; {source.path} holds "
-            f"{source.dtype} and --dtype is {dtype}."
-        )
-    return converted(source, dtype)
 
 
 def print_import(imported: "Imported") -> None:

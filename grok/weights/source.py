@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,10 @@ from grok.model.param_spec import ParamSpec
 Part = tuple[slice, ...]
 # Called with a tensor's name, the bytes done so far, and all bytes; by one thread at a time.
 OnProgress = Callable[[str, int, int], object]
+
+
+def no_progress(name: str, done: int, total: int) -> None:
+    """An `OnProgress` that shows nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +99,21 @@ class Source(abc.ABC):
     def dtype(self) -> str:
         """The type of the matrices."""
         return str(next(spec.dtype for spec in self.tensors.values() if spec.param.is_matmul))
+
+
+class ByteCounter:
+    """Counts bytes of all threads, the first `done` of `total` among them, and reports each."""
+
+    def __init__(self, on_progress: OnProgress, total: int, done: int = 0) -> None:
+        self._on_progress, self._total, self._done = on_progress, total, done
+        self._lock = threading.Lock()
+        self.add("", 0)
+
+    def add(self, name: str, nbytes: int) -> None:
+        """Counts bytes of the tensor `name`."""
+        with self._lock:
+            self._done += nbytes
+            self._on_progress(name, self._done, self._total)
 
 
 def layer_pieces(spec: TensorSpec) -> Iterator[tuple[int | None, Part]]:

@@ -1,17 +1,15 @@
 """Any source of weights -> a Hugging Face folder, streamed, and resumable after a kill.
 
-The tensors of each file are planned first; then a few matrices are in memory at a time. A file gets
-its own name when it is complete, and the index comes last.
+A few matrices are in memory at a time; a file is renamed when complete, and the index comes last.
 """
 
 import dataclasses
+import functools
 import os
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePath
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +23,7 @@ from grok.weights.huggingface.adapters import EXPORT_ADAPTER
 from grok.weights.huggingface.adapters.adapter import HuggingFaceTensor
 from grok.weights.huggingface.shard_plan import Shard, index_data, json_text, plan
 from grok.weights.huggingface.source import CONFIG, INDEX, UNFINISHED
-from grok.weights.source import OnProgress, Source, blocks, scales_part
+from grok.weights.source import ByteCounter, OnProgress, Source, blocks, no_progress, scales_part
 from grok.weights.transpose import strips
 
 SHARD_BYTES = 5_000_000_000
@@ -58,7 +56,7 @@ def export_huggingface(
     shard_bytes: int = SHARD_BYTES,
     base_weights: str | None = None,
     data_manifest: str | os.PathLike[str] | None = None,
-    on_progress: OnProgress = lambda name, done, total: None,
+    on_progress: OnProgress = no_progress,
 ) -> Exported:
     """Writes `source` to the local `folder` in "bfloat16" or "float32".
 
@@ -84,9 +82,12 @@ def export_huggingface(
     with continuable(folder, CheckpointError):
         path.mkdir(parents=True, exist_ok=True)
         todo = [shard for shard in shards if not _is_finished(path / shard.file, shard)]
+        nbytes, written = (sum(s.data_bytes for s in group) for group in (shards, todo))
         check_space(path, sum(shard.file_bytes for shard in todo), CheckpointError)
-        with Journal(path / UNFINISHED, _identity(source, dtype, shards), CheckpointError):
-            _write_shards(source, path, todo, _ProgressCounter(shards, todo, on_progress))
+        files = {shard.file: shard.file_bytes for shard in shards}
+        identity = {"dtype": dtype, "values": sample_checksum(source), "files": files}
+        with Journal(path / UNFINISHED, identity, CheckpointError):
+            _write_shards(source, path, todo, ByteCounter(on_progress, nbytes, nbytes - written))
             card = huggingface_card.model_card(source, adapter, dtype, base_weights, manifest)
             storage.write_bytes(path / CONFIG, config.encode())
             storage.write_bytes(path / huggingface_card.FILE, card.encode())
@@ -96,52 +97,28 @@ def export_huggingface(
             (path / UNFINISHED).unlink()
     return Exported(
         tensors=sum(len(shard.tensors) for shard in shards),
-        nbytes=sum(shard.data_bytes for shard in shards),
+        nbytes=nbytes,
         files=len(shards),
         files_resumed=len(shards) - len(todo),
-        written=sum(shard.data_bytes for shard in todo),
+        written=written,
         seconds=time.monotonic() - start,
     )
-
-
-def _identity(source: Source, dtype: str, shards: list[Shard]) -> dict[str, Any]:
-    """Plain data that tells two exports apart, from a sample of their values."""
-    files = {shard.file: shard.file_bytes for shard in shards}
-    return {"dtype": dtype, "values": sample_checksum(source), "files": files}
 
 
 def _is_finished(file: Path, shard: Shard) -> bool:
     return file.is_file() and file.stat().st_size == shard.file_bytes
 
 
-class _ProgressCounter:
-    """Counts the bytes written by all threads, and reports them."""
-
-    def __init__(self, shards: list[Shard], todo: list[Shard], on_progress: OnProgress) -> None:
-        self._total = sum(shard.data_bytes for shard in shards)
-        self._done = self._total - sum(shard.data_bytes for shard in todo)
-        self._on_progress, self._lock = on_progress, threading.Lock()
-        self.add("", 0)
-
-    def add(self, name: str, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            self._on_progress(name, self._done, self._total)
-
-
-def _write_shards(source: Source, path: Path, todo: list[Shard], counter: _ProgressCounter) -> None:
+def _write_shards(source: Source, path: Path, todo: list[Shard], counter: ByteCounter) -> None:
     with ThreadPoolExecutor(_workers(source), thread_name_prefix="grok-export") as pool:
         previous: tuple[Shard, list[Future]] | None = None
         try:
             for shard in todo:
                 partial = _partial(path, shard)
                 partial.write_bytes(shard.header)
-                futures = [
-                    pool.submit(
-                        _write_tensor, source, tensor, shard.dtype, partial, offset, counter
-                    )
-                    for tensor, offset in zip(shard.tensors, shard.offsets, strict=True)
-                ]
+                write = functools.partial(_write_tensor, source, shard.dtype, partial, counter)
+                tensors = zip(shard.tensors, shard.offsets, strict=True)
+                futures = [pool.submit(write, tensor, offset) for tensor, offset in tensors]
                 # Tensors of this file are converted while the previous one goes to disk.
                 if previous is not None:
                     _finish(path, *previous)
@@ -176,12 +153,7 @@ def _finish(path: Path, shard: Shard, futures: list[Future]) -> None:
 
 
 def _write_tensor(
-    source: Source,
-    tensor: HuggingFaceTensor,
-    dtype: np.dtype,
-    file: Path,
-    offset: int,
-    counter: _ProgressCounter,
+    source: Source, dtype: np.dtype, file: Path, counter: ByteCounter, tensor, offset: int
 ) -> None:
     with file.open("r+b") as out:
         out.seek(offset)

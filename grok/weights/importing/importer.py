@@ -24,7 +24,7 @@ from grok.weights.checksums import ALGORITHM
 from grok.weights.importing.quantization_error import MeasuredQuantizedSource, RoundingError
 from grok.weights.importing.streaming import Piece, all_arrays, all_pieces, stream
 from grok.weights.orbax.metadata import MODEL, read_meta, write_files
-from grok.weights.source import OnProgress, Source, layer_pieces
+from grok.weights.source import ByteCounter, OnProgress, Source, layer_pieces, no_progress
 
 STAGING, JOURNAL = ".import", "journal.jsonl"
 
@@ -50,7 +50,7 @@ def import_weights(
     folder: str | os.PathLike[str],
     run: RunConfig,
     tokenizer: Path | None = None,
-    on_progress: OnProgress = lambda name, done, total: None,
+    on_progress: OnProgress = no_progress,
 ) -> Imported:
     """Makes `folder` the folder of a run whose checkpoint of step 0 holds the weights of `source`.
 
@@ -131,13 +131,7 @@ def _copy(
     total, remaining = (sum(piece.nbytes for piece in group) for group in (pieces, todo))
     folder.mkdir(parents=True, exist_ok=True)
     check_space(folder, remaining, CheckpointError)
-    done = total - remaining
-    on_progress("", done, total)
-
-    def on_written(piece: Piece, nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        on_progress(piece.spec.name, done, total)
+    counter = ByteCounter(on_progress, total, total - remaining)
 
     def on_finished(piece: Piece, checksum: str) -> None:
         name, layer = piece.key
@@ -146,7 +140,7 @@ def _copy(
             entry["error"] = dataclasses.astuple(source.errors[piece.key])
         journal.append(entry)
 
-    stream(source, todo, folder, on_written, on_finished)
+    stream(source, todo, folder, counter.add, on_finished)
     return remaining
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from grok.errors import CheckpointError
 from grok.ops.weights.int8 import dequantize, quantize
-from grok.weights.cast import QuantizedSource, ScaleGroups, release_groups
+from grok.weights.cast import QuantizedSource, ScaleGroups, converted, release_groups
 from grok.weights.source import Part, Source
 
 # Threads quantise a matrix in stripes of columns of this size, which fits a core's cache.
@@ -21,11 +21,8 @@ THREADS = 8
 
 @dataclasses.dataclass(frozen=True)
 class RoundingError:
-    """The error of dequantised values q against the floats w that were quantised.
-
-    Largest |q - w| and largest |w|, sums of (q - w)^2 and of w^2. The errors of disjoint parts add
-    up to the error of all.
-    """
+    """Dequantised values q against the floats w before: largest |q - w| and |w|, sums of (q - w)^2
+    and of w^2. The errors of disjoint parts add up to the error of all."""
 
     largest: float = 0.0
     largest_value: float = 0.0
@@ -52,9 +49,9 @@ class RoundingError:
 
 
 class MeasuredQuantizedSource(QuantizedSource):
-    """`Quantized`, for reading every matrix once: its values, then immediately its scales.
+    """A QuantizedSource to read every matrix of once, its values and then immediately its scales.
 
-    `errors` holds the rounding error of each layer of each matrix that was read, by name and layer.
+    `errors` holds the rounding error of what was read, by name and layer.
     """
 
     def __init__(self, source: Source, groups: ScaleGroups = release_groups):
@@ -101,6 +98,13 @@ class MeasuredQuantizedSource(QuantizedSource):
         with self._lock:
             self.errors[key] = self.errors.get(key, RoundingError()) + error
         return values, scales
+
+
+def measured(source: Source, dtype: str, groups: ScaleGroups = release_groups) -> Source:
+    """`grok.weights.cast.converted`, with rounding errors where floats become int8."""
+    if dtype == "int8" and source.dtype != "int8":
+        return MeasuredQuantizedSource(source, groups)
+    return converted(source, dtype)
 
 
 def _error(back: np.ndarray, w: np.ndarray) -> RoundingError:

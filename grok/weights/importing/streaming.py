@@ -1,9 +1,7 @@
 """Pieces of a source -> shard files: read ahead by threads, checksummed in order, written behind.
 
-A piece is a tensor, or one layer of it. It moves in blocks, of which a few are in memory: those
-read ahead, and those being written. A block is some megabytes of successive rows; or a matrix of
-one layer and expert, where it is quantised, since its scales need all of it, and where its rows are
-not contiguous in the source's files.
+A piece (a tensor, or a layer of it) moves in blocks: some megabytes of rows; or a matrix, where its
+scales need all of it, or its rows are not contiguous in the source's files.
 """
 
 import dataclasses
@@ -91,13 +89,13 @@ def stream(
     source: Source,
     pieces: Sequence[Piece],
     folder: Path,
-    on_written: Callable[[Piece, int], None],
+    on_written: Callable[[str, int], None],
     on_finished: Callable[[Piece, str], None],
 ) -> None:
     """Writes pieces into `folder`, in order.
 
-    Calls `on_written` with each number of bytes of a piece written, and `on_finished`, after the
-    last, with its checksum. Raises OSError where it cannot be written, and errors of `source`.
+    Calls `on_written` with a tensor's name and each number of bytes written, and `on_finished` with
+    each finished piece and its checksum. Raises OSError, and errors of `source`.
     """
     for array in all_arrays(pieces):
         create(folder, array)
@@ -207,6 +205,6 @@ class _Writer:
         while len(self._queue) > left:
             write = self._queue.popleft()
             write.future.result()
-            self._on_written(write.piece, write.nbytes)
+            self._on_written(write.piece.spec.name, write.nbytes)
             if write.checksum is not None:
                 self._on_finished(write.piece, write.checksum)

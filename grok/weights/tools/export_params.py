@@ -1,7 +1,4 @@
-"""Exports the parameters of a run's checkpoint, without training state, to a folder of their own.
-
-It is an import of our own checkpoint: streamed, with checksums, resumable after a kill.
-"""
+"""Exports a run's parameters, without training state: an import of our own checkpoint."""
 
 import os
 import tempfile
@@ -11,20 +8,19 @@ from grok import storage
 from grok.config.load import from_dict
 from grok.errors import CheckpointError
 from grok.storage import StrPath, join
-from grok.weights.cast import converted
 from grok.weights.detect import open_source
 from grok.weights.importing.importer import Imported, import_weights
-from grok.weights.importing.quantization_error import MeasuredQuantizedSource
+from grok.weights.importing.quantization_error import measured
 from grok.weights.orbax.metadata import read_meta
 from grok.weights.orbax.source import step_folder
-from grok.weights.source import OnProgress
+from grok.weights.source import OnProgress, no_progress
 
 
 def export_params(
     src: StrPath,
     dst: StrPath,
     dtype: str | None = None,
-    on_progress: OnProgress = lambda name, done, total: None,
+    on_progress: OnProgress = no_progress,
 ) -> Imported:
     """Writes the parameters of the checkpoint at `src` (a run, its `checkpoints`, or a step), local
     or gs://, to the new local folder `dst`, with the run's config and tokenizer.
@@ -40,10 +36,7 @@ def export_params(
     run = from_dict(meta["config"], join(step, "meta", "metadata"))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = _tokenizer(step, Path(folder))
-        if dtype == "int8" and source.dtype != "int8":
-            source = MeasuredQuantizedSource(source)
-        else:
-            source = converted(source, dtype or source.dtype)
+        source = measured(source, dtype or source.dtype)
         return import_weights(source, dst, run, tokenizer, on_progress)
 
 

@@ -1,10 +1,5 @@
 """Compares two checkpoints tensor by tensor, of any formats and types.
 
-Weights of different types are compared in the coarser one: int8 is dequantised to the other's float
-type, and of two float types the finer is rounded to the coarser. int8 against int8 is compared as
-stored, values and scales bit for bit; only with other groups of scales are both dequantised,
-exactly, to float32.
-
 One matrix of each source is compared, in chunks, while the next is read.
 """
 
@@ -26,12 +21,14 @@ from grok.weights.checksums import piece_checksum
 from grok.weights.detect import is_release, open_source
 from grok.weights.orbax.source import OrbaxSource
 from grok.weights.source import (
+    ByteCounter,
     OnProgress,
     Part,
     Source,
     TensorSpec,
     blocks,
     layer_pieces,
+    no_progress,
     part_shape,
     scales_part,
 )
@@ -136,9 +133,8 @@ def open_both(
 ) -> tuple[Source, Source]:
     """The sources at two paths. A release tells only part of its config, so without `config` it is
     opened with the other's. Raises CheckpointError as `open_source` does."""
-    a_is_release, b_is_release = (
-        is_release(storage.list_files(path, CheckpointError)) for path in (a, b)
-    )
+    listings = (storage.list_files(path, CheckpointError) for path in (a, b))
+    a_is_release, b_is_release = map(is_release, listings)
     if config is None and a_is_release and not b_is_release:
         second = open_source(b)
         return open_source(a, second.config), second
@@ -152,15 +148,13 @@ def check_comparable(a: Source, b: Source) -> None:
     for name, spec in a.tensors.items():
         other = b.tensors[name].shape
         if spec.shape != other:
-            raise CheckpointError(
-                f"{between}: {name} is {spec.shape} in the first and {other} in the second."
-            )
+            sides = f"{spec.shape} in the first and {other} in the second"
+            raise CheckpointError(f"{between}: {name} is {sides}.")
     key = differing_key(a.config, b.config)
     if key is not None:
         first, second = (config_values(source.config).get(key) for source in (a, b))
-        raise CheckpointError(
-            f"{between}: {key} is {first} in the first and {second} in the second."
-        )
+        sides = f"{first} in the first and {second} in the second"
+        raise CheckpointError(f"{between}: {key} is {sides}.")
 
 
 def config_values(config: ModelConfig) -> dict[str, Any]:
@@ -186,7 +180,8 @@ def differing_key(a: ModelConfig, b: ModelConfig) -> str | None:
 
 
 def choose_method(a: TensorSpec, b: TensorSpec) -> Method:
-    """The method to compare two tensors of these types."""
+    """The method to compare two tensors: in the coarser type, int8 dequantised to the other's
+    float; int8 with int8 as stored, but with other groups of scales exactly, in float32."""
     kinds = f"{a.dtype} with {b.dtype}"
     if a.groups is not None and a.groups == b.groups:
         return Method(INT8, f"{kinds}: values (in steps) and scales, bit for bit")
@@ -205,7 +200,7 @@ def compare(
     a: Source,
     b: Source,
     tolerance: float = 0.0,
-    on_progress: OnProgress = lambda name, done, total: None,
+    on_progress: OnProgress = no_progress,
 ) -> Iterator[Comparison]:
     """Yields the comparison of each tensor of `a` and `b`.
 
@@ -214,8 +209,7 @@ def compare(
     files that cannot be read.
     """
     check_comparable(a, b)
-    done, total = 0, a.nbytes + b.nbytes
-    on_progress("", done, total)
+    counter = ByteCounter(on_progress, a.nbytes + b.nbytes)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, spec in a.tensors.items():
             method = choose_method(spec, b.tensors[name])
@@ -224,8 +218,7 @@ def compare(
                 values += _compare_values(pool, ours, theirs, method, tolerance)
                 if method.dtype == INT8:
                     scales += array_difference(ours.scales, theirs.scales)
-                done += ours.nbytes + theirs.nbytes
-                on_progress(name, done, total)
+                counter.add(name, ours.nbytes + theirs.nbytes)
             yield Comparison(spec, method, values, scales if method.dtype == INT8 else None)
 
 
@@ -257,17 +250,10 @@ def _read(source: Source, name: str, part: Part) -> BlockValues:
 
 
 def _compare_values(
-    pool: Executor,
-    ours: BlockValues,
-    theirs: BlockValues,
-    method: Method,
-    tolerance: float,
+    pool: Executor, ours: BlockValues, theirs: BlockValues, method: Method, tolerance: float
 ) -> ArrayDifference:
     def chunk(rows: tuple[int, int]) -> ArrayDifference:
-        a, b = (
-            ours.rows(*rows, method.dtype),
-            theirs.rows(*rows, method.dtype),
-        )
+        a, b = (block.rows(*rows, method.dtype) for block in (ours, theirs))
         difference = array_difference(a, b, tolerance)
         if not method.quantization:
             return difference
@@ -278,7 +264,7 @@ def _compare_values(
 
 
 def verify_checksums(
-    source: Source, on_progress: OnProgress = lambda name, done, total: None
+    source: Source, on_progress: OnProgress = no_progress
 ) -> Iterator[ChecksumResult]:
     """Compares each tensor of our own checkpoint with the checksums that its import stored.
 
@@ -289,18 +275,14 @@ def verify_checksums(
             f"{source.path}: keeps no checksums, as checkpoints from `grok import` do; name a "
             "second checkpoint to compare it with."
         )
-    done, total = 0, source.nbytes
-    on_progress("", done, total)
+    counter = ByteCounter(on_progress, source.nbytes)
     with ThreadPoolExecutor(4) as pool:
         for name, spec in source.tensors.items():
             pieces = list(layer_pieces(spec))
-            checksums = pool.map(
-                lambda piece, spec=spec: piece_checksum(source, spec, piece[1]), pieces
-            )
+            checksums = pool.map(lambda of, spec=spec: piece_checksum(source, spec, of[1]), pieces)
             differing = []
             for (layer, _), checksum in zip(pieces, checksums, strict=True):
-                done += spec.nbytes // len(pieces)
-                on_progress(name, done, total)
+                counter.add(name, spec.nbytes // len(pieces))
                 if checksum != source.checksums.get((name, layer)):
                     differing.append(layer)
             yield ChecksumResult(spec, len(pieces), tuple(differing))
