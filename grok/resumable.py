@@ -1,7 +1,6 @@
-"""A job in a folder that continues after an interruption: its identity, lock, and finished pieces.
+"""A job in a folder that continues after an interruption: its lock, identity, and finished pieces.
 
-A job's identity is plain data that its output depends on. The folder keeps it, so that the same
-command continues and another one is refused.
+The identity is plain data that the output depends on: a command of another one is refused.
 """
 
 import contextlib
@@ -23,9 +22,8 @@ SHOWN_CHARACTERS = 70
 class Journal(contextlib.AbstractContextManager):
     """A file of JSON lines: the job's identity, then an entry for each finished piece.
 
-    Opening it locks it and reads `entries`, without a last line that a kill cut short. Raises
-    `error` where another process has it open, or where it is the journal of another job. With
-    `sync`, entries are on the disk before `append` returns.
+    Opening locks it and reads `entries`, without a line that a kill cut short. Raises `error` where
+    another process has it open, or it is of another job. With `sync`, `append` waits for the disk.
     """
 
     def __init__(
@@ -53,9 +51,8 @@ class Journal(contextlib.AbstractContextManager):
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise self._error(
-                f"{folder}: another process is writing here; wait for its end."
-            ) from None
+            message = f"{folder}: another process is writing here; wait for its end."
+            raise self._error(message) from None
         self._file.seek(0)
         data, lines = self._file.read(), None
         with contextlib.suppress(ValueError):
@@ -115,10 +112,8 @@ def _shortened(value: Any) -> str:
 
 
 def check_destination(folder: storage.StrPath, unfinished: str, error: type[GrokError]) -> None:
-    """Raises `error` unless `folder` is local, and new, empty, or that of an unfinished job.
-
-    `unfinished` is the name of a file or folder that only an unfinished job has there.
-    """
+    """Raises `error` unless `folder` is local, and new, empty, or has the file `unfinished` of a
+    job that can continue."""
     if storage.is_remote(folder):
         raise error(
             f"{folder}: the output goes to a local folder, which can then be copied, as by `gcloud "

@@ -1,8 +1,7 @@
 """Files on this machine or at gs://: listed, opened, read by range, written atomically, copied.
 
-Every failure is an OSError, also those of remote storage's clients, and `reason` puts it in a few
-words. Functions that read take the class of a GrokError, such as CheckpointError, to raise instead,
-with the sentence "PATH: cannot be read: REASON."
+Every failure is an OSError, or, in functions that read, the given class of GrokError, such as
+CheckpointError, with the sentence "PATH: cannot be read: REASON."
 """
 
 import contextlib
@@ -54,9 +53,7 @@ def list_files(folder: StrPath, error: type[Exception] = OSError) -> dict[str, i
         if list(objects) == [inside.rstrip("/")]:
             raise NotADirectoryError("Not a directory")
     return {
-        name.rstrip("/").rsplit("/", 1)[-1]: (
-            None if entry["type"] == "directory" else entry["size"]
-        )
+        name.rstrip("/").rpartition("/")[2]: None if entry["type"] == "directory" else entry["size"]
         for name, entry in objects.items()
         # Consoles mark a folder by an empty object of its name.
         if name.rstrip("/") != inside.rstrip("/")
@@ -67,11 +64,8 @@ def list_tree(folder: StrPath) -> dict[str, int]:
     """Sizes in bytes of all files below a folder, by their path in it."""
     if not is_remote(folder):
         root = Path(folder)
-        return {
-            path.relative_to(root).as_posix(): path.stat().st_size
-            for path in root.rglob("*")
-            if path.is_file()
-        }
+        files = (path for path in root.rglob("*") if path.is_file())
+        return {path.relative_to(root).as_posix(): path.stat().st_size for path in files}
     with errors(folder):
         system, inside = remote(folder)
         prefix = f"{inside.rstrip('/')}/"
@@ -86,11 +80,8 @@ def list_tree(folder: StrPath) -> dict[str, int]:
 def open_file(
     path: StrPath, error: type[Exception] = OSError, block_size: int | None = None
 ) -> Iterator[BinaryIO]:
-    """Opens a file for reading; `error` is also for what fails inside the `with`.
-
-    Of a remote file, `block_size` bytes are fetched at a time. With `error`, a local file must be a
-    regular one, since opening a pipe would wait for its writer.
-    """
+    """Opens a file for reading, a remote one `block_size` bytes at a time; `error` is also for what
+    fails inside the `with`. It must then be a regular file: a pipe would wait for its writer."""
     with errors(path, error):
         if is_remote(path):
             system, inside = remote(path)
@@ -114,8 +105,7 @@ def read_ranges(
 ) -> None:
     """Fills `out` with byte ranges of one length of a file, which begin at `starts`, in order.
 
-    Of a local file exactly these bytes are read; of a remote one, where a request costs more than
-    the bytes between two ranges, all from the first byte to the last.
+    Of a remote file all bytes between them are read, too: a request costs more.
     """
     length = len(out) // len(starts)
     rows = (out[row * length : (row + 1) * length] for row in range(len(starts)))
@@ -170,10 +160,7 @@ def copy(source: StrPath, target: StrPath) -> None:
 
 
 def move(source: StrPath, target: StrPath) -> None:
-    """Renames a folder, both paths local or both at gs://; `target` must not exist.
-
-    Locally that is atomic; in a bucket all files are copied, inside it, and then deleted.
-    """
+    """Renames a folder, both paths local (then atomically) or both at gs://, to a new `target`."""
     if not is_remote(source):
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         os.rename(source, target)
@@ -240,8 +227,8 @@ def _options(emulated: bool) -> dict[str, Any]:
 def errors(
     path: StrPath, error: type[Exception] = OSError, problem: str = "cannot be read"
 ) -> Iterator[None]:
-    """Turns failures of files at `path` into OSError, also those of remote storage's clients; or
-    into `error`, a class of GrokError, with the sentence "PATH: PROBLEM: REASON."
+    """Turns failures of files at `path`, also of remote storage's clients, into OSError; or into
+    `error`, a class of GrokError, with the sentence "PATH: PROBLEM: REASON."
     """
     try:
         yield

@@ -1,8 +1,4 @@
-"""Weights in another type than the stored one, converted while they are read.
-
-int8 -> float multiplies by the scales; float -> int8 quantises with the release's granularity;
-float -> float rounds. Each is a `Source` around another and converts only the parts that are read.
-"""
+"""Weights in another type than the stored one: sources that convert the parts that are read."""
 
 from collections.abc import Callable
 
@@ -30,10 +26,8 @@ def per_channel(spec: ParamSpec) -> int:
 def converted(source: Source, dtype: str, groups: ScaleGroups = release_groups) -> Source:
     """`source` with its matrices in `dtype`: "int8", "bfloat16" or "float32".
 
-    With float types all other tensors are in `dtype` too; with int8 they stay float32, as in the
-    release. `groups` gives the number of row groups of a matrix of floats that becomes int8, by
-    default as in the release. A matrix whose rows it does not divide gets the largest smaller
-    number that does.
+    All else is in the same float type, or beside int8 in float32. `groups` gives the number of row
+    groups of a matrix that becomes int8, of which the largest that divides its rows is taken.
     """
     if dtype == "int8":
         return source if source.dtype == "int8" else QuantizedSource(source, groups)

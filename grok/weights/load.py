@@ -43,11 +43,9 @@ def load(
 ) -> Decoder:
     """The model at `path` on `mesh` (default: one device), ready to be called.
 
-    `path`, local or gs://, is a ckpt-0 folder, a Hugging Face folder, or our own checkpoint (a
-    run's folder, its `checkpoints`, or one step). `config` is the expected model, by default that
-    of the files. Matrices are converted to `dtype`, if given: "int8" (with scales, all else
-    float32), "bfloat16" or "float32". `on_bytes` is called with each number of bytes sent to
-    devices. With several processes, all call this, and each reads its own devices' parts.
+    `path` and `config`, the expected model, are as for `open_source`. Matrices are converted to
+    `dtype`, if given: "int8" (with scales, all else float32), "bfloat16" or "float32". `on_bytes`
+    gets each number of bytes sent to devices. With several processes, all call this.
 
     Raises CheckpointError, with the file, for weights that are damaged, incomplete or of another
     model; ConfigError where the model cannot be split over the mesh.
@@ -103,7 +101,7 @@ class _Leaf:
 
         Devices with neighbouring columns share a block, so that rows are read contiguously.
         """
-        distinct = list({_bounds(part): part for part in self.parts.values()}.values())
+        distinct = list(dict.fromkeys(self.parts.values()))
         box = tuple(
             slice(min(s.start for s in axis), max(s.stop for s in axis))
             for axis in zip(*distinct, strict=True)
@@ -174,21 +172,17 @@ def _slices(index, shape: tuple[int, ...]) -> Part:
     return tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
 
 
-def _bounds(part: Part) -> tuple:
-    return tuple((s.start, s.stop) for s in part)
-
-
 def _cut(part: Part, itemsize: int) -> Iterator[Part]:
     """`part` in C order as blocks of at most about BLOCK_BYTES, cut along the first axes."""
-    axis, size = 0, itemsize * math.prod(part_shape(part))
+    axis, lengths = 0, part_shape(part)
+    size = itemsize * math.prod(lengths)
     if size <= BLOCK_BYTES:
         yield part
         return
-    while size // (part[axis].stop - part[axis].start) > BLOCK_BYTES:
-        size //= part[axis].stop - part[axis].start
+    while size // lengths[axis] > BLOCK_BYTES:
+        size //= lengths[axis]
         axis += 1
-    length = part[axis].stop - part[axis].start
-    step = max(1, BLOCK_BYTES * length // size)
+    step = max(1, BLOCK_BYTES * lengths[axis] // size)
     for index in itertools.product(*(range(s.start, s.stop) for s in part[:axis])):
         for start in range(part[axis].start, part[axis].stop, step):
             stop = min(start + step, part[axis].stop)

@@ -35,11 +35,8 @@ WORKERS, MATRIX_BYTES = 4, 1 << 31
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A finished export: its tensors, their bytes, and its files.
-
-    `files_resumed` files are of an interrupted export; this call wrote `written` bytes of tensors
-    in `seconds`.
-    """
+    """A finished export: its tensors, their bytes, its files, of which `files_resumed` are of an
+    interrupted one; this call wrote `written` bytes of tensors in `seconds`."""
 
     tensors: int
     nbytes: int
@@ -58,11 +55,10 @@ def export_huggingface(
     data_manifest: str | os.PathLike[str] | None = None,
     on_progress: OnProgress = no_progress,
 ) -> Exported:
-    """Writes `source` to the local `folder` in "bfloat16" or "float32".
+    """Writes `source` to the local `folder` in "bfloat16" or "float32", no file > `shard_bytes`.
 
-    No file is larger than `shard_bytes`. The model card names `base_weights` as the origin of the
-    weights, and `data_manifest`, a file on the training data, is copied. After an interruption the
-    same call keeps the files that were finished.
+    The model card names `base_weights` as the origin, and `data_manifest`, a file on the training
+    data, is copied. After an interruption the same call keeps the files that were finished.
 
     Raises CheckpointError where `folder` is remote, holds anything else or cannot be written, where
     the interrupted export was of other weights or settings, and for what `source` cannot read;
@@ -89,11 +85,11 @@ def export_huggingface(
         with Journal(path / UNFINISHED, identity, CheckpointError):
             _write_shards(source, path, todo, ByteCounter(on_progress, nbytes, nbytes - written))
             card = huggingface_card.model_card(source, adapter, dtype, base_weights, manifest)
-            storage.write_bytes(path / CONFIG, config.encode())
+            storage.write_bytes(path / CONFIG, config)
             storage.write_bytes(path / huggingface_card.FILE, card.encode())
             if manifest is not None:
                 storage.write_bytes(path / manifest[0], manifest[1])
-            storage.write_bytes(path / INDEX, json_text(index_data(shards)).encode())
+            storage.write_bytes(path / INDEX, json_text(index_data(shards)))
             (path / UNFINISHED).unlink()
     return Exported(
         tensors=sum(len(shard.tensors) for shard in shards),

@@ -1,8 +1,6 @@
-"""The safetensors format: the bytes of some tensors behind a JSON header that says where they lie.
-
-A file is the header's length in 8 bytes (little-endian), the header, and the data; the header has
-the type, shape and byte range of each tensor. The ranges are contiguous and fill the data.
-The format is described at https://github.com/huggingface/safetensors#format.
+"""The safetensors format: a length (8 bytes, little-endian), a JSON header with the type, shape and
+byte range of each tensor, and the data, which the ranges fill without gaps.
+https://github.com/huggingface/safetensors#format
 """
 
 import dataclasses
@@ -18,11 +16,8 @@ from grok import storage
 from grok.errors import CheckpointError
 from grok.weights.source import parse_object, quoted
 
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-}
+TYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
+DTYPES = {code: np.dtype(kind) for code, kind in TYPES.items()}
 # Largest header that the format's own library accepts.
 LARGEST_HEADER = 100_000_000
 METADATA = "__metadata__"
@@ -46,15 +41,13 @@ class TensorInfo:
 def read_header(path: str, size: int) -> dict[str, TensorInfo]:
     """The tensors of a file of `size` bytes, local or at gs://, by name; no data is read.
 
-    Raises CheckpointError, with the file and the tensor, unless the header is whole and its
-    tensors are float32, bfloat16 or float16 and fill the rest of the file exactly.
+    Raises CheckpointError, with file and tensor, unless all are of DTYPES and fill the file.
     """
     with storage.open_file(path, CheckpointError, storage.HEADER_BLOCK) as file:
         start = file.read(8)
         if start == b"version ":
-            raise CheckpointError(
-                f"{path}: is a Git LFS pointer, not the file itself; `git lfs pull` gets it."
-            )
+            pointer = "is a Git LFS pointer, not the file itself; `git lfs pull` gets it."
+            raise CheckpointError(f"{path}: {pointer}")
         length = int.from_bytes(start, "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(

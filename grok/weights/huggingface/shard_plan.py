@@ -84,9 +84,9 @@ def index_data(shards: list[Shard]) -> dict[str, Any]:
     }
 
 
-def json_text(data: dict[str, Any]) -> str:
+def json_text(data: dict[str, Any]) -> bytes:
     """`data` as the JSON files of a folder have it."""
-    return json.dumps(data, indent=2) + "\n"
+    return f"{json.dumps(data, indent=2)}\n".encode()
 
 
 def _nbytes(tensor: HuggingFaceTensor, dtype: np.dtype) -> int:

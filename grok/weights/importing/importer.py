@@ -1,7 +1,6 @@
 """Any source of weights -> a checkpoint of ours, streamed, and resumable after a kill.
 
-An unfinished import lies in the folder `.import` of the destination, with a journal of its finished
-pieces; a rename to `checkpoints/0` makes it a checkpoint atomically.
+An unfinished import is in `.import`, with a journal; a rename to `checkpoints/0` finishes it.
 """
 
 import dataclasses
@@ -9,7 +8,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import xxhash
 
@@ -33,10 +32,8 @@ STAGING, JOURNAL = ".import", "journal.jsonl"
 class Imported:
     """A finished import: the checkpoint's folder, and the bytes and seconds that this call took.
 
-    `summary` is stored in the checkpoint: `format` and `path` of the source, `dtype`, `tensors`,
-    `parameters` and `bytes`; the name of the `checksum` and the `checksums` by tensor, with a list
-    of one per layer where it has layers; and for matrices quantised by the import
-    `rounding_errors` by tensor, `relative` and `relative_rms`.
+    `summary` is stored in the checkpoint: facts of the source, `checksums` by tensor, lists of one
+    per layer where it has layers, and `rounding_errors` of matrices that the import quantised.
     """
 
     checkpoint: Path
@@ -52,10 +49,8 @@ def import_weights(
     tokenizer: Path | None = None,
     on_progress: OnProgress = no_progress,
 ) -> Imported:
-    """Makes `folder` the folder of a run whose checkpoint of step 0 holds the weights of `source`.
-
-    The run is `run` with the source's model and type, and `tokenizer`. After an interruption the
-    same call continues with the first piece that is not finished.
+    """Makes `folder` that of a run, `run` with the source's model and type and `tokenizer`, whose
+    checkpoint of step 0 holds the weights. After an interruption the same call continues.
 
     Raises CheckpointError where `folder` is remote, holds anything else or cannot be written, where
     the interrupted import was of other weights, and for what `source` cannot read.
@@ -88,13 +83,11 @@ def import_weights(
 
 def _resolved(run: RunConfig, source: Source, folder: Path, tokenizer: Path | None) -> RunConfig:
     """`run` with the source's model, this folder and tokenizer."""
-    model: Any = {"param_dtype": source.dtype}
+    model = dataclasses.replace(source.config, param_dtype=cast(Any, source.dtype))
     data = run.data
     if tokenizer is not None:
         data = dataclasses.replace(data, tokenizer=os.fspath(folder / "tokenizer.model"))
-    return dataclasses.replace(
-        run, model=dataclasses.replace(source.config, **model), data=data, folder=os.fspath(folder)
-    )
+    return dataclasses.replace(run, model=model, data=data, folder=os.fspath(folder))
 
 
 def _identity(source: Source) -> dict[str, Any]:
@@ -114,12 +107,8 @@ def _identity(source: Source) -> dict[str, Any]:
         }
         for spec in source.tensors.values()
     }
-    return {
-        "format": source.format,
-        "dtype": source.dtype,
-        "tensors": tensors,
-        "values": sample.hexdigest(),
-    }
+    facts = {"format": source.format, "dtype": source.dtype}
+    return facts | {"tensors": tensors, "values": sample.hexdigest()}
 
 
 def _copy(

@@ -62,12 +62,10 @@ class Piece:
         arrays = [(self.values, self.part)]
         if self.scales is not None:
             arrays.append((self.scales, self.scales_part))
-        return all(
-            array.file(folder, shard).is_file()
-            and array.file(folder, shard).stat().st_size == array.file_bytes
-            for array, part in arrays
-            for shard in array.shards(part)
-        )
+        files = [
+            (array.file(folder, s), array) for array, part in arrays for s in array.shards(part)
+        ]
+        return all(f.is_file() and f.stat().st_size == array.file_bytes for f, array in files)
 
 
 def all_pieces(source: Source) -> list[Piece]:

@@ -19,7 +19,7 @@ from grok.weights.huggingface.source import INDEX
 from grok.weights.importing.importer import JOURNAL, STAGING
 from grok.weights.source import read_object
 from grok.weights.xai.objects import StoredTensor
-from grok.weights.xai.source import ReleaseTensor, tensor_names, tensor_shapes
+from grok.weights.xai.source import tensor_names, tensor_shapes
 from grok.weights.xai.unpickler import read_tensor
 
 DTYPES = {str(d): d for d in map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16, np.int8))}
@@ -43,11 +43,8 @@ class TensorSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """The format, None if unknown, the tensors, and sentences on the problems of some weights.
-
-    For a release, `shapes` has the shape in its files of each parameter, and `num_layers` is the
-    least number of its layers.
-    """
+    """The format, None if unknown, the tensors, and the problems of some weights; of a release, the
+    shapes of parameters in its files, and the least number of its layers."""
 
     format: str | None = None
     tensors: tuple[TensorSummary, ...] = ()
@@ -81,8 +78,8 @@ def _release(path: str, present: set[str], config: ModelConfig | None) -> Diagno
     num_layers = config.num_layers if config else max(1, math.ceil((max(numbers) - 1) / 12))
     expected = tensor_names(num_layers)
     tensors = [tensor for tensor in expected if tensor.file in present]
-    missing = [_file_and_name(tensor) for tensor in expected if tensor.file not in present]
-    problems = [_missing(missing, len(expected))] if missing else []
+    missing = [str(tensor) for tensor in expected if tensor.file not in present]
+    problems = _missing(missing, len(expected))
     stored: dict[str, list[StoredTensor]] = {tensor.name: [] for tensor in tensor_names(1)}
     with ThreadPoolExecutor(16) as pool:
         results = pool.map(_read_tensor, [storage.join(path, tensor.file) for tensor in tensors])
@@ -92,10 +89,7 @@ def _release(path: str, present: set[str], config: ModelConfig | None) -> Diagno
             else:
                 stored[tensor.name].append(result)
     stored = {name: layers for name, layers in stored.items() if layers}
-    stacked = {tensor.name for tensor in expected if tensor.layer is not None}
-    summaries = tuple(
-        _summarize(name, layers, name in stacked, config) for name, layers in stored.items()
-    )
+    summaries = tuple(_summarize(name, layers, config) for name, layers in stored.items())
     shapes = {name: layers[0].values.shape for name, layers in stored.items()}
     return Diagnosis("xai", summaries, tuple(problems), shapes, num_layers)
 
@@ -108,26 +102,19 @@ def _read_tensor(path: str) -> StoredTensor | str:
         return str(error)
 
 
-def _file_and_name(tensor: ReleaseTensor) -> str:
-    layer = "" if tensor.layer is None else f", layer {tensor.layer}"
-    return f"{tensor.file} ({tensor.name}{layer})"
-
-
-def _missing(missing: list[str], count: int) -> str:
+def _missing(missing: list[str], count: int) -> list[str]:
     others = f", and {len(missing) - NAMED_FILES} more" if len(missing) > NAMED_FILES else ""
     named = ", ".join(missing[:NAMED_FILES])
-    return f"{len(missing)} of {count} files are missing: {named}{others}."
+    return [f"{len(missing)} of {count} files are missing: {named}{others}."] if missing else []
 
 
-def _summarize(
-    name: str, layers: list[StoredTensor], stacked: bool, config: ModelConfig | None
-) -> TensorSummary:
+def _summarize(name: str, layers: list[StoredTensor], config: ModelConfig | None) -> TensorSummary:
     """A release's tensor, of which some layers may be missing."""
     values, scales = layers[0].values, layers[0].scales
     shape = values.shape
     if config is not None and tensor_shapes(config)[name].in_file == shape:
         shape = tensor_shapes(config)[name].in_tree
-    if stacked:
+    if any(tensor.name == name and tensor.layer is not None for tensor in tensor_names(1)):
         shape = (len(layers), *shape)
     groups = scales.shape[-2] if scales else None
     nbytes = sum(layer.nbytes for layer in layers)
@@ -140,7 +127,7 @@ def _huggingface(path: str, present: set[str]) -> Diagnosis:
     index = read_object(storage.join(path, INDEX)).get("weight_map")
     files = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
     missing = [file for file in files if file not in present]
-    return Diagnosis("huggingface", problems=(_missing(missing, len(files)),) if missing else ())
+    return Diagnosis("huggingface", problems=tuple(_missing(missing, len(files))))
 
 
 def _import(path: str) -> Diagnosis:
@@ -161,7 +148,7 @@ def _import(path: str) -> Diagnosis:
 
 
 def _imported(name: str, facts: dict[str, Any], pieces: int) -> TensorSummary:
-    """A tensor of which this number of layers is imported; a tensor without layers is one piece."""
+    """A tensor of which this number of layers is imported."""
     shape, nbytes = tuple(facts["shape"]), facts["bytes"]
     if facts["layers"] is not None:
         shape, nbytes = (pieces, *shape[1:]), nbytes * pieces // shape[0]

@@ -20,6 +20,11 @@ from grok.weights.xai.source import tensor_shapes
 # Origins of the value of a field of the config.
 FILES, WITH_HEAD_DIM, ASSUMED = "files", "files, with this head_dim", "assumed"
 GIVEN, CONFIG_JSON, STORED = "--config", "config.json", "stored config"
+NOT_IN_FILES = (WITH_HEAD_DIM, ASSUMED)
+JSON_KEYS = (
+    *("path", "format", "dtype", "complete", "problems", "tensors", "parameters", "bytes"),
+    *("config", "assumed", "preset", "step", "checksums", "imported_from"),
+)
 # Fields that follow from the shapes in a release's files; of heads, only their total width does.
 IN_RELEASE = {
     **dict.fromkeys(("vocab_size", "num_layers", "embed_dim", "moe.dim", "moe.num_experts"), FILES),
@@ -31,8 +36,7 @@ IN_RELEASE = {
 class Inspection:
     """The weights at `path`. `problems` are sentences, none where everything is complete.
 
-    `origins` has the origin of each value in `config`; `preset` is the one with this config, and
-    `fitting` names presets whose tensors have the same shapes in a release's files. `step`,
+    `origins` are those of config values; `fitting` presets have the shapes of a release. `step`,
     `checksums` (their number) and `imported_from` are of our own checkpoints only.
     """
 
@@ -73,24 +77,15 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, always with the same keys."""
-        return {
-            "path": self.path,
-            "format": self.format,
+        assumed = (name for name, origin in self.origins.items() if origin in NOT_IN_FILES)
+        facts = dataclasses.asdict(self) | {
             "dtype": self.dtype,
             "complete": not self.problems,
-            "problems": list(self.problems),
-            "tensors": [dataclasses.asdict(tensor) for tensor in self.tensors],
             "parameters": self.parameters,
             "bytes": self.bytes,
-            "config": None if self.config is None else dataclasses.asdict(self.config),
-            "assumed": [
-                name for name, origin in self.origins.items() if origin in (WITH_HEAD_DIM, ASSUMED)
-            ],
-            "preset": self.preset,
-            "step": self.step,
-            "checksums": self.checksums,
-            "imported_from": self.imported_from,
+            "assumed": list(assumed),
         }
+        return {key: facts[key] for key in JSON_KEYS}
 
 
 def inspect(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Inspection:

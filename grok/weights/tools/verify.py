@@ -46,11 +46,8 @@ HOW_IT_RUNS = ("context_length", "param_dtype", "compute_dtype", "remat")
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """The comparison of two tensors, both converted to `dtype`; `words` describe it to people.
-
-    `dtype` int8 means as stored: values in steps of int8, and scales. `quantization` marks int8
-    against floats, whose difference is a quantisation error.
-    """
+    """The comparison of two tensors, both converted to `dtype` (int8: as stored, with scales);
+    `words` describe it, and `quantization` marks int8 against floats."""
 
     dtype: np.dtype
     words: str
@@ -82,10 +79,8 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class BlockValues:
-    """A part of a tensor that `blocks` gives, as stored.
-
-    `values` is (rows, columns), `scales` (groups, columns), with no groups for floats.
-    """
+    """A part of a tensor, as stored: `values` (rows, columns), `scales` (groups, columns), with no
+    groups for floats."""
 
     values: np.ndarray
     scales: np.ndarray
@@ -115,8 +110,7 @@ class BlockValues:
 
 @dataclasses.dataclass(frozen=True)
 class ChecksumResult:
-    """One tensor against its checksums: their number, and the layers (None for a tensor without
-    layers) with other weights."""
+    """One tensor against its checksums: their number, and the layers (or None) that differ."""
 
     spec: TensorSpec
     checksums: int
@@ -204,9 +198,8 @@ def compare(
 ) -> Iterator[Comparison]:
     """Yields the comparison of each tensor of `a` and `b`.
 
-    With `tolerance` 0 values are equal if their bits are; otherwise floats are also equal where
-    |a - b| <= tolerance * max(|a|, |b|). Raises CheckpointError as `check_comparable` does, and for
-    files that cannot be read.
+    Values are equal if their bits are; with a `tolerance`, floats also where |a - b| <= tolerance *
+    max(|a|, |b|). Raises CheckpointError as `check_comparable` does, and for unreadable files.
     """
     check_comparable(a, b)
     counter = ByteCounter(on_progress, a.nbytes + b.nbytes)
@@ -266,10 +259,8 @@ def _compare_values(
 def verify_checksums(
     source: Source, on_progress: OnProgress = no_progress
 ) -> Iterator[ChecksumResult]:
-    """Compares each tensor of our own checkpoint with the checksums that its import stored.
-
-    Raises CheckpointError where there are no checksums, and for files that cannot be read.
-    """
+    """Compares each tensor of our own checkpoint with the checksums of its import; raises
+    CheckpointError where there are none, and for files that cannot be read."""
     if not (isinstance(source, OrbaxSource) and source.checksums):
         raise CheckpointError(
             f"{source.path}: keeps no checksums, as checkpoints from `grok import` do; name a "

@@ -47,6 +47,10 @@ class ReleaseTensor:
     name: str
     layer: int | None
 
+    def __str__(self) -> str:
+        layer = "" if self.layer is None else f", layer {self.layer}"
+        return f"{self.file} ({self.name}{layer})"
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorShape:
@@ -85,9 +89,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, TensorShape]:
 class ReleaseSource(Source):
     """A `ckpt-0` folder, local or at gs://. Opening it reads every file's header, and no array.
 
-    Raises CheckpointError, with the file and what would be right, where files are missing or too
-    many, are damaged, or have shapes of another model. Nothing in a file says which tensor it is,
-    so files of one shape that changed places are not noticed.
+    Raises CheckpointError, with file and remedy, where files are missing, too many, damaged, or of
+    another model. Files do not name their tensors: two of one shape may be swapped unnoticed.
     """
 
     format, stores_rows = "xai", True
@@ -154,10 +157,9 @@ class ReleaseSource(Source):
 
 
 def implied_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """The config that a `ckpt-0` folder implies by the number and shapes of its files.
+    """The config that a `ckpt-0` folder implies by its shapes; else values are the release's.
 
-    head_dim, the number of selected experts and all multipliers are the release's, since the files
-    do not contain them. Raises CheckpointError where the shapes fit no such model.
+    Raises CheckpointError where the shapes fit no such model.
     """
     num_layers = _count_layers(folder)
     by_name = {tensor.name: tensor.file for tensor in tensor_names(1)}
@@ -166,9 +168,7 @@ def implied_config(folder: str | os.PathLike[str]) -> ModelConfig:
         path = storage.join(folder, by_name[name])
         shape = read_tensor(path).values.shape
         if len(shape) != dims:
-            raise CheckpointError(
-                f"{path}: should have {dims} dimensions, and its shape is {shape}."
-            )
+            raise CheckpointError(f"{path}: should have {dims} dimensions, and is {shape}.")
         return shape
 
     vocab, embed = shape_of("embed/table_VD", 2)
@@ -246,12 +246,8 @@ def _check_shapes(
     tensor, stored = wrong[0]
     expected = shapes[tensor.name]
     dtype = "quantised int8" if expected.quantized else "float32"
-    swapped = [
-        other.file
-        for other, theirs in wrong[1:]
-        if _fits(stored, shapes[other.name]) and _fits(theirs, expected)
-    ]
     fitting = [other.file for other in tensors if _fits(stored, shapes[other.name])]
+    swapped = [o.file for o, theirs in wrong[1:] if o.file in fitting and _fits(theirs, expected)]
     guess = ""
     if swapped:
         guess = f" It would fit {swapped[0]}, and that file here: were the two swapped?"

@@ -1,7 +1,6 @@
 """A model family on Hugging Face: its tensors' names, its config.json, and its model card.
 
-PyTorch keeps the weights of a linear layer as [out, in], the transpose of ours, with heads and
-their width as one axis, and each layer and expert as a tensor of its own.
+PyTorch keeps linear layers as [out, in], the transpose of ours, with heads as one axis.
 """
 
 import abc
@@ -17,10 +16,7 @@ from grok.model.params import param_specs
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceTensor:
-    """A tensor there: its name, and the part of a parameter that it holds.
-
-    `lead` is its layer and expert, as far as the parameter has them.
-    """
+    """A tensor there: its name, parameter, and layer and expert, as far as it has them."""
 
     name: str
     param: ParamSpec
@@ -39,17 +35,16 @@ class HuggingFaceTensor:
 
 
 class Adapter(abc.ABC):
-    """A family: `layouts` are its repositories by name, each with names of its own.
+    """A family; `release` names its released weights, of `release_parameters` parameters.
 
-    A layout maps our names to theirs, with {layer} and {expert}, in the order of exports. Exports
-    write `export_layout`. `tied_head` is the token table's second name, as the output layer.
+    A layout, by repository, maps our names to theirs, with {layer} and {expert}, in the order of
+    exports, which write `export_layout`. `tied_head` names the token table as the output layer.
     """
 
     family: str
     layouts: Mapping[str, Mapping[str, str]]
     export_layout: str
     tied_head: str
-    # Name of the released weights, and how many parameters they have.
     release: str
     release_parameters: int
 
