@@ -59,9 +59,8 @@ class Journal(contextlib.AbstractContextManager):
             lines = journal_lines(data)
         torn_identity = not lines and _line(identity).startswith(data)
         if lines is None or not (lines or torn_identity):
-            raise self._error(
-                f"{self.path}: is no journal of grok; delete {folder}, or name another folder."
-            )
+            remedy = f"delete {folder}, or name another folder"
+            raise self._error(f"{self.path}: is no journal of grok; {remedy}.")
         self._file.truncate(data.rfind(b"\n") + 1)
         if not lines:
             self._write(identity)
@@ -115,10 +114,8 @@ def check_destination(folder: storage.StrPath, unfinished: str, error: type[Grok
     """Raises `error` unless `folder` is local, and new, empty, or has the file `unfinished` of a
     job that can continue."""
     if storage.is_remote(folder):
-        raise error(
-            f"{folder}: the output goes to a local folder, which can then be copied, as by `gcloud "
-            "storage cp --recursive`."
-        )
+        remedy = "which can then be copied, as by `gcloud storage cp --recursive`"
+        raise error(f"{folder}: the output goes to a local folder, {remedy}.")
     if not storage.exists(folder, error):
         return
     present = storage.list_files(folder, error)
@@ -140,7 +137,5 @@ def continuable(folder: storage.StrPath, error: type[GrokError]) -> Iterator[Non
     try:
         yield
     except OSError as cause:
-        raise error(
-            f"{cause.filename or folder}: cannot be written: {storage.reason(cause)}. Finished "
-            "pieces stay; the same command continues."
-        ) from cause
+        problem = f"{cause.filename or folder}: cannot be written: {storage.reason(cause)}"
+        raise error(f"{problem}. Finished pieces stay; the same command continues.") from cause

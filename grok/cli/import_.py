@@ -1,5 +1,6 @@
 """`grok import`."""
 
+import functools
 import resource
 import sys
 from collections.abc import Callable
@@ -28,9 +29,7 @@ def _options(dtype: str) -> Callable:
     decorators = (
         click.argument("src"),
         click.argument("dst"),
-        click.option(
-            "--config", metavar="CONFIG", help="Preset or YAML file of the model that SRC holds."
-        ),
+        click.option("--config", metavar="CONFIG", help="Preset or YAML file of SRC's model."),
         click.option(
             "--dtype",
             default=dtype,
@@ -52,12 +51,7 @@ def _options(dtype: str) -> Callable:
         ),
     )
 
-    def decorate(command: Callable) -> Callable:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
+    return lambda command: functools.reduce(lambda f, add: add(f), reversed(decorators), command)
 
 
 @import_.command()
@@ -85,6 +79,7 @@ def hf(src, dst, config, dtype, scales, tokenizer) -> None:
 def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None:
     from grok.config import DataConfig, RunConfig
     from grok.config.load import load_config
+    from grok.data.tokenizers import load_tokenizer
     from grok.progress import byte_progress
     from grok.weights.cast import per_channel, release_groups
     from grok.weights.detect import open_source
@@ -100,8 +95,12 @@ def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None
     if run is None:
         length = min(DataConfig.sequence_length, source.config.context_length)
         run = RunConfig(model=source.config, data=DataConfig(sequence_length=length))
-    if tokenizer is not None:
-        _check_tokenizer(tokenizer, source.config.vocab_size)
+    vocab_size = source.config.vocab_size
+    if tokenizer is not None and (pieces := load_tokenizer(tokenizer).vocab_size) > vocab_size:
+        raise DataError(
+            f"{tokenizer}: has {pieces} pieces, and the model's vocab_size is {vocab_size}; it is "
+            "the tokenizer of another model."
+        )
     if scales is not None and (dtype != "int8" or source.dtype == "int8"):
         raise ConfigError(
             f"--scales {scales} is for floats that become int8; {source.path} holds "
@@ -111,17 +110,6 @@ def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None
     with byte_progress() as on_progress:
         imported = import_weights(source, dst, run, tokenizer, on_progress)
     print_import(imported)
-
-
-def _check_tokenizer(file: Path, vocab_size: int) -> None:
-    from grok.data.tokenizers import load_tokenizer
-
-    pieces = load_tokenizer(file).vocab_size
-    if pieces > vocab_size:
-        raise DataError(
-            f"{file}: has {pieces} pieces, and the model's vocab_size is {vocab_size}; it is the "
-            "tokenizer of another model."
-        )
 
 
 def print_import(imported: "Imported") -> None:

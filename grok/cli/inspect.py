@@ -102,9 +102,6 @@ def _kind(tensor: "TensorSummary") -> str:
 
 def size(count: int) -> str:
     """A number of bytes for people."""
-    number, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if number < 1024 or unit == "TiB":
-            break
-        number /= 1024
-    return f"{count} B" if unit == "B" else f"{number:.1f} {unit}"
+    power = max(0, min(4, (count.bit_length() - 1) // 10))
+    units = ("KiB", "MiB", "GiB", "TiB")
+    return f"{count / 1024**power:.1f} {units[power - 1]}" if power else f"{count} B"

@@ -63,10 +63,7 @@ def _verify_checksums(console: "Console", source: "Source") -> list[bool]:
     table = make_table("tensor", "checksums", "differ", right=2)
     for tensor in results:
         table.add_row(tensor.spec.name, str(tensor.checksums), _layers(tensor))
-    console.print()
-    console.print(table)
-    console.print()
-    return [tensor.equal for tensor in results]
+    return _print_table(console, table, results)
 
 
 def _compare(console: "Console", a: "Source", b: "Source", tolerance: float) -> list[bool]:
@@ -92,10 +89,14 @@ def _compare(console: "Console", a: "Source", b: "Source", tolerance: float) -> 
     table = make_table("tensor", *titles, right=len(titles))
     for tensor in comparisons:
         _add_rows(table, tensor)
+    return _print_table(console, table, comparisons)
+
+
+def _print_table(console: "Console", table: "Table", results) -> list[bool]:
     console.print()
     console.print(table)
     console.print()
-    return [tensor.equal for tensor in comparisons]
+    return [tensor.equal for tensor in results]
 
 
 def _layers(tensor: "ChecksumResult") -> str:
@@ -121,9 +122,9 @@ def _add_rows(table: "Table", tensor: "Comparison") -> None:
 
 
 def _numbers(difference: "ArrayDifference") -> tuple[str, str, str]:
-    largest, relative = difference.largest_absolute, difference.largest_relative
     if not difference.differing:
         return "0", "", ""
+    largest, relative = difference.largest_absolute, difference.largest_relative
     return f"{difference.differing:,}", f"{largest:.3g}", f"{relative:.3g}"
 
 

@@ -1,7 +1,6 @@
-"""Checksums of weights, by piece: one tensor, or one layer of it, in its stored type.
+"""Checksums of weights, independent of formats and files, by piece: a tensor, or a layer of it.
 
-A checksum is xxh3_128 over the bytes of a piece's values in C order, then those of its scales. It
-depends on neither the format nor the files that the piece came from.
+A checksum is xxh3_128 over the bytes of a piece's values in C order, then those of its scales.
 """
 
 import numpy as np
@@ -47,11 +46,8 @@ def piece_checksum(source: Source, spec: TensorSpec, part: Part) -> str:
 
 
 def sample_checksum(source: Source) -> str:
-    """A checksum of a sample of every tensor, to tell weights apart without reading them all.
-
-    The sample is the last layer's and expert's norms, and first rows of matrices, in their stored
-    types.
-    """
+    """A checksum to tell weights apart without reading them all: of the last layer's and expert's
+    norms, and first rows of matrices, in their stored types."""
     sample = xxhash.xxh3_128()
     for name, spec in source.tensors.items():
         lead = spec.param.lead_dims if spec.param.is_matmul else int(spec.param.is_stacked)

@@ -18,7 +18,7 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
     """The weights at `path`, local or gs://: a `ckpt-0` folder, a Hugging Face folder, or a
     checkpoint of ours (a run's folder, its `checkpoints`, or one step of it).
 
-    `config` is the expected model; without it the files state or imply the model. Raises
+    `config` is the expected model, by default what the files state or imply. Raises
     CheckpointError where `path` is none of these, or holds another model.
     """
     present = storage.list_files(path, CheckpointError)
@@ -60,10 +60,8 @@ def _merged(step: str, config: ModelConfig | None) -> Source:
     try:
         base = open_source(started["path"], config or run.model)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{step}: has adapters alone, and the weights that they belong to cannot be opened: "
-            f"{error}"
-        ) from error
+        problem = "has adapters alone, and the weights that they belong to cannot be opened"
+        raise CheckpointError(f"{step}: {problem}: {error}") from error
     return LoraSource(step, run, base, started["checksum"])
 
 

@@ -1,7 +1,4 @@
-"""Transposes matrices at memory bandwidth, a strip at a time.
-
-PyTorch keeps a linear layer's weights as [out, in], the transpose of ours. Copying a large matrix
-column by column misses the cache at every element; copying small tiles does not.
+"""Transposes matrices at memory bandwidth, in tiles: columns would miss the cache at every element.
 
 Letters: C columns, G groups of scales, R rows.
 """
@@ -16,10 +13,9 @@ TILE = 256
 def strips(
     values_RC: np.ndarray, dtype: np.dtype, scales_GC: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
-    """The transpose of a matrix in `dtype`, some of its rows (our columns) at a time, in order.
+    """Yields the transpose of a matrix in `dtype`, some rows (our columns) at a time, in order.
 
-    With scales the matrix is `values_RC` times the scales of each row's group, in float32 and
-    rounded once to `dtype`. Strips share their memory, so each is valid until the next one.
+    With scales, values are multiplied by them in float32 and rounded once. Strips share memory.
     """
     rows, columns = values_RC.shape
     group = rows if scales_GC is None else rows // len(scales_GC)

@@ -10,9 +10,9 @@ from grok.weights.source import Source
 FILE = "README.md"
 # By the format that the weights were exported from.
 ORIGINS = {
-    "xai": "Not stated. They were exported from a folder in the release's format (`ckpt-0`).",
-    "orbax": "Not stated. They were exported from a checkpoint of the grok codebase.",
-    "huggingface": "Not stated. They were exported from another Hugging Face folder of Grok-1.",
+    "xai": "a folder in the release's format (`ckpt-0`)",
+    "orbax": "a checkpoint of the grok codebase",
+    "huggingface": "another Hugging Face folder of Grok-1",
 }
 
 
@@ -25,9 +25,8 @@ def model_card(
 ) -> str:
     """The card of `source` exported in `dtype`, as Markdown with a YAML head.
 
-    `base_weights` names the origin of the weights, or the model that they were trained from; by
-    default the release, for weights in its format and of its size. `manifest` is the name and
-    content of the folder's file on the training data.
+    `base_weights` names the origin, by default the release for weights in its format and of its
+    size; `manifest` is the name and content of the folder's file on the training data.
     """
     parameters = num_parameters(source.config)
     if base_weights is None and source.format == "xai" and parameters == adapter.release_parameters:
@@ -53,8 +52,8 @@ def _head(base_weights: str | None) -> str:
 
 
 def _base(source: Source, dtype: str, base_weights: str | None) -> str:
-    unknown = f"Not stated. They were exported from {source.path}."
-    text = base_weights or ORIGINS.get(source.format, unknown)
+    origin = ORIGINS.get(source.format, source.path)
+    text = base_weights or f"Not stated. They were exported from {origin}."
     if source.dtype == "int8":
         text += (
             "\n\nThe matrices were int8 with bfloat16 scales. Here they are the products, "

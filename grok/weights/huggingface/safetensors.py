@@ -55,10 +55,8 @@ def read_header(path: str, size: int) -> dict[str, TensorInfo]:
                 f"first 8 say that a header of {length} follows them."
             )
         if length > LARGEST_HEADER:
-            raise CheckpointError(
-                f"{path}: says that its header has {length} bytes; a safetensors file has at "
-                f"most {LARGEST_HEADER}."
-            )
+            limit = f"a safetensors file has at most {LARGEST_HEADER}"
+            raise CheckpointError(f"{path}: says that its header has {length} bytes; {limit}.")
         header = parse_object(file.read(length), f"{path}: the header")
     header.pop(METADATA, None)
     tensors = {name: _tensor(path, name, 8 + length, entry) for name, entry in header.items()}
@@ -93,26 +91,22 @@ def _tensor(path: str, name: str, begin: int, entry: Any) -> TensorInfo:
             f"{subject} has a header entry of another form: shape should be a list of sizes, and "
             "data_offsets the bytes where it begins and ends."
         )
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise CheckpointError(
-            f"{subject} has dtype {entry['dtype']!r:.40}; it should be one of {', '.join(DTYPES)}."
-        )
-    tensor = TensorInfo(path, DTYPES[entry["dtype"]], tuple(shape), begin + offsets[0])
-    if offsets[1] - offsets[0] != tensor.nbytes:
-        raise CheckpointError(
-            f"{subject} has {offsets[1] - offsets[0]} bytes, and {entry['dtype']} of shape "
-            f"{shape!s:.100} takes {tensor.nbytes}."
-        )
+    code, nbytes = entry["dtype"], offsets[1] - offsets[0]
+    if not isinstance(code, str) or code not in DTYPES:
+        right = f"it should be one of {', '.join(DTYPES)}"
+        raise CheckpointError(f"{subject} has dtype {code!r:.40}; {right}.")
+    tensor = TensorInfo(path, DTYPES[code], tuple(shape), begin + offsets[0])
+    if nbytes != tensor.nbytes:
+        right = f"{code} of shape {shape!s:.100} takes {tensor.nbytes}"
+        raise CheckpointError(f"{subject} has {nbytes} bytes, and {right}.")
     return tensor
 
 
 def _counts(values: Any) -> bool:
     # Sizes of files stay far below 2^63, and products of eight of them are still quick.
-    return (
-        isinstance(values, list)
-        and len(values) <= 8
-        and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
-    )
+    if not isinstance(values, list) or len(values) > 8:
+        return False
+    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
 def _check_ranges(path: str, size: int, begin: int, tensors: dict[str, TensorInfo]) -> None:

@@ -54,26 +54,20 @@ def plan(adapter: Adapter, config: ModelConfig, dtype: np.dtype, shard_bytes: in
     size = 0
     for tensor in tensors:
         nbytes = _nbytes(tensor, dtype) + len(tensor.name) + HEADER_OVERHEAD
-        least = nbytes + HEADER_OVERHEAD
-        if least > shard_bytes:
+        if nbytes + HEADER_OVERHEAD > shard_bytes:
             raise ConfigError(
                 f"a file of {shard_bytes:,} bytes is too small for {tensor.name}, which is not "
-                f"split; {least:,} would be enough for it."
+                f"split; {nbytes + HEADER_OVERHEAD:,} would be enough for it."
             )
         if not groups or size + nbytes > shard_bytes:
             groups.append([])
             size = HEADER_OVERHEAD
         groups[-1].append(tensor)
         size += nbytes
-    return [
-        Shard(
-            f"model-{number:05d}-of-{len(groups):05d}.safetensors",
-            header_bytes((tensor.name, dtype, tensor.shape) for tensor in group),
-            tuple(group),
-            dtype,
-        )
-        for number, group in enumerate(groups, 1)
-    ]
+    headers = [header_bytes((t.name, dtype, t.shape) for t in group) for group in groups]
+    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    columns = zip(names, headers, map(tuple, groups), strict=True)
+    return [Shard(name, header, group, dtype) for name, header, group in columns]
 
 
 def index_data(shards: list[Shard]) -> dict[str, Any]:

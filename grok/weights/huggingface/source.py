@@ -17,7 +17,7 @@ from grok import storage
 from grok.config import ModelConfig
 from grok.errors import CheckpointError
 from grok.model.params import param_specs
-from grok.weights.huggingface.adapters import ADAPTERS, adapter_of
+from grok.weights.huggingface.adapters import ADAPTERS
 from grok.weights.huggingface.adapters.adapter import Adapter, split_axes
 from grok.weights.huggingface.safetensors import TensorInfo, read_header
 from grok.weights.source import (
@@ -40,9 +40,8 @@ UNFINISHED = "unfinished-export.json"
 class HuggingFaceSource(Source):
     """A folder of safetensors, local or at gs://. Opening it reads the headers, and no array.
 
-    `config` is the model that should be there; without it, it is what config.json says. Raises
-    CheckpointError, with file and tensor, where tensors are missing or too many, files are
-    damaged, or shapes are of another model.
+    `config` is the expected model, by default that of config.json. Raises CheckpointError, with
+    file and tensor, where tensors are missing or too many, files damaged, or of another model.
     """
 
     format = "huggingface"
@@ -53,16 +52,20 @@ class HuggingFaceSource(Source):
         entries = _find_tensors(self.path, present)
         adapter, layout = _adapter_of(self.path, entries)
         if config is None and CONFIG not in present:
-            raise CheckpointError(
-                f"{storage.join(self.path, CONFIG)}: is missing; without it a config must be given."
-            )
+            missing = storage.join(self.path, CONFIG)
+            raise CheckpointError(f"{missing}: is missing; without it a config must be given.")
         self.adapter = adapter
         self.config = config or adapter.read_config(*read_config_json(self.path))
         adapter.config_numbers(self.config)  # raises for a model that no such folder can hold
         whose = "this model's config" if config else f"this folder's {CONFIG}"
         self._entries = _arrange(self.path, adapter, layout, self.config, whose, entries)
         table = self._entries["embed/table_VD", ()]
-        self._tied_head = _checked_head(adapter, table, entries.get(adapter.tied_head))
+        self._tied_head = head = entries.get(adapter.tied_head)
+        if head and (head.dtype, head.shape) != (table.dtype, table.shape):
+            raise CheckpointError(
+                f"{head.path}: {adapter.tied_head} is {head.dtype} {head.shape}, and the token "
+                f"table {table.dtype} {table.shape}; {adapter.family} has one table for both."
+            )
         dtypes = {tree_name: entry.dtype for (tree_name, _), entry in self._entries.items()}
         self.tensors = {
             name: TensorSpec(spec, dtypes[name]) for name, spec in param_specs(self.config).items()
@@ -116,16 +119,16 @@ def read_config_json(folder: str) -> tuple[str, dict[str, Any]]:
 
 
 def _adapter_of(folder: str, names: Collection[str]) -> tuple[Adapter, str]:
-    adapter = adapter_of(names)
-    if adapter is None:
-        known = (
-            f"{a.family}'s are known in the layouts of {' and '.join(a.layouts)}" for a in ADAPTERS
-        )
-        raise CheckpointError(
-            f"{folder}: its tensors have names of another model, such as {quoted(min(names))}; "
-            f"{'; '.join(known)}."
-        )
-    return adapter
+    for adapter in ADAPTERS:
+        if layout := adapter.layout_of(names):
+            return adapter, layout
+    known = (
+        f"{a.family}'s are known in the layouts of {' and '.join(a.layouts)}" for a in ADAPTERS
+    )
+    raise CheckpointError(
+        f"{folder}: its tensors have names of another model, such as {quoted(min(names))}; "
+        f"{'; '.join(known)}."
+    )
 
 
 def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, TensorInfo]:
@@ -139,10 +142,8 @@ def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, T
         files = sorted(set(index.values()))
         for name, file in index.items():
             if present.get(file) is None:
-                raise CheckpointError(
-                    f"{storage.join(folder, file)}: is missing; the index says that it has "
-                    f"{quoted(name)}."
-                )
+                path, tensor = storage.join(folder, file), quoted(name)
+                raise CheckpointError(f"{path}: is missing; the index says that it has {tensor}.")
     else:
         files = sorted(f for f in present if f.endswith(".safetensors") and not f.startswith("."))
         if not files:
@@ -155,10 +156,8 @@ def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, T
     for header in headers:
         for name, entry in header.items():
             if name in entries:
-                raise CheckpointError(
-                    f"{entry.path}: {quoted(name)} is in {entries[name].path} too; it should be in "
-                    "one file."
-                )
+                other = f"{entries[name].path} too; it should be in one file"
+                raise CheckpointError(f"{entry.path}: {quoted(name)} is in {other}.")
             entries[name] = entry
     if index is not None:
         _check_index(folder, index, entries)
@@ -173,14 +172,12 @@ def _check_index(folder: str, index: dict[str, str], entries: dict[str, TensorIn
         if name not in entries:
             raise CheckpointError(f"{path}: has no {quoted(name)}, which {INDEX} says it has.")
         if entries[name].path != path:
-            raise CheckpointError(
-                f"{entries[name].path}: has {quoted(name)}, which {INDEX} says is in {file}."
-            )
+            path = entries[name].path
+            raise CheckpointError(f"{path}: has {quoted(name)}, which {INDEX} says is in {file}.")
     extra = min(entries.keys() - index.keys(), default=None)
     if extra is not None:
-        raise CheckpointError(
-            f"{entries[extra].path}: has {quoted(extra)}, which {INDEX} leaves out."
-        )
+        path = entries[extra].path
+        raise CheckpointError(f"{path}: has {quoted(extra)}, which {INDEX} leaves out.")
 
 
 def _read_index(path: str) -> dict[str, str]:
@@ -197,13 +194,13 @@ def _read_index(path: str) -> dict[str, str]:
 
 
 def _why_none(present: Mapping[str, int | None]) -> str:
-    pickles = sorted(name for name in present if name.endswith((".bin", ".pt", ".pth")))
-    if pickles:
-        return (
-            f"has pickled weights ({pickles[0]}), which cannot be read without executing what "
-            "they say; a copy in safetensors would work."
-        )
-    return "has no *.safetensors files."
+    pickle = min((name for name in present if name.endswith((".bin", ".pt", ".pth"))), default=None)
+    if pickle is None:
+        return "has no *.safetensors files."
+    return (
+        f"has pickled weights ({pickle}), which cannot be read without executing what they say; a "
+        "copy in safetensors would work."
+    )
 
 
 def _arrange(
@@ -241,14 +238,3 @@ def _arrange(
         path = entries[extra].path
         raise CheckpointError(f"{path}: {quoted(extra)} does not belong here; {size}.")
     return arranged
-
-
-def _checked_head(
-    adapter: Adapter, table: TensorInfo, head: TensorInfo | None
-) -> TensorInfo | None:
-    if head and (head.dtype, head.shape) != (table.dtype, table.shape):
-        raise CheckpointError(
-            f"{head.path}: {adapter.tied_head} is {head.dtype} {head.shape}, and the token table "
-            f"{table.dtype} {table.shape}; {adapter.family} has one table for both."
-        )
-    return head

@@ -10,10 +10,9 @@ import numpy as np
 class ArrayDifference:
     """`differing` of `size` values differ, at most by the largest differences.
 
-    A relative difference is |a - b| / max(|a|, |b|); both kinds are infinite where a or b is not
-    finite. `index` is the flat index of the largest absolute difference, None where nothing
-    differs. `squares` sums (a - b)^2; `value_squares` may sum the squares of a or b. The sum of two
-    differences is that of their concatenated arrays.
+    Relative ones are |a - b| / max(|a|, |b|); both are infinite where a or b is not finite. `index`
+    is that of the largest absolute one in C order, or None. `squares` sums (a - b)^2, and
+    `value_squares` perhaps those of a or b. The sum of two is that of concatenated arrays.
     """
 
     size: int = 0
@@ -25,10 +24,8 @@ class ArrayDifference:
     value_squares: float = 0.0
 
     def __add__(self, other: "ArrayDifference") -> "ArrayDifference":
-        index = self.index
-        if other.index is not None and (
-            index is None or other.largest_absolute > self.largest_absolute
-        ):
+        index, larger = self.index, other.largest_absolute > self.largest_absolute
+        if other.index is not None and (index is None or larger):
             index = self.size + other.index
         return ArrayDifference(
             self.size + other.size,

@@ -29,10 +29,7 @@ NAMED_FILES = 5
 
 @dataclasses.dataclass(frozen=True)
 class TensorSummary:
-    """A stored tensor; int8 has `groups` of rows with a scale per column, others None.
-
-    Of incomplete weights, L in `shape`, and `bytes`, count the layers that are present.
-    """
+    """A stored tensor, with the fields of a TensorSpec, counting the layers that are present."""
 
     name: str
     shape: tuple[int, ...]

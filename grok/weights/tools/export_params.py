@@ -23,10 +23,9 @@ def export_params(
     on_progress: OnProgress = no_progress,
 ) -> Imported:
     """Writes the parameters of the checkpoint at `src` (a run, its `checkpoints`, or a step), local
-    or gs://, to the new local folder `dst`, with the run's config and tokenizer.
+    or gs://, in `dtype`, to the new local folder `dst`, with the run's config and tokenizer.
 
-    Matrices are converted to `dtype` (int8, bfloat16, float32), if given. Raises CheckpointError
-    where `src` holds no finished checkpoint of ours, or `dst` holds anything else.
+    Raises CheckpointError for no finished checkpoint of ours, or anything else in `dst`.
     """
     step = step_folder(os.fspath(src))
     source = open_source(step)

@@ -101,12 +101,6 @@ class BlockValues:
             scales = scales[groups - groups[0]]
         return (values.astype(FLOAT32) * scales).astype(dtype)
 
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """The first row, and that after the last, of chunks to compute with one after another."""
-        rows, columns = self.values.shape
-        step = max(1, CHUNK_VALUES // columns)
-        return ((start, min(start + step, rows)) for start in range(0, rows, step))
-
 
 @dataclasses.dataclass(frozen=True)
 class ChecksumResult:
@@ -136,8 +130,7 @@ def open_both(
     return first, open_source(b, first.config if b_is_release else config)
 
 
-def check_comparable(a: Source, b: Source) -> None:
-    """Raises CheckpointError where the two are not of one model: the difference."""
+def _check_comparable(a: Source, b: Source) -> None:
     between = f"{a.path} and {b.path} are of different models"
     for name, spec in a.tensors.items():
         other = b.tensors[name].shape
@@ -199,9 +192,9 @@ def compare(
     """Yields the comparison of each tensor of `a` and `b`.
 
     Values are equal if their bits are; with a `tolerance`, floats also where |a - b| <= tolerance *
-    max(|a|, |b|). Raises CheckpointError as `check_comparable` does, and for unreadable files.
+    max(|a|, |b|). Raises CheckpointError for different models, and for unreadable files.
     """
-    check_comparable(a, b)
+    _check_comparable(a, b)
     counter = ByteCounter(on_progress, a.nbytes + b.nbytes)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, spec in a.tensors.items():
@@ -245,15 +238,19 @@ def _read(source: Source, name: str, part: Part) -> BlockValues:
 def _compare_values(
     pool: Executor, ours: BlockValues, theirs: BlockValues, method: Method, tolerance: float
 ) -> ArrayDifference:
-    def chunk(rows: tuple[int, int]) -> ArrayDifference:
-        a, b = (block.rows(*rows, method.dtype) for block in (ours, theirs))
+    rows, columns = ours.values.shape
+    step = max(1, CHUNK_VALUES // columns)
+
+    def chunk(start: int) -> ArrayDifference:
+        stop = min(start + step, rows)
+        a, b = (block.rows(start, stop, method.dtype) for block in (ours, theirs))
         difference = array_difference(a, b, tolerance)
         if not method.quantization:
             return difference
         w = (b if len(ours.scales) else a).reshape(-1).astype(FLOAT32, copy=False)
         return dataclasses.replace(difference, value_squares=float(w @ w))
 
-    return sum(pool.map(chunk, ours.chunks()), ArrayDifference())
+    return sum(pool.map(chunk, range(0, rows, step)), ArrayDifference())
 
 
 def verify_checksums(

@@ -115,41 +115,41 @@ class _PickleMachine:
             case "MARK":
                 self.marks.append(len(self.stack))
             case "MEMOIZE":
-                self.push(self.pop())
+                self.stack.append(self.pop())
                 self.memo.append(self.stack[-1])
             case "BINGET":
-                self.push(self.recall(self.number(1)))
+                self.stack.append(self.recall(self.number(1)))
             case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
-                self.push(CONSTANTS[opcode])
+                self.stack.append(CONSTANTS[opcode])
             case "BININT1" | "BININT2":
-                self.push(self.number(int(opcode[-1])))
+                self.stack.append(self.number(int(opcode[-1])))
             case "BININT":
-                self.push(int.from_bytes(self.take(4), "little", signed=True))
+                self.stack.append(int.from_bytes(self.take(4), "little", signed=True))
             case "SHORT_BINUNICODE":
-                self.push(self.text(self.number(1)))
+                self.stack.append(self.text(self.number(1)))
             case "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8":
-                self.push(self.skip_bytes(self.number(LENGTH_BYTES[opcode])))
+                self.stack.append(self.skip_bytes(self.number(LENGTH_BYTES[opcode])))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 items = [self.pop() for _ in range(int(opcode[-1]))]
                 self.push_tuple(items[::-1])
             case "TUPLE":
                 self.push_tuple(self.pop_to_mark())
             case "EMPTY_DICT":
-                self.push({})
+                self.stack.append({})
             case "SETITEMS":
                 items, target = self.pop_to_mark(), self.pop()
                 set_items(target, items)
-                self.push(target)
+                self.stack.append(target)
             case "STACK_GLOBAL":
                 name, module = self.pop(), self.pop()
-                self.push(find_global(module, name))
+                self.stack.append(find_global(module, name))
             case "REDUCE" | "NEWOBJ":
                 arguments, function = self.pop(), self.pop()
-                self.push(new_object(opcode, function, arguments))
+                self.stack.append(new_object(opcode, function, arguments))
             case "BUILD":
                 state, target = self.pop(), self.pop()
                 set_state(target, state)
-                self.push(target)
+                self.stack.append(target)
             case _:
                 raise MalformedError(f"has the opcode {opcode}, which no release file needs")
 
@@ -210,14 +210,11 @@ class _PickleMachine:
 
     # Stack and memo
 
-    def push(self, value: object) -> None:
-        self.stack.append(value)
-
     def push_tuple(self, items: list[object]) -> None:
         # No state is nested deeper, and comparisons of tuples recur.
         if any(isinstance(item, tuple) and tuple in map(type, item) for item in items):
             raise MalformedError("nests tuples more than two deep")
-        self.push(tuple(items))
+        self.stack.append(tuple(items))
 
     def pop(self) -> object:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):

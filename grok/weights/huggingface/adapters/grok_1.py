@@ -15,54 +15,35 @@ HPCAI = "hpcai-tech/grok-1"
 KEYFAN = "keyfan/grok-1-hf"
 
 
-def _in_layer(prefix: str, suffixes: dict[str, str]) -> dict[str, str]:
-    return {f"layers/{ours}": prefix + theirs for ours, theirs in suffixes.items()}
-
-
-# Our names to theirs, in the order in which exports write them.
+# Our names, and those of each layout, in the order in which exports write them.
+NAMES = (
+    ("embed/table_VD", "model.embed_tokens.weight", "transformer.in_out_embed.weight"),
+    ("layers/pre_attn_norm/scale_D", "pre_attn_norm.scale", "rms_norm.weight"),
+    ("layers/attention/w_query_DNH", "attn.q_proj.weight", "multi_head_attention.query.weight"),
+    ("layers/attention/w_key_DKH", "attn.k_proj.weight", "multi_head_attention.key.weight"),
+    ("layers/attention/w_value_DKH", "attn.v_proj.weight", "multi_head_attention.value.weight"),
+    ("layers/attention/w_out_NHD", "attn.o_proj.weight", "multi_head_attention.linear.weight"),
+    ("layers/post_attn_norm/scale_D", "post_attn_norm.scale", "rms_norm_1.weight"),
+    ("layers/pre_moe_norm/scale_D", "pre_moe_norm.scale", "rms_norm_2.weight"),
+    ("layers/moe/router_DE", "moe_block.gate.weight", "router.weight"),
+    *(
+        (f"layers/moe/{ours}", f"moe_block.experts.{{expert}}.{theirs}", f"moe.{{expert}}.{theirs}")
+        for ours, theirs in (
+            ("w_gate_EDF", "linear.weight"),
+            ("w_up_EDF", "linear_v.weight"),
+            ("w_down_EFD", "linear_1.weight"),
+        )
+    ),
+    ("layers/post_moe_norm/scale_D", "post_moe_norm.scale", "rms_norm_3.weight"),
+    ("final_norm/scale_D", "model.norm.scale", "transformer.rms_norm.weight"),
+)
+LAYERS = {HPCAI: "model.layers.{layer}.", KEYFAN: "transformer.decoder_layer.{layer}."}
 LAYOUTS = {
-    HPCAI: {
-        "embed/table_VD": "model.embed_tokens.weight",
-        **_in_layer(
-            "model.layers.{layer}.",
-            {
-                "pre_attn_norm/scale_D": "pre_attn_norm.scale",
-                "attention/w_query_DNH": "attn.q_proj.weight",
-                "attention/w_key_DKH": "attn.k_proj.weight",
-                "attention/w_value_DKH": "attn.v_proj.weight",
-                "attention/w_out_NHD": "attn.o_proj.weight",
-                "post_attn_norm/scale_D": "post_attn_norm.scale",
-                "pre_moe_norm/scale_D": "pre_moe_norm.scale",
-                "moe/router_DE": "moe_block.gate.weight",
-                "moe/w_gate_EDF": "moe_block.experts.{expert}.linear.weight",
-                "moe/w_up_EDF": "moe_block.experts.{expert}.linear_v.weight",
-                "moe/w_down_EFD": "moe_block.experts.{expert}.linear_1.weight",
-                "post_moe_norm/scale_D": "post_moe_norm.scale",
-            },
-        ),
-        "final_norm/scale_D": "model.norm.scale",
-    },
-    KEYFAN: {
-        "embed/table_VD": "transformer.in_out_embed.weight",
-        **_in_layer(
-            "transformer.decoder_layer.{layer}.",
-            {
-                "pre_attn_norm/scale_D": "rms_norm.weight",
-                "attention/w_query_DNH": "multi_head_attention.query.weight",
-                "attention/w_key_DKH": "multi_head_attention.key.weight",
-                "attention/w_value_DKH": "multi_head_attention.value.weight",
-                "attention/w_out_NHD": "multi_head_attention.linear.weight",
-                "post_attn_norm/scale_D": "rms_norm_1.weight",
-                "pre_moe_norm/scale_D": "rms_norm_2.weight",
-                "moe/router_DE": "router.weight",
-                "moe/w_gate_EDF": "moe.{expert}.linear.weight",
-                "moe/w_up_EDF": "moe.{expert}.linear_v.weight",
-                "moe/w_down_EFD": "moe.{expert}.linear_1.weight",
-                "post_moe_norm/scale_D": "rms_norm_3.weight",
-            },
-        ),
-        "final_norm/scale_D": "transformer.rms_norm.weight",
-    },
+    layout: {
+        names[0]: (prefix if names[0].startswith("layers/") else "") + names[column]
+        for names in NAMES
+    }
+    for column, (layout, prefix) in enumerate(LAYERS.items(), 1)
 }
 # Names that only one layout has; every layer has some.
 DISTINCTIVE_NAMES = {
@@ -73,12 +54,14 @@ CODE_FILES = ("configuration_grok1.py", "modeling_grok1.py", "modeling_grok1_out
 
 # Our keys to theirs; the first is the one that exports write, others are other repositories'.
 SIZES = {
+    # Required.
     "vocab_size": ("vocab_size",),
     "num_layers": ("num_hidden_layers",),
     "embed_dim": ("hidden_size",),
     "moe.dim": ("intermediate_size",),
     "attention.num_heads": ("num_attention_heads",),
     "attention.num_kv_heads": ("num_key_value_heads",),
+    # Not required.
     "attention.head_dim": ("head_dim",),
     "moe.num_experts": ("num_experts", "num_local_experts"),
     "moe.num_selected": ("num_experts_per_tok", "num_selected_experts"),
@@ -94,10 +77,7 @@ FACTORS = {
 }
 # Our keys that config.json has none for, with the value that the family's code computes with.
 FIXED = {"norm.sandwich": True}
-REQUIRED = (
-    *("vocab_size", "num_layers", "embed_dim", "moe.dim"),
-    *("attention.num_heads", "attention.num_kv_heads"),
-)
+REQUIRED = list(SIZES)[:6]
 # No model has more of anything, and arithmetic with more could take for ever.
 LARGEST_SIZE = 1 << 24
 
@@ -111,18 +91,17 @@ class Grok1(Adapter):
 
     def layout_of(self, names: Iterable[str]) -> str | None:
         """The layout that tensors of these names are in; None for those of another family."""
-        for name in names:
-            for layout, pattern in DISTINCTIVE_NAMES.items():
-                if pattern.match(name):
-                    return layout
-        return None
+        layouts = (
+            layout
+            for name in names
+            for layout, known in DISTINCTIVE_NAMES.items()
+            if known.match(name)
+        )
+        return next(layouts, None)
 
     def read_config(self, path: str, data: dict[str, Any]) -> ModelConfig:
-        """The model that a config.json describes.
-
-        Without head_dim it is hidden_size / num_attention_heads; other missing keys have the
-        defaults of our config.
-        """
+        """The model that a config.json describes; without head_dim, hidden_size /
+        num_attention_heads is taken, and for other missing keys the defaults of our config."""
         values: dict[str, Any] = {}
         for ours, theirs in (SIZES | FACTORS).items():
             key = next((key for key in theirs if data.get(key) is not None), None)
