@@ -75,15 +75,15 @@ class QuantizedSource(Source):
         if spec.groups is None:
             return self._source.read(name, part).astype(np.float32, copy=False)
         rows = spec.param.contract_axes
-        values, _ = self._quantize(name, _all_rows(spec, part))
+        lead, _, columns = spec.param.split(part)
+        values, _ = self._quantize(name, (*lead, *spec.param.split(spec.full_part)[1], *columns))
         cut = tuple(part[axis] if axis in rows else slice(None) for axis in range(len(spec.shape)))
         return values[cut]
 
     def read_scales(self, name: str, part: Part) -> np.ndarray:
         """Scales of a part."""
         spec = self.tensors[name]
-        at = spec.param.lead_dims
-        rows = (slice(0, spec.shape[axis]) for axis in spec.param.contract_axes)
+        at, rows = spec.param.lead_dims, spec.param.split(spec.full_part)[1]
         _, scales = self._quantize(name, (*part[:at], *rows, *part[at + 1 :]))
         return scales[(*(slice(None),) * at, part[at])]
 
@@ -94,11 +94,6 @@ class QuantizedSource(Source):
         spec = self.tensors[name]
         assert spec.groups is not None
         return quantize(values, spec.groups, spec.param.contract_dims, spec.param.output_dims)
-
-
-def _all_rows(spec: TensorSpec, part: Part) -> Part:
-    lead, _, columns = spec.param.split(part)
-    return (*lead, *(slice(0, spec.shape[axis]) for axis in spec.param.contract_axes), *columns)
 
 
 def _dequantize_part(

@@ -27,7 +27,8 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
     if is_huggingface(present):
         return HuggingFaceSource(path, config)
     ours = ("checkpoints", "config.yaml", "_CHECKPOINT_METADATA", ".import")
-    if any(name in present for name in ours) or _has_steps(present):
+    has_steps = any(name.isdecimal() and size is None for name, size in present.items())
+    if has_steps or any(name in present for name in ours):
         step = step_folder(os.fspath(path))
         if LORA in storage.list_files(step, CheckpointError):
             return _merged(step, config)
@@ -72,7 +73,3 @@ def stated_config(path: str | os.PathLike[str]) -> ModelConfig | None:
     if "config.json" not in present and any(name.startswith(by_shape) for name in present):
         return None
     return open_source(path).config
-
-
-def _has_steps(present: dict[str, int | None]) -> bool:
-    return any(name.isdecimal() and size is None for name, size in present.items())

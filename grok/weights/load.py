@@ -90,9 +90,10 @@ class _Leaf:
         self.read = _reader(source, name, leaf.shape)
         self.shape, self.dtype = leaf.shape, np.dtype(leaf.dtype)
         self.sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
-        self.parts = {
-            device: _slices(index, leaf.shape)
-            for device, index in self.sharding.addressable_devices_indices_map(leaf.shape).items()
+        indices: Any = self.sharding.addressable_devices_indices_map(leaf.shape)
+        self.parts = {  # with start and stop filled in
+            device: tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True))
+            for device, index in indices.items()
         }
         self.shards: dict[jax.Device, jax.Array] = {}
 
@@ -165,11 +166,6 @@ def _reader(source: Source, name: str, shape: tuple[int, ...]) -> Callable[[Part
         return np.take(scales, numbers - groups.start, axis=axis)
 
     return read
-
-
-def _slices(index, shape: tuple[int, ...]) -> Part:
-    """JAX's index of a part, with start and stop filled in."""
-    return tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
 
 
 def _cut(part: Part, itemsize: int) -> Iterator[Part]:

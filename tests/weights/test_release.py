@@ -10,7 +10,7 @@ import pytest
 
 from grok.config import ModelConfig
 from grok.errors import CheckpointError
-from grok.model.params import num_parameters
+from grok.model.params import num_parameters, param_specs
 from grok.weights.cast import converted
 from grok.weights.source import blocks, scales_part
 from grok.weights.xai import source as release
@@ -82,13 +82,13 @@ def test_layers_of_the_release_are_in_string_order():
 
 
 def test_shapes_of_the_release():
-    shapes = release.tensor_shapes(GROK_1)
-    in_files = [shapes[tensor.name].in_file for tensor in tensor_names(64)[:14]]
+    specs = param_specs(GROK_1)
+    in_files = [release.file_shape(specs[tensor.name]) for tensor in tensor_names(64)[:14]]
     up, down, norm = (8, 6144, 32768), (8, 32768, 6144), (6144,)
     attention = [(6144, 1024), (6144, 6144), (6144, 6144), (6144, 1024)]
     layer = [up, down, up, *attention, *[norm] * 4, (6144, 8)]
     assert in_files == [(131072, 6144), norm, *layer]
-    size = sum(np.prod(shapes[t.name].in_tree, dtype=np.int64) for t in tensor_names(64))
+    size = sum(np.prod(release.file_shape(specs[t.name]), dtype=np.int64) for t in tensor_names(64))
     assert size == num_parameters(GROK_1) == 315_684_820_992
 
 

@@ -283,7 +283,7 @@ DAMAGES = {
     # Other arrays
     "float16": (put(NORM, norm(dtype=np.float16)), NORM, "has an array of dtype 'f2'; float32, "),
     "float64": (put(NORM, norm(dtype=np.float64)), NORM, "has an array of dtype 'f8'; float32, "),
-    "big-endian": (put(NORM, norm(dtype=">f4")), NORM, "has a big-endian array of float32; the "),
+    "big-endian": (put(NORM, norm(dtype=">f4")), NORM, "has a big-endian array of float32; a "),
     "Fortran order": (
         put(TABLE, pickled(np.ones((50, 24), np.float32, order="F"))),
         TABLE,
@@ -292,13 +292,13 @@ DAMAGES = {
     "objects": (put(NORM, norm(dtype=object)), NORM, "has an array of dtype 'O8'; float32, "),
     "text values": (put(NORM, norm(dtype="S4")), NORM, "has an array of dtype 'S4'; float32, "),
     "fields": (put(NORM, norm(dtype=[("x", "f4")])), NORM, "has an array of dtype 'V4'; float32, "),
-    "no values": (put(NORM, norm(shape=0)), NORM, "whose shape is not 1 to 3 positive dimensions"),
-    "no dimensions": (put(NORM, norm(shape=())), NORM, "whose shape is not 1 to 3 positive dimen"),
-    "four dimensions": (put(NORM, norm(shape=(2, 3, 2, 2))), NORM, "whose shape is not 1 to 3 "),
+    "no values": (put(NORM, norm(shape=0)), NORM, "not of 1 to 3 positive dimensions"),
+    "no dimensions": (put(NORM, norm(shape=())), NORM, "not of 1 to 3 positive dimen"),
+    "four dimensions": (put(NORM, norm(shape=(2, 3, 2, 2))), NORM, "not of 1 to 3 "),
     "negative size": (
         edit(NORM, replaced(b"K\x18\x85", b"J\xe8\xff\xff\xff\x85")),
         NORM,
-        "whose shape is not 1 to 3 positive dimensions",
+        "not of 1 to 3 positive dimensions",
     ),
     "other width": (
         put(NORM, norm(shape=32)),
@@ -311,7 +311,7 @@ DAMAGES = {
         NORM,
         "is bfloat16 (24,); for this model's config it should be float32 (24,).",
     ),
-    "number": (put(NORM, pickled(7)), NORM, "holds neither a complete NumPy array nor a complete"),
+    "number": (put(NORM, pickled(7)), NORM, "holds no complete NumPy array and no complete"),
     "list of arrays": (put(NORM, pickled([np.ones(3)])), NORM, "has the opcode EMPTY_LIST, which "),
     # Other weights
     "matrix without scales": (
@@ -382,7 +382,7 @@ DAMAGES = {
     "state of a function": (
         put(KEY, HEAD + text("numpy") + text("ndarray") + b"\x93}b."),
         KEY,
-        "completes an object by a state that is not NumPy's or the release's",
+        "completes an object by another state than NumPy's or a release's",
     ),
     "extra call in a file": (
         edit(NORM, replaced(b"b.", b"b" + SYSTEM + text("true") + b"\x85R0.")),

@@ -16,9 +16,9 @@ from grok.weights.cast import converted, release_groups
 from grok.weights.source import blocks, part_shape
 from grok.weights.xai.source import (
     ReleaseSource,
+    file_shape,
     implied_config,
     tensor_names,
-    tensor_shapes,
 )
 from tests.fixtures.model_weights import MATRICES, shapes_of
 from tests.fixtures.pickles import pickled, pickled_weight
@@ -86,10 +86,10 @@ def test_numbers_and_sizes_of_all_770_files():
 def test_the_whole_release_as_files_with_holes(tmp_path):
     """All 770 files at full size, in which the arrays take no room on disk, opened as they are."""
     config = load_config("grok-1").model
-    shapes, specs = tensor_shapes(config), param_specs(config)
+    specs = param_specs(config)
     for tensor in tensor_names(64):
-        shape = shapes[tensor.name].in_file
-        if shapes[tensor.name].quantized:
+        shape = file_shape(specs[tensor.name])
+        if specs[tensor.name].is_matmul:
             groups = release_groups(specs[tensor.name])
             layout = quantized_layout(shape, (*shape[:-2], groups, shape[-1]))
         else:

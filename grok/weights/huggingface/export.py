@@ -91,14 +91,8 @@ def export_huggingface(
                 storage.write_bytes(path / manifest[0], manifest[1])
             storage.write_bytes(path / INDEX, json_text(index_data(shards)))
             (path / UNFINISHED).unlink()
-    return Exported(
-        tensors=sum(len(shard.tensors) for shard in shards),
-        nbytes=nbytes,
-        files=len(shards),
-        files_resumed=len(shards) - len(todo),
-        written=written,
-        seconds=time.monotonic() - start,
-    )
+    tensors, resumed = sum(len(shard.tensors) for shard in shards), len(shards) - len(todo)
+    return Exported(tensors, nbytes, len(shards), resumed, written, time.monotonic() - start)
 
 
 def _is_finished(file: Path, shard: Shard) -> bool:

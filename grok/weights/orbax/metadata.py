@@ -4,7 +4,6 @@ A checkpoint is a folder named by its step, with a folder for each item: `model`
 arrays, each named by its path with dots, and their list `_METADATA`; `meta` holds plain data.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,15 +24,6 @@ HANDLERS = {
     MODEL: f"{_HANDLERS}.standard_checkpoint_handler.StandardCheckpointHandler",
 }
 DICT_KEY = 2  # Orbax's number for a key of a dictionary
-
-
-@dataclasses.dataclass(frozen=True)
-class Tree:
-    """The arrays of a tree, by names with dots, and their storage format."""
-
-    names: frozenset[str]
-    zarr3: bool
-    ocdbt: bool
 
 
 def write_files(step: Path, arrays: Iterable[ZarrArray], meta: dict[str, Any]) -> None:
@@ -64,16 +54,17 @@ def write_files(step: Path, arrays: Iterable[ZarrArray], meta: dict[str, Any]) -
         (folder / COMMITTED).write_text("Checkpoint commit was successful")
 
 
-def read_tree(folder: str) -> Tree:
-    """Reads `_METADATA` in an item's folder. Raises CheckpointError where it cannot be read."""
+def read_tree(folder: str) -> tuple[list[str], bool, bool]:
+    """The names with dots of an item's arrays, in order, whether it is zarr3, and whether OCDBT.
+
+    Raises CheckpointError where `_METADATA` cannot be read.
+    """
     path = storage.join(folder, METADATA)
     data = read_object(path)
     try:
-        names = frozenset(
-            ".".join(str(key["key"]) for key in entry["key_metadata"])
-            for entry in data["tree_metadata"].values()
-        )
-        return Tree(names, bool(data.get("use_zarr3")), bool(data["use_ocdbt"]))
+        keys = (entry["key_metadata"] for entry in data["tree_metadata"].values())
+        names = sorted({".".join(str(key["key"]) for key in path) for path in keys})
+        return names, bool(data.get("use_zarr3")), bool(data["use_ocdbt"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: is not as Orbax writes it ({error!r}).") from error
 

@@ -22,7 +22,7 @@ from grok.model.params import lora_targets, param_specs, tensor_specs
 from grok.ops.weights.lora import LoraArray, merge_adapter
 from grok.weights.cast import converted
 from grok.weights.checksums import sample_checksum
-from grok.weights.orbax.metadata import COMMITTED, LORA, METADATA, MODEL, Tree, read_meta, read_tree
+from grok.weights.orbax.metadata import COMMITTED, LORA, METADATA, MODEL, read_meta, read_tree
 from grok.weights.orbax.zarr import open_array, wait
 from grok.weights.source import Part, Source, TensorSpec
 
@@ -46,8 +46,7 @@ class OrbaxSource(Source):
         meta = read_meta(self.step)
         self.config = config or _config(self.step, meta)
         self.checksums = _checksums(meta)
-        self._folder = storage.join(self.step, MODEL)
-        self._arrays = ArrayTree(self._folder, read_tree(self._folder))
+        self._arrays = ArrayTree(storage.join(self.step, MODEL))
         self.tensors: Mapping[str, TensorSpec] = {
             name: self._arrays.spec(param) for name, param in param_specs(self.config).items()
         }
@@ -81,8 +80,7 @@ class LoraSource(Source):
         self.path, self.config = step, base.config
         self._base = converted(base, run.model.param_dtype)
         self._rank, self._scale = run.lora.rank, run.lora.scale
-        folder = storage.join(step, LORA)
-        self._arrays = ArrayTree(folder, read_tree(folder))
+        self._arrays = ArrayTree(storage.join(step, LORA))
         self.tensors = {
             name: TensorSpec(spec.param, np.dtype(np.float32))
             for name, spec in base.tensors.items()
@@ -111,12 +109,10 @@ class LoraSource(Source):
 class ArrayTree:
     """The arrays of a tree in `folder`, by names with slashes, opened at once."""
 
-    def __init__(self, folder: str, tree: Tree):
+    def __init__(self, folder: str):
         self._folder = folder
-        opening = {
-            name.replace(".", "/"): open_array(folder, name, tree.zarr3, tree.ocdbt)
-            for name in sorted(tree.names)
-        }
+        names, zarr3, ocdbt = read_tree(folder)
+        opening = {n.replace(".", "/"): open_array(folder, n, zarr3, ocdbt) for n in names}
         self._stores = {name: self._wait(name, future) for name, future in opening.items()}
 
     def spec(self, param: ParamSpec) -> TensorSpec:

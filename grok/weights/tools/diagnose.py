@@ -13,13 +13,14 @@ import numpy as np
 from grok import storage
 from grok.config import ModelConfig
 from grok.errors import CheckpointError
+from grok.model.params import param_specs
 from grok.resumable import journal_lines
 from grok.weights.detect import is_huggingface, is_release
 from grok.weights.huggingface.source import INDEX
 from grok.weights.importing.importer import JOURNAL, STAGING
 from grok.weights.source import read_object
 from grok.weights.xai.objects import StoredTensor
-from grok.weights.xai.source import tensor_names, tensor_shapes
+from grok.weights.xai.source import file_shape, tensor_names
 from grok.weights.xai.unpickler import read_tensor
 
 DTYPES = {str(d): d for d in map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16, np.int8))}
@@ -109,8 +110,8 @@ def _summarize(name: str, layers: list[StoredTensor], config: ModelConfig | None
     """A release's tensor, of which some layers may be missing."""
     values, scales = layers[0].values, layers[0].scales
     shape = values.shape
-    if config is not None and tensor_shapes(config)[name].in_file == shape:
-        shape = tensor_shapes(config)[name].in_tree
+    if config is not None and file_shape(spec := param_specs(config)[name]) == shape:
+        shape = spec.shape[spec.is_stacked :]
     if any(tensor.name == name and tensor.layer is not None for tensor in tensor_names(1)):
         shape = (len(layers), *shape)
     groups = scales.shape[-2] if scales else None

@@ -7,7 +7,7 @@ from typing import Any
 from grok.config import ModelConfig
 from grok.config.load import load_config, presets
 from grok.errors import CheckpointError, ConfigError
-from grok.model.params import num_active_parameters, num_parameters
+from grok.model.params import num_active_parameters, num_parameters, param_specs
 from grok.weights.detect import open_source
 from grok.weights.huggingface.source import HuggingFaceSource, read_config_json
 from grok.weights.orbax.metadata import read_meta
@@ -15,7 +15,7 @@ from grok.weights.orbax.source import OrbaxSource
 from grok.weights.source import Source
 from grok.weights.tools.diagnose import TensorSummary, diagnose
 from grok.weights.tools.verify import config_values, differing_key
-from grok.weights.xai.source import tensor_shapes
+from grok.weights.xai.source import file_shape
 
 # Origins of the value of a field of the config.
 FILES, WITH_HEAD_DIM, ASSUMED = "files", "files, with this head_dim", "assumed"
@@ -130,7 +130,7 @@ def preset_of(config: ModelConfig) -> str | None:
 def _fitting(source: Source, config: ModelConfig | None) -> tuple[str, ...]:
     if source.format != "xai" or config is not None:
         return ()
-    shapes = {name: shape.in_file for name, shape in tensor_shapes(source.config).items()}
+    shapes = {name: file_shape(spec) for name, spec in param_specs(source.config).items()}
     layers, same = source.config.num_layers, preset_of(source.config)
     presets = _presets_of_shapes(shapes)
     return tuple(p for p, model in presets.items() if model.num_layers == layers and p != same)
@@ -141,7 +141,7 @@ def _presets_of_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, ModelCon
     return {
         preset: model
         for preset, model in _presets().items()
-        if all(tensor_shapes(model)[name].in_file == shape for name, shape in shapes.items())
+        if all(file_shape(param_specs(model)[name]) == shape for name, shape in shapes.items())
     }
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from grok import storage
 from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.errors import CheckpointError, ConfigError
+from grok.model.param_spec import ParamSpec
 from grok.model.params import param_specs
 from grok.weights.source import Part, Source, TensorSpec, part_shape, read_part
 from grok.weights.xai.objects import StoredArray, StoredTensor
@@ -52,15 +54,6 @@ class ReleaseTensor:
         return f"{self.file} ({self.name}{layer})"
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorShape:
-    """The shape of one layer of a parameter in the release's file and in our tree."""
-
-    in_file: tuple[int, ...]
-    in_tree: tuple[int, ...]
-    quantized: bool
-
-
 def tensor_names(num_layers: int) -> list[ReleaseTensor]:
     """All 2 + 12 * `num_layers` tensors, in the order of the release's files: layers in that of
     their numbers as text (0, 1, 10, ..., 19, 2, 20, ...), as JAX sorts the keys of a dict."""
@@ -74,16 +67,9 @@ def tensor_names(num_layers: int) -> list[ReleaseTensor]:
     return [ReleaseTensor(f"tensor{index:05d}_000", *row) for index, row in enumerate(rows)]
 
 
-def tensor_shapes(config: ModelConfig) -> dict[str, TensorShape]:
-    """The shapes of each parameter; of one layer, without the axis L."""
-    return {
-        name: TensorShape(
-            (spec.as_matrices() if spec.is_matmul else spec.shape)[spec.is_stacked :],
-            spec.shape[spec.is_stacked :],
-            spec.is_matmul,
-        )
-        for name, spec in param_specs(config).items()
-    }
+def file_shape(spec: ParamSpec) -> tuple[int, ...]:
+    """The shape of a parameter, or of one layer of it, in a release's file."""
+    return (spec.as_matrices() if spec.is_matmul else spec.shape)[spec.is_stacked :]
 
 
 class ReleaseSource(Source):
@@ -99,12 +85,12 @@ class ReleaseSource(Source):
         self.path, self.config = os.fspath(folder), config
         tensors = tensor_names(config.num_layers)
         _check_files(self.path, [tensor.file for tensor in tensors], config.num_layers)
-        shapes = tensor_shapes(config)
+        specs = param_specs(config)
         paths = [storage.join(self.path, tensor.file) for tensor in tensors]
         # Sixteen at a time: a remote file takes some round trips.
         with ThreadPoolExecutor(16) as pool:
             all_stored = list(pool.map(read_tensor, paths))
-        _check_shapes(self.path, tensors, all_stored, shapes)
+        _check_shapes(self.path, tensors, all_stored, specs)
         self._stored: dict[tuple[str, int | None], tuple[str, StoredTensor]] = {}
         groups: dict[str, int] = {}
         for tensor, path, stored in zip(tensors, paths, all_stored, strict=True):
@@ -120,7 +106,7 @@ class ReleaseSource(Source):
             name: TensorSpec(
                 spec, np.dtype("int8" if name in groups else "float32"), groups.get(name)
             )
-            for name, spec in param_specs(config).items()
+            for name, spec in specs.items()
         }
 
     def file_of(self, name: str, layer: int | None) -> str:
@@ -237,16 +223,16 @@ def _check_shapes(
     folder: str,
     tensors: list[ReleaseTensor],
     all_stored: list[StoredTensor],
-    shapes: dict[str, TensorShape],
+    specs: Mapping[str, ParamSpec],
 ) -> None:
     pairs = zip(tensors, all_stored, strict=True)
-    wrong = [(t, stored) for t, stored in pairs if not _fits(stored, shapes[t.name])]
+    wrong = [(t, stored) for t, stored in pairs if not _fits(stored, specs[t.name])]
     if not wrong:
         return
     tensor, stored = wrong[0]
-    expected = shapes[tensor.name]
-    dtype = "quantised int8" if expected.quantized else "float32"
-    fitting = [other.file for other in tensors if _fits(stored, shapes[other.name])]
+    expected = specs[tensor.name]
+    dtype = "quantised int8" if expected.is_matmul else "float32"
+    fitting = [other.file for other in tensors if _fits(stored, specs[other.name])]
     swapped = [o.file for o, theirs in wrong[1:] if o.file in fitting and _fits(theirs, expected)]
     guess = ""
     if swapped:
@@ -255,15 +241,14 @@ def _check_shapes(
         guess = f" It would fit {fitting[0]}: was a file renamed or copied?"
     raise CheckpointError(
         f"{storage.join(folder, tensor.file)}: {tensor.release_name} is {_describe(stored)}; "
-        f"for this model's config it should be {dtype} {expected.in_file}.{guess}"
+        f"for this model's config it should be {dtype} {file_shape(expected)}.{guess}"
     )
 
 
-def _fits(stored: StoredTensor, expected: TensorShape) -> bool:
-    if stored.values.shape != expected.in_file:
-        return False
-    dtype = np.int8 if expected.quantized else np.float32
-    return stored.values.dtype == dtype and (stored.scales is not None) == expected.quantized
+def _fits(stored: StoredTensor, expected: ParamSpec) -> bool:
+    dtype = np.int8 if expected.is_matmul else np.float32
+    shape_fits = (stored.values.shape, stored.values.dtype) == (file_shape(expected), dtype)
+    return shape_fits and (stored.scales is not None) == expected.is_matmul
 
 
 def _describe(stored: StoredTensor) -> str:
