@@ -4,6 +4,7 @@ A checkpoint is a set of named pytrees of arrays, stored by attribute names, plu
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -190,9 +191,8 @@ class Checkpoints:
 
     def delete_after(self, step: int) -> None:
         """Deletes the checkpoints of steps after `step`."""
-        for later in self.steps():
-            if later > step:
-                self._manager.delete(later)
+        for later in (saved for saved in self.steps() if saved > step):
+            self._manager.delete(later)
 
     def saving(self) -> bool:
         """Returns True while a save runs in the background."""
@@ -200,7 +200,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until the last save is on disk. Raises SaveError where it failed."""
-        self._try_save(self._wait_for_save)
+        self.wait()
         self._try_save(self._manager.close)
 
     def path(self, step: int) -> str:
@@ -229,10 +229,9 @@ class Checkpoints:
             return None, storage.exists(join(self.folder, DAMAGED))
 
     def _move_to_damaged(self, step: int, problem: str) -> str:
-        target, number = join(self.folder, DAMAGED, str(step)), 1
-        while storage.exists(target):
-            number += 1
-            target = join(self.folder, DAMAGED, f"{step}.{number}")
+        names = itertools.chain([f"{step}"], (f"{step}.{number}" for number in itertools.count(2)))
+        targets = (join(self.folder, DAMAGED, name) for name in names)
+        target = next(target for target in targets if not storage.exists(target))
         storage.move(self.path(step), target)
         return f"the checkpoint of step {step} {problem}; it is now in {target}"
 

@@ -13,7 +13,6 @@ from grok.errors import CheckpointError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from grok.weights.tools.diagnose import TensorSummary
     from grok.weights.tools.inspection import Inspection
 
 FORMATS = {
@@ -55,18 +54,19 @@ def _print(console: "Console", inspection: "Inspection") -> None:
         console.print(f"  {label:<12}{text}")
     for problem in inspection.problems:
         console.print(f"  {'problem':<12}{problem}", style="red")
+    tables = []
     if inspection.tensors:
-        table = make_table("tensor", "shape", "type", "bytes", right=1)
+        tables.append(make_table("tensor", "shape", "type", "bytes", right=1))
         for tensor in inspection.tensors:
+            groups = f", {tensor.groups} group{'s' * (tensor.groups > 1)}" if tensor.groups else ""
             shape = "x".join(map(str, tensor.shape))
-            table.add_row(tensor.name, shape, _kind(tensor), size(tensor.bytes))
-        console.print()
-        console.print(table)
+            tables[-1].add_row(tensor.name, shape, tensor.dtype + groups, size(tensor.bytes))
     if inspection.config is not None:
-        table = make_table("config", "value", "from")
+        tables.append(make_table("config", "value", "from"))
         values = dict(flatten(dataclasses.asdict(inspection.config)))
         for name, origin in inspection.origins.items():
-            table.add_row(name, str(values[name]), origin)
+            tables[-1].add_row(name, str(values[name]), origin)
+    for table in tables:
         console.print()
         console.print(table)
 
@@ -92,12 +92,6 @@ def _summary(inspection: "Inspection") -> Iterator[tuple[str, str]]:
         yield "imported", f"from {inspection.imported_from}, {inspection.checksums} checksums"
     if not inspection.problems:
         yield "complete", "yes"
-
-
-def _kind(tensor: "TensorSummary") -> str:
-    if tensor.groups is None:
-        return tensor.dtype
-    return f"{tensor.dtype}, {tensor.groups} group{'s' if tensor.groups > 1 else ''}"
 
 
 def size(count: int) -> str:

@@ -228,7 +228,7 @@ DAMAGE = {
     ),
     "_METADATA cut": (
         lambda run: os.truncate(run / MODEL_FOLDER / "_METADATA", 100),
-        r"model/_METADATA: is not JSON",
+        r"model/_METADATA: cannot be read as JSON",
     ),
     "_METADATA of another kind": (
         lambda run: (run / MODEL_FOLDER / "_METADATA").write_text('{"tree_metadata": {"a": 1}}'),
@@ -236,7 +236,7 @@ DAMAGE = {
     ),
     "meta cut": (
         lambda run: (run / "checkpoints/0/meta/metadata").write_text("{"),
-        r"meta/metadata: is not JSON",
+        r"meta/metadata: cannot be read as JSON",
     ),
     "tensor not listed": (
         lambda run: edit_tree(run, lambda tree: tree.pop("('embed', 'table_VD')")),

@@ -154,7 +154,7 @@ def twelve(tmp_path_factory) -> tuple[RandomSource, ReleaseSource]:
 def test_twelve_layers_come_out_in_numeric_order(twelve):
     written, read = twelve
     for tensor in tensor_names(12):
-        path = Path(read.file_of(tensor.name, tensor.layer))
+        path = Path(read._stored[tensor.name, tensor.layer][0])
         assert path.name == tensor.file
         if tensor.layer is not None:
             part = (slice(tensor.layer, tensor.layer + 1), *read.tensors[tensor.name].full_part[1:])

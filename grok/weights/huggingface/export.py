@@ -77,7 +77,8 @@ def export_huggingface(
     path = Path(folder)
     with continuable(folder, CheckpointError):
         path.mkdir(parents=True, exist_ok=True)
-        todo = [shard for shard in shards if not _is_finished(path / shard.file, shard)]
+        sizes = storage.list_files(path)
+        todo = [shard for shard in shards if sizes.get(shard.file) != shard.file_bytes]
         nbytes, written = (sum(s.data_bytes for s in group) for group in (shards, todo))
         check_space(path, sum(shard.file_bytes for shard in todo), CheckpointError)
         files = {shard.file: shard.file_bytes for shard in shards}
@@ -93,10 +94,6 @@ def export_huggingface(
             (path / UNFINISHED).unlink()
     tensors, resumed = sum(len(shard.tensors) for shard in shards), len(shards) - len(todo)
     return Exported(tensors, nbytes, len(shards), resumed, written, time.monotonic() - start)
-
-
-def _is_finished(file: Path, shard: Shard) -> bool:
-    return file.is_file() and file.stat().st_size == shard.file_bytes
 
 
 def _write_shards(source: Source, path: Path, todo: list[Shard], counter: ByteCounter) -> None:

@@ -137,7 +137,9 @@ class ArrayTree:
         """Raises CheckpointError for an array of a tensor that is not `expected`."""
         for name in self._stores:
             if name not in expected and name.rpartition("/")[0] not in expected:
-                raise CheckpointError(f"{self._folder}: tensor {name} is none of this model.")
+                raise CheckpointError(
+                    f"{self._folder}: tensor {name} is no parameter of this model."
+                )
 
     def read(self, name: str, part: Part) -> np.ndarray:
         """Part of an array."""

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+import ml_dtypes
 import numpy as np
 
 from grok import storage
@@ -18,7 +19,7 @@ from grok.errors import CheckpointError, ConfigError
 from grok.model.param_spec import ParamSpec
 from grok.model.params import param_specs
 from grok.weights.source import Part, Source, TensorSpec, part_shape, read_part
-from grok.weights.xai.objects import StoredArray, StoredTensor
+from grok.weights.xai.objects import StoredTensor
 from grok.weights.xai.unpickler import read_tensor
 
 # Suffixes of the files that aria2, browsers, curl and wget leave beside or instead of the file.
@@ -103,15 +104,10 @@ class ReleaseSource(Source):
                     )
             self._stored[tensor.name, tensor.layer] = path, stored
         self.tensors = {
-            name: TensorSpec(
-                spec, np.dtype("int8" if name in groups else "float32"), groups.get(name)
-            )
+            name: TensorSpec(spec, np.dtype("int8" if count else "float32"), count)
             for name, spec in specs.items()
+            for count in [groups.get(name)]
         }
-
-    def file_of(self, name: str, layer: int | None) -> str:
-        """The file that holds this tensor, for messages."""
-        return self._stored[name, layer][0]
 
     def read(self, name: str, part: Part) -> np.ndarray:
         """Values of a part: float32, or int8 as they are."""
@@ -122,24 +118,17 @@ class ReleaseSource(Source):
         return self._read(name, part, self.tensors[name].scales_shape, scales=True)
 
     def _read(self, name: str, part: Part, shape: tuple[int, ...], scales: bool) -> np.ndarray:
-        if not self.tensors[name].param.is_stacked:
-            path, array = self._array(name, None, scales)
-            return read_part(
-                path, array.offset, shape, part, np.empty(part_shape(part), array.dtype)
-            )
-        first, stop = part[0].start, part[0].stop
-        out = np.empty(part_shape(part), self._array(name, first, scales)[1].dtype)
-        for layer in range(first, stop):
-            path, array = self._array(name, layer, scales)
+        spec = self.tensors[name]
+        out = np.empty(part_shape(part), ml_dtypes.bfloat16 if scales else spec.dtype)
+        stacked = spec.param.is_stacked
+        for index, layer in enumerate(range(part[0].start, part[0].stop) if stacked else (None,)):
+            path, stored = self._stored[name, layer]
+            array = stored.scales if scales else stored.values
+            assert array is not None
             # Heads and their width are one axis in the file, and the same bytes as two.
-            read_part(path, array.offset, shape[1:], part[1:], out[layer - first])
+            one = out[index] if stacked else out
+            read_part(path, array.offset, shape[stacked:], part[stacked:], one)
         return out
-
-    def _array(self, name: str, layer: int | None, scales: bool) -> tuple[str, StoredArray]:
-        path, stored = self._stored[name, layer]
-        array = stored.scales if scales else stored.values
-        assert array is not None
-        return path, array
 
 
 def implied_config(folder: str | os.PathLike[str]) -> ModelConfig:
@@ -203,13 +192,12 @@ def _check_files(folder: str, expected: list[str], num_layers: int) -> None:
     )
     missing = [name for name in expected if name not in present]
     extra = sorted(present.difference(expected))
-    for name in extra:
-        file, suffix = os.path.splitext(name)
+    for path in (storage.join(folder, name) for name in extra):
+        file, suffix = os.path.splitext(path.rpartition("/")[2])
         if suffix in UNFINISHED and file in expected:
-            raise CheckpointError(
-                f"{storage.join(folder, name)}: is what a download leaves while it is "
-                f"unfinished; {file} has to be downloaded to its end, and {name} to go."
-            )
+            remedy = f"{file} has to be downloaded to its end, and {file}{suffix} to go"
+            problem = "is what a download leaves while it is unfinished"
+            raise CheckpointError(f"{path}: {problem}; {remedy}.")
     if missing:
         others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         instead = f"; {extra[0]} is here instead" if extra else ""
