@@ -1,8 +1,5 @@
-"""Configs: frozen dataclasses, checked before anything slow starts.
-
-`RunConfig` has every key of a run; `grok.config.load` reads it from YAML. Nothing here imports JAX.
-A refusal is a `ConfigError`: one sentence with the key, the numbers, and a value that would work.
-"""
+"""Configs: frozen dataclasses, checked before anything slow starts, without JAX. A refusal is a
+`ConfigError`: one sentence with the key, the numbers, and a value that would work."""
 
 from grok.config.data import BatchChange, DataConfig, DatasetConfig, MixtureChange
 from grok.config.engine import EngineConfig

@@ -1,5 +1,4 @@
-"""Sampling parameters, declared once: the config section `sampling`, requests over HTTP and in
-files, the options of `grok sample` and the engine all read these fields."""
+"""Sampling parameters, declared once for configs, requests, `grok sample` and the engine."""
 
 import dataclasses
 import functools
@@ -21,12 +20,8 @@ TopCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Section):
-    """Defaults for requests that leave a parameter out.
-
-    Order of the steps: penalties and bans change the logits; temperature 0 takes the likeliest
-    token; otherwise logits are divided by it, and a token is drawn from those that top_k, then
-    top_p, then min_p leave.
-    """
+    """Defaults for requests that leave a parameter out. Penalties and bans change the logits, which
+    are divided by the temperature; a token is drawn from those that top_k, top_p, min_p leave."""
 
     max_tokens: Annotated[Count, "new tokens at most"] = 128
     min_tokens: Annotated[CountOrZero, "new tokens before it may end"] = 0
@@ -91,15 +86,12 @@ def _check(params: SamplingConfig) -> None:
         try:
             validator.validate_python(value, strict=True)
         except ValidationError as error:
-            raise RequestError(name, f"{name}={value!r} must be {_expected(error)}.") from None
+            first = error.errors(include_url=False)[0]
+            expected = expectation(first) or first["msg"]
+            raise RequestError(name, f"{name}={value!r} must be {expected}.") from None
     if params.min_tokens > params.max_tokens:
         raise RequestError(
             "min_tokens",
             f"min_tokens={params.min_tokens} is more than max_tokens={params.max_tokens}; "
             f"min_tokens={params.max_tokens} would work.",
         )
-
-
-def _expected(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    return expectation(first) or first["msg"]

@@ -34,10 +34,8 @@ EXPECTED = {  # pydantic's type of error -> what a value must be
 
 
 def validate(data: Mapping[str, Any], locations: Locations, source: str, config_type: type) -> Any:
-    """Plain data as a config of this type; ConfigError says where and what is wrong in it.
-
-    locations: where keys were set; source: names the data where a key has no location.
-    """
+    """Plain data as a config of this type; ConfigError says what is wrong in it, and where: by the
+    `locations` where keys were set, else by `source`."""
     try:
         return TypeAdapter(config_type).validate_json(json.dumps(data), strict=True)
     except TypeError as error:
@@ -75,13 +73,11 @@ def expectation(error: Mapping[str, Any]) -> str | None:
 def _location_of_keys(sentence: str, locations: Locations, source: str) -> str:
     """The location of the keys that a sentence names: an override first, then the file itself."""
     keys = (tuple(word.split(".")) for word in re.findall(r"[a-z_0-9.]+", sentence))
-    candidates = [locations[key] for key in keys if key in locations]
-    order = ("override", f"{source}:", "")
-    return min(
-        candidates,
-        key=lambda location: [location.startswith(o) for o in order].index(True),
-        default=source,
+    candidates, order = (
+        [locations[key] for key in keys if key in locations],
+        ("override", f"{source}:"),
     )
+    return max(candidates, key=lambda place: list(map(place.startswith, order)), default=source)
 
 
 def _unknown_key(key: str, config_type: type) -> str:

@@ -117,16 +117,15 @@ def make_plan(
     config: RunConfig, slice_: Slice, measured: dict[str, Any], price: Price | None
 ) -> Plan:
     """The plan from the measurements of `grok.plan.compile_process`, which are per device."""
-    per_chip, chip, batch = measured["devices_per_chip"], slice_.chip, batch_of(config)
-    tokens, model_flops = model_work(config, *batch)
+    per_chip, chip = measured["devices_per_chip"], slice_.chip
     common: dict[str, Any] = {
         "config": config,
         "slice": slice_,
         "mesh_sizes": measured["mesh_sizes"],
         "state": measured["state"] * per_chip,
-        "model_flops": model_flops / slice_.num_chips,
-        "batch": batch,
-        "tokens": tokens / slice_.num_chips,
+        "model_flops": model_flops(config) / slice_.num_chips,
+        "batch": batch_of(config),
+        "tokens": tokens_of(config) / slice_.num_chips,
         "price": price,
         "measured": measured,
     }
@@ -173,18 +172,24 @@ def batch_of(config: RunConfig) -> tuple[int, int]:
     return max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
 
 
-def model_work(config: RunConfig, rows: int, length: int) -> tuple[int, float]:
-    """Tokens of a step, and the FLOPs that the model itself needs for them."""
-    model = config.model
+def tokens_of(config: RunConfig) -> int:
+    """Tokens of a step."""
+    rows, length = batch_of(config)
+    return rows if config.plan.program == "decode" else rows * length
+
+
+def model_flops(config: RunConfig) -> float:
+    """FLOPs that the model itself needs for a step."""
+    model, (rows, length) = config.model, batch_of(config)
     if config.plan.program == "train":
-        return rows * length, rows * length * flops_per_token(model, length)
+        return rows * length * flops_per_token(model, length)
     # A third of a training step is the forward pass; only the last token of a row has logits.
     table = 2 * model.vocab_size * model.embed_dim
     if config.plan.program == "prefill":
         forward = flops_per_token(model, length) / 3 - table
-        return rows * length, rows * (length * forward + table)
+        return rows * (length * forward + table)
     # A new token sees all of the cache; a token of a row sees half of the row on average.
-    return rows, rows * flops_per_token(model, 2 * length) / 3
+    return rows * flops_per_token(model, 2 * length) / 3
 
 
 def recomputed_flops(plan: Plan) -> float:

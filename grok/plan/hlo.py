@@ -1,8 +1,5 @@
-"""A parser of the text of compiled XLA programs: computations and their instructions.
-
-It reads only what costs need: types, dimensions and memory of results, operands, and attributes as
-text.
-"""
+"""A parser of what costs need of the text of compiled XLA programs: types, dimensions and memory of
+results, operands, and attributes as text."""
 
 import dataclasses
 import math
@@ -118,11 +115,8 @@ def inline_fusions(computations: dict[str, Computation], name: str) -> Computati
             result[new.name] = new
             if inner.is_root:
                 is_tuple = inner.opcode == "tuple"
-                result[outer.name] = dataclasses.replace(
-                    outer,
-                    opcode="tuple" if is_tuple else "bitcast",
-                    operands=operands if is_tuple else (new.name,),
-                )
+                opcode, names = ("tuple", operands) if is_tuple else ("bitcast", (new.name,))
+                result[outer.name] = dataclasses.replace(outer, opcode=opcode, operands=names)
     return result
 
 
@@ -133,9 +127,8 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
     operands = tuple(re.findall(r"%([\w.\-]+)", rest[opcode.end() : end]))
     if opcode[1] in ("constant", "parameter"):
         operands = (rest[opcode.end() : end],)
-    return Instruction(
-        name, opcode[1], _arrays(rest[: opcode.start() + 1]), operands, rest[end + 1 :], is_root
-    )
+    arrays = _arrays(rest[: opcode.start() + 1])
+    return Instruction(name, opcode[1], arrays, operands, rest[end + 1 :], is_root)
 
 
 def _closing(text: str, start: int) -> int:
@@ -149,14 +142,9 @@ def _closing(text: str, start: int) -> int:
 
 
 def _arrays(text: str) -> tuple[Array, ...]:
-    return tuple(
-        Array(
-            dtype,
-            tuple(int(n) for n in dims.split(",") if n),
-            # Memory space 0, the default, is HBM, 1 is VMEM, 5 is the host's; flags and scalars
-            # lie elsewhere.
-            not re.search(r"S\([1-9]", layout),
-            "S(5)" in layout,
-        )
-        for dtype, dims, layout in _ARRAY.findall(text)
-    )
+    arrays = []
+    for dtype, dims, layout in _ARRAY.findall(text):
+        shape = tuple(int(n) for n in dims.split(",") if n)
+        # Memory space 0, the default, is HBM, 1 VMEM, 5 the host's, others of flags and scalars.
+        arrays.append(Array(dtype, shape, not re.search(r"S\([1-9]", layout), "S(5)" in layout))
+    return tuple(arrays)

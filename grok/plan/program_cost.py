@@ -1,8 +1,7 @@
-"""Costs of a compiled TPU program, read from its text: FLOPs, bytes of HBM, bytes of collectives.
+"""Costs of a compiled TPU program on one device, read from its text.
 
-XLA's own cost analysis counts the body of a loop once. Here every computation counts as often as it
-runs: a loop whose condition compares a counter with a constant as often as that says, any other as
-often as the caller says. Costs are those of one device.
+XLA's own cost analysis counts the body of a loop once; here each computation counts as often as it
+runs: as a loop's comparison of its counter with a constant says, or else as the caller says.
 """
 
 import math
@@ -107,10 +106,8 @@ class CompiledProgram:
             return self._loop_cost(computation, instruction)
         total = Cost()
         if opcode == "conditional":
-            branches = instruction.called("branch_computations") or [
-                *instruction.called("true_computation"),
-                *instruction.called("false_computation"),
-            ]
+            keys = ("branch_computations", "true_computation", "false_computation")
+            branches = [name for key in keys for name in instruction.called(key)]
             costs = map(self._computation_cost, branches)
             total.add(max(costs, key=lambda cost: (cost.flops, cost.hbm)))
             return total
@@ -176,9 +173,8 @@ class CompiledProgram:
             root = next(i for i in condition.values() if i.is_root)
         if root.opcode != "compare" or "direction=LT" not in root.attributes:
             return None
-        first, limit = (
-            _initial_value(condition[name], computation, loop) for name in root.operands
-        )
+        values = (_initial_value(condition[name], computation, loop) for name in root.operands)
+        first, limit = values
         return None if first is None or limit is None else max(0, limit - first)
 
     def _fused(self, fusion: Instruction) -> Computation:

@@ -10,7 +10,7 @@ from grok.config.mesh import batch_shards, meshes
 from grok.errors import ConfigError
 from grok.model.mesh_fit import check_plan_fits
 from grok.model.params import num_active_parameters, num_parameters
-from grok.plan.estimate import Plan, batch_of
+from grok.plan.estimate import Plan, tokens_of
 from grok.plan.suggestions import BYTES, replace_keys, state_bytes
 from grok.plan.topology import Slice
 
@@ -84,9 +84,8 @@ def _may_fit(config: RunConfig, slice_: Slice) -> bool:
     model, mesh = config.model, config.mesh
     shards = mesh.data * mesh.expert * mesh.tensor / slice_.chip.devices
     state = state_bytes(config) * num_parameters(model) / shards
-    rows, length = batch_of(config)
-    tokens = rows / (mesh.slice * mesh.data * mesh.expert * config.train.grad_accum_steps)
-    tokens *= 1 if config.plan.program == "decode" else length
+    devices = mesh.slice * mesh.data * mesh.expert
+    tokens = tokens_of(config) / (devices * config.train.grad_accum_steps)
     layer = 2 * num_parameters(model) / model.num_layers / (mesh.expert * mesh.tensor)
     table = 2 * model.vocab_size * model.embed_dim / mesh.tensor
     moving = 4 * tokens * mesh.expert * model.embed_dim
@@ -102,21 +101,16 @@ def _seconds_per_token(config: RunConfig, mesh: dict[str, int], slice_: Slice) -
     """Rough seconds per token of what a step moves between chips and recomputes: parameters are
     gathered over data twice and their gradients scattered once; tokens go to experts and back;
     tensor reduces what goes into and out of a block, twice."""
-    model, passes = config.model, 3 if config.plan.program == "train" else 1
-    width = 2  # bytes of a value that moves
+    model, tokens, training = config.model, tokens_of(config), config.plan.program == "train"
+    passes = 3 if training else 1
+    width = 2 if training else min(2, BYTES[model.param_dtype])  # bytes of a value that moves
     data, expert, tensor = mesh["data"], mesh["expert"], mesh["tensor"]
-    if config.plan.program == "train":
-        tokens = config.data.batch_size * config.data.sequence_length
-    else:
-        length = config.plan.tokens if config.plan.program == "prefill" else 1
-        tokens = config.plan.batch_size * length
-        width = min(2, BYTES[model.param_dtype])
     on_device = tokens / batch_shards(mesh)
     weights = width * num_parameters(model) / (expert * tensor) * (data > 1)
     routed = 2 * 2 * on_device * (expert - 1) * model.embed_dim * model.num_layers
     reduced = 2 * 4 * on_device * expert * model.embed_dim * model.num_layers * (tensor > 1)
     links = 2 * slice_.chip.link
-    recomputes = passes == 3 and model.remat in ("offload", "full")
+    recomputes = training and model.remat in ("offload", "full")
     recomputed = 2 * num_active_parameters(model) * recomputes
     compute = tokens * recomputed / (slice_.num_chips * slice_.chip.flops)
     return (passes * (weights + routed + reduced) / links + compute) / tokens

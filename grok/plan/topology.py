@@ -56,7 +56,8 @@ def parse_slice(name: str, count: int = 1) -> Slice:
             f"wired in {dimensions} dimensions; {example} would work."
         )
     shape = tuple(map(int, sides.split("x")))
-    near = tuple(_near(side, dim) for dim, side in enumerate(shape))
+    # A host has 2x2 chips along the first two sides.
+    near = tuple(n if dim > 1 and n > 0 else max(2, n + n % 2) for dim, n in enumerate(shape))
     if math.prod(shape) != 1 and shape != near:
         raise ConfigError(
             f"topology {name} cannot be wired from hosts of 2x2 chips; "
@@ -75,11 +76,5 @@ def grown(slice_: Slice) -> Slice | None:
     side = min(range(len(slice_.shape)), key=lambda dim: (slice_.shape[dim], -dim))
     shape = [*slice_.shape]
     shape[side] *= 2
-    if math.prod(shape) > LARGEST[slice_.chip.dimensions]:
-        return None
-    return Slice(slice_.generation, tuple(sorted(shape)), slice_.count)
-
-
-def _near(side: int, dim: int) -> int:
-    """The nearest length of a side: a host has 2x2 chips along the first two sides."""
-    return side if dim > 1 and side > 0 else max(2, side + side % 2)
+    fits = math.prod(shape) <= LARGEST[slice_.chip.dimensions]
+    return Slice(slice_.generation, tuple(sorted(shape)), slice_.count) if fits else None
