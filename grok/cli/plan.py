@@ -5,7 +5,6 @@ from pathlib import Path
 
 import click
 
-NOT_FITTING = 1
 FILE = click.Path(path_type=Path)
 
 
@@ -76,4 +75,4 @@ def plan(
         plan = compile_plan(run, slice_, chip_price, on_phase, dump, save)
     click.echo(json.dumps(plan.to_dict(), indent=2) if as_json else format_plan(plan))
     if not plan.fits:
-        ctx.exit(NOT_FITTING)
+        ctx.exit(1)

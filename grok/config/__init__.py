@@ -2,33 +2,8 @@
 `ConfigError`: one sentence with the key, the numbers, and a value that would work."""
 
 from grok.config.data import BatchChange, DataConfig, DatasetConfig, MixtureChange
-from grok.config.engine import EngineConfig
 from grok.config.mesh import MESH_AXES, MeshConfig, resolve_mesh
 from grok.config.model import AttentionConfig, ModelConfig, MoEConfig, NormConfig, RopeConfig
 from grok.config.optimizer import OptimizerConfig, ParamGroup
-from grok.config.run import PlanConfig, RunConfig, check_trainable
+from grok.config.run import EngineConfig, PlanConfig, RunConfig, check_trainable
 from grok.config.train import CheckpointConfig, LoraConfig, TrainConfig
-
-__all__ = [
-    "MESH_AXES",
-    "AttentionConfig",
-    "BatchChange",
-    "CheckpointConfig",
-    "DataConfig",
-    "DatasetConfig",
-    "EngineConfig",
-    "LoraConfig",
-    "MeshConfig",
-    "MixtureChange",
-    "MoEConfig",
-    "ModelConfig",
-    "NormConfig",
-    "OptimizerConfig",
-    "ParamGroup",
-    "PlanConfig",
-    "RopeConfig",
-    "RunConfig",
-    "TrainConfig",
-    "check_trainable",
-    "resolve_mesh",
-]

@@ -4,8 +4,8 @@ import dataclasses
 import ipaddress
 from typing import Annotated, Literal
 
-from grok.config.engine import EngineConfig
 from grok.config.mesh import MeshConfig
+from grok.config.run import EngineConfig
 from grok.config.sampling import SamplingConfig
 from grok.config.section import Count, CountOrZero, Positive, Section
 from grok.errors import ConfigError

@@ -97,7 +97,7 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
-_NUMBERS = {int: "whole number", float: "number"}
+_TYPES = {str: "text", bool: "true, false", int: "whole number", float: "number", None: "null"}
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
@@ -123,4 +123,4 @@ def _values(hint: Any) -> str:
         return " or ".join(map(_values, inner))
     if _is_section(hint):
         return f"{{{', '.join(field.name for field in dataclasses.fields(hint))}}}"
-    return {str: "text", bool: "true, false", type(None): "null"}.get(hint) or _NUMBERS[hint]
+    return _TYPES[None if hint is type(None) else hint]

@@ -35,9 +35,8 @@ class TrainConfig(Section):
         if self.profile and not first <= last <= self.steps:
             start = max(1, min(20, self.steps - 2))
             raise ConfigError(
-                f"train.profile={list(self.profile)} names no first and last step of the "
-                f"{self.steps} of the run; train.profile=[{start}, {min(start + 2, self.steps)}] "
-                "would work."
+                f"train.profile={list(self.profile)} is no first and last of {self.steps} steps; "
+                f"train.profile=[{start}, {min(start + 2, self.steps)}] would work."
             )
         if 0 < self.grad_spike_factor <= 1:
             raise ConfigError(

@@ -28,7 +28,6 @@ ENVIRONMENT = {
     "TPU_MIN_LOG_LEVEL": "3",
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # its entries need a device to load
 }
-STDERR_LINES = 20
 
 
 def compile_plan(
@@ -87,7 +86,7 @@ def _run_process(request: dict[str, Any], on_phase: Callable[[str], None]) -> di
             process.kill()  # the compiler ignores interrupts
             process.wait()
         stderr.seek(0)
-        stderr_end = "".join(stderr.readlines()[-STDERR_LINES:])
+        stderr_end = "".join(stderr.readlines()[-20:])
     if "error" in message:
         error = GrokError(message["error"])
         error.exit_code = message["code"]

@@ -82,8 +82,7 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     stats = compiled.memory_analysis()
     assert stats is not None
     peak = stats.peak_memory_in_bytes
-    if stats.host_temp_size_in_bytes:
-        # Then that peak may be of host memory: HBM needs no more than its allocations.
+    if stats.host_temp_size_in_bytes:  # then it may be of host memory; HBM has its allocations
         peak = min(peak, stats.total_allocation_bytes)
     host = stats.host_temp_size_in_bytes + stats.host_argument_size_in_bytes
     return {"state": stats.argument_size_in_bytes, "peak": peak, "host_memory": host}

@@ -45,7 +45,7 @@ def price_of(generation: str, file: Path) -> Price | None:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The figures of a plan, bytes and FLOPs of one chip and step; those that need a compiled
-    program are None where it does not fit."""
+    program are None or empty where it does not fit."""
 
     config: RunConfig
     slice: Slice
@@ -61,17 +61,16 @@ class Plan:
     host: float | None = None  # bytes to and from host memory
     host_memory: float = 0.0  # bytes of it in use
     collectives: dict[str, dict[str, float]] | None = None
-    seconds: dict[str, float] | None = None  # compute, hbm, interconnect
-    interconnect: dict[str, float] | None = None  # seconds by mesh axes
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by term of the roofline
+    interconnect: dict[str, float] = dataclasses.field(default_factory=dict)  # by mesh axes
     price: Price | None = None
     compile_seconds: float | None = None
     measured: dict[str, Any] = dataclasses.field(default_factory=dict)  # by compile_process
 
     def step_seconds(self) -> dict[str, float]:
         """Time of a step if all terms overlap, and if none does."""
-        assert self.seconds is not None
         times = self.seconds.values()
-        return {"overlapped": max(times), "serial": sum(times)}
+        return {"overlapped": max(times), "serial": sum(times)} if times else {}
 
     def tokens_per_second(self) -> dict[str, float]:
         """Tokens per second and chip."""
@@ -82,17 +81,16 @@ class Plan:
         peak = self.slice.chip.flops
         return {name: self.model_flops / time / peak for name, time in self.step_seconds().items()}
 
-    def usd_per_billion_tokens(self) -> dict[str, float] | None:
-        """Price of a billion tokens; None if the chip's is not known."""
+    def usd_per_billion_tokens(self) -> dict[str, float]:
+        """Price of a billion tokens; empty if the chip's is not known."""
         if self.price is None:
-            return None
+            return {}
         price = self.price.usd_per_hour / 3600 * 1e9
         return {name: price / rate for name, rate in self.tokens_per_second().items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `grok plan --json` prints. The price is that of the serial step."""
-        total, known = self.total, self.seconds is not None
-        usd = self.usd_per_billion_tokens() if known else None
+        total = self.total
         return {
             "fits": self.fits,
             "hbm_gib_per_chip": {
@@ -105,10 +103,10 @@ class Plan:
             "hbm_bytes_per_chip_per_step": self.hbm,
             "host_bytes_per_chip_per_step": self.host,
             "collective_bytes_per_chip_per_step": self.collectives,
-            "seconds": {**self.seconds, **self.step_seconds()} if self.seconds else None,
-            "mfu": self.mfu() if known else None,
-            "tokens_per_second_per_chip": self.tokens_per_second() if known else None,
-            "usd_per_billion_tokens": usd and usd["serial"],
+            "seconds": {**self.seconds, **self.step_seconds()} or None,
+            "mfu": self.mfu() or None,
+            "tokens_per_second_per_chip": self.tokens_per_second() or None,
+            "usd_per_billion_tokens": self.usd_per_billion_tokens().get("serial"),
             "compile_seconds": self.compile_seconds,
         }
 
@@ -135,12 +133,10 @@ def make_plan(
     collectives: dict[str, dict[str, float]] = {}
     interconnect: dict[str, float] = {}
     for axes, kind, sent in measured["collectives"]:
-        if axes == "none" or not sent:
-            continue
-        sent *= per_chip
-        collectives.setdefault(axes, {})[kind] = sent
-        seconds = transfer_seconds(slice_, measured["wiring"][axes], kind, sent)
-        interconnect[axes] = interconnect.get(axes, 0) + seconds
+        if axes != "none" and sent:
+            collectives.setdefault(axes, {})[kind] = sent * per_chip
+            seconds = transfer_seconds(slice_, measured["wiring"][axes], kind, sent * per_chip)
+            interconnect[axes] = interconnect.get(axes, 0) + seconds
     amounts = {k: measured[k] * per_chip for k in ("flops", "hbm", "host", "host_memory")}
     terms = {
         "compute": amounts["flops"] / chip.flops,

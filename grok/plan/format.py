@@ -7,12 +7,10 @@ from grok.model.params import num_parameters
 from grok.plan.estimate import Plan, recomputed_flops
 from grok.plan.suggestions import suggestions
 
-WIDTH = 14
-
 
 def format_plan(plan: Plan) -> str:
     """The whole plan, as lines of text."""
-    return "\n".join(f"{label:<{WIDTH}}{text}".rstrip() for label, text in _rows(plan))
+    return "\n".join(f"{label:<14}{text}".rstrip() for label, text in _rows(plan))
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -28,12 +26,11 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
-    capacity = plan.slice.chip.hbm
     sizes = f"state {_gib(plan.state)}"
     if plan.total is not None:
         sizes += f" + temporaries {_gib(plan.total - plan.state)} = {_gib(plan.total)}"
     verdict = "fits" if plan.fits else "does not fit"
-    yield "memory", f"{verdict}: {sizes} of {_gib(capacity)} GiB a chip"
+    yield "memory", f"{verdict}: {sizes} of {_gib(plan.slice.chip.hbm)} GiB a chip"
     per_chip = plan.measured["devices_per_chip"]
     for name, size in plan.measured["largest_state"]:
         yield "", f"{_gib(size * per_chip)} GiB  {name.removesuffix('.value')}"
@@ -46,8 +43,7 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _work(plan: Plan) -> Iterator[tuple[str, str]]:
-    assert plan.flops is not None and plan.hbm is not None
-    assert plan.collectives is not None and plan.interconnect is not None
+    assert plan.flops is not None and plan.hbm is not None and plan.collectives is not None
     text = f"{_amount(plan.model_flops)} of the model, {_amount(plan.flops)} compiled "
     text += f"({plan.flops / plan.model_flops:.2f} x"
     again = recomputed_flops(plan)
@@ -73,7 +69,6 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _time(plan: Plan) -> Iterator[tuple[str, str]]:
-    assert plan.seconds is not None
     terms = ", ".join(f"{name} {_seconds(time)}" for name, time in plan.seconds.items())
     yield "roofline", f"{terms}; {max(plan.seconds, key=plan.seconds.__getitem__)} bounds it"
     steps, rates, mfu = plan.step_seconds(), plan.tokens_per_second(), plan.mfu()
@@ -81,7 +76,7 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
     for name, how in (("overlapped", "all terms overlap"), ("serial", "none overlaps")):
         text = f"{_seconds(steps[name])} a step if {how}: {rates[name]:,.4g} tokens/s/chip, "
         text += f"MFU {mfu[name]:.1%}"
-        if prices is not None:
+        if prices:
             text += f", {prices[name]:,.0f} USD per billion tokens"
         yield name, text
     yield "compiled", f"in {plan.compile_seconds:,.0f} s"

@@ -32,7 +32,7 @@ def matmul_flops(computation: Computation, instruction: Instruction) -> float:
     if instruction.opcode == "convolution":
         return _convolution_flops(computation, instruction)
     if instruction.opcode == "custom-call":
-        return kernel_flops(computation, instruction)
+        return kernel_cost(computation, instruction)[0]
     return 0.0
 
 
@@ -87,9 +87,10 @@ def hbm_bytes(computation: Computation, instruction: Instruction, fused: Computa
     operands = [computation[name] for name in instruction.operands if name in computation]
     if opcode == "send":
         return _size(operands[0].arrays)
-    stated = kernel_bytes(computation, instruction) if opcode == "custom-call" else None
-    if stated is not None:
-        return stated
+    if opcode == "custom-call":
+        size = kernel_cost(computation, instruction)[1]
+        if size is not None:
+            return size
     if opcode == "fusion":
         return _fusion_bytes(instruction, operands, fused)
     if opcode == "dynamic-slice":
@@ -160,29 +161,16 @@ def _size(arrays: tuple[Array, ...]) -> float:
     return sum(array.size for array in arrays if array.in_hbm)
 
 
-def kernel_flops(computation: Computation, kernel: Instruction) -> float:
-    """FLOPs of a custom call; 0 if not known."""
-    return _attention(computation, kernel)[0] or _stated(kernel, "flops") or 0.0
-
-
-def kernel_bytes(computation: Computation, kernel: Instruction) -> float | None:
-    """Bytes of HBM that a custom call reads and writes; None if not known."""
-    return _attention(computation, kernel)[1] or _stated(kernel, "bytes_accessed")
-
-
-def _stated(kernel: Instruction, field: str) -> float | None:
-    """A number of the cost estimate that the kernel's author gave, if any."""
-    match = re.search(rf'"cost_estimate":\{{[^}}]*"{field}":"?(\d+)', kernel.attributes)
-    return float(match[1]) if match else None
-
-
-def _attention(computation: Computation, kernel: Instruction) -> tuple[float, float]:
-    """FLOPs and bytes of an attention kernel; zeros for others."""
+def kernel_cost(computation: Computation, kernel: Instruction) -> tuple[float, float | None]:
+    """FLOPs, and bytes of HBM, of a custom call; 0 and None where they are not known."""
     if match := re.match(r"splash_mha_(fwd|dq|dkv)_", kernel.name):
         return _splash(computation, kernel, SPLASH_MATMULS[match[1]])
     if kernel.name.startswith("ragged_paged_attention"):
         return _ragged(computation, kernel)
-    return 0.0, 0.0
+    estimate = r'"cost_estimate":\{[^}]*"%s":"?(\d+)'
+    flops = re.search(estimate % "flops", kernel.attributes)
+    size = re.search(estimate % "bytes_accessed", kernel.attributes)
+    return float(flops[1]) if flops else 0.0, float(size[1]) if size else None
 
 
 def _splash(computation: Computation, kernel: Instruction, matmuls: int) -> tuple[float, float]:

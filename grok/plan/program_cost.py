@@ -23,7 +23,7 @@ from grok.plan.instruction_costs import (
     hbm_bytes,
     host_bytes,
     is_async_collective,
-    kernel_flops,
+    kernel_cost,
     matmul_flops,
 )
 
@@ -133,7 +133,7 @@ class CompiledProgram:
                     self._add_work(total, fused, inner)
         else:
             self._add_work(total, computation, instruction)
-        if opcode == "custom-call" and kernel_flops(computation, instruction):
+        if opcode == "custom-call" and kernel_cost(computation, instruction)[0]:
             total.kernels[instruction.op_name] += 1
         return total
 
