@@ -48,7 +48,9 @@ class Scorer:
         """
         buckets: dict[int, list[int]] = {}
         for index, (context, continuation) in enumerate(pairs):
-            buckets.setdefault(self._bucket(len(context) + len(continuation) - 1), []).append(index)
+            size = 1 << (len(context) + len(continuation) - 2).bit_length()
+            size = min(self.context_length, max(MIN_LENGTH, size))
+            buckets.setdefault(size, []).append(index)
         scores: dict[int, Score] = {}
         for size in sorted(buckets, reverse=True):
             for first in range(0, len(buckets[size]), self._rows):
@@ -59,9 +61,6 @@ class Scorer:
                 for index, log_p, is_greedy in zip(indices, *jax.device_get(scored), strict=False):
                     scores[index] = Score(float(log_p), bool(is_greedy))
         return [scores[index] for index in range(len(pairs))]
-
-    def _bucket(self, length: int) -> int:
-        return min(self.context_length, max(MIN_LENGTH, 1 << (length - 1).bit_length()))
 
     def _batch(self, pairs, size: int) -> dict[str, np.ndarray]:
         """Rows of pairs, with padding behind each and rows of padding at the end."""

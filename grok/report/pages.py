@@ -53,10 +53,10 @@ def run_png(run: RecordedRun) -> bytes | None:
 def status(run: RecordedRun) -> tuple[str, str]:
     """State of the run, as far as its folder records it, and its tone."""
     starts = run.manifest.get("starts", ())
-    step = run.last_step
-    progress = f"step {step:,} of {run.steps:,}" if run.steps else f"step {step:,}"
+    step, steps = run.last_step, run.config.get("train.steps", 0)
+    progress = f"step {step:,} of {steps:,}" if steps else f"step {step:,}"
     if not starts:
-        finished = run.steps and step >= run.steps
+        finished = steps and step >= steps
         return f"finished, {progress}" if finished else progress, "muted"
     code = starts[-1]["exit_code"]
     if code is None:

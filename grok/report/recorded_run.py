@@ -33,11 +33,6 @@ class RecordedRun:
     config: dict[str, Any]
 
     @property
-    def steps(self) -> int:
-        """Steps of the whole run, by its config; 0 where that is unknown."""
-        return self.config.get("train.steps", 0)
-
-    @property
     def last_step(self) -> int:
         """The last step that is recorded anywhere."""
         logged = [line["step"] for line in (*self.training, *self.validation)]

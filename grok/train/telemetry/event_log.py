@@ -34,7 +34,7 @@ SPANS = ("start", "restore", "compile", "data", "validate", "save", "profile")
 KINDS = ("useful", "lost", *SPANS, "down", "other")
 
 
-class EventLog:
+class EventLog(contextlib.AbstractContextManager):
     """Writes the log. Without a path (all processes but the primary) nothing is written."""
 
     def __init__(self, path: Path | None, began: float | None = None):
@@ -91,9 +91,6 @@ class EventLog:
         )
         self._write(self._lap_time, "data", {"seconds": round(self._waited, 6)})
         self.steps_from(step)
-
-    def __enter__(self) -> "EventLog":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

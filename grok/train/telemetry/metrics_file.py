@@ -61,12 +61,9 @@ def to_plain(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
     layer are rounded.
     """
     values = jax.device_get(dict(metrics))
-    return {
-        name: np.round(value.astype(np.float64), LOAD_DIGITS).tolist()
-        if name == "expert_load_layers"
-        else _shortest(value)
-        for name, value in values.items()
-    }
+    if (load_LE := values.get("expert_load_layers")) is not None:
+        values["expert_load_layers"] = np.round(load_LE.astype(np.float64), LOAD_DIGITS)
+    return {name: _shortest(value) for name, value in values.items()}
 
 
 def _to_line(values: dict[str, Any]) -> str:

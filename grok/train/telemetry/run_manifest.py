@@ -88,6 +88,7 @@ class RunManifest:
         """Reads what earlier processes wrote; `resumed` writes the entry of this one."""
         self._folder = folder
         self._facts = read_manifest(folder) or {"id": secrets.token_hex(4), "starts": []}
+        self.run_id: str = self._facts["id"]  # eight hexadecimal digits
         checkpoints = self._facts.get("checkpoints", {})
         config_before = self._facts.get("config")
         self._facts |= {"config": to_dict(config), "data": describe_data(config, data)}
@@ -99,11 +100,6 @@ class RunManifest:
         if config_before not in (None, self._facts["config"]):
             self._process["config_before"] = config_before
         self._facts["starts"].append(self._process)
-
-    @property
-    def run_id(self) -> str:
-        """The run's identifier, eight hexadecimal digits."""
-        return self._facts["id"]
 
     def resumed(self, step: int) -> None:
         """Records that this process resumes after `step`."""
