@@ -84,9 +84,8 @@ def configs_folder() -> Path:
 
 def presets(config_type: type = RunConfig) -> dict[str, Path]:
     """Files of the presets of this type of config, by name: models first."""
-    folders = FOLDERS.get(config_type.__name__, ())
-    files = [file for name in folders for file in sorted((configs_folder() / name).glob("*.yaml"))]
-    return {file.stem: file for file in files}
+    folders = [configs_folder() / name for name in FOLDERS.get(config_type.__name__, ())]
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
 def find_config(name: str, beside: Path, config_type: type) -> Path:

@@ -27,9 +27,8 @@ def resolve_mesh(
 ) -> dict[str, int]:
     """Sizes of the four mesh axes on `num_devices` devices, with -1 filled in.
 
-    `misfit` says why a model cannot be split over a mesh of some sizes; empty if it can. Raises
-    ConfigError, with the nearest mesh that fits, when it cannot, or when the sizes do not multiply
-    to the number of devices.
+    `misfit` says why a model cannot be split over some sizes; empty if it can. Raises ConfigError,
+    with the nearest mesh that fits, when it cannot or the sizes do not multiply to the devices.
     """
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     open_axes = [axis for axis, size in sizes.items() if size == -1]

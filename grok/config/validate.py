@@ -73,10 +73,8 @@ def expectation(error: Mapping[str, Any]) -> str | None:
 def _location_of_keys(sentence: str, locations: Locations, source: str) -> str:
     """The location of the keys that a sentence names: an override first, then the file itself."""
     keys = (tuple(word.split(".")) for word in re.findall(r"[a-z_0-9.]+", sentence))
-    candidates, order = (
-        [locations[key] for key in keys if key in locations],
-        ("override", f"{source}:"),
-    )
+    candidates = [locations[key] for key in keys if key in locations]
+    order = ("override", f"{source}:")
     return max(candidates, key=lambda place: list(map(place.startswith, order)), default=source)
 
 

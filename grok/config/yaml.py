@@ -22,11 +22,9 @@ _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 def parse_yaml(
     text: str, location_of: Callable[[int], str], locations: Locations, key: Key = ()
 ) -> Any:
-    """The data of YAML text whose root is the key `key`; None if it holds nothing.
-
-    `location_of` words the location of a line, counted from 1; that of each key is added to
-    `locations`. Raises ConfigError for text that is not YAML, and for what is not plain data.
-    """
+    """The data of YAML text whose root is the key `key`, None if it holds nothing; ConfigError for
+    what is not plain data. `location_of` words the location of a line, counted from 1; that of each
+    key is added to `locations`."""
     yaml = YAML(typ="safe", pure=True, plug_ins=[])
     locations[key] = location_of(1)
     try:

@@ -5,7 +5,6 @@ Each axis of a weight must be divisible by the devices that it is used or stored
 
 import functools
 import math
-from typing import NamedTuple
 
 from grok.config import MeshConfig, ModelConfig, RunConfig, resolve_mesh
 from grok.config.mesh import batch_shards
@@ -26,38 +25,18 @@ STORED_AS = {"embed": "fsdp_embed_only"}  # axes that are only sharded where the
 REPEATABLE = ("kv_heads",)  # axes that may be repeated instead: fewer of them than devices
 
 
-class _Dim(NamedTuple):
-    """An axis of some weights: its config key and size, and the mesh axes that it is split over."""
-
-    key: str
-    size: int
-    mesh_axes: tuple[str, ...]
-    repeatable: bool
-
-
-@functools.cache
-def _sharded_dims(model: ModelConfig) -> list[_Dim]:
-    """All different axes of the model's weights that a mesh would split."""
-    dims = {}
-    for spec in param_specs(model).values():
-        for axis, size in zip(spec.axes, spec.shape, strict=True):
-            over = mesh_axes(STORED_AS.get(axis, axis)) if axis else ()
-            if axis and over:
-                key = KEYS[axis].format(module=spec.module)
-                dims[_Dim(key, size, over, axis in REPEATABLE)] = list(KEYS).index(axis)
-    return sorted(dims, key=dims.__getitem__)
-
-
 def misfit(model: ModelConfig, sizes: dict[str, int]) -> str:
     """Names the axis of the model that cannot be split over mesh axes of these sizes; empty if all
     can."""
-    for dim in _sharded_dims(model):
-        shards = math.prod(sizes[axis] for axis in dim.mesh_axes)
-        if dim.size % shards == 0 or (dim.repeatable and shards % dim.size == 0):
-            continue
-        verb = "can be neither split nor repeated" if dim.repeatable else "cannot be split"
-        axes = "*".join(f"mesh.{axis}" for axis in dim.mesh_axes)
-        return f"model.{dim.key}={dim.size} {verb} over {axes}={shards}"
+    for axis, key in KEYS.items():
+        over = mesh_axes(STORED_AS.get(axis, axis))
+        shards = math.prod(sizes[name] for name in over)
+        verb = "can be neither split nor repeated" if axis in REPEATABLE else "cannot be split"
+        for spec in param_specs(model).values():
+            size = spec.shape[spec.axes.index(axis)] if axis in spec.axes else shards
+            if size % shards and not (axis in REPEATABLE and shards % size == 0):
+                key, axes = key.format(module=spec.module), "*mesh.".join(over)
+                return f"model.{key}={size} {verb} over mesh.{axes}={shards}"
     return ""
 
 

@@ -38,10 +38,10 @@ def compile_plan(
     dump: Path | None = None,
     save: Path | None = None,
 ) -> Plan:
-    """The plan of `config.plan.program` on one or several slices.
+    """The plan of `config.plan.program` on one or several slices; GrokError if there is none.
 
     on_phase: called with each phase of the compilation; dump: file for the compiled program's text;
-    save: file for the serialised executable. Raises GrokError if it cannot be planned.
+    save: file for the serialised executable.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(

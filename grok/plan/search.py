@@ -2,12 +2,14 @@
 they move. The figures of the ranking come from compiled programs alone."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from grok.config import RunConfig
 from grok.config.mesh import batch_shards, meshes
 from grok.errors import ConfigError
+from grok.hardware import GIB
 from grok.model.mesh_fit import check_plan_fits
 from grok.model.params import num_active_parameters, num_parameters
 from grok.plan.estimate import Plan, tokens_of
@@ -47,12 +49,11 @@ def ranking(plans: list[tuple[Candidate, Plan]]) -> str:
     """The compiled candidates, fastest first, and the overrides of the best."""
     fitting = [(candidate, plan) for candidate, plan in plans if plan.fits]
     fitting.sort(key=lambda pair: -pair[1].tokens_per_second()["serial"])
-    lines = [
-        f"{rates['serial']:8,.0f} to {rates['overlapped']:,.0f} tokens/s/chip, "
-        f"{(plan.total or 0) / 2**30:.1f} GiB a chip: {candidate}"
-        for candidate, plan in fitting
-        for rates in [plan.tokens_per_second()]
-    ]
+    lines = []
+    for candidate, plan in fitting:
+        rates, size = plan.tokens_per_second(), (plan.total or 0) / GIB
+        text = f"{rates['serial']:8,.0f} to {rates['overlapped']:,.0f} tokens/s/chip"
+        lines.append(f"{text}, {size:.1f} GiB a chip: {candidate}")
     lines += [f"    does not fit: {candidate}" for candidate, plan in plans if not plan.fits]
     if fitting:
         lines += ["", "the best, as overrides:", *fitting[0][0].overrides]
@@ -62,20 +63,21 @@ def ranking(plans: list[tuple[Candidate, Plan]]) -> str:
 def _legal(config: RunConfig, slice_: Slice) -> Iterator[Candidate]:
     devices = slice_.num_chips * slice_.chip.devices
     training = config.plan.program == "train"
-    for mesh in meshes(devices, slice_.count):
-        for remat in REMAT if training else (config.model.remat,):
-            for rows in ROWS_PER_DEVICE if training else (1,):
-                overrides: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
-                if training:
-                    batch = batch_shards(mesh) * rows * config.train.grad_accum_steps
-                    overrides |= {"model.remat": remat, "data.batch_size": batch}
-                try:
-                    changed = replace_keys(config, overrides)
-                    check_plan_fits(changed, devices)
-                except ConfigError:
-                    continue
-                lines = tuple(f"{key}={value}" for key, value in overrides.items())
-                yield Candidate(changed, lines, _seconds_per_token(changed, mesh, slice_))
+    policies = REMAT if training else (config.model.remat,)
+    rows_per_device = ROWS_PER_DEVICE if training else (1,)
+    sizes = meshes(devices, slice_.count)
+    for mesh, remat, rows in itertools.product(sizes, policies, rows_per_device):
+        overrides: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
+        if training:
+            batch = batch_shards(mesh) * rows * config.train.grad_accum_steps
+            overrides |= {"model.remat": remat, "data.batch_size": batch}
+        try:
+            changed = replace_keys(config, overrides)
+            check_plan_fits(changed, devices)
+        except ConfigError:
+            continue
+        lines = tuple(f"{key}={value}" for key, value in overrides.items())
+        yield Candidate(changed, lines, _seconds_per_token(changed, mesh, slice_))
 
 
 def _may_fit(config: RunConfig, slice_: Slice) -> bool:

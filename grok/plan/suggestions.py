@@ -67,12 +67,10 @@ def fits(plan: Plan, state: float) -> bool:
 
 def larger_slice(plan: Plan) -> Slice | None:
     """The first larger slice of the same chips on which it would fit."""
-    larger: Slice | None = plan.slice
-    while larger is not None:
+    larger = grown(plan.slice)
+    while larger and not fits(plan, plan.state * plan.slice.num_chips / larger.num_chips):
         larger = grown(larger)
-        if larger and fits(plan, plan.state * plan.slice.num_chips / larger.num_chips):
-            return larger
-    return None
+    return larger
 
 
 def state_bytes(config: RunConfig) -> float:

@@ -48,8 +48,7 @@ def parse_slice(name: str, count: int = 1) -> Slice:
     if generation not in CHIPS:
         known = ", ".join(map(":".join, EXAMPLES.items()))
         raise ConfigError(f"topology {name} is of no generation known here; {known} are.")
-    chip, example = CHIPS[generation], f"{generation}:{EXAMPLES[generation]}"
-    dimensions = chip.dimensions
+    dimensions, example = CHIPS[generation].dimensions, f"{generation}:{EXAMPLES[generation]}"
     if not re.fullmatch(r"\d+(x\d+)*", sides) or sides.count("x") != dimensions - 1:
         raise ConfigError(
             f"topology {name} should have {dimensions} sides, since chips of {generation} are "
