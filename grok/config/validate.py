@@ -101,8 +101,7 @@ def _unknown_key(key: str, config_type: type) -> str:
 
 def _bad_value(error: Mapping[str, Any], config_type: type) -> str:
     """A sentence on a value of the wrong type or size: what it must be, is, and could be."""
-    error_type, value = error["type"], error["input"]
-    key = _dotted(error["loc"])
+    error_type, value, key = error["type"], error["input"], _dotted(error["loc"])
     expected = expectation(error)
     if expected is None:
         return f"{key or 'a config'} cannot be read: {error['msg']}."

@@ -61,9 +61,8 @@ class Instruction:
     def called(self, key: str) -> list[str]:
         """Computations that an attribute names."""
         match = re.search(rf"\b{key}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
-        if not match:
-            return []
-        return [name.strip().lstrip("%") for name in (match[1] or match[2]).split(",")]
+        names = (match[1] or match[2]).split(",") if match else []
+        return [name.strip().lstrip("%") for name in names]
 
 
 Computation = dict[str, Instruction]

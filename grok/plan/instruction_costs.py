@@ -87,10 +87,8 @@ def hbm_bytes(computation: Computation, instruction: Instruction, fused: Computa
     operands = [computation[name] for name in instruction.operands if name in computation]
     if opcode == "send":
         return _size(operands[0].arrays)
-    if opcode == "custom-call":
-        size = kernel_cost(computation, instruction)[1]
-        if size is not None:
-            return size
+    if opcode == "custom-call" and (size := kernel_cost(computation, instruction)[1]) is not None:
+        return size
     if opcode == "fusion":
         return _fusion_bytes(instruction, operands, fused)
     if opcode == "dynamic-slice":
