@@ -45,14 +45,6 @@ class EngineStats:
     pages_free: int = _count("pages of the cache that hold nothing")
 
 
-@dataclasses.dataclass
-class _InFlight:
-    """A request in flight: its completions, and the sequences of those that still run."""
-
-    completions: list[Completion]
-    open: dict[int, SequenceState]
-
-
 class Engine:
     """A model on its mesh, a paged cache, and the requests in flight.
 
@@ -85,14 +77,14 @@ class Engine:
         self._limits = Limits(config.vocab_size, config.context_length, size, pages, groups)
         self._scheduler = Scheduler(groups, slots, pages, size, options.prefill_chunk_size // size)
         self._inputs = StepInputs(config, tokenizer, mesh)
-        self._requests: dict[str, _InFlight] = {}
+        self._requests: dict[str, list[SequenceState]] = {}  # in flight
         self._cancelled: list[Output] = []
         self._tokens_in = self._tokens_out = 0
 
     @property
     def unfinished(self) -> int:
         """Completions whose last Output is still to come."""
-        return sum(len(request.open) for request in self._requests.values()) + len(self._cancelled)
+        return sum(map(len, map(_running, self._requests.values()))) + len(self._cancelled)
 
     @property
     def stats(self) -> EngineStats:
@@ -113,14 +105,12 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queues a request. Raises RequestError where it could never be run."""
         self._check(request)
-        params = request.params
-        entry = self._requests[request.id] = _InFlight([], {})
+        params, sequences = request.params, self._requests.setdefault(request.id, [])
         for choice in range(params.best_of or params.n):
+            completion = Completion(request, choice, self._tokenizer)
             no_prefix_reuse = choice == 0 and params.prompt_logprobs is not None
-            sequence = SequenceState(request, choice, list(request.prompt), no_prefix_reuse)
-            entry.completions.append(Completion(request, choice, self._tokenizer))
-            entry.open[choice] = sequence
-            self._scheduler.add(sequence)
+            sequences.append(SequenceState(completion, list(request.prompt), no_prefix_reuse))
+            self._scheduler.add(sequences[-1])
 
     def cancel(self, request_id: str) -> None:
         """Ends a request and frees its pages at once; unknown ids are ignored."""
@@ -141,7 +131,7 @@ class Engine:
             if chunk.start + chunk.count < len(sequence.tokens):
                 continue
             if sequence.request.params.experts and not step.prefill:
-                self._completion(sequence).add_experts(np.asarray(experts_LBTC)[:, *row])
+                sequence.completion.add_experts(np.asarray(experts_LBTC)[:, *row])
             outputs += self._append_token(sequence, sampled, row)
         return outputs
 
@@ -167,19 +157,14 @@ class Engine:
 
     def _end(self, request_id: str) -> list[Output]:
         """Ends a request and frees its pages; returns its last Outputs."""
-        entry = self._requests.pop(request_id, None)
-        if entry is None:
-            return []
-        for choice, sequence in entry.open.items():
+        sequences = self._requests.pop(request_id, [])
+        cut_short = _running(sequences)
+        for sequence in cut_short:
             self._scheduler.remove(sequence)
-            entry.completions[choice].finish("cancelled")
-        n = entry.completions[0].request.params.n
-        best_of = len(entry.completions) > n  # of which none was returned yet
-        choices = range(n) if best_of else entry.open
-        return [entry.completions[choice].drain() for choice in choices]
-
-    def _completion(self, sequence: SequenceState) -> Completion:
-        return self._requests[sequence.request.id].completions[sequence.choice]
+            sequence.completion.finish("cancelled")
+        if sequences and len(sequences) > (n := sequences[0].request.params.n):
+            cut_short = sequences[:n]  # best_of: none was returned yet
+        return [sequence.completion.drain() for sequence in cut_short]
 
     def _run(self, step: ScheduledStep) -> tuple[Sampled, jax.Array, jax.Array]:
         """One step on the devices."""
@@ -201,16 +186,16 @@ class Engine:
         with jax.set_mesh(self._mesh):
             scores = [np.asarray(array) for array in score_prompt(self._model, x_BTD, next_BUQ)]
         for chunk, row in scored:
-            sequence = chunk.sequence
-            top = sequence.request.params.prompt_logprobs or 0
+            sequence, request = chunk.sequence, chunk.sequence.request
+            top = request.params.prompt_logprobs or 0
             if chunk.start == 0:
                 sequence.prompt_logprobs = [None]
-            for q in range(min(chunk.count, sequence.prompt_length - 1 - chunk.start)):
-                token = sequence.request.prompt[chunk.start + q + 1]
+            targets = slice(chunk.start + 1, chunk.start + 1 + chunk.count)
+            for q, token in enumerate(request.prompt[targets]):
                 logprobs = _logprobs(token, top, *(array[*row, q] for array in scores))
                 sequence.prompt_logprobs.append(logprobs)
             if len(sequence.prompt_logprobs) == sequence.prompt_length:
-                self._completion(sequence).prompt_logprobs = tuple(sequence.prompt_logprobs)
+                sequence.completion.prompt_logprobs = tuple(sequence.prompt_logprobs)
                 # After a preemption the prompt may reuse pages, and is not scored twice.
                 sequence.no_prefix_reuse = False
 
@@ -218,22 +203,22 @@ class Engine:
         self, sequence: SequenceState, sampled: Sampled, row: tuple[int, int]
     ) -> list[Output]:
         """Gives a sequence its new token; returns what is new of its request."""
-        entry, params = self._requests[sequence.request.id], sequence.request.params
-        completion, token = entry.completions[sequence.choice], int(sampled.token_B[row])
-        if len(sequence.tokens) == sequence.prompt_length and sequence.choice == 0:
+        request, completion = sequence.request, sequence.completion
+        params, token = request.params, int(sampled.token_B[row])
+        if len(sequence.tokens) == sequence.prompt_length and completion.choice == 0:
             self._tokens_in += sequence.prompt_length
         logprobs = sampled.logprob_B[row], sampled.top_BX[row], sampled.top_logprob_BX[row]
         completion.add(_logprobs(token, params.logprobs or 0, *logprobs))
         sequence.tokens.append(token)
         self._tokens_out += 1
+        sequences = self._requests[request.id]
         if completion.finish_reason is not None:
             self._scheduler.remove(sequence)
-            del entry.open[sequence.choice]
-            if not entry.open:
-                del self._requests[sequence.request.id]
-        if len(entry.completions) == params.n:
+        if not (running := _running(sequences)):
+            del self._requests[request.id]
+        if len(sequences) == params.n:
             return [completion.drain()]
-        return [] if entry.open else _best(entry.completions, params.n)
+        return [] if running else _best([s.completion for s in sequences], params.n)
 
     def _check(self, request: Request) -> None:
         """Raises RequestError for what could not be run beside the requests in flight."""
@@ -251,6 +236,10 @@ class Engine:
             name = "allowed_token_ids" if params.allowed_token_ids else "banned_token_ids"
             message = f"{name} leaves no token that may be chosen; one such token would work."
             raise RequestError(name, message)
+
+
+def _running(sequences: list[SequenceState]) -> list[SequenceState]:
+    return [sequence for sequence in sequences if sequence.completion.finish_reason is None]
 
 
 def _logprobs(token: int, top: int, logprob, top_X, top_logprob_X) -> TokenLogprobs:

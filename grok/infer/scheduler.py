@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from grok.infer.request import Request
+from grok.infer.request import Completion
 
 
 def prefix_keys(tokens: Sequence[int], page_size: int) -> list[bytes]:
@@ -96,8 +96,7 @@ class PagePool:
 class SequenceState:
     """One completion of a request in progress: `tokens` are its prompt and answer so far."""
 
-    request: Request
-    choice: int
+    completion: Completion
     tokens: list[int]
     no_prefix_reuse: bool = False  # logits of every prompt token are needed: compute them all
     prompt_logprobs: list = dataclasses.field(default_factory=list)
@@ -107,10 +106,9 @@ class SequenceState:
     group: int = -1  # in a slot of this group; -1: waiting
     age: int = -1
 
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt)
+    def __post_init__(self) -> None:
+        self.request = self.completion.request
+        self.prompt_length = len(self.request.prompt)
 
 
 @dataclasses.dataclass(frozen=True)

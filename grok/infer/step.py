@@ -127,7 +127,7 @@ class StepInputs:
             top_logprobs_BU[row] = bool(params.logprobs)
             for name in NEUTRAL:
                 float32[name][row] = getattr(params, name)
-            int32["choice"][row] = sequence.choice
+            int32["choice"][row] = sequence.completion.choice
             int32["prompt_length"][row] = sequence.prompt_length
             int32["position"][row] = chunk.start + chunk.count
             int32["top_k"][row] = min(params.top_k, self._config.vocab_size)
