@@ -1,8 +1,6 @@
-"""From a record of the input to a request, and from its answers to a line of the output.
-
-A record is our own (`prompt` or `messages`, any sampling parameter, an `id` of any type), or one of
-OpenAI's batch files (`custom_id`, `method`, `url`, `body`); its line is of the same kind.
-"""
+"""From a record of the input to a request, and from its answers to a line of the output. A record
+is our own (`prompt` or `messages`, any sampling parameter, an `id` of any type), or one of OpenAI's
+batch files (`custom_id`, `method`, `url`, `body`); its line is of the same kind."""
 
 import dataclasses
 import hashlib

@@ -1,8 +1,6 @@
-"""A batch job on disk: its input in numbered shards, its output folder, and the missing shards.
-
-The folder has `job.json` (all that the answers depend on), `answers/000000.jsonl` and on, each
-written atomically, `statistics/` beside them, and at the end `summary.json`.
-"""
+"""A batch job on disk: its input in numbered shards, and its output folder. That has `job.json`
+(all that the answers depend on), `answers/000000.jsonl` and on, each written atomically,
+`statistics/` beside them, and at the end `summary.json`."""
 
 import collections
 import dataclasses

@@ -232,22 +232,22 @@ def _print_counts(console: "Console", folder: str, stats: "DatasetStats", verifi
 def _print_histogram(console: "Console", stats: "DatasetStats") -> None:
     table = make_table("length", "documents", "tokens", "", right=3)
     table.columns[-1].justify = "left"
-    most = max(bin.documents for bin in stats.histogram)
+    most = max(bin["documents"] for bin in stats.histogram)
     for bin in stats.histogram:
-        bar = "█" * -(-BAR * bin.documents // most)
-        table.add_row(f"{bin.low}-{bin.high}", f"{bin.documents:,}", f"{bin.tokens:,}", bar)
+        bar = "█" * -(-BAR * bin["documents"] // most)
+        lengths, documents = "{low}-{high}".format(**bin), f"{bin['documents']:,}"
+        table.add_row(lengths, documents, f"{bin['tokens']:,}", bar)
     console.print()
     console.print(table)
 
 
 def _print_samples(console: "Console", stats: "DatasetStats") -> None:
     for sample in stats.samples:
-        loss = f", loss on {sample.loss_share:.0%}" if sample.loss_share < 1 else ""
-        header = f"\ndocument {sample.document}, {sample.tokens:,} tokens{loss}"
-        console.print(header, style="bold")
-        if sample.metadata:
-            console.print(f"  {json.dumps(sample.metadata, ensure_ascii=False)}")
-        console.print(f"  {json.dumps(sample.text, ensure_ascii=False)}")
+        share = sample["loss_share"]
+        header = "\ndocument {document}, {tokens:,} tokens".format(**sample)
+        console.print(f"{header}{f', loss on {share:.0%}' if share < 1 else ''}", style="bold")
+        for value in [sample["metadata"]] * bool(sample["metadata"]) + [sample["text"]]:
+            console.print(f"  {json.dumps(value, ensure_ascii=False)}")
 
 
 def _plural(count: int, noun: str) -> str:

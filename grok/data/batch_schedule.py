@@ -1,11 +1,7 @@
-"""Shape of every step's batch, and the rows of data that it is made of.
+"""Shape of every step's batch, and the rows of data that it is made of. Rows are packed as long as
+the longest of the run; a batch of shorter rows splits whole long ones, so that no token is lost.
 
-Rows are packed as long as the longest of the run and numbered through it. A batch of shorter rows
-consists of whole long rows, each split into equal parts, so that no change of shape loses or
-repeats a token.
-
-B rows of a batch, T tokens of a row; R long rows, S tokens of each, k = S / T parts of each.
-"""
+B rows of a batch, T tokens of a row; R long rows, S tokens of each, k = S / T parts of each."""
 
 import bisect
 from collections.abc import Sequence

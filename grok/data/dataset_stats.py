@@ -1,7 +1,5 @@
 """Statistics of a token dataset: counts, lengths, packing efficiency, and samples of its text.
-
-N documents, S tokens of a document.
-"""
+N documents, S tokens of a document."""
 
 import dataclasses
 from pathlib import Path
@@ -18,40 +16,17 @@ SAMPLE_TOKENS = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LengthBin:
-    """Documents of `low` to `high` tokens, and the sum of their tokens."""
-
-    low: int
-    high: int
-    documents: int
-    tokens: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DocumentSample:
-    """The beginning of a document; loss_share: share of its tokens that bear loss."""
-
-    document: int
-    tokens: int
-    loss_share: float
-    metadata: dict[str, Any]
-    text: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetStats:
-    """Output of `grok data inspect`. efficiency: share of positions that hold a token, by packing;
-    truncated_share: share of the tokens that best_fit leaves out; problems: a sentence for each
-    file that differs from the manifest, empty where they were not compared."""
+    """Output of `grok data inspect`."""
 
     hash: str
     manifest: dict[str, Any]
-    histogram: list[LengthBin]
+    histogram: list[dict[str, int]]
     sequence_length: int
-    efficiency: dict[str, float]
-    truncated_share: float
-    samples: list[DocumentSample]
-    problems: list[str]
+    efficiency: dict[str, float]  # share of positions that hold a token, by packing
+    truncated_share: float  # of the tokens, which best_fit leaves out
+    samples: list[dict[str, Any]]
+    problems: list[str]  # of files that differ from the manifest; empty where not compared
 
 
 def compute_stats(
@@ -83,28 +58,28 @@ def compute_stats(
     )
 
 
-def length_histogram(lengths_N: np.ndarray) -> list[LengthBin]:
-    """Documents by length, in bins that double: 1, 2 to 3, 4 to 7 tokens and so on."""
+def length_histogram(lengths_N: np.ndarray) -> list[dict[str, int]]:
+    """Documents of `low` to `high` tokens and the sum of their tokens, in bins that double."""
     exponents_N = np.frexp(lengths_N.astype(np.float64))[1] - 1
     bins = []
     for exponent in range(int(exponents_N.min()), int(exponents_N.max()) + 1):
         tokens_N = lengths_N[exponents_N == exponent]
         low, tokens = 2**exponent, int(tokens_N.sum(dtype=np.int64))
-        bins.append(LengthBin(low=low, high=2 * low - 1, documents=len(tokens_N), tokens=tokens))
+        bins.append({"low": low, "high": 2 * low - 1, "documents": len(tokens_N), "tokens": tokens})
     return bins
 
 
-def _samples(data: TokenDataset, count: int, tokenizer_file: str | None) -> list[DocumentSample]:
-    """Documents at even distances, from the first on."""
+def _samples(data: TokenDataset, count: int, tokenizer_file: str | None) -> list[dict[str, Any]]:
+    """Beginnings of documents at even distances; loss_share: of its tokens, which bear loss."""
     tokenizer = load_tokenizer(tokenizer_file or data.folder / TOKENIZER_FILE)
     numbers = range(0, len(data), -(-len(data) // count)) if count else ()
     return [
-        DocumentSample(
-            document=number,
-            tokens=len(document.tokens_S),
-            loss_share=1.0 if document.mask_S is None else float(document.mask_S.mean()),
-            metadata=dict(document.metadata),
-            text=tokenizer.decode(document.tokens_S[:SAMPLE_TOKENS].tolist()),
-        )
+        {
+            "document": number,
+            "tokens": len(document.tokens_S),
+            "loss_share": 1.0 if document.mask_S is None else float(document.mask_S.mean()),
+            "metadata": dict(document.metadata),
+            "text": tokenizer.decode(document.tokens_S[:SAMPLE_TOKENS].tolist()),
+        }
         for number, document in zip(numbers, map(data.__getitem__, numbers), strict=True)
     ]

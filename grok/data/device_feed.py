@@ -1,10 +1,5 @@
-"""Feeding batches to the devices of a mesh, made ahead by threads of each host.
-
-A training batch is a pure function of (data, seed, step): the step number is the position in the
-data, and nothing else is saved to resume.
-
-B rows of a batch, T tokens of a row.
-"""
+"""Feeding batches to the devices of a mesh, made ahead by threads of each host. A batch of B rows
+of T tokens is a pure function of (data, seed, step): nothing but the step is saved to resume."""
 
 from collections.abc import Iterator
 

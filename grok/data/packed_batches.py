@@ -1,7 +1,5 @@
 """Packed batches of a mixture of token datasets, each a pure function of (data, seed, step).
-
-B rows of a batch, T tokens of a row, N documents, S tokens of a document.
-"""
+B rows of a batch, T tokens of a row, N documents, S tokens of a document."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,10 +1,6 @@
-"""Packing documents into rows: the tokens of documents that each row holds, epoch by epoch.
-
-A packer is a pure function of the documents' lengths and a key (seed and data), so any row of any
-epoch is found without the rows before it. Each slice of a document is a segment of its row.
-
-N documents, T tokens of a row, R rows of an epoch.
-"""
+"""Packing documents into rows of T tokens. A packer is a pure function of the lengths of N
+documents and a key (seed and data), so that any of the R rows of any epoch is found without those
+before it. Each slice of a document is a segment of its row."""
 
 import hashlib
 import threading

@@ -1,7 +1,5 @@
 """Batches of rows cut from a token stream, each a pure function of (data, seed, step).
-
-B rows of a batch, T tokens of a row, S tokens of the stream.
-"""
+B rows of a batch, T tokens of a row, S tokens of the stream."""
 
 import dataclasses
 import math

@@ -1,8 +1,5 @@
-"""The engine: requests in, tokens out, many at a time.
-
-B groups of devices, U chunks of a step, Q tokens of a chunk, T = U*Q, D embed, L layers, C chosen
-experts.
-"""
+"""The engine: requests in, tokens out, many at a time. B groups of devices, U chunks of a step, Q
+tokens of a chunk, T = U*Q, D embed, L layers, C chosen experts."""
 
 import dataclasses
 from collections.abc import Generator, Iterable

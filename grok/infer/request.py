@@ -1,7 +1,4 @@
-"""A request to the engine and the completion that grows from it. Nothing here imports JAX.
-
-`grok.infer.engine.Engine` takes a `Request` with `submit` and gives `Output`s from `step`.
-"""
+"""A request to the engine and the completion that grows from it. Nothing here imports JAX."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

@@ -1,10 +1,7 @@
-"""From logits to the next token: penalties, bans, temperature, filters, log-probabilities.
+"""From logits to the next token: penalties, bans, temperature, filters, log-probabilities. Work
+that few requests ask for is a branch, taken when any row asks; other rows stay as they are.
 
-What only some requests ask for is computed in a branch that is taken when any row asks for it; it
-leaves the other rows as they are.
-
-Letters: B rows, V vocab, N tokens of a sequence, W bytes of V bits, X likeliest tokens.
-"""
+B rows, V vocab, N tokens of a sequence, W bytes of V bits, X likeliest tokens."""
 
 import dataclasses
 from typing import Any

@@ -1,9 +1,6 @@
-"""`grok data prepare`: from files of text to a token dataset.
-
-Several processes tokenize; documents are written in the order of the input. A document depends on
-its record alone, and shards are cut by the documents before, so the bytes depend neither on the
-number of processes nor on interruptions.
-"""
+"""`grok data prepare`: from files of text to a token dataset. A document depends on its record
+alone and shards are cut by the documents before, in the order of the input, so the bytes depend
+neither on the number of processes that tokenize nor on interruptions."""
 
 import collections
 import dataclasses

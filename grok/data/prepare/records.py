@@ -1,7 +1,4 @@
-"""One raw record to one document: its text is extracted, checked and tokenized.
-
-S tokens of a document.
-"""
+"""One raw record to one document of S tokens: its text is extracted, checked and tokenized."""
 
 import array
 import collections

@@ -1,8 +1,5 @@
-"""Shards of a dataset while they are written, and the journal by which an interrupted job resumes.
-
-Both lie in a folder of their own until the dataset is complete. A shard is finished when the
-journal has its entry.
-"""
+"""Shards of a dataset while they are written, the journal by which an interrupted job resumes, both
+in a folder of their own until the dataset is complete, and the manifest that completes it."""
 
 import contextlib
 import dataclasses

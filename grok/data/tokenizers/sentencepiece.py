@@ -1,7 +1,5 @@
-"""SentencePiece models: the release's and those that `train_tokenizer` makes, which lose nothing.
-
-`decode(encode(text)) == text` for every text that is valid Unicode.
-"""
+"""SentencePiece models: the release's, and those of `train_tokenizer`, which lose nothing:
+`decode(encode(text)) == text` for every text that is valid Unicode."""
 
 import io
 import re

@@ -23,15 +23,12 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without bos or eos; DataError when it is not valid Unicode."""
-        ...
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, special tokens nothing."""
-        ...
 
     def piece(self, token_id: int) -> str:
         """Name of a token in the vocabulary, such as `</s>`."""
-        ...
 
     def piece_bytes(self, token_id: int, *, first: bool = False) -> bytes:
         """UTF-8 bytes of a token, at the start of a text where `first`; special tokens have none. A

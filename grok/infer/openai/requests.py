@@ -21,6 +21,7 @@ COMMON = PARAMETERS | {"model", "stream", "stream_options", "user", "metadata"}
 COMPLETION = COMMON | {"prompt", "echo"}
 CHAT = (COMMON - {"best_of"}) | {"messages", "max_completion_tokens", "top_logprobs"}
 
+Prompts = list[tuple[tuple[int, ...], str]]  # tokens and text of each
 Render = Callable[[Sequence[Mapping[str, Any]]], str]
 
 
@@ -56,44 +57,37 @@ class CompletionRequest:
         }
 
 
+@dataclasses.dataclass(frozen=True)
 class RequestParser:
     """Parses bodies, whatever was sent: all that is wrong with one is a RequestError."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        defaults: SamplingConfig,
-        context_length: int,
-        render: Render | None = None,
-        max_choices: int = 128,
-    ):
-        """`max_choices` is the number of answers that a body may ask for, over all its prompts."""
-        self._tokenizer, self._defaults, self._render = tokenizer, defaults, render
-        self._context_length, self._max_choices = context_length, max_choices
+    tokenizer: Tokenizer
+    defaults: SamplingConfig
+    context_length: int
+    render: Render | None = None
+    max_choices: int = 128  # that a body may ask for, over all its prompts
 
     def completion(self, body: Mapping[str, Any]) -> CompletionRequest:
         """Parses a body of /v1/completions."""
         fields = _known_fields(body, COMPLETION)
-        prompts, texts = self._prompts(fields.get("prompt"))
+        prompts = self._prompts(fields.get("prompt"))
         params = {name: fields[name] for name in PARAMETERS & fields.keys()}
-        echo = _flag(fields, "echo")
-        if echo:
+        if echo := _flag(fields, "echo"):
             params["prompt_logprobs"] = params.get("logprobs")
-        scores_only = params.get("max_tokens") == 0 and echo
-        if scores_only:
+        if scores_only := params.get("max_tokens") == 0 and echo:
             params["max_tokens"] = 1
-        return self._request(fields, params, prompts, texts, echo=echo, scores_only=scores_only)
+        return self._request(fields, params, prompts, echo=echo, scores_only=scores_only)
 
     def chat(self, body: Mapping[str, Any]) -> CompletionRequest:
         """Parses a body of /v1/chat/completions."""
         fields = _known_fields(body, CHAT)
-        if self._render is None:
+        if self.render is None:
             message = (
                 "chat needs chat_template in the config, which is empty; `prompt` in place of "
                 "`messages` would work."
             )
             raise RequestError("messages", message)
-        text = self._render(_messages(fields.get("messages")))
+        text = self.render(_messages(fields.get("messages")))
         params = {name: fields[name] for name in PARAMETERS & fields.keys()}
         if "max_completion_tokens" in fields:
             params["max_tokens"] = fields["max_completion_tokens"]
@@ -101,26 +95,21 @@ class RequestParser:
         params["logprobs"] = fields.get("top_logprobs", 0) if logprobs else None
         if "top_logprobs" in fields and not logprobs:
             raise RequestError("top_logprobs", "top_logprobs goes with logprobs=true alone.")
-        return self._request(fields, params, (self._encode(text),), (text,), chat=True)
+        return self._request(fields, params, [(self._encode(text), text)], chat=True)
 
     def _request(
-        self,
-        fields: Mapping[str, Any],
-        params: dict[str, Any],
-        prompts: tuple[tuple[int, ...], ...],
-        texts: tuple[str, ...],
-        **flags: bool,
+        self, fields: Mapping[str, Any], params: dict[str, Any], prompts: Prompts, **flags: bool
     ) -> CompletionRequest:
         if isinstance(params.get("stop"), str):
             params["stop"] = (params["stop"],)
         if "max_tokens" not in params:
             # The default must not make a prompt too long that would fit with fewer new tokens.
-            room = self._context_length - max(map(len, prompts))
-            params["max_tokens"] = max(1, min(self._defaults.max_tokens, room))
-        sampling = self._defaults.params(**params)
+            room = self.context_length - max(len(prompt) for prompt, _ in prompts)
+            params["max_tokens"] = max(1, min(self.defaults.max_tokens, room))
+        sampling = self.defaults.params(**params)
         choices = len(prompts) * max(sampling.n, sampling.best_of or 1)
-        if choices > self._max_choices:
-            message = f"{choices} answers are asked for at once; {self._max_choices} would work."
+        if choices > self.max_choices:
+            message = f"{choices} answers are asked for at once; {self.max_choices} would work."
             raise RequestError("n", message)
         stream = _flag(fields, "stream")
         if stream and sampling.best_of is not None and sampling.best_of > sampling.n:
@@ -132,24 +121,24 @@ class RequestParser:
         if not isinstance(model, str):
             raise RequestError("model", "model should be text.")
         flags |= {"stream": stream, "include_usage": _flag(options, "include_usage")}
-        return CompletionRequest(prompts, texts, sampling, model, "seed" in params, **flags)
+        tokens, texts = zip(*prompts, strict=True)
+        return CompletionRequest(tokens, texts, sampling, model, "seed" in params, **flags)
 
-    def _prompts(self, prompt: Any) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
+    def _prompts(self, prompt: Any) -> Prompts:
         """Tokens and text of the prompts: one as a text or as tokens, or a list of either."""
         prompts = [prompt] if isinstance(prompt, str) or _is_tokens(prompt) else prompt
         if not _is_list(prompts) or not all(isinstance(p, str) or _is_tokens(p) for p in prompts):
             message = "prompt should be a text, a list of tokens, or a list of these."
             raise RequestError("prompt", message)
-        decode = self._tokenizer.decode
-        encoded = tuple(map(self._encode, prompts))
-        return encoded, tuple(p if isinstance(p, str) else decode(p) for p in prompts)
+        decode = self.tokenizer.decode
+        return [(self._encode(p), p if isinstance(p, str) else decode(p)) for p in prompts]
 
     def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         try:
-            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         except DataError as error:
             raise RequestError("prompt", str(error)) from None
-        last = self._tokenizer.vocab_size - 1
+        last = self.tokenizer.vocab_size - 1
         if ids and not 0 <= min(ids) <= max(ids) <= last:
             message = f"the prompt has a token that is not from 0 to {last}."
             raise RequestError("prompt", message)
