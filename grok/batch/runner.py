@@ -72,9 +72,8 @@ class _Shard:
     def __init__(self, size: int):
         self.lines: list[str | None] = [None] * size
         self.missing = size
-        self.counts = collections.Counter(
-            requests=size, answered=0, failed=0, prompt_tokens=0, completion_tokens=0
-        )
+        zeros = dict.fromkeys(("answered", "failed", "prompt_tokens", "completion_tokens"), 0)
+        self.counts = collections.Counter({"requests": size, **zeros})
 
 
 class BatchRunner:
@@ -87,8 +86,7 @@ class BatchRunner:
         self._input, self._job_dir, self._replica = requests, job_dir, replica
         self._shards: dict[int, _Shard] = {}
         self._running: dict[str, tuple[int, BatchItem, ResponseBuilder]] = {}
-        self._last_write = time.monotonic()
-        self._lines = 0
+        self._last_write, self._lines = time.monotonic(), 0
 
     def run(self, shards: list[int], stop: PreemptionSignal, display: ProgressDisplay) -> None:
         """Answers these shards. Raises Stopped where the process was asked to stop before."""
@@ -104,11 +102,10 @@ class BatchRunner:
                 self._take(output)
             stats = self._engine.stats
             if stats.tokens_out:  # earlier time is compilation, and no part of the pace
-                display.update(
-                    done + self._lines,
-                    f"{display.rate('in', stats.tokens_in):,.0f} tokens/s in",
-                    f"{display.rate('out', stats.tokens_out):,.0f} tokens/s out",
-                )
+                counts = {"in": stats.tokens_in, "out": stats.tokens_out}
+                rates = {name: display.rate(name, count) for name, count in counts.items()}
+                texts = (f"{rate:,.0f} tokens/s {name}" for name, rate in rates.items())
+                display.update(done + self._lines, *texts)
 
     def _submit_next(self, records: Iterator[tuple[int, int, RawRecord]]) -> bool:
         """Submits the next record to the engine; False where there is none."""
@@ -162,9 +159,8 @@ class BatchRunner:
 def run(config: BatchConfig, replica: Replica) -> None:
     """Answers the missing shards of a job, or of this replica's share of it. Raises ConfigError,
     DataError and CheckpointError for what cannot work, and Stopped."""
-    display = ProgressDisplay(
-        "requests {done:,}/{total:,}", note="compiling", quiet=not replica.writes
-    )
+    label = "requests {done:,}/{total:,}"
+    display = ProgressDisplay(label, note="compiling", quiet=not replica.writes)
     display.log(f"reading {', '.join(config.input)}")
     requests, job_dir = scan_input(config, COLUMNS), JobDir(config.output)
     model = ServedModel(config, spans_all_hosts=replica.spans_all_hosts)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from grok.data.dataset_stats import DatasetStats
-    from grok.data.prepare.job import PrepareProgress
 
 BAR = 40  # characters of the longest bar of a histogram
 MISMATCH = 1  # exit code
@@ -149,12 +148,12 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
     note = "SHA-256 of the sources"
     with ProgressDisplay("{share:4.0%}", total=1.0, note=note, stderr=True) as display:
 
-        def on_progress(now: "PrepareProgress") -> None:
+        def on_progress(share: float, counts: Mapping[str, int]) -> None:
             if not display.due and display.done:  # called for every record
                 return
-            rate = display.rate("bytes", now.bytes) / 1e6
-            texts = f"{now.documents:,} documents", f"{now.tokens:,} tokens", f"{rate:,.1f} MB/s"
-            display.update(now.share, *texts)
+            rate = display.rate("bytes", counts["bytes"]) / 1e6
+            texts = (f"{counts[name]:,} {name}" for name in ("documents", "tokens"))
+            display.update(share, *texts, f"{rate:,.1f} MB/s")
 
         manifest = prepare_dataset(job, out, on_progress)
     counts = manifest["counts"]

@@ -60,10 +60,9 @@ def decode_document(record: bytes) -> Document:
             end += length
         return Document(tokens_S, mask_S, json.loads(record[end:]))
     except (struct.error, ValueError):
-        raise DataError(
-            f"a record of {len(record)} bytes is no document of `{FORMAT}`; a folder that `grok "
-            f"data prepare` wrote would work."
-        ) from None
+        record_bytes = f"a record of {len(record)} bytes is no document of `{FORMAT}`"
+        message = f"{record_bytes}; a folder that `grok data prepare` wrote would work."
+        raise DataError(message) from None
 
 
 class TokenDataset:
@@ -82,7 +81,6 @@ class TokenDataset:
         self._readers: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        """Number of documents."""
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Document:
@@ -132,9 +130,8 @@ class TokenDataset:
             raise DataError(f"shard {path} is missing, and {MANIFEST_FILE} names it.")
         try:
             # Records are read one by one, in any order: reading ahead would be wasted.
-            reader = ArrayRecordReader(
-                str(path), "readahead_buffer_size:0", file_reader_buffer_size=1 << 15
-            )
+            options = {"file_reader_buffer_size": 1 << 15}
+            reader = ArrayRecordReader(str(path), "readahead_buffer_size:0", **options)
             count = reader.num_records()
         except (RuntimeError, ValueError) as error:
             raise self._damaged(shard, error) from None

@@ -132,7 +132,6 @@ class StreamValidation:
         self._stream, self._shape = stream, (batch_size, sequence_length)
 
     def __len__(self) -> int:
-        """Number of batches."""
         return -(-self.num_tokens // (self._shape[0] * self._shape[1]))
 
     def __iter__(self) -> Iterator[Batch]:

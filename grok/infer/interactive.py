@@ -52,10 +52,27 @@ def chat_loop(
     """Continues each line that `ask` returns, conditioned on the whole conversation, until None.
     Ctrl-C ends an answer early. Pages of earlier turns are not computed again; once the context
     window is full, the conversation is forgotten."""
+    interrupts: list[int] = []  # read between two steps: an exception in one would lose the cache
+
+    def write_answer(prompt: str) -> str:
+        interrupts.clear()
+        before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+        answer = ""
+        try:
+            outputs = engine.generate([_request(tokenizer, prompt, params)])
+            for output in itertools.takewhile(lambda _: not interrupts, outputs):
+                echo(output.text, nl=False)
+                answer += output.text
+            outputs.close()
+        finally:
+            signal.signal(signal.SIGINT, before)
+        echo("")
+        return answer
+
     text, line = "", ask()
     while line is not None:
         try:
-            answer = _answer(engine, tokenizer, text + line, params, echo)
+            answer = write_answer(text + line)
         except RequestError as error:
             if text:
                 echo("What came before leaves no room for more, and is forgotten.")
@@ -65,29 +82,6 @@ def chat_loop(
         else:
             text += f"{line}{answer}\n"
         line = ask()
-
-
-def _answer(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompt: str,
-    params: SamplingParams,
-    echo: Callable[..., None],
-) -> str:
-    """Writes the completion of a prompt as it comes; returns it, or the text up to Ctrl-C."""
-    interrupts: list[int] = []  # read between two steps: an exception in one would lose the cache
-    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
-    answer = ""
-    try:
-        outputs = engine.generate([_request(tokenizer, prompt, params)])
-        for output in itertools.takewhile(lambda _: not interrupts, outputs):
-            echo(output.text, nl=False)
-            answer += output.text
-        outputs.close()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    echo("")
-    return answer
 
 
 def _request(tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Request:

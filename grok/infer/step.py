@@ -168,10 +168,8 @@ class StepInputs:
         """Tokens and bans of steps without penalties and bans: large, so kept on the devices."""
         if shape not in self._defaults:
             bans_BUW = _bits(np.tile(self._unused_V, (*shape, 1)))
-            self._defaults[shape] = (
-                self._replicate(self._no_tokens(shape)),
-                self._replicate(bans_BUW),
-            )
+            tokens_BUN = self._no_tokens(shape)
+            self._defaults[shape] = self._replicate(tokens_BUN), self._replicate(bans_BUW)
         return self._defaults[shape]
 
     def _replicate(self, array: np.ndarray) -> jax.Array:

@@ -19,7 +19,6 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from grok.config.infer import ServeConfig
-from grok.data.tokenizers import Tokenizer
 from grok.errors import RequestError
 from grok.infer.openai.requests import CompletionRequest, RequestParser
 from grok.infer.openai.responses import ResponseBuilder, error_response
@@ -86,17 +85,15 @@ class App:
         self,
         config: ServeConfig,
         name: str,
-        engine_thread: EngineThread,
+        engine: EngineThread,
         parser: RequestParser,
-        tokenizer: Tokenizer,
         keys: Sequence[str],
     ):
         """`name` is the model's; without `keys` anyone who reaches the server is answered."""
-        self._config, self._name, self._engine = config, name, engine_thread
-        self._parser, self._tokenizer = parser, tokenizer
+        self._config, self._name, self._engine, self._parser = config, name, engine, parser
         self._keys = {_digest(key) for key in keys}
         self._timeout_message = f"the answer took more than the {config.max_seconds:g} s allowed."
-        self._metrics = Metrics(engine_thread)
+        self._metrics = Metrics(engine)
         self._created = int(time.time())
         self._page = resources.files("grok.serve").joinpath("page.html").read_text()
         routes = [
@@ -157,7 +154,7 @@ class App:
         parsed = await asyncio.to_thread(parse, body)
         self._check_limits(parsed)
         key = secrets.token_hex(12)
-        builder = ResponseBuilder(parsed, self._tokenizer)
+        builder = ResponseBuilder(parsed, self._parser.tokenizer)
         head = parsed.head(key, int(time.time()), self._name)
         async with contextlib.AsyncExitStack() as stack:
             requests = parsed.requests(key, secrets.randbits(63))

@@ -36,7 +36,7 @@ def run(config: ServeConfig) -> None:
 
     engine_thread = EngineThread(engine, stop)
     parser = model.parser(config.max_choices)
-    server = make_server(App(config, name, engine_thread, parser, model.tokenizer, keys))
+    server = make_server(App(config, name, engine_thread, parser, keys))
     host = f"[{config.host}]" if ":" in config.host else config.host
     click.echo(f"{name} answers at http://{host}:{listener.getsockname()[1]}", err=True)
     server.run(sockets=[listener])
@@ -71,21 +71,14 @@ class _Server(uvicorn.Server):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         # To the descriptor itself: the signal may have interrupted a print.
-        os.write(
-            2,
-            b"\nstopping when requests under way are answered, in %d s at most; once more stops "
-            b"at once\n" % SHUTDOWN_SECONDS,
-        )
+        seconds = b"in %d s at most; once more stops at once\n" % SHUTDOWN_SECONDS
+        os.write(2, b"\nstopping when requests under way are answered, " + seconds)
 
 
 def make_server(app: App) -> uvicorn.Server:
     """The HTTP server of an application, to be run on a bound socket."""
-    settings = uvicorn.Config(
-        app.asgi,
-        log_level="warning",
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        server_header=False,
-    )
+    settings = uvicorn.Config(app.asgi, log_level="warning", server_header=False)
+    settings.timeout_graceful_shutdown = SHUTDOWN_SECONDS
     return _Server(settings)
 
 
@@ -102,9 +95,8 @@ def read_keys(config: ServeConfig) -> list[str]:
         lines = [line.strip() for line in text.splitlines() if not line.startswith("#")]
         keys += filter(None, lines)
         if not keys:
-            raise ConfigError(
-                f"api_keys_file={config.api_keys_file} has no keys; one a line would work."
-            )
+            file = f"api_keys_file={config.api_keys_file}"
+            raise ConfigError(f"{file} has no keys; one a line would work.")
     if not config.local and not keys and not config.allow_anyone:
         raise ConfigError(
             f"host={config.host} lets other machines in, and there are no keys; "

@@ -63,7 +63,7 @@ def serving(tokenizer: Tokenizer, keys: list[str], **settings) -> Iterator[Simpl
         make_renderer(TEMPLATE, tokenizer),
         config.max_choices,
     )
-    app = App(config, "tiny", engine_thread, parser, tokenizer, keys)
+    app = App(config, "tiny", engine_thread, parser, keys)
     server, listener = make_server(app), bind(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

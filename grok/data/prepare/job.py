@@ -60,21 +60,11 @@ class PrepareOptions:
     workers: int = 1  # processes that tokenize
 
 
-@dataclasses.dataclass(frozen=True)
-class PrepareProgress:
-    """Documents, tokens and bytes of text so far, and the share of all input that was read."""
-
-    documents: int
-    tokens: int
-    bytes: int
-    share: float
-
-
-OnProgress = Callable[[PrepareProgress], None]
+OnProgress = Callable[[float, Mapping[str, int]], None]  # share of the input, counts so far
 
 
 def prepare_dataset(
-    options: PrepareOptions, out: str | Path, on_progress: OnProgress = lambda progress: None
+    options: PrepareOptions, out: str | Path, on_progress: OnProgress = lambda share, counts: None
 ) -> dict[str, Any]:
     """Writes the dataset of these options to the folder `out`; returns its manifest. After an
     interruption, the same call continues after the last finished shard. DataError where a source or
@@ -164,8 +154,7 @@ def _write_shards(
             if _num_records(totals) % CHECK_RECORDS == 0:
                 _check_bad_share(options, folder, totals, [*journal.entries, shards.entry])
             share = (offsets[raw.file] + raw.offset) / max(1, offsets[-1])
-            so_far = totals["documents"], totals["tokens"], totals["bytes"]
-            on_progress(PrepareProgress(*so_far, share))
+            on_progress(share, totals)
         shards.finish((len(files), 0), is_last=True)
     finally:
         encoded.close()

@@ -54,7 +54,7 @@ PLAIN = RecordFields()
 
 
 class TextSegment(NamedTuple):
-    """A part of a document's text; has_loss: its tokens bear loss."""
+    """A part of a document's text."""
 
     text: str
     has_loss: bool
@@ -79,8 +79,7 @@ class DocumentEncoder:
 
     def __init__(self, tokenizer: Tokenizer, fields: RecordFields) -> None:
         """Uses `tokenizer`, which must have an end-of-sequence token."""
-        self._tokenizer = tokenizer
-        self._fields = fields
+        self._tokenizer, self._fields = tokenizer, fields
         self._supervised = bool(fields.messages or fields.prompt)
         self._num_guard_ids = len(self._tokenizer.encode(GUARD))
 
