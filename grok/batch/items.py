@@ -22,12 +22,11 @@ COMPLETIONS_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"
 
 @dataclasses.dataclass(frozen=True)
 class BatchItem:
-    """A record of the input: a request, or the `error` in its place. `index` counts the job's
-    records from 0; `id` is the record's own; `openai`: it comes from an OpenAI batch file."""
+    """A record of the input: a request, or the `error` in its place."""
 
-    index: int
-    id: Any
-    openai: bool
+    index: int  # among the job's records, from 0
+    id: Any  # the record's own
+    openai: bool  # from an OpenAI batch file
     request: CompletionRequest | None
     error: RequestError | None = None
 

@@ -23,14 +23,12 @@ from grok.progress import ProgressDisplay
 
 @dataclasses.dataclass(frozen=True)
 class Replica:
-    """A model on the devices of one host or of all: number `index` of `count`. `writes`: this
-    process writes and prints for its replica. `spans_all_hosts`: the mesh spans all hosts, which
-    then make the same calls in the same order."""
+    """A model on the devices of one host or of all: number `index` of `count`."""
 
     index: int
     count: int
-    writes: bool
-    spans_all_hosts: bool
+    writes: bool  # this process writes and prints for its replica
+    spans_all_hosts: bool  # its mesh does: they make the same calls in the same order
 
 
 @contextlib.contextmanager
@@ -38,9 +36,9 @@ def join_replica(config: BatchConfig) -> Iterator[Replica]:
     """Gives the replica of this process. Replicas of one host each are independent: they do not
     connect, and one that fails leaves the others to their shares. Hosts of one TPU slice start and
     end together, as its runtime demands, and so do hosts that one mesh spans."""
-    cluster = distributed.env_cluster()
+    cluster, simulated = distributed.env_cluster(), config.mesh.simulated_devices
     if config.replica == "host" and (cluster or not has_tpu()):
-        configure_devices(config.mesh.simulated_devices)
+        configure_devices(simulated)
         _, count, index = cluster or ("", 1, 0)
         yield Replica(index, count, True, False)
         return
@@ -48,10 +46,10 @@ def join_replica(config: BatchConfig) -> Iterator[Replica]:
         distributed.initialize(config)
         count = distributed.process_count()
         if config.replica == "all":
-            configure_devices(config.mesh.simulated_devices // count)
+            configure_devices(simulated // count)
             yield Replica(0, 1, distributed.is_primary(), count > 1)
         else:
-            configure_devices(config.mesh.simulated_devices)
+            configure_devices(simulated)
             yield Replica(distributed.process_index(), count, True, False)
         distributed.barrier()
 

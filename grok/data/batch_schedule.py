@@ -58,20 +58,16 @@ class BatchSchedule:
         inside = slice(start % parts, start % parts + stop - start)
         batch = {name: a.reshape(-1, length)[inside] for name, a in long.items()}
         if "segment_ids_BT" in batch:
-            _renumber(batch)
+            # Segments count from 1 in each row, and positions from 0 in a segment that was split.
+            segments_BT, positions_BT = batch["segment_ids_BT"], batch["positions_BT"]
+            first_B1 = segments_BT[:, :1]
+            before_BT = np.where(segments_BT == first_B1, positions_BT[:, :1], 0)
+            batch["positions_BT"] = positions_BT - before_BT
+            batch["segment_ids_BT"] = np.where(segments_BT > 0, segments_BT - first_B1 + 1, 0)
         return batch
 
     def _stage(self, step: int) -> int:
         return bisect.bisect_right(self._first_steps, step) - 1
-
-
-def _renumber(batch: Batch) -> None:
-    """Numbers segments from 1 in each row, and positions from 0 in a segment that was split."""
-    segments_BT, positions_BT = batch["segment_ids_BT"], batch["positions_BT"]
-    first_B1 = segments_BT[:, :1]
-    is_split_BT = segments_BT == first_B1
-    batch["positions_BT"] = positions_BT - np.where(is_split_BT, positions_BT[:, :1], 0)
-    batch["segment_ids_BT"] = np.where(segments_BT > 0, segments_BT - first_B1 + 1, 0)
 
 
 class Mixture:

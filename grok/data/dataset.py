@@ -30,12 +30,11 @@ COMPARE = "`grok data inspect --check` compares all files with the manifest."
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Document:
-    """One document. tokens_S: int32; mask_S: uint8, 1 where a token bears loss, or None: all do;
-    metadata: those of id, language, licence and source (number in the manifest) that are known."""
+    """One document."""
 
-    tokens_S: np.ndarray
-    mask_S: np.ndarray | None
-    metadata: Mapping[str, Any]
+    tokens_S: np.ndarray  # int32
+    mask_S: np.ndarray | None  # uint8, 1 where a token bears loss; None: all do
+    metadata: Mapping[str, Any]  # id, language, licence and source (number in the manifest)
 
 
 def encode_document(
@@ -66,16 +65,14 @@ def decode_document(record: bytes) -> Document:
 
 
 class TokenDataset:
-    """The documents of a dataset by number; safe to read from several threads. manifest: content of
-    `manifest.json`; hash: its SHA-256, which depends on all other files; lengths: uint32 (N,),
-    tokens of each document."""
+    """The documents of a dataset by number; safe to read from several threads."""
 
     def __init__(self, folder: str | Path) -> None:
         """Opens a folder that `grok data prepare` wrote; DataError when a file is damaged."""
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.hash = manifest_hash(self.manifest)
-        self.lengths = self._read_lengths()
+        self.hash = manifest_hash(self.manifest)  # depends on all files
+        self.lengths = self._read_lengths()  # tokens of each document, uint32 (N,)
         counts = [shard["documents"] for shard in self.manifest["shards"]]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._readers: dict[int, Any] = {}

@@ -74,7 +74,6 @@ class PackedValidation:
     predicted once. The last batch is filled up with rows of padding."""
 
     def __init__(self, documents: TokenDataset, *, sequence_length: int, batch_size: int) -> None:
-        """Packs `documents` in batches of B rows of T tokens."""
         self._documents, self._read = documents, _reader(documents)
         self._packer = ConcatThenSplit(documents.lengths, sequence_length, key=None)
         self._shape = batch_size, sequence_length

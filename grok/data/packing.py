@@ -119,7 +119,6 @@ class BestFit:
     equally many rows."""
 
     def __init__(self, lengths_N: np.ndarray, sequence_length: int, key: str) -> None:
-        """Packs documents of `lengths_N` tokens in rows of T."""
         self._sizes_N = np.clip(lengths_N.astype(np.int64) - 1, 0, sequence_length)
         shuffled_N = permutation(len(lengths_N), key, "rows")
         row_N = best_fit_decreasing(self._sizes_N[shuffled_N], sequence_length)

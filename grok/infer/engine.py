@@ -128,7 +128,8 @@ class Engine:
             if chunk.start + chunk.count < len(sequence.tokens):
                 continue
             if sequence.request.params.experts and not step.prefill:
-                sequence.completion.add_experts(np.asarray(experts_LBTC)[:, *row])
+                experts_LC = np.asarray(experts_LBTC)[:, *row]
+                sequence.completion.experts.append(experts_LC.tolist())
             outputs += self._append_token(sequence, sampled, row)
         return outputs
 

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import StreamDecoder, Tokenizer
 from grok.errors import RequestError
@@ -112,7 +110,7 @@ class Completion:
         # New since the last `drain`.
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
-        self._experts: list[list[list[int]]] = []
+        self.experts: list[list[list[int]]] = []  # of the first tokens that have none yet
         self._text = ""
 
     @property
@@ -135,10 +133,6 @@ class Completion:
         if self.finish_reason is None and self._length == params.max_tokens:
             self.finish("length")
 
-    def add_experts(self, experts_LC: np.ndarray) -> None:
-        """Takes the experts of its first token that has none yet."""
-        self._experts.append(experts_LC.tolist())
-
     def drain(self) -> Output:
         """Returns what is new since the last call."""
         safe = len(self._text) - (self._stop_prefix_length() if self.finish_reason is None else 0)
@@ -151,9 +145,9 @@ class Completion:
             None if params.logprobs is None else tuple(self._logprobs),
             self.prompt_logprobs,
             self.finish_reason,
-            tuple(self._experts) if params.experts else None,
+            tuple(self.experts) if params.experts else None,
         )
-        self._tokens, self._logprobs, self._experts = [], [], []
+        self._tokens, self._logprobs, self.experts = [], [], []
         self._text, self.prompt_logprobs = self._text[safe:], None
         return output
 

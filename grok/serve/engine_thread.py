@@ -41,7 +41,7 @@ class EngineThread:
 
     def __init__(self, engine: Any, on_failure: Callable[[BaseException], None]):
         """`on_failure` is called, in the engine's thread, with the error that broke the engine."""
-        self._engine, self._on_failure = engine, on_failure
+        self.engine, self._on_failure = engine, on_failure
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._handles: dict[str, RequestHandle] = {}
         self._thread = threading.Thread(target=self._run, name="grok-engine", daemon=True)
@@ -58,11 +58,6 @@ class EngineThread:
         """Ends the thread after its present step."""
         self._inbox.put(None)
         self._thread.join()
-
-    @property
-    def stats(self) -> Any:
-        """The engine's counts, as of its last step."""
-        return self._engine.stats
 
     @contextlib.asynccontextmanager
     async def submit(self, requests: Sequence[Request]) -> AsyncIterator[RequestHandle]:
@@ -83,8 +78,8 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while self._drain_inbox():
-                if self._engine.unfinished:
-                    for output in self._engine.step():
+                if self.engine.unfinished:
+                    for output in self.engine.step():
                         self._deliver(output)
         except BaseException as error:
             self.failed = True
@@ -96,7 +91,7 @@ class EngineThread:
 
     def _drain_inbox(self) -> bool:
         """Runs what is queued, waiting for it while the engine is idle; False to stop."""
-        while not self._inbox.empty() or not self._engine.unfinished:
+        while not self._inbox.empty() or not self.engine.unfinished:
             action = self._inbox.get()
             if action is None:
                 return False
@@ -107,7 +102,7 @@ class EngineThread:
         try:
             if self.failed:
                 raise EngineFailed
-            submit_all(self._engine, handle.requests)
+            submit_all(self.engine, handle.requests)
         except (EngineFailed, RequestError) as error:
             self._send(handle, error)
             return
@@ -119,7 +114,7 @@ class EngineThread:
     def _cancel(self, handle: RequestHandle) -> None:
         for request in handle.requests:
             if self._handles.pop(request.id, None) is not None and not self.failed:
-                self._engine.cancel(request.id)
+                self.engine.cancel(request.id)
 
     def _deliver(self, output: Output) -> None:
         handle = self._handles.get(output.request_id)
@@ -146,7 +141,7 @@ class Metrics:
     """Counts and latencies of requests; the engine's counts are read at each scrape."""
 
     def __init__(self, engine_thread: EngineThread):
-        self._engine, self._registry = engine_thread, CollectorRegistry()
+        self._source, self._registry = engine_thread, CollectorRegistry()
         self._registry.register(self)
         registry, labels = self._registry, ("path", "code")
         self.requests = Counter("grok_requests", "requests answered", labels, registry=registry)
@@ -160,12 +155,12 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """The engine's counts, for the registry."""
-        stats = self._engine.stats
+        stats = self._source.engine.stats  # as of its last step
         for field in dataclasses.fields(stats):
             family = CounterMetricFamily if field.metadata["total"] else GaugeMetricFamily
             value = getattr(stats, field.name)
             yield family(f"grok_{field.name}", field.metadata["meaning"], value)
-        yield GaugeMetricFamily("grok_requests_live", "requests under way", self._engine.live)
+        yield GaugeMetricFamily("grok_requests_live", "requests under way", self._source.live)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

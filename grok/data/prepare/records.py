@@ -75,10 +75,9 @@ class BadRecord(Exception):
 
 
 class DocumentEncoder:
-    """Makes documents of raw records."""
+    """Makes documents of raw records; the tokenizer must have an end-of-sequence token."""
 
     def __init__(self, tokenizer: Tokenizer, fields: RecordFields) -> None:
-        """Uses `tokenizer`, which must have an end-of-sequence token."""
         self._tokenizer, self._fields = tokenizer, fields
         self._supervised = bool(fields.messages or fields.prompt)
         self._num_guard_ids = len(self._tokenizer.encode(GUARD))

@@ -53,17 +53,15 @@ class ShardEntry:
             counts[name] += number
 
 
-class ShardJournal(contextlib.AbstractContextManager):
-    """The finished shards of an unfinished dataset."""
+class ShardJournal(contextlib.ExitStack):
+    """The finished shards of an unfinished dataset; raises DataError as `Journal` does."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Starts or resumes the job of this identity. Raises DataError as `Journal` does."""
+        super().__init__()
         self.folder = folder
-        self._journal = Journal(folder / "journal.jsonl", identity, DataError, sync=True)
+        journal = Journal(folder / "journal.jsonl", identity, DataError, sync=True)
+        self._journal = self.enter_context(journal)
         self.entries = [ShardEntry.from_json(entry) for entry in self._journal.entries]
-
-    def __exit__(self, *exception: Any) -> None:
-        self._journal.__exit__(*exception)
 
     @property
     def is_complete(self) -> bool:

@@ -136,17 +136,14 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 
 class RawRecord(NamedTuple):
-    """A record as it was read, or the `problem` in its place. file: number of its file; number: of
-    the record in the file, from 0; line: in the file (row, in Parquet), from 1, None where the file
-    is one document; data: bytes of a text or a line, or a row; offset: bytes of the file read so
-    far."""
+    """A record as it was read, or the `problem` in its place."""
 
-    file: int
-    number: int
-    line: int | None
-    data: bytes | dict[str, Any] | None
+    file: int  # number of its file
+    number: int  # in the file, from 0
+    line: int | None  # in the file (row, in Parquet), from 1; None where that is one document
+    data: bytes | dict[str, Any] | None  # a text, a line, or a row
     problem: str | None
-    offset: int
+    offset: int  # bytes of the file read so far
 
 
 def find_files(

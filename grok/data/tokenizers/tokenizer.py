@@ -48,7 +48,6 @@ class StreamDecoder:
     the first token keeps its leading space, and a character begun in the prompt is completed."""
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
-        """Start behind the ids of `after`."""
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._first = True

@@ -27,8 +27,7 @@ Render = Callable[[Sequence[Mapping[str, Any]]], str]
 
 @dataclasses.dataclass(frozen=True)
 class CompletionRequest:
-    """A parsed body: its prompts, each to be a request with the same parameters. `scores_only`:
-    max_tokens was 0, which the engine knows as 1; that token is left out."""
+    """A parsed body: its prompts, each to be a request with the same parameters."""
 
     prompts: tuple[tuple[int, ...], ...]
     texts: tuple[str, ...]
@@ -37,7 +36,7 @@ class CompletionRequest:
     seeded: bool
     chat: bool = False
     echo: bool = False
-    scores_only: bool = False
+    scores_only: bool = False  # max_tokens was 0, for which the engine makes a token to leave out
     stream: bool = False
     include_usage: bool = False
 
