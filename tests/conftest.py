@@ -30,6 +30,7 @@ from grok.config import (
 from grok.data.tokenizers.sentencepiece import train_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "compiled"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

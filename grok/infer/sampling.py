@@ -156,7 +156,7 @@ def penalized(logits_BV: jax.Array, s: SamplingBatch) -> jax.Array:
         changed_BV = jnp.where(logits_BV > 0, logits_BV / factor_B1, logits_BV * factor_B1)
         logits_BV = jnp.where(seen_BV > 0, changed_BV, logits_BV)
         logits_BV -= s.frequency_penalty_B[:, None] * times_BV
-        return logits_BV - s.presence_penalty_B[:, None] * (times_BV > 0)
+        return logits_BV - s.presence_penalty_B[:, None] * (times_BV > 0).astype(logits_BV.dtype)
 
     asked_B = (
         (s.repetition_penalty_B != 1) | (s.presence_penalty_B != 0) | (s.frequency_penalty_B != 0)

@@ -23,13 +23,24 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
     """
     specs, config = tensor_specs(run.model, run.lora), run.optimizer
     check_groups(run, specs)
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         DIRECTIONS[config.name](config, specs),
         decay_weights(config, specs),
         optax.scale_by_learning_rate(make_schedule(config, run.train.steps)),
         scale_groups(config),
     )
+    return optax.GradientTransformation(chain.init, _with_optax_promotion(chain.update))
+
+
+def _with_optax_promotion(f: Callable) -> Callable:
+    """`f`, in which optax may multiply counts by floats where dtype promotion is strict."""
+
+    def promoting(*args):
+        with jax.numpy_dtype_promotion("standard"):
+            return f(*args)
+
+    return promoting
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -50,7 +61,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
             peak, last, config.decay_steps, transition_begin=rest - config.decay_steps
         ),
     }[config.schedule]()
-    return optax.join_schedules([rise, course], [warmup])
+    return _with_optax_promotion(optax.join_schedules([rise, course], [warmup]))
 
 
 def _adam(config: OptimizerConfig, specs: Specs) -> optax.GradientTransformation:

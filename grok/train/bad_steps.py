@@ -58,7 +58,7 @@ def update_guard(guard: Guard, bad: jax.Array, norm: jax.Array) -> Guard:
     smoothed = jnp.where(guard.smoothed_norm > 0, smoothed, norm)
     return Guard(
         jnp.where(bad, guard.bad_in_a_row + 1, 0),
-        guard.skipped + bad,
+        guard.skipped + bad.astype(jnp.int32),
         jnp.where(bad, guard.smoothed_norm, smoothed),
     )
 

@@ -79,7 +79,7 @@ def value_and_gradients(experts):
     def loss(x, topk_weights, w_gate, w_up, w_down, expert_ids):
         y = experts(x, topk_weights, expert_ids, w_gate, w_up, w_down)
         factor = jax.random.normal(jax.random.key(5), y.shape)
-        return jnp.sum(y * factor), y
+        return jnp.sum(y.astype(jnp.float32) * factor), y
 
     run = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
 

@@ -69,7 +69,7 @@ def experts_reference(x_RD, topk_weights_RC, expert_ids_RC, w_gate_EDF, w_up_EDF
     mlp = jax.vmap(expert_mlp, in_axes=(None, 0, 0, 0))
     y_ERD = mlp(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD)
     experts_E = jnp.arange(w_gate_EDF.shape[0])
-    is_RCE = expert_ids_RC[:, :, None] == experts_E[None, None, :]
+    is_RCE = (expert_ids_RC[:, :, None] == experts_E[None, None, :]).astype(jnp.float32)
     return jnp.einsum("rce,erd->rd", is_RCE * topk_weights_RC[:, :, None], y_ERD)
 
 

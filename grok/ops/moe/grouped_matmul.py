@@ -18,12 +18,13 @@ from grok.ops.moe.grouped_blocks import Blocks, compiler_params, dot, make_block
 from grok.ops.moe.routing import tile_schedule
 from grok.ops.moe.tiling import gradient_blocks
 from grok.ops.varying import shape_like
-from grok.ops.weights.weight import kernel_operands
+from grok.ops.weights.weight import kernel_operands, take_expert
 
 
 def grouped_matmul_reference(x_PK, w_EKN, tiles_E, tile: int) -> jax.Array:
     """Each tile times its expert's matrix, y_PN in float32; zeros after the last tile."""
     x_IMK = x_PK.reshape(-1, tile, x_PK.shape[1])
+    w_EKN = jnp.stack([take_expert(w_EKN, e, x_PK.dtype) for e in range(tiles_E.size)])
     y_IEMN = jnp.einsum("imk,ekn->iemn", x_IMK, w_EKN, preferred_element_type=jnp.float32)
     return jnp.einsum("ie,iemn->imn", _experts_of_tiles(tiles_E, len(x_IMK)), y_IEMN).reshape(
         len(x_PK), -1
