@@ -100,11 +100,9 @@ def _print_table(console: "Console", table: "Table", results) -> list[bool]:
 
 
 def _layers(tensor: "ChecksumResult") -> str:
-    if tensor.equal:
-        return "equal"
     if tensor.differing == (None,):
         return "differs"
-    return f"layer {', '.join(map(str, tensor.differing))}"
+    return f"layer {', '.join(map(str, tensor.differing))}" if tensor.differing else "equal"
 
 
 def _add_rows(table: "Table", tensor: "Comparison") -> None:

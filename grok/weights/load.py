@@ -1,7 +1,6 @@
 """`grok.load`: weights in any format -> a model on its mesh.
 
-Each process reads only the parts of tensors that its own devices hold, in blocks: several at a
-time, converted, and sent to the devices while the next ones are read.
+Each process reads the parts that its devices hold, in blocks, sent while the next are read.
 """
 
 import collections
@@ -103,10 +102,8 @@ class _Leaf:
         Devices with neighbouring columns share a block, so that rows are read contiguously.
         """
         distinct = list(dict.fromkeys(self.parts.values()))
-        box = tuple(
-            slice(min(s.start for s in axis), max(s.stop for s in axis))
-            for axis in zip(*distinct, strict=True)
-        )
+        axes = zip(*distinct, strict=True)
+        box = tuple(slice(min(s.start for s in a), max(s.stop for s in a)) for a in axes)
         filled = sum(math.prod(part_shape(part)) for part in distinct)
         for part in [box] if filled == math.prod(part_shape(box)) else distinct:
             yield from _cut(part, self.dtype.itemsize)
@@ -115,10 +112,8 @@ class _Leaf:
         """Sends a block to all devices that hold some of it; returns the bytes sent."""
         count = 0
         for device, part in self.parts.items():
-            common = [
-                slice(max(a.start, b.start), min(a.stop, b.stop))
-                for a, b in zip(part, block, strict=True)
-            ]
+            axes = zip(part, block, strict=True)
+            common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in axes]
             if any(s.start >= s.stop for s in common):
                 continue
             on_host = np.ascontiguousarray(values[relative_to(block, common)])

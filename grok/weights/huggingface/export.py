@@ -60,10 +60,9 @@ def export_huggingface(
     The model card names `base_weights` as the origin, and `data_manifest`, a file on the training
     data, is copied. After an interruption the same call keeps the files that were finished.
 
-    Raises CheckpointError where `folder` is remote, holds anything else or cannot be written, where
-    the interrupted export was of other weights or settings, and for what `source` cannot read;
-    ConfigError where `shard_bytes` is less than a tensor takes, and for a model, with its key, that
-    the family's folders cannot hold.
+    Raises CheckpointError where `folder` is remote, holds anything else or an interrupted export of
+    other weights or settings, and for what cannot be read or written; ConfigError where a tensor
+    takes more than `shard_bytes`, and, with the key, for a model that such a folder cannot hold.
     """
     start = time.monotonic()
     adapter = EXPORT_ADAPTER

@@ -132,10 +132,8 @@ def _read_ahead(source: Source, pieces: Iterable[Piece]) -> Iterator[_Block]:
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="grok-import-read") as pool:
         for piece in pieces:
             for slabs in _cut(source, piece):
-                part = tuple(
-                    slice(first.start, last.stop)
-                    for first, last in zip(slabs[0].part, slabs[-1].part, strict=True)
-                )
+                ends = zip(slabs[0].part, slabs[-1].part, strict=True)
+                part = tuple(slice(first.start, last.stop) for first, last in ends)
                 pending.append(pool.submit(_read, source, piece, part, slabs))
                 nbytes = math.prod(part_shape(part)) * piece.spec.dtype.itemsize
                 while len(pending) > min(READ_AHEAD, AHEAD_BYTES // nbytes):

@@ -1,8 +1,5 @@
-"""The small files beside the arrays of a checkpoint, in Orbax's format.
-
-A checkpoint is a folder named by its step, with a folder for each item: `model` holds a tree of
-arrays, each named by its path with dots, and their list `_METADATA`; `meta` holds plain data.
-"""
+"""The small files beside the arrays of a checkpoint, in Orbax's format: `_METADATA`, the list of
+the arrays of an item such as `model`, each named by its path with dots; and `meta`, plain data."""
 
 import json
 from collections.abc import Iterable

@@ -1,8 +1,4 @@
-"""Our own checkpoints as a source: those that runs saved through Orbax, and those of imports.
-
-A checkpoint of a LoRA run has the adapters' factors alone (`lora/layers.attention.w_query_DNH.a`),
-and in its meta the path and checksum of the other weights.
-"""
+"""Our own checkpoints as a source: those that runs saved through Orbax, and those of imports."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -63,9 +59,10 @@ class OrbaxSource(Source):
 
 
 class LoraSource(Source):
-    """`base` with the adapters of the checkpoint in the folder `step` added, all in float32.
+    """`base` with the adapters of the LoRA run `run` added, all in float32. Its checkpoint, the
+    folder `step`, has their factors alone (`lora/layers.attention.w_query_DNH.a`).
 
-    `run` is the run's config. Raises CheckpointError where `base` is other weights than those that
+    Raises CheckpointError where `base` is other weights than those that
     the adapters were trained on, and as OrbaxSource does.
     """
 

@@ -173,8 +173,7 @@ def reason(error: BaseException) -> str:
     """The cause of an error of TensorStore or of a file, in a few words."""
     if isinstance(error, OSError):
         return storage.reason(error)
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    if code:
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     lines = str(error).partition(" [")[0].splitlines()
     return lines[0] if lines else type(error).__name__

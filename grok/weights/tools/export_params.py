@@ -17,10 +17,7 @@ from grok.weights.source import OnProgress, no_progress
 
 
 def export_params(
-    src: StrPath,
-    dst: StrPath,
-    dtype: str | None = None,
-    on_progress: OnProgress = no_progress,
+    src: StrPath, dst: StrPath, dtype: str | None = None, on_progress: OnProgress = no_progress
 ) -> Imported:
     """Writes the parameters of the checkpoint at `src` (a run, its `checkpoints`, or a step), local
     or gs://, in `dtype`, to the new local folder `dst`, with the run's config and tokenizer.

@@ -96,17 +96,12 @@ def inspect(path: str | os.PathLike[str], config: ModelConfig | None = None) -> 
     try:
         source = open_source(path, config)
     except (CheckpointError, ConfigError) as error:
-        diagnosis = diagnose(os.fspath(path), config)
-        problems = dict.fromkeys((str(error), *diagnosis.problems))
-        unknown = not config and diagnosis.shapes
-        fitting = _presets_of_shapes(diagnosis.shapes) if unknown else {}
-        return Inspection(
-            os.fspath(path),
-            diagnosis.format,
-            diagnosis.tensors,
-            fitting=tuple(p for p, m in fitting.items() if m.num_layers >= diagnosis.num_layers),
-            problems=tuple(problems),
-        )
+        weights = diagnose(os.fspath(path), config)
+        presets = _presets_of_shapes(weights.shapes) if not config and weights.shapes else {}
+        fitting = tuple(p for p, model in presets.items() if model.num_layers >= weights.num_layers)
+        problems = tuple(dict.fromkeys((str(error), *weights.problems)))
+        described = Inspection(os.fspath(path), weights.format, weights.tensors)
+        return dataclasses.replace(described, fitting=fitting, problems=problems)
     return Inspection(
         source.path,
         source.format,
@@ -138,11 +133,11 @@ def _fitting(source: Source, config: ModelConfig | None) -> tuple[str, ...]:
 
 def _presets_of_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, ModelConfig]:
     """The presets whose tensors of these names have these shapes in a release's files."""
-    return {
-        preset: model
-        for preset, model in _presets().items()
-        if all(file_shape(param_specs(model)[name]) == shape for name, shape in shapes.items())
-    }
+
+    def fits(model: ModelConfig) -> bool:
+        return all(file_shape(param_specs(model)[name]) == shape for name, shape in shapes.items())
+
+    return {preset: model for preset, model in _presets().items() if fits(model)}
 
 
 def _presets() -> dict[str, ModelConfig]:
