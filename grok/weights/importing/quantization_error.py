@@ -88,8 +88,11 @@ class MeasuredQuantizedSource(QuantizedSource):
                 raise CheckpointError(f"{self.path}: {name} has values that are not finite.")
             q, s = quantize(stripe, groups, row_dims, col_dims)
             values[cut], scales[cut] = q, s
-            back = dequantize(q, s, np.float32, row_dims, col_dims)
-            return _error(back, stripe)
+            error = dequantize(q, s, np.float32, row_dims, col_dims)
+            error -= stripe
+            e, x = error.reshape(-1), stripe.reshape(-1)
+            largest, largest_value = float(np.abs(e).max()), float(np.abs(x).max())
+            return RoundingError(largest, largest_value, float(e @ e), float(x @ x))
 
         with ThreadPoolExecutor(THREADS) as pool:
             errors = pool.map(quantize_stripe, range(0, w.shape[columns], width))
@@ -105,14 +108,3 @@ def measured(source: Source, dtype: str, groups: ScaleGroups = release_groups) -
     if dtype == "int8" and source.dtype != "int8":
         return MeasuredQuantizedSource(source, groups)
     return converted(source, dtype)
-
-
-def _error(back: np.ndarray, w: np.ndarray) -> RoundingError:
-    back -= w
-    flat, difference = w.reshape(-1), back.reshape(-1)
-    return RoundingError(
-        float(np.abs(difference).max()),
-        float(np.abs(flat).max()),
-        float(difference @ difference),
-        float(flat @ flat),
-    )

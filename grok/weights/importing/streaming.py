@@ -52,16 +52,11 @@ class Piece:
         """Bytes of values and scales."""
         return self.spec.nbytes if self.layer is None else self.spec.nbytes // self.spec.shape[0]
 
-    @property
-    def scales_part(self) -> Part:
-        """The part of the tensor's scales."""
-        return (*self.part[:1], *(slice(0, size) for size in self.spec.scales_shape[1:]))
-
     def is_in(self, folder: Path) -> bool:
         """Returns True where its files are present in full size."""
         arrays = [(self.values, self.part)]
         if self.scales is not None:
-            arrays.append((self.scales, self.scales_part))
+            arrays.append((self.scales, scales_part(self.spec, self.part)))
         files = [
             (array.file(folder, s), array) for array, part in arrays for s in array.shards(part)
         ]
@@ -110,8 +105,8 @@ def stream(
                     scales.append(block.scales)
             if piece.scales is not None:
                 all_scales = np.concatenate(scales).reshape(piece.spec.scales_shape[1:])[None]
-                slabs = Slabs(piece.scales_part, piece.scales_part, 0)
-                writer.write(piece, piece.scales, slabs, all_scales)
+                part = scales_part(piece.spec, piece.part)
+                writer.write(piece, piece.scales, Slabs(part, part, 0), all_scales)
             writer.finish(checksum.hexdigest())
 
 
