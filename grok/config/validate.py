@@ -75,7 +75,7 @@ def _location_of_keys(sentence: str, locations: Locations, source: str) -> str:
     keys = (tuple(word.split(".")) for word in re.findall(r"[a-z_0-9.]+", sentence))
     candidates = [locations[key] for key in keys if key in locations]
     order = ("override", f"{source}:")
-    return max(candidates, key=lambda place: list(map(place.startswith, order)), default=source)
+    return max(candidates, key=lambda at: list(map(at.startswith, order)), default=source)
 
 
 def _unknown_key(key: str, config_type: type) -> str:
