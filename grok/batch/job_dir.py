@@ -15,14 +15,8 @@ from typing import Any
 from grok import storage
 from grok.config.infer import BatchConfig
 from grok.config.load import to_dict
-from grok.data.prepare.sources import (
-    COMPRESSIONS,
-    SUFFIXES,
-    RawRecord,
-    SourceFile,
-    find_files,
-    read_records,
-)
+from grok.data.prepare import sources
+from grok.data.prepare.sources import COMPRESSIONS, SUFFIXES, RawRecord, SourceFile
 from grok.errors import ConfigError, DataError
 from grok.resumable import difference
 
@@ -58,7 +52,8 @@ class Input:
         for shard in shards:
             first = shard * self.shard_size
             if self.starts[shard][0] > file:
-                records, index = read_records(self.files, self.columns, self.starts[shard]), first
+                start, index = self.starts[shard], first
+                records = sources.read_records(self.files, self.columns, start)
             skipped = first - index
             for record in itertools.islice(records, skipped, skipped + self.size(shard)):
                 file = record.file
@@ -70,15 +65,16 @@ class Input:
 def scan_input(config: BatchConfig, columns: Sequence[str]) -> Input:
     """Reads the input once, to count its requests and hash them. Raises DataError where there is
     none, or a file is of no kind that holds requests."""
-    files = find_files(_expand(config.input), PATTERNS)
+    files = sources.find_files(_expand(config.input), PATTERNS)
     for file in files:
         if file.format == "text":
+            kinds = f"{', '.join(SUFFIXES)}, perhaps with {' or '.join(COMPRESSIONS)}"
             raise DataError(
-                f"input {file.name} is neither JSON lines nor Parquet by its name; .jsonl, .json, "
-                ".ndjson or .parquet, perhaps with .gz or .zst, would work."
+                f"input {file.name} is neither JSON lines nor Parquet by its name; {kinds}, would "
+                "work."
             )
     digest, starts, count = hashlib.sha256(), [], 0
-    for record in read_records(files, columns):
+    for record in sources.read_records(files, columns):
         if count % config.shard_size == 0:
             starts.append((record.file, record.number))
         data = record.data
@@ -135,26 +131,20 @@ class JobDir:
         if not storage.exists(path):
             try:
                 if self.done():
-                    raise ConfigError(
-                        f"output={self._path} has answers and no {JOB_FILE} that says of what; an "
-                        "empty or new folder would work."
-                    )
+                    problem = f"output={self._path} has answers and no {JOB_FILE} that says of what"
+                    raise ConfigError(f"{problem}; an empty or new folder would work.")
                 storage.write_bytes(path, _json(job))
             except OSError as error:
-                raise ConfigError(
-                    f"output={self._path} cannot be written: {storage.reason(error)}; a folder, "
-                    "there or not yet, would work."
-                ) from None
+                problem = f"output={self._path} cannot be written: {storage.reason(error)}"
+                raise ConfigError(f"{problem}; a folder, there or not, would work.") from None
             return
         try:
             changed = difference(json.loads(storage.read_bytes(path)), job)
         except ValueError as error:
             raise ConfigError(f"{path} is no JSON: {error}; another output would work.") from None
         if changed:
-            raise ConfigError(
-                f"output={self._path} has answers of another job: {changed}; what it was, or "
-                "another output, would work."
-            )
+            problem = f"output={self._path} has answers of another job: {changed}"
+            raise ConfigError(f"{problem}; what it was, or another output, would work.")
 
     def done(self) -> set[int]:
         """Numbers of the shards that are written."""

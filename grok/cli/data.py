@@ -1,6 +1,7 @@
 """`grok data tokenizer`, `grok data prepare` and `grok data inspect`."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 BAR = 40  # characters of the longest bar of a histogram
 MISMATCH = 1  # exit code
+SHARD_SIZE = "Most bytes of a shard's records; 1 MB is 10^6 bytes."
+FORMAT, SHARE = click.Choice(["auto", "text", "jsonl", "parquet"]), click.FloatRange(0, 1)
+
+_option = functools.partial(click.option, show_default=True)
 
 
 @click.group()
@@ -65,9 +70,8 @@ def _check_tokenizer(file: str, config: str) -> str:
     if loaded.eos_id < 0:
         raise DataError(f"tokenizer {file} has no end-of-sequence piece to end documents with.")
     if loaded.pad_id not in (0, -1):
-        raise DataError(
-            f"tokenizer {file} has padding id {loaded.pad_id}, and the released model's is 0."
-        )
+        padding = f"padding id {loaded.pad_id}, and the released model's is 0"
+        raise DataError(f"tokenizer {file} has {padding}.")
     unused = vocab_size - loaded.vocab_size
     note = f", {unused:,} rows of the model's table are unused" if unused else ""
     return (
@@ -99,31 +103,13 @@ def _field_options(command: Callable) -> Callable:
 @click.option("--out", required=True, metavar="DIR", help="Folder of the dataset.")
 @click.option("--tokenizer", required=True, metavar="FILE", help="SentencePiece model.")
 @click.option("--glob", "patterns", multiple=True, help="Names to take in folders, as *.md.")
-@click.option(
-    "--format",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "text", "jsonl", "parquet"]),
-    help="What all files are; auto: by their names.",
-)
+@_option("--format", default="auto", type=FORMAT, help="What all files are; auto: by their names.")
 @_field_options
 @click.option("--licence", help="Licence of all sources.")
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
-@click.option(
-    "--shard-size",
-    default="256MB",
-    show_default=True,
-    callback=size_in_bytes,
-    help="Most bytes of a shard's records; 1 MB is 10^6 bytes.",
-)
+@_option("--shard-size", default="256MB", callback=size_in_bytes, help=SHARD_SIZE)
 @click.option("--drop-duplicates", is_flag=True, help="Keep the first of documents alike.")
-@click.option(
-    "--max-bad-share",
-    default=0.01,
-    show_default=True,
-    type=click.FloatRange(0, 1),
-    help="Share of records that may be bad.",
-)
+@_option("--max-bad-share", default=0.01, type=SHARE, help="Share of records that may be bad.")
 def prepare(out, tokenizer, workers, shard_size, **options) -> None:
     """Tokenise text of SOURCES into the folder of a dataset.
 
@@ -171,14 +157,8 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
 
 @data.command()
 @click.argument("folder", metavar="DIR")
-@click.option(
-    "--length",
-    default=2048,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Tokens of a row, for the packing.",
-)
-@click.option("--samples", default=2, show_default=True, type=click.IntRange(0), help="To show.")
+@_option("--length", default=2048, type=click.IntRange(1), help="Tokens of a row, for the packing.")
+@_option("--samples", default=2, type=click.IntRange(0), help="To show.")
 @click.option("--tokenizer", metavar="FILE", help="For the samples.  [default: the dataset's]")
 @click.option("--check", "verify", is_flag=True, help="Compare all files with the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -196,17 +176,14 @@ def inspect(ctx: click.Context, folder, length, samples, tokenizer, verify, as_j
     else:
         console = make_console()
         _print_counts(console, folder, stats, verify)
-        _print_histogram(console, stats)
-        _print_samples(console, stats)
+        _print_documents(console, stats)
     ctx.exit(MISMATCH if stats.problems else 0)
 
 
 def _print_counts(console: "Console", folder: str, stats: "DatasetStats", verified: bool) -> None:
     manifest, counts = stats.manifest, stats.manifest["counts"]
-    rows = [
-        (name.replace("_", " "), f"{counts[name]:,}")
-        for name in ("documents", "bytes", "tokens", "loss_tokens", "rejected", "duplicates")
-    ]
+    names = ("documents", "bytes", "tokens", "loss_tokens", "rejected", "duplicates")
+    rows = [(name.replace("_", " "), f"{counts[name]:,}") for name in names]
     rows.append(("tokenizer", f"{manifest['tokenizer']['vocab_size']:,} pieces"))
     rows.append(("shards", f"{len(manifest['shards']):,}"))
     rows.append(("hash", stats.hash))
@@ -228,7 +205,7 @@ def _print_counts(console: "Console", folder: str, stats: "DatasetStats", verifi
         console.print(f"  {'problem':<12}{problem}", style="red")
 
 
-def _print_histogram(console: "Console", stats: "DatasetStats") -> None:
+def _print_documents(console: "Console", stats: "DatasetStats") -> None:
     table = make_table("length", "documents", "tokens", "", right=3)
     table.columns[-1].justify = "left"
     most = max(bin["documents"] for bin in stats.histogram)
@@ -238,9 +215,6 @@ def _print_histogram(console: "Console", stats: "DatasetStats") -> None:
         table.add_row(lengths, documents, f"{bin['tokens']:,}", bar)
     console.print()
     console.print(table)
-
-
-def _print_samples(console: "Console", stats: "DatasetStats") -> None:
     for sample in stats.samples:
         share = sample["loss_share"]
         header = "\ndocument {document}, {tokens:,} tokens".format(**sample)

@@ -41,9 +41,8 @@ class PackedBatches:
         self._names = list(datasets)
         for name, packer in self._packers.items():
             if not packer.rows_per_epoch:
-                raise DataError(
-                    f"dataset {name} has no document with a token to predict; text would work."
-                )
+                problem = f"dataset {name} has no document with a token to predict"
+                raise DataError(f"{problem}; one with text would work.")
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Rows `rows` of the batch of `step`, [B, T] each.

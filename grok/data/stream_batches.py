@@ -36,10 +36,8 @@ def read_stream(
     if not paths:
         raise DataError("no text files were given (data.train, data.validation); one would work.")
     if tokenizer.eos_id < 0:
-        raise DataError(
-            "the tokenizer has no end-of-sequence token to end documents with; one that `grok data "
-            "tokenizer` trained would work."
-        )
+        problem = "the tokenizer has no end-of-sequence token to end documents with"
+        raise DataError(f"{problem}; one that `grok data tokenizer` trained would work.")
     documents, num_bytes = [], 0
     for path in paths:
         text = read_text(path)

@@ -63,10 +63,8 @@ def find_tokenizer(
     files += [storage.join(dataset, TOKENIZER_FILE) for dataset in datasets]
     file = next((file for file in files if storage.exists(file, DataError)), None)
     if file is None:
-        raise DataError(
-            f"there is no {TOKENIZER_FILE} beside {path}; the tokenizer of these weights, as in "
-            "--tokenizer FILE or tokenizer=FILE, would work."
-        )
+        right = "the tokenizer of these weights, as in --tokenizer FILE or tokenizer=FILE"
+        raise DataError(f"there is no {TOKENIZER_FILE} beside {path}; {right}, would work.")
     return file
 
 
@@ -96,10 +94,10 @@ class ServedModel:
         self._tokenizer_bytes = storage.read_bytes(file, DataError)
         self.tokenizer = parse_tokenizer(self._tokenizer_bytes, f"tokenizer={file}")
         if self.tokenizer.vocab_size > self.config.vocab_size:
+            pieces = f"{self.tokenizer.vocab_size} pieces and the model of weights={config.weights}"
             raise ConfigError(
-                f"tokenizer={file} has {self.tokenizer.vocab_size} pieces and the model of "
-                f"weights={config.weights} knows {self.config.vocab_size}; the tokenizer that the "
-                "model was trained with would work."
+                f"tokenizer={file} has {pieces} knows {self.config.vocab_size}; the tokenizer that "
+                "the model was trained with would work."
             )
         self.mesh = make_mesh(config.mesh, self.config, spans_all_hosts)
         template = config.chat_template

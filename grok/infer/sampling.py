@@ -149,9 +149,8 @@ def penalized(logits_BV: jax.Array, s: SamplingBatch) -> jax.Array:
         none_BV = jnp.zeros_like(logits_BV)
         answer_BN = jnp.arange(s.tokens_BN.shape[1])[None, :] >= s.prompt_length_B[:, None]
         seen_BV = none_BV.at[row_B1, s.tokens_BN].set(1.0, mode="drop")
-        times_BV = none_BV.at[row_B1, s.tokens_BN].add(
-            answer_BN.astype(logits_BV.dtype), mode="drop"
-        )
+        answer_BN = answer_BN.astype(logits_BV.dtype)
+        times_BV = none_BV.at[row_B1, s.tokens_BN].add(answer_BN, mode="drop")
         factor_B1 = s.repetition_penalty_B[:, None]
         changed_BV = jnp.where(logits_BV > 0, logits_BV / factor_B1, logits_BV * factor_B1)
         logits_BV = jnp.where(seen_BV > 0, changed_BV, logits_BV)

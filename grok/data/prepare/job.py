@@ -77,10 +77,8 @@ def prepare_dataset(
     model = storage.read_bytes(options.tokenizer, DataError)
     tokenizer = parse_tokenizer(model, options.tokenizer)
     if tokenizer.eos_id < 0:
-        raise DataError(
-            f"tokenizer {options.tokenizer} has no end-of-sequence piece to end documents with; "
-            "one that `grok data tokenizer` trained would work."
-        )
+        problem = f"tokenizer {options.tokenizer} has no end-of-sequence piece to end documents"
+        raise DataError(f"{problem} with; one that `grok data tokenizer` trained would work.")
     files = hash_files(find_files(options.sources, options.patterns, options.format))
     identity = _identity(options, files, model, tokenizer)
     if (folder / MANIFEST_FILE).exists():
@@ -119,10 +117,9 @@ def _finished_manifest(folder: Path, identity: Mapping[str, Any]) -> dict[str, A
     """The manifest of a complete dataset; DataError where it is another one's."""
     manifest = read_manifest(folder)
     stored = {key: manifest[key] for key in identity}
-    stored["sources"] = [
-        {key: value for key, value in source.items() if key != "counts"}
-        for source in stored["sources"]
-    ]
+    stored["sources"] = [dict(source) for source in stored["sources"]]
+    for source in stored["sources"]:
+        del source["counts"]
     if changed := difference(stored, identity):
         raise DataError(f"{folder} is another dataset ({changed}); another folder would work.")
     # Left over when a job is killed between writing the manifest and its last step.

@@ -117,10 +117,8 @@ class ShardWriter:
             try:
                 self._writer.close()
             except RuntimeError as error:
-                raise DataError(
-                    f"{self._unfinished} cannot be written: {str(error).partition(';')[0]}; with "
-                    f"room for it the same command continues."
-                ) from None
+                message = f"{self._unfinished} cannot be written: {str(error).partition(';')[0]}"
+                raise DataError(f"{message}; with room the same command continues.") from None
             sync(self._unfinished)
             self.entry.sha256 = _file_hash(self._unfinished)
             self.entry.bytes = self._unfinished.stat().st_size

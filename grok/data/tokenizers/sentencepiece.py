@@ -43,10 +43,9 @@ class SentencePieceTokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(
-                f"the text has half of a surrogate pair at character {error.start}, which UTF-8 "
-                f"cannot hold; the character that was meant would work."
-            ) from None
+            problem = f"the text has half of a surrogate pair at character {error.start}"
+            right = "which UTF-8 cannot hold; the character that was meant would work"
+            raise DataError(f"{problem}, {right}.") from None
         if SPACE not in text or self._adds_space or self._space_char_ids is None:
             return self._processor.encode(text)
         # A literal U+2581 would come back as a space, so it goes in as its three bytes.

@@ -81,10 +81,7 @@ class RequestParser:
         """Parses a body of /v1/chat/completions."""
         fields = _known_fields(body, CHAT)
         if self.render is None:
-            message = (
-                "chat needs chat_template in the config, which is empty; `prompt` in place of "
-                "`messages` would work."
-            )
+            message = "chat needs chat_template in the config, which is empty; `prompt` would work."
             raise RequestError("messages", message)
         text = self.render(_messages(fields.get("messages")))
         params = {name: fields[name] for name in PARAMETERS & fields.keys()}
