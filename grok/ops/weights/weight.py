@@ -1,4 +1,4 @@
-"""What every kind of weight can do, as generic functions.
+"""Operations of every kind of weight, as generic functions.
 
 A plain array has the default form of each; int8, LoRA, a layer of a stack and a gradient slot
 register theirs in their own files. A new kind of weight is a dataclass that registers what differs.
