@@ -37,8 +37,7 @@ class Attention(nnx.Module):
 
     def __init__(self, key: jax.Array, config: ModelConfig):
         self.config = config
-        keys = jax.random.split(key, 4)
-        init_params(self, keys, self.param_specs(config), config, config.num_layers)
+        init_params(self, key, self.param_specs(config), config, config.num_layers)
 
     def __call__[A: Attend](self, x_BTD: jax.Array, attend: A) -> tuple[jax.Array, A]:
         """Returns y_BTD, and `attend` with the keys and values of these tokens where it caches.

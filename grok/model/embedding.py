@@ -28,7 +28,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, key: jax.Array, config: ModelConfig):
         self.config = config
-        init_params(self, [key], self.param_specs(config), config)
+        init_params(self, key, self.param_specs(config), config)
 
     def _axes(self) -> Axes:
         """The axes that the table is stored in."""

@@ -79,8 +79,7 @@ class MoE(nnx.Module):
 
     def __init__(self, key: jax.Array, config: ModelConfig):
         self.config = config
-        keys = jax.random.split(key, 4)
-        init_params(self, keys, self.param_specs(config), config, config.num_layers)
+        init_params(self, key, self.param_specs(config), config, config.num_layers)
 
     def __call__(
         self, x_BTD: jax.Array, token_mask_BT: jax.Array | None, axes: sharding.Axes

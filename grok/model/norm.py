@@ -20,7 +20,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, config: ModelConfig, num_layers: int | None = None):
         self.eps = config.norm.eps
-        init_params(self, [jax.random.key(0)], self.param_specs(config), config, num_layers)
+        init_params(self, jax.random.key(0), self.param_specs(config), config, num_layers)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Returns x / sqrt(mean(x^2) + eps) * scale, in the type of `x_BTD`."""

@@ -7,7 +7,7 @@ in which pieces checkpoints keep it. `grok.model.params` collects the specs of a
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -178,13 +178,13 @@ class ParamSpec:
 
 def init_params(
     module: nnx.Module,
-    keys: Iterable[jax.Array],
+    key: jax.Array,
     specs: dict[str, ParamSpec],
     config: ModelConfig,
     num_layers: int | None = None,
 ) -> None:
-    """Sets a fresh parameter of `module` for each spec, with `num_layers` stacked on a first
-    axis."""
+    """Sets fresh parameters of `module`, with `num_layers` stacked on a first axis if given."""
+    keys = [key] if len(specs) == 1 else jax.random.split(key, len(specs))
     for key, (name, spec) in zip(keys, specs.items(), strict=True):
         whole = spec if num_layers is None else spec.stacked(num_layers)
         values = whole.initialize(key, config.float_dtype, config.param_dtype)
