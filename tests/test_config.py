@@ -39,7 +39,7 @@ model.embedding_multiplier model.logit_multiplier model.norm model.norm.eps mode
 model.attention model.attention.num_heads model.attention.num_kv_heads model.attention.head_dim
 model.attention.logit_scale model.attention.logit_softcap model.attention.rope
 model.attention.rope.theta model.moe model.moe.dim model.moe.num_experts model.moe.num_selected
-model.param_dtype
+model.moe.activation model.param_dtype
 model.compute_dtype model.remat
 folder
 mesh mesh.slice mesh.data mesh.expert mesh.tensor mesh.simulated_devices

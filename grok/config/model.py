@@ -57,6 +57,10 @@ class MoEConfig(Section):
     dim: Annotated[Count, "hidden width of one expert (F)"]
     num_experts: Annotated[Count, "experts of a block (E)"] = 8
     num_selected: Annotated[Count, "experts that each token goes to (C)"] = 2
+    activation: Annotated[
+        Literal["gelu_tanh", "gelu", "silu"],
+        "of the gate: GELU by its tanh approximation or the error function, or SiLU",
+    ] = "gelu_tanh"
 
     def __post_init__(self) -> None:
         if self.num_selected > self.num_experts:

@@ -1,1 +1,1 @@
-"""The Grok-1 architecture on flax.nnx, used thinly: modules hold parameters, nothing more."""
+"""The decoder on flax.nnx, used thinly: modules hold parameters, nothing more."""

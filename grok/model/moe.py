@@ -55,7 +55,7 @@ class Routing:
 
 
 class MoE(nnx.Module):
-    """Experts with a GELU gate; each token goes to the C of highest router probability.
+    """Gated experts; each token goes to the C of highest router probability.
 
     The weights of the chosen are the softmax over all E, not renormalised over the chosen ones.
     """
@@ -147,17 +147,19 @@ class MoE(nnx.Module):
             (R, C), E = rows[1].shape, self.config.moe.num_experts
             is_serving = not is_plain(weights[0]) and adapter(weights[0]) is None
             tile_rows = serving_tile_rows if is_serving else xla_tile_rows
-            return experts_xla(*rows, *weights, tile_rows(R, C, E), training_tile_rows(R, C, E))
+            tiles = tile_rows(R, C, E), training_tile_rows(R, C, E)
+            return experts_xla(*rows, *weights, *tiles, self.config.moe.activation)
         # Gathered along its columns, a matrix has them major in memory.
         down_is_column_major = sharding.axis_size("fsdp_embed") > 1
+        options = down_is_column_major, False, self.config.moe.activation
         splits_evenly = leaves[0].shape[-1] % (MLP_SPLITS * LANES) == 0
         # Where the output is not saved, remat computes the hidden layer again, and so would this:
         # once too often.
         if self.config.saves_experts and len(leaves) == len(EXPERTS) and splits_evenly:
             shards = tuple(map(pvary, leaves))
-            return experts_pallas_split_mlp(*rows, shards, unshard, down_is_column_major)
+            return experts_pallas_split_mlp(*rows, shards, unshard, *options)
         weights = jax.tree.map(pvary, unshard(leaves))
-        return experts_pallas(*rows, *weights, down_is_column_major)
+        return experts_pallas(*rows, *weights, *options)
 
 
 def _dispatch(x_BTD, topk_weights_BTC, expert_ids_BTC) -> tuple[jax.Array, ...]:

@@ -46,7 +46,12 @@ def softcapped_router(self, x_BTD, axes):
     return jax.nn.softmax(30 * jnp.tanh(logits_BTE / 30), axis=-1)
 
 
-def exact_gelu(x):
+def silu(x, activation):
+    """SiLU, as of Mixtral."""
+    return jax.nn.silu(x)
+
+
+def exact_gelu(x, activation):
     """GELU by the error function."""
     return jax.nn.gelu(x, approximate=False)
 
@@ -60,8 +65,8 @@ def interleaved_rotary(x_BTNH, positions_BT, rope):
     """Rotary embedding that turns neighbours instead of halves."""
     H = x_BTNH.shape[-1]
     phase = (
-        positions_BT[:, :, None, None]
-        * (rope.theta ** (-jnp.arange(0, H, 2) / H))[None, None, None]
+        positions_BT.astype(jnp.float32)[:, :, None, None]
+        * (rope.theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H))[None, None, None]
     )
     even, odd = x_BTNH[..., ::2], x_BTNH[..., 1::2]
     cos, sin = jnp.cos(phase), jnp.sin(phase)
@@ -81,8 +86,8 @@ MISTAKES = {
     renormalised: (MoE, "_experts", "moe_exact", 1000),
     softmax_after_top_k: (MoE, "_experts", "moe_exact", 1000),
     softcapped_router: (MoE, "route", "router_probs_exact", 100),
-    jax.nn.silu: (grok.ops.moe.experts_xla, "gelu", "moe_exact", 1000),
-    exact_gelu: (grok.ops.moe.experts_xla, "gelu", "moe_exact", 10),
+    silu: (grok.ops.moe.experts_xla, "activate", "moe_exact", 1000),
+    exact_gelu: (grok.ops.moe.experts_xla, "activate", "moe_exact", 10),
     hard_clamp: (grok.ops.attention.causal, "apply_softcap", "attention_exact", 1000),
     heads_dealt_out: (grok.model.attend, "attention", "attention_exact", 1000),
     interleaved_rotary: (grok.model.attention, "apply_rope", "attention_exact", 1000),

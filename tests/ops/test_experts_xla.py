@@ -3,6 +3,8 @@
 Letters: R rows, C chosen experts of a row, D embed, F mlp, E experts.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,10 @@ import pytest
 
 from grok.ops.moe.cpu import for_each_tile
 from grok.ops.moe.experts_xla import (
+    activate,
     expert_mlp,
     experts_reference,
     experts_xla,
-    gelu,
 )
 from grok.ops.moe.tiling import training_tile_rows, xla_tile_rows
 
@@ -191,9 +193,17 @@ def test_an_expert_is_gelu_of_one_branch_times_the_other():
     np.testing.assert_allclose(actual, exact, rtol=0, atol=TOLERANCE * np.abs(exact).max())
 
 
-def test_gelu_is_the_tanh_approximation():
-    # At 1 the approximation gives 0.841192, the error function 0.841345.
-    np.testing.assert_allclose(gelu(jnp.asarray(1.0)), 0.8411920, rtol=0, atol=2e-7)
+@pytest.mark.parametrize(
+    ("activation", "at_one"), [("gelu_tanh", 0.8411920), ("gelu", 0.8413447), ("silu", 0.7310586)]
+)
+def test_activations(activation, at_one):
+    actual = activate(jnp.asarray(1.0), activation)
+    np.testing.assert_allclose(actual, at_one, rtol=0, atol=2e-7)
+    tiles, ids = (TILE, training_tile_rows(R, C, E)), routing("random")
+    options = {"tile": tiles[0], "training_tiles": tiles[1], "activation": activation}
+    ours = value_and_gradients(functools.partial(experts_xla, **options))
+    plain = value_and_gradients(functools.partial(experts_reference, activation=activation))
+    assert_near(ours(arrays(R), ids), plain(arrays(R), ids), TOLERANCE)
 
 
 def test_little_of_a_tile_is_empty():

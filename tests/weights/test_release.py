@@ -238,3 +238,10 @@ def test_an_implied_config_that_cannot_be(tmp_path):
     (tmp_path / "narrow/tensor00005_000").rename(tmp_path / "tensor00005_000")
     with pytest.raises(CheckpointError, match=r"shapes of no model: .*num_kv_heads=2"):
         implied_config(tmp_path)
+
+
+def test_a_config_of_other_weights_is_refused():
+    folder = golden.FOLDER / "pub_a" / "ckpt-0"
+    config = replace_keys(golden.config("pub_a", "float32"), {"norm.sandwich": False})
+    with pytest.raises(CheckpointError, match=r"only one of them has layers/post_attn"):
+        ReleaseSource(folder, config)

@@ -39,16 +39,7 @@ def write_pages(kv, kv_scale, layer, new_UQK2H, table_UM, start_U, count_U):
 
 
 def paged_attention_reference(
-    q_UQNH,
-    kv,
-    kv_scale,
-    layer,
-    table_UM,
-    start_U,
-    *,
-    scale: float,
-    softcap: float | None,
-    kv_head=None,
+    q_UQNH, kv, kv_scale, layer, table_UM, start_U, *, scale, softcap, kv_head=None
 ) -> jax.Array:
     """Attention of each token over its sequence up to itself, o_UQNH, from a copy of all its pages.
 
@@ -64,16 +55,7 @@ def paged_attention_reference(
 
 @jax.named_scope("paged_attention")
 def paged_attention(
-    q_UQNH,
-    kv,
-    kv_scale,
-    layer,
-    table_UM,
-    start_U,
-    scale: float,
-    softcap: float | None,
-    *,
-    kv_head=None,
+    q_UQNH, kv, kv_scale, layer, table_UM, start_U, scale, softcap, *, kv_head=None
 ) -> jax.Array:
     """`paged_attention_reference`, with its roundings, in blocks of keys up to the end of the
     longest sequence here: first the softmax's maximum and sum (Milakov & Gimelshein 2018), then the

@@ -26,7 +26,7 @@ from grok.ops.weights.weight import Weight, adapter, base, is_plain
 MLP_SPLITS = 2
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def experts_pallas(
     x_RD,
     topk_weights_RC,
@@ -36,6 +36,7 @@ def experts_pallas(
     w_down_EFD: Weight,
     down_is_column_major: bool = False,
     interpret: Any = False,
+    activation: str = "gelu_tanh",
 ) -> jax.Array:
     """Sum over each row's experts of weight * expert(row), y_RD in the type of `x_RD`.
 
@@ -46,7 +47,8 @@ def experts_pallas(
     `pallas_call`, to run without a TPU.
     """
     rows, matrices = (x_RD, topk_weights_RC, expert_ids_RC), (w_gate_EDF, w_up_EDF, w_down_EFD)
-    return _experts(*rows, *matrices, down_is_column_major, interpret, keep_products=False)[0]
+    options = down_is_column_major, interpret, activation
+    return _experts(*rows, *matrices, *options, keep_products=False)[0]
 
 
 def _experts(
@@ -58,26 +60,29 @@ def _experts(
     w_down_EFD,
     column_major,
     interpret,
+    activation,
     keep_products=True,
 ):
     """y_RD, and the residuals: without the products the backward pass would compute two of three
     again."""
     layout, kernel_args = _group(expert_ids_RC, w_gate_EDF, interpret)
     x_PD = _dispatch(x_RD, layout)
-    hidden_PF, *products = _hidden(x_PD, w_gate_EDF, w_up_EDF, keep_products, kernel_args)
+    hidden_PF, *products = _hidden(
+        x_PD, w_gate_EDF, w_up_EDF, keep_products, activation, kernel_args
+    )
     y_PD = _matmul_down(hidden_PF, w_down_EFD, False, column_major, kernel_args)
     y_RD = _combine(y_PD, layout, topk_weights_RC).astype(x_RD.dtype)
     return y_RD, (x_RD, topk_weights_RC, layout, products, (w_gate_EDF, w_up_EDF, w_down_EFD))
 
 
-def _backward(column_major, interpret, residuals, dy_RD):
+def _backward(column_major, interpret, activation, residuals, dy_RD):
     x_RD, topk_weights_RC, layout, products, (w_gate_EDF, w_up_EDF, w_down_EFD) = residuals
     dtype = x_RD.dtype
     kernel_args = _kernel_args(topk_weights_RC, layout, interpret)
     dy_PD = _dispatch(dy_RD.astype(dtype), layout)
     weight_P = _weights_of_slots(topk_weights_RC, layout)
     dweight_P, dgate_PF, dup_PF, dw_down = _down_gradients(
-        dy_PD, weight_P, products, w_down_EFD, column_major, kernel_args
+        dy_PD, weight_P, products, w_down_EFD, column_major, activation, kernel_args
     )
     # Rows of x only after those of dy are used: both together need much memory.
     x_RD, dw_down = jax.lax.optimization_barrier((x_RD, dw_down))
@@ -92,7 +97,7 @@ def _backward(column_major, interpret, residuals, dy_RD):
 experts_pallas.defvjp(_experts, _backward, optimize_remat=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def experts_pallas_split_mlp(
     x_RD,
     topk_weights_RC,
@@ -101,6 +106,7 @@ def experts_pallas_split_mlp(
     unshard: Callable,
     down_is_column_major: bool = False,
     interpret: Any = False,
+    activation: str = "gelu_tanh",
 ) -> jax.Array:
     """As `experts_pallas` of the matrices `unshard(shards)`; every shard has all of its F.
 
@@ -109,19 +115,19 @@ def experts_pallas_split_mlp(
     """
     matrices = unshard(shards)
     return experts_pallas(
-        x_RD, topk_weights_RC, expert_ids_RC, *matrices, down_is_column_major, interpret
+        x_RD, topk_weights_RC, expert_ids_RC, *matrices, down_is_column_major, interpret, activation
     )
 
 
 def _forward_split_mlp(
-    x_RD, topk_weights_RC, expert_ids_RC, shards, unshard, column_major, interpret
+    x_RD, topk_weights_RC, expert_ids_RC, shards, unshard, column_major, interpret, activation
 ):
     rows = x_RD, topk_weights_RC, expert_ids_RC
-    y_RD = experts_pallas_split_mlp(*rows, shards, unshard, column_major, interpret)
+    y_RD = experts_pallas_split_mlp(*rows, shards, unshard, column_major, interpret, activation)
     return y_RD, (*rows, shards)
 
 
-def _backward_split_mlp(unshard, column_major, interpret, residuals, dy_RD):
+def _backward_split_mlp(unshard, column_major, interpret, activation, residuals, dy_RD):
     x_RD, topk_weights_RC, expert_ids_RC, shards = residuals
     layout, kernel_args = _group(expert_ids_RC, shards[0], interpret)
     x_PD, dy_PD = _dispatch(x_RD, layout), _dispatch(dy_RD.astype(x_RD.dtype), layout)
@@ -133,9 +139,9 @@ def _backward_split_mlp(unshard, column_major, interpret, residuals, dy_RD):
         take_part: Callable = functools.partial(_mlp_part, part=part)
         matrices, pull = jax.vjp(lambda shards, take=take_part: unshard(take(shards)), shards)
         w_gate_EDF, w_up_EDF, w_down_EFD = matrices
-        _, *products = _hidden(x_PD, w_gate_EDF, w_up_EDF, True, kernel_args)
+        _, *products = _hidden(x_PD, w_gate_EDF, w_up_EDF, True, activation, kernel_args)
         added_P, dgate_PF, dup_PF, dw_down = _down_gradients(
-            dy_PD, weight_P, products, w_down_EFD, column_major, kernel_args
+            dy_PD, weight_P, products, w_down_EFD, column_major, activation, kernel_args
         )
         dx_PD, dw_gate, dw_up = _hidden_gradients(
             x_PD, dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args, dx_PD
@@ -195,15 +201,16 @@ def _weights_of_slots(topk_weights_RC, layout: GroupedLayout) -> jax.Array:
 
 
 @jax.named_scope("hidden")
-def _hidden(x_PD, w_gate_EDF, w_up_EDF, keep_products: bool, kernel_args) -> tuple[jax.Array, ...]:
+def _hidden(x_PD, w_gate_EDF, w_up_EDF, keep_products: bool, activation: str, kernel_args):
     """hidden_PF, and with `keep_products` gate_PF and up_PF, all in the type of x."""
+    act = functools.partial(gated_activation, activation=activation)
     if is_plain(w_gate_EDF) and is_plain(w_up_EDF):
-        run: Callable = functools.partial(grouped_hidden, activation=gated_activation)
+        run: Callable = functools.partial(grouped_hidden, activation=act)
         return run(x_PD, w_gate_EDF, w_up_EDF, keep_products=keep_products, **kernel_args)
     gate_PF, up_PF = (
         _matmul([x_PD], [w], dtype=x_PD.dtype, **kernel_args) for w in (w_gate_EDF, w_up_EDF)
     )
-    return gated_activation(gate_PF, up_PF).astype(x_PD.dtype), gate_PF, up_PF
+    return act(gate_PF, up_PF).astype(x_PD.dtype), gate_PF, up_PF
 
 
 @jax.named_scope("hidden_gradients")
@@ -224,12 +231,13 @@ def _hidden_gradients(x_PD, dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args,
 
 
 @jax.named_scope("down_gradients")
-def _down_gradients(dy_PD, weight_P, products, w_down_EFD, column_major, kernel_args):
+def _down_gradients(dy_PD, weight_P, products, w_down_EFD, column_major, activation, kernel_args):
     """Gradients of the weights, dweight_P, of the products gate_PF and up_PF, and of the down
     matrix; that of an expert's output is weight * dy."""
     dhidden_PF = _matmul_down(dy_PD, w_down_EFD, True, column_major, kernel_args)
     dhidden_PF = dhidden_PF.astype(jnp.float32)
-    hidden_PF, pull = jax.vjp(gated_activation, *products)
+    act = functools.partial(gated_activation, activation=activation)
+    hidden_PF, pull = jax.vjp(act, *products)
     dweight_P = jnp.sum(dhidden_PF * hidden_PF, axis=-1)
     dgate_PF, dup_PF = pull(dhidden_PF * weight_P[:, None])
     weighted_PF = (hidden_PF * weight_P[:, None]).astype(dy_PD.dtype)

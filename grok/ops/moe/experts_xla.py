@@ -1,5 +1,5 @@
 """The routed experts in plain XLA: y_r = sum over a row's experts of
-weight * down(gelu(gate) * up).
+weight * down(act(gate) * up).
 
 Two forms of the same mathematics. `experts_reference` runs every expert on every row.
 `experts_xla` runs each expert on its own rows only, a tile at a time: exact at any imbalance,
@@ -10,6 +10,7 @@ P = R*C + M slots of the assignments (a row and one of its experts) in order of 
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,30 +27,34 @@ from grok.ops.weights.weight import (
 )
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU in its tanh approximation (Hendrycks & Gimpel 2016, section 2)."""
-    return jax.nn.gelu(x, approximate=True)
+def activate(x: jax.Array, activation: str) -> jax.Array:
+    """GELU by its tanh approximation (Hendrycks & Gimpel 2016, section 2) or the error function, or
+    SiLU."""
+    return jax.nn.silu(x) if activation == "silu" else jax.nn.gelu(x, activation == "gelu_tanh")
 
 
-def expert_mlp(x_RD, w_gate_DF, w_up_DF, w_down_FD) -> jax.Array:
-    """One expert on rows: (gelu(x w_gate) * (x w_up)) w_down, summed in float32, y_RD float32."""
-    hidden_RF = gelu(matmul(w_gate_DF, x_RD)) * matmul(w_up_DF, x_RD)
+def expert_mlp(x_RD, w_gate_DF, w_up_DF, w_down_FD, activation="gelu_tanh") -> jax.Array:
+    """One expert on rows: (act(x w_gate) * (x w_up)) w_down, summed in float32, y_RD float32."""
+    hidden_RF = activate(matmul(w_gate_DF, x_RD), activation) * matmul(w_up_DF, x_RD)
     return matmul(w_down_FD, hidden_RF.astype(x_RD.dtype))
 
 
-def gated_activation(gate_RF: jax.Array, up_RF: jax.Array) -> jax.Array:
-    """gelu(gate) * up in float32."""
-    return gelu(gate_RF.astype(jnp.float32)) * up_RF.astype(jnp.float32)
+def gated_activation(gate_RF: jax.Array, up_RF: jax.Array, activation="gelu_tanh") -> jax.Array:
+    """act(gate) * up in float32."""
+    return activate(gate_RF.astype(jnp.float32), activation) * up_RF.astype(jnp.float32)
 
 
-def expert_mlp_gradients(x_RD, weight_R, dy_RD, gate_RF, up_RF, w_gate_DF, w_up_DF, w_down_FD):
+def expert_mlp_gradients(
+    x_RD, weight_R, dy_RD, gate_RF, up_RF, w_gate_DF, w_up_DF, w_down_FD, activation="gelu_tanh"
+):
     """Gradients of `weight * expert_mlp(x)` in float32: dx_RD, dweight_R, and those of the
     matrices.
 
     `gate_RF` is x w_gate and `up_RF` x w_up, in the type of x. The output is not needed, since
     <dy, h w_down> = <dy w_down^T, h>.
     """
-    hidden_RF, pull = jax.vjp(gated_activation, gate_RF, up_RF)
+    act = functools.partial(gated_activation, activation=activation)
+    hidden_RF, pull = jax.vjp(act, gate_RF, up_RF)
     dy_RD = dy_RD.astype(x_RD.dtype)
     dhidden_RF = matmul_transposed(w_down_FD, dy_RD)
     dweight_R = jnp.sum(dhidden_RF * hidden_RF, axis=-1)
@@ -64,16 +69,25 @@ def expert_mlp_gradients(x_RD, weight_R, dy_RD, gate_RF, up_RF, w_gate_DF, w_up_
     return dx_RD, dweight_R, dmatrices
 
 
-def experts_reference(x_RD, topk_weights_RC, expert_ids_RC, w_gate_EDF, w_up_EDF, w_down_EFD):
+def experts_reference(
+    x_RD,
+    topk_weights_RC,
+    expert_ids_RC,
+    w_gate_EDF,
+    w_up_EDF,
+    w_down_EFD,
+    activation="gelu_tanh",
+):
     """Every expert on every row; arguments and result as of `experts_xla`."""
-    mlp = jax.vmap(expert_mlp, in_axes=(None, 0, 0, 0))
+    one_expert = functools.partial(expert_mlp, activation=activation)
+    mlp = jax.vmap(one_expert, in_axes=(None, 0, 0, 0))
     y_ERD = mlp(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD)
     experts_E = jnp.arange(w_gate_EDF.shape[0])
     is_RCE = (expert_ids_RC[:, :, None] == experts_E[None, None, :]).astype(jnp.float32)
     return jnp.einsum("rce,erd->rd", is_RCE * topk_weights_RC[:, :, None], y_ERD)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def experts_xla(
     x_RD,
     topk_weights_RC,
@@ -83,6 +97,7 @@ def experts_xla(
     w_down_EFD: Weight,
     tile: int,
     training_tiles: tuple[int, ...] = (),
+    activation: str = "gelu_tanh",
 ) -> jax.Array:
     """Sum over each row's experts of weight * expert(row), y_RD in float32.
 
@@ -98,6 +113,7 @@ def experts_xla(
     E, C = w_gate_EDF.shape[0], expert_ids_RC.shape[1]
     order_P, start_E, count_E = _sort_by_expert(expert_ids_RC, E, tile)
     weights = topk_weights_RC.reshape(-1)
+    one_expert: Callable = functools.partial(expert_mlp, activation=activation)
 
     def expert(y_RD, e):
         matrices = [
@@ -105,7 +121,7 @@ def experts_xla(
         ]
 
         def one_tile(_, assignments, y_RD):
-            y_MD = expert_mlp(_take(x_RD, assignments // C), *matrices)
+            y_MD = one_expert(_take(x_RD, assignments // C), *matrices)
             rows = assignments // C
             return y_RD.at[rows].add(y_MD * _take(weights, assignments)[:, None], mode="drop")
 
@@ -114,7 +130,9 @@ def experts_xla(
     return _for_each_expert(expert, _zeros(x_RD.shape), count_E)
 
 
-def _forward(x_RD, topk_weights_RC, expert_ids_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile, tiles):
+def _forward(
+    x_RD, topk_weights_RC, expert_ids_RC, w_gate_EDF, w_up_EDF, w_down_EFD, tile, tiles, activation
+):
     """y_RD, and the residuals: also the products of all assignments in order of their expert, which
     cost less to store than to compute again."""
     E, C = w_gate_EDF.shape[0], expert_ids_RC.shape[1]
@@ -134,7 +152,8 @@ def _forward(x_RD, topk_weights_RC, expert_ids_RC, w_gate_EDF, w_up_EDF, w_down_
                 jax.lax.dynamic_update_slice(all_PF, tile_MF.astype(x_RD.dtype), (slot, 0))
                 for all_PF, tile_MF in zip(products, tile_products, strict=True)
             ]
-            y_MD = matmul(down_FD, gated_activation(*tile_products).astype(x_RD.dtype))
+            hidden_MF = gated_activation(*tile_products, activation).astype(x_RD.dtype)
+            y_MD = matmul(down_FD, hidden_MF)
             y_MD *= _take(weights, assignments)[:, None]
             return y_RD.at[assignments // C].add(y_MD, mode="drop"), *products
 
@@ -146,12 +165,13 @@ def _forward(x_RD, topk_weights_RC, expert_ids_RC, w_gate_EDF, w_up_EDF, w_down_
     return y_RD, (x_RD, topk_weights_RC, expert_ids_RC, products, w_gate_EDF, w_up_EDF, w_down_EFD)
 
 
-def _backward(tile, tiles, residuals, dy_RD):
+def _backward(tile, tiles, activation, residuals, dy_RD):
     x_RD, topk_weights_RC, expert_ids_RC, products, *matrices_E = residuals
     E, (R, C) = matrices_E[0].shape[0], expert_ids_RC.shape
     tiles = tiles or (tile,)
     order_P, start_E, count_E = _sort_by_expert(expert_ids_RC, E, tiles[0])
     weights = topk_weights_RC.reshape(-1)
+    gradients: Callable = functools.partial(expert_mlp_gradients, activation=activation)
 
     def expert(carry, e):
         matrices = [w[e] for w in matrices_E]
@@ -162,7 +182,7 @@ def _backward(tile, tiles, residuals, dy_RD):
             tile_products = (
                 jax.lax.dynamic_slice_in_dim(all_PF, slot, len(rows)) for all_PF in products
             )
-            dx_MD, dweight_M, dtile = expert_mlp_gradients(
+            dx_MD, dweight_M, dtile = gradients(
                 _take(x_RD, rows),
                 _take(weights, assignments),
                 _take(dy_RD, rows),

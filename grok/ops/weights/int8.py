@@ -1,6 +1,6 @@
 """int8 matrices with scales: values * scales, a scale for each column and group of rows.
 
-This is the release's form. A matrix (..., rows, columns) has int8 values and scales
+A matrix (..., rows, columns) has int8 values and scales
 (..., groups, columns); a group is rows/groups consecutive rows, the contracted axis. Rows or
 columns may be several axes, as in (N, H, D).
 

@@ -87,6 +87,11 @@ class ReleaseSource(Source):
         tensors = tensor_names(config.num_layers)
         _check_files(self.path, [tensor.file for tensor in tensors], config.num_layers)
         specs = param_specs(config)
+        if differing := sorted(specs.keys() ^ {tensor.name for tensor in tensors}):
+            raise CheckpointError(
+                f"{self.path}: a release and this model's config differ: only one of them has "
+                f"{', '.join(differing)}; model.norm.sandwich=true is a release's."
+            )
         paths = [storage.join(self.path, tensor.file) for tensor in tensors]
         # Sixteen at a time: a remote file takes some round trips.
         with ThreadPoolExecutor(16) as pool:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from grok.config import ModelConfig
+from grok.errors import CheckpointError
 from grok.model.param_spec import ParamSpec
 from grok.model.params import param_specs
 
@@ -79,9 +80,18 @@ class Adapter(abc.ABC):
         """Text of the model card on the programs that can read an export."""
 
     def tensors(self, layout: str, config: ModelConfig) -> Iterator[HuggingFaceTensor]:
-        """All tensors of a layout except `tied_head`: table, layers, final norm."""
+        """All tensors of a layout except `tied_head`: table, layers, final norm.
+
+        Raises CheckpointError where the model has other weights than the layout.
+        """
         specs = param_specs(config)
         names = self.layouts[layout]
+        if differing := sorted(specs.keys() ^ names.keys()):
+            raise CheckpointError(
+                f"the layout {layout} cannot hold this model: only one of them has "
+                f"{', '.join(differing)}; a checkpoint of grok, as `grok export params` writes it, "
+                "holds every model."
+            )
 
         def tensor(tree_name: str, layer: int | None = None, expert: int | None = None):
             name = names[tree_name].format(layer=layer, expert=expert)

@@ -76,7 +76,7 @@ FACTORS = {
     "attention.rope.theta": ("rope_theta",),
 }
 # Our keys that config.json has none for, with the value that the family's code computes with.
-FIXED = {"norm.sandwich": True}
+FIXED = {"norm.sandwich": True, "moe.activation": "gelu_tanh"}
 REQUIRED = list(SIZES)[:6]
 # No model has more of anything, and arithmetic with more could take for ever.
 LARGEST_SIZE = 1 << 24
