@@ -106,10 +106,7 @@ def headline_metrics(run: RecordedRun) -> dict[str, str]:
         if len(values_P):
             metrics[name] = format(float(np.median(values_P)), style)
     if run.goodput is not None and run.goodput.total:
-        metrics |= {
-            "goodput": f"{run.goodput.share:.1%}",
-            "wall time": duration(run.goodput.total),
-        }
+        metrics |= {"goodput": f"{run.goodput.share:.1%}", "wall time": duration(run.goodput.total)}
     return metrics
 
 
