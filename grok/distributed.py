@@ -53,10 +53,8 @@ def is_primary() -> bool:
 
 @contextlib.contextmanager
 def exit_together() -> Iterator[None]:
-    """Ends all processes when the body fails in one of them, with the exit code of its error.
-
-    The body may call `initialize`. In a process that works alone, errors pass unchanged.
-    """
+    """Ends all processes when the body fails in one of them, with the exit code of its error. The
+    body may call `initialize`. In a process that works alone, errors pass unchanged."""
     try:
         yield
     except BaseException as error:
@@ -71,12 +69,10 @@ def exit_together() -> Iterator[None]:
 
 
 def initialize(config: Any, heartbeat_timeout_seconds: int = 60) -> None:
-    """Waits for the other processes, if there are any, and checks that all have the same config
-    (a dataclass with a mesh). A process silent for `heartbeat_timeout_seconds` ends the others.
-
-    Raises ConfigError where the environment or another process's config makes that impossible, and
-    Lost (exit code RESTART) when the others do not come.
-    """
+    """Waits for the other processes, if there are any, and checks that all have the same config (a
+    dataclass with a mesh). A process silent for `heartbeat_timeout_seconds` ends the others. Raises
+    ConfigError where the environment or another process's config makes that impossible, and Lost
+    (exit code RESTART) when the others do not come."""
     _connect(heartbeat_timeout_seconds)
     settings = dict(flatten(to_dict(config)))
     primary_settings = broadcast_from_primary(lambda: settings)
@@ -130,10 +126,8 @@ def abort(code: int, reason: str) -> NoReturn:
 
 
 def env_cluster() -> tuple[str, int, int] | None:
-    """Coordinator address, process count and process index from the environment, or None.
-
-    Raises ConfigError where the variables are incomplete or make no sense.
-    """
+    """Coordinator address, process count and process index from the environment, or None. Raises
+    ConfigError where the variables are incomplete or make no sense."""
     values = [os.environ.get(name, "") for name in CLUSTER_VARIABLES]
     if not any(values):
         return None
@@ -234,9 +228,7 @@ def _print_error(line: str) -> None:
 
 def _exit(code: int, message: str | None = None) -> NoReturn:
     """Exits without JAX's shutdown barrier, after publishing the abort `message` if there is one.
-
-    The store may not answer any more, so a thread publishes, for a limited time.
-    """
+    The store may not answer any more, so a thread publishes, for a limited time."""
     publisher = threading.Thread(target=_publish_abort, args=[message], daemon=True)
     publisher.start()
     publisher.join(SHUTDOWN_TIMEOUT_SECONDS)

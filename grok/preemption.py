@@ -13,12 +13,10 @@ from grok.config import MESH_AXES
 
 
 class PreemptionSignal:
-    """Catches SIGINT and SIGTERM: the first asks the run to save and exit, the second ends it.
-
-    A signal may reach one host only, and saving is a collective. So before each step every host
+    """Catches SIGINT and SIGTERM: the first asks the run to save and exit, the second ends it. A
+    signal may reach one host only, and saving is a collective. So before each step every host
     dispatches a tiny all-reduce of "was I asked to stop" (`exchange`), and reads the result after
-    dispatching the step (`should_stop`): no host waits, and all read the same.
-    """
+    dispatching the step (`should_stop`): no host waits, and all read the same."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._requested = False

@@ -89,9 +89,7 @@ def run_tasks(
     limit: int | None = None,
 ) -> dict[str, Any]:
     """lm-eval's results on tasks of its own or of YAML files in `folder`, by task: metrics by name.
-
-    `limit` is the number of examples of each task. Raises DataError for an unknown task.
-    """
+    `limit` is the number of examples of each task. Raises DataError for an unknown task."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=None if folder is None else str(folder))
     unknown = [task for task in tasks if task not in manager.all_tasks]

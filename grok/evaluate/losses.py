@@ -32,11 +32,9 @@ class TextLoss(NamedTuple):
 def evaluate_texts(
     model: Decoder, mesh: Mesh, paths: Sequence[str], tokenizer_file: str, config: RunConfig
 ) -> Iterable[TextLoss]:
-    """The loss on each of these text files and token datasets, one after the other.
-
-    Rows have the shape that `config.data` gives, and are split over the mesh. Raises DataError for
-    one that cannot be read, has nothing to predict, or is of another tokenizer, before any is run.
-    """
+    """The loss on each of these text files and token datasets, one after the other. Rows have the
+    shape that `config.data` gives, and are split over the mesh. Raises DataError for one that
+    cannot be read, has nothing to predict, or is of another tokenizer, before any is run."""
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, tokenizer=tokenizer_file)
     )

@@ -30,10 +30,8 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """Scores continuations under a model on its mesh, `rows` at a time.
-
-    Lengths are rounded up to powers of two, so that requests of all lengths share a few programs.
-    """
+    """Scores continuations under a model on its mesh, `rows` at a time. Lengths are rounded up to
+    powers of two, so that requests of all lengths share a few programs."""
 
     def __init__(self, model: Decoder, mesh: Mesh, rows: int):
         self._model, self._mesh, self._rows = model, mesh, rows
@@ -41,11 +39,8 @@ class Scorer:
         self.context_length = model.config.context_length
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-        """Scores of (context, continuation) pairs of token ids, in order.
-
-        A context has at least one token. A pair of more than context_length + 1 tokens loses its
-        first ones.
-        """
+        """Scores of (context, continuation) pairs of token ids, in order. A context has at least
+        one token. A pair of more than context_length + 1 tokens loses its first ones."""
         buckets: dict[int, list[int]] = {}
         for index, (context, continuation) in enumerate(pairs):
             size = 1 << (len(context) + len(continuation) - 2).bit_length()

@@ -21,11 +21,9 @@ POWER = 0.8
 
 
 class FactoredState(NamedTuple):
-    """Second moments, as trees like the parameters.
-
-    rows: the mean over a matrix's columns; of other tensors, the full second moment.
-    columns: the mean over its rows; None for other tensors.
-    """
+    """Second moments, as trees like the parameters. rows: the mean over a matrix's columns; of
+    other tensors, the full second moment. columns: the mean over its rows; None for other
+    tensors."""
 
     updates: jax.Array  # int32: updates so far
     rows: Any

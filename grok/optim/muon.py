@@ -22,11 +22,9 @@ UPDATE_RMS = 0.2
 
 
 def scale_by_muon(momentum: float, specs: Specs) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalized per matrix; only for matrices of `specs`.
-
-    The momentum is sharded as its parameter. To be orthogonalized, matrices are gathered: each on
-    one device, if there are enough layers and experts for all devices.
-    """
+    """Nesterov momentum, orthogonalized per matrix; only for matrices of `specs`. The momentum is
+    sharded as its parameter. To be orthogonalized, matrices are gathered: each on one device, if
+    there are enough layers and experts for all devices."""
 
     def update(grads, moments, params=None):
         moments = jax.tree.map(lambda m, g: momentum * m + g, moments, grads)

@@ -17,10 +17,8 @@ from grok.optim.param_groups import Specs, check_groups, group_of, map_named
 
 
 def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
-    """Returns the optimizer that the config names, for the parameters that it trains.
-
-    Raises ConfigError when a parameter group matches no tensor of the model.
-    """
+    """Returns the optimizer that the config names, for the parameters that it trains. Raises
+    ConfigError when a parameter group matches no tensor of the model."""
     specs, config = tensor_specs(run.model, run.lora), run.optimizer
     check_groups(run, specs)
     chain = optax.chain(
@@ -44,12 +42,10 @@ def _with_optax_promotion(f: Callable) -> Callable:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Returns the learning rate of a run of `steps` steps, as a function of the steps done.
-
-    It rises from peak_lr / (warmup_steps + 1) to peak_lr. From there to min_lr_ratio of it go
-    half a cosine, a straight line, or, for wsd (warm-up, stable, decay; Hu et al. 2024, section 4),
-    a straight line over the last decay_steps; constant stays.
-    """
+    """Returns the learning rate of a run of `steps` steps, as a function of the steps done. It
+    rises from peak_lr / (warmup_steps + 1) to peak_lr. From there to min_lr_ratio of it go half a
+    cosine, a straight line, or, for wsd (warm-up, stable, decay; Hu et al. 2024, section 4), a
+    straight line over the last decay_steps; constant stays."""
     peak, last = config.peak_lr, config.peak_lr * config.min_lr_ratio
     warmup, rest = config.warmup_steps, steps - config.warmup_steps
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)

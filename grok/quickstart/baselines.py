@@ -26,11 +26,9 @@ def unigram_bits_per_byte(train: TokenStream, heldout: TokenStream, vocab_size: 
 
 
 def bigram_bits_per_byte(train: TokenStream, heldout: TokenStream, vocab_size: int) -> float:
-    """Bits per byte of `heldout` under pairs of tokens in `train`: interpolated Kneser-Ney.
-
-    Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1998),
-    section 2.7, with one discount; the lower order is interpolated with the uniform distribution.
-    """
+    """Bits per byte of `heldout` under pairs of tokens in `train`: interpolated Kneser-Ney. Chen
+    and Goodman, "An empirical study of smoothing techniques for language modeling" (1998), section
+    2.7, with one discount; the lower order is interpolated with the uniform distribution."""
     fit_S, tune_S = _split(train.tokens_S)
     eos_id = train.eos_id
     losses = [_bigram_nats(fit_S, tune_S, vocab_size, eos_id, d) for d in DISCOUNTS]
@@ -61,11 +59,9 @@ def _unigram_nats(
 def _bigram_nats(
     train_S: np.ndarray, heldout_S: np.ndarray, vocab_size: int, eos_id: int, discount: float
 ) -> float:
-    """Summed loss under interpolated Kneser-Ney; both streams are led by an eos.
-
-    P(w|v) = max(c(vw) - d, 0) / c(v) + d * N(v.) / c(v) * P(w), where N(v.) is the number of
-    different tokens after v, and P(w) comes from N(.w), discounted alike over 1/V.
-    """
+    """Summed loss under interpolated Kneser-Ney; both streams are led by an eos. P(w|v) = max(c(vw)
+    - d, 0) / c(v) + d * N(v.) / c(v) * P(w), where N(v.) is the number of different tokens after v,
+    and P(w) comes from N(.w), discounted alike over 1/V."""
     pairs, pair_counts = np.unique(_pairs(train_S, vocab_size, eos_id), return_counts=True)
     before, after = np.divmod(pairs, vocab_size)
     count_V = np.bincount(before, weights=pair_counts, minlength=vocab_size)

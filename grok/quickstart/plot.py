@@ -26,8 +26,7 @@ def plot_run(
     horizontal lines. Training loss is logged in nats per token; it is scaled by the bytes per token
     of the validation text. Without a validation line that scale is unknown: then the loss is drawn
     in nats per token, without baselines. Right: share of the tokens that each expert got. A dashed
-    vertical line marks a restart of the process. DataError without training lines.
-    """
+    vertical line marks a restart of the process. DataError without training lines."""
     lines, restarts = drop_redone_steps(metrics_lines)
     training = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "validation_loss" in line]

@@ -57,10 +57,8 @@ def render(
     facts: Sequence[str] = (),
     metrics: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """The whole page as HTML that loads nothing from anywhere else.
-
-    `status`: text, and its tone: good, bad or muted; `metrics`: the numbers at the top, by name.
-    """
+    """The whole page as HTML that loads nothing from anywhere else. `status`: text, and its tone:
+    good, bad or muted; `metrics`: the numbers at the top, by name."""
     template = importlib.resources.files("grok.report").joinpath("page.html").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(template).render(

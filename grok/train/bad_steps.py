@@ -37,11 +37,9 @@ def init_guard() -> Guard:
 def detect_bad_step(
     guard: Guard, loss: jax.Array, squares: dict[str, jax.Array], config: TrainConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns whether the step is bad, and for each tensor whether it is to blame.
-
-    `squares` has the sum of squares of each tensor's gradient. To blame are those that are not
-    finite; when the gradient is finite and too large, the largest.
-    """
+    """Returns whether the step is bad, and for each tensor whether it is to blame. `squares` has
+    the sum of squares of each tensor's gradient. To blame are those that are not finite; when the
+    gradient is finite and too large, the largest."""
     largest, norm = jnp.max(jnp.stack(list(squares.values()))), global_norm(squares)
     limit = config.grad_spike_factor * guard.smoothed_norm
     spike = (limit > 0) & (norm > limit)
@@ -109,11 +107,9 @@ def batch_number(step: int, skipped: Skipped) -> int:
 
 
 def rollback_step(steps: Sequence[int], error: Diverged, began: int, rolled_back: bool) -> int:
-    """Returns the newest of the checkpoints of `steps` from before the bad steps.
-
-    If the run was `rolled_back` to step `began` and then diverged without a new checkpoint, that
-    one was not good enough, and the one before it is taken. Raises `error` when none is left.
-    """
+    """Returns the newest of the checkpoints of `steps` from before the bad steps. If the run was
+    `rolled_back` to step `began` and then diverged without a new checkpoint, that one was not good
+    enough, and the one before it is taken. Raises `error` when none is left."""
     good = [step for step in steps if step < error.first]
     if rolled_back:
         good = [step for step in good if step > began] or [step for step in good if step < began]

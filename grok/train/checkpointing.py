@@ -43,11 +43,8 @@ def state_trees(state: TrainState) -> dict:
 
 def restore(run: "Run", step: int) -> tuple[TrainState, Skipped, list[str]]:
     """Returns the state saved at `step`, on the run's mesh, the batches skipped until then, and the
-    config keys that have changed since.
-
-    Raises CheckpointError when other tensors are trained, naming the key, or when prepared datasets
-    have changed without data.allow_data_change.
-    """
+    config keys that have changed since. Raises CheckpointError when other tensors are trained,
+    naming the key, or when prepared datasets have changed without data.allow_data_change."""
     checkpoints, config = run.checkpoints, run.config
     meta = checkpoints.meta(step)
     if not config.data.allow_data_change:

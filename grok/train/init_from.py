@@ -39,10 +39,8 @@ class InitialWeights:
 
 def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeights | None:
     """Returns the weights that the run starts or has started from; None: initialised from its seed.
-
     Raises CheckpointError as `open_initial` does, when adapters belong to other weights, and when
-    the folder is an import's, whose weights would not be used.
-    """
+    the folder is an import's, whose weights would not be used."""
     newest, path = checkpoints.latest(), config.train.init_from
     if newest == 0:
         raise CheckpointError(
@@ -67,11 +65,8 @@ def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeigh
 
 def open_initial(path: str, model: ModelConfig) -> InitialWeights:
     """Opens the weights at `path`, in any format that `open_source` knows, local or at gs://, and
-    reads a small sample.
-
-    Raises CheckpointError when they are of another model than `model`, naming the field, and as
-    `open_source` does.
-    """
+    reads a small sample. Raises CheckpointError when they are of another model than `model`, naming
+    the field, and as `open_source` does."""
     stated = stated_config(path)
     key = differing_key(stated, model) if stated else None
     if stated and key:

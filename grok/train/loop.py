@@ -74,10 +74,8 @@ class Run:
 
 
 def run_training(config: RunConfig, replay_to: int | None = None) -> int:
-    """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop.
-
-    With `replay_to`, runs only the steps up to that one and saves nothing.
-    """
+    """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop. With
+    `replay_to`, runs only the steps up to that one and saves nothing."""
     run = open_run(config, replay_to)
     with jax.set_mesh(run.mesh), PreemptionSignal(run.mesh) as preemption, run.telemetry:
         with run.telemetry.events.during("start"):
@@ -162,10 +160,8 @@ def from_checkpoint(run: Run, step: int) -> Start:
 
 
 def train_steps(run: Run, start: Start, preemption: PreemptionSignal) -> int:
-    """Steps, reports, validates and saves, to the last step or until asked to stop.
-
-    Returns the last step done, which is saved. Raises Diverged after too many bad steps.
-    """
+    """Steps, reports, validates and saves, to the last step or until asked to stop. Returns the
+    last step done, which is saved. Raises Diverged after too many bad steps."""
     config, telemetry = run.config, run.telemetry
     check = functools.partial(
         raise_if_diverged, names=names(start.state.model), limit=config.train.max_bad_steps
@@ -243,11 +239,9 @@ def validation_losses(run: Run, step: int, state: TrainState) -> dict[str, float
 def save_state(
     run: Run, step: int, state: TrainState, losses: dict[str, float], skipped: Skipped
 ) -> None:
-    """Starts a save, which continues in the background.
-
-    A failed save is reported, and the run goes on: older checkpoints are intact, and the next save
-    may work. With several hosts it ends all: the others wait for this one in the midst of a save.
-    """
+    """Starts a save, which continues in the background. A failed save is reported, and the run goes
+    on: older checkpoints are intact, and the next save may work. With several hosts it ends all:
+    the others wait for this one in the midst of a save."""
     begin = functools.partial(save, run, step, state, losses, skipped)
     with run.telemetry.events.during("save", step=step):
         for phase in (run.checkpoints.wait, begin):
@@ -261,10 +255,8 @@ def save_state(
 
 
 def roll_back(run: Run, start: Start, error: Diverged) -> Start:
-    """Restores the last good checkpoint and skips the batches from there up to the bad ones.
-
-    Raises `error` again where the config does not ask for that, or no such checkpoint is left.
-    """
+    """Restores the last good checkpoint and skips the batches from there up to the bad ones. Raises
+    `error` again where the config does not ask for that, or no such checkpoint is left."""
     run.watchdog.pause()
     run.checkpoints.wait()
     if not (run.config.train.rollback_on_divergence and run.saves):

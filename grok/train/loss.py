@@ -21,10 +21,8 @@ from grok.ops.cross_entropy import MAX_LOGITS, target_and_log_z
 
 
 def token_losses(model: Decoder, x_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy in nats and squared log-partition of every token, (B, T) float32 each.
-
-    If there are many logits, they never exist all at once, not in the backward pass either.
-    """
+    """Cross-entropy in nats and squared log-partition of every token, (B, T) float32 each. If there
+    are many logits, they never exist all at once, not in the backward pass either."""
     with sharding.use_mesh_of(model.embed.table_VD[...]):
         vocab = model.config.vocab_size // sharding.axis_size("vocab")
         if targets_BT.size // sharding.axis_size("batch") * vocab > MAX_LOGITS:
@@ -68,8 +66,7 @@ def batch_loss(
 
     Metrics: `loss`, the cross-entropy in nats a token; `z_loss`, the mean squared log-partition,
     where it is minimised; `router_balance`, 1 when experts are used evenly; `router_entropy`, nats;
-    `expert_load`, share of each expert, mean over layers; `expert_load_layers`, of each layer.
-    """
+    `expert_load`, share of each expert, mean over layers; `expert_load_layers`, of each layer."""
     totals = totals or count_tokens(batch)
     x_BTD, stats = hidden(model, batch)
     with jax.named_scope("cross_entropy"):

@@ -48,10 +48,8 @@ class Comparison(NamedTuple):
 
 def find_segment(folder: Path, first: int | None, num_steps: int | None) -> Segment:
     """Finds the steps after the checkpoint `first` (0: the beginning; default: the newest with a
-    logged step after it): `num_steps`, or as many as have the same config and devices.
-
-    Raises CheckpointError when the run does not have them.
-    """
+    logged step after it): `num_steps`, or as many as have the same config and devices. Raises
+    CheckpointError when the run does not have them."""
     path = folder / "metrics.jsonl"
     if storage.is_remote(folder) or not path.exists():
         raise CheckpointError(
@@ -76,10 +74,8 @@ def find_segment(folder: Path, first: int | None, num_steps: int | None) -> Segm
 
 
 def replay(segment: Segment) -> list[Comparison]:
-    """Runs the steps again and compares.
-
-    Raises CheckpointError when devices or text are not the run's, or when asked to stop.
-    """
+    """Runs the steps again and compares. Raises CheckpointError when devices or text are not the
+    run's, or when asked to stop."""
     _check_same_machine_and_text(segment)
     with tempfile.TemporaryDirectory(prefix="grok-replay-") as name:
         folder = Path(name)

@@ -16,12 +16,9 @@ from grok.errors import CheckpointError, DataError
 
 
 class RunData(NamedTuple):
-    """The data of a run.
-
-    train: batches by step. validation: the batches of a pass, and num_bytes: the UTF-8 bytes that
-    it predicts; None without validation data. hashes: path and manifest hash of each prepared
-    dataset that is trained on, in order.
-    """
+    """The data of a run. train: batches by step. validation: the batches of a pass, and num_bytes:
+    the UTF-8 bytes that it predicts; None without validation data. hashes: path and manifest hash
+    of each prepared dataset that is trained on, in order."""
 
     train: TrainBatches
     validation: Iterable[Batch] | None

@@ -36,9 +36,8 @@ def train_step(
 
     Those of `batch_loss`, and: `learning_rate`; `grad_norm` before clipping, `update_norm` and
     `param_norm`, global norms of what is trained, the first two also of each group as
-    `grad_norm/GROUP`; `skipped`, 1 when the step was bad and changed nothing; `bad_in_a_row`, up
-    to this step; `bad_tensors`, bool in the order of `names(model)`: the tensors to blame.
-    """
+    `grad_norm/GROUP`; `skipped`, 1 when the step was bad and changed nothing; `bad_in_a_row`, up to
+    this step; `bad_tensors`, bool in the order of `names(model)`: the tensors to blame."""
     params, frozen = partition(state.model, trainable(config))
     loss, metrics, grads = gradients(params, frozen, batch, config.train)
     state, update_metrics = update(state, params, loss, grads, config, optimizer)
@@ -47,11 +46,8 @@ def train_step(
 
 def gradients(params, frozen, batch: dict, config: TrainConfig) -> tuple[jax.Array, dict, Any]:
     """Loss, metrics and gradient (float32) of a batch with respect to `params`; `frozen` is the
-    rest of the model.
-
-    With accumulation the batch passes through the model in microbatches, whose gradients, each
-    weighted by its share of the tokens, add up to that of the batch.
-    """
+    rest of the model. With accumulation the batch passes through the model in microbatches, whose
+    gradients, each weighted by its share of the tokens, add up to that of the batch."""
     slots = grad_slots(params, frozen.config) if hardware.platform() == "tpu" else params
 
     def loss(slots, microbatch):
@@ -76,9 +72,8 @@ def gradients(params, frozen, batch: dict, config: TrainConfig) -> tuple[jax.Arr
 
 
 def grad_slots(params, config: ModelConfig):
-    """The tree that gradients are taken of, to keep them small: zeros in the type of
-    computation, for each matrix of a layer that is stored in another type; `params` for the rest.
-    """
+    """The tree that gradients are taken of, to keep them small: zeros in the type of computation,
+    for each matrix of a layer that is stored in another type; `params` for the rest."""
     specs, dtype = param_specs(config), config.compute_dtype
 
     def grad_slot(name: str, w):
@@ -100,11 +95,8 @@ def with_grad_slots(model, slots):
 
 
 def microbatches(x_BT: jax.Array, n: int) -> jax.Array:
-    """The rows of a batch as `n` microbatches of every `n`-th row, on a leading axis.
-
-    Neighbouring rows are on one device, so each device keeps its rows and has as many of every
-    microbatch.
-    """
+    """The rows of a batch as `n` microbatches of every `n`-th row, on a leading axis. Neighbouring
+    rows are on one device, so each device keeps its rows and has as many of every microbatch."""
     B, T = x_BT.shape
     out_sharding = (
         None if sharding.ambient_mesh() is None else sharding.spec("batch", None, "length")
@@ -116,9 +108,7 @@ def update(
     state: TrainState, params, loss: jax.Array, grads, config: RunConfig, optimizer
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Applies `grads` (float32) to `params`, the trained part of the model, unless the step is bad.
-
-    Returns the new state and its metrics: those of `train_step` that are not of the loss.
-    """
+    Returns the new state and its metrics: those of `train_step` that are not of the loss."""
     old_params, old_opt_state = params, offload.to_device(state.opt_state)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, old_opt_state, as_float32(params))

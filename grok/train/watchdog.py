@@ -12,11 +12,9 @@ from grok.storage import is_remote
 
 
 class Watchdog:
-    """Ends the process with RESTART when no heartbeat comes for `seconds` (0: never).
-
-    It is paused until the first, and from `pause` to the next, since compilation takes its time.
-    The stacks of all threads go to stderr and, if the folder is local, to `stacks-PROCESS.txt`.
-    """
+    """Ends the process with RESTART when no heartbeat comes for `seconds` (0: never). It is paused
+    until the first, and from `pause` to the next, since compilation takes its time. The stacks of
+    all threads go to stderr and, if the folder is local, to `stacks-PROCESS.txt`."""
 
     def __init__(self, seconds: int, folder: str):
         self._seconds, self._folder = seconds, folder

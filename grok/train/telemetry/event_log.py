@@ -124,11 +124,9 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 @dataclasses.dataclass(frozen=True)
 class Goodput:
     """Wall time by kind, in the order of `KINDS`: of all processes that worked on the run, and of
-    the gaps between them, except after one that had finished it.
-
-    useful: steps; lost: steps that were not saved and so repeated; the spans; down: from the last
-    line of a process that died to the next process; other: the rest.
-    """
+    the gaps between them, except after one that had finished it. useful: steps; lost: steps that
+    were not saved and so repeated; the spans; down: from the last line of a process that died to
+    the next process; other: the rest."""
 
     seconds: dict[str, float]
 

@@ -55,11 +55,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def to_plain(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """Waits for a step's metrics; returns them as Python numbers and lists.
-
-    A float32 becomes the shortest decimal that reads back as the same float32; expert loads per
-    layer are rounded.
-    """
+    """Waits for a step's metrics; returns them as Python numbers and lists. A float32 becomes the
+    shortest decimal that reads back as the same float32; expert loads per layer are rounded."""
     values = jax.device_get(dict(metrics))
     if (load_LE := values.get("expert_load_layers")) is not None:
         values["expert_load_layers"] = np.round(load_LE.astype(np.float64), LOAD_DIGITS)

@@ -43,11 +43,9 @@ GROWING_FILES = ("metrics.jsonl", "events.jsonl")  # a resumed run appends to th
 
 
 class RunDir:
-    """A local folder, `path`, for the files of a run's folder.
-
-    It is the run's folder itself, or, since nothing can be appended to at gs://, a temporary one:
-    entering downloads the files to append to, and `upload` and leaving copy back what has changed.
-    """
+    """A local folder, `path`, for the files of a run's folder. It is the run's folder itself, or,
+    since nothing can be appended to at gs://, a temporary one: entering downloads the files to
+    append to, and `upload` and leaving copy back what has changed."""
 
     def __init__(self, folder: str):
         self._folder = folder

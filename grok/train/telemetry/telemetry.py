@@ -110,11 +110,8 @@ class Telemetry:
 
     @contextlib.contextmanager
     def step(self, step: int, batch: Mapping[str, jax.Array]) -> Iterator[Dispatch]:
-        """Times and profiles the block, which dispatches `step`.
-
-        The first step of each shape of batches compiles: it is waited for, as an event of its own,
-        and is part of no speed.
-        """
+        """Times and profiles the block, which dispatches `step`. The first step of each shape of
+        batches compiles: it is waited for, as an event of its own, and is part of no speed."""
         B, T = batch["targets_BT"].shape
         dispatch = Dispatch(is_first_of_shape=(B, T) not in self._shapes)
         self._profiler.before(step)

@@ -19,10 +19,8 @@ class Tracker(NamedTuple):
 
 def open_trackers(config: RunConfig, folder: Path, run_id: str, first: int) -> list[Tracker]:
     """Opens the trackers of `train.tensorboard` and `train.wandb`, with files in `folder`; they
-    continue the run `run_id` after step `first`.
-
-    Raises ConfigError when a package is missing, or the service refuses the login.
-    """
+    continue the run `run_id` after step `first`. Raises ConfigError when a package is missing, or
+    the service refuses the login."""
     trackers = []
     if config.train.tensorboard:
         _require("tensorboardX", "train.tensorboard=true", "tensorboard")
