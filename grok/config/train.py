@@ -52,8 +52,8 @@ class LoraConfig(Section):
     rank: Annotated[CountOrZero, "rank of the adapters; 0: no adapters"] = 0
     alpha: Annotated[Positive, "scales adapters by alpha/rank"] = 16.0
     targets: Annotated[
-        tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...],
-        "matrices with adapters: four of attention, three of the experts",
+        tuple[str, ...],
+        "matrices with adapters, of query, key, value, out (attention), gate, up, down (experts)",
     ] = ("query", "key", "value", "out")
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import grok
 from grok.config import AttentionConfig, LoraConfig, ModelConfig, MoEConfig
+from grok.errors import ConfigError
 from grok.model.build import from_arrays, to_arrays
 from grok.model.decoder import Decoder
 from grok.model.lora import adapted
@@ -149,3 +150,11 @@ def test_factors_are_split_as_rows_and_columns_are():
     assert part["layers/moe/w_gate_EDF/b"] == (2, 4, 3, 6)
     assert part["layers/moe/w_down_EFD/a"] == (2, 4, 6, 3)
     assert part["layers/moe/w_down_EFD/b"] == (2, 4, 3, 8)
+
+
+def test_a_target_that_is_no_matrix_is_refused():
+    wrong = LoraConfig(rank=2, targets=("query", "gates"))
+    with pytest.raises(
+        ConfigError, match=r"lora.targets has gates, .* it has query, key, value, out"
+    ):
+        tensor_specs(CONFIG, wrong)

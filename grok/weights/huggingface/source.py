@@ -18,7 +18,7 @@ from grok.config import ModelConfig
 from grok.errors import CheckpointError
 from grok.model.params import param_specs
 from grok.weights.huggingface.adapters import ADAPTERS
-from grok.weights.huggingface.adapters.adapter import Adapter, split_axes
+from grok.weights.huggingface.adapters.adapter import TOKEN_TABLE, Adapter, split_axes
 from grok.weights.huggingface.safetensors import TensorInfo, read_header
 from grok.weights.source import (
     Part,
@@ -59,7 +59,7 @@ class HuggingFaceSource(Source):
         adapter.config_numbers(self.config)  # raises for a model that no such folder can hold
         whose = "this model's config" if config else f"this folder's {CONFIG}"
         self._entries = _arrange(self.path, adapter, layout, self.config, whose, entries)
-        table = self._entries["embed/table_VD", ()]
+        table = self._entries[TOKEN_TABLE, ()]
         self._tied_head = head = entries.get(adapter.tied_head)
         if head and (head.dtype, head.shape) != (table.dtype, table.shape):
             raise CheckpointError(
@@ -79,7 +79,7 @@ class HuggingFaceSource(Source):
         indices = itertools.product(*(range(s.start, s.stop) for s in lead))
         for one_RC, index in zip(matrices_ERC, indices, strict=True):
             self._read_one(one_RC, name, index, rows, columns)
-        if name == "embed/table_VD" and self._tied_head:
+        if name == TOKEN_TABLE and self._tied_head:
             self._check_tied(self._tied_head, part, out)
         return out
 
@@ -95,7 +95,7 @@ class HuggingFaceSource(Source):
         transpose_into(out_RC, values_CR.reshape(out_RC.shape[::-1]))
 
     def _check_tied(self, head: TensorInfo, part: Part, table_VD: np.ndarray) -> None:
-        spec = self.tensors["embed/table_VD"]
+        spec = self.tensors[TOKEN_TABLE]
         bits = f"u{spec.dtype.itemsize}"
         for block in blocks(spec, part):
             other_VD = np.empty(part_shape(block), spec.dtype)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections import Counter
 from typing import Any
 
 from grok.config import ModelConfig
@@ -55,7 +56,12 @@ class Inspection:
     @property
     def dtype(self) -> str | None:
         """The type of the matrices."""
-        return next((t.dtype for t in self.tensors if t.name == "layers/moe/w_gate_EDF"), None)
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors:
+            sizes[tensor.dtype] += tensor.bytes
+        # What stands beside int8 matrices is float32, and may be larger.
+        largest = next((dtype for dtype, _ in sizes.most_common()), None)
+        return "int8" if "int8" in sizes else largest
 
     @property
     def bytes(self) -> int:

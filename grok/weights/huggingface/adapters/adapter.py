@@ -14,6 +14,8 @@ from grok.errors import CheckpointError
 from grok.model.param_spec import ParamSpec
 from grok.model.params import param_specs
 
+TOKEN_TABLE = "embed/table_VD"
+
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceTensor:
@@ -98,7 +100,7 @@ class Adapter(abc.ABC):
             lead = tuple(index for index in (layer, expert) if index is not None)
             return HuggingFaceTensor(name, specs[tree_name], lead)
 
-        yield tensor("embed/table_VD")
+        yield tensor(TOKEN_TABLE)
         for layer in range(config.num_layers):
             for tree_name, name in names.items():
                 if "{expert}" in name:
