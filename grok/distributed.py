@@ -3,8 +3,7 @@
 TPU VMs find each other by their metadata. Elsewhere the environment has GROK_COORDINATOR (host:port
 of process 0, free there), GROK_NUM_PROCESSES and GROK_PROCESS_ID (from 0). A process that fails
 publishes the reason in the coordination service's store, and all exit with its code; the service
-aborts them when one was killed or no longer answers.
-"""
+aborts them when one was killed or no longer answers."""
 
 import contextlib
 import itertools
@@ -154,7 +153,6 @@ def _is_connected() -> bool:
 
 
 def _store() -> Any:
-    """The key-value store that all processes share."""
     return global_state.client
 
 
@@ -188,7 +186,6 @@ def _connect(heartbeat_timeout_seconds: int) -> None:
 
 
 def _listen_for_abort() -> None:
-    """Ends this process when another has aborted the run."""
     while _is_connected():
         message = _read(_ABORT_KEY)
         if message is not None and _aborting.acquire(blocking=False):
@@ -200,14 +197,12 @@ def _listen_for_abort() -> None:
 
 
 def _read(key: str) -> str | None:
-    """A value of the shared store, None where there is none (or no store any more)."""
     with contextlib.suppress(jax.errors.JaxRuntimeError, AttributeError):
         return _store().key_value_try_get(key)
     return None
 
 
 def _abort_on(error: BaseException) -> NoReturn:
-    """Ends every process because of `error`."""
     if isinstance(error, GrokError | OSError):
         abort(getattr(error, "exit_code", 1), str(error))
     if isinstance(error, KeyboardInterrupt):

@@ -21,8 +21,7 @@ class PreemptionSignal:
     def __init__(self, mesh: Mesh) -> None:
         self._requested = False
         self._flags_sharding = NamedSharding(mesh, PartitionSpec(MESH_AXES))
-        replicated = NamedSharding(mesh, PartitionSpec())
-        self._any = jax.jit(jnp.max, out_shardings=replicated)
+        self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._result: jax.Array | None = None
 
     def exchange(self) -> None:

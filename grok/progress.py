@@ -13,10 +13,9 @@ BAR_SECONDS = 0.1  # between two updates of a bar
 
 
 class ProgressDisplay:
-    """Work done out of a total, the figures that go with it, and the time left. `label` is a format
-    of `done`, `total` (None: not known) and `share`. The pace is taken since the first update, so
-    neither compilation nor what an earlier process did counts. A `transient` bar is gone at its
-    end; a `quiet` display shows nothing."""
+    """Work done out of a total, its figures, and the time left. `label` is a format of `done`,
+    `total` (None: not known) and `share`. The pace is taken since the first update, without
+    compilation. A `transient` bar is gone at its end; a `quiet` display shows nothing."""
 
     def __init__(
         self,

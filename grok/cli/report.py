@@ -26,9 +26,8 @@ def report(runs: tuple[str, ...], out: Path | None) -> None:
 
 
 def write_report(folders: Sequence[str], out: Path) -> list[Path]:
-    """Writes the page `out` about one run, or a comparison of several, and where a step was logged
-    a PNG of the main curves beside it; returns the paths written. GrokError where a folder is no
-    run's."""
+    """Writes the page `out` about one run or several, and a PNG beside it where a step was logged;
+    returns the paths written. GrokError where a folder is no run's."""
     from grok.report.pages import comparison_page, comparison_png, run_page, run_png
     from grok.report.recorded_run import read_run
 

@@ -78,8 +78,7 @@ def sample(checkpoint, overrides, prompts, **sampling) -> None:
     mesh = make_mesh(config.mesh, config.model)
     dtype = config.model.param_dtype
     _note(f"reading the weights at {checkpoint}, {dtype}")
-    model = load(checkpoint, config.model, mesh, dtype)
-    engine = Engine(model, tokenizer, mesh, config.engine)
+    engine = Engine(load(checkpoint, config.model, mesh, dtype), tokenizer, mesh, config.engine)
     _note("compiling")
     if prompts:
         stream(engine, tokenizer, prompts, params, click.echo)
@@ -95,13 +94,11 @@ def sample(checkpoint, overrides, prompts, **sampling) -> None:
 
 
 def _note(text: str) -> None:
-    """Prints a line before something slow, on a terminal."""
     if sys.stderr.isatty():
         click.echo(text, err=True)
 
 
 def _ask() -> str | None:
-    """A line from the user; None at the end of input."""
     try:
         return click.prompt("", prompt_suffix="> ")
     except click.Abort:

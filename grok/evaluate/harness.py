@@ -1,5 +1,4 @@
-"""A model behind the interface of EleutherAI's lm-eval, an extra: only `grok eval --tasks` imports
-this file."""
+"""A model behind the interface of lm-eval, an extra: only `grok eval --tasks` imports this file."""
 
 import logging
 from collections.abc import Sequence

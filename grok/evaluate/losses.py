@@ -19,8 +19,7 @@ from grok.train.run_data import open_held_out
 
 
 class TextLoss(NamedTuple):
-    """Loss of a text: nats per token, the loss of training, and bits per byte of UTF-8, which are
-    comparable across tokenizers."""
+    """Loss of a text: nats per token, and bits per UTF-8 byte, comparable across tokenizers."""
 
     data: str
     tokens: int

@@ -1,7 +1,4 @@
-"""Log-probabilities of continuations, in batches of few shapes.
-
-Letters: B rows, T tokens, D embed, V vocab, c tokens of a chunk, n chunks.
-"""
+"""Log-probabilities of continuations. B rows, T tokens, D embed, V vocab, n chunks of c tokens."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,8 +19,7 @@ CHUNK_TOKENS = 512  # tokens of a row that have logits at a time
 
 
 class Score(NamedTuple):
-    """Sum of a continuation's log-probabilities in nats; is_greedy: each of its tokens is the most
-    likely one at its position."""
+    """A continuation's log-probability in nats; is_greedy: its tokens are all the likeliest."""
 
     log_probability: float
     is_greedy: bool

@@ -1,9 +1,7 @@
-"""Adafactor: second moments of matrices, stored as one number per row and one per column.
-
-Shazeer & Stern 2018, in the form of Zhai et al. 2022 (Scaling Vision Transformers, appendix): the
-decay of the second moment has a ceiling, and neither learning rate nor update depends on the
-parameter's own size, so that learning rates are those of AdamW.
-"""
+"""Adafactor: second moments of matrices, stored as one number per row and one per column. Shazeer &
+Stern 2018, in the form of Zhai et al. 2022 (Scaling Vision Transformers, appendix): the decay of
+the second moment has a ceiling, and neither learning rate nor update depends on the parameter's own
+size, so that learning rates are those of AdamW."""
 
 from typing import Any, NamedTuple
 
@@ -16,14 +14,15 @@ from grok.optim.param_groups import Specs, map_named
 
 # Added to squared gradients, so that the second moment of a row of zeros is not 0.
 EPSILON = 1e-30
+# Uses of large matrices, token table among them; a router's moments are kept whole.
+FACTORED_USES = ("matmul", "embed")
 # Decay 1 - t^-POWER: at first an even mean over all steps, later an exponential one.
 POWER = 0.8
 
 
 class FactoredState(NamedTuple):
-    """Second moments, as trees like the parameters. rows: the mean over a matrix's columns; of
-    other tensors, the full second moment. columns: the mean over its rows; None for other
-    tensors."""
+    """Second moments, as trees like the parameters. rows: the mean over a matrix's columns, or the
+    full second moment of another tensor. columns: the mean over its rows, or None."""
 
     updates: jax.Array  # int32: updates so far
     rows: Any
@@ -75,19 +74,14 @@ def _divide(spec: ParamSpec, grad: jax.Array, rows: jax.Array, columns: jax.Arra
     return grad * jax.lax.rsqrt(rows) * jax.lax.rsqrt(columns)
 
 
-def is_factored(spec: ParamSpec) -> bool:
-    """True of large matrices, token table among them; a router's moments are kept whole."""
-    return spec.use in ("matmul", "embed")
-
-
 def row_axes(spec: ParamSpec) -> tuple[int, ...]:
     """Axes of a tensor that are a matrix's rows; () if the tensor is not factored."""
-    return tuple(spec.contract_axes) if is_factored(spec) else ()
+    return tuple(spec.contract_axes) if spec.use in FACTORED_USES else ()
 
 
 def column_axes(spec: ParamSpec) -> tuple[int, ...]:
     """Axes of a tensor that are a matrix's columns; none of a tensor that is not factored."""
-    return tuple(spec.output_axes) if is_factored(spec) else ()
+    return tuple(spec.output_axes) if spec.use in FACTORED_USES else ()
 
 
 def _zero_mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

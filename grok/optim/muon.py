@@ -1,7 +1,5 @@
 """Muon: the momentum of a matrix, orthogonalized before it is applied (Jordan et al. 2024).
-
-Letters: R rows, C columns of one matrix: of one layer, and of one expert of a layer.
-"""
+Letters: R rows, C columns of one matrix: of one layer, and of one expert of a layer."""
 
 import math
 

@@ -1,7 +1,5 @@
 """Offloading: moments that lie in host memory between steps, and on the devices for the update.
-
-Only matrices are offloaded; counters and vectors are small, and stay on the devices.
-"""
+Only matrices are offloaded; counters and vectors are small, and stay on the devices."""
 
 from typing import Any
 

@@ -1,7 +1,5 @@
-"""The optimizer and the learning rate of a run, by name.
-
-Each optimizer turns a gradient into a direction; clipping, decay and groups are the same for all.
-"""
+"""The optimizer and the learning rate of a run, by name. Each optimizer turns a gradient into a
+direction; clipping, decay and groups are the same for all."""
 
 from collections.abc import Callable
 
@@ -14,6 +12,9 @@ from grok.model.params import tensor_specs
 from grok.optim.adafactor import scale_by_factored_second_moment
 from grok.optim.muon import scale_by_muon
 from grok.optim.param_groups import Specs, check_groups, group_of, map_named
+
+# Wraps a function of optax, which multiplies counts by floats, where dtype promotion is strict.
+_with_optax_promotion = jax.numpy_dtype_promotion("standard")
 
 
 def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
@@ -29,16 +30,6 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
         scale_groups(config),
     )
     return optax.GradientTransformation(chain.init, _with_optax_promotion(chain.update))
-
-
-def _with_optax_promotion(f: Callable) -> Callable:
-    """`f`, in which optax may multiply counts by floats where dtype promotion is strict."""
-
-    def promoting(*args):
-        with jax.numpy_dtype_promotion("standard"):
-            return f(*args)
-
-    return promoting
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

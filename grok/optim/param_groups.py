@@ -1,6 +1,5 @@
 """Trained and frozen tensors, and parameter groups: patterns over names such as
-`layers/moe/router_DE`. In the trained part of a model, None stands for every frozen tensor.
-"""
+`layers/moe/router_DE`. In the trained part of a model, None stands for every frozen tensor."""
 
 import fnmatch
 from collections.abc import Callable, Collection, Mapping
@@ -81,11 +80,9 @@ def partition(model: Any, predicate: Callable[[str], bool]) -> tuple[Any, Any]:
 
 def combine(selected: Any, rest: Any) -> Any:
     """The inverse of `partition`: tensors from `selected` where it has them, else from `rest`."""
-
-    def one(leaf, other):
-        return other if leaf is None else leaf
-
-    return jax.tree.map(one, selected, rest, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda x, y: y if x is None else x, selected, rest, is_leaf=lambda x: x is None
+    )
 
 
 def map_named(f: Callable, tree: Any, *rest: Any) -> Any:

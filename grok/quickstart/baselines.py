@@ -1,8 +1,5 @@
-"""Bits per UTF-8 byte of the same held-out text under simple models: the bar for a trained one.
-
-Smoothing is tuned on training text; every token is predicted, also the eos of each document.
-V vocabulary, S tokens of a stream.
-"""
+"""Bits per UTF-8 byte of held-out text under simple models, smoothing tuned on training text; every
+token is predicted, also the eos of each document. V vocabulary, S tokens of a stream."""
 
 import gzip
 

@@ -1,7 +1,5 @@
 """A corpus that comes with Python, so that it needs no network: the language reference of `help()`.
-
-Its size, and every number measured on it, depend on the Python version.
-"""
+Its size, and every number measured on it, depend on the Python version."""
 
 import hashlib
 import pydoc_data.topics
@@ -31,9 +29,8 @@ def write_corpus(folder: str | Path) -> tuple[Path, Path]:
 
 
 def heldout_topics(topics: Mapping[str, str]) -> set[str]:
-    """The topics to hold out: at most a tenth of the bytes, chosen by hash of their names. Many
-    topics repeat parts of others. Topics that share a paragraph stay on one side, so that none of
-    the held-out text can be memorised."""
+    """The topics to hold out: at most a tenth of the bytes, chosen by hash of their names. Topics
+    that share a paragraph stay on one side, so that no held-out text can be memorised."""
     sizes = {topic: len(text.encode()) for topic, text in topics.items()}
     room = HELDOUT_SHARE * sum(sizes.values())
     heldout: set[str] = set()

@@ -1,10 +1,8 @@
-"""The quickstart's picture: how the loss fell, and how evenly the router used its experts.
-
-E experts, P logged points.
-"""
+"""The quickstart's picture: loss, and the load of the experts. E experts, P logged points."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -50,14 +48,8 @@ def plot_run(
     handles, labels = right.get_legend_handles_labels()
     E = len(training[0]["expert_load"])
     order = [*range(E - 1, -1, -1), *range(E, len(labels))[:1]]
-    right.legend(
-        [handles[i] for i in order],
-        [labels[i] for i in order],
-        loc="center left",
-        bbox_to_anchor=(1.01, 0.5),
-        frameon=False,
-        ncols=-(-E // 16),
-    )
+    style: Any = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "ncols": -(-E // 16)}
+    right.legend([handles[i] for i in order], [labels[i] for i in order], frameon=False, **style)
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=4, frameon=False)
     figure.savefig(path)
 
@@ -65,7 +57,6 @@ def plot_run(
 def _draw_loss(
     axes: Axes, steps_P: np.ndarray, training: Sequence[dict], validation: Sequence[dict], restarts
 ) -> None:
-    """Loss over steps; in bits per byte where validation lines give the scale."""
     scale, unit = 1.0, "nats per token"
     if validation:
         scale = validation[-1]["validation_bits_per_byte"] / validation[-1]["validation_loss"]
@@ -90,21 +81,14 @@ def _draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
     bottom, top = axes.get_ylim()
     gap = LABEL_GAP * (top - bottom)
     free = bottom
+    transform = axes.get_yaxis_transform()
     arrow = {
         "arrowstyle": "-", "color": BASELINE_COLOR, "linewidth": 0.8, "relpos": (0, 0.5),
         "shrinkA": 0, "shrinkB": 0,
     }  # fmt: skip
+    style: Any = {"color": BASELINE_COLOR, "fontsize": 10, "verticalalignment": "center"}
+    style |= {"xycoords": transform, "textcoords": transform, "arrowprops": arrow}
     for name, bits in sorted(baselines.items(), key=lambda item: item[1]):
         height = max(bits, free)
         free = height + gap
-        axes.annotate(
-            f"{name} {bits:.2f}",
-            (1, bits),
-            (1.035, height),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords=axes.get_yaxis_transform(),
-            color=BASELINE_COLOR,
-            fontsize=10,
-            verticalalignment="center",
-            arrowprops=arrow,
-        )
+        axes.annotate(f"{name} {bits:.2f}", (1, bits), (1.035, height), **style)

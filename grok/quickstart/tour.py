@@ -1,8 +1,5 @@
-"""`grok quickstart`, told in order: text, tokenizer, training, a restart, results, samples.
-
-Training and sampling run in processes of their own through the same commands that a user types;
-this process never imports JAX.
-"""
+"""`grok quickstart`, in order: text, tokenizer, training, a restart, results, samples. Training and
+sampling run in processes of their own, by a user's commands; this process never imports JAX."""
 
 import contextlib
 import os
@@ -51,8 +48,7 @@ def run(folder: Path) -> int:
 
 
 def prepare_folder(folder: Path, console: Console) -> Path:
-    """Writes text, tokenizer and config into `folder`, but for an interrupted run, which is
-    continued; returns the config's path."""
+    """Writes text, tokenizer and config unless a run was interrupted; returns the config's path."""
     config_path = folder / "quickstart.yaml"
     if config_path.exists():
         if last_step(folder / "metrics.jsonl") < load_config(config_path).train.steps:

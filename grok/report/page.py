@@ -18,8 +18,7 @@ DARK = {
 
 
 class Figure(NamedTuple):
-    """An SVG under a title. With a second one, `narrow`, it takes the width of the page, and the
-    second replaces it on a phone."""
+    """An SVG under a title; of the page's width if a second, `narrow`, replaces it on a phone."""
 
     title: str
     svg: Markup

@@ -56,8 +56,7 @@ def status(run: RecordedRun) -> tuple[str, str]:
     step, steps = run.last_step, run.config.get("train.steps", 0)
     progress = f"step {step:,} of {steps:,}" if steps else f"step {step:,}"
     if not starts:
-        finished = steps and step >= steps
-        return f"finished, {progress}" if finished else progress, "muted"
+        return f"finished, {progress}" if steps and step >= steps else progress, "muted"
     code = starts[-1]["exit_code"]
     if code is None:
         return f"{progress}; still running, or killed: no end is recorded", "muted"

@@ -1,7 +1,4 @@
-"""Plots of a run, as PNG or as SVG with the page's CSS variables for colours and text as text.
-
-P points, L layers, E experts.
-"""
+"""Plots of a run, as PNG or SVG with the page's CSS colours. P points, L layers, E experts."""
 
 import io
 import re

@@ -18,8 +18,7 @@ from grok.train.telemetry.run_manifest import read_manifest
 @dataclasses.dataclass(frozen=True)
 class RecordedRun:
     """Content of a run's folder, empty where a file is missing. training, validation: lines of
-    `metrics.jsonl`, in order; restarts: the steps at which a new process took over; manifest:
-    `run.json`; config: values by dotted key."""
+    `metrics.jsonl`; restarts: steps at which a new process took over; config: by dotted key."""
 
     name: str
     folder: Path

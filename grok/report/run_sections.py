@@ -155,8 +155,7 @@ def goodput_section(run: RecordedRun) -> page.Section | None:
         "processes and the gaps between them, that share was spent on steps that are part of the "
         "result."
     )
-    colors = [color for _, _, color in bar]
-    table = page.Table(rows, ("", "time", "share"), (1, 2), colors=colors)
+    table = page.Table(rows, ("", "time", "share"), (1, 2), colors=[color for *_, color in bar])
     return page.Section("Goodput", [paragraph], tables=[table], bar=bar)
 
 

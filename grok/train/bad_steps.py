@@ -1,8 +1,6 @@
 """Bad steps: skipped and counted inside the compiled step, and the rollback after many in a row.
-
 Bad is a loss or gradient that is not finite, or, with `train.grad_spike_factor`, a norm so many
-times its running average. Such a step changes no parameter, moment or average, but is counted.
-"""
+times its running average. Such a step changes no parameter, moment or average, but is counted."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -74,11 +72,6 @@ def sums_of_squares(tensors: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def global_norm(squares: dict[str, jax.Array]) -> jax.Array:
     """The norm of several tensors together, from the sums of their squares."""
     return jnp.sqrt(sum(squares.values(), jnp.zeros(())))
-
-
-def is_bad_step(metrics: Mapping[str, jax.Array]) -> bool:
-    """Waits for a step's metrics; returns whether it was bad."""
-    return bool(metrics["bad_in_a_row"])
 
 
 def raise_if_diverged(

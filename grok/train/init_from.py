@@ -1,11 +1,8 @@
-"""The weights that a run starts from: train.init_from.
-
-A resumed run reads them again only if it trains adapters, since its checkpoints hold no more.
-"""
+"""The weights that a run starts from: train.init_from. A resumed run reads them again only if it
+trains adapters, since its checkpoints hold no more."""
 
 import dataclasses
 import os
-from collections.abc import Callable
 
 from jax.sharding import Mesh
 
@@ -30,11 +27,11 @@ class InitialWeights:
     identity: dict[str, str]
     source: Source | None = None
 
-    def load(self, mesh: Mesh, on_bytes: Callable[[int], None] | None = None) -> Decoder:
+    def load(self, mesh: Mesh) -> Decoder:
         """Returns the model with these weights in its `param_dtype`, int8 matrices dequantized;
         each process reads what its own devices hold."""
         assert self.source is not None
-        return put_on_mesh(converted(self.source, self.source.config.param_dtype), mesh, on_bytes)
+        return put_on_mesh(converted(self.source, self.source.config.param_dtype), mesh)
 
 
 def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeights | None:
@@ -64,9 +61,8 @@ def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeigh
 
 
 def open_initial(path: str, model: ModelConfig) -> InitialWeights:
-    """Opens the weights at `path`, in any format that `open_source` knows, local or at gs://, and
-    reads a small sample. Raises CheckpointError when they are of another model than `model`, naming
-    the field, and as `open_source` does."""
+    """Opens the weights at `path`, in any format, local or at gs://, and reads a small sample.
+    Raises CheckpointError as `open_source` does, and naming the field in which `model` differs."""
     stated = stated_config(path)
     key = differing_key(stated, model) if stated else None
     if stated and key:

@@ -1,13 +1,10 @@
-"""A training run, top to bottom.
-
-Its folder holds `config.yaml` (resolved), `tokenizer.model`, `checkpoints/` and the files of
-`grok.train.telemetry.telemetry`. Started again, a run resumes bit for bit.
-"""
+"""A training run, which resumes bit for bit when started again. Its folder holds `config.yaml`
+(resolved), `tokenizer.model`, `checkpoints/` and the files of `grok.train.telemetry.telemetry`."""
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,14 +22,8 @@ from grok.model.mesh_fit import check_fits
 from grok.optim.optimizer import make_optimizer
 from grok.optim.param_groups import combine, names
 from grok.preemption import PreemptionSignal
-from grok.train.bad_steps import (
-    Skipped,
-    batch_number,
-    is_bad_step,
-    raise_if_diverged,
-    rollback_step,
-    skip_batches,
-)
+from grok.train import bad_steps
+from grok.train.bad_steps import Skipped, batch_number, raise_if_diverged
 from grok.train.checkpointing import restore, save
 from grok.train.init_from import InitialWeights, initial_weights
 from grok.train.loss import eval_step, validate
@@ -167,9 +158,9 @@ def train_steps(run: Run, start: Start, preemption: PreemptionSignal) -> int:
         raise_if_diverged, names=names(start.state.model), limit=config.train.max_bad_steps
     )
     telemetry.resumed(start.step)
-    step = saved_step = start.step
-    state = start.state
-    batches = training_batches(run, start)
+    step, saved_step, state = start.step, start.step, start.state
+    numbers = range(*(batch_number(number, start.skipped) for number in (step, run.last_step)))
+    batches = global_batches(run.data.train, run.mesh, numbers, config.data.prefetch)
     metrics: dict[str, jax.Array] = {}
     save_due = False
     while step < run.last_step:
@@ -198,7 +189,7 @@ def train_steps(run: Run, start: Start, preemption: PreemptionSignal) -> int:
         if is_last:
             check(step, metrics)
         # A checkpoint on the way is of a good step: one to roll back to.
-        if run.saves and (is_last or (save_due and not is_bad_step(metrics))):
+        if run.saves and (is_last or (save_due and not metrics["bad_in_a_row"])):
             save_state(run, step, state, losses, start.skipped)
             saved_step, save_due = step, False
         if preemption.should_stop():
@@ -207,12 +198,6 @@ def train_steps(run: Run, start: Start, preemption: PreemptionSignal) -> int:
         check(step, metrics)
         save_state(run, step, state, {}, start.skipped)
     return step
-
-
-def training_batches(run: Run, start: Start) -> Iterator[dict[str, jax.Array]]:
-    """The batches of all remaining steps, on the devices."""
-    first, last = (batch_number(step, start.skipped) for step in (start.step, run.last_step))
-    return global_batches(run.data.train, run.mesh, range(first, last), run.config.data.prefetch)
 
 
 def log_step(run: Run, step: int, metrics: dict[str, jax.Array], skipped: Skipped) -> None:
@@ -261,10 +246,10 @@ def roll_back(run: Run, start: Start, error: Diverged) -> Start:
     run.checkpoints.wait()
     if not (run.config.train.rollback_on_divergence and run.saves):
         raise error
-    step = rollback_step(run.checkpoints.steps(), error, start.step, start.rolled_back)
+    step = bad_steps.rollback_step(run.checkpoints.steps(), error, start.step, start.rolled_back)
     run.checkpoints.delete_after(step)
     good = from_checkpoint(run, step)
-    skipped = skip_batches(good.skipped, step, error, start.skipped)
+    skipped = bad_steps.skip_batches(good.skipped, step, error, start.skipped)
     first, last = skipped[-1]
     run.telemetry.rolled_back(step, skipped_batches=[first, last], reason=str(error))
     run.telemetry.log(

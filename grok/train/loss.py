@@ -1,7 +1,5 @@
 """Losses of a batch (cross-entropy, z-loss, the router's balance loss) and of a held-out text.
-
-Letters: B batch, T length, D embed, V vocab.
-"""
+Letters: B batch, T length, D embed, V vocab."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple

@@ -1,6 +1,5 @@
 """Replay: repeats steps of a run in a temporary folder, from a checkpoint or from its beginning,
-and compares every loss and gradient norm that it logged, bit for bit.
-"""
+and compares every loss and gradient norm that it logged, bit for bit."""
 
 import dataclasses
 import hashlib
@@ -74,8 +73,7 @@ def find_segment(folder: Path, first: int | None, num_steps: int | None) -> Segm
 
 
 def replay(segment: Segment) -> list[Comparison]:
-    """Runs the steps again and compares. Raises CheckpointError when devices or text are not the
-    run's, or when asked to stop."""
+    """Repeats the steps. CheckpointError when devices or text are not the run's, or if stopped."""
     _check_same_machine_and_text(segment)
     with tempfile.TemporaryDirectory(prefix="grok-replay-") as name:
         folder = Path(name)

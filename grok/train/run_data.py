@@ -102,6 +102,5 @@ def check_unchanged(
 
 
 def _names(hashes: list[dict[str, str]]) -> str:
-    """`data/a (manifest 0123456789ab) and ...` for messages."""
     names = [f"{dataset['path']} (manifest {dataset['hash'][:12]})" for dataset in hashes]
     return " and ".join(names) or "no prepared datasets"

@@ -37,9 +37,8 @@ def init_state(
     mesh: Mesh,
     model: Decoder | None = None,
 ) -> TrainState:
-    """Returns a fresh TrainState, every array made on the devices that hold it. Its parameters are
-    those of `model`, which is donated, or else drawn from the seed; adapters, if the config has
-    some, are new."""
+    """Returns a fresh TrainState, every array made on the devices that hold it: parameters of
+    `model`, which is donated, or else drawn from the seed; adapters are new."""
     make = _make(config, optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
     jit = functools.partial(jax.jit, out_shardings=shardings, compiler_options=quick_to_compile())

@@ -1,7 +1,5 @@
-"""The training step, a pure function: loss and gradients of a batch, and the optimizer's update.
-
-B rows of a batch, T tokens of a row, n microbatches.
-"""
+"""The training step, a pure function: loss and gradients of a batch, and the optimizer's update. B
+rows of a batch, T tokens of a row, n microbatches."""
 
 from typing import Any
 
@@ -17,7 +15,6 @@ from grok.ops.weights.low_precision_grad import LowPrecisionGrad
 from grok.optim import offload
 from grok.optim.optimizer import make_schedule
 from grok.optim.param_groups import combine, map_named, metric_group, names, partition, trainable
-from grok.train import update_cpu
 from grok.train.bad_steps import (
     detect_bad_step,
     global_norm,
@@ -98,10 +95,8 @@ def microbatches(x_BT: jax.Array, n: int) -> jax.Array:
     """The rows of a batch as `n` microbatches of every `n`-th row, on a leading axis. Neighbouring
     rows are on one device, so each device keeps its rows and has as many of every microbatch."""
     B, T = x_BT.shape
-    out_sharding = (
-        None if sharding.ambient_mesh() is None else sharding.spec("batch", None, "length")
-    )
-    return jnp.moveaxis(jax.lax.reshape(x_BT, (B // n, n, T), out_sharding=out_sharding), 1, 0)
+    spec = None if sharding.ambient_mesh() is None else sharding.spec("batch", None, "length")
+    return jnp.moveaxis(jax.lax.reshape(x_BT, (B // n, n, T), out_sharding=spec), 1, 0)
 
 
 def update(
@@ -118,16 +113,17 @@ def update(
         guard = update_guard(state.guard, bad, global_norm(grad_squares))
     with jax.named_scope("apply_updates"):
         if hardware.platform() == "cpu":
-            params, opt_state, update_squares = update_cpu.apply_in_place(
+            params, opt_state, update_squares = apply_in_place(
                 bad, old_params, old_opt_state, grads, updates, update_squares, optimizer
             )
         else:
             params = select_if_ok(bad, optax.apply_updates(old_params, updates), old_params)
             opt_state = select_if_ok(bad, opt_state, old_opt_state)
         opt_state = offload.back(opt_state, state.opt_state)
-    ema = state.ema
+    ema, decay = state.ema, config.optimizer.ema_decay
     if ema is not None:
-        ema = select_if_ok(bad, ema_update(ema, params, config.optimizer.ema_decay), ema)
+        new_ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, as_float32(params))
+        ema = select_if_ok(bad, new_ema, ema)
     update_squares = {name: jnp.where(bad, 0, square) for name, square in update_squares.items()}
     metrics = {
         # A bad step leaves its place in the schedule to the next.
@@ -141,13 +137,7 @@ def update(
         "bad_in_a_row": guard.bad_in_a_row.astype(jnp.float32),
         "bad_tensors": jnp.stack([to_blame.get(name, False) for name in names(state.model)]),
     }
-    model = combine(params, state.model)
-    return TrainState(state.step + 1, model, opt_state, guard, ema), metrics
-
-
-def ema_update(ema, params, decay: float):
-    """The moving average after a step that led to `params`."""
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, as_float32(params))
+    return TrainState(state.step + 1, combine(params, state.model), opt_state, guard, ema), metrics
 
 
 def norms(name: str, squares: dict[str, jax.Array], config: RunConfig) -> dict:
@@ -158,3 +148,35 @@ def norms(name: str, squares: dict[str, jax.Array], config: RunConfig) -> dict:
         groups.setdefault(metric_group(config.optimizer, specs[tensor]), {})[tensor] = square
     group_norms = {f"{name}/{group}": global_norm(members) for group, members in groups.items()}
     return {name: global_norm(squares)} | group_norms
+
+
+def apply_in_place(
+    bad: jax.Array,
+    params: Any,
+    opt_state: optax.OptState,
+    grads: Any,
+    updates: Any,
+    update_squares: dict[str, jax.Array],
+    optimizer: optax.GradientTransformation,
+) -> tuple[Any, optax.OptState, dict[str, jax.Array]]:
+    """Returns `params` after `updates` and `opt_state` after `grads`, both unchanged after a bad
+    step, and `update_squares`, the updates' sums of squares, computed before any tensor changes.
+
+    XLA on CPU would otherwise copy them and hold all updates at once. With these barriers it reads
+    all that an update needs, then changes a tensor in place, then its moments, computed again."""
+    params, updates, squares = barrier_per_leaf(params, updates, list(update_squares.values()))
+    update_squares = dict(zip(update_squares, squares, strict=True))
+    new_params = select_if_ok(bad, optax.apply_updates(params, updates), params)
+    new_params, grads = barrier_per_leaf(new_params, grads)
+    _, new_opt_state = optimizer.update(grads, opt_state, as_float32(params))
+    return new_params, select_if_ok(bad, new_opt_state, opt_state), update_squares
+
+
+def barrier_per_leaf(*trees):
+    """The trees, each leaf available only once those at its position in all are computed."""
+    leaves = zip(*map(jax.tree.leaves, trees), strict=True)
+    barred_leaves = zip(*map(jax.lax.optimization_barrier, leaves), strict=True)
+    return [
+        jax.tree.unflatten(jax.tree.structure(tree), barred)
+        for tree, barred in zip(trees, barred_leaves, strict=True)
+    ]

@@ -1,20 +1,12 @@
-"""`events.jsonl`: the log of how a run spent its time, one JSON object a line.
+"""`events.jsonl`: the log of how a run spent its time, a JSON object a line with `time` (its start,
+seconds since 1970), `event` and, for a span of `during`, `seconds`, without the spans inside it.
 
-Each line has `time` (its start, seconds since 1970), `event` and, for a span, `seconds`, without
-the spans inside it. Events that others read:
-
-  began     a process started to work on the run
-  resumed   it continues after `step` steps, 0 at the very beginning
-  start, restore, compile, validate, save, profile
-            spans of `during`
-  steps     training steps `first` + 1 to `last`, without spans
-  data      seconds that the loop waited for batches since the line before
-  rolled_back
-            the run was rolled back to an earlier `step`, within one process
-  ended     the process exited by itself after `step`, with exit `code`
-
-Lines are appended, each by one write, so a kill costs at most the line being written.
-`measure_goodput` adds them up: the share of wall time that went to steps of the result.
+Spans: start, restore, compile, validate, save, profile. Other events: `began`, a process started to
+work on the run; `resumed`, it continues after `step` steps, 0 at the very beginning; `steps`,
+training steps `first` + 1 to `last`, without spans; `data`, seconds that the loop waited for
+batches since the line before; `rolled_back`, to an earlier `step`, within one process; `ended`, the
+process exited by itself after `step`, with exit `code`. Lines are appended, each by one write, so a
+kill costs at most the line being written. `measure_goodput` adds them up.
 """
 
 import contextlib
@@ -124,9 +116,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 @dataclasses.dataclass(frozen=True)
 class Goodput:
     """Wall time by kind, in the order of `KINDS`: of all processes that worked on the run, and of
-    the gaps between them, except after one that had finished it. useful: steps; lost: steps that
-    were not saved and so repeated; the spans; down: from the last line of a process that died to
-    the next process; other: the rest."""
+    the gaps between them, except after one that had finished it. useful: steps; lost: steps not
+    saved, so repeated; the spans; down: from the end of one that died to the next; other: rest."""
 
     seconds: dict[str, float]
 
@@ -163,14 +154,12 @@ def measure_goodput(events: Sequence[dict[str, Any]]) -> Goodput:
         spent = sum(line["seconds"] for line in lines if "seconds" in line)
         seconds["other"] += max(0.0, _end(lines) - lines[0]["time"] - spent)
     for before, after in itertools.pairwise(processes):
-        finished = before[-1]["event"] == "ended" and before[-1]["code"] == 0
-        if not finished:
+        if before[-1]["event"] != "ended" or before[-1]["code"] != 0:
             seconds["down"] += max(0.0, after[0]["time"] - _end(before))
     return Goodput(seconds)
 
 
 def _processes(events: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The lines of each process that worked on the run."""
     processes: list[list[dict[str, Any]]] = []
     for line in events:
         if line["event"] == "began" or not processes:

@@ -117,7 +117,6 @@ class RunManifest:
         self._write()
 
     def _add_checkpoints(self, before: int | None) -> None:
-        """Adds the complete checkpoints that are not listed yet."""
         folder = storage.join(self._folder, "checkpoints")
         checkpoints = self._facts["checkpoints"]
         for name in storage.list_files(folder) if storage.exists(folder) else ():
@@ -172,8 +171,7 @@ def code_version() -> dict[str, Any]:
     """Commit of the code, and whether files differ from it; both None outside a git clone."""
     package = Path(__file__).parents[2]
     commit = _git(package, "rev-parse", "HEAD")
-    tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py")
-    if commit is None or tracked is None:
+    if commit is None or _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return {"commit": None, "dirty": None}
     status = _git(package, "status", "--porcelain", "--untracked-files=no", ".", "../configs")
     return {"commit": commit.strip(), "dirty": bool(status)}
@@ -204,10 +202,9 @@ def describe_devices(facts: dict[str, Any]) -> str:
 
 def describe_data(config: RunConfig, data: RunData) -> list[dict[str, str]]:
     """The training and validation data and the tokenizer, with hashes."""
-    files = (*config.data.train, *config.data.validation, config.data.tokenizer)
     return [{"dataset": d["path"], "manifest": d["hash"]} for d in data.hashes] + [
         {"file": path, "sha256": hashlib.sha256(storage.read_bytes(path)).hexdigest()}
-        for path in files
+        for path in (*config.data.train, *config.data.validation, config.data.tokenizer)
     ]
 
 
@@ -223,7 +220,6 @@ def describe_checkpoint(folder: str) -> dict[str, Any]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of a git command; None if it fails or git is not installed."""
     try:
         return subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True

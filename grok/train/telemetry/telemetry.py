@@ -1,8 +1,6 @@
 """Everything that a run records while it goes on: `metrics.jsonl`, `events.jsonl`, `run.json`,
-where the config asks for them TensorBoard's files and a profile, and progress on the terminal.
-
-Of several processes only the primary does any of this.
-"""
+where the config asks for them TensorBoard's files and a profile, and progress on the terminal. Of
+several processes only the primary does any of this."""
 
 import contextlib
 import dataclasses
@@ -73,7 +71,6 @@ class Telemetry:
         return self._folder and self._folder / name
 
     def _open(self, exits: contextlib.ExitStack) -> None:
-        """Opens what is written to; `exits` closes it."""
         config, folder = self._config, self._folder
         self.rates = Rates(config.model, self._mesh, self.events)
         self.metrics = exits.enter_context(MetricsFile(self._path("metrics.jsonl"), self._step))
@@ -211,11 +208,9 @@ class Rates:
         """Returns the rates since the last call: `tokens_per_second`, None without a step, and on
         known chips `mfu`, the share of their peak FLOP/s that `flops_per_token` amounts to."""
         seconds = self._clock() - self._since
-        rates: dict[str, float | None] = {"tokens_per_second": None}
-        if self._tokens:
-            rates["tokens_per_second"] = self._tokens / seconds
-            if self._peak is not None:
-                rates["mfu"] = self._flops / seconds / self._peak
+        rates = {"tokens_per_second": self._tokens / seconds if self._tokens else None}
+        if self._tokens and self._peak is not None:
+            rates["mfu"] = self._flops / seconds / self._peak
         self._tokens = self._flops = 0
         self._since = self._clock()
         return rates

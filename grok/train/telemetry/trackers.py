@@ -18,9 +18,8 @@ class Tracker(NamedTuple):
 
 
 def open_trackers(config: RunConfig, folder: Path, run_id: str, first: int) -> list[Tracker]:
-    """Opens the trackers of `train.tensorboard` and `train.wandb`, with files in `folder`; they
-    continue the run `run_id` after step `first`. Raises ConfigError when a package is missing, or
-    the service refuses the login."""
+    """Opens the trackers that the config asks for, with files in `folder`, to continue `run_id`
+    after step `first`. Raises ConfigError for a missing package or a login that is refused."""
     trackers = []
     if config.train.tensorboard:
         _require("tensorboardX", "train.tensorboard=true", "tensorboard")
@@ -47,7 +46,6 @@ def _tensorboard(folder: Path, first: int) -> Tracker:
 
 
 def _weights_and_biases(config: RunConfig, folder: Path, run_id: str) -> Tracker:
-    """A run of W&B, which a resumed run goes on with."""
     import wandb
 
     try:
