@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections import Counter
 from typing import Any
 
 from grok.config import ModelConfig
@@ -56,12 +55,11 @@ class Inspection:
     @property
     def dtype(self) -> str | None:
         """The type of the matrices."""
-        sizes: Counter[str] = Counter()
-        for tensor in self.tensors:
-            sizes[tensor.dtype] += tensor.bytes
-        # What stands beside int8 matrices is float32, and may be larger.
-        largest = next((dtype for dtype, _ in sizes.most_common()), None)
-        return "int8" if "int8" in sizes else largest
+        specs = param_specs(self.config) if self.config else {}
+        matrices = (
+            t for t in self.tensors if t.groups or ((s := specs.get(t.name)) and s.is_matmul)
+        )
+        return next((tensor.dtype for tensor in matrices), None)
 
     @property
     def bytes(self) -> int:
