@@ -85,9 +85,8 @@ class ProgressDisplay:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _move(self, **fields: Any) -> None:
-        self._bar.update(
-            self._task, completed=self.done, total=self.total, label=self._count(), **fields
-        )
+        fields |= {"completed": self.done, "total": self.total, "label": self._count()}
+        self._bar.update(self._task, **fields)
 
     def _count(self) -> str:
         share = self.done / self.total if self.total else 0.0

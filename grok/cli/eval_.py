@@ -20,21 +20,15 @@ from grok.errors import ConfigError
     metavar="PATH",
     help="Text file, or dataset of `grok data prepare`; may be given several times.",
 )
-@click.option(
-    "--tasks", multiple=True, metavar="TASK", help="Task of lm-eval; may be given several times."
-)
+@click.option("--tasks", multiple=True, metavar="TASK", help="Task of lm-eval; may be repeated.")
 @click.option(
     "--tasks-folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder with YAML files of more tasks.",
 )
-@click.option(
-    "--fewshot", type=click.IntRange(0), help="Examples before each question; default: the task's."
-)
+@click.option("--fewshot", type=click.IntRange(0), help="Examples a question; default: the task's.")
 @click.option("--limit", type=click.IntRange(1), help="Questions of each task.")
-@click.option(
-    "--config", metavar="CONFIG", help="Preset or YAML file of the model that CHECKPOINT holds."
-)
+@click.option("--config", metavar="CONFIG", help="Preset or YAML file of CHECKPOINT's model.")
 @click.option("--tokenizer", metavar="FILE", help="SentencePiece model of these weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def eval_(

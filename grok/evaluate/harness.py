@@ -37,9 +37,7 @@ class LmEvalModel(TemplateLM):
         """The token that ends documents and precedes a text without context."""
         return self._tokenizer.eos_id
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **others: Any
-    ) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens=None, **others: Any) -> list[int]:
         """Ids of a text; special tokens are never added."""
         return self._tokenizer.encode(string)
 

@@ -34,9 +34,8 @@ def evaluate_texts(
     """The loss on each of these text files and token datasets, one after the other. Rows have the
     shape that `config.data` gives, and are split over the mesh. Raises DataError for one that
     cannot be read, has nothing to predict, or is of another tokenizer, before any is run."""
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, tokenizer=tokenizer_file)
-    )
+    data = dataclasses.replace(config.data, tokenizer=tokenizer_file)
+    config = dataclasses.replace(config, data=data)
     tokenizer = load_tokenizer(tokenizer_file)
     held_out = []
     for path in paths:

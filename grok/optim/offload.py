@@ -29,9 +29,7 @@ def to_device(tree: Any) -> Any:
 def back(tree: Any, before: Any) -> Any:
     """Moves leaves to host memory where those of `before`, of the same structure, are; traced."""
     host = jax.memory.Space.Host
-    return jax.tree.map(
-        lambda x, was: jax.device_put(x, host) if _on_host(was) else x, tree, before
-    )
+    return jax.tree.map(lambda x, y: jax.device_put(x, host) if _on_host(y) else x, tree, before)
 
 
 def is_on_host(leaf: Any) -> bool:

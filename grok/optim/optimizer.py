@@ -1,8 +1,6 @@
 """The optimizer and the learning rate of a run, by name. Each optimizer turns a gradient into a
 direction; clipping, decay and groups are the same for all."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -80,12 +78,7 @@ def _muon(config: OptimizerConfig, specs: Specs) -> optax.GradientTransformation
     return optax.partition({"muon": muon, "adam": _adam(config, specs)}, kinds)
 
 
-DIRECTIONS: dict[str, Callable[[OptimizerConfig, Specs], optax.GradientTransformation]] = {
-    "adamw": _adam,
-    "adafactor": _adafactor,
-    "lion": _lion,
-    "muon": _muon,
-}
+DIRECTIONS = {"adamw": _adam, "adafactor": _adafactor, "lion": _lion, "muon": _muon}
 
 
 def keep_moments_in(dtype: str, inner: optax.GradientTransformation):

@@ -2,6 +2,8 @@
 `layers/moe/router_DE`. In the trained part of a model, None stands for every frozen tensor."""
 
 import fnmatch
+import functools
+import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -80,13 +82,10 @@ def partition(model: Any, predicate: Callable[[str], bool]) -> tuple[Any, Any]:
 
 def combine(selected: Any, rest: Any) -> Any:
     """The inverse of `partition`: tensors from `selected` where it has them, else from `rest`."""
-    return jax.tree.map(
-        lambda x, y: y if x is None else x, selected, rest, is_leaf=lambda x: x is None
-    )
+    is_none = functools.partial(operator.is_, None)
+    return jax.tree.map(lambda x, y: y if x is None else x, selected, rest, is_leaf=is_none)
 
 
 def map_named(f: Callable, tree: Any, *rest: Any) -> Any:
     """`jax.tree.map` with the tensor's name as the first argument of `f`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: f(name_of(path), *leaves), tree, *rest
-    )
+    return jax.tree.map_with_path(lambda path, *xs: f(name_of(path), *xs), tree, *rest)

@@ -2,6 +2,7 @@
 token is predicted, also the eos of each document. V vocabulary, S tokens of a stream."""
 
 import gzip
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,23 +16,23 @@ DISCOUNTS = tuple(np.arange(0.05, 1.0, 0.05))
 
 def unigram_bits_per_byte(train: TokenStream, heldout: TokenStream, vocab_size: int) -> float:
     """Bits per byte of `heldout` under token frequencies of `train`, smoothed by added counts."""
-    fit_S, tune_S = _split(train.tokens_S)
-    losses = [_unigram_nats(fit_S, tune_S, vocab_size, added) for added in ADDED_COUNTS]
-    added = ADDED_COUNTS[int(np.argmin(losses))]
-    nats = _unigram_nats(train.tokens_S, heldout.tokens_S, vocab_size, added)
-    return bits_per_byte(nats, heldout.num_bytes)
+
+    def nats(train_S: np.ndarray, heldout_S: np.ndarray, added: float) -> float:
+        counts_V = np.bincount(train_S, minlength=vocab_size) + added
+        return float(-np.log(counts_V[heldout_S] / counts_V.sum()).sum())
+
+    return _tuned_bits_per_byte(nats, train, heldout, ADDED_COUNTS)
 
 
 def bigram_bits_per_byte(train: TokenStream, heldout: TokenStream, vocab_size: int) -> float:
     """Bits per byte of `heldout` under pairs of tokens in `train`: interpolated Kneser-Ney. Chen
     and Goodman, "An empirical study of smoothing techniques for language modeling" (1998), section
     2.7, with one discount; the lower order is interpolated with the uniform distribution."""
-    fit_S, tune_S = _split(train.tokens_S)
-    eos_id = train.eos_id
-    losses = [_bigram_nats(fit_S, tune_S, vocab_size, eos_id, d) for d in DISCOUNTS]
-    discount = DISCOUNTS[int(np.argmin(losses))]
-    nats = _bigram_nats(train.tokens_S, heldout.tokens_S, vocab_size, eos_id, discount)
-    return bits_per_byte(nats, heldout.num_bytes)
+
+    def nats(train_S: np.ndarray, heldout_S: np.ndarray, discount: float) -> float:
+        return _bigram_nats(train_S, heldout_S, vocab_size, train.eos_id, discount)
+
+    return _tuned_bits_per_byte(nats, train, heldout, DISCOUNTS)
 
 
 def gzip_bits_per_byte(text: bytes) -> float:
@@ -39,18 +40,14 @@ def gzip_bits_per_byte(text: bytes) -> float:
     return 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text)
 
 
-def _split(tokens_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens to count, and the last tenth, to tune a constant on."""
-    cut = len(tokens_S) - max(1, int(TUNING_SHARE * len(tokens_S)))
-    return tokens_S[:cut], tokens_S[cut:]
-
-
-def _unigram_nats(
-    train_S: np.ndarray, heldout_S: np.ndarray, vocab_size: int, added: float
+def _tuned_bits_per_byte(
+    nats: Callable, train: TokenStream, heldout: TokenStream, constants: Sequence[float]
 ) -> float:
-    """Summed loss with `added` more counts of every token than were seen."""
-    counts_V = np.bincount(train_S, minlength=vocab_size) + added
-    return float(-np.log(counts_V[heldout_S] / counts_V.sum()).sum())
+    """Bits per byte with the constant that is best for the last tenth of the training tokens."""
+    cut = len(train.tokens_S) - max(1, int(TUNING_SHARE * len(train.tokens_S)))
+    losses = [nats(train.tokens_S[:cut], train.tokens_S[cut:], c) for c in constants]
+    best = constants[int(np.argmin(losses))]
+    return bits_per_byte(nats(train.tokens_S, heldout.tokens_S, best), heldout.num_bytes)
 
 
 def _bigram_nats(

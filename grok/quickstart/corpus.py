@@ -34,9 +34,7 @@ def heldout_topics(topics: Mapping[str, str]) -> set[str]:
     sizes = {topic: len(text.encode()) for topic, text in topics.items()}
     room = HELDOUT_SHARE * sum(sizes.values())
     heldout: set[str] = set()
-    for group in sorted(
-        _groups(topics), key=lambda group: hashlib.sha256(group[0].encode()).digest()
-    ):
+    for group in sorted(_groups(topics), key=lambda g: hashlib.sha256(g[0].encode()).digest()):
         size = sum(sizes[topic] for topic in group)
         if size <= room:
             heldout.update(group)

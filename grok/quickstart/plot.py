@@ -15,9 +15,7 @@ BASELINE_COLOR = "#555555"
 LABEL_GAP = 0.055  # least distance of two baseline labels, as a share of the axis height
 
 
-def plot_run(
-    metrics_lines: Sequence[dict], path: str | Path, baselines: Mapping[str, float]
-) -> None:
+def plot_run(metrics: Sequence[dict], path: str | Path, baselines: Mapping[str, float]) -> None:
     """Draws the lines of a metrics.jsonl as a PNG of 1400 x 600 pixels at `path`.
 
     Left: training and validation loss in bits per byte, with `baselines` (name: bits per byte) as
@@ -25,7 +23,7 @@ def plot_run(
     of the validation text. Without a validation line that scale is unknown: then the loss is drawn
     in nats per token, without baselines. Right: share of the tokens that each expert got. A dashed
     vertical line marks a restart of the process. DataError without training lines."""
-    lines, restarts = drop_redone_steps(metrics_lines)
+    lines, restarts = drop_redone_steps(metrics)
     training = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "validation_loss" in line]
     if not training:

@@ -39,7 +39,8 @@ def run(folder: Path) -> int:
     show_results(config_path, console)
     for prompt in PROMPTS:
         console.rule("a continuation")
-        if code := sample(folder, prompt):
+        options = ["--prompt", prompt, "--max-tokens", "60"]
+        if code := subprocess.run([*GROK, "sample", str(folder), *options], check=False).returncode:
             return code
     console.rule("next")
     console.print(next_steps(folder, config_path), soft_wrap=True)
@@ -57,9 +58,7 @@ def prepare_folder(folder: Path, console: Console) -> Path:
         for name in ("metrics.jsonl", "events.jsonl", "run.json"):
             (folder / name).unlink(missing_ok=True)
     elif folder.is_dir() and any(folder.iterdir()):
-        raise GrokError(
-            f"{folder} holds other files; --folder with a new name would keep them safe."
-        )
+        raise GrokError(f"{folder} holds other files; --folder with a new name keeps them safe.")
     train_path, heldout_path = write_corpus(folder)
     tokenizer_path = folder / "quickstart.model"
     vocab_size = load_config("quickstart").model.vocab_size
@@ -151,12 +150,6 @@ def compare(config: RunConfig, metrics: Sequence[Mapping]) -> dict[str, float]:
         "bigram": baselines.bigram_bits_per_byte(train_stream, heldout, vocab_size),
         "this model": trained[-1],
     }
-
-
-def sample(folder: Path, prompt: str) -> int:
-    """Runs `grok sample`, which prints a continuation of `prompt`; returns its exit code."""
-    options = ["--prompt", prompt, "--max-tokens", "60"]
-    return subprocess.run([*GROK, "sample", str(folder), *options], check=False).returncode
 
 
 def next_steps(folder: Path, config_path: Path) -> str:

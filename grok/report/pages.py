@@ -97,10 +97,8 @@ def headline_metrics(run: RecordedRun) -> dict[str, str]:
             metrics[name] = f"{values_P[-1]:.3f}"
     if len(run.training) and np.isfinite(run.tokens()[-1]):
         metrics["tokens seen"] = plots.short(run.tokens()[-1])
-    for name, key, style in (
-        ("tokens per second", "tokens_per_second", ",.0f"),
-        ("MFU", "mfu", ".1%"),
-    ):
+    speed = ("tokens per second", "tokens_per_second", ",.0f")
+    for name, key, style in (speed, ("MFU", "mfu", ".1%")):
         _, values_P = run.series(key)
         if len(values_P):
             metrics[name] = format(float(np.median(values_P)), style)
@@ -143,15 +141,12 @@ def token_curves(runs: Sequence[RecordedRun]) -> dict[str, run_sections.Draw]:
             if len(validated_P):
                 seen_P = np.interp(validated_P, steps_P, tokens_P)
                 held_out.append(plots.Series(run.name, seen_P, bits_P, number, "dots"))
-    curves = {
-        "Training loss, smoothed": ("nats per token", training),
-        "Held-out text": ("bits per byte", held_out),
-    }
+    loss, text = "Training loss, smoothed", "Held-out text"
+    curves = ((loss, "nats per token", training), (text, "bits per byte", held_out))
+    draw = functools.partial(plots.draw_curves, x_label="tokens seen")
     return {
-        title: functools.partial(
-            plots.draw_curves, series=series, x_label="tokens seen", y_label=unit
-        )
-        for title, (unit, series) in curves.items()
+        title: functools.partial(draw, series=series, y_label=unit)
+        for title, unit, series in curves
         if series
     }
 

@@ -80,9 +80,8 @@ class RecordedRun:
 def read_run(folder: str | Path) -> RecordedRun:
     """Reads the folder of a run; GrokError where it is none."""
     folder = Path(folder)
-    metrics, events, config_file = (
-        folder / name for name in ("metrics.jsonl", "events.jsonl", "config.yaml")
-    )
+    names = ("metrics.jsonl", "events.jsonl", "config.yaml")
+    metrics, events, config_file = (folder / name for name in names)
     if not any(path.exists() for path in (metrics, events, config_file)):
         raise GrokError(
             f"{folder} is no run's folder: it has neither metrics.jsonl nor config.yaml; a folder "

@@ -72,9 +72,8 @@ def curves_section(run: RecordedRun, marks: plots.Marks) -> page.Section | None:
     drawings: dict[str, Draw | None] = {}
     held_out = _held_out(run, "validation_bits_per_byte")
     if len(held_out.x_P):
-        drawings["Held-out text"] = lambda axes: plots.draw_curves(
-            axes, [held_out], "step", "bits per byte", marks
-        )
+        labels = ("step", "bits per byte", marks)
+        drawings["Held-out text"] = lambda axes: plots.draw_curves(axes, [held_out], *labels)
     for prefix, title in (("grad_norm", "Gradient norm"), ("update_norm", "Update norm")):
         series = [
             plots.Series(name, *run.series(f"{prefix}/{name}"), number)

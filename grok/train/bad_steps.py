@@ -41,10 +41,7 @@ def detect_bad_step(
     largest, norm = jnp.max(jnp.stack(list(squares.values()))), global_norm(squares)
     limit = config.grad_spike_factor * guard.smoothed_norm
     spike = (limit > 0) & (norm > limit)
-    to_blame = {
-        name: ~jnp.isfinite(square) | (spike & (square == largest))
-        for name, square in squares.items()
-    }
+    to_blame = {name: ~jnp.isfinite(x) | (spike & (x == largest)) for name, x in squares.items()}
     return ~(jnp.isfinite(loss) & jnp.isfinite(norm)) | spike, to_blame
 
 
@@ -74,9 +71,7 @@ def global_norm(squares: dict[str, jax.Array]) -> jax.Array:
     return jnp.sqrt(sum(squares.values(), jnp.zeros(())))
 
 
-def raise_if_diverged(
-    step: int, metrics: Mapping[str, jax.Array], names: Sequence[str], limit: int
-) -> None:
+def raise_if_diverged(step: int, metrics: Mapping, names: Sequence[str], limit: int) -> None:
     """Waits for the metrics of `step`; raises Diverged when the last `limit` steps were bad."""
     num_bad = int(metrics["bad_in_a_row"])
     if num_bad < limit:

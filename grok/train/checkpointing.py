@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from grok.train.loop import Run
 
 
-def save(
-    run: "Run", step: int, state: TrainState, losses: dict[str, float], skipped: Skipped = ()
-) -> None:
+def save(run: "Run", step: int, state: TrainState, losses: dict, skipped: Skipped = ()) -> None:
     """Starts saving all that a resumed run needs, `skipped` batches included; `losses` are those of
     a validation pass at this step, if there was one."""
     config, initial = run.config, run.initial

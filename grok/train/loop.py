@@ -154,9 +154,8 @@ def train_steps(run: Run, start: Start, preemption: PreemptionSignal) -> int:
     """Steps, reports, validates and saves, to the last step or until asked to stop. Returns the
     last step done, which is saved. Raises Diverged after too many bad steps."""
     config, telemetry = run.config, run.telemetry
-    check = functools.partial(
-        raise_if_diverged, names=names(start.state.model), limit=config.train.max_bad_steps
-    )
+    limit, tensors = config.train.max_bad_steps, names(start.state.model)
+    check = functools.partial(raise_if_diverged, names=tensors, limit=limit)
     telemetry.resumed(start.step)
     step, saved_step, state = start.step, start.step, start.state
     numbers = range(*(batch_number(number, start.skipped) for number in (step, run.last_step)))
@@ -221,9 +220,7 @@ def validation_losses(run: Run, step: int, state: TrainState) -> dict[str, float
     return losses
 
 
-def save_state(
-    run: Run, step: int, state: TrainState, losses: dict[str, float], skipped: Skipped
-) -> None:
+def save_state(run: Run, step: int, state: TrainState, losses: dict, skipped: Skipped) -> None:
     """Starts a save, which continues in the background. A failed save is reported, and the run goes
     on: older checkpoints are intact, and the next save may work. With several hosts it ends all:
     the others wait for this one in the midst of a save."""
@@ -252,9 +249,8 @@ def roll_back(run: Run, start: Start, error: Diverged) -> Start:
     skipped = bad_steps.skip_batches(good.skipped, step, error, start.skipped)
     first, last = skipped[-1]
     run.telemetry.rolled_back(step, skipped_batches=[first, last], reason=str(error))
-    run.telemetry.log(
-        f"{error} Back to the checkpoint of step {step}, and on without batches {first} to {last}."
-    )
+    resumed = f"Back to the checkpoint of step {step}, and on without batches {first} to {last}."
+    run.telemetry.log(f"{error} {resumed}")
     return Start(step, good.state, skipped, rolled_back=True)
 
 

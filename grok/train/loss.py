@@ -24,9 +24,8 @@ def token_losses(model: Decoder, x_BTD, targets_BT) -> tuple[jax.Array, jax.Arra
     with sharding.use_mesh_of(model.embed.table_VD[...]):
         vocab = model.config.vocab_size // sharding.axis_size("vocab")
         if targets_BT.size // sharding.axis_size("batch") * vocab > MAX_LOGITS:
-            entropy_BT, log_z_BT = model.embed.cross_entropy(
-                x_BTD, targets_BT, model.config.logit_multiplier
-            )
+            scale = model.config.logit_multiplier
+            entropy_BT, log_z_BT = model.embed.cross_entropy(x_BTD, targets_BT, scale)
             return entropy_BT, jnp.square(log_z_BT)
     target_BT, log_z_BT = target_and_log_z(model.unembed(x_BTD), targets_BT)
     return log_z_BT - target_BT, jnp.square(log_z_BT)
@@ -93,22 +92,20 @@ def eval_step(model, batch: dict) -> jax.Array:
     return jnp.sum(entropy_BT * batch["mask_BT"])
 
 
-def total_loss(
-    jitted_eval_step: Callable, model, batches: Iterable[Batch], mesh: Mesh
-) -> tuple[float, int]:
+def total_loss(step: Callable, model, batches: Iterable[Batch], mesh: Mesh) -> tuple[float, int]:
     """Sum of the cross-entropy of all tokens that count, in nats, and the number of them."""
     nats, num_tokens = 0.0, 0
     for batch in batches:
-        nats += float(jitted_eval_step(model, shard_batch(batch, mesh)))
+        nats += float(step(model, shard_batch(batch, mesh)))
         num_tokens += int(batch["mask_BT"].sum(dtype="float64"))
     return nats, num_tokens
 
 
 def validate(
-    jitted_eval_step: Callable, model, batches: Iterable[Batch], num_bytes: int | None, mesh: Mesh
+    step: Callable, model, batches: Iterable[Batch], num_bytes: int | None, mesh: Mesh
 ) -> dict[str, float]:
     """Loss of a pass in nats a token, and in bits per byte where `num_bytes` is known."""
-    nats, num_tokens = total_loss(jitted_eval_step, model, batches, mesh)
+    nats, num_tokens = total_loss(step, model, batches, mesh)
     losses = {"validation_loss": nats / num_tokens}
     if num_bytes is not None:
         losses["validation_bits_per_byte"] = bits_per_byte(nats, num_bytes)

@@ -153,8 +153,7 @@ def _check_same_machine_and_text(segment: Segment) -> None:
 def _replay_config(segment: Segment, folder: Path) -> RunConfig:
     """The segment's config in another folder, without what does not affect the numbers."""
     config, tokenizer = segment.config, str(segment.folder / "tokenizer.model")
-    data = dataclasses.replace(
-        config.data, validation=(), validation_dataset="", tokenizer=tokenizer
-    )
+    no_text: dict[str, Any] = {"validation": (), "validation_dataset": ""}
+    data = dataclasses.replace(config.data, **no_text, tokenizer=tokenizer)
     train = dataclasses.replace(config.train, tensorboard=False, wandb="", profile=(), eval_every=0)
     return dataclasses.replace(config, folder=str(folder), data=data, train=train)

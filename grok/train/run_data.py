@@ -88,9 +88,7 @@ def open_dataset(path: str, config: RunConfig) -> TokenDataset:
     return dataset
 
 
-def check_unchanged(
-    stored: list[dict[str, str]], hashes: list[dict[str, str]], checkpoint: str
-) -> None:
+def check_unchanged(stored: list[dict], hashes: list[dict], checkpoint: str) -> None:
     """Raises CheckpointError when a run would resume from `checkpoint` on other prepared datasets
     than it was trained on; a dataset may have moved."""
     if [dataset["hash"] for dataset in stored] != [dataset["hash"] for dataset in hashes]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
+from optax import GradientTransformation, OptState
 
 from grok import sharding
 from grok.config import RunConfig
@@ -26,16 +26,13 @@ class TrainState:
 
     step: jax.Array  # int32 scalar: steps done, bad ones among them
     model: Decoder
-    opt_state: optax.OptState  # of the trained parameters alone
+    opt_state: OptState  # of the trained parameters alone
     guard: Guard
     ema: Any  # moving average of the trained parameters, float32; None when the run has none
 
 
 def init_state(
-    config: RunConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    model: Decoder | None = None,
+    config: RunConfig, optimizer: GradientTransformation, mesh: Mesh, model: Decoder | None = None
 ) -> TrainState:
     """Returns a fresh TrainState, every array made on the devices that hold it: parameters of
     `model`, which is donated, or else drawn from the seed; adapters are new."""
@@ -46,9 +43,7 @@ def init_state(
         return jit(make)() if model is None else jit(make, donate_argnums=0)(model)
 
 
-def abstract_state(
-    config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def abstract_state(config: RunConfig, optimizer: GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`'s result, with nothing computed."""
     state = sharding.abstract_arrays(_make(config, optimizer), mesh)
     if config.optimizer.offload:
@@ -56,9 +51,7 @@ def abstract_state(
     return state
 
 
-def start_state(
-    config: RunConfig, optimizer: optax.GradientTransformation, model: Decoder
-) -> TrainState:
+def start_state(config: RunConfig, optimizer: GradientTransformation, model: Decoder) -> TrainState:
     """The state of a run that starts from `model`; traced, or on arrays."""
     params = as_float32(partition(model, trainable(config))[0])
     # A copy: a step cannot be given the same array twice.
@@ -66,7 +59,7 @@ def start_state(
     return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(params), init_guard(), ema)
 
 
-def _make(config: RunConfig, optimizer: optax.GradientTransformation):
+def _make(config: RunConfig, optimizer: GradientTransformation):
     def make(model: Decoder | None = None) -> TrainState:
         key = jax.random.key(config.train.seed)
         model = model or Decoder(config.model, key)

@@ -15,13 +15,8 @@ from grok.ops.weights.low_precision_grad import LowPrecisionGrad
 from grok.optim import offload
 from grok.optim.optimizer import make_schedule
 from grok.optim.param_groups import combine, map_named, metric_group, names, partition, trainable
-from grok.train.bad_steps import (
-    detect_bad_step,
-    global_norm,
-    select_if_ok,
-    sums_of_squares,
-    update_guard,
-)
+from grok.train import bad_steps
+from grok.train.bad_steps import global_norm, select_if_ok, sums_of_squares
 from grok.train.loss import batch_loss, count_tokens
 from grok.train.state import TrainState, as_float32
 
@@ -109,8 +104,8 @@ def update(
         updates, opt_state = optimizer.update(grads, old_opt_state, as_float32(params))
     with jax.named_scope("bad_step"):
         grad_squares, update_squares = (sums_of_squares(to_arrays(x)) for x in (grads, updates))
-        bad, to_blame = detect_bad_step(state.guard, loss, grad_squares, config.train)
-        guard = update_guard(state.guard, bad, global_norm(grad_squares))
+        bad, to_blame = bad_steps.detect_bad_step(state.guard, loss, grad_squares, config.train)
+        guard = bad_steps.update_guard(state.guard, bad, global_norm(grad_squares))
     with jax.named_scope("apply_updates"):
         if hardware.platform() == "cpu":
             params, opt_state, update_squares = apply_in_place(
@@ -125,11 +120,10 @@ def update(
         new_ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, as_float32(params))
         ema = select_if_ok(bad, new_ema, ema)
     update_squares = {name: jnp.where(bad, 0, square) for name, square in update_squares.items()}
+    schedule = make_schedule(config.optimizer, config.train.steps)
     metrics = {
         # A bad step leaves its place in the schedule to the next.
-        "learning_rate": make_schedule(config.optimizer, config.train.steps)(
-            state.step - state.guard.skipped
-        ),
+        "learning_rate": schedule(state.step - state.guard.skipped),
         "param_norm": global_norm(sums_of_squares(to_arrays(params))),
         **norms("grad_norm", grad_squares, config),
         **norms("update_norm", update_squares, config),
@@ -151,13 +145,7 @@ def norms(name: str, squares: dict[str, jax.Array], config: RunConfig) -> dict:
 
 
 def apply_in_place(
-    bad: jax.Array,
-    params: Any,
-    opt_state: optax.OptState,
-    grads: Any,
-    updates: Any,
-    update_squares: dict[str, jax.Array],
-    optimizer: optax.GradientTransformation,
+    bad: jax.Array, params, opt_state, grads, updates, update_squares: dict, optimizer
 ) -> tuple[Any, optax.OptState, dict[str, jax.Array]]:
     """Returns `params` after `updates` and `opt_state` after `grads`, both unchanged after a bad
     step, and `update_squares`, the updates' sums of squares, computed before any tensor changes.

@@ -78,9 +78,8 @@ class EventLog(contextlib.AbstractContextManager):
         if step == self._lap_step or not is_due:
             return
         seconds = round(self.clock() - self._lap_clock, 6)
-        self._write(
-            self._lap_time, "steps", {"first": self._lap_step, "last": step, "seconds": seconds}
-        )
+        steps = {"first": self._lap_step, "last": step, "seconds": seconds}
+        self._write(self._lap_time, "steps", steps)
         self._write(self._lap_time, "data", {"seconds": round(self._waited, 6)})
         self.steps_from(step)
 
