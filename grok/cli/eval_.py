@@ -44,8 +44,7 @@ def eval_(
         raise click.UsageError("--data PATH or --tasks TASK says what to measure.")
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
-            "--tasks needs EleutherAI's lm-eval, which is not installed; the package's extra "
-            "`eval` (pip install 'grok[eval]') has it."
+            "--tasks needs lm-eval, which is not installed; `pip install 'grok[eval]'` has it."
         )
     from grok.infer.loader import config_of, find_tokenizer, make_mesh
 

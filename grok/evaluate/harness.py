@@ -20,8 +20,6 @@ from grok.infer.engine import Engine
 from grok.infer.request import Request
 from grok.model.decoder import Decoder
 
-MAX_NEW_TOKENS = 256
-
 
 class LmEvalModel(TemplateLM):
     """A model, its tokenizer and its mesh, answering lm-eval's three kinds of request."""
@@ -69,7 +67,7 @@ class LmEvalModel(TemplateLM):
         return texts
 
     def _request(self, name: str, context: str, options: dict[str, Any]) -> Request:
-        limit = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
+        limit = int(options.get("max_gen_toks", 256))
         room = self._scorer.context_length - limit
         prompt = (self.tok_encode(context) or [self.eot_token_id])[-room:]
         until = options.get("until") or []

@@ -54,12 +54,10 @@ def scale_by_factored_second_moment(ceiling: float, specs: Specs) -> optax.Gradi
         def columns_of(name, grad, old):
             return None if old is None else ema_update(old, grad, row_axes(specs[name]))
 
-        def divide(name, grad, rows, columns):
-            return _divide(specs[name], grad, rows, columns)
-
         rows = map_named(rows_of, grads, state.rows)
         columns = map_named(columns_of, grads, state.columns)
-        return map_named(divide, grads, rows, columns), FactoredState(updates, rows, columns)
+        divided = map_named(lambda name, *xs: _divide(specs[name], *xs), grads, rows, columns)
+        return divided, FactoredState(updates, rows, columns)
 
     return optax.GradientTransformation(init, update)
 

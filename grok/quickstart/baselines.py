@@ -8,8 +8,6 @@ import numpy as np
 
 from grok.data.stream_batches import TokenStream, bits_per_byte
 
-# Share of the training tokens, at their end, on which smoothing constants are tuned.
-TUNING_SHARE = 0.1
 ADDED_COUNTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 DISCOUNTS = tuple(np.arange(0.05, 1.0, 0.05))
 
@@ -44,7 +42,7 @@ def _tuned_bits_per_byte(
     nats: Callable, train: TokenStream, heldout: TokenStream, constants: Sequence[float]
 ) -> float:
     """Bits per byte with the constant that is best for the last tenth of the training tokens."""
-    cut = len(train.tokens_S) - max(1, int(TUNING_SHARE * len(train.tokens_S)))
+    cut = len(train.tokens_S) - max(1, int(0.1 * len(train.tokens_S)))
     losses = [nats(train.tokens_S[:cut], train.tokens_S[cut:], c) for c in constants]
     best = constants[int(np.argmin(losses))]
     return bits_per_byte(nats(train.tokens_S, heldout.tokens_S, best), heldout.num_bytes)

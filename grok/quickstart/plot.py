@@ -12,7 +12,6 @@ from grok.report import plots
 from grok.report.recorded_run import drop_redone_steps
 
 BASELINE_COLOR = "#555555"
-LABEL_GAP = 0.055  # least distance of two baseline labels, as a share of the axis height
 
 
 def plot_run(metrics: Sequence[dict], path: str | Path, baselines: Mapping[str, float]) -> None:
@@ -28,8 +27,7 @@ def plot_run(metrics: Sequence[dict], path: str | Path, baselines: Mapping[str, 
     validation = [line for line in lines if "validation_loss" in line]
     if not training:
         raise DataError(
-            f"there is no training line to draw {path} from; metrics of a run that has logged a "
-            f"step would work."
+            f"no training line to draw {path} from; a run that has logged a step would work."
         )
     figure = plots.make_figure(1400, 600, pad=0.12)
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
@@ -77,7 +75,7 @@ def _draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
     for bits in baselines.values():
         axes.axhline(bits, color=BASELINE_COLOR, linewidth=1, zorder=1)
     bottom, top = axes.get_ylim()
-    gap = LABEL_GAP * (top - bottom)
+    gap = 0.055 * (top - bottom)  # least distance of two labels
     free = bottom
     transform = axes.get_yaxis_transform()
     arrow = {

@@ -66,8 +66,7 @@ def status(run: RecordedRun) -> tuple[str, str]:
 
 def facts(run: RecordedRun) -> list[str]:
     """The model, the batch, the devices and the code."""
-    lines = []
-    get = run.config.get
+    lines, get = [], run.config.get
     if "model.num_layers" in run.config:
         experts, selected = get("model.moe.num_experts"), get("model.moe.num_selected")
         router = f", {experts} experts of which {selected} are used" if experts else ""
@@ -125,8 +124,7 @@ def comparison_page(runs: Sequence[RecordedRun]) -> str:
 
 def comparison_png(runs: Sequence[RecordedRun]) -> bytes | None:
     """The curves as a picture; None where there are none yet."""
-    curves = token_curves(runs)
-    return plots.png(curves) if curves else None
+    return plots.png(curves) if (curves := token_curves(runs)) else None
 
 
 def token_curves(runs: Sequence[RecordedRun]) -> dict[str, run_sections.Draw]:

@@ -34,7 +34,6 @@ STYLES: dict[str, dict[str, Any]] = {
 RESTART_STYLE: dict[str, Any] = {"color": COLORS["ink"], "linestyle": "--", "linewidth": 1.2}
 # Colours of less and of more than an even share of the tokens; an even share is transparent.
 LESS_RGB, MORE_RGB = (42, 120, 214), (232, 89, 12)
-MAX_HEAT_COLUMNS = 240
 MIN_SMOOTHED_POINTS = 20
 DPI = 100
 
@@ -150,7 +149,7 @@ def draw_load(axes: Axes, load_LE: np.ndarray) -> None:
 def draw_load_over_time(axes: Axes, steps_P: np.ndarray, load_PLE: np.ndarray) -> None:
     """The same over steps: a band for each layer, from the first down, a row for each expert."""
     P, L, E = load_PLE.shape
-    stretches = np.array_split(np.arange(P), min(P, MAX_HEAT_COLUMNS))
+    stretches = np.array_split(np.arange(P), min(P, 240))
     means = np.stack([load_PLE[stretch].mean(axis=0) for stretch in stretches])  # (columns, L, E)
     picture = _heat(means.reshape(len(stretches), L * E).T * E)
     half = (steps_P[-1] - steps_P[0]) / max(1, 2 * (P - 1)) or 0.5

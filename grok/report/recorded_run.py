@@ -106,8 +106,7 @@ def read_run(folder: str | Path) -> RecordedRun:
 
 def drop_redone_steps(lines: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
     """Metrics lines without those that a restarted process wrote again, and the restarts' steps."""
-    result: list[dict[str, Any]] = []
-    restarts: list[int] = []
+    result, restarts = list[dict[str, Any]](), list[int]()
     for line in lines:
         if line.get("event") == "resumed":
             restarts.append(line["step"])

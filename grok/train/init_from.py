@@ -54,8 +54,7 @@ def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeigh
     if base.identity["checksum"] != identity["checksum"]:
         raise CheckpointError(
             f"{checkpoints.folder}/{newest} has adapters of the weights that were at "
-            f"{identity['path']}, and train.init_from={path} holds others; the same weights would "
-            "work."
+            f"{identity['path']}, and train.init_from={path} holds others; the same would work."
         )
     return base
 

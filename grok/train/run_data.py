@@ -31,8 +31,7 @@ def read_data(config: RunConfig) -> RunData:
     data = config.data
     if not data.train and not data.datasets:
         raise DataError(
-            "data.train names no files and data.datasets no datasets; data.train=[text.txt] would "
-            "name one."
+            "data.train names no files and data.datasets nothing; data.train=[a.txt] would work."
         )
     if not data.tokenizer:
         raise DataError("data.tokenizer names no SentencePiece model; set it to a .model file.")
@@ -81,9 +80,8 @@ def open_dataset(path: str, config: RunConfig) -> TokenDataset:
         )
     if stored["vocab_size"] > config.model.vocab_size:
         raise DataError(
-            f"dataset {path} may have tokens up to {stored['vocab_size'] - 1}, but "
-            f"model.vocab_size={config.model.vocab_size}; model.vocab_size={stored['vocab_size']} "
-            "would work."
+            f"dataset {path} has tokens up to {stored['vocab_size'] - 1}, but model.vocab_size="
+            f"{config.model.vocab_size}; model.vocab_size={stored['vocab_size']} would work."
         )
     return dataset
 
@@ -94,8 +92,7 @@ def check_unchanged(stored: list[dict], hashes: list[dict], checkpoint: str) -> 
     if [dataset["hash"] for dataset in stored] != [dataset["hash"] for dataset in hashes]:
         raise CheckpointError(
             f"{checkpoint} was trained on {_names(stored)}, and the config now names "
-            f"{_names(hashes)}; the same data, or data.allow_data_change=true to continue with the "
-            "new, would work."
+            f"{_names(hashes)}; the same data, or data.allow_data_change=true, would work."
         )
 
 

@@ -135,10 +135,9 @@ def measure_goodput(events: Sequence[dict[str, Any]]) -> Goodput:
     """Adds up the lines of a run's `events.jsonl`."""
     seconds = dict.fromkeys(KINDS, 0.0)
     processes = _processes(events)
-    for lines in processes:
-        for line in lines:
-            if line["event"] in SPANS:
-                seconds[line["event"]] += line["seconds"]
+    for line in events:
+        if line["event"] in SPANS:
+            seconds[line["event"]] += line["seconds"]
     # Backwards: whether a step counts depends on what came after it.
     rewound_to: float = float("inf")
     for line in reversed(events):

@@ -1,14 +1,11 @@
 """The folder of a run while it goes on, and its `run.json`: the facts that an audit needs.
 
-id            of this run, made at its first start
-config        as of the last start
-data          each prepared dataset with the SHA-256 of its manifest, each text file and the
-              tokenizer with that of their bytes
-starts        one entry for each process (the first of its hosts) that worked on the run: when it
-              `began` and `ended`, the steps it went on from and came to, its exit code (null:
-              killed, or still running), code, packages, devices, mesh, config if it was another
-checkpoints   every one that was written, by step: number of files, bytes, and a SHA-256 over
-              names, sizes, and contents of files up to a mebibyte, where Orbax keeps its indices
+`id` of this run, made at its first start; `config` as of the last start; `data`: each prepared
+dataset with the SHA-256 of its manifest, each text file and the tokenizer with that of their bytes;
+`starts`: an entry for each process (the first of its hosts) that worked on the run: when it `began`
+and `ended`, its steps, exit code (null: killed, or still running), code, packages, devices, mesh,
+config if it was another; `checkpoints`: every one that was written, by step: number of files,
+bytes, SHA-256 over names, sizes, and contents of files up to a mebibyte, which are Orbax's indices.
 """
 
 import contextlib
@@ -38,8 +35,6 @@ PACKAGES = (
     "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy",
     "sentencepiece",
 )  # fmt: skip
-SMALL_FILE = 2**20
-GROWING_FILES = ("metrics.jsonl", "events.jsonl")  # a resumed run appends to them
 
 
 class RunDir:
@@ -57,7 +52,7 @@ class RunDir:
         """Raises CheckpointError if the folder cannot be read."""
         if self._temporary:
             with storage.errors(self._folder, CheckpointError):
-                for name in GROWING_FILES:
+                for name in ("metrics.jsonl", "events.jsonl"):
                     if storage.exists(storage.join(self._folder, name)):
                         storage.copy(storage.join(self._folder, name), self.path / name)
         return self
@@ -214,7 +209,7 @@ def describe_checkpoint(folder: str) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name, size in sorted(files.items()):
         digest.update(f"{name}\0{size}\0".encode())
-        if size <= SMALL_FILE:
+        if size <= 2**20:
             digest.update(storage.read_bytes(storage.join(folder, name)))
     return {"files": len(files), "bytes": sum(files.values()), "sha256": digest.hexdigest()}
 

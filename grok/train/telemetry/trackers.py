@@ -82,6 +82,5 @@ def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def _require(package: str, key: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"{key} needs {package}, which is not installed; `pip install 'grok[{extra}]'` would "
-            "install it."
+            f"{key} needs {package}, which is not installed; `pip install 'grok[{extra}]'` has it."
         )
