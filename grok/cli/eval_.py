@@ -38,8 +38,7 @@ def eval_(
 
     CHECKPOINT, local or gs://, is a ckpt-0 folder, a Hugging Face folder, or a checkpoint of grok.
     One device is used unless KEY=VALUE says otherwise, as in mesh.tensor=4; data.batch_size and
-    data.sequence_length are the shape of a batch.
-    """
+    data.sequence_length are the shape of a batch."""
     if not data and not tasks:
         raise click.UsageError("--data PATH or --tasks TASK says what to measure.")
     if tasks and importlib.util.find_spec("lm_eval") is None:

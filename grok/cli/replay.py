@@ -15,8 +15,7 @@ def replay(run: Path, first: int | None, steps: int | None) -> None:
 
     They start from a checkpoint, in a temporary folder, on the devices and with the config of that
     time; every loss and gradient norm that the run logged is compared. Exit code 0: all equal, 1:
-    some differ, 2: refused.
-    """
+    some differ, 2: refused."""
     from grok.cli.tables import make_console, make_table
     from grok.hardware import configure_devices
     from grok.train.replay import find_segment

@@ -18,8 +18,7 @@ def report(runs: tuple[str, ...], out: Path | None) -> None:
     """Write a page about a run: one HTML file with curves, loads of the experts, goodput,
     checkpoints and config, and a PNG of the main curves.
 
-    RUN is the folder of a run, finished or not. Several are compared by tokens seen.
-    """
+    RUN is the folder of a run, finished or not. Several are compared by tokens seen."""
     default = Path(runs[0]) / "report.html" if len(runs) == 1 else Path("compare.html")
     for path in write_report(runs, out or default):
         click.echo(path)

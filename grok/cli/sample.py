@@ -51,8 +51,7 @@ def sample(checkpoint, overrides, prompts, **sampling) -> None:
     """Continue text with the weights at CHECKPOINT: the folder of a run (its newest checkpoint is
     read) or weights in any other format, with their tokenizer.model.
 
-    One device is used unless KEY=VALUE says otherwise, as in mesh.tensor=4.
-    """
+    One device is used unless KEY=VALUE says otherwise, as in mesh.tensor=4."""
     from grok.config.sampling import SamplingParams
 
     params = SamplingParams(**sampling)

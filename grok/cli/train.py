@@ -12,8 +12,7 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     """Train as CONFIG says: from scratch, or on from the newest checkpoint in its folder.
 
     CONFIG is a YAML file or a preset's name. Ctrl-C saves before it leaves (exit code 75). On
-    several hosts, start the same command on each.
-    """
+    several hosts, start the same command on each."""
     from grok import distributed
     from grok.config.load import load_config
     from grok.hardware import configure_devices

@@ -26,9 +26,7 @@ def plot_run(metrics: Sequence[dict], path: str | Path, baselines: Mapping[str, 
     training = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "validation_loss" in line]
     if not training:
-        raise DataError(
-            f"no training line to draw {path} from; a run that has logged a step would work."
-        )
+        raise DataError(f"no training line to draw {path} from; a run with logged steps would do.")
     figure = plots.make_figure(1400, 600, pad=0.12)
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     steps_P = np.array([line["step"] for line in training], float)

@@ -30,9 +30,7 @@ def read_data(config: RunConfig) -> RunData:
     """Opens the config's data. DataError when it is missing or of another tokenizer."""
     data = config.data
     if not data.train and not data.datasets:
-        raise DataError(
-            "data.train names no files and data.datasets nothing; data.train=[a.txt] would work."
-        )
+        raise DataError("data.train names no files, data.datasets nothing; set data.train=[a.txt].")
     if not data.tokenizer:
         raise DataError("data.tokenizer names no SentencePiece model; set it to a .model file.")
     tokenizer = load_tokenizer(data.tokenizer)

@@ -6,8 +6,7 @@ work on the run; `resumed`, it continues after `step` steps, 0 at the very begin
 training steps `first` + 1 to `last`, without spans; `data`, seconds that the loop waited for
 batches since the line before; `rolled_back`, to an earlier `step`, within one process; `ended`, the
 process exited by itself after `step`, with exit `code`. Lines are appended, each by one write, so a
-kill costs at most the line being written. `measure_goodput` adds them up.
-"""
+kill costs at most the line being written. `measure_goodput` adds them up."""
 
 import contextlib
 import dataclasses
