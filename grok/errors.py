@@ -4,6 +4,8 @@ The command line prints the sentence alone and leaves with the class's exit code
 that escapes is a bug and keeps its stack trace.
 """
 
+import importlib.util
+
 # What a run's exit code tells whoever started it; anything else is unexpected, and worth another
 # start. docs/train.md has the table.
 DONE = 0
@@ -72,3 +74,11 @@ class Lost(GrokError):
     """Another process of the run is gone, or never came; all of them start again."""
 
     exit_code = RESTART
+
+
+def require_package(package: str, key: str, extra: str) -> None:
+    """Raises ConfigError if the package that `key` needs, of this extra, is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"{key} needs {package}, which is not installed; `pip install 'grok[{extra}]'` would do."
+        )

@@ -1,6 +1,5 @@
 """`grok eval`."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import click
 
 from grok.cli.tables import make_console, make_table
-from grok.errors import ConfigError
+from grok.errors import require_package
 
 
 @click.command("eval")
@@ -41,10 +40,8 @@ def eval_(
     data.sequence_length are the shape of a batch."""
     if not data and not tasks:
         raise click.UsageError("--data PATH or --tasks TASK says what to measure.")
-    if tasks and importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(
-            "--tasks needs lm-eval, which is not installed; `pip install 'grok[eval]'` has it."
-        )
+    if tasks:
+        require_package("lm_eval", "--tasks", "eval")
     from grok.infer.loader import config_of, find_tokenizer, make_mesh
 
     run = config_of(checkpoint, config, overrides)

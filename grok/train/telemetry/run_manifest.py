@@ -5,8 +5,7 @@ dataset with the SHA-256 of its manifest, each text file and the tokenizer with 
 `starts`: an entry for each process (the first of its hosts) that worked on the run: when it `began`
 and `ended`, its steps, exit code (null: killed, or still running), code, packages, devices, mesh,
 config if it was another; `checkpoints`: every one that was written, by step: number of files,
-bytes, SHA-256 over names, sizes, and contents of files up to a mebibyte, which are Orbax's indices.
-"""
+bytes, SHA-256 over names, sizes, and contents of files up to a mebibyte, Orbax's indices."""
 
 import contextlib
 import datetime

@@ -1,13 +1,12 @@
 """Experiment trackers that metrics are sent to: TensorBoard, Weights & Biases."""
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from grok.config import RunConfig
 from grok.config.load import to_dict
-from grok.errors import ConfigError
+from grok.errors import ConfigError, require_package
 
 
 class Tracker(NamedTuple):
@@ -22,10 +21,10 @@ def open_trackers(config: RunConfig, folder: Path, run_id: str, first: int) -> l
     after step `first`. Raises ConfigError for a missing package or a login that is refused."""
     trackers = []
     if config.train.tensorboard:
-        _require("tensorboardX", "train.tensorboard=true", "tensorboard")
+        require_package("tensorboardX", "train.tensorboard=true", "tensorboard")
         trackers.append(_tensorboard(folder / "tensorboard", first))
     if config.train.wandb:
-        _require("wandb", f"train.wandb={config.train.wandb}", "wandb")
+        require_package("wandb", f"train.wandb={config.train.wandb}", "wandb")
         trackers.append(_weights_and_biases(config, folder, run_id))
     return trackers
 
@@ -77,10 +76,3 @@ def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield from scalars(numbers)
         elif isinstance(value, int | float):
             yield name, value
-
-
-def _require(package: str, key: str, extra: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ConfigError(
-            f"{key} needs {package}, which is not installed; `pip install 'grok[{extra}]'` has it."
-        )
