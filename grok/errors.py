@@ -80,5 +80,5 @@ def require_package(package: str, key: str, extra: str) -> None:
     """Raises ConfigError if the package that `key` needs, of this extra, is not installed."""
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"{key} needs {package}, which is not installed; `pip install 'grok[{extra}]'` would do."
+            f"{key} needs {package}, not installed here; `pip install 'grok[{extra}]'` would do."
         )
