@@ -81,10 +81,9 @@ def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None
     from grok.config.load import load_config
     from grok.data.tokenizers import load_tokenizer
     from grok.progress import byte_progress
-    from grok.weights.cast import per_channel, release_groups
+    from grok.weights.cast import measured, per_channel, release_groups
     from grok.weights.detect import open_source
     from grok.weights.importing.importer import import_weights
-    from grok.weights.importing.quantization_error import measured
 
     run = load_config(config) if config else None
     source = open_source(src, run.model if run else None)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from grok.weights.array_difference import ArrayDifference
     from grok.weights.source import Source
-    from grok.weights.tools.array_difference import ArrayDifference
     from grok.weights.tools.verify import ChecksumResult, Comparison
 
 DIFFER = 1  # exit code

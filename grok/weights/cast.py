@@ -1,6 +1,9 @@
 """Weights in another type than the stored one: sources that convert the parts that are read."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -8,9 +11,13 @@ import numpy as np
 from grok.errors import CheckpointError
 from grok.model.param_spec import ParamSpec
 from grok.ops.weights.int8 import dequantize, quantize
+from grok.weights.array_difference import ArrayDifference
 from grok.weights.source import Part, Source, TensorSpec
 
 ScaleGroups = Callable[[ParamSpec], int]
+# Threads quantise a matrix in stripes of columns of this size, which fits a core's cache.
+STRIPE_BYTES = 1 << 21
+THREADS = 8
 
 
 def release_groups(spec: ParamSpec) -> int:
@@ -32,6 +39,13 @@ def converted(source: Source, dtype: str, groups: ScaleGroups = release_groups) 
     if dtype == "int8":
         return source if source.dtype == "int8" else QuantizedSource(source, groups)
     return FloatSource(source, np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
+
+
+def measured(source: Source, dtype: str, groups: ScaleGroups = release_groups) -> Source:
+    """`converted`, with rounding errors where floats become int8."""
+    if dtype == "int8" and source.dtype != "int8":
+        return MeasuredQuantizedSource(source, groups)
+    return converted(source, dtype)
 
 
 class FloatSource(Source):
@@ -94,6 +108,66 @@ class QuantizedSource(Source):
         spec = self.tensors[name]
         assert spec.groups is not None
         return quantize(values, spec.groups, spec.param.contract_dims, spec.param.output_dims)
+
+
+class MeasuredQuantizedSource(QuantizedSource):
+    """A QuantizedSource to read every matrix of once, its values and then immediately its scales.
+
+    `errors` holds the rounding error of what was read, by name and layer: its difference from the
+    values before.
+    """
+
+    def __init__(self, source: Source, groups: ScaleGroups = release_groups):
+        super().__init__(source, groups)
+        self.errors: dict[tuple[str, int | None], ArrayDifference] = {}
+        self._lock = threading.Lock()
+        # The same thread reads scales right after the values.
+        self._last = threading.local()
+
+    def _quantize(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        last, self._last.matrix = getattr(self._last, "matrix", None), None
+        if last is not None and last[0] == (name, part):
+            return last[1]
+        quantized = self._measured(name, part)
+        self._last.matrix = (name, part), quantized
+        return quantized
+
+    def _measured(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        w = self._source.read(name, part)
+        param, groups = self.tensors[name].param, self.tensors[name].groups
+        assert groups is not None
+        row_dims, col_dims = param.contract_dims, param.output_dims
+        columns = w.ndim - col_dims
+        values = np.empty(w.shape, np.int8)
+        lead, _, column_sizes = param.split(w.shape)
+        scales = np.empty((*lead, groups, *column_sizes), ml_dtypes.bfloat16)
+        width = max(1, STRIPE_BYTES * w.shape[columns] // (w.size * 4))
+
+        def quantize_stripe(start: int) -> ArrayDifference:
+            after = (slice(None),) * (col_dims - 1)
+            cut: Any = (..., slice(start, start + width), *after)
+            stripe = w[cut].astype(np.float32)
+            if not np.isfinite(stripe).all():
+                raise CheckpointError(f"{self.path}: {name} has values that are not finite.")
+            q, s = quantize(stripe, groups, row_dims, col_dims)
+            values[cut], scales[cut] = q, s
+            error = dequantize(q, s, np.float32, row_dims, col_dims)
+            error -= stripe
+            e, x = error.reshape(-1), stripe.reshape(-1)
+            return ArrayDifference(
+                largest_absolute=float(np.abs(e).max()),
+                squares=float(e @ e),
+                value_squares=float(x @ x),
+                largest_value=float(np.abs(x).max()),
+            )
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            errors = pool.map(quantize_stripe, range(0, w.shape[columns], width))
+            error = sum(errors, ArrayDifference())
+        key = name, part[0].start
+        with self._lock:
+            self.errors[key] = self.errors.get(key, ArrayDifference()) + error
+        return values, scales
 
 
 def _dequantize_part(

@@ -26,8 +26,13 @@ from grok.model.params import num_parameters
 from grok.ops.weights.int8 import dequantize
 from grok.weights.cast import converted
 from grok.weights.huggingface.adapters import EXPORT_ADAPTER
-from grok.weights.huggingface.export import DTYPES, SHARD_BYTES, export_huggingface
-from grok.weights.huggingface.shard_plan import index_data, plan
+from grok.weights.huggingface.export import (
+    DTYPES,
+    SHARD_BYTES,
+    export_huggingface,
+    index_data,
+    plan,
+)
 from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.source import Source
 from grok.weights.transpose import strips

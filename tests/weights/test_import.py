@@ -23,11 +23,16 @@ from grok.config.load import from_dict, load_config, to_dict
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
 from grok.model.build import abstract, to_arrays
-from grok.weights.cast import QuantizedSource, converted, per_channel, release_groups
+from grok.weights.cast import (
+    MeasuredQuantizedSource,
+    QuantizedSource,
+    converted,
+    per_channel,
+    release_groups,
+)
 from grok.weights.checksums import piece_checksum
 from grok.weights.importing import importer
 from grok.weights.importing.importer import import_weights
-from grok.weights.importing.quantization_error import MeasuredQuantizedSource
 from grok.weights.orbax.source import OrbaxSource
 from grok.weights.source import Source, layer_pieces, scales_part
 from grok.weights.xai.source import ReleaseSource
@@ -372,7 +377,7 @@ def test_rounding_is_measured_in_one_reading(tmp_path, groups):
 
 
 def test_wide_matrices_are_quantised_in_stripes(monkeypatch):
-    monkeypatch.setattr("grok.weights.importing.quantization_error.STRIPE_BYTES", 1000)
+    monkeypatch.setattr("grok.weights.cast.STRIPE_BYTES", 1000)
     floats = RandomSource(TINY, dtype="float32")
     measured, plain = MeasuredQuantizedSource(floats), QuantizedSource(floats)
     for name in MATRICES:

@@ -14,12 +14,12 @@ from grok.cli.main import main
 from grok.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, RunConfig
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
+from grok.weights.array_difference import ArrayDifference, array_difference
 from grok.weights.cast import FloatSource, converted
 from grok.weights.huggingface.export import export_huggingface
 from grok.weights.importing.importer import import_weights
 from grok.weights.source import TensorSpec
 from grok.weights.tools import verify as verification
-from grok.weights.tools.array_difference import ArrayDifference, array_difference
 from grok.weights.tools.verify import Comparison, choose_method, compare
 from grok.weights.xai.source import ReleaseSource
 from grok.weights.xai.unpickler import read_tensor

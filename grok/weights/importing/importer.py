@@ -19,8 +19,9 @@ from grok.config.text import to_yaml
 from grok.errors import CheckpointError
 from grok.model.params import num_parameters
 from grok.resumable import Journal, check_destination, check_space, continuable
+from grok.weights.array_difference import ArrayDifference
+from grok.weights.cast import MeasuredQuantizedSource
 from grok.weights.checksums import ALGORITHM
-from grok.weights.importing.quantization_error import MeasuredQuantizedSource, RoundingError
 from grok.weights.importing.streaming import Piece, all_arrays, all_pieces, stream
 from grok.weights.orbax.metadata import MODEL, read_meta, write_files
 from grok.weights.source import ByteCounter, OnProgress, Source, layer_pieces, no_progress
@@ -136,15 +137,15 @@ def _copy(
 def _summary(source: Source, journal: Journal) -> dict[str, Any]:
     """The `summary` of `Imported`."""
     checksums: dict[str, Any] = {}
-    errors: dict[str, RoundingError] = {}
+    errors: dict[str, ArrayDifference] = {}
     entries = {(entry["name"], entry["layer"]): entry for entry in journal.entries}
     for spec in source.tensors.values():
         of_tensor = [entries[spec.name, layer] for layer, _ in layer_pieces(spec)]
         layers = [entry["checksum"] for entry in of_tensor]
         checksums[spec.name] = layers if spec.param.is_stacked else layers[0]
-        measured = [RoundingError(*entry["error"]) for entry in of_tensor if "error" in entry]
+        measured = [ArrayDifference(*entry["error"]) for entry in of_tensor if "error" in entry]
         if measured:
-            errors[spec.name] = sum(measured, RoundingError())
+            errors[spec.name] = sum(measured, ArrayDifference())
     path = source.path if storage.is_remote(source.path) else os.path.abspath(source.path)
     return {
         "format": source.format,

@@ -8,9 +8,9 @@ from grok import storage
 from grok.config.load import from_dict
 from grok.errors import CheckpointError
 from grok.storage import StrPath, join
+from grok.weights.cast import measured
 from grok.weights.detect import open_source
 from grok.weights.importing.importer import Imported, import_weights
-from grok.weights.importing.quantization_error import measured
 from grok.weights.orbax.metadata import read_meta
 from grok.weights.orbax.source import step_folder
 from grok.weights.source import OnProgress, no_progress

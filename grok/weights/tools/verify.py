@@ -17,6 +17,7 @@ from grok import storage
 from grok.config import ModelConfig
 from grok.config.load import flatten
 from grok.errors import CheckpointError
+from grok.weights.array_difference import ArrayDifference, array_difference
 from grok.weights.checksums import piece_checksum
 from grok.weights.detect import is_release, open_source
 from grok.weights.orbax.source import OrbaxSource
@@ -32,7 +33,6 @@ from grok.weights.source import (
     part_shape,
     scales_part,
 )
-from grok.weights.tools.array_difference import ArrayDifference, array_difference
 
 # From fine to coarse.
 FLOATS = tuple(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16))

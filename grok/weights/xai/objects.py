@@ -41,23 +41,10 @@ class StoredTensor:
         return self.values.nbytes + (self.scales.nbytes if self.scales else 0)
 
 
-class PickleBool(enum.Enum):
-    """NEWTRUE and NEWFALSE; Python's own True and False would pass for the numbers 1 and 0."""
-
-    TRUE = enum.auto()
-    FALSE = enum.auto()
-
-
-class Global(enum.Enum):
-    """The globals that a file may name."""
-
-    RECONSTRUCT = enum.auto()
-    NDARRAY = enum.auto()
-    DTYPE = enum.auto()
-    BFLOAT16 = enum.auto()
-    QUANTIZED = enum.auto()
-
-
+# NEWTRUE and NEWFALSE; Python's own True and False would pass for the numbers 1 and 0.
+PickleBool = enum.Enum("PickleBool", "TRUE FALSE")
+# The globals that a file may name.
+Global = enum.Enum("Global", "RECONSTRUCT NDARRAY DTYPE BFLOAT16 QUANTIZED")
 GLOBALS = {
     ("numpy.core.multiarray", "_reconstruct"): Global.RECONSTRUCT,
     ("numpy._core.multiarray", "_reconstruct"): Global.RECONSTRUCT,  # its name since NumPy 2

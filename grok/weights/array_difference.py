@@ -12,7 +12,8 @@ class ArrayDifference:
 
     Relative ones are |a - b| / max(|a|, |b|); both are infinite where a or b is not finite. `index`
     is that of the largest absolute one in C order, or None. `squares` sums (a - b)^2, and
-    `value_squares` perhaps those of a or b. The sum of two is that of concatenated arrays.
+    `value_squares` perhaps those of a or b, whose largest absolute value may be `largest_value`.
+    The sum of two is that of concatenated arrays.
     """
 
     size: int = 0
@@ -22,6 +23,7 @@ class ArrayDifference:
     index: int | None = None
     squares: float = 0.0
     value_squares: float = 0.0
+    largest_value: float = 0.0
 
     def __add__(self, other: "ArrayDifference") -> "ArrayDifference":
         index, larger = self.index, other.largest_absolute > self.largest_absolute
@@ -35,7 +37,13 @@ class ArrayDifference:
             index,
             self.squares + other.squares,
             self.value_squares + other.value_squares,
+            max(self.largest_value, other.largest_value),
         )
+
+    @property
+    def relative(self) -> float:
+        """The largest difference over the largest value."""
+        return self.largest_absolute / self.largest_value if self.largest_value else 0.0
 
     @property
     def relative_rms(self) -> float:
