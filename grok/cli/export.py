@@ -84,7 +84,7 @@ def params(src, dst, dtype) -> None:
     interruption the same command continues.
     """
     from grok.progress import byte_progress
-    from grok.weights.tools.export_params import export_params
+    from grok.weights.importing.importer import export_params
 
     with byte_progress() as on_progress:
         exported = export_params(src, dst, dtype, on_progress)

@@ -13,8 +13,8 @@ from grok.infer.loader import find_tokenizer, make_mesh
 from grok.model.params import param_specs
 from grok.weights.cast import converted
 from grok.weights.detect import open_source
+from grok.weights.importing.importer import export_params
 from grok.weights.load import load, put_on_mesh
-from grok.weights.tools.export_params import export_params
 from tests.fixtures.random_weights import RandomSource
 
 

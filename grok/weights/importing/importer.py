@@ -6,6 +6,7 @@ An unfinished import is in `.import`, with a journal; a rename to `checkpoints/0
 import dataclasses
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -14,16 +15,18 @@ import xxhash
 
 from grok import storage
 from grok.config import RunConfig
-from grok.config.load import to_dict
+from grok.config.load import from_dict, to_dict
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
 from grok.model.params import num_parameters
 from grok.resumable import Journal, check_destination, check_space, continuable
 from grok.weights.array_difference import ArrayDifference
-from grok.weights.cast import MeasuredQuantizedSource
+from grok.weights.cast import MeasuredQuantizedSource, measured
 from grok.weights.checksums import ALGORITHM
+from grok.weights.detect import open_source
 from grok.weights.importing.streaming import Piece, all_arrays, all_pieces, stream
 from grok.weights.orbax.metadata import MODEL, read_meta, write_files
+from grok.weights.orbax.source import step_folder
 from grok.weights.source import ByteCounter, OnProgress, Source, layer_pieces, no_progress
 
 STAGING, JOURNAL = ".import", "journal.jsonl"
@@ -143,9 +146,9 @@ def _summary(source: Source, journal: Journal) -> dict[str, Any]:
         of_tensor = [entries[spec.name, layer] for layer, _ in layer_pieces(spec)]
         layers = [entry["checksum"] for entry in of_tensor]
         checksums[spec.name] = layers if spec.param.is_stacked else layers[0]
-        measured = [ArrayDifference(*entry["error"]) for entry in of_tensor if "error" in entry]
-        if measured:
-            errors[spec.name] = sum(measured, ArrayDifference())
+        differences = [ArrayDifference(*entry["error"]) for entry in of_tensor if "error" in entry]
+        if differences:
+            errors[spec.name] = sum(differences, ArrayDifference())
     path = source.path if storage.is_remote(source.path) else os.path.abspath(source.path)
     return {
         "format": source.format,
@@ -161,3 +164,38 @@ def _summary(source: Source, journal: Journal) -> dict[str, Any]:
             for name, error in errors.items()
         },
     }
+
+
+def export_params(
+    src: storage.StrPath,
+    dst: storage.StrPath,
+    dtype: str | None = None,
+    on_progress: OnProgress = no_progress,
+) -> Imported:
+    """Writes the parameters of the checkpoint at `src` (a run, its `checkpoints`, or a step), local
+    or gs://, in `dtype`, to the new local folder `dst`, with the run's config and tokenizer.
+
+    Raises CheckpointError for no finished checkpoint of ours, or anything else in `dst`.
+    """
+    step = step_folder(os.fspath(src))
+    source = open_source(step)
+    meta = read_meta(step)
+    if "config" not in meta:
+        raise CheckpointError(f"{step}: does not say what run it is of.")
+    run = from_dict(meta["config"], storage.join(step, "meta", "metadata"))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = _tokenizer(step, Path(folder))
+        source = measured(source, dtype or source.dtype)
+        return import_weights(source, dst, run, tokenizer, on_progress)
+
+
+def _tokenizer(step: str, folder: Path) -> Path | None:
+    """The tokenizer of the run that a checkpoint is of, as a local file, where there is one."""
+    beside = storage.join(os.path.dirname(os.path.dirname(step)), "tokenizer.model")
+    try:
+        if not storage.exists(beside):
+            return None
+        storage.copy(beside, folder / "tokenizer.model")
+    except OSError as error:
+        raise CheckpointError(f"{beside}: cannot be copied: {storage.reason(error)}.") from error
+    return folder / "tokenizer.model"

@@ -1,1 +1,1 @@
-"""`grok inspect`, `grok verify` and `grok export params`."""
+"""`grok inspect` and `grok verify`."""
