@@ -3,15 +3,18 @@
 A save writes the list of its files, `files.json`, last, with checksums of the small ones.
 """
 
+import contextlib
 import json
 from typing import Any
 
 import xxhash
 
 from grok import storage
+from grok.errors import CheckpointError
 from grok.storage import StrPath, join
 from grok.weights.checksums import ALGORITHM
 from grok.weights.orbax.metadata import COMMITTED
+from grok.weights.source import parse_object
 
 FILES = "files.json"
 # Files of at most this many bytes are compared by checksum.
@@ -45,7 +48,11 @@ def find_damage(folder: StrPath) -> str | None:
     if storage.is_remote(folder) and COMMITTED not in present:
         return f"lacks the file {COMMITTED}"
     for name in (STEP_METADATA, *([FILES] if FILES in present else METADATA)):
-        if name not in present or not (content := _read_object(folder, name)):
+        content: dict[str, Any] = {}
+        if name in present:
+            with contextlib.suppress(CheckpointError):
+                content = parse_object(storage.read_bytes(join(folder, name)), name)
+        if not content:
             return f"has no readable {name}"
     if FILES not in present:
         return None
@@ -82,12 +89,3 @@ def _file_damage(
 
 def _checksum(folder: StrPath, name: str) -> str:
     return xxhash.xxh3_128_hexdigest(storage.read_bytes(join(folder, name)))
-
-
-def _read_object(folder: StrPath, name: str) -> dict[str, Any]:
-    """The JSON object in a file; empty where it has none."""
-    try:
-        content = json.loads(storage.read_bytes(join(folder, name)))
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}

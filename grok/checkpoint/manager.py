@@ -271,7 +271,6 @@ class _ReportingFuture:
         self._future, self._failures = future, failures
 
     def result(self, timeout: float | None = None) -> Any:
-        """Waits for the part."""
         try:
             return self._future.result(timeout)
         except Exception as error:

@@ -81,7 +81,7 @@ def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None
     from grok.config.load import load_config
     from grok.data.tokenizers import load_tokenizer
     from grok.progress import byte_progress
-    from grok.weights.cast import measured, per_channel, release_groups
+    from grok.weights.cast import converted, per_channel, release_groups
     from grok.weights.detect import open_source
     from grok.weights.importing.importer import import_weights
 
@@ -105,7 +105,8 @@ def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None
             f"--scales {scales} is for floats that become int8; {source.path} holds "
             f"{source.dtype} and --dtype is {dtype}."
         )
-    source = measured(source, dtype, per_channel if scales == "per-channel" else release_groups)
+    groups = per_channel if scales == "per-channel" else release_groups
+    source = converted(source, dtype, groups, measure=True)
     with byte_progress() as on_progress:
         imported = import_weights(source, dst, run, tokenizer, on_progress)
     print_import(imported)

@@ -1,6 +1,5 @@
 """`grok inspect`."""
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -47,7 +46,7 @@ def inspect(ctx: click.Context, path: str, config: str | None, as_json: bool) ->
 
 
 def _print(console: "Console", inspection: "Inspection") -> None:
-    from grok.config.load import flatten
+    from grok.weights.tools.verify import config_values
 
     console.print(inspection.path, style="bold")
     for label, text in _summary(inspection):
@@ -63,7 +62,7 @@ def _print(console: "Console", inspection: "Inspection") -> None:
             tables[-1].add_row(tensor.name, shape, tensor.dtype + groups, size(tensor.bytes))
     if inspection.config is not None:
         tables.append(make_table("config", "value", "from"))
-        values = dict(flatten(dataclasses.asdict(inspection.config)))
+        values = config_values(inspection.config)
         for name, origin in inspection.origins.items():
             tables[-1].add_row(name, str(values[name]), origin)
     for table in tables:

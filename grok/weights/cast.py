@@ -30,22 +30,19 @@ def per_channel(spec: ParamSpec) -> int:
     return 1
 
 
-def converted(source: Source, dtype: str, groups: ScaleGroups = release_groups) -> Source:
+def converted(
+    source: Source, dtype: str, groups: ScaleGroups = release_groups, measure: bool = False
+) -> Source:
     """`source` with its matrices in `dtype`: "int8", "bfloat16" or "float32".
 
     All else is in the same float type, or beside int8 in float32. `groups` gives the number of row
-    groups of a matrix that becomes int8, of which the largest that divides its rows is taken.
+    groups of a matrix that becomes int8, of which the largest that divides its rows is taken. With
+    `measure`, that is a MeasuredQuantizedSource.
     """
     if dtype == "int8":
-        return source if source.dtype == "int8" else QuantizedSource(source, groups)
+        quantized = MeasuredQuantizedSource if measure else QuantizedSource
+        return source if source.dtype == "int8" else quantized(source, groups)
     return FloatSource(source, np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
-
-
-def measured(source: Source, dtype: str, groups: ScaleGroups = release_groups) -> Source:
-    """`converted`, with rounding errors where floats become int8."""
-    if dtype == "int8" and source.dtype != "int8":
-        return MeasuredQuantizedSource(source, groups)
-    return converted(source, dtype)
 
 
 class FloatSource(Source):

@@ -31,7 +31,7 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
     if has_steps or any(name in present for name in ours):
         step = step_folder(os.fspath(path))
         if LORA in storage.list_files(step, CheckpointError):
-            return _merged(step, config)
+            return _lora_source(step, config)
         return OrbaxSource(path, config)
     if "ckpt-0" in present:
         raise CheckpointError(
@@ -53,7 +53,7 @@ def is_huggingface(present: Iterable[str]) -> bool:
     return any(name == "config.json" or name.endswith(".safetensors") for name in present)
 
 
-def _merged(step: str, config: ModelConfig | None) -> Source:
+def _lora_source(step: str, config: ModelConfig | None) -> Source:
     """The weights that a run with adapters started from, with the adapters of `step` added."""
     meta = read_meta(step)
     run = from_dict(meta["config"], storage.join(step, "meta", "metadata"))

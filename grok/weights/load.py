@@ -131,7 +131,6 @@ class _Leaf:
         return count
 
     def array(self) -> jax.Array:
-        """The array, after all blocks were put."""
         return jax.make_array_from_single_device_arrays(
             self.shape, self.sharding, list(self.shards.values())
         )

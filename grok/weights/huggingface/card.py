@@ -31,24 +31,32 @@ def model_card(
     parameters = num_parameters(source.config)
     if base_weights is None and source.format == "xai" and parameters == adapter.release_parameters:
         base_weights = adapter.release
+    head = ["---", "license: apache-2.0", "pipeline_tag: text-generation"]
+    # The hub links models by names of this form; anything else it would refuse.
+    if base_weights and re.fullmatch(r"[\w.-]+/[\w.-]+", base_weights):
+        head.append(f"base_model: {base_weights}")
+    head += ["tags:", "- grok-1", "- mixture-of-experts", "---"]
+    numbers = adapter.config_numbers(source.config) | {
+        "parameters that a token uses": f"{num_active_parameters(source.config):,}"
+    }
+    table = ["| key | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in numbers.items())]
+    data = "No data manifest came with this export."
+    if manifest is not None:
+        name, content = manifest
+        digest = hashlib.sha256(content).hexdigest()
+        data = (
+            f"[{name}]({name}) is the data manifest ({len(content):,} bytes, SHA-256 `{digest}`)."
+        )
     sections = (
         ("Reading it", adapter.reading_notes(source.config)),
         ("Base weights", _base(source, dtype, base_weights)),
-        ("Config", _table(source, adapter)),
-        ("Training data", _data(manifest)),
+        ("Config", "\n".join(table)),
+        ("Training data", data),
         ("Licence", "Apache-2.0, as the release of Grok-1 has it."),
     )
     title = f"# A {adapter.family} model of {parameters:,} parameters, in {dtype}"
     body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections)
-    return f"{_head(base_weights)}\n\n{title}\n\n{body}\n"
-
-
-def _head(base_weights: str | None) -> str:
-    lines = ["---", "license: apache-2.0", "pipeline_tag: text-generation"]
-    # The hub links models by names of this form; anything else it would refuse.
-    if base_weights and re.fullmatch(r"[\w.-]+/[\w.-]+", base_weights):
-        lines.append(f"base_model: {base_weights}")
-    return "\n".join([*lines, "tags:", "- grok-1", "- mixture-of-experts", "---"])
+    return "\n".join(head) + f"\n\n{title}\n\n{body}\n"
 
 
 def _base(source: Source, dtype: str, base_weights: str | None) -> str:
@@ -62,18 +70,3 @@ def _base(source: Source, dtype: str, base_weights: str | None) -> str:
     elif source.dtype != dtype:
         text += f"\n\nThe matrices were {source.dtype} and were converted to {dtype}."
     return text
-
-
-def _table(source: Source, adapter: Adapter) -> str:
-    rows = [f"| {key} | {value} |" for key, value in adapter.config_numbers(source.config).items()]
-    active = num_active_parameters(source.config)
-    rows.append(f"| parameters that a token uses | {active:,} |")
-    return "\n".join(["| key | value |", "|---|---|", *rows])
-
-
-def _data(manifest: tuple[str, bytes] | None) -> str:
-    if manifest is None:
-        return "No data manifest came with this export."
-    name, content = manifest
-    digest = hashlib.sha256(content).hexdigest()
-    return f"[{name}]({name}) is the data manifest ({len(content):,} bytes, SHA-256 `{digest}`)."

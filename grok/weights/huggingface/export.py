@@ -50,6 +50,11 @@ class Shard:
     dtype: np.dtype
 
     @property
+    def partial(self) -> str:
+        """Its name until all is written."""
+        return f"{self.file}.partial"
+
+    @property
     def data_bytes(self) -> int:
         """Bytes of its tensors."""
         return sum(_nbytes(tensor, self.dtype) for tensor in self.tensors)
@@ -129,11 +134,17 @@ def export_huggingface(
 
 
 def _write_shards(source: Source, path: Path, todo: list[Shard], counter: ByteCounter) -> None:
-    with ThreadPoolExecutor(_workers(source), thread_name_prefix="grok-export") as pool:
+    sizes = (
+        spec.param.contract_size * spec.param.output_size * spec.dtype.itemsize
+        for spec in source.tensors.values()
+        if spec.param.is_matmul
+    )
+    workers = max(1, min(WORKERS, MATRIX_BYTES // max(sizes)))
+    with ThreadPoolExecutor(workers, thread_name_prefix="grok-export") as pool:
         previous: tuple[Shard, list[Future]] | None = None
         try:
             for shard in todo:
-                partial = _partial(path, shard)
+                partial = path / shard.partial
                 partial.write_bytes(shard.header)
                 write = functools.partial(_write_tensor, source, shard.dtype, partial, counter)
                 tensors = zip(shard.tensors, shard.offsets, strict=True)
@@ -149,23 +160,10 @@ def _write_shards(source: Source, path: Path, todo: list[Shard], counter: ByteCo
             raise
 
 
-def _workers(source: Source) -> int:
-    sizes = (
-        spec.param.contract_size * spec.param.output_size * spec.dtype.itemsize
-        for spec in source.tensors.values()
-        if spec.param.is_matmul
-    )
-    return max(1, min(WORKERS, MATRIX_BYTES // max(sizes)))
-
-
-def _partial(path: Path, shard: Shard) -> Path:
-    return path / f"{shard.file}.partial"
-
-
 def _finish(path: Path, shard: Shard, futures: list[Future]) -> None:
     for future in futures:
         future.result()
-    partial = _partial(path, shard)
+    partial = path / shard.partial
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.rename(path / shard.file)

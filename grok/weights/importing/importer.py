@@ -21,7 +21,7 @@ from grok.errors import CheckpointError
 from grok.model.params import num_parameters
 from grok.resumable import Journal, check_destination, check_space, continuable
 from grok.weights.array_difference import ArrayDifference
-from grok.weights.cast import MeasuredQuantizedSource, measured
+from grok.weights.cast import MeasuredQuantizedSource, converted
 from grok.weights.checksums import ALGORITHM
 from grok.weights.detect import open_source
 from grok.weights.importing.streaming import Piece, all_arrays, all_pieces, stream
@@ -61,7 +61,11 @@ def import_weights(
     """
     start = time.monotonic()
     path = Path(folder)
-    run = _resolved(run, source, path, tokenizer)
+    model = dataclasses.replace(source.config, param_dtype=cast(Any, source.dtype))
+    data = run.data
+    if tokenizer is not None:
+        data = dataclasses.replace(data, tokenizer=os.fspath(path / "tokenizer.model"))
+    run = dataclasses.replace(run, model=model, data=data, folder=os.fspath(path))
     check_destination(folder, STAGING, CheckpointError)
     staging, checkpoint, written = path / STAGING, path / "checkpoints" / "0", 0
     identity = _identity(source)
@@ -83,15 +87,6 @@ def import_weights(
         shutil.rmtree(staging)
     summary = read_meta(os.fspath(checkpoint))["import"]
     return Imported(checkpoint, written, time.monotonic() - start, summary)
-
-
-def _resolved(run: RunConfig, source: Source, folder: Path, tokenizer: Path | None) -> RunConfig:
-    """`run` with the source's model, this folder and tokenizer."""
-    model = dataclasses.replace(source.config, param_dtype=cast(Any, source.dtype))
-    data = run.data
-    if tokenizer is not None:
-        data = dataclasses.replace(data, tokenizer=os.fspath(folder / "tokenizer.model"))
-    return dataclasses.replace(run, model=model, data=data, folder=os.fspath(folder))
 
 
 def _identity(source: Source) -> dict[str, Any]:
@@ -138,7 +133,6 @@ def _copy(
 
 
 def _summary(source: Source, journal: Journal) -> dict[str, Any]:
-    """The `summary` of `Imported`."""
     checksums: dict[str, Any] = {}
     errors: dict[str, ArrayDifference] = {}
     entries = {(entry["name"], entry["layer"]): entry for entry in journal.entries}
@@ -185,7 +179,7 @@ def export_params(
     run = from_dict(meta["config"], storage.join(step, "meta", "metadata"))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = _tokenizer(step, Path(folder))
-        source = measured(source, dtype or source.dtype)
+        source = converted(source, dtype or source.dtype, measure=True)
         return import_weights(source, dst, run, tokenizer, on_progress)
 
 

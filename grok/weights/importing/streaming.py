@@ -122,7 +122,6 @@ class _Block:
 
 
 def _read_ahead(source: Source, pieces: Iterable[Piece]) -> Iterator[_Block]:
-    """Yields the blocks of pieces in order, and reads the next ones meanwhile."""
     pending: deque[Future[_Block]] = deque()
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="grok-import-read") as pool:
         for piece in pieces:
@@ -138,7 +137,6 @@ def _read_ahead(source: Source, pieces: Iterable[Piece]) -> Iterator[_Block]:
 
 
 def _cut(source: Source, piece: Piece) -> Iterator[list[Slabs]]:
-    """The slabs of each block of a piece."""
     if source.stores_rows or not piece.spec.param.is_matmul:
         for shard in piece.values.shards(piece.part):
             for slabs in piece.values.slabs(shard, BLOCK_BYTES):
@@ -182,17 +180,14 @@ class _Writer:
         self._thread.shutdown(cancel_futures=True)
 
     def write(self, piece: Piece, array: ZarrArray, slabs: Slabs, values: np.ndarray) -> None:
-        """Starts to write slabs of an array, after all earlier ones."""
         self._settle(IN_FLIGHT - 1)
         future = self._thread.submit(write_slabs, self._folder, array, slabs, values)
         self._queue.append(_Write(piece, values.nbytes, future))
 
     def finish(self, checksum: str) -> None:
-        """Marks the last write as the last of its piece."""
         self._queue[-1].checksum = checksum
 
     def _settle(self, left: int) -> None:
-        """Waits until at most `left` writes are pending."""
         while len(self._queue) > left:
             write = self._queue.popleft()
             write.future.result()

@@ -41,7 +41,14 @@ class OrbaxSource(Source):
         self.step = step_folder(self.path)
         meta = read_meta(self.step)
         self.config = config or _config(self.step, meta)
-        self.checksums = _checksums(meta)
+        checksums = meta.get("import", {}).get("checksums", {})
+        self.checksums: dict[tuple[str, int | None], str] = {
+            (name, layer): checksum
+            for name, stored in checksums.items()
+            for layer, checksum in (
+                [(None, stored)] if isinstance(stored, str) else enumerate(stored)
+            )
+        }
         self._arrays = ArrayTree(storage.join(self.step, MODEL))
         self.tensors: Mapping[str, TensorSpec] = {
             name: self._arrays.spec(param) for name, param in param_specs(self.config).items()
@@ -204,11 +211,3 @@ def _config(step: str, meta: dict[str, Any]) -> ModelConfig:
     if "config" not in meta:
         raise CheckpointError(f"{step}: does not say its model; give its config with --config.")
     return from_dict(meta["config"], storage.join(step, "meta", "metadata")).model
-
-
-def _checksums(meta: dict[str, Any]) -> dict[tuple[str, int | None], str]:
-    return {
-        (name, layer): checksum
-        for name, stored in meta.get("import", {}).get("checksums", {}).items()
-        for layer, checksum in ([(None, stored)] if isinstance(stored, str) else enumerate(stored))
-    }

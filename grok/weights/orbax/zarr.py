@@ -105,7 +105,8 @@ def arrays(spec: TensorSpec) -> tuple[ZarrArray, ZarrArray | None]:
     ]
     if spec.groups is None:
         slab_bytes = chunk[0] * math.prod(matrix[1:]) * spec.dtype.itemsize
-        rows = chunk[0] * _divisor(matrix[0] // chunk[0], max(1, SHARD_BYTES // slab_bytes))
+        slabs, most = matrix[0] // chunk[0], max(1, SHARD_BYTES // slab_bytes)
+        rows = chunk[0] * next(n for n in range(min(slabs, most), 0, -1) if slabs % n == 0)
         shard = (*ones, rows, *matrix[1:])
         return ZarrArray(name, spec.shape, spec.dtype, shard, (*ones, *chunk)), None
     # Scales belong to whole matrices, so an int8 matrix is not cut into several shards.
@@ -180,7 +181,6 @@ def reason(error: BaseException) -> str:
 
 
 def _kvstore(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """The TensorStore spec of a folder."""
     if not storage.is_remote(folder):
         return {"driver": "file", "path": f"{os.path.abspath(folder)}/"}
     scheme, _, rest = os.fspath(folder).partition("://")
@@ -188,10 +188,6 @@ def _kvstore(folder: str | os.PathLike[str]) -> dict[str, str]:
     if scheme != "gs":
         raise CheckpointError(f"{folder}: checkpoints are read from local folders and gs://.")
     return {"driver": "gcs", "bucket": bucket, "path": f"{path.rstrip('/')}/"}
-
-
-def _divisor(number: int, at_most: int) -> int:
-    return next(d for d in range(min(number, at_most), 0, -1) if number % d == 0)
 
 
 def _crc32c(data: bytes) -> int:

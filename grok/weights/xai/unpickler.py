@@ -67,7 +67,6 @@ def parse_tensor(file: BinaryIO, name: str) -> StoredTensor:
 
 
 def _what_else(head: bytes) -> str:
-    """Says what a file seems to be whose first bytes are not a tensor's."""
     if not head:
         return "is empty"
     for start, description in FOREIGN.items():
@@ -93,7 +92,6 @@ class _PickleMachine:
         self.memo: list[object] = []
 
     def run(self) -> StoredTensor:
-        """Reads to STOP; returns the tensor that the stream holds."""
         for _ in range(MAX_OPCODES):
             self.opcode_at = self.position
             if self.frame_end == self.position:
@@ -108,7 +106,6 @@ class _PickleMachine:
         raise MalformedError(f"has more than {MAX_OPCODES} opcodes")
 
     def execute(self, opcode: str) -> None:
-        """Executes one opcode."""
         match opcode:
             case "FRAME":
                 self.begin_frame(self.number(8))
