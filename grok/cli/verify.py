@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from grok.weights.array_difference import ArrayDifference
     from grok.weights.source import Source
-    from grok.weights.tools.verify import ChecksumResult, Comparison
+    from grok.weights.tools.verify import Comparison
 
 DIFFER = 1  # exit code
 
@@ -53,7 +53,6 @@ def verify(ctx: click.Context, a: str, b: str | None, config: str | None, tolera
 
 
 def _verify_checksums(console: "Console", source: "Source") -> list[bool]:
-    """Verifies and prints; returns True for each tensor that is equal."""
     from grok.progress import byte_progress
     from grok.weights.tools.verify import verify_checksums
 
@@ -62,7 +61,10 @@ def _verify_checksums(console: "Console", source: "Source") -> list[bool]:
     console.print(f"{source.path}  ({source.format}, {source.dtype})")
     table = make_table("tensor", "checksums", "differ", right=2)
     for tensor in results:
-        table.add_row(tensor.spec.name, str(tensor.checksums), _layers(tensor))
+        layers = f"layer {', '.join(map(str, tensor.differing))}"
+        if tensor.differing in ((), (None,)):
+            layers = "differs" if tensor.differing else "equal"
+        table.add_row(tensor.spec.name, str(tensor.checksums), layers)
     return _print_table(console, table, results)
 
 
@@ -97,12 +99,6 @@ def _print_table(console: "Console", table: "Table", results) -> list[bool]:
     console.print(table)
     console.print()
     return [tensor.equal for tensor in results]
-
-
-def _layers(tensor: "ChecksumResult") -> str:
-    if tensor.differing == (None,):
-        return "differs"
-    return f"layer {', '.join(map(str, tensor.differing))}" if tensor.differing else "equal"
 
 
 def _add_rows(table: "Table", tensor: "Comparison") -> None:

@@ -58,7 +58,7 @@ class HuggingFaceSource(Source):
         self.config = config or adapter.read_config(*read_config_json(self.path))
         adapter.config_numbers(self.config)  # raises for a model that no such folder can hold
         whose = "this model's config" if config else f"this folder's {CONFIG}"
-        self._entries = _arrange(self.path, adapter, layout, self.config, whose, entries)
+        self._entries = self._arrange(layout, whose, entries)
         table = self._entries[TOKEN_TABLE, ()]
         self._tied_head = head = entries.get(adapter.tied_head)
         if head and (head.dtype, head.shape) != (table.dtype, table.shape):
@@ -82,6 +82,38 @@ class HuggingFaceSource(Source):
         if name == TOKEN_TABLE and self._tied_head:
             self._check_tied(self._tied_head, part, out)
         return out
+
+    def _arrange(
+        self, layout: str, whose: str, entries: dict[str, TensorInfo]
+    ) -> dict[tuple[str, tuple[int, ...]], TensorInfo]:
+        """The tensor of each parameter's layer and expert, with its shape and type checked."""
+        layers, experts = self.config.num_layers, self.config.moe.num_experts
+        size = f"{whose} has {layers} layers of {experts} experts"
+        arranged: dict[tuple[str, tuple[int, ...]], TensorInfo] = {}
+        firsts: dict[str, str] = {}
+        expected = {self.adapter.tied_head}
+        for tensor in self.adapter.tensors(layout, self.config):
+            entry = entries.get(tensor.name)
+            if entry is None:
+                raise CheckpointError(f"{self.path}: {tensor.name} is missing; {size}.")
+            if entry.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{entry.path}: {tensor.name} has shape {entry.shape}; for {whose} it should "
+                    f"be {tensor.shape}."
+                )
+            first = firsts.setdefault(tensor.param.name, tensor.name)
+            if entry.dtype != entries[first].dtype:
+                raise CheckpointError(
+                    f"{entry.path}: {tensor.name} is {entry.dtype}, and {first} is "
+                    f"{entries[first].dtype}; all layers and experts should have one type."
+                )
+            arranged[tensor.param.name, tensor.lead] = entry
+            expected.add(tensor.name)
+        extra = min(entries.keys() - expected, default=None)
+        if extra is not None:
+            path = entries[extra].path
+            raise CheckpointError(f"{path}: {quoted(extra)} does not belong here; {size}.")
+        return arranged
 
     def _read_one(self, out_RC: np.ndarray, name: str, index: tuple, rows: Part, columns: Part):
         entry = self._entries[name, index]
@@ -201,40 +233,3 @@ def _why_none(present: Mapping[str, int | None]) -> str:
         f"has pickled weights ({pickle}), which cannot be read without executing what they say; a "
         "copy in safetensors would work."
     )
-
-
-def _arrange(
-    folder: str,
-    adapter: Adapter,
-    layout: str,
-    config: ModelConfig,
-    whose: str,
-    entries: dict[str, TensorInfo],
-) -> dict[tuple[str, tuple[int, ...]], TensorInfo]:
-    """The tensor of each parameter's layer and expert, with its shape and type checked."""
-    size = f"{whose} has {config.num_layers} layers of {config.moe.num_experts} experts"
-    arranged: dict[tuple[str, tuple[int, ...]], TensorInfo] = {}
-    firsts: dict[str, str] = {}
-    expected = {adapter.tied_head}
-    for tensor in adapter.tensors(layout, config):
-        entry = entries.get(tensor.name)
-        if entry is None:
-            raise CheckpointError(f"{folder}: {tensor.name} is missing; {size}.")
-        if entry.shape != tensor.shape:
-            raise CheckpointError(
-                f"{entry.path}: {tensor.name} has shape {entry.shape}; for {whose} it should be "
-                f"{tensor.shape}."
-            )
-        first = firsts.setdefault(tensor.param.name, tensor.name)
-        if entry.dtype != entries[first].dtype:
-            raise CheckpointError(
-                f"{entry.path}: {tensor.name} is {entry.dtype}, and {first} is "
-                f"{entries[first].dtype}; all layers and experts should have one type."
-            )
-        arranged[tensor.param.name, tensor.lead] = entry
-        expected.add(tensor.name)
-    extra = min(entries.keys() - expected, default=None)
-    if extra is not None:
-        path = entries[extra].path
-        raise CheckpointError(f"{path}: {quoted(extra)} does not belong here; {size}.")
-    return arranged

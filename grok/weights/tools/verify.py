@@ -131,17 +131,18 @@ def open_both(
 
 
 def _check_comparable(a: Source, b: Source) -> None:
-    between = f"{a.path} and {b.path} are of different models"
-    for name, spec in a.tensors.items():
-        other = b.tensors[name].shape
-        if spec.shape != other:
-            sides = f"{spec.shape} in the first and {other} in the second"
-            raise CheckpointError(f"{between}: {name} is {sides}.")
-    key = differing_key(a.config, b.config)
+    sides: list[dict[str, Any]] = [
+        {n: spec.shape for n, spec in source.tensors.items()} for source in (a, b)
+    ]
+    key = next((name for name, shape in sides[0].items() if shape != sides[1].get(name)), None)
+    if key is None:
+        sides = [config_values(source.config) for source in (a, b)]
+        key = differing_key(a.config, b.config)
     if key is not None:
-        first, second = (config_values(source.config).get(key) for source in (a, b))
-        sides = f"{first} in the first and {second} in the second"
-        raise CheckpointError(f"{between}: {key} is {sides}.")
+        raise CheckpointError(
+            f"{a.path} and {b.path} are of different models: {key} is {sides[0].get(key)} in the "
+            f"first and {sides[1].get(key)} in the second."
+        )
 
 
 def config_values(config: ModelConfig) -> dict[str, Any]:
@@ -158,10 +159,9 @@ def differing_key(a: ModelConfig, b: ModelConfig) -> str | None:
     for key in (key for key in {**first, **second} if key not in HOW_IT_RUNS):
         x, y = first.get(key), second.get(key)
         if isinstance(x, int | float) and isinstance(y, int | float):
-            equal = math.isclose(x, y, rel_tol=1e-6)
-        else:
-            equal = x == y
-        if not equal:
+            if not math.isclose(x, y, rel_tol=1e-6):
+                return key
+        elif x != y:
             return key
     return None
 

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
@@ -85,7 +84,7 @@ class ReleaseSource(Source):
     def __init__(self, folder: str | os.PathLike[str], config: ModelConfig):
         self.path, self.config = os.fspath(folder), config
         tensors = tensor_names(config.num_layers)
-        _check_files(self.path, [tensor.file for tensor in tensors], config.num_layers)
+        self._check_files([tensor.file for tensor in tensors])
         specs = param_specs(config)
         if differing := sorted(specs.keys() ^ {tensor.name for tensor in tensors}):
             raise CheckpointError(
@@ -96,7 +95,7 @@ class ReleaseSource(Source):
         # Sixteen at a time: a remote file takes some round trips.
         with ThreadPoolExecutor(16) as pool:
             all_stored = list(pool.map(read_tensor, paths))
-        _check_shapes(self.path, tensors, all_stored, specs)
+        self._check_shapes(tensors, all_stored)
         self._stored: dict[tuple[str, int | None], tuple[str, StoredTensor]] = {}
         groups: dict[str, int] = {}
         for tensor, path, stored in zip(tensors, paths, all_stored, strict=True):
@@ -134,6 +133,51 @@ class ReleaseSource(Source):
             one = out[index] if stacked else out
             read_part(path, array.offset, shape[stacked:], part[stacked:], one)
         return out
+
+    def _check_files(self, expected: list[str]) -> None:
+        # File managers and downloaders leave hidden files.
+        files = storage.list_files(self.path, CheckpointError)
+        present = {name for name in files if not name.startswith(".")}
+        right = (
+            f"a release of {self.config.num_layers} layers has {len(expected)} files, "
+            f"{expected[0]} to {expected[-1]}, and no others"
+        )
+        missing = [name for name in expected if name not in present]
+        extra = sorted(present.difference(expected))
+        for path in (storage.join(self.path, name) for name in extra):
+            file, suffix = os.path.splitext(path.rpartition("/")[2])
+            if suffix in UNFINISHED and file in expected:
+                remedy = f"{file} has to be downloaded to its end, and {file}{suffix} to go"
+                problem = "is what a download leaves while it is unfinished"
+                raise CheckpointError(f"{path}: {problem}; {remedy}.")
+        if missing or extra:
+            others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+            instead = f"; {extra[0]} is here instead" if extra else ""
+            problem = f"is missing{others}{instead}" if missing else "does not belong here"
+            path = storage.join(self.path, (missing or extra)[0])
+            raise CheckpointError(f"{path}: {problem}; {right}.")
+
+    def _check_shapes(self, tensors: list[ReleaseTensor], all_stored: list[StoredTensor]) -> None:
+        pairs, specs = zip(tensors, all_stored, strict=True), param_specs(self.config)
+        wrong = [(t, stored) for t, stored in pairs if not _fits(stored, specs[t.name])]
+        if not wrong:
+            return
+        tensor, stored = wrong[0]
+        expected = specs[tensor.name]
+        dtype = "quantised int8" if expected.is_matmul else "float32"
+        fitting = [other.file for other in tensors if _fits(stored, specs[other.name])]
+        others = [other.file for other, theirs in wrong[1:] if _fits(theirs, expected)]
+        swapped = [file for file in others if file in fitting]
+        guess = ""
+        if swapped:
+            guess = f" It would fit {swapped[0]}, and that file here: were the two swapped?"
+        elif fitting:
+            guess = f" It would fit {fitting[0]}: was a file renamed or copied?"
+        path = storage.join(self.path, tensor.file)
+        raise CheckpointError(
+            f"{path}: {tensor.release_name} is {_describe(stored)}; "
+            f"for this model's config it should be {dtype} {file_shape(expected)}.{guess}"
+        )
 
 
 def implied_config(folder: str | os.PathLike[str]) -> ModelConfig:
@@ -185,57 +229,6 @@ def _count_layers(folder: str | os.PathLike[str]) -> int:
             f"each layer, so {2 + 12 * layers} and not {len(present)} here."
         )
     return layers
-
-
-def _check_files(folder: str, expected: list[str], num_layers: int) -> None:
-    # File managers and downloaders leave hidden files.
-    files = storage.list_files(folder, CheckpointError)
-    present = {name for name in files if not name.startswith(".")}
-    right = (
-        f"a release of {num_layers} layers has {len(expected)} files, "
-        f"{expected[0]} to {expected[-1]}, and no others"
-    )
-    missing = [name for name in expected if name not in present]
-    extra = sorted(present.difference(expected))
-    for path in (storage.join(folder, name) for name in extra):
-        file, suffix = os.path.splitext(path.rpartition("/")[2])
-        if suffix in UNFINISHED and file in expected:
-            remedy = f"{file} has to be downloaded to its end, and {file}{suffix} to go"
-            problem = "is what a download leaves while it is unfinished"
-            raise CheckpointError(f"{path}: {problem}; {remedy}.")
-    if missing:
-        others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        instead = f"; {extra[0]} is here instead" if extra else ""
-        path = storage.join(folder, missing[0])
-        raise CheckpointError(f"{path}: is missing{others}{instead}; {right}.")
-    if extra:
-        raise CheckpointError(f"{storage.join(folder, extra[0])}: does not belong here; {right}.")
-
-
-def _check_shapes(
-    folder: str,
-    tensors: list[ReleaseTensor],
-    all_stored: list[StoredTensor],
-    specs: Mapping[str, ParamSpec],
-) -> None:
-    pairs = zip(tensors, all_stored, strict=True)
-    wrong = [(t, stored) for t, stored in pairs if not _fits(stored, specs[t.name])]
-    if not wrong:
-        return
-    tensor, stored = wrong[0]
-    expected = specs[tensor.name]
-    dtype = "quantised int8" if expected.is_matmul else "float32"
-    fitting = [other.file for other in tensors if _fits(stored, specs[other.name])]
-    swapped = [o.file for o, theirs in wrong[1:] if o.file in fitting and _fits(theirs, expected)]
-    guess = ""
-    if swapped:
-        guess = f" It would fit {swapped[0]}, and that file here: were the two swapped?"
-    elif fitting:
-        guess = f" It would fit {fitting[0]}: was a file renamed or copied?"
-    raise CheckpointError(
-        f"{storage.join(folder, tensor.file)}: {tensor.release_name} is {_describe(stored)}; "
-        f"for this model's config it should be {dtype} {file_shape(expected)}.{guess}"
-    )
 
 
 def _fits(stored: StoredTensor, expected: ParamSpec) -> bool:

@@ -181,12 +181,9 @@ class Grok1(Adapter):
 
 
 def _checked(path: str, key: str, value: Any, size: bool) -> int | float:
-    if size:
-        if type(value) is int and 0 < value <= LARGEST_SIZE:
-            return value
-        right = f"a whole number from 1 to {LARGEST_SIZE}"
-    else:
-        if type(value) in (int, float) and 0 < value < math.inf:
-            return float(value)
-        right = "a positive number"
+    if size and type(value) is int and 0 < value <= LARGEST_SIZE:
+        return value
+    if not size and type(value) in (int, float) and 0 < value < math.inf:
+        return float(value)
+    right = f"a whole number from 1 to {LARGEST_SIZE}" if size else "a positive number"
     raise CheckpointError(f"{path}: {key} is {value!r:.40}; it should be {right}.")
