@@ -20,11 +20,9 @@ SHOWN_CHARACTERS = 70
 
 
 class Journal(contextlib.AbstractContextManager):
-    """A file of JSON lines: the job's identity, then an entry for each finished piece.
-
-    Opening locks it and reads `entries`, without a line that a kill cut short. Raises `error` where
-    another process has it open, or it is of another job. With `sync`, `append` waits for the disk.
-    """
+    """A file of JSON lines: the job's identity, then an entry for each finished piece. Opening
+    locks it and reads `entries`, without a line that a kill cut short. Raises `error` where another
+    process has it open, or it is of another job. With `sync`, `append` waits for the disk."""
 
     def __init__(
         self, path: Path, identity: Mapping[str, Any], error: type[GrokError], sync: bool = False

@@ -103,10 +103,8 @@ def read_bytes(path: StrPath, error: type[Exception] = OSError) -> bytes:
 def read_ranges(
     path: StrPath, starts: Sequence[int], out: memoryview, error: type[Exception] = OSError
 ) -> None:
-    """Fills `out` with byte ranges of one length of a file, which begin at `starts`, in order.
-
-    Of a remote file all bytes between them are read, too: a request costs more.
-    """
+    """Fills `out` with byte ranges of one length of a file, which begin at `starts`, in order. Of a
+    remote file all bytes between them are read, too: a request costs more."""
     length = len(out) // len(starts)
     rows = (out[row * length : (row + 1) * length] for row in range(len(starts)))
     with errors(path, error):

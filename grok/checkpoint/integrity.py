@@ -39,9 +39,7 @@ def write_list(folder: StrPath) -> None:
 
 def find_damage(folder: StrPath) -> str | None:
     """Describes the damage of the checkpoint in `folder` in a few words; None where it has none.
-
-    Raises OSError where `folder` cannot be read, which is no damage.
-    """
+    Raises OSError where `folder` cannot be read, which is no damage."""
     present = storage.list_tree(folder)
     if not present:
         return "is empty"

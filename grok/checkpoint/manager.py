@@ -37,9 +37,7 @@ DAMAGED = "damaged"
 @dataclasses.dataclass(frozen=True)
 class RetentionPolicy:
     """Retains the `last` checkpoints, every `every`-th step, and the `best` by the lowest `metric`.
-
-    0 means none of a kind. A checkpoint stays if any of the three rules retains it.
-    """
+    0 means none of a kind. A checkpoint stays if any of the three rules retains it."""
 
     last: int
     every: int = 0
@@ -61,11 +59,9 @@ class RetentionPolicy:
 
 
 class Checkpoints:
-    """The checkpoints in a folder, local or at gs://, by step.
-
-    Saves run in the background and are atomic; `wait` waits for the last one. With several
-    processes, all of them call every method, and process 0 alone moves and deletes folders.
-    """
+    """The checkpoints in a folder, local or at gs://, by step. Saves run in the background and are
+    atomic; `wait` waits for the last one. With several processes, all of them call every method,
+    and process 0 alone moves and deletes folders."""
 
     def __init__(self, folder: StrPath, retention: RetentionPolicy | None = None):
         """Opens a folder for saving, with its `retention`; without one, for reading only."""
@@ -173,10 +169,8 @@ class Checkpoints:
 
     def restore(self, step: int, trees: dict) -> dict:
         """Reads the named trees of `step`. `trees` holds, for each, a pytree of
-        `jax.ShapeDtypeStruct` with shardings: arrays arrive in that shape, type and place.
-
-        Raises CheckpointError naming the tensors that are missing or of another shape.
-        """
+        `jax.ShapeDtypeStruct` with shardings: arrays arrive in that shape, type and place. Raises
+        CheckpointError naming the tensors that are missing or of another shape."""
         names = {name: to_names(tree) for name, tree in trees.items()}
         items = {name: ocp.args.StandardRestore(tree) for name, tree in names.items()}
         stored = self._manager.item_metadata(step)

@@ -52,11 +52,9 @@ class ArrayDifference:
 
 
 def array_difference(a: np.ndarray, b: np.ndarray, tolerance: float = 0.0) -> ArrayDifference:
-    """The difference of two arrays of one type and size, with indices in C order.
-
-    With `tolerance` 0, values are equal if their bits are; otherwise also if their relative
-    difference is at most `tolerance`.
-    """
+    """The difference of two arrays of one type and size, with indices in C order. With `tolerance`
+    0, values are equal if their bits are; otherwise also if their relative difference is at most
+    `tolerance`."""
     a, b = a.reshape(-1), b.reshape(-1)
     bits = f"u{a.itemsize}"
     indices = np.flatnonzero(a.view(bits) != b.view(bits))

@@ -109,10 +109,8 @@ class QuantizedSource(Source):
 
 class MeasuredQuantizedSource(QuantizedSource):
     """A QuantizedSource to read every matrix of once, its values and then immediately its scales.
-
     `errors` holds the rounding error of what was read, by name and layer: its difference from the
-    values before.
-    """
+    values before."""
 
     def __init__(self, source: Source, groups: ScaleGroups = release_groups):
         super().__init__(source, groups)

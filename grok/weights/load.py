@@ -97,10 +97,8 @@ class _Leaf:
         self.shards: dict[jax.Device, jax.Array] = {}
 
     def __iter__(self) -> Iterator[Part]:
-        """Yields blocks that cover exactly the parts of the devices, each once.
-
-        Devices with neighbouring columns share a block, so that rows are read contiguously.
-        """
+        """Yields blocks that cover exactly the parts of the devices, each once. Devices with
+        neighbouring columns share a block, so that rows are read contiguously."""
         distinct = list(dict.fromkeys(self.parts.values()))
         axes = zip(*distinct, strict=True)
         box = tuple(slice(min(s.start for s in a), max(s.stop for s in a)) for a in axes)

@@ -31,10 +31,8 @@ def no_progress(name: str, done: int, total: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of a source: its parameter in our tree, and its stored type, a float or int8.
-
-    int8 values have `groups` groups of rows, each with a bfloat16 scale per column, others None.
-    """
+    """A tensor of a source: its parameter in our tree, and its stored type, a float or int8. int8
+    values have `groups` groups of rows, each with a bfloat16 scale per column, others None."""
 
     param: ParamSpec
     dtype: np.dtype
@@ -126,10 +124,8 @@ def layer_pieces(spec: TensorSpec) -> Iterator[tuple[int | None, Part]]:
 
 
 def blocks(spec: TensorSpec, part: Part, limit: int = 1 << 28) -> Iterator[Part]:
-    """Yields `part` in C order as parts of one matrix each, or of at most about `limit` bytes.
-
-    A matrix (one layer, one expert) is never cut, and so no group of its scales.
-    """
+    """Yields `part` in C order as parts of one matrix each, or of at most about `limit` bytes. A
+    matrix (one layer, one expert) is never cut, and so no group of its scales."""
     if spec.param.is_matmul:
         lead = spec.param.lead_dims
         for index in itertools.product(*(range(s.start, s.stop) for s in part[:lead])):
@@ -163,9 +159,7 @@ def read_part(
     path: storage.StrPath, offset: int, shape: tuple[int, ...], part: Part, out: np.ndarray
 ) -> np.ndarray:
     """Fills `out`, in C order, with a part of an array that begins at byte `offset` of a file.
-
-    Raises CheckpointError where the file, local or at gs://, cannot be read or became shorter.
-    """
+    Raises CheckpointError where the file, local or at gs://, cannot be read or became shorter."""
     assert out.flags.c_contiguous
     starts = _run_offsets(shape, out.itemsize, part) + offset
     data = memoryview(out.reshape(-1).view(np.uint8))

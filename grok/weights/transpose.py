@@ -14,9 +14,7 @@ def strips(
     values_RC: np.ndarray, dtype: np.dtype, scales_GC: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
     """Yields the transpose of a matrix in `dtype`, some rows (our columns) at a time, in order.
-
-    With scales, values are multiplied by them in float32 and rounded once. Strips share memory.
-    """
+    With scales, values are multiplied by them in float32 and rounded once. Strips share memory."""
     rows, columns = values_RC.shape
     group = rows if scales_GC is None else rows // len(scales_GC)
     # A tile is copied first, since rows of a wide matrix compete for the same cache lines.

@@ -23,11 +23,9 @@ def model_card(
     base_weights: str | None = None,
     manifest: tuple[str, bytes] | None = None,
 ) -> str:
-    """The card of `source` exported in `dtype`, as Markdown with a YAML head.
-
-    `base_weights` names the origin, by default the release for weights in its format and of its
-    size; `manifest` is the name and content of the folder's file on the training data.
-    """
+    """The card of `source` exported in `dtype`, as Markdown with a YAML head. `base_weights` names
+    the origin, by default the release for weights in its format and of its size; `manifest` is the
+    name and content of the folder's file on the training data."""
     parameters = num_parameters(source.config)
     if base_weights is None and source.format == "xai" and parameters == adapter.release_parameters:
         base_weights = adapter.release

@@ -198,10 +198,8 @@ def _row_blocks(source: Source, tensor: HuggingFaceTensor, dtype: np.dtype) -> I
 
 
 def plan(adapter: Adapter, config: ModelConfig, dtype: np.dtype, shard_bytes: int) -> list[Shard]:
-    """The files of an export, each of at most `shard_bytes` with all that is in it.
-
-    Raises ConfigError where one tensor alone would take more.
-    """
+    """The files of an export, each of at most `shard_bytes` with all that is in it. Raises
+    ConfigError where one tensor alone would take more."""
     tensors = list(adapter.tensors(adapter.export_layout, config))
     tensors.append(dataclasses.replace(tensors[0], name=adapter.tied_head))
     groups: list[list[HuggingFaceTensor]] = []

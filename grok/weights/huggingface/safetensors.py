@@ -1,7 +1,6 @@
 """The safetensors format: a length (8 bytes, little-endian), a JSON header with the type, shape and
 byte range of each tensor, and the data, which the ranges fill without gaps.
-https://github.com/huggingface/safetensors#format
-"""
+https://github.com/huggingface/safetensors#format"""
 
 import dataclasses
 import json
@@ -39,10 +38,8 @@ class TensorInfo:
 
 
 def read_header(path: str, size: int) -> dict[str, TensorInfo]:
-    """The tensors of a file of `size` bytes, local or at gs://, by name; no data is read.
-
-    Raises CheckpointError, with file and tensor, unless all are of DTYPES and fill the file.
-    """
+    """The tensors of a file of `size` bytes, local or at gs://, by name; no data is read. Raises
+    CheckpointError, with file and tensor, unless all are of DTYPES and fill the file."""
     with storage.open_file(path, CheckpointError, storage.HEADER_BLOCK) as file:
         start = file.read(8)
         if start == b"version ":

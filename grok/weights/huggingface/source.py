@@ -39,10 +39,8 @@ UNFINISHED = "unfinished-export.json"
 
 class HuggingFaceSource(Source):
     """A folder of safetensors, local or at gs://. Opening it reads the headers, and no array.
-
     `config` is the expected model, by default that of config.json. Raises CheckpointError, with
-    file and tensor, where tensors are missing or too many, files damaged, or of another model.
-    """
+    file and tensor, where tensors are missing or too many, files damaged, or of another model."""
 
     format = "huggingface"
 

@@ -35,10 +35,8 @@ STAGING, JOURNAL = ".import", "journal.jsonl"
 @dataclasses.dataclass(frozen=True)
 class Imported:
     """A finished import: the checkpoint's folder, and the bytes and seconds that this call took.
-
     `summary` is stored in the checkpoint: facts of the source, `checksums` by tensor, lists of one
-    per layer where it has layers, and `rounding_errors` of matrices that the import quantised.
-    """
+    per layer where it has layers, and `rounding_errors` of matrices that the import quantised."""
 
     checkpoint: Path
     written: int
@@ -167,10 +165,8 @@ def export_params(
     on_progress: OnProgress = no_progress,
 ) -> Imported:
     """Writes the parameters of the checkpoint at `src` (a run, its `checkpoints`, or a step), local
-    or gs://, in `dtype`, to the new local folder `dst`, with the run's config and tokenizer.
-
-    Raises CheckpointError for no finished checkpoint of ours, or anything else in `dst`.
-    """
+    or gs://, in `dtype`, to the new local folder `dst`, with the run's config and tokenizer. Raises
+    CheckpointError for no finished checkpoint of ours, or anything else in `dst`."""
     step = step_folder(os.fspath(src))
     source = open_source(step)
     meta = read_meta(step)

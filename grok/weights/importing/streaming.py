@@ -85,11 +85,9 @@ def stream(
     on_written: Callable[[str, int], None],
     on_finished: Callable[[Piece, str], None],
 ) -> None:
-    """Writes pieces into `folder`, in order.
-
-    Calls `on_written` with a tensor's name and each number of bytes written, and `on_finished` with
-    each finished piece and its checksum. Raises OSError, and errors of `source`.
-    """
+    """Writes pieces into `folder`, in order. Calls `on_written` with a tensor's name and each
+    number of bytes written, and `on_finished` with each finished piece and its checksum. Raises
+    OSError, and errors of `source`."""
     for array in all_arrays(pieces):
         create(folder, array)
     with _Writer(folder, on_written, on_finished) as writer:

@@ -53,9 +53,7 @@ def write_files(step: Path, arrays: Iterable[ZarrArray], meta: dict[str, Any]) -
 
 def read_tree(folder: str) -> tuple[list[str], bool, bool]:
     """The names with dots of an item's arrays, in order, whether it is zarr3, and whether OCDBT.
-
-    Raises CheckpointError where `_METADATA` cannot be read.
-    """
+    Raises CheckpointError where `_METADATA` cannot be read."""
     path = storage.join(folder, METADATA)
     data = read_object(path)
     try:

@@ -55,10 +55,8 @@ class ZarrArray:
             )
 
     def slabs(self, shard: Part, limit: int) -> Iterator[Slabs]:
-        """Yields the slabs of a shard in C order, their order in the file.
-
-        As many together as have no more than `limit` bytes, or one.
-        """
+        """Yields the slabs of a shard in C order, their order in the file. As many together as have
+        no more than `limit` bytes, or one."""
         axis = self.slab_axis
         row_bytes = math.prod(self.shard) * self.dtype.itemsize // self.shard[axis]
         step = max(1, limit // (self.chunk[axis] * row_bytes)) * self.chunk[axis]

@@ -54,11 +54,9 @@ class TensorSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """The weights at `path`. `problems` are sentences, none where everything is complete.
-
-    `origins` are those of config values; `fitting` presets have the shapes of a release. `step`,
-    `checksums` (their number) and `imported_from` are of our own checkpoints only.
-    """
+    """The weights at `path`. `problems` are sentences, none where everything is complete. `origins`
+    are those of config values; `fitting` presets have the shapes of a release. `step`, `checksums`
+    (their number) and `imported_from` are of our own checkpoints only."""
 
     path: str
     format: str | None
@@ -113,10 +111,8 @@ class Inspection:
 
 
 def inspect(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Inspection:
-    """Inspects the weights at `path`, in any format; `config` as for `open_source`.
-
-    Reads headers and no weights. Errors become `problems`.
-    """
+    """Inspects the weights at `path`, in any format; `config` as for `open_source`. Reads headers
+    and no weights. Errors become `problems`."""
     try:
         source = open_source(path, config)
     except (CheckpointError, ConfigError) as error:

@@ -151,10 +151,8 @@ def config_values(config: ModelConfig) -> dict[str, Any]:
 
 
 def differing_key(a: ModelConfig, b: ModelConfig) -> str | None:
-    """The key of a value by which the two models compute different things, if there is one.
-
-    Other programs' configs may have fewer digits, and round 1/sqrt(128) differently.
-    """
+    """The key of a value by which the two models compute different things, if there is one. Other
+    programs' configs may have fewer digits, and round 1/sqrt(128) differently."""
     first, second = config_values(a), config_values(b)
     for key in (key for key in {**first, **second} if key not in HOW_IT_RUNS):
         x, y = first.get(key), second.get(key)
@@ -186,11 +184,9 @@ def choose_method(a: TensorSpec, b: TensorSpec) -> Method:
 def compare(
     a: Source, b: Source, tolerance: float = 0.0, on_progress: OnProgress = no_progress
 ) -> Iterator[Comparison]:
-    """Yields the comparison of each tensor of `a` and `b`.
-
-    Values are equal if their bits are; with a `tolerance`, floats also where |a - b| <= tolerance *
-    max(|a|, |b|). Raises CheckpointError for different models, and for unreadable files.
-    """
+    """Yields the comparison of each tensor of `a` and `b`. Values are equal if their bits are; with
+    a `tolerance`, floats also where |a - b| <= tolerance * max(|a|, |b|). Raises CheckpointError
+    for different models, and for unreadable files."""
     _check_comparable(a, b)
     counter = ByteCounter(on_progress, a.nbytes + b.nbytes)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

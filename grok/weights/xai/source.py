@@ -74,10 +74,8 @@ def file_shape(spec: ParamSpec) -> tuple[int, ...]:
 
 class ReleaseSource(Source):
     """A `ckpt-0` folder, local or at gs://. Opening it reads every file's header, and no array.
-
     Raises CheckpointError, with file and remedy, where files are missing, too many, damaged, or of
-    another model. Files do not name their tensors: two of one shape may be swapped unnoticed.
-    """
+    another model. Files do not name their tensors: two of one shape may be swapped unnoticed."""
 
     format, stores_rows = "xai", True
 
@@ -182,9 +180,7 @@ class ReleaseSource(Source):
 
 def implied_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The config that a `ckpt-0` folder implies by its shapes; else values are the release's.
-
-    Raises CheckpointError where the shapes fit no such model.
-    """
+    Raises CheckpointError where the shapes fit no such model."""
     num_layers = _count_layers(folder)
     by_name = {tensor.name: tensor.file for tensor in tensor_names(1)}
 

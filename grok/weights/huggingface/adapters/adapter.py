@@ -38,11 +38,9 @@ class HuggingFaceTensor:
 
 
 class Adapter(abc.ABC):
-    """A family; `release` names its released weights, of `release_parameters` parameters.
-
-    A layout, by repository, maps our names to theirs, with {layer} and {expert}, in the order of
-    exports, which write `export_layout`. `tied_head` names the token table as the output layer.
-    """
+    """A family; `release` names its released weights, of `release_parameters` parameters. A layout,
+    by repository, maps our names to theirs, with {layer} and {expert}, in the order of exports,
+    which write `export_layout`. `tied_head` names the token table as the output layer."""
 
     family: str
     layouts: Mapping[str, Mapping[str, str]]
@@ -57,10 +55,8 @@ class Adapter(abc.ABC):
 
     @abc.abstractmethod
     def read_config(self, path: str, data: dict[str, Any]) -> ModelConfig:
-        """The model that `data`, the content of the config.json at `path`, describes.
-
-        Raises CheckpointError, with the key, for values that no model of the family can have.
-        """
+        """The model that `data`, the content of the config.json at `path`, describes. Raises
+        CheckpointError, with the key, for values that no model of the family can have."""
 
     @abc.abstractmethod
     def stated_fields(self, data: dict[str, Any]) -> set[str]:
@@ -72,20 +68,16 @@ class Adapter(abc.ABC):
 
     @abc.abstractmethod
     def config_numbers(self, config: ModelConfig) -> dict[str, int | float]:
-        """The model's sizes and factors under their keys in config.json.
-
-        Raises ConfigError, with the key, for a model that the family cannot express.
-        """
+        """The model's sizes and factors under their keys in config.json. Raises ConfigError, with
+        the key, for a model that the family cannot express."""
 
     @abc.abstractmethod
     def reading_notes(self, config: ModelConfig) -> str:
         """Text of the model card on the programs that can read an export."""
 
     def tensors(self, layout: str, config: ModelConfig) -> Iterator[HuggingFaceTensor]:
-        """All tensors of a layout except `tied_head`: table, layers, final norm.
-
-        Raises CheckpointError where the model has other weights than the layout.
-        """
+        """All tensors of a layout except `tied_head`: table, layers, final norm. Raises
+        CheckpointError where the model has other weights than the layout."""
         specs = param_specs(config)
         names = self.layouts[layout]
         if differing := sorted(specs.keys() ^ names.keys()):
@@ -117,10 +109,8 @@ def is_linear(spec: ParamSpec) -> bool:
 
 
 def split_axes(spec: ParamSpec, axes: tuple) -> tuple[tuple, tuple, tuple]:
-    """A parameter's axes, or one value for each, as those of layer and expert, rows, and columns.
-
-    A parameter that is not transposed has rows only.
-    """
+    """A parameter's axes, or one value for each, as those of layer and expert, rows, and columns. A
+    parameter that is not transposed has rows only."""
     if is_linear(spec):
         return spec.split(axes)
     lead = int(spec.is_stacked)
