@@ -50,11 +50,6 @@ class Shard:
     dtype: np.dtype
 
     @property
-    def partial(self) -> str:
-        """Its name until all is written."""
-        return f"{self.file}.partial"
-
-    @property
     def data_bytes(self) -> int:
         """Bytes of its tensors."""
         return sum(_nbytes(tensor, self.dtype) for tensor in self.tensors)
@@ -141,32 +136,31 @@ def _write_shards(source: Source, path: Path, todo: list[Shard], counter: ByteCo
     )
     workers = max(1, min(WORKERS, MATRIX_BYTES // max(sizes)))
     with ThreadPoolExecutor(workers, thread_name_prefix="grok-export") as pool:
-        previous: tuple[Shard, list[Future]] | None = None
+        previous: tuple[Path, list[Future]] | None = None
         try:
             for shard in todo:
-                partial = path / shard.partial
+                partial = path / f"{shard.file}.partial"
                 partial.write_bytes(shard.header)
                 write = functools.partial(_write_tensor, source, shard.dtype, partial, counter)
                 tensors = zip(shard.tensors, shard.offsets, strict=True)
                 futures = [pool.submit(write, tensor, offset) for tensor, offset in tensors]
                 # Tensors of this file are converted while the previous one goes to disk.
                 if previous is not None:
-                    _finish(path, *previous)
-                previous = shard, futures
+                    _finish(*previous)
+                previous = partial, futures
             if previous is not None:
-                _finish(path, *previous)
+                _finish(*previous)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _finish(path: Path, shard: Shard, futures: list[Future]) -> None:
+def _finish(partial: Path, futures: list[Future]) -> None:
     for future in futures:
         future.result()
-    partial = path / shard.partial
     with partial.open("rb") as file:
         os.fsync(file.fileno())
-    partial.rename(path / shard.file)
+    partial.rename(partial.with_suffix(""))
 
 
 def _write_tensor(
