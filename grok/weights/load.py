@@ -67,19 +67,14 @@ def put_on_mesh(
     leaves = [_Leaf(source, name, leaf) for name, leaf in to_arrays(model).items()]
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="grok-load") as pool:
         reads = ((leaf, block, pool.submit(leaf.read, block)) for leaf in leaves for block in leaf)
-        for leaf, block, values in _ahead(reads):
+        waiting = collections.deque(itertools.islice(reads, READ_AHEAD))
+        while waiting:
+            leaf, block, values = waiting.popleft()
             count = leaf.put(block, values.result())
             if on_bytes is not None:
                 on_bytes(count)
+            waiting.extend(itertools.islice(reads, 1))
     return jax.tree.unflatten(jax.tree.structure(model), [leaf.array() for leaf in leaves])
-
-
-def _ahead(items: Iterator) -> Iterator:
-    """Yields the same items, each after the next READ_AHEAD were taken."""
-    waiting = collections.deque(itertools.islice(items, READ_AHEAD))
-    while waiting:
-        yield waiting.popleft()
-        waiting.extend(itertools.islice(items, 1))
 
 
 class _Leaf:
