@@ -52,7 +52,7 @@ class FloatSource(Source):
         self._source, self._dtype = source, dtype
         self.format, self.path, self.config = source.format, source.path, source.config
         self.stores_rows = source.stores_rows
-        self.tensors = {
+        self.tensors: dict[str, TensorSpec] = {
             name: TensorSpec(spec.param, dtype) for name, spec in source.tensors.items()
         }
 
@@ -65,26 +65,22 @@ class FloatSource(Source):
         return _dequantize_part(self._source, spec, part, values, self._dtype)
 
 
-class QuantizedSource(Source):
+class QuantizedSource(FloatSource):
     """A source of floats with its matrices as int8 and all else in float32."""
 
     def __init__(self, source: Source, groups: ScaleGroups = release_groups):
-        self._source = source
-        self.format, self.path, self.config = source.format, source.path, source.config
-        self.tensors = {}
-        for name, spec in source.tensors.items():
-            if spec.param.is_matmul:
-                rows = spec.param.contract_size
-                count = max(g for g in range(1, groups(spec.param) + 1) if rows % g == 0)
-                self.tensors[name] = TensorSpec(spec.param, np.dtype(np.int8), count)
-            else:
-                self.tensors[name] = TensorSpec(spec.param, np.dtype(np.float32))
+        super().__init__(source, np.dtype(np.float32))
+        self.stores_rows, int8 = False, np.dtype(np.int8)
+        for param in (spec.param for spec in source.tensors.values() if spec.param.is_matmul):
+            most, rows = groups(param), param.contract_size
+            count = max(g for g in range(1, most + 1) if rows % g == 0)
+            self.tensors[param.name] = TensorSpec(param, int8, count)
 
     def read(self, name: str, part: Part) -> np.ndarray:
         """Values of a part. Its columns are read with all their rows, since a scale needs them."""
         spec = self.tensors[name]
         if spec.groups is None:
-            return self._source.read(name, part).astype(np.float32, copy=False)
+            return super().read(name, part)
         rows = spec.param.contract_axes
         lead, _, columns = spec.param.split(part)
         values, _ = self._quantize(name, (*lead, *spec.param.split(spec.full_part)[1], *columns))

@@ -16,7 +16,7 @@ from grok.errors import CheckpointError
 from grok.model.param_spec import ParamSpec
 from grok.model.params import lora_targets, param_specs, tensor_specs
 from grok.ops.weights.lora import LoraArray, merge_adapter
-from grok.weights.cast import converted
+from grok.weights.cast import FloatSource, converted
 from grok.weights.checksums import sample_checksum
 from grok.weights.orbax.metadata import COMMITTED, LORA, METADATA, MODEL, read_meta, read_tree
 from grok.weights.orbax.zarr import open_array, wait
@@ -65,7 +65,7 @@ class OrbaxSource(Source):
         return self._arrays.read(f"{name}/scales", part)
 
 
-class LoraSource(Source):
+class LoraSource(FloatSource):
     """`base` with the adapters of the LoRA run `run` added, all in float32. Its checkpoint, the
     folder `step`, has their factors alone (`lora/layers.attention.w_query_DNH.a`).
 
@@ -73,22 +73,16 @@ class LoraSource(Source):
     the adapters were trained on, and as OrbaxSource does.
     """
 
-    format = "orbax"
-
     def __init__(self, step: str, run: RunConfig, base: Source, checksum: str):
         if sample_checksum(base) != checksum:
             raise CheckpointError(
                 f"{step}: has adapters of the weights that were at {base.path}, and others are "
                 "there now; the same weights would work."
             )
-        self.path, self.config = step, base.config
-        self._base = converted(base, run.model.param_dtype)
+        super().__init__(converted(base, run.model.param_dtype), np.dtype(np.float32))
+        self.format, self.path, self.stores_rows = "orbax", step, False
         self._rank, self._scale = run.lora.rank, run.lora.scale
         self._arrays = ArrayTree(storage.join(step, LORA))
-        self.tensors = {
-            name: TensorSpec(spec.param, np.dtype(np.float32))
-            for name, spec in base.tensors.items()
-        }
         self._adapted = set(lora_targets(base.config, run.lora))
         specs = tensor_specs(base.config, run.lora).values()
         adapters = [spec for spec in specs if spec.use == "adapter"]
@@ -98,7 +92,7 @@ class LoraSource(Source):
 
     def read(self, name: str, part: Part) -> np.ndarray:
         """Values of a part, with its adapter added."""
-        base = self._base.read(name, part).astype(np.float32, copy=False)
+        base = super().read(name, part)
         if name not in self._adapted:
             return base
         spec = self.tensors[name].param
