@@ -15,7 +15,7 @@ from grok.ops.weights.low_precision_grad import LowPrecisionGrad
 from grok.optim import offload
 from grok.optim.optimizer import make_schedule
 from grok.optim.param_groups import combine, map_named, metric_group, names, partition, trainable
-from grok.train import bad_steps
+from grok.train import bad_steps, update_cpu
 from grok.train.bad_steps import global_norm, select_if_ok, sums_of_squares
 from grok.train.loss import batch_loss, count_tokens
 from grok.train.state import TrainState, as_float32
@@ -108,7 +108,7 @@ def update(
         guard = bad_steps.update_guard(state.guard, bad, global_norm(grad_squares))
     with jax.named_scope("apply_updates"):
         if hardware.platform() == "cpu":
-            params, opt_state, update_squares = apply_in_place(
+            params, opt_state, update_squares = update_cpu.apply_in_place(
                 bad, old_params, old_opt_state, grads, updates, update_squares, optimizer
             )
         else:
@@ -142,29 +142,3 @@ def norms(name: str, squares: dict[str, jax.Array], config: RunConfig) -> dict:
         groups.setdefault(metric_group(config.optimizer, specs[tensor]), {})[tensor] = square
     group_norms = {f"{name}/{group}": global_norm(members) for group, members in groups.items()}
     return {name: global_norm(squares)} | group_norms
-
-
-def apply_in_place(
-    bad: jax.Array, params, opt_state, grads, updates, update_squares: dict, optimizer
-) -> tuple[Any, optax.OptState, dict[str, jax.Array]]:
-    """Returns `params` after `updates` and `opt_state` after `grads`, both unchanged after a bad
-    step, and `update_squares`, the updates' sums of squares, computed before any tensor changes.
-
-    XLA on CPU would otherwise copy them and hold all updates at once. With these barriers it reads
-    all that an update needs, then changes a tensor in place, then its moments, computed again."""
-    params, updates, squares = barrier_per_leaf(params, updates, list(update_squares.values()))
-    update_squares = dict(zip(update_squares, squares, strict=True))
-    new_params = select_if_ok(bad, optax.apply_updates(params, updates), params)
-    new_params, grads = barrier_per_leaf(new_params, grads)
-    _, new_opt_state = optimizer.update(grads, opt_state, as_float32(params))
-    return new_params, select_if_ok(bad, new_opt_state, opt_state), update_squares
-
-
-def barrier_per_leaf(*trees):
-    """The trees, each leaf available only once those at its position in all are computed."""
-    leaves = zip(*map(jax.tree.leaves, trees), strict=True)
-    barred_leaves = zip(*map(jax.lax.optimization_barrier, leaves), strict=True)
-    return [
-        jax.tree.unflatten(jax.tree.structure(tree), barred)
-        for tree, barred in zip(trees, barred_leaves, strict=True)
-    ]
