@@ -1,7 +1,5 @@
 """A job in a folder that continues after an interruption: its lock, identity, and finished pieces.
-
-The identity is plain data that the output depends on: a command of another one is refused.
-"""
+The identity is plain data that the output depends on: a command of another one is refused."""
 
 import contextlib
 import fcntl

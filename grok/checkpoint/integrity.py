@@ -1,7 +1,5 @@
-"""Detects damaged checkpoints, by the sizes of their files and the content of the small ones.
-
-A save writes the list of its files, `files.json`, last, with checksums of the small ones.
-"""
+"""Detects damaged checkpoints, by the sizes of their files and the content of the small ones. A
+save writes the list of its files, `files.json`, last, with checksums of the small ones."""
 
 import contextlib
 import json

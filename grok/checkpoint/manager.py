@@ -1,7 +1,5 @@
-"""Checkpoints of a run through Orbax; the only file that imports it.
-
-A checkpoint is a set of named pytrees of arrays, stored by attribute names, plus plain data.
-"""
+"""Checkpoints of a run through Orbax; the only file that imports it. A checkpoint is a set of named
+pytrees of arrays, stored by attribute names, plus plain data."""
 
 import dataclasses
 import itertools
@@ -96,11 +94,9 @@ class Checkpoints:
 
     def newest_good(self, log: Callable[[str], object]) -> int | None:
         """The newest step whose files are as they were saved; None where nothing was saved yet.
-
         Damaged steps after it move to the folder `damaged`, and unfinished saves are deleted; `log`
         is called in process 0 with a sentence for each. Raises CheckpointError where checkpoints
-        cannot be read, or all of them are damaged.
-        """
+        cannot be read, or all of them are damaged."""
         newest, damaged = broadcast_from_primary(lambda: self._search(log))
         self._manager.reload()
         if newest is None and damaged:
@@ -118,12 +114,10 @@ class Checkpoints:
         metrics: Mapping[str, float] | None = None,
         specs: Mapping[str, ParamSpec] = MappingProxyType({}),
     ) -> None:
-        """Starts saving `trees` (MODEL or LORA, OPTIMIZER, EMA) and plain data as `step`.
-
-        Tensors of `specs`, and their moments, are cut on disk so that each matrix can be read
-        alone. The best checkpoints are chosen by `metrics`. Waits for the previous save; raises
-        SaveError, with nothing started, where that one failed or this one cannot begin.
-        """
+        """Starts saving `trees` (MODEL or LORA, OPTIMIZER, EMA) and plain data as `step`. Tensors
+        of `specs`, and their moments, are cut on disk so that each matrix can be read alone. The
+        best checkpoints are chosen by `metrics`. Waits for the previous save; raises SaveError,
+        with nothing started, where that one failed or this one cannot begin."""
         self.wait()
         names = {name: to_names(tree) for name, tree in trees.items()}
 

@@ -33,12 +33,10 @@ def per_channel(spec: ParamSpec) -> int:
 def converted(
     source: Source, dtype: str, groups: ScaleGroups = release_groups, measure: bool = False
 ) -> Source:
-    """`source` with its matrices in `dtype`: "int8", "bfloat16" or "float32".
-
-    All else is in the same float type, or beside int8 in float32. `groups` gives the number of row
-    groups of a matrix that becomes int8, of which the largest that divides its rows is taken. With
-    `measure`, that is a MeasuredQuantizedSource.
-    """
+    """`source` with its matrices in `dtype`: "int8", "bfloat16" or "float32". All else is in the
+    same float type, or beside int8 in float32. `groups` gives the number of row groups of a matrix
+    that becomes int8, of which the largest that divides its rows is taken. With `measure`, that is
+    a MeasuredQuantizedSource."""
     if dtype == "int8":
         quantized = MeasuredQuantizedSource if measure else QuantizedSource
         return source if source.dtype == "int8" else quantized(source, groups)

@@ -1,7 +1,5 @@
-"""Checksums of weights, independent of formats and files, by piece: a tensor, or a layer of it.
-
-A checksum is xxh3_128 over the bytes of a piece's values in C order, then those of its scales.
-"""
+"""Checksums of weights, independent of formats and files, by piece: a tensor, or a layer of it. A
+checksum is xxh3_128 over the bytes of a piece's values in C order, then those of its scales."""
 
 import numpy as np
 import xxhash

@@ -16,11 +16,9 @@ from grok.weights.xai.source import ReleaseSource, implied_config
 
 def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Source:
     """The weights at `path`, local or gs://: a `ckpt-0` folder, a Hugging Face folder, or a
-    checkpoint of ours (a run's folder, its `checkpoints`, or one step of it).
-
-    `config` is the expected model, by default what the files state or imply. Raises
-    CheckpointError where `path` is none of these, or holds another model.
-    """
+    checkpoint of ours (a run's folder, its `checkpoints`, or one step of it). `config` is the
+    expected model, by default what the files state or imply. Raises CheckpointError where `path` is
+    none of these, or holds another model."""
     present = storage.list_files(path, CheckpointError)
     if is_release(present):
         return ReleaseSource(path, config or implied_config(path))

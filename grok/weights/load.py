@@ -1,7 +1,5 @@
-"""`grok.load`: weights in any format -> a model on its mesh.
-
-Each process reads the parts that its devices hold, in blocks, sent while the next are read.
-"""
+"""`grok.load`: weights in any format -> a model on its mesh. Each process reads the parts that its
+devices hold, in blocks, sent while the next are read."""
 
 import collections
 import dataclasses

@@ -1,7 +1,5 @@
-"""The interface of weights on disk in any format: named tensors of our tree, read in parts.
-
-Every reader of a format is a `Source`, and so is a conversion of one (`cast.py`).
-"""
+"""The interface of weights on disk in any format: named tensors of our tree, read in parts. Every
+reader of a format is a `Source`, and so is a conversion of one (`cast.py`)."""
 
 import abc
 import dataclasses
@@ -67,12 +65,10 @@ class TensorSpec:
 
 
 class Source(abc.ABC):
-    """Weights of a model that can be read part by part, by several threads at a time.
-
-    `format` is "xai", "orbax" or "huggingface"; `tensors` holds exactly the names of
-    `param_specs(config)`, in order; `stores_rows` says that the rows of a matrix follow each other
-    in its file. Methods raise CheckpointError, with the file, for what cannot be read.
-    """
+    """Weights of a model that can be read part by part, by several threads at a time. `format` is
+    "xai", "orbax" or "huggingface"; `tensors` holds exactly the names of `param_specs(config)`, in
+    order; `stores_rows` says that the rows of a matrix follow each other in its file. Methods raise
+    CheckpointError, with the file, for what cannot be read."""
 
     format: str
     stores_rows: bool = False

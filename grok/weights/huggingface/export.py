@@ -1,7 +1,5 @@
-"""Any source of weights -> a Hugging Face folder, streamed, and resumable after a kill.
-
-A few matrices are in memory at a time; a file is renamed when complete, and the index comes last.
-"""
+"""Any source of weights -> a Hugging Face folder, streamed, and resumable after a kill. A few
+matrices are in memory at a time; a file is renamed when complete, and the index comes last."""
 
 import dataclasses
 import functools

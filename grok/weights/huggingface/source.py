@@ -1,7 +1,5 @@
 """A Hugging Face folder as a source of our parameters: config.json, safetensors files, an index.
-
-The names of the tensors identify the layout (`adapters/`).
-"""
+The names of the tensors identify the layout (`adapters/`)."""
 
 import itertools
 import math

@@ -1,7 +1,5 @@
-"""Any source of weights -> a checkpoint of ours, streamed, and resumable after a kill.
-
-An unfinished import is in `.import`, with a journal; a rename to `checkpoints/0` finishes it.
-"""
+"""Any source of weights -> a checkpoint of ours, streamed, and resumable after a kill. An
+unfinished import is in `.import`, with a journal; a rename to `checkpoints/0` finishes it."""
 
 import dataclasses
 import os
@@ -52,11 +50,9 @@ def import_weights(
     on_progress: OnProgress = no_progress,
 ) -> Imported:
     """Makes `folder` that of a run, `run` with the source's model and type and `tokenizer`, whose
-    checkpoint of step 0 holds the weights. After an interruption the same call continues.
-
-    Raises CheckpointError where `folder` is remote, holds anything else or cannot be written, where
-    the interrupted import was of other weights, and for what `source` cannot read.
-    """
+    checkpoint of step 0 holds the weights. After an interruption the same call continues. Raises
+    CheckpointError where `folder` is remote, holds anything else or cannot be written, where the
+    interrupted import was of other weights, and for what `source` cannot read."""
     start = time.monotonic()
     path = Path(folder)
     model = dataclasses.replace(source.config, param_dtype=cast(Any, source.dtype))

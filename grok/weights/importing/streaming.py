@@ -1,8 +1,6 @@
-"""Pieces of a source -> shard files: read ahead by threads, checksummed in order, written behind.
-
-A piece (a tensor, or a layer of it) moves in blocks: some megabytes of rows; or a matrix, where its
-scales need all of it, or its rows are not contiguous in the source's files.
-"""
+"""Pieces of a source -> shard files: read ahead by threads, checksummed in order, written behind. A
+piece (a tensor, or a layer of it) moves in blocks: some megabytes of rows; or a matrix, where its
+scales need all of it, or its rows are not contiguous in the source's files."""
 
 import dataclasses
 import itertools

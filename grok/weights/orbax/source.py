@@ -67,11 +67,9 @@ class OrbaxSource(Source):
 
 class LoraSource(FloatSource):
     """`base` with the adapters of the LoRA run `run` added, all in float32. Its checkpoint, the
-    folder `step`, has their factors alone (`lora/layers.attention.w_query_DNH.a`).
-
-    Raises CheckpointError where `base` is other weights than those that
-    the adapters were trained on, and as OrbaxSource does.
-    """
+    folder `step`, has their factors alone (`lora/layers.attention.w_query_DNH.a`). Raises
+    CheckpointError where `base` is other weights than those that the adapters were trained on, and
+    as OrbaxSource does."""
 
     def __init__(self, step: str, run: RunConfig, base: Source, checksum: str):
         if sample_checksum(base) != checksum:

@@ -1,8 +1,6 @@
-"""Arrays of a checkpoint on disk: uncompressed zarr 3, as TensorStore and Orbax read it.
-
-A shard, a file, is a matrix of one layer and expert, or some rows of it; a slab is its chunks of
-the same rows. https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed
-"""
+"""Arrays of a checkpoint on disk: uncompressed zarr 3, as TensorStore and Orbax read it. A shard, a
+file, is a matrix of one layer and expert, or some rows of it; a slab is its chunks of the same
+rows. https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed"""
 
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
-"""Compares two checkpoints tensor by tensor, of any formats and types.
-
-One matrix of each source is compared, in chunks, while the next is read.
-"""
+"""Compares two checkpoints tensor by tensor, of any formats and types. One matrix of each source is
+compared, in chunks, while the next is read."""
 
 import dataclasses
 import math

@@ -1,5 +1,4 @@
 """The objects that a `ckpt-0` file may hold, as symbols; no global that it names is ever called.
-
 States are those of NumPy's `ndarray.__reduce__` and `dtype.__reduce__`, and of the release's class.
 """
 

@@ -1,8 +1,6 @@
 """Finds where the arrays of a `ckpt-0` file lie: a pickle (protocol 4) that is never unpickled.
-
 Only opcodes of a NumPy array or a QuantizedWeight8bit are known; array bytes are skipped. Opcodes
-are documented in CPython's Lib/pickletools.py, frames in PEP 3154.
-"""
+are documented in CPython's Lib/pickletools.py, frames in PEP 3154."""
 
 import os
 import pickletools

@@ -1,7 +1,5 @@
-"""A model family on Hugging Face: its tensors' names, its config.json, and its model card.
-
-PyTorch keeps linear layers as [out, in], the transpose of ours, with heads as one axis.
-"""
+"""A model family on Hugging Face: its tensors' names, its config.json, and its model card. PyTorch
+keeps linear layers as [out, in], the transpose of ours, with heads as one axis."""
 
 import abc
 import dataclasses
