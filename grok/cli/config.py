@@ -37,8 +37,7 @@ def _print_reference(ctx: click.Context, _: click.Parameter, asked: bool) -> Non
 def config(config: str, overrides: tuple[str, ...], command: str) -> None:
     """Print every setting of CONFIG, a YAML file or a preset's name, as YAML.
 
-    KEY=VALUE sets one key, as in train.steps=50. The output is itself a config file.
-    """
+    KEY=VALUE sets one key, as in train.steps=50. The output is itself a config file."""
     from grok.config import RunConfig
     from grok.config.infer import BatchConfig, ServeConfig
     from grok.config.load import load_config

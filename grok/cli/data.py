@@ -42,8 +42,7 @@ def data() -> None:
 def tokenizer(files, out, vocab_size, special, check, config) -> None:
     """Train a SentencePiece tokenizer on text FILES, or check one against a config.
 
-    Trained ones are BPE with byte fallback; ids 0 to 3 are padding, begin, end and unknown.
-    """
+    Trained ones are BPE with byte fallback; ids 0 to 3 are padding, begin, end and unknown."""
     if check:
         if not config or files:
             raise click.UsageError("--check FILE needs --config CONFIG, and no files.")
@@ -114,10 +113,9 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
     """Tokenise text of SOURCES into the folder of a dataset.
 
     SOURCES, local or gs://, are files or folders: plain text (a document each), JSON lines or
-    Parquet (a document each record), any of them as .gz or .zst. The bytes written do not depend
-    on --workers; after an interruption the same command continues. Bad records are listed in
-    rejected.jsonl.
-    """
+    Parquet (a document each record), any of them as .gz or .zst. The bytes written do not depend on
+    --workers; after an interruption the same command continues. Bad records are listed in
+    rejected.jsonl."""
     from grok.data.prepare.job import PrepareOptions, prepare_dataset
     from grok.data.prepare.records import RecordFields
     from grok.progress import ProgressDisplay
@@ -166,8 +164,7 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
 def inspect(ctx: click.Context, folder, length, samples, tokenizer, verify, as_json) -> None:
     """Show counts, lengths, packing efficiency and samples of the dataset at DIR.
 
-    With --check the exit code is 1 where a file does not match the manifest.
-    """
+    With --check the exit code is 1 where a file does not match the manifest."""
     from grok.data.dataset_stats import compute_stats
 
     stats = compute_stats(folder, length, samples, tokenizer, verify)

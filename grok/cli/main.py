@@ -1,7 +1,5 @@
-"""`grok`: the group of commands, and how errors leave it.
-
-Command modules import what is heavy inside their function bodies, so that help is instant.
-"""
+"""`grok`: the group of commands, and how errors leave it. Command modules import what is heavy
+inside their function bodies, so that help is instant."""
 
 import importlib
 from typing import Any

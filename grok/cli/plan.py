@@ -38,8 +38,7 @@ def plan(
 
     plan.program names the step: train, prefill or decode. Does it fit, what does it compute and
     move, what bounds it, what does it cost? Exit code 1: it does not fit. A full-size program takes
-    minutes.
-    """
+    minutes."""
     from grok.config.load import load_config
     from grok.errors import ConfigError
     from grok.plan.compile import compile_plan

@@ -1,8 +1,6 @@
-"""YAML files and dotted overrides -> a checked config, and a config -> plain data.
-
-The files that a file `extends` go underneath, overrides on top, and pydantic checks the result. A
-refusal is a `ConfigError`, one sentence: where, which key, what is wrong, what would work.
-"""
+"""YAML files and dotted overrides -> a checked config, and a config -> plain data. The files that a
+file `extends` go underneath, overrides on top, and pydantic checks the result. A refusal is a
+`ConfigError`, one sentence: where, which key, what is wrong, what would work."""
 
 import dataclasses
 import json

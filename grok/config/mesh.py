@@ -25,11 +25,9 @@ class MeshConfig(Section):
 def resolve_mesh(
     mesh: MeshConfig, num_devices: int, misfit: Callable[[dict[str, int]], str] = lambda sizes: ""
 ) -> dict[str, int]:
-    """Sizes of the four mesh axes on `num_devices` devices, with -1 filled in.
-
-    `misfit` says why a model cannot be split over some sizes; empty if it can. Raises ConfigError,
-    with the nearest mesh that fits, when it cannot or the sizes do not multiply to the devices.
-    """
+    """Sizes of the four mesh axes on `num_devices` devices, with -1 filled in. `misfit` says why a
+    model cannot be split over some sizes; empty if it can. Raises ConfigError, with the nearest
+    mesh that fits, when it cannot or the sizes do not multiply to the devices."""
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     for axis, size in sizes.items():

@@ -1,8 +1,6 @@
 """YAML 1.2 text (`no` is text, 1e-4 a number) -> plain data that remembers where each key was set.
-
 Tags, anchors and duplicate keys are refused, so no file can run code, blow up in memory, or say two
-things at once.
-"""
+things at once."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,6 @@
 """Shape of every step's batch, and the rows of data that it is made of. Rows are packed as long as
-the longest of the run; a batch of shorter rows splits whole long ones, so that no token is lost.
-
-B rows of a batch, T tokens of a row; R long rows, S tokens of each, k = S / T parts of each."""
+the longest of the run; a batch of shorter rows splits whole long ones, so that no token is lost. B
+rows of a batch, T tokens of a row; R long rows, S tokens of each, k = S / T parts of each."""
 
 import bisect
 from collections.abc import Sequence

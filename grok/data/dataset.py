@@ -1,10 +1,9 @@
-"""Token datasets: documents as records of tokens in ArrayRecord shards, with random access.
-
-`grok data prepare` writes the folder: `manifest.json`, the shards that it names, `lengths.npy`
-(tokens of every document, in order), `sources.jsonl` (every file that was read, with its SHA-256),
-the tokenizer, and `rejected.jsonl` where records were bad. A record is little-endian: uint32 S,
-uint8 flags (bit 0: has a loss mask), S uint32 tokens, S uint8 of mask if it has one, and the
-document's metadata as JSON. S tokens of a document, N documents."""
+"""Token datasets: documents as records of tokens in ArrayRecord shards, with random access. `grok
+data prepare` writes the folder: `manifest.json`, the shards that it names, `lengths.npy` (tokens of
+every document, in order), `sources.jsonl` (every file that was read, with its SHA-256), the
+tokenizer, and `rejected.jsonl` where records were bad. A record is little-endian: uint32 S, uint8
+flags (bit 0: has a loss mask), S uint32 tokens, S uint8 of mask if it has one, and the document's
+metadata as JSON. S tokens of a document, N documents."""
 
 import dataclasses
 import hashlib

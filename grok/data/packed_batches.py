@@ -45,13 +45,11 @@ class PackedBatches:
                 raise DataError(f"{problem}; one with text would work.")
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """Rows `rows` of the batch of `step`, [B, T] each.
-
-        tokens_BT and targets_BT: int32; targets are the next tokens. segment_ids_BT: int32, from 1
-        in each row, one for each slice of a document, 0 where there is padding. positions_BT:
-        int32, from 0 in each segment, so that none is ever beyond the row's length. mask_BT:
-        float32, 0 where there is no target in the same document or its own mask says no loss.
-        """
+        """Rows `rows` of the batch of `step`, [B, T] each. tokens_BT and targets_BT: int32; targets
+        are the next tokens. segment_ids_BT: int32, from 1 in each row, one for each slice of a
+        document, 0 where there is padding. positions_BT: int32, from 0 in each segment, so that
+        none is ever beyond the row's length. mask_BT: float32, 0 where there is no target in the
+        same document or its own mask says no loss."""
         locations = [self._mixture.locate(row) for row in self._schedule.long_rows(step, rows)]
         batch = empty_batch(len(locations), self._schedule.sequence_length)
         for row, (dataset, number) in enumerate(locations):

@@ -60,13 +60,11 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 
 
 class StreamBatches:
-    """Training batches by step number, without end.
-
-    The stream is a ring, cut into S // T windows of T + 1 tokens that overlap by one: the last
-    target of a window is the first input of the next. Every epoch cuts at a new random offset and
-    visits every window once in a new random order; fewer than T tokens are left out of an epoch.
-    A batch may hold the end of one epoch and the beginning of the next.
-    """
+    """Training batches by step number, without end. The stream is a ring, cut into S // T windows
+    of T + 1 tokens that overlap by one: the last target of a window is the first input of the next.
+    Every epoch cuts at a new random offset and visits every window once in a new random order;
+    fewer than T tokens are left out of an epoch. A batch may hold the end of one epoch and the
+    beginning of the next."""
 
     def __init__(self, stream: TokenStream, schedule: BatchSchedule, *, seed: int) -> None:
         """Cuts `stream` into rows; DataError when it is shorter than one (T + 1 tokens)."""
@@ -114,15 +112,12 @@ class StreamBatches:
 
 
 class StreamValidation:
-    """The whole held-out stream, every token predicted exactly once, in order.
-
-    An eos precedes the stream, as it does documents in training, so that its first token is
-    predicted from something. Rows do not overlap: a row's first token is predicted from the one
-    before it alone. The last batch is padded; mask_BT excludes the padding from the loss.
-
-    num_tokens: tokens predicted (the eos of each document among them), the sum of all masks.
-    num_bytes: UTF-8 bytes of the text, for `grok.data.stream_batches.bits_per_byte`.
-    """
+    """The whole held-out stream, every token predicted exactly once, in order. An eos precedes the
+    stream, as it does documents in training, so that its first token is predicted from something.
+    Rows do not overlap: a row's first token is predicted from the one before it alone. The last
+    batch is padded; mask_BT excludes the padding from the loss. num_tokens: tokens predicted (the
+    eos of each document among them), the sum of all masks. num_bytes: UTF-8 bytes of the text, for
+    `grok.data.stream_batches.bits_per_byte`."""
 
     def __init__(self, stream: TokenStream, *, sequence_length: int, batch_size: int) -> None:
         """Lays out `stream` in batches of B rows of T tokens; no stream is too short."""

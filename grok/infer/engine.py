@@ -43,15 +43,12 @@ class EngineStats:
 
 
 class Engine:
-    """A model on its mesh, a paged cache, and the requests in flight.
-
-    A request's tokens depend on it and its seed alone, never on its batch: prompts always go
-    through one program and answers through another, and rows are computed independently. In float32
-    on CPU this holds to the bit; elsewhere a program may round a row differently by its position,
-    which can flip near-ties. Another number of sequences, chunk size or mesh rounds differently.
-
-    One thread makes all calls; every process of the mesh makes the same ones in the same order.
-    """
+    """A model on its mesh, a paged cache, and the requests in flight. A request's tokens depend on
+    it and its seed alone, never on its batch: prompts always go through one program and answers
+    through another, and rows are computed independently. In float32 on CPU this holds to the bit;
+    elsewhere a program may round a row differently by its position, which can flip near-ties.
+    Another number of sequences, chunk size or mesh rounds differently. One thread makes all calls;
+    every process of the mesh makes the same ones in the same order."""
 
     def __init__(
         self,

@@ -12,13 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from grok import sharding, storage
-from grok.config import (
-    MESH_AXES,
-    DataConfig,
-    MeshConfig,
-    ModelConfig,
-    RunConfig,
-)
+from grok.config import MESH_AXES, DataConfig, MeshConfig, ModelConfig, RunConfig
 from grok.config.infer import InferConfig
 from grok.config.load import from_dict, load_config, to_dict
 from grok.data.prepare.shards import TOKENIZER_FILE

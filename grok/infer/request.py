@@ -77,12 +77,10 @@ class TokenLogprobs:
 @dataclasses.dataclass(frozen=True)
 class Output:
     """New tokens and text of one completion (`choice` 0..n-1) of a request since its last Output.
-
     `token_ids` leave out the token that ended the completion. `text` holds neither part of a
     character nor what may become a stop text. `finish_reason` is "stop", "length" or "cancelled" in
     the last Output. `experts`, if asked for, are (L, C) for each token in order: they are known
-    when the next token is computed, so those of the last token may be missing.
-    """
+    when the next token is computed, so those of the last token may be missing."""
 
     request_id: str
     choice: int

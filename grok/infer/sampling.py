@@ -1,7 +1,6 @@
 """From logits to the next token: penalties, bans, temperature, filters, log-probabilities. Work
-that few requests ask for is a branch, taken when any row asks; other rows stay as they are.
-
-B rows, V vocab, N tokens of a sequence, W bytes of V bits, X likeliest tokens."""
+that few requests ask for is a branch, taken when any row asks; other rows stay as they are. B rows,
+V vocab, N tokens of a sequence, W bytes of V bits, X likeliest tokens."""
 
 import dataclasses
 from typing import Any
@@ -15,13 +14,11 @@ REMOVED = -1e10
 
 
 def nucleus(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """Logits with all but each row's nucleus set to -1e10, float32.
-
-    The release's definition: going up from the least likely token, the first whose cumulative
-    probability reaches 1 - p is the threshold; it and all that are no less likely stay. p = 0 keeps
-    the likeliest token and its ties, p = 1 keeps all. The release sums in the logits' type, which
-    for bfloat16 filters nothing at p = 0.999; this sums in float32.
-    """
+    """Logits with all but each row's nucleus set to -1e10, float32. The release's definition: going
+    up from the least likely token, the first whose cumulative probability reaches 1 - p is the
+    threshold; it and all that are no less likely stay. p = 0 keeps the likeliest token and its
+    ties, p = 1 keeps all. The release sums in the logits' type, which for bfloat16 filters nothing
+    at p = 0.999; this sums in float32."""
     logits_BV = logits_BV.astype(jnp.float32)
     ascending_BV = jnp.sort(logits_BV, axis=-1)
     mass_BV = jnp.cumsum(jax.nn.softmax(ascending_BV, axis=-1), axis=-1)

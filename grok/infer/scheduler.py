@@ -140,13 +140,11 @@ class ScheduledStep:
 
 
 class Scheduler:
-    """Slots and pages of `groups` groups of devices, and a queue.
-
-    A step is a prefill, which computes prompts a page at a time, or a decode, one token for each
-    slot; while both have work they alternate. Prompt tokens are always computed by a prefill and
-    answer tokens by a decode, since programs of other shapes round otherwise: the answer of a
-    preempted sequence is decoded again token by token.
-    """
+    """Slots and pages of `groups` groups of devices, and a queue. A step is a prefill, which
+    computes prompts a page at a time, or a decode, one token for each slot; while both have work
+    they alternate. Prompt tokens are always computed by a prefill and answer tokens by a decode,
+    since programs of other shapes round otherwise: the answer of a preempted sequence is decoded
+    again token by token."""
 
     def __init__(self, groups: int, slots: int, num_pages: int, page_size: int, max_chunks: int):
         """`slots`, `num_pages` and `max_chunks` of a prefill are those of one group."""

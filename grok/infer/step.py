@@ -1,7 +1,6 @@
-"""The compiled programs of inference, each for the two shapes of a step, and their inputs.
-
-B groups of devices, U chunks of a step, Q tokens of a chunk, T = U*Q, D embed, V vocab, W bytes of
-V bits, L layers, C chosen experts, X likeliest tokens, M pages of the longest sequence, N tokens"""
+"""The compiled programs of inference, each for the two shapes of a step, and their inputs. B groups
+of devices, U chunks of a step, Q tokens of a chunk, T = U*Q, D embed, V vocab, W bytes of V bits, L
+layers, C chosen experts, X likeliest tokens, M pages of the longest sequence, N tokens"""
 
 import functools
 

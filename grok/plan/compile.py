@@ -39,10 +39,8 @@ def compile_plan(
     save: Path | None = None,
 ) -> Plan:
     """The plan of `config.plan.program` on one or several slices; GrokError if there is none.
-
     on_phase: called with each phase of the compilation; dump: file for the compiled program's text;
-    save: file for the serialised executable.
-    """
+    save: file for the serialised executable."""
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             "libtpu, which compiles for TPUs, is not installed; `pip install 'grok[tpu]'` brings "

@@ -1,8 +1,6 @@
-"""Costs of a compiled TPU program on one device, read from its text.
-
-XLA's own cost analysis counts the body of a loop once; here each computation counts as often as it
-runs: as a loop's comparison of its counter with a constant says, or else as the caller says.
-"""
+"""Costs of a compiled TPU program on one device, read from its text. XLA's own cost analysis counts
+the body of a loop once; here each computation counts as often as it runs: as a loop's comparison of
+its counter with a constant says, or else as the caller says."""
 
 import math
 import re

@@ -1,7 +1,5 @@
-"""The programs that a plan compiles: the real steps, with abstract arguments.
-
-Letters: B rows, T new tokens, S tokens of a row in the cache, Q tokens of a block.
-"""
+"""The programs that a plan compiles: the real steps, with abstract arguments. Letters: B rows, T
+new tokens, S tokens of a row in the cache, Q tokens of a block."""
 
 import functools
 import math

@@ -212,10 +212,7 @@ def _num_records(totals: Mapping[str, int]) -> int:
 
 
 def _check_bad_share(
-    options: PrepareOptions,
-    folder: Path,
-    totals: Mapping[str, int],
-    entries: Sequence[ShardEntry],
+    options: PrepareOptions, folder: Path, totals: Mapping[str, int], entries: Sequence[ShardEntry]
 ) -> None:
     """Raises DataError, and writes the bad records to a file, where they are too many."""
     bad, records = totals["rejected"], _num_records(totals)

@@ -79,18 +79,13 @@ class SentencePieceTokenizer:
 
 
 def train_tokenizer(
-    files: Sequence[str | Path],
-    out_path: str | Path,
-    vocab_size: int,
-    special: Sequence[str] = (),
+    files: Sequence[str | Path], out_path: str | Path, vocab_size: int, special: Sequence[str] = ()
 ) -> SentencePieceTokenizer:
-    """Trains a BPE tokenizer of exactly `vocab_size` pieces on text files and writes its model.
-
-    Ids 0 to 3 are padding, begin, end and unknown; then come runs of newlines, the `special` texts
-    (a piece each), the 256 bytes (for characters too rare for a piece), and merges. Each digit is a
+    """Trains a BPE tokenizer of exactly `vocab_size` pieces on text files and writes its model. Ids
+    0 to 3 are padding, begin, end and unknown; then come runs of newlines, the `special` texts (a
+    piece each), the 256 bytes (for characters too rare for a piece), and merges. Each digit is a
     piece and text is not normalised, so nothing is lost. The same files give the same bytes.
-    DataError when a file cannot be read or its text does not suit `vocab_size`.
-    """
+    DataError when a file cannot be read or its text does not suit `vocab_size`."""
     texts = [read_text(path) for path in files]
     if not texts:
         raise DataError("no text files were given to train a tokenizer on; one would work.")
