@@ -69,10 +69,8 @@ def scan_input(config: BatchConfig, columns: Sequence[str]) -> Input:
     for file in files:
         if file.format == "text":
             kinds = f"{', '.join(SUFFIXES)}, perhaps with {' or '.join(COMPRESSIONS)}"
-            raise DataError(
-                f"input {file.name} is neither JSON lines nor Parquet by its name; {kinds}, would "
-                "work."
-            )
+            problem = f"input {file.name} is neither JSON lines nor Parquet by its name"
+            raise DataError(f"{problem}; {kinds}, would work.")
     digest, starts, count = hashlib.sha256(), [], 0
     for record in sources.read_records(files, columns):
         if count % config.shard_size == 0:

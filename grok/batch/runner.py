@@ -117,8 +117,7 @@ class BatchRunner:
             if item.request is None:
                 raise item.error or AssertionError
             submit_all(self._engine, item.engine_requests(self._input.seed))
-            builder = ResponseBuilder(item.request, self._tokenizer)
-            self._running[str(index)] = shard, item, builder
+            self._running[str(index)] = shard, item, ResponseBuilder(item.request, self._tokenizer)
         except RequestError as error:
             self._shards[shard].counts.update(["failed", f"failures.{failure_key(error)}"])
             self._put(shard, item, item.error_line(error))
@@ -157,8 +156,8 @@ class BatchRunner:
 def run(config: BatchConfig, replica: Replica) -> None:
     """Answers the missing shards of a job, or of this replica's share of it. Raises ConfigError,
     DataError and CheckpointError for what cannot work, and Stopped."""
-    label = "requests {done:,}/{total:,}"
-    display = ProgressDisplay(label, note="compiling", quiet=not replica.writes)
+    quiet = not replica.writes
+    display = ProgressDisplay("requests {done:,}/{total:,}", note="compiling", quiet=quiet)
     display.log(f"reading {', '.join(config.input)}")
     requests, job_dir = scan_input(config, COLUMNS), JobDir(config.output)
     model = ServedModel(config, spans_all_hosts=replica.spans_all_hosts)
@@ -174,8 +173,7 @@ def run(config: BatchConfig, replica: Replica) -> None:
     missing = [shard for shard in share if shard not in done]
     display.log(f"{requests.requests:,} requests; {len(done):,} of {shards:,} shards are done")
     if missing:
-        engine = model.engine(display.log)
-        runner = BatchRunner(engine, model, requests, job_dir, replica)
+        runner = BatchRunner(model.engine(display.log), model, requests, job_dir, replica)
         display.total = sum(requests.size(shard) for shard in share)
         display.done = display.total - sum(requests.size(shard) for shard in missing)
         with PreemptionSignal(model.mesh) as stop, display:

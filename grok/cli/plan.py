@@ -53,9 +53,8 @@ def plan(
     run = load_config(config, overrides)
     topology = topology or run.plan.topology
     if not topology:
-        raise ConfigError(
-            f"{config} names no slice in plan.topology; --topology v5p:4x4x8 would work."
-        )
+        problem = f"{config} names no slice in plan.topology"
+        raise ConfigError(f"{problem}; --topology v5p:4x4x8 would work.")
     slice_ = parse_slice(topology, max(1, run.mesh.slice))
     listed = price_of(slice_.generation, prices or prices_file())
     chip_price = listed if price is None else Price(price, "--price")

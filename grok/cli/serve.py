@@ -20,10 +20,8 @@ def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
     api_keys_file. http://127.0.0.1:8000 is a page to try it."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(
-            f"`grok serve` needs {', '.join(missing)}; the package's extra `serve` "
-            "(pip install 'grok[serve]') has it."
-        )
+        extra = "the package's extra `serve` (pip install 'grok[serve]') has it"
+        raise ConfigError(f"`grok serve` needs {', '.join(missing)}; {extra}.")
     from grok.config.infer import ServeConfig
     from grok.config.load import from_dict, load_config
 

@@ -76,20 +76,17 @@ class DataConfig(Section):
             raise ConfigError("data.datasets have no weight above 0; weight: 1 would work.")
         for change in self.mixture_schedule:
             if len(change.weights) != len(paths) or not any(change.weights):
-                raise ConfigError(
-                    f"data.mixture_schedule has {list(change.weights)} from step "
-                    f"{change.from_step}, and data.datasets has {len(paths)} datasets; as many "
-                    "weights, not all of them 0, would work."
-                )
+                weights = f"{list(change.weights)} from step {change.from_step}"
+                problem = f"data.mixture_schedule has {weights}, and data.datasets has {len(paths)}"
+                right = "as many weights, not all of them 0, would work"
+                raise ConfigError(f"{problem} datasets; {right}.")
         self._check_shapes()
         for key, earliest in (("mixture_schedule", 1), ("batch_schedule", 0)):
             before = earliest - 1
             for change in getattr(self, key):
                 if change.from_step <= before:
-                    raise ConfigError(
-                        f"data.{key} has from_step={change.from_step} after {before}; steps that "
-                        "increase would work."
-                    )
+                    problem = f"data.{key} has from_step={change.from_step} after {before}"
+                    raise ConfigError(f"{problem}; steps that increase would work.")
                 before = change.from_step
 
     def shapes(self) -> list[tuple[int, int, int]]:
@@ -103,21 +100,16 @@ class DataConfig(Section):
     def _check_shapes(self) -> None:
         for change in self.batch_schedule:
             if change.batch_size is None and change.sequence_length is None:
-                raise ConfigError(
-                    f"data.batch_schedule changes nothing from step {change.from_step}; a "
-                    "batch_size, a sequence_length, or both would work."
-                )
+                problem = f"data.batch_schedule changes nothing from step {change.from_step}"
+                raise ConfigError(f"{problem}; a batch_size, a sequence_length or both would work.")
+        longest = f"data.sequence_length={self.sequence_length}"
         for step, B, T in self.shapes()[1:]:
             if self.sequence_length % T:
-                raise ConfigError(
-                    f"data.batch_schedule has sequence_length={T} from step {step}, which does not "
-                    f"divide the longest, data.sequence_length={self.sequence_length}; "
-                    f"{largest_divisor(self.sequence_length, T)} would work."
-                )
+                problem = f"data.batch_schedule has sequence_length={T} from step {step}, which"
+                right = f"{largest_divisor(self.sequence_length, T)} would work"
+                raise ConfigError(f"{problem} does not divide the longest, {longest}; {right}.")
             per_row = self.sequence_length // T
             if B % per_row:  # read as whole rows of data.sequence_length, then split
-                raise ConfigError(
-                    f"data.batch_schedule has batches of {B} x {T} tokens from step {step}, which "
-                    f"are no whole rows of data.sequence_length={self.sequence_length}; "
-                    f"batch_size={round_up(B, per_row)} would work."
-                )
+                problem = f"data.batch_schedule has batches of {B} x {T} tokens from step {step}"
+                right = f"batch_size={round_up(B, per_row)} would work"
+                raise ConfigError(f"{problem}, which are no whole rows of {longest}; {right}.")

@@ -137,9 +137,8 @@ def _read_override(override: str, locations: Locations) -> dict[str, Any]:
     dotted, equals, text = override.partition("=")
     key = tuple(dotted.strip().split("."))
     if not equals or not all(key):
-        raise ConfigError(
-            f"override `{override}` is not of the form section.key=value, such as train.steps=50."
-        )
+        problem = f"override `{override}` is not of the form section.key=value"
+        raise ConfigError(f"{problem}, such as train.steps=50.")
     location = f"override `{override}`"
     locations.update({key[:depth]: location for depth in range(1, len(key))})
     return nest({".".join(key): parse_yaml(text, lambda _: location, locations, key)})

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Annotated
 
-from grok.config.section import CountOrZero, Section, divisors
+from grok.config.section import CountOrZero, Section, bad_value, divisors
 from grok.errors import ConfigError
 
 MESH_AXES = ("slice", "data", "expert", "tensor")
@@ -32,9 +32,7 @@ def resolve_mesh(
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     for axis, size in sizes.items():
         if size < 1 and size != -1:
-            raise ConfigError(
-                f"mesh.{axis}={size} is no number of devices; mesh.{axis}=1 would work."
-            )
+            raise bad_value(f"mesh.{axis}", size, "is no number of devices", 1)
     if len(open_axes) > 1:
         raise ConfigError(
             f"mesh.{open_axes[0]} and mesh.{open_axes[1]} are both -1, and only one axis can take "

@@ -4,8 +4,7 @@ import dataclasses
 import math
 from typing import Annotated, Literal
 
-from grok.config.section import Count, Positive, Section, largest_divisor
-from grok.errors import ConfigError
+from grok.config.section import Count, Positive, Section, bad_value, largest_divisor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,15 +38,11 @@ class AttentionConfig(Section):
             object.__setattr__(self, "logit_scale", 1 / math.sqrt(self.head_dim))
         if self.num_heads % self.num_kv_heads:
             near = largest_divisor(self.num_heads, self.num_kv_heads)
-            raise ConfigError(
-                f"model.attention.num_kv_heads={self.num_kv_heads} does not divide model.attention."
-                f"num_heads={self.num_heads}; model.attention.num_kv_heads={near} would work."
-            )
+            problem = f"does not divide model.attention.num_heads={self.num_heads}"
+            raise bad_value("model.attention.num_kv_heads", self.num_kv_heads, problem, near)
         if self.head_dim % 2:
-            raise ConfigError(
-                f"model.attention.head_dim={self.head_dim} is odd, and rotary embedding turns "
-                f"pairs; model.attention.head_dim={self.head_dim + 1} would work."
-            )
+            problem = "is odd, and rotary embedding turns pairs"
+            raise bad_value("model.attention.head_dim", self.head_dim, problem, self.head_dim + 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,10 +59,8 @@ class MoEConfig(Section):
 
     def __post_init__(self) -> None:
         if self.num_selected > self.num_experts:
-            raise ConfigError(
-                f"model.moe.num_selected={self.num_selected} is more than model.moe.num_experts="
-                f"{self.num_experts}; model.moe.num_selected={self.num_experts} would work."
-            )
+            problem = f"is more than model.moe.num_experts={self.num_experts}"
+            raise bad_value("model.moe.num_selected", self.num_selected, problem, self.num_experts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

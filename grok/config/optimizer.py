@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grok.config.section import CountOrZero, Positive, PositiveOrZero, Section, Share
+from grok.config.section import CountOrZero, Positive, PositiveOrZero, Section, Share, bad_value
 from grok.errors import ConfigError
 
 # A moment in bfloat16 with more stays what it is where no gradient comes any more: its decay is
@@ -60,8 +60,7 @@ class OptimizerConfig(Section):
 
     def __post_init__(self) -> None:
         if self.ema_decay == 1:
-            problem = "optimizer.ema_decay=1.0 would keep the initial weights"
-            raise ConfigError(f"{problem}; optimizer.ema_decay=0.999 would work.")
+            raise bad_value("optimizer.ema_decay", 1.0, "would keep the initial weights", 0.999)
         is_wsd, ratios = self.schedule == "wsd", (1, self.default("min_lr_ratio"))
         if is_wsd != (self.decay_steps > 0):
             fix = "optimizer.decay_steps=100" if is_wsd else "optimizer.schedule=wsd"
@@ -77,14 +76,10 @@ class OptimizerConfig(Section):
         for key, readers in {"epsilon": ("adamw", "muon"), "muon_momentum": ("muon",)}.items():
             value, default = getattr(self, key), self.default(key)
             if value != default and self.name not in readers:
-                raise ConfigError(
-                    f"optimizer.{key}={value} is nothing that optimizer.name={self.name} has; "
-                    f"optimizer.{key}={default} would work."
-                )
+                problem = f"is nothing that optimizer.name={self.name} has"
+                raise bad_value(f"optimizer.{key}", value, problem, default)
         for key in ("beta1", "beta2", "muon_momentum"):
             if self.moments_dtype == "bfloat16" and getattr(self, key) > MAX_BFLOAT16_DECAY:
-                raise ConfigError(
-                    f"optimizer.{key}={getattr(self, key)} decays by less than bfloat16's 8 bits "
-                    f"can hold; optimizer.{key}={MAX_BFLOAT16_DECAY} or "
-                    "optimizer.moments_dtype=float32 would work."
-                )
+                fix = f"{MAX_BFLOAT16_DECAY} or optimizer.moments_dtype=float32"
+                problem = "decays by less than bfloat16's 8 bits can hold"
+                raise bad_value(f"optimizer.{key}", getattr(self, key), problem, fix)

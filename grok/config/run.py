@@ -7,7 +7,7 @@ from grok.config.data import DataConfig
 from grok.config.mesh import MeshConfig
 from grok.config.model import ModelConfig
 from grok.config.optimizer import OptimizerConfig
-from grok.config.section import Count, CountOrZero, Section, round_up
+from grok.config.section import Count, CountOrZero, Section, bad_value, round_up
 from grok.config.train import CheckpointConfig, LoraConfig, TrainConfig
 from grok.errors import ConfigError
 
@@ -27,10 +27,8 @@ class EngineConfig(Section):
     def __post_init__(self) -> None:
         if self.prefill_chunk_size % self.page_size:
             near = round_up(self.prefill_chunk_size, self.page_size)
-            raise ConfigError(
-                f"engine.prefill_chunk_size={self.prefill_chunk_size} is no multiple of engine."
-                f"page_size={self.page_size}; engine.prefill_chunk_size={near} would work."
-            )
+            problem = f"is no multiple of engine.page_size={self.page_size}"
+            raise bad_value("engine.prefill_chunk_size", self.prefill_chunk_size, problem, near)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,10 +65,8 @@ class RunConfig(Section):
             self._check_keep_best()
         rank = self.lora.rank
         if rank and not self.train.init_from:
-            raise ConfigError(
-                f"lora.rank={rank} adapts weights, and train.init_from names none; "
-                "train.init_from=WEIGHTS, or lora.rank=0, would work."
-            )
+            problem = f"lora.rank={rank} adapts weights, and train.init_from names none"
+            raise ConfigError(f"{problem}; train.init_from=WEIGHTS, or lora.rank=0, would work.")
         if rank and self.optimizer.name == "muon":
             raise ConfigError(
                 "optimizer.name=muon makes updates of whole matrices orthogonal, and lora.rank="
@@ -85,34 +81,26 @@ class RunConfig(Section):
         context = self.model.context_length
         for key, length in lengths.items():
             if length > context:
-                raise ConfigError(
-                    f"{key}={length} is longer than model.context_length={context}; "
-                    f"{key}={context} would work."
-                )
-        steps, warmup = self.train.steps, self.optimizer.warmup_steps
-        decay = self.optimizer.decay_steps
+                problem = f"is longer than model.context_length={context}"
+                raise bad_value(key, length, problem, context)
+        steps, optimizer = self.train.steps, self.optimizer
+        warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
         if warmup >= steps:
-            raise ConfigError(
-                f"optimizer.warmup_steps={warmup} leaves nothing of train.steps={steps}; "
-                f"optimizer.warmup_steps={steps // 10} would work."
-            )
+            problem = f"leaves nothing of train.steps={steps}"
+            raise bad_value("optimizer.warmup_steps", warmup, problem, steps // 10)
         if decay > steps - warmup:
-            raise ConfigError(
-                f"optimizer.decay_steps={decay} is more than the {steps - warmup} steps of "
-                f"train.steps={steps} after optimizer.warmup_steps={warmup}; "
-                f"optimizer.decay_steps={steps - warmup} would work."
-            )
+            after = f"of train.steps={steps} after optimizer.warmup_steps={warmup}"
+            problem = f"is more than the {steps - warmup} steps {after}"
+            raise bad_value("optimizer.decay_steps", decay, problem, steps - warmup)
 
     def _check_plan(self) -> None:
         """Refuses keys that `grok plan` would not read."""
         for key, instead in {"batch_size": "batch_size", "tokens": "sequence_length"}.items():
             value = getattr(self.plan, key)
             if self.plan.program == "train" and value != PlanConfig.default(key):
-                raise ConfigError(
-                    f"plan.{key}={value} is of plan.program=prefill or decode, and a training step "
-                    f"has data.{instead}={getattr(self.data, instead)}; "
-                    f"data.{instead}={value} would work."
-                )
+                problem = f"plan.{key}={value} is of plan.program=prefill or decode, and a training"
+                has = f"step has data.{instead}={getattr(self.data, instead)}"
+                raise ConfigError(f"{problem} {has}; data.{instead}={value} would work.")
 
     def _check_keep_best(self) -> None:
         """Refuses to keep the best checkpoints if some are not validated."""
@@ -133,7 +121,5 @@ class RunConfig(Section):
 def check_trainable(config: RunConfig) -> None:
     """Refuses, as ConfigError, to train a model that cannot be trained."""
     if config.model.param_dtype == "int8":
-        raise ConfigError(
-            "model.param_dtype=int8 is for inference, and int8 matrices have no gradient; "
-            "model.param_dtype=float32 would work."
-        )
+        problem = "model.param_dtype=int8 is for inference, and int8 matrices have no gradient"
+        raise ConfigError(f"{problem}; model.param_dtype=float32 would work.")

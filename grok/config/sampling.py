@@ -63,10 +63,8 @@ class SamplingParams(SamplingConfig):
     def __post_init__(self) -> None:
         _check(self)
         if self.best_of is not None and self.best_of < self.n:
-            raise RequestError(
-                "best_of",
-                f"best_of={self.best_of} is fewer than n={self.n}; best_of={self.n} would work.",
-            )
+            problem = f"best_of={self.best_of} is fewer than n={self.n}"
+            raise RequestError("best_of", f"{problem}; best_of={self.n} would work.")
 
 
 @functools.cache
@@ -79,10 +77,8 @@ def _check(params: SamplingConfig) -> None:
     """Refuses, as RequestError, what the declarations above do not allow; lists become tuples."""
     kind: Any = type(params)
     for name, validator in _validators(kind).items():
-        value = getattr(params, name)
-        if isinstance(value, list):
-            value = tuple(value)
-            object.__setattr__(params, name, value)
+        if isinstance(value := getattr(params, name), list):
+            object.__setattr__(params, name, value := tuple(value))
         try:
             validator.validate_python(value, strict=True)
         except ValidationError as error:
@@ -90,8 +86,5 @@ def _check(params: SamplingConfig) -> None:
             expected = expectation(first) or first["msg"]
             raise RequestError(name, f"{name}={value!r} must be {expected}.") from None
     if params.min_tokens > params.max_tokens:
-        raise RequestError(
-            "min_tokens",
-            f"min_tokens={params.min_tokens} is more than max_tokens={params.max_tokens}; "
-            f"min_tokens={params.max_tokens} would work.",
-        )
+        problem = f"min_tokens={params.min_tokens} is more than max_tokens={params.max_tokens}"
+        raise RequestError("min_tokens", f"{problem}; min_tokens={params.max_tokens} would work.")

@@ -3,7 +3,15 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grok.config.section import Count, CountOrZero, Positive, PositiveOrZero, Section, round_up
+from grok.config.section import (
+    Count,
+    CountOrZero,
+    Positive,
+    PositiveOrZero,
+    Section,
+    bad_value,
+    round_up,
+)
 from grok.errors import ConfigError
 
 
@@ -34,15 +42,12 @@ class TrainConfig(Section):
         first, last = self.profile if len(self.profile) == 2 else (1, 0)
         if self.profile and not first <= last <= self.steps:
             start = max(1, min(20, self.steps - 2))
-            raise ConfigError(
-                f"train.profile={list(self.profile)} is no first and last of {self.steps} steps; "
-                f"train.profile=[{start}, {min(start + 2, self.steps)}] would work."
-            )
+            near = [start, min(start + 2, self.steps)]
+            problem = f"is no first and last of {self.steps} steps"
+            raise bad_value("train.profile", list(self.profile), problem, near)
         if 0 < self.grad_spike_factor <= 1:
-            raise ConfigError(
-                f"train.grad_spike_factor={self.grad_spike_factor} would skip usual steps; "
-                "train.grad_spike_factor=10 would work."
-            )
+            problem = "would skip usual steps"
+            raise bad_value("train.grad_spike_factor", self.grad_spike_factor, problem, 10)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,10 +63,8 @@ class LoraConfig(Section):
 
     def __post_init__(self) -> None:
         if not self.targets or len(set(self.targets)) < len(self.targets):
-            raise ConfigError(
-                f"lora.targets={list(self.targets)} should name matrices, each once; "
-                "lora.targets=[query, value] would work."
-            )
+            problem = f"lora.targets={list(self.targets)} should name matrices, each once"
+            raise ConfigError(f"{problem}; lora.targets=[query, value] would work.")
 
     @property
     def scale(self) -> float:
@@ -84,7 +87,5 @@ class CheckpointConfig(Section):
     def __post_init__(self) -> None:
         if self.keep_every % self.every:
             near = round_up(self.keep_every, self.every)
-            raise ConfigError(
-                f"checkpoint.keep_every={self.keep_every} is no multiple of checkpoint.every="
-                f"{self.every}; checkpoint.keep_every={near} would work."
-            )
+            problem = f"is no multiple of checkpoint.every={self.every}"
+            raise bad_value("checkpoint.keep_every", self.keep_every, problem, near)

@@ -47,9 +47,8 @@ class _Reader:
         location = self._location(node)
         tag = str(node.tag).removeprefix("tag:yaml.org,2002:")
         if node.anchor:
-            raise ConfigError(
-                f"{location}: the anchor &{node.anchor} is not allowed; write it out."
-            )
+            problem = f"{location}: the anchor &{node.anchor} is not allowed"
+            raise ConfigError(f"{problem}; write it out.")
         if tag == "value" or (tag == "timestamp" and "-" in node.value[:5]):
             return node.value  # `=` and dates, which no key takes, are text
         if tag not in _PLAIN:
@@ -72,10 +71,8 @@ class _Reader:
                 raise ConfigError(f"{self._location(name)}: a key must be a name, such as train.")
             inner = (*key, name.value)
             if name.value in data:
-                raise ConfigError(
-                    f"{self._location(name)}: {'.'.join(inner)} is set a second time, after "
-                    f"{self.locations[inner]}; keep one of them."
-                )
+                problem = f"{self._location(name)}: {'.'.join(inner)} is set a second time"
+                raise ConfigError(f"{problem}, after {self.locations[inner]}; keep one of them.")
             self.locations[inner] = self._location(name)
             data[name.value] = self.data(value, inner)
         return data

@@ -94,9 +94,8 @@ class TokenDataset:
         document = decode_document(record)
         if len(document.tokens_S) != self.lengths[index]:
             length = f"{self.lengths[index]} tokens, and its record has {len(document.tokens_S)}"
-            raise DataError(
-                f"{self.folder / LENGTHS_FILE} says that document {index} has {length}; {COMPARE}"
-            )
+            problem = f"{self.folder / LENGTHS_FILE} says that document {index} has {length}"
+            raise DataError(f"{problem}; {COMPARE}")
         return document
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:

@@ -126,8 +126,7 @@ class BestFit:
         self.rows_per_epoch = int(row_N.max(initial=-1)) + 1
         # Documents by row; those in no row (-1) come first and are left out.
         self._documents_N = shuffled_N[stable_argsort(row_N + 1)]
-        documents_R = np.bincount(row_N + 1, minlength=self.rows_per_epoch + 1)
-        self._starts_R = np.cumsum(documents_R)
+        self._starts_R = np.cumsum(np.bincount(row_N + 1, minlength=self.rows_per_epoch + 1))
         before_N = np.concatenate([[0], np.cumsum(self._sizes_N[self._documents_N])])
         self._tokens_R = np.diff(before_N[self._starts_R])
         self._orders = EpochCache(self._order)

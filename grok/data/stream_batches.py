@@ -70,11 +70,10 @@ class StreamBatches:
         """Cuts `stream` into rows; DataError when it is shorter than one (T + 1 tokens)."""
         num_tokens, sequence_length = len(stream.tokens_S), schedule.sequence_length
         if num_tokens < sequence_length + 1:
-            raise DataError(
-                f"the training text has {num_tokens} tokens, and one row of data.sequence_length="
-                f"{sequence_length} needs {sequence_length + 1}; data.sequence_length="
-                f"{num_tokens - 1}, or more text, would work."
-            )
+            row = f"data.sequence_length={sequence_length} needs {sequence_length + 1}"
+            problem = f"the training text has {num_tokens} tokens, and one row of {row}"
+            right = f"data.sequence_length={num_tokens - 1}, or more text, would work"
+            raise DataError(f"{problem}; {right}.")
         self._tokens_S, self._seed = stream.tokens_S, seed
         self._schedule, self.shape = schedule, schedule.shape
         self.rows_per_epoch = num_tokens // sequence_length

@@ -125,8 +125,7 @@ class Engine:
             if chunk.start + chunk.count < len(sequence.tokens):
                 continue
             if sequence.request.params.experts and not step.prefill:
-                experts_LC = np.asarray(experts_LBTC)[:, *row]
-                sequence.completion.experts.append(experts_LC.tolist())
+                sequence.completion.experts.append(np.asarray(experts_LBTC)[:, *row].tolist())
             outputs += self._append_token(sequence, sampled, row)
         return outputs
 
@@ -147,8 +146,7 @@ class Engine:
     def warm_up(self) -> None:
         """Answers once, so that both programs are compiled before anyone waits for them."""
         request = Request("warm-up", (0,), SamplingParams(max_tokens=2, ignore_eos=True))
-        for _ in self.generate([request]):
-            pass
+        list(self.generate([request]))
 
     def _end(self, request_id: str) -> list[Output]:
         """Ends a request and frees its pages; returns its last Outputs."""

@@ -51,8 +51,7 @@ def find_tokenizer(
     if tokenizer:
         return tokenizer
     run = os.path.dirname(path.rstrip("/"))  # of `checkpoints` in it, or of one step of these
-    folders = [path, run, os.path.dirname(run)]
-    files = [storage.join(folder, TOKENIZER_FILE) for folder in folders]
+    files = [storage.join(folder, TOKENIZER_FILE) for folder in (path, run, os.path.dirname(run))]
     files += [config.data.tokenizer] if config.data.tokenizer else []
     files += [storage.join(dataset, TOKENIZER_FILE) for dataset in datasets]
     file = next((file for file in files if storage.exists(file, DataError)), None)
@@ -69,8 +68,7 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, spans_all_hosts: bool = Fals
     sizes = [getattr(mesh, axis) for axis in MESH_AXES]
     if -1 not in sizes and not spans_all_hosts:
         devices = devices[: math.prod(sizes)]
-    resolved = fit_mesh(mesh, len(devices), model)
-    return sharding.make_mesh(**resolved, devices=devices)
+    return sharding.make_mesh(**fit_mesh(mesh, len(devices), model), devices=devices)
 
 
 class ServedModel:
@@ -89,10 +87,9 @@ class ServedModel:
         self.tokenizer = parse_tokenizer(self._tokenizer_bytes, f"tokenizer={file}")
         if self.tokenizer.vocab_size > self.config.vocab_size:
             pieces = f"{self.tokenizer.vocab_size} pieces and the model of weights={config.weights}"
-            raise ConfigError(
-                f"tokenizer={file} has {pieces} knows {self.config.vocab_size}; the tokenizer that "
-                "the model was trained with would work."
-            )
+            right = "the tokenizer that the model was trained with would work"
+            problem = f"tokenizer={file} has {pieces} knows {self.config.vocab_size}"
+            raise ConfigError(f"{problem}; {right}.")
         self.mesh = make_mesh(config.mesh, self.config, spans_all_hosts)
         template = config.chat_template
         self._render = make_renderer(template, self.tokenizer) if template else None

@@ -158,8 +158,7 @@ class Completion:
     def _add_text(self, text: str) -> None:
         """Adds text, and ends before the first stop text in it."""
         self._text += text
-        stops = self.request.params.stop
-        positions = [at for stop in stops if (at := self._text.find(stop)) >= 0]
+        positions = [at for stop in self.request.params.stop if (at := self._text.find(stop)) >= 0]
         if positions:
             self._text = self._text[: min(positions)]
             self.finish_reason = "stop"

@@ -21,8 +21,7 @@ def nucleus(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
     at p = 0.999; this sums in float32."""
     logits_BV = logits_BV.astype(jnp.float32)
     ascending_BV = jnp.sort(logits_BV, axis=-1)
-    mass_BV = jnp.cumsum(jax.nn.softmax(ascending_BV, axis=-1), axis=-1)
-    reached_BV = mass_BV >= 1 - top_p_B[:, None]
+    reached_BV = jnp.cumsum(jax.nn.softmax(ascending_BV, axis=-1), axis=-1) >= 1 - top_p_B[:, None]
     # Rounding may leave the total a little under 1: the last position always counts as reached.
     rank_B = jnp.where(reached_BV[:, -1], jnp.argmax(reached_BV, axis=-1), logits_BV.shape[-1] - 1)
     threshold_B1 = jnp.take_along_axis(ascending_BV, rank_B[:, None], axis=-1)
@@ -34,8 +33,7 @@ def top_k(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
     descending_BV = -jnp.sort(-logits_BV, axis=-1)
     rank_B = jnp.clip(top_k_B - 1, 0, logits_BV.shape[-1] - 1)
     threshold_B1 = jnp.take_along_axis(descending_BV, rank_B[:, None], axis=-1)
-    keep_BV = (top_k_B[:, None] == 0) | (logits_BV >= threshold_B1)
-    return jnp.where(keep_BV, logits_BV, REMOVED)
+    return jnp.where((top_k_B[:, None] == 0) | (logits_BV >= threshold_B1), logits_BV, REMOVED)
 
 
 def min_p(logits_BV: jax.Array, min_p_B: jax.Array) -> jax.Array:

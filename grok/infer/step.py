@@ -166,9 +166,8 @@ class StepInputs:
     def _default_rows(self, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
         """Tokens and bans of steps without penalties and bans: large, so kept on the devices."""
         if shape not in self._defaults:
-            bans_BUW = _bits(np.tile(self._unused_V, (*shape, 1)))
-            tokens_BUN = self._no_tokens(shape)
-            self._defaults[shape] = self._replicate(tokens_BUN), self._replicate(bans_BUW)
+            defaults = self._no_tokens(shape), _bits(np.tile(self._unused_V, (*shape, 1)))
+            self._defaults[shape] = self._replicate(defaults[0]), self._replicate(defaults[1])
         return self._defaults[shape]
 
     def _replicate(self, array: np.ndarray) -> jax.Array:

@@ -42,10 +42,8 @@ def compile_plan(
     on_phase: called with each phase of the compilation; dump: file for the compiled program's text;
     save: file for the serialised executable."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            "libtpu, which compiles for TPUs, is not installed; `pip install 'grok[tpu]'` brings "
-            "it to Linux on x86-64, with or without a TPU."
-        )
+        extra = "`pip install 'grok[tpu]'` brings it to Linux on x86-64, with or without a TPU"
+        raise ConfigError(f"libtpu, which compiles for TPUs, is not installed; {extra}.")
     for file in (dump, save):
         if file is not None and not file.parent.is_dir():
             raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}.")
@@ -53,8 +51,7 @@ def compile_plan(
     request |= {name: str(file) for name, file in (("dump", dump), ("save", save)) if file}
     measured = _run_process(request, on_phase)
     if "compiler_message" in measured:
-        message = measured["compiler_message"] or ""
-        measured["required"] = required_bytes(message, measured["state"])
+        measured["required"] = required_bytes(measured["compiler_message"] or "", measured["state"])
     return make_plan(config, slice_, measured, price)
 
 
@@ -90,10 +87,8 @@ def _run_process(request: dict[str, Any], on_phase: Callable[[str], None]) -> di
         error.exit_code = message["code"]
         raise error
     if code == -signal.SIGKILL:
-        raise GrokError(
-            "the process that compiles was killed, as when memory runs out; a machine with more "
-            "would work."
-        )
+        problem = "the process that compiles was killed, as when memory runs out"
+        raise GrokError(f"{problem}; a machine with more would work.")
     if "measured" not in message:
         raise RuntimeError(f"the process that compiles ended with code {code}:\n{stderr_end}")
     return message["measured"]

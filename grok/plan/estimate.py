@@ -156,8 +156,9 @@ def transfer_seconds(slice_: Slice, wiring: dict[str, Any], kind: str, sent: flo
     if not wiring["links"]:  # two devices of one chip
         return 0.0
     hops = max(1.0, wiring["hops"]) if "all-to-all" in kind else 1.0
-    links = 1 if kind == "collective-permute" else wiring["links"]
-    return sent * hops / (links * slice_.chip.link)
+    return (
+        sent * hops / ((1 if kind == "collective-permute" else wiring["links"]) * slice_.chip.link)
+    )
 
 
 def batch_of(config: RunConfig) -> tuple[int, int]:
@@ -182,8 +183,7 @@ def model_flops(config: RunConfig) -> float:
     # A third of a training step is the forward pass; only the last token of a row has logits.
     table = 2 * model.vocab_size * model.embed_dim
     if config.plan.program == "prefill":
-        forward = flops_per_token(model, length) / 3 - table
-        return rows * (length * forward + table)
+        return rows * (length * (flops_per_token(model, length) / 3 - table) + table)
     # A new token sees all of the cache; a token of a row sees half of the row on average.
     return rows * flops_per_token(model, 2 * length) / 3
 
@@ -193,8 +193,7 @@ def recomputed_flops(plan: Plan) -> float:
     model = plan.config.model
     if plan.config.plan.program != "train" or model.remat in ("none", "dots"):
         return 0.0
-    table = 2 * model.vocab_size * model.embed_dim
-    again = flops_per_token(model, plan.batch[1]) / 3 - table
+    again = flops_per_token(model, plan.batch[1]) / 3 - 2 * model.vocab_size * model.embed_dim
     if model.remat == "attention":
         again -= attention_flops(model, plan.batch[1])
     if model.saves_experts:

@@ -58,8 +58,7 @@ def _convolution_flops(computation: Computation, conv: Instruction) -> float:
         window = np.arange(size(2, str(d))) * field("rhs_dilate", d, 1) - field("pad", d, 0)
         stride, hole, met = field("stride", d, 1), field("lhs_dilate", d, 1), 0
         for start in range(0, size(3, str(d)), 4096):  # in chunks, since there may be millions
-            out = np.arange(start, min(start + 4096, size(3, str(d))))
-            at = out[:, None] * stride + window
+            at = np.arange(start, min(start + 4096, size(3, str(d))))[:, None] * stride + window
             met += int(((at >= 0) & (at % hole == 0) & (at // hole < size(1, str(d)))).sum())
         pairs *= met
     return 2.0 * size(3, "b") * size(3, "f") * size(2, "i") * pairs
@@ -132,8 +131,7 @@ def _fusion_bytes(fusion: Instruction, operands: list[Instruction], fused: Compu
             root = fused[root.operands[0]]
         if result.in_hbm:
             update = UPDATES.get(root.opcode)
-            written = result if update is None else fused[root.operands[update]].arrays[0]
-            total += written.size
+            total += (result if update is None else fused[root.operands[update]].arrays[0]).size
     return total
 
 
@@ -189,8 +187,6 @@ def _ragged(computation: Computation, kernel: Instruction) -> tuple[float, float
     arrays = [computation[name].arrays[0] for name in kernel.operands]
     table, q, kv = arrays[1], arrays[-2], arrays[-1]
     queries = q.shape[0] // table.shape[0]
-    share = 1.0 if queries == 1 else 0.5
-    keys = share * math.prod(table.shape) * kv.shape[1]
+    keys = (1.0 if queries == 1 else 0.5) * math.prod(table.shape) * kv.shape[1]
     flops = 2.0 * 2 * keys * queries * q.shape[1] * q.shape[2]
-    token = kv.size / math.prod(kv.shape[:2])
-    return flops, 2 * q.size + keys * token
+    return flops, 2 * q.size + keys * (kv.size / math.prod(kv.shape[:2]))

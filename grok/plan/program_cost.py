@@ -183,8 +183,7 @@ class CompiledProgram:
 
     def _mesh_axes(self, groups: np.ndarray) -> str:
         """Mesh axes over which a collective's groups extend, joined by `+`."""
-        sizes = tuple(self._mesh_sizes.values())
-        coordinates = np.stack(np.unravel_index(groups, sizes), axis=-1)
+        coordinates = np.stack(np.unravel_index(groups, tuple(self._mesh_sizes.values())), axis=-1)
         differs = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
         names = [name for name, yes in zip(self._mesh_sizes, differs, strict=True) if yes]
         return "+".join(names) or "none"

@@ -50,23 +50,19 @@ def parse_slice(name: str, count: int = 1) -> Slice:
         raise ConfigError(f"topology {name} is of no generation known here; {known} are.")
     dimensions, example = CHIPS[generation].dimensions, f"{generation}:{EXAMPLES[generation]}"
     if not re.fullmatch(r"\d+(x\d+)*", sides) or sides.count("x") != dimensions - 1:
-        raise ConfigError(
-            f"topology {name} should have {dimensions} sides, since chips of {generation} are "
-            f"wired in {dimensions} dimensions; {example} would work."
-        )
+        why = f"since chips of {generation} are wired in {dimensions} dimensions"
+        problem = f"topology {name} should have {dimensions} sides, {why}"
+        raise ConfigError(f"{problem}; {example} would work.")
     shape = tuple(map(int, sides.split("x")))
     # A host has 2x2 chips along the first two sides.
     near = tuple(n if dim > 1 and n > 0 else max(2, n + n % 2) for dim, n in enumerate(shape))
     if math.prod(shape) != 1 and shape != near:
-        raise ConfigError(
-            f"topology {name} cannot be wired from hosts of 2x2 chips; "
-            f"{generation}:{'x'.join(map(str, near))} would work."
-        )
+        problem = f"topology {name} cannot be wired from hosts of 2x2 chips"
+        raise ConfigError(f"{problem}; {generation}:{'x'.join(map(str, near))} would work.")
     if math.prod(shape) > LARGEST[dimensions]:
-        raise ConfigError(
-            f"topology {name} has {math.prod(shape)} chips, and a slice has {LARGEST[dimensions]} "
-            f"at most; several slices, as in `--topology {example} --slices 2`, would work."
-        )
+        problem = f"topology {name} has {math.prod(shape)} chips, and a slice has"
+        several = f"several slices, as in `--topology {example} --slices 2`, would work"
+        raise ConfigError(f"{problem} {LARGEST[dimensions]} at most; {several}.")
     return Slice(generation, shape, count)
 
 

@@ -35,8 +35,7 @@ def run(config: ServeConfig) -> None:
         server.should_exit = True
 
     engine_thread = EngineThread(engine, stop)
-    parser = model.parser(config.max_choices)
-    server = make_server(App(config, name, engine_thread, parser, keys))
+    server = make_server(App(config, name, engine_thread, model.parser(config.max_choices), keys))
     host = f"[{config.host}]" if ":" in config.host else config.host
     click.echo(f"{name} answers at http://{host}:{listener.getsockname()[1]}", err=True)
     server.run(sockets=[listener])

@@ -150,8 +150,7 @@ def _write_shards(
             totals.update(counts)
             if _num_records(totals) % CHECK_RECORDS == 0:
                 _check_bad_share(options, folder, totals, [*journal.entries, shards.entry])
-            share = (offsets[raw.file] + raw.offset) / max(1, offsets[-1])
-            on_progress(share, totals)
+            on_progress((offsets[raw.file] + raw.offset) / max(1, offsets[-1]), totals)
         shards.finish((len(files), 0), is_last=True)
     finally:
         encoded.close()
@@ -168,8 +167,8 @@ def _write_record(
 ) -> dict[str, int]:
     """Writes a document, or notes why a record has none; returns what it adds to the counts."""
     if isinstance(result, str):
-        line = {"file": files[raw.file].name, "line": raw.line, "reason": result}
-        shards.entry.rejected.append(line)
+        name = files[raw.file].name
+        shards.entry.rejected.append({"file": name, "line": raw.line, "reason": result})
         return {"rejected": 1}
     digest = result.digest.hex()
     if options.drop_duplicates and digest in digests:
@@ -188,8 +187,7 @@ def _group_records(
     records: Iterable[RawRecord], files: Sequence[SourceFile], licence: str | None
 ) -> Iterator[RecordGroup]:
     """Consecutive records, as many as a process is given at once."""
-    group: RecordGroup = []
-    size = 0
+    group, size = RecordGroup(), 0
     for raw in records:
         file = files[raw.file]
         metadata: dict[str, Any] = {"source": file.source}

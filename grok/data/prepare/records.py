@@ -183,8 +183,7 @@ def _conversation(messages: list[Any]) -> list[TextSegment]:
             raise BadRecord(f"message {number} {error}") from None
         if role not in ROLES:
             raise BadRecord(f"message {number} has role `{role}`, none of {', '.join(ROLES)}")
-        between = "\n\n" if segments else ""
-        segments.append(TextSegment(f"{between}{ROLES[role]}", False))
+        segments.append(TextSegment(("\n\n" if segments else "") + ROLES[role], False))
         segments.append(TextSegment(f" {content}{END_OF_MESSAGE}", role == "assistant"))
     return segments
 

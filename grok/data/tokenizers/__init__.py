@@ -20,7 +20,5 @@ def parse_tokenizer(data: bytes, path: str | Path) -> Tokenizer:
     try:
         return SentencePieceTokenizer(data)
     except RuntimeError:
-        raise DataError(
-            f"{path} is not a SentencePiece model; a file that `grok data tokenizer` wrote, or the "
-            f"release's tokenizer.model, would work."
-        ) from None
+        problem = f"{path} is not a SentencePiece model; a file that `grok data tokenizer` wrote"
+        raise DataError(f"{problem}, or the release's tokenizer.model, would work.") from None

@@ -136,8 +136,7 @@ class RequestParser:
             raise RequestError("prompt", str(error)) from None
         last = self.tokenizer.vocab_size - 1
         if ids and not 0 <= min(ids) <= max(ids) <= last:
-            message = f"the prompt has a token that is not from 0 to {last}."
-            raise RequestError("prompt", message)
+            raise RequestError("prompt", f"the prompt has a token that is not from 0 to {last}.")
         return tuple(ids)
 
 
