@@ -87,7 +87,6 @@ def scan_input(config: BatchConfig, columns: Sequence[str]) -> Input:
 
 
 def _expand(patterns: Sequence[str]) -> list[str]:
-    """The files and folders that the patterns match."""
     paths: list[str] = []
     for pattern in patterns:
         matches = [pattern]

@@ -106,7 +106,6 @@ class BatchRunner:
                 display.update(done + self._lines, *texts)
 
     def _submit_next(self, records: Iterator[tuple[int, int, RawRecord]]) -> bool:
-        """Submits the next record to the engine; False where there is none."""
         shard, index, record = next(records, (None, 0, None))
         if shard is None or record is None:
             return False
@@ -138,7 +137,6 @@ class BatchRunner:
         self._put(number, item, item.answer_line(builder))
 
     def _put(self, number: int, item: BatchItem, line: str) -> None:
-        """Sets an item's line, and writes the shard when none is missing."""
         shard = self._shards[number]
         shard.lines[item.index - number * self._input.shard_size] = line
         shard.missing -= 1

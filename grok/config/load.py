@@ -133,7 +133,6 @@ def _read_file(
 
 
 def _read_override(override: str, locations: Locations) -> dict[str, Any]:
-    """`train.steps=50` as nested data."""
     dotted, equals, text = override.partition("=")
     key = tuple(dotted.strip().split("."))
     if not equals or not all(key):

@@ -80,5 +80,4 @@ def _nearest_mesh(
 
 
 def _x(sizes: dict[str, int]) -> str:
-    """`slice=1 x data=2 x ...` for messages."""
     return " x ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)

@@ -74,7 +74,6 @@ class RunConfig(Section):
             )
 
     def _check_lengths(self) -> None:
-        """Refuses rows longer than the context, and schedules longer than the run."""
         lengths = {"data.sequence_length": self.data.sequence_length}
         if self.plan.program != "train":
             lengths["plan.tokens"] = self.plan.tokens
@@ -94,7 +93,6 @@ class RunConfig(Section):
             raise bad_value("optimizer.decay_steps", decay, problem, steps - warmup)
 
     def _check_plan(self) -> None:
-        """Refuses keys that `grok plan` would not read."""
         for key, instead in {"batch_size": "batch_size", "tokens": "sequence_length"}.items():
             value = getattr(self.plan, key)
             if self.plan.program == "train" and value != PlanConfig.default(key):
@@ -103,7 +101,6 @@ class RunConfig(Section):
                 raise ConfigError(f"{problem} {has}; data.{instead}={value} would work.")
 
     def _check_keep_best(self) -> None:
-        """Refuses to keep the best checkpoints if some are not validated."""
         best, every = self.checkpoint.keep_best, self.checkpoint.every
         if not (self.data.validation or self.data.validation_dataset):
             raise ConfigError(

@@ -71,7 +71,6 @@ def reference() -> str:
 
 
 def _table(settings: list[tuple[str, Setting]]) -> list[str]:
-    """A Markdown table of these keys, the keys of list items below their list."""
     lines = ["| key | values | default | meaning |", "|---|---|---|---|"]
     for key, setting in settings:
         if setting.section is not None:

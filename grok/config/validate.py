@@ -71,7 +71,6 @@ def expectation(error: Mapping[str, Any]) -> str | None:
 
 
 def _location_of_keys(sentence: str, locations: Locations, source: str) -> str:
-    """The location of the keys that a sentence names: an override first, then the file itself."""
     keys = (tuple(word.split(".")) for word in re.findall(r"[a-z_0-9.]+", sentence))
     candidates = [locations[key] for key in keys if key in locations]
     order = ("override", f"{source}:")
@@ -100,7 +99,6 @@ def _unknown_key(key: str, config_type: type) -> str:
 
 
 def _bad_value(error: Mapping[str, Any], config_type: type) -> str:
-    """A sentence on a value of the wrong type or size: what it must be, is, and could be."""
     error_type, value, key = error["type"], error["input"], _dotted(error["loc"])
     expected = expectation(error)
     if expected is None:

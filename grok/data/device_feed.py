@@ -54,7 +54,6 @@ def shard_batch(batch: Batch, mesh: jax.sharding.Mesh | None) -> dict[str, jax.A
 
 
 def _row_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-    """[B, T] arrays with their rows split over the mesh."""
     return jax.sharding.NamedSharding(mesh, sharding.spec("batch", "length"))
 
 

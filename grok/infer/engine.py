@@ -149,7 +149,6 @@ class Engine:
         list(self.generate([request]))
 
     def _end(self, request_id: str) -> list[Output]:
-        """Ends a request and frees its pages; returns its last Outputs."""
         sequences = self._requests.pop(request_id, [])
         cut_short = _running(sequences)
         for sequence in cut_short:
@@ -160,7 +159,6 @@ class Engine:
         return [sequence.completion.drain() for sequence in cut_short]
 
     def _run(self, step: ScheduledStep) -> tuple[Sampled, jax.Array, jax.Array]:
-        """One step on the devices."""
         size = self._limits.page_size if step.prefill else 1
         tokens_BT, batch = self._inputs.paged_batch(step, size, self._max_pages)
         with jax.set_mesh(self._mesh):
@@ -170,7 +168,6 @@ class Engine:
         return jax.tree.map(np.asarray, sampled), x_BTD, experts_LBTC
 
     def _score_prompts(self, step: ScheduledStep, scored, x_BTD: jax.Array) -> None:
-        """Collects log-probabilities of the prompts' tokens in the chunks `scored`."""
         next_BUQ = np.zeros((*step.shape, self._limits.page_size), np.int32)
         for chunk, row in scored:
             first = chunk.start + 1
@@ -214,7 +211,6 @@ class Engine:
         return [] if running else _best([s.completion for s in sequences], params.n)
 
     def _check(self, request: Request) -> None:
-        """Raises RequestError for what could not be run beside the requests in flight."""
         params = request.params
         if request.id in self._requests:
             message = f"id={request.id!r} is that of a request in flight; another one would work."

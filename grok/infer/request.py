@@ -36,7 +36,6 @@ class Limits:
             raise RequestError(*problem)
 
     def _problems(self, request: Request) -> Iterator[tuple[str, str]]:
-        """Parameters that cannot be, each with its message."""
         params, context = request.params, self.context_length
         prompt, length = len(request.prompt), len(request.prompt) + params.max_tokens
         if not prompt:
@@ -156,7 +155,6 @@ class Completion:
         self.finish_reason = self.finish_reason or reason
 
     def _add_text(self, text: str) -> None:
-        """Adds text, and ends before the first stop text in it."""
         self._text += text
         positions = [at for stop in self.request.params.stop if (at := self._text.find(stop)) >= 0]
         if positions:

@@ -69,7 +69,6 @@ def sample(
 
 
 def _where_any(asked_B, change, x):
-    """`change(x)` if any row asks for it, else x."""
     return jax.lax.cond(jnp.any(asked_B), change, lambda x: x, x)
 
 

@@ -203,7 +203,6 @@ class Scheduler:
         return ScheduledStep(True, chunks_BU)
 
     def _schedule_prefill(self, sequence: SequenceState, chunks: list[Chunk | None]) -> None:
-        """Adds the rest of a prompt, as far as there is room."""
         while sequence.computed < sequence.prompt_length and len(chunks) < self._max_chunks:
             start = sequence.computed
             count = min(self.page_size, sequence.prompt_length - start)

@@ -81,7 +81,6 @@ def _replicate(array: jax.Array) -> jax.Array:
 
 
 def _max_logprobs(model: Decoder) -> int:
-    """Likeliest tokens that are reported at most."""
     return min(MAX_LOGPROBS, model.config.vocab_size)
 
 

@@ -56,7 +56,6 @@ def compile_plan(
 
 
 def _run_process(request: dict[str, Any], on_phase: Callable[[str], None]) -> dict[str, Any]:
-    """The measurements of `grok.plan.compile_process`."""
     with tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", "grok.plan.compile_process"],

@@ -83,7 +83,6 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _assumptions(plan: Plan) -> Iterator[str]:
-    """The assumptions behind the figures, a sentence each."""
     chip, measured = plan.slice.chip, plan.measured
     yield (
         f"a {plan.slice.generation} chip does {chip.flops / 1e12:,.0f} TFLOP/s in bfloat16, has "
@@ -120,7 +119,6 @@ def _assumptions(plan: Plan) -> Iterator[str]:
 
 
 def _describe_program(plan: Plan) -> str:
-    """The compiled step in words."""
     model, optimizer, (rows, length) = plan.config.model, plan.config.optimizer, plan.batch
     size = f"{num_parameters(model):,} parameters in {model.param_dtype}"
     if plan.config.plan.program == "prefill":
@@ -134,7 +132,6 @@ def _describe_program(plan: Plan) -> str:
 
 
 def _labelled(label: str, texts) -> Iterator[tuple[str, str]]:
-    """One line per text, the label before the first."""
     for number, text in enumerate(texts):
         yield "" if number else label, text
 
@@ -157,6 +154,5 @@ def _seconds(time: float) -> str:
 
 
 def _short(op_name: str) -> str:
-    """The last three names of an operation's path."""
     names = [name for name in op_name.split("/") if name not in ("while", "body", "eval_jaxpr")]
     return "/".join(names[-3:])

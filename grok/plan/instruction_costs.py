@@ -138,7 +138,6 @@ def _fusion_bytes(fusion: Instruction, operands: list[Instruction], fused: Compu
 def _bytes_read(
     fused: Computation, parameter: Instruction, users: dict[str, list[Instruction]], size: float
 ) -> float:
-    """Bytes that a fusion reads of a parameter of `size` bytes."""
     total = 0.0
     for user in users.get(parameter.name, []):
         if user.opcode in ("dynamic-slice", "gather", "slice"):

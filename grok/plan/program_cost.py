@@ -136,7 +136,6 @@ class CompiledProgram:
         return total
 
     def _add_work(self, total: Cost, computation: Computation, instruction: Instruction) -> None:
-        """Adds FLOPs of an instruction, and bytes that it sends if it is a collective."""
         total.flops += matmul_flops(computation, instruction)
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
@@ -182,7 +181,6 @@ class CompiledProgram:
         return self._inlined[name]
 
     def _mesh_axes(self, groups: np.ndarray) -> str:
-        """Mesh axes over which a collective's groups extend, joined by `+`."""
         coordinates = np.stack(np.unravel_index(groups, tuple(self._mesh_sizes.values())), axis=-1)
         differs = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
         names = [name for name, yes in zip(self._mesh_sizes, differs, strict=True) if yes]

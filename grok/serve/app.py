@@ -178,7 +178,6 @@ class App:
     async def _events(
         self, handle: RequestHandle, builder: ResponseBuilder, head: dict[str, Any], began: float
     ) -> AsyncIterator[str]:
-        """The answer as server-sent events."""
         include_usage = builder.request.include_usage
         usage = {"usage": None} if include_usage else {}
         try:

@@ -114,7 +114,6 @@ def _identity(
 
 
 def _finished_manifest(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of a complete dataset; DataError where it is another one's."""
     manifest = read_manifest(folder)
     stored = {key: manifest[key] for key in identity}
     stored["sources"] = [dict(source) for source in stored["sources"]]
@@ -135,7 +134,6 @@ def _write_shards(
     journal: ShardJournal,
     on_progress: OnProgress,
 ) -> None:
-    """Writes all shards that the journal lacks."""
     digests = {digest for entry in journal.entries for digest in entry.digests}
     totals = collections.Counter(sum_counts(journal.entries))
     offsets = list(itertools.accumulate((file.bytes for file in files), initial=0))
@@ -186,7 +184,6 @@ def _write_record(
 def _group_records(
     records: Iterable[RawRecord], files: Sequence[SourceFile], licence: str | None
 ) -> Iterator[RecordGroup]:
-    """Consecutive records, as many as a process is given at once."""
     group, size = RecordGroup(), 0
     for raw in records:
         file = files[raw.file]

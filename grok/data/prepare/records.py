@@ -137,7 +137,6 @@ class DocumentEncoder:
         return [TextSegment(_field(data, self._fields.text or "", str), True)]
 
     def _metadata(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Id, language and licence, where the record has them, as text or numbers."""
         names = {key: getattr(self._fields, key) for key in ("id", "language", "licence")}
         return {
             # A surrogate in a name is no reason to lose the text.
@@ -260,7 +259,6 @@ def _start_worker(tokenizer: Tokenizer, fields: RecordFields) -> None:
 def _encode_group(
     group: RecordGroup, encoder: DocumentEncoder | None = None
 ) -> list[EncodedDocument | str]:
-    """The document of each record, or why it has none."""
     encoder = encoder or _encoder
     assert encoder is not None
     results: list[EncodedDocument | str] = []

@@ -189,13 +189,11 @@ def read_records(
 
 @contextlib.contextmanager
 def _open(name: str) -> Iterator[BinaryIO]:
-    """A file for reading; DataError where opening or reading it fails."""
     with storage.errors(f"source {name}", DataError), storage.open_file(name) as file:
         yield file
 
 
 def _list_files(source: str, patterns: Sequence[str]) -> list[tuple[str, int]]:
-    """Names and bytes of a source's files."""
     with storage.errors(f"source {source}", DataError):
         if storage.is_remote(source):
             return _remote_listing(source, patterns)

@@ -35,7 +35,6 @@ class SentencePieceTokenizer:
         self._space_char_ids = byte_ids if all(map(processor.is_byte, byte_ids)) else None
 
     def __reduce__(self) -> tuple[type, tuple[bytes]]:
-        """Pickled as the bytes of its file."""
         return SentencePieceTokenizer, (self._model,)
 
     def encode(self, text: str) -> list[int]:

@@ -191,7 +191,6 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _content(content: Any) -> str:
-    """A message's text, also where it comes in parts."""
     if isinstance(content, str):
         return content
     texts = []
