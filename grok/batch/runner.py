@@ -123,8 +123,7 @@ class BatchRunner:
         return True
 
     def _take(self, output: Output) -> None:
-        key = output.request_id.partition("/")[0]
-        if key not in self._running:
+        if (key := output.request_id.partition("/")[0]) not in self._running:
             return  # of an item of which another request was refused
         number, item, builder = self._running[key]
         builder.add(output)

@@ -42,7 +42,7 @@ def plan(
     from grok.config.load import load_config
     from grok.errors import ConfigError
     from grok.plan.compile import compile_plan
-    from grok.plan.estimate import Price, price_of, prices_file
+    from grok.plan.estimate import Price, price_of
     from grok.plan.format import format_plan
     from grok.plan.search import candidates, ranking
     from grok.plan.topology import parse_slice
@@ -51,12 +51,11 @@ def plan(
     if slices is not None:
         overrides = (*overrides, f"mesh.slice={slices}")
     run = load_config(config, overrides)
-    topology = topology or run.plan.topology
-    if not topology:
+    if not (topology := topology or run.plan.topology):
         problem = f"{config} names no slice in plan.topology"
         raise ConfigError(f"{problem}; --topology v5p:4x4x8 would work.")
     slice_ = parse_slice(topology, max(1, run.mesh.slice))
-    listed = price_of(slice_.generation, prices or prices_file())
+    listed = price_of(slice_.generation, prices)
     chip_price = listed if price is None else Price(price, "--price")
 
     if search is not None:

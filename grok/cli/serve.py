@@ -18,8 +18,7 @@ def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
     RUN_OR_CONFIG is the folder of a run or of other weights, or a YAML file that names them. Only
     this machine is answered unless host says otherwise; keys are read from GROK_API_KEYS or
     api_keys_file. http://127.0.0.1:8000 is a page to try it."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         extra = "the package's extra `serve` (pip install 'grok[serve]') has it"
         raise ConfigError(f"`grok serve` needs {', '.join(missing)}; {extra}.")
     from grok.config.infer import ServeConfig

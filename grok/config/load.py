@@ -91,8 +91,7 @@ def find_config(name: str, beside: Path, config_type: type) -> Path:
     file = beside / name
     if file.is_file():
         return file
-    known = presets(config_type)
-    if name in known:
+    if name in (known := presets(config_type)):
         return known[name]
     if file.is_dir():
         raise ConfigError(f"{file} is a folder, and a config is a YAML file.")

@@ -63,8 +63,7 @@ class RunConfig(Section):
         self._check_plan()
         if self.checkpoint.keep_best:
             self._check_keep_best()
-        rank = self.lora.rank
-        if rank and not self.train.init_from:
+        if (rank := self.lora.rank) and not self.train.init_from:
             problem = f"lora.rank={rank} adapts weights, and train.init_from names none"
             raise ConfigError(f"{problem}; train.init_from=WEIGHTS, or lora.rank=0, would work.")
         if rank and self.optimizer.name == "muon":

@@ -83,8 +83,7 @@ def _unknown_key(key: str, config_type: type) -> str:
         return "extends is a key of config files alone."
     section, _, name = key.rpartition(".")
     siblings = keys_of(section, config_type) + ([] if section else ["extends"])
-    near = difflib.get_close_matches(name, siblings, 1)
-    if near:
+    if near := difflib.get_close_matches(name, siblings, 1):
         meant = [f"{section}.{near[0]}" if section else near[0]]
     else:
         names = {known: known.rpartition(".")[2] for known in schema(config_type)}
@@ -100,16 +99,14 @@ def _unknown_key(key: str, config_type: type) -> str:
 
 def _bad_value(error: Mapping[str, Any], config_type: type) -> str:
     error_type, value, key = error["type"], error["input"], _dotted(error["loc"])
-    expected = expectation(error)
-    if expected is None:
+    if (expected := expectation(error)) is None:
         return f"{key or 'a config'} cannot be read: {error['msg']}."
     text = json.dumps(value, ensure_ascii=False)
     text = text if len(text) <= 60 else f"{text[:60]}..."
     sentence = f"{key or 'a config'} must be {expected}, not {text}"
     if error_type == "dataclass_type":
         return f"{sentence}; its keys are {', '.join(keys_of(key, config_type))}."
-    meant = _meant_value(error_type, value, expected)
-    if meant is not None:
+    if (meant := _meant_value(error_type, value, expected)) is not None:
         return f"{sentence}; did you mean {json.dumps(meant, ensure_ascii=False)}?"
     default = schema(config_type)[key].default if key in schema(config_type) else None
     if default is None or default is dataclasses.MISSING:

@@ -50,8 +50,7 @@ class BatchSchedule:
     def split(self, step: int, batch_rows: slice, long: Batch) -> Batch:
         """Rows `batch_rows` of the batch of `step`, [B, T], out of its `long_rows`, [R, S]."""
         num_rows, length = self.shape(step)
-        parts = self.sequence_length // length
-        if parts == 1:
+        if (parts := self.sequence_length // length) == 1:
             return long
         start, stop, _ = batch_rows.indices(num_rows)
         inside = slice(start % parts, start % parts + stop - start)

@@ -70,7 +70,8 @@ class TokenDataset:
         """Opens a folder that `grok data prepare` wrote; DataError when a file is damaged."""
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.hash = manifest_hash(self.manifest)  # depends on all files
+        canonical = json.dumps(self.manifest, sort_keys=True, separators=(",", ":"))
+        self.hash = hashlib.sha256(canonical.encode()).hexdigest()  # depends on all files
         self.lengths = self._read_lengths()  # tokens of each document, uint32 (N,)
         counts = [shard["documents"] for shard in self.manifest["shards"]]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
@@ -153,9 +154,3 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path} is no manifest of `{FORMAT}`, the format that is read here.")
     return manifest
-
-
-def manifest_hash(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest as canonical JSON: sorted keys, no spaces."""
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -83,7 +83,8 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """Counts of tokens, sequences and pages."""
-        pools = self._scheduler.pools
+        counts = (pool.counts() for pool in self._scheduler.pools)
+        used, cached, free = map(sum, zip(*counts, strict=True))
         return EngineStats(
             tokens_in=self._tokens_in,
             tokens_cached=self._scheduler.cached_tokens,
@@ -91,9 +92,9 @@ class Engine:
             preempted=self._scheduler.preempted,
             running=len(self._scheduler.running()),
             waiting=len(self._scheduler.waiting),
-            pages_used=sum(pool.used for pool in pools),
-            pages_cached=sum(pool.cached for pool in pools),
-            pages_free=sum(pool.free for pool in pools),
+            pages_used=used,
+            pages_cached=cached,
+            pages_free=free,
         )
 
     def submit(self, request: Request) -> None:
@@ -113,8 +114,7 @@ class Engine:
     def step(self) -> list[Output]:
         """Runs one step on the devices, a prefill or a decode, and returns what is new."""
         outputs, self._cancelled = self._cancelled, []
-        step = self._scheduler.next_step()
-        if step is None:
+        if (step := self._scheduler.next_step()) is None:
             return outputs
         sampled, x_BTD, experts_LBTC = self._run(step)
         scored = [(chunk, row) for chunk, row in step.chunks() if chunk.sequence.no_prefix_reuse]

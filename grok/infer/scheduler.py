@@ -33,20 +33,10 @@ class PagePool:
         self._page_of_key: dict[bytes, int] = {}
         self._cached: collections.OrderedDict[int, None] = collections.OrderedDict()
 
-    @property
-    def free(self) -> int:
-        """Pages that hold nothing."""
-        return len(self._free)
-
-    @property
-    def cached(self) -> int:
-        """Pages without a user that hold prefixes."""
-        return len(self._cached)
-
-    @property
-    def used(self) -> int:
-        """Pages that have users."""
-        return len(self._users) - self.free - self.cached
+    def counts(self) -> tuple[int, int, int]:
+        """Pages that have users, those without that hold prefixes, and those that hold nothing."""
+        cached, free = len(self._cached), len(self._free)
+        return len(self._users) - cached - free, cached, free
 
     def allocate(self) -> int | None:
         """A page for one user, to write to; None where all have users."""
@@ -89,7 +79,8 @@ class PagePool:
 
     def available(self, besides: Sequence[int] = ()) -> int:
         """Number of pages that `allocate` could give if `besides` were shared."""
-        return self.free + self.cached - sum(page in self._cached for page in besides)
+        _, cached, free = self.counts()
+        return free + cached - sum(page in self._cached for page in besides)
 
 
 @dataclasses.dataclass(eq=False)
@@ -262,8 +253,7 @@ class Scheduler:
         """Ensures a page for the next token, preempting the youngest sequence where there is none;
         False where that is this one."""
         while sequence.group >= 0 and len(sequence.pages) * self.page_size <= sequence.computed:
-            page = self.pools[sequence.group].allocate()
-            if page is not None:
+            if (page := self.pools[sequence.group].allocate()) is not None:
                 sequence.pages.append(page)
             else:
                 youngest = self.running(sequence.group)[-1]

@@ -92,9 +92,7 @@ def costs(program: CompiledProgram, mesh: Mesh, slice_: Slice) -> dict[str, Any]
     """Costs of the program, and the wiring of the mesh axes that its collectives use."""
     cost = program.cost()
     return {
-        "flops": cost.flops,
-        "hbm": cost.hbm,
-        "host": cost.host,
+        **{name: getattr(cost, name) for name in ("flops", "hbm", "host")},
         "collectives": [[*key, sent] for key, sent in sorted(cost.collectives.items())],
         "loops": sorted(cost.loops),
         "kernels": sorted(cost.kernels),

@@ -46,8 +46,7 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
     assert plan.flops is not None and plan.hbm is not None and plan.collectives is not None
     text = f"{_amount(plan.model_flops)} of the model, {_amount(plan.flops)} compiled "
     text += f"({plan.flops / plan.model_flops:.2f} x"
-    again = recomputed_flops(plan)
-    if again:
+    if again := recomputed_flops(plan):
         ratio = plan.flops / (plan.model_flops + again)
         text += f"; {ratio:.2f} x with those that remat={plan.config.model.remat} recomputes"
     yield "FLOPs", f"{text}), a chip and step"

@@ -74,25 +74,20 @@ def parse_hlo(text: str) -> tuple[dict[str, Computation], str]:
     entry, current = "", None
     for line in text.splitlines():
         if current is None:
-            match = _COMPUTATION.match(line)
-            if match:
+            if match := _COMPUTATION.match(line):
                 current = computations.setdefault(match[2], {})
                 entry = match[2] if match[1] else entry
         elif _END.match(line):
             current = None
-        else:
-            match = _INSTRUCTION.match(line)
-            if match:
-                current[match[2]] = _instruction(match[2], match[3], bool(match[1]))
+        elif match := _INSTRUCTION.match(line):
+            current[match[2]] = _instruction(match[2], match[3], bool(match[1]))
     return computations, entry
 
 
 def roots_of(computation: Computation) -> list[Instruction]:
     """The instructions that make a computation's results: the root, or operands of a root tuple."""
     (root,) = (instruction for instruction in computation.values() if instruction.is_root)
-    if root.opcode == "tuple":
-        return [computation[name] for name in root.operands]
-    return [root]
+    return [computation[name] for name in root.operands] if root.opcode == "tuple" else [root]
 
 
 def inline_fusions(computations: dict[str, Computation], name: str) -> Computation:

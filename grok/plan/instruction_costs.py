@@ -31,9 +31,7 @@ def matmul_flops(computation: Computation, instruction: Instruction) -> float:
         return 2 * math.prod((*instruction.arrays[0].shape, *contracted))
     if instruction.opcode == "convolution":
         return _convolution_flops(computation, instruction)
-    if instruction.opcode == "custom-call":
-        return kernel_cost(computation, instruction)[0]
-    return 0.0
+    return kernel_cost(computation, instruction)[0] if instruction.opcode == "custom-call" else 0.0
 
 
 def _convolution_flops(computation: Computation, conv: Instruction) -> float:

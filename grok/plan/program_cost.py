@@ -137,8 +137,7 @@ class CompiledProgram:
 
     def _add_work(self, total: Cost, computation: Computation, instruction: Instruction) -> None:
         total.flops += matmul_flops(computation, instruction)
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
+        if (kind := instruction.opcode.removesuffix("-start")) not in COLLECTIVES:
             return
         groups = replica_groups(instruction.attributes, math.prod(self._mesh_sizes.values()))
         # A TPU has a reduce-scatter as an all-reduce fused with a slice of its result.
@@ -207,8 +206,7 @@ def _initial_value(
 
 def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
     """Devices of each group, [groups, members], from any of XLA's three ways to write them."""
-    match = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
-    if match:
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
         axes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
         names, sizes = list(axes), [int(size) for size in axes.values()]
         members = [names.index(name) for name in re.findall(r"'([^']+)'", match[2])]
@@ -221,8 +219,7 @@ def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
         if match[4]:
             ids = ids.transpose([int(n) for n in match[4].split(",")])
         return ids.reshape(int(match[1]), int(match[2]))
-    match = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes)
-    if match:
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes):
         groups = re.findall(r"\{([\d,]+)\}", match[1])
         return np.array([[int(n) for n in group.split(",")] for group in groups])
     return np.arange(num_devices)[None, :]

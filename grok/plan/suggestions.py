@@ -9,7 +9,7 @@ from grok.config.mesh import batch_shards
 from grok.errors import ConfigError
 from grok.hardware import GIB
 from grok.plan.estimate import Plan
-from grok.plan.topology import Slice, grown
+from grok.plan.topology import grown
 
 # Largest state that is suggested where the rest is unknown, as a share of HBM.
 MAX_STATE_SHARE = 0.6
@@ -40,7 +40,9 @@ def suggestions(plan: Plan) -> Iterator[str]:
         if change < 1 and fits(plan, plan.state * change):
             keys = " ".join(f"{key}={_yaml(value)}" for key, value in overrides.items())
             yield f"{keys}: state of {plan.state * change / GIB:,.1f} GiB a chip"
-    larger = larger_slice(plan)
+    larger = grown(plan.slice)
+    while larger and not fits(plan, plan.state * plan.slice.num_chips / larger.num_chips):
+        larger = grown(larger)
     if larger is not None:
         state = plan.state * plan.slice.num_chips / larger.num_chips / GIB
         scaled = "with more of mesh.data and as many rows a chip"
@@ -49,8 +51,7 @@ def suggestions(plan: Plan) -> Iterator[str]:
         yield f"fewer rows or tokens than {plan.batch[0]} x {plan.batch[1]}"
     if plan.total is None or not training:
         return
-    rows = plan.batch[0] // batch_shards(plan.mesh_sizes)
-    if rows > config.train.grad_accum_steps:
+    if (rows := plan.batch[0] // batch_shards(plan.mesh_sizes)) > config.train.grad_accum_steps:
         yield f"train.grad_accum_steps={rows}, one row per chip at a time: fewer temporaries"
     if config.model.remat not in ("offload", "full"):
         yield "model.remat=full: fewer temporaries"
@@ -63,14 +64,6 @@ def fits(plan: Plan, state: float) -> bool:
     if plan.total is None:
         return state <= MAX_STATE_SHARE * plan.slice.chip.hbm
     return state + plan.total - plan.state <= plan.slice.chip.hbm
-
-
-def larger_slice(plan: Plan) -> Slice | None:
-    """The first larger slice of the same chips on which it would fit."""
-    larger = grown(plan.slice)
-    while larger and not fits(plan, plan.state * plan.slice.num_chips / larger.num_chips):
-        larger = grown(larger)
-    return larger
 
 
 def state_bytes(config: RunConfig) -> float:

@@ -92,8 +92,7 @@ class EngineThread:
     def _drain_inbox(self) -> bool:
         """Runs what is queued, waiting for it while the engine is idle; False to stop."""
         while not self._inbox.empty() or not self.engine.unfinished:
-            action = self._inbox.get()
-            if action is None:
+            if (action := self._inbox.get()) is None:
                 return False
             action()
         return True
@@ -117,8 +116,7 @@ class EngineThread:
                 self.engine.cancel(request.id)
 
     def _deliver(self, output: Output) -> None:
-        handle = self._handles.get(output.request_id)
-        if handle is None:
+        if (handle := self._handles.get(output.request_id)) is None:
             return  # its client has disconnected
         if output.finish_reason:
             handle.unfinished -= 1

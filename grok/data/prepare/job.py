@@ -171,9 +171,7 @@ def _write_record(
     digest = result.digest.hex()
     if options.drop_duplicates and digest in digests:
         return {"duplicates": 1}
-    if not shards.has_room(result):
-        shards.finish((raw.file, raw.number))
-    shards.write(result)
+    shards.write(result, (raw.file, raw.number))
     if options.drop_duplicates:
         digests.add(digest)
         shards.entry.digests.append(digest)

@@ -98,17 +98,15 @@ class ShardWriter:
         self._size = 0
         self.entry = ShardEntry(position=journal.position)
 
-    def write(self, document: EncodedDocument) -> None:
-        """Writes a document."""
+    def write(self, document: EncodedDocument, position: tuple[int, int]) -> None:
+        """Writes the document at `position`, in the next shard where this one has no room."""
+        if self._size and self._size + len(document.record) > self._shard_bytes:
+            self.finish(position)
         if self._writer is None:
             self._writer = ArrayRecordWriter(str(self._unfinished), WRITER_OPTIONS)
         self._writer.write(document.record)
         self._size += len(document.record)
         self.entry.lengths.append(document.tokens)
-
-    def has_room(self, document: EncodedDocument) -> bool:
-        """True where the shard may take the document."""
-        return not self._size or self._size + len(document.record) <= self._shard_bytes
 
     def finish(self, position: tuple[int, int], is_last: bool = False) -> None:
         """Closes the shard: all input before `position` is in it or in those before."""
@@ -119,7 +117,8 @@ class ShardWriter:
             except RuntimeError as error:
                 message = f"{self._unfinished} cannot be written: {str(error).partition(';')[0]}"
                 raise DataError(f"{message}; with room the same command continues.") from None
-            sync(self._unfinished)
+            with open(self._unfinished, "rb") as file:
+                os.fsync(file.fileno())
             self.entry.sha256 = _file_hash(self._unfinished)
             self.entry.bytes = self._unfinished.stat().st_size
             os.replace(self._unfinished, path)
@@ -137,12 +136,6 @@ class ShardWriter:
 def _file_hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's bytes are on the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 SOURCES_FILE = "sources.jsonl"

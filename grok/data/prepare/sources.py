@@ -157,8 +157,7 @@ def find_files(
         raise DataError("no sources were given; a file or folder of text would work.")
     files = []
     for number, source in enumerate(sources):
-        sizes = _list_files(source, patterns)
-        if not sizes:
+        if not (sizes := _list_files(source, patterns)):
             matching = f" that match {' or '.join(patterns)}" if patterns else ""
             raise DataError(f"source {source} has no files{matching}; one with text would work.")
         for name, size in sorted(sizes):

@@ -85,8 +85,7 @@ def train_tokenizer(
     piece each), the 256 bytes (for characters too rare for a piece), and merges. Each digit is a
     piece and text is not normalised, so nothing is lost. The same files give the same bytes.
     DataError when a file cannot be read or its text does not suit `vocab_size`."""
-    texts = [read_text(path) for path in files]
-    if not texts:
+    if not (texts := [read_text(path) for path in files]):
         raise DataError("no text files were given to train a tokenizer on; one would work.")
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()

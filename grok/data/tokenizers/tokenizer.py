@@ -70,8 +70,7 @@ class StreamDecoder:
 def read_text(path: str | Path) -> str:
     """Text of a UTF-8 file, line ends as they are. DataError when the file is missing or empty, or
     naming its first byte that is not UTF-8."""
-    data = storage.read_bytes(path, DataError)
-    if not data:
+    if not (data := storage.read_bytes(path, DataError)):
         raise DataError(f"text file {path} is empty; one with text would work.")
     try:
         return data.decode()

@@ -68,9 +68,8 @@ class RequestParser:
 
     def completion(self, body: Mapping[str, Any]) -> CompletionRequest:
         """Parses a body of /v1/completions."""
-        fields = _known_fields(body, COMPLETION)
+        fields, params = _known_fields(body, COMPLETION)
         prompts = self._prompts(fields.get("prompt"))
-        params = {name: fields[name] for name in PARAMETERS & fields.keys()}
         if echo := _flag(fields, "echo"):
             params["prompt_logprobs"] = params.get("logprobs")
         if scores_only := params.get("max_tokens") == 0 and echo:
@@ -79,12 +78,11 @@ class RequestParser:
 
     def chat(self, body: Mapping[str, Any]) -> CompletionRequest:
         """Parses a body of /v1/chat/completions."""
-        fields = _known_fields(body, CHAT)
+        fields, params = _known_fields(body, CHAT)
         if self.render is None:
             message = "chat needs chat_template in the config, which is empty; `prompt` would work."
             raise RequestError("messages", message)
         text = self.render(_messages(fields.get("messages")))
-        params = {name: fields[name] for name in PARAMETERS & fields.keys()}
         if "max_completion_tokens" in fields:
             params["max_tokens"] = fields["max_completion_tokens"]
         logprobs = _flag(params, "logprobs")
@@ -103,8 +101,7 @@ class RequestParser:
             room = self.context_length - max(len(prompt) for prompt, _ in prompts)
             params["max_tokens"] = max(1, min(self.defaults.max_tokens, room))
         sampling = self.defaults.params(**params)
-        choices = len(prompts) * max(sampling.n, sampling.best_of or 1)
-        if choices > self.max_choices:
+        if (choices := len(prompts) * max(sampling.n, sampling.best_of or 1)) > self.max_choices:
             message = f"{choices} answers are asked for at once; {self.max_choices} would work."
             raise RequestError("n", message)
         stream = _flag(fields, "stream")
@@ -173,14 +170,14 @@ def make_renderer(template: str, tokenizer: Tokenizer) -> Render:
     return render
 
 
-def _known_fields(body: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
-    """The fields that are set: clients send null for what they leave open."""
+def _known_fields(body: Mapping[str, Any], known: set[str]) -> tuple[dict, dict]:
+    """The fields that are set (clients send null for others), and those that sampling has."""
     fields = {name: value for name, value in body.items() if value is not None}
     for name in [name for name in fields if name not in known]:
         near = difflib.get_close_matches(name, known, 1, cutoff=0.8)
         right = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}."
         raise RequestError(name, f"there is no parameter {name!r:.60} here; {right}")
-    return fields
+    return fields, {name: fields[name] for name in PARAMETERS & fields.keys()}
 
 
 def _messages(messages: Any) -> list[dict[str, Any]]:
