@@ -62,10 +62,9 @@ def _check_tokenizer(file: str, config: str) -> str:
 
     loaded, vocab_size = load_tokenizer(file), load_config(config).model.vocab_size
     if loaded.vocab_size > vocab_size:
-        raise DataError(
-            f"tokenizer {file} has {loaded.vocab_size} pieces, more than model.vocab_size="
-            f"{vocab_size} of {config}; model.vocab_size={loaded.vocab_size} would work."
-        )
+        problem = f"tokenizer {file} has {loaded.vocab_size} pieces, more than model.vocab_size="
+        right = f"model.vocab_size={loaded.vocab_size} would work"
+        raise DataError(f"{problem}{vocab_size} of {config}; {right}.")
     if loaded.eos_id < 0:
         raise DataError(f"tokenizer {file} has no end-of-sequence piece to end documents with.")
     if loaded.pad_id not in (0, -1):

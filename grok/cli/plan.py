@@ -55,8 +55,7 @@ def plan(
         problem = f"{config} names no slice in plan.topology"
         raise ConfigError(f"{problem}; --topology v5p:4x4x8 would work.")
     slice_ = parse_slice(topology, max(1, run.mesh.slice))
-    listed = price_of(slice_.generation, prices)
-    chip_price = listed if price is None else Price(price, "--price")
+    chip_price = price_of(slice_.generation, prices) if price is None else Price(price, "--price")
 
     if search is not None:
         if dump or save or as_json:

@@ -64,10 +64,10 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         for text, datasets in {"train": "datasets", "validation": "validation_dataset"}.items():
             if getattr(self, text) and getattr(self, datasets):
-                raise ConfigError(
-                    f"data.{text} and data.{datasets} are both set, and a run reads text files or "
-                    f"prepared datasets; data.{text}=[] would work."
+                problem = (
+                    f"data.{text} and data.{datasets} are both set, and a run reads text files"
                 )
+                raise ConfigError(f"{problem} or prepared datasets; data.{text}=[] would work.")
         paths = [dataset.path for dataset in self.datasets]
         for path in paths:
             if paths.count(path) > 1:

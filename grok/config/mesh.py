@@ -34,10 +34,9 @@ def resolve_mesh(
         if size < 1 and size != -1:
             raise bad_value(f"mesh.{axis}", size, "is no number of devices", 1)
     if len(open_axes) > 1:
-        raise ConfigError(
-            f"mesh.{open_axes[0]} and mesh.{open_axes[1]} are both -1, and only one axis can take "
-            f"the devices that remain; mesh.{open_axes[1]}=1 would work."
-        )
+        problem = f"mesh.{open_axes[0]} and mesh.{open_axes[1]} are both -1, and only one axis can"
+        right = f"mesh.{open_axes[1]}=1 would work"
+        raise ConfigError(f"{problem} take the devices that remain; {right}.")
     given = math.prod(size for size in sizes.values() if size != -1)
     if num_devices % given or not (open_axes or given == num_devices):
         multiple = "a multiple of " if open_axes else ""

@@ -23,10 +23,9 @@ class ParamGroup(Section):
 
     def __post_init__(self) -> None:
         if self.frozen and (self.lr_scale != 1 or self.weight_decay is not None):
-            raise ConfigError(
-                f"optimizer.param_groups has {self.match} frozen and with a learning rate or decay "
-                "of its own; frozen: true alone would work."
-            )
+            problem = "frozen and with a learning rate or decay of its own"
+            right = "frozen: true alone would work"
+            raise ConfigError(f"optimizer.param_groups has {self.match} {problem}; {right}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,15 +63,15 @@ class OptimizerConfig(Section):
         is_wsd, ratios = self.schedule == "wsd", (1, self.default("min_lr_ratio"))
         if is_wsd != (self.decay_steps > 0):
             fix = "optimizer.decay_steps=100" if is_wsd else "optimizer.schedule=wsd"
-            raise ConfigError(
-                f"optimizer.decay_steps={self.decay_steps} and optimizer.schedule={self.schedule}: "
-                f"it is wsd that decays over the last steps; {fix} would work."
+            keys = (
+                f"optimizer.decay_steps={self.decay_steps} and optimizer.schedule={self.schedule}"
             )
+            right = f"it is wsd that decays over the last steps; {fix} would work"
+            raise ConfigError(f"{keys}: {right}.")
         if self.schedule == "constant" and self.min_lr_ratio not in ratios:
-            raise ConfigError(
-                f"optimizer.min_lr_ratio={self.min_lr_ratio} is not reached with "
-                "optimizer.schedule=constant; optimizer.schedule=linear would work."
-            )
+            problem = f"optimizer.min_lr_ratio={self.min_lr_ratio} is not reached"
+            right = "with optimizer.schedule=constant; optimizer.schedule=linear would work"
+            raise ConfigError(f"{problem} {right}.")
         for key, readers in {"epsilon": ("adamw", "muon"), "muon_momentum": ("muon",)}.items():
             value, default = getattr(self, key), self.default(key)
             if value != default and self.name not in readers:

@@ -67,10 +67,8 @@ class RunConfig(Section):
             problem = f"lora.rank={rank} adapts weights, and train.init_from names none"
             raise ConfigError(f"{problem}; train.init_from=WEIGHTS, or lora.rank=0, would work.")
         if rank and self.optimizer.name == "muon":
-            raise ConfigError(
-                "optimizer.name=muon makes updates of whole matrices orthogonal, and lora.rank="
-                f"{rank} trains factors of them; optimizer.name=adamw would work."
-            )
+            problem = f"makes updates of whole matrices orthogonal, and lora.rank={rank} trains"
+            raise bad_value("optimizer.name", "muon", f"{problem} factors of them", "adamw")
 
     def _check_lengths(self) -> None:
         lengths = {"data.sequence_length": self.data.sequence_length}
@@ -102,20 +100,18 @@ class RunConfig(Section):
     def _check_keep_best(self) -> None:
         best, every = self.checkpoint.keep_best, self.checkpoint.every
         if not (self.data.validation or self.data.validation_dataset):
-            raise ConfigError(
-                f"checkpoint.keep_best={best} needs validation passes, and neither data.validation "
-                "nor data.validation_dataset names data; checkpoint.keep_best=0 would work."
-            )
+            neither = "neither data.validation nor data.validation_dataset names data"
+            problem = f"needs validation passes, and {neither}"
+            raise bad_value("checkpoint.keep_best", best, problem, 0)
         if not self.train.eval_every or every % self.train.eval_every:
-            raise ConfigError(
-                f"checkpoint.keep_best={best} needs a validation pass at each checkpoint, and "
-                f"train.eval_every={self.train.eval_every} has none at some multiples of "
-                f"checkpoint.every={every}; train.eval_every={every} would work."
-            )
+            needs = f"checkpoint.keep_best={best} needs a validation pass at each checkpoint, and"
+            has = f"has none at some multiples of checkpoint.every={every}"
+            value = f"train.eval_every={self.train.eval_every} {has}"
+            raise ConfigError(f"{needs} {value}; train.eval_every={every} would work.")
 
 
 def check_trainable(config: RunConfig) -> None:
     """Refuses, as ConfigError, to train a model that cannot be trained."""
     if config.model.param_dtype == "int8":
-        problem = "model.param_dtype=int8 is for inference, and int8 matrices have no gradient"
-        raise ConfigError(f"{problem}; model.param_dtype=float32 would work.")
+        problem = "is for inference, and int8 matrices have no gradient"
+        raise bad_value("model.param_dtype", "int8", problem, "float32")

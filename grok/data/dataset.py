@@ -58,9 +58,9 @@ def decode_document(record: bytes) -> Document:
             end += length
         return Document(tokens_S, mask_S, json.loads(record[end:]))
     except (struct.error, ValueError):
-        record_bytes = f"a record of {len(record)} bytes is no document of `{FORMAT}`"
-        message = f"{record_bytes}; a folder that `grok data prepare` wrote would work."
-        raise DataError(message) from None
+        problem = f"a record of {len(record)} bytes is no document of `{FORMAT}`"
+        right = "a folder that `grok data prepare` wrote would work"
+        raise DataError(f"{problem}; {right}.") from None
 
 
 class TokenDataset:
@@ -112,10 +112,9 @@ class TokenDataset:
             raise DataError(message) from None
         documents = self.manifest["counts"]["documents"]
         if lengths_N.shape != (documents,) or lengths_N.dtype != np.uint32:
-            raise DataError(
-                f"{path} has {lengths_N.size} documents ({lengths_N.dtype}) and {MANIFEST_FILE} "
-                f"has {documents} (uint32); the folder as `grok data prepare` wrote it would work."
-            )
+            manifest = f"{MANIFEST_FILE} has {documents} (uint32)"
+            problem = f"{path} has {lengths_N.size} documents ({lengths_N.dtype}) and {manifest}"
+            raise DataError(f"{problem}; the folder as `grok data prepare` wrote it would work.")
         return lengths_N
 
     def _open_shard(self, shard: int) -> Any:

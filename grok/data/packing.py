@@ -78,8 +78,7 @@ class ConcatThenSplit:
     def __init__(self, lengths_N: np.ndarray, sequence_length: int, key: str | None) -> None:
         """Packs documents of `lengths_N` tokens in rows of T; without a key, in their order."""
         self._lengths_N = lengths_N.astype(np.int64)
-        self._sequence_length = sequence_length
-        self._key = key
+        self._sequence_length, self._key = sequence_length, key
         self._num_tokens = int(self._lengths_N.sum())
         self.rows_per_epoch = -(-self._num_tokens // sequence_length)
         self._orders = EpochCache(self._order)
@@ -91,8 +90,7 @@ class ConcatThenSplit:
         position = row * self._sequence_length
         stop = min(position + self._sequence_length, self._num_tokens)
         first = np.searchsorted(ends_N, position, side="right")
-        last = np.searchsorted(ends_N, stop, side="left")
-        slices, inside = [], slice(first, last + 1)
+        slices, inside = [], slice(first, np.searchsorted(ends_N, stop, side="left") + 1)
         for document, end in zip(order_N[inside].tolist(), ends_N[inside].tolist(), strict=True):
             if size := min(end, stop) - position:
                 start = position - (end - int(self._lengths_N[document]))

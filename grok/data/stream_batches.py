@@ -43,10 +43,9 @@ def read_stream(
         text = read_text(path)
         document_S = np.array([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
         if document_S.max() >= vocab_size:
-            raise DataError(
-                f"text file {path} has token {document_S.max()}, but model.vocab_size={vocab_size}"
-                f"; model.vocab_size={tokenizer.vocab_size}, as the tokenizer has, would work."
-            )
+            problem = f"text file {path} has token {document_S.max()}, but model.vocab_size="
+            right = f"model.vocab_size={tokenizer.vocab_size}, as the tokenizer has, would work"
+            raise DataError(f"{problem}{vocab_size}; {right}.")
         documents.append(document_S)
         num_bytes += len(text.encode())
     return TokenStream(

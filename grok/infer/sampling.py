@@ -111,8 +111,7 @@ def sample_tokens(logits_BV: jax.Array, s: SamplingBatch, top: int) -> Sampled:
     scores_BV = penalized(logits_BV, s)
     V = logits_BV.shape[-1]
     bits_BW8 = (s.banned_BW[:, :, None] >> jnp.arange(8, dtype=jnp.uint8)[None, None, :]) & 1
-    banned_BV = bits_BW8.reshape(len(bits_BW8), -1)[:, :V] > 0
-    scores_BV = jnp.where(banned_BV, REMOVED, scores_BV)
+    scores_BV = jnp.where(bits_BW8.reshape(len(bits_BW8), -1)[:, :V] > 0, REMOVED, scores_BV)
     token_B = sample(keys_B, scores_BV, s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B)
     return Sampled(token_B, *logprobs(logits_BV, token_B, jnp.any(s.top_logprobs_B), top))
 

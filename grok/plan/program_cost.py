@@ -61,8 +61,7 @@ class CompiledProgram:
         """Reads `text`. `mesh_sizes`: of the mesh axes, in order; `loop_count`: runs of loops whose
         count the text does not have. Conditionals take their dearest branch."""
         self._computations, self._entry = parse_hlo(text)
-        self._mesh_sizes = mesh_sizes
-        self._loop_count = loop_count
+        self._mesh_sizes, self._loop_count = mesh_sizes, loop_count
         self._costs: dict[str, Cost] = {}
         self._inlined: dict[str, Computation] = {}
 
@@ -169,8 +168,7 @@ class CompiledProgram:
             root = next(i for i in condition.values() if i.is_root)
         if root.opcode != "compare" or "direction=LT" not in root.attributes:
             return None
-        values = (_initial_value(condition[name], computation, loop) for name in root.operands)
-        first, limit = values
+        first, limit = (_initial_value(condition[i], computation, loop) for i in root.operands)
         return None if first is None or limit is None else max(0, limit - first)
 
     def _fused(self, fusion: Instruction) -> Computation:

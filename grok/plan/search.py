@@ -37,10 +37,9 @@ class Candidate:
 def candidates(config: RunConfig, slice_: Slice) -> list[Candidate]:
     """All candidates that may fit, the most promising first."""
     if not (fitting := [c for c in _legal(config, slice_) if _may_fit(c.config, slice_)]):
-        raise ConfigError(
-            f"no mesh on {slice_} has room for the state and a row on each of its chips; a larger "
-            "slice, or fewer bytes a parameter as with optimizer.moments_dtype=bfloat16, may work."
-        )
+        problem = f"no mesh on {slice_} has room for the state and a row on each of its chips"
+        fewer = "fewer bytes a parameter as with optimizer.moments_dtype=bfloat16"
+        raise ConfigError(f"{problem}; a larger slice, or {fewer}, may work.")
     return sorted(fitting, key=lambda candidate: candidate.seconds_per_token)
 
 

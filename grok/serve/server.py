@@ -54,10 +54,9 @@ def bind(config: ServeConfig) -> socket.socket:
         listener.listen()
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"host={config.host} port={config.port} cannot be listened on: "
-            f"{storage.reason(error)}; port=0 takes any port that is free."
-        ) from None
+        problem = f"host={config.host} port={config.port} cannot be listened on"
+        right = "port=0 takes any port that is free"
+        raise ConfigError(f"{problem}: {storage.reason(error)}; {right}.") from None
     return listener
 
 
@@ -97,8 +96,7 @@ def read_keys(config: ServeConfig) -> list[str]:
             file = f"api_keys_file={config.api_keys_file}"
             raise ConfigError(f"{file} has no keys; one a line would work.")
     if not config.local and not keys and not config.allow_anyone:
-        raise ConfigError(
-            f"host={config.host} lets other machines in, and there are no keys; "
-            f"api_keys_file=FILE, keys in {KEYS_VARIABLE}, or allow_anyone=true would work."
-        )
+        right = f"api_keys_file=FILE, keys in {KEYS_VARIABLE}, or allow_anyone=true would work"
+        problem = f"host={config.host} lets other machines in, and there are no keys"
+        raise ConfigError(f"{problem}; {right}.")
     return keys

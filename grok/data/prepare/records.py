@@ -229,10 +229,9 @@ def encode_records(
             group, future = pending.popleft()
             yield from zip((raw for raw, _ in group), future.result(), strict=True)
     except BrokenProcessPool:
-        raise DataError(
-            "a process that tokenized was killed (was memory short?); the same command continues, "
-            "and fewer --workers need less memory."
-        ) from None
+        problem = "a process that tokenized was killed (was memory short?)"
+        right = "the same command continues, and fewer --workers need less memory"
+        raise DataError(f"{problem}; {right}.") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -75,7 +75,6 @@ def read_text(path: str | Path) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"text file {path} is not UTF-8 at byte offset {error.start} "
-            f"(0x{data[error.start]:02x}); the file re-encoded as UTF-8 would work."
-        ) from None
+        offset = f"byte offset {error.start} (0x{data[error.start]:02x})"
+        problem = f"text file {path} is not UTF-8 at {offset}"
+        raise DataError(f"{problem}; the file re-encoded as UTF-8 would work.") from None
