@@ -27,6 +27,11 @@ class ConfigError(GrokError, ValueError):
     exit_code = REFUSED
 
 
+def bad_value(key: str, value: object, problem: str, fix: object) -> ConfigError:
+    """The refusal of a key's value, with one that would work."""
+    return ConfigError(f"{key}={value} {problem}; {key}={fix} would work.")
+
+
 class DataError(GrokError, ValueError):
     """Text, tokenizer or dataset files that cannot be used as they are."""
 

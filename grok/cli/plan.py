@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-FILE = click.Path(path_type=Path)
+FILE, COUNT = click.Path(path_type=Path), click.IntRange(1)
 
 
 @click.command()
@@ -16,9 +16,7 @@ FILE = click.Path(path_type=Path)
     metavar="SLICE",
     help="TPU slice, such as v5p:4x4x8. Default: plan.topology of the config.",
 )
-@click.option(
-    "--slices", type=click.IntRange(1), help="Slices joined by the network; sets mesh.slice."
-)
+@click.option("--slices", type=COUNT, help="Slices joined by the network; sets mesh.slice.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option("--dump", type=FILE, help="File for the text of the compiled program.")
 @click.option("--save", type=FILE, help="File for the serialised executable.")
@@ -26,14 +24,12 @@ FILE = click.Path(path_type=Path)
 @click.option("--prices", type=FILE, help="Prices by generation. Default: launch/prices.env.")
 @click.option(
     "--search",
-    type=click.IntRange(1),
+    type=COUNT,
     metavar="N",
     help="Compile the N most promising meshes, remat policies and batch sizes, and rank them.",
 )
 @click.pass_context
-def plan(
-    ctx, config, overrides, topology, slices, as_json, dump, save, price, prices, search
-) -> None:
+def plan(ctx, config, overrides, topology, slices, as_json, dump, save, price, prices, search):
     """Compile a step of CONFIG for a slice of TPUs, without one, and estimate it.
 
     plan.program names the step: train, prefill or decode. Does it fit, what does it compute and

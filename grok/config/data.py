@@ -3,14 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grok.config.section import (
-    Count,
-    CountOrZero,
-    PositiveOrZero,
-    Section,
-    largest_divisor,
-    round_up,
-)
+from grok.config.section import Count, CountOrZero, PositiveOrZero, Section, largest_divisor
 from grok.errors import ConfigError
 
 
@@ -64,10 +57,10 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         for text, datasets in {"train": "datasets", "validation": "validation_dataset"}.items():
             if getattr(self, text) and getattr(self, datasets):
-                problem = (
-                    f"data.{text} and data.{datasets} are both set, and a run reads text files"
+                problem = f"data.{text} and data.{datasets} are both set, and a run reads text"
+                raise ConfigError(
+                    f"{problem} files or prepared datasets; data.{text}=[] would work."
                 )
-                raise ConfigError(f"{problem} or prepared datasets; data.{text}=[] would work.")
         paths = [dataset.path for dataset in self.datasets]
         for path in paths:
             if paths.count(path) > 1:
@@ -111,5 +104,5 @@ class DataConfig(Section):
             per_row = self.sequence_length // T
             if B % per_row:  # read as whole rows of data.sequence_length, then split
                 problem = f"data.batch_schedule has batches of {B} x {T} tokens from step {step}"
-                right = f"batch_size={round_up(B, per_row)} would work"
+                right = f"batch_size={-(-B // per_row) * per_row} would work"
                 raise ConfigError(f"{problem}, which are no whole rows of {longest}; {right}.")

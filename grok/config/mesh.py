@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Annotated
 
-from grok.config.section import CountOrZero, Section, bad_value, divisors
-from grok.errors import ConfigError
+from grok.config.section import CountOrZero, Section, divisors
+from grok.errors import ConfigError, bad_value
 
 MESH_AXES = ("slice", "data", "expert", "tensor")
 

@@ -4,7 +4,8 @@ import dataclasses
 import math
 from typing import Annotated, Literal
 
-from grok.config.section import Count, Positive, Section, bad_value, largest_divisor
+from grok.config.section import Count, Positive, Section, largest_divisor
+from grok.errors import bad_value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grok.config.section import CountOrZero, Positive, PositiveOrZero, Section, Share, bad_value
-from grok.errors import ConfigError
+from grok.config.section import CountOrZero, Positive, PositiveOrZero, Section, Share
+from grok.errors import ConfigError, bad_value
 
 # A moment in bfloat16 with more stays what it is where no gradient comes any more: its decay is
 # below half of the last bit.
@@ -63,11 +63,9 @@ class OptimizerConfig(Section):
         is_wsd, ratios = self.schedule == "wsd", (1, self.default("min_lr_ratio"))
         if is_wsd != (self.decay_steps > 0):
             fix = "optimizer.decay_steps=100" if is_wsd else "optimizer.schedule=wsd"
-            keys = (
-                f"optimizer.decay_steps={self.decay_steps} and optimizer.schedule={self.schedule}"
-            )
+            schedule = f"optimizer.schedule={self.schedule}"
             right = f"it is wsd that decays over the last steps; {fix} would work"
-            raise ConfigError(f"{keys}: {right}.")
+            raise ConfigError(f"optimizer.decay_steps={self.decay_steps} and {schedule}: {right}.")
         if self.schedule == "constant" and self.min_lr_ratio not in ratios:
             problem = f"optimizer.min_lr_ratio={self.min_lr_ratio} is not reached"
             right = "with optimizer.schedule=constant; optimizer.schedule=linear would work"

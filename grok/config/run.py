@@ -7,9 +7,9 @@ from grok.config.data import DataConfig
 from grok.config.mesh import MeshConfig
 from grok.config.model import ModelConfig
 from grok.config.optimizer import OptimizerConfig
-from grok.config.section import Count, CountOrZero, Section, bad_value, round_up
+from grok.config.section import Count, CountOrZero, Section, round_up
 from grok.config.train import CheckpointConfig, LoraConfig, TrainConfig
-from grok.errors import ConfigError
+from grok.errors import ConfigError, bad_value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,6 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from grok.errors import ConfigError
-
 Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -24,11 +22,6 @@ class Section:
     def default(cls, key: str) -> Any:
         """The default of a key."""
         return cls.__dict__["__dataclass_fields__"][key].default
-
-
-def bad_value(key: str, value: object, problem: str, fix: object) -> ConfigError:
-    """The refusal of a key's value, with one that would work."""
-    return ConfigError(f"{key}={value} {problem}; {key}={fix} would work.")
 
 
 def divisors(number: int) -> list[int]:

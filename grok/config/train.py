@@ -9,10 +9,9 @@ from grok.config.section import (
     Positive,
     PositiveOrZero,
     Section,
-    bad_value,
     round_up,
 )
-from grok.errors import ConfigError
+from grok.errors import ConfigError, bad_value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

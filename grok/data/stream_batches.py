@@ -5,17 +5,13 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
 
 from grok.data.batch_schedule import Batch, BatchSchedule
-from grok.data.tokenizers.tokenizer import read_text
+from grok.data.tokenizers.tokenizer import Tokenizer, read_text
 from grok.errors import DataError
-
-if TYPE_CHECKING:
-    from grok.data.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,9 +23,7 @@ class TokenStream:
     eos_id: int
 
 
-def read_stream(
-    paths: Sequence[str | Path], tokenizer: "Tokenizer", vocab_size: int
-) -> TokenStream:
+def read_stream(paths: Sequence[str | Path], tokenizer: Tokenizer, vocab_size: int) -> TokenStream:
     """Tokenizes text files, a document each, for a model of `vocab_size` tokens. DataError when
     there are no files, a file cannot be read, the tokenizer has no end-of-sequence token, or a
     token is not below `vocab_size`."""
@@ -48,9 +42,8 @@ def read_stream(
             raise DataError(f"{problem}{vocab_size}; {right}.")
         documents.append(document_S)
         num_bytes += len(text.encode())
-    return TokenStream(
-        tokens_S=np.concatenate(documents), num_bytes=num_bytes, eos_id=tokenizer.eos_id
-    )
+    tokens_S = np.concatenate(documents)
+    return TokenStream(tokens_S=tokens_S, num_bytes=num_bytes, eos_id=tokenizer.eos_id)
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:

@@ -152,9 +152,8 @@ def transfer_seconds(slice_: Slice, wiring: dict[str, Any], kind: str, sent: flo
     if not wiring["links"]:  # two devices of one chip
         return 0.0
     hops = max(1.0, wiring["hops"]) if "all-to-all" in kind else 1.0
-    return (
-        sent * hops / ((1 if kind == "collective-permute" else wiring["links"]) * slice_.chip.link)
-    )
+    links = 1 if kind == "collective-permute" else wiring["links"]
+    return sent * hops / (links * slice_.chip.link)
 
 
 def batch_of(config: RunConfig) -> tuple[int, int]:

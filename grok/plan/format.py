@@ -111,10 +111,8 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         if kernels:
             authors = f"{kernels} kernels cost what their authors state"
             yield f"{authors}, those of attention what their shapes imply"
-    known = (
-        plan.price and f"a chip-hour costs {plan.price.usd_per_hour:g} USD ({plan.price.source})"
-    )
-    yield known or "no price of the chip is known; --price gives one"
+    cost = plan.price and f"a chip-hour costs {plan.price.usd_per_hour:g} USD ({plan.price.source})"
+    yield cost or "no price of the chip is known; --price gives one"
 
 
 def _describe_program(plan: Plan) -> str:

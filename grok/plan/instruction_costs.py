@@ -105,6 +105,14 @@ def is_async_collective(fused: Computation) -> bool:
     return "custom-call" in opcodes and not opcodes.isdisjoint(COLLECTIVES)
 
 
+def ends_in_slice(fused: Computation) -> bool:
+    """True if the computation returns a slice of an array."""
+    root = roots_of(fused)[0]
+    while root.opcode in ("bitcast", "copy"):
+        root = fused[root.operands[0]]
+    return root.opcode == "dynamic-slice"
+
+
 def _fusion_bytes(fusion: Instruction, operands: list[Instruction], fused: Computation) -> float:
     """Bytes of operands and results; of an array that is sliced or updated, of the part alone."""
     if is_async_collective(fused):

@@ -8,16 +8,9 @@ from collections import defaultdict
 
 import numpy as np
 
-from grok.plan.hlo import (
-    COLLECTIVES,
-    Array,
-    Computation,
-    Instruction,
-    inline_fusions,
-    parse_hlo,
-    roots_of,
-)
+from grok.plan.hlo import COLLECTIVES, Array, Computation, Instruction, inline_fusions, parse_hlo
 from grok.plan.instruction_costs import (
+    ends_in_slice,
     hbm_bytes,
     host_bytes,
     is_async_collective,
@@ -184,21 +177,19 @@ class CompiledProgram:
         return "+".join(names) or "none"
 
 
-def _initial_value(
-    instruction: Instruction, computation: Computation, loop: Instruction
-) -> int | None:
+def _initial_value(value: Instruction, computation: Computation, loop: Instruction) -> int | None:
     """A number of a loop's condition before its first iteration; None unless it is a constant."""
-    if instruction.opcode == "get-tuple-element":
-        match = re.search(r"index=(\d+)", instruction.attributes)
+    if value.opcode == "get-tuple-element":
+        match = re.search(r"index=(\d+)", value.attributes)
         carry = computation[loop.operands[0]]
         if carry.opcode != "tuple":
             return None
         assert match
-        instruction = computation[carry.operands[int(match[1])]]
-    while instruction.opcode in ("copy", "bitcast"):
-        instruction = computation[instruction.operands[0]]
-    if instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.operands[0]):
-        return int(instruction.operands[0])
+        value = computation[carry.operands[int(match[1])]]
+    while value.opcode in ("copy", "bitcast"):
+        value = computation[value.operands[0]]
+    if value.opcode == "constant" and re.fullmatch(r"-?\d+", value.operands[0]):
+        return int(value.operands[0])
     return None
 
 
@@ -233,11 +224,3 @@ def bytes_sent(computation: Computation, collective: Instruction, kind: str, mem
     if kind == "all-gather":
         return size * (members - 1)
     return (2 if kind == "all-reduce" else 1) * size * (members - 1) / members
-
-
-def ends_in_slice(fused: Computation) -> bool:
-    """True if the computation returns a slice of an array."""
-    root = roots_of(fused)[0]
-    while root.opcode in ("bitcast", "copy"):
-        root = fused[root.operands[0]]
-    return root.opcode == "dynamic-slice"

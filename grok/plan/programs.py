@@ -44,10 +44,8 @@ def train_program(config: RunConfig, mesh: Mesh) -> Program:
     if config.data.datasets:
         dtypes |= {"segment_ids_BT": jnp.int32, "positions_BT": jnp.int32}
     placement = NamedSharding(mesh, sharding.spec("batch", "length"))
-    batch = {
-        name: jax.ShapeDtypeStruct((B, T), dtype, sharding=placement)
-        for name, dtype in dtypes.items()
-    }
+    array_BT = functools.partial(jax.ShapeDtypeStruct, (B, T), sharding=placement)
+    batch = {name: array_BT(dtype) for name, dtype in dtypes.items()}
     step = functools.partial(train_step, config=config, optimizer=optimizer)
     state = abstract_state(config, optimizer, mesh)
     return Program(step, {"state": state, "batch": batch}, donate=0)

@@ -14,13 +14,7 @@ from typing import Any
 
 from grok import __version__, storage
 from grok.data.dataset import MANIFEST_FILE, read_manifest
-from grok.data.prepare.records import (
-    PLAIN,
-    EncodedDocument,
-    RecordFields,
-    RecordGroup,
-    encode_records,
-)
+from grok.data.prepare.records import EncodedDocument, RecordFields, RecordGroup, encode_records
 from grok.data.prepare.shards import (
     REJECTED_FILE,
     ShardEntry,
@@ -52,7 +46,7 @@ class PrepareOptions:
     tokenizer: str
     patterns: tuple[str, ...] = ()  # of file names inside folders
     format: str = "auto"  # or text, jsonl, parquet
-    fields: RecordFields = PLAIN
+    fields: RecordFields = dataclasses.field(default=RecordFields())
     licence: str | None = None  # of all sources
     shard_bytes: int = 256 * 10**6  # of a shard's records, at most
     drop_duplicates: bool = False

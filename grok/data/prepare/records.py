@@ -50,9 +50,6 @@ class RecordFields:
         return [name for name in dataclasses.asdict(self).values() if name]
 
 
-PLAIN = RecordFields()
-
-
 class TextSegment(NamedTuple):
     """A part of a document's text."""
 

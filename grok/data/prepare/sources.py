@@ -98,24 +98,22 @@ def _read_parquet(file: BinaryIO, source: SourceFile, columns: Sequence[str]) ->
     from pyarrow import parquet
 
     try:
-        parquet_file = parquet.ParquetFile(file, page_checksum_verification=True)
+        reader = parquet.ParquetFile(file, page_checksum_verification=True)
     except (pyarrow.ArrowException, OSError) as error:
         raise Damaged(f"the file is no Parquet or damaged ({_first_line(error)})") from None
-    names = [name for name in columns if name in parquet_file.schema_arrow.names]
-    first, rows = 1, max(1, parquet_file.metadata.num_rows)
-    for group in range(parquet_file.num_row_groups):
+    names = [name for name in columns if name in reader.schema_arrow.names]
+    first, rows = 1, max(1, reader.metadata.num_rows)
+    for group in range(reader.num_row_groups):
         line = first
         try:
-            batches = parquet_file.iter_batches(
-                PARQUET_BATCH_ROWS, [group], names, use_threads=False
-            )
+            batches = reader.iter_batches(PARQUET_BATCH_ROWS, [group], names, use_threads=False)
             for data, problem in itertools.chain.from_iterable(map(_batch_rows, batches)):
                 yield line, data, problem, source.bytes * line // rows
                 line += 1
         except (pyarrow.ArrowException, OSError) as error:
             problem = f"the rest of row group {group} is damaged ({_first_line(error)})"
             yield line, None, problem, source.bytes * line // rows
-        first += parquet_file.metadata.row_group(group).num_rows
+        first += reader.metadata.row_group(group).num_rows
 
 
 def _batch_rows(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
