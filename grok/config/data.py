@@ -57,10 +57,8 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         for text, datasets in {"train": "datasets", "validation": "validation_dataset"}.items():
             if getattr(self, text) and getattr(self, datasets):
-                problem = f"data.{text} and data.{datasets} are both set, and a run reads text"
-                raise ConfigError(
-                    f"{problem} files or prepared datasets; data.{text}=[] would work."
-                )
+                one = f"a run reads text files or prepared datasets; data.{text}=[] would work"
+                raise ConfigError(f"data.{text} and data.{datasets} are both set, and {one}.")
         paths = [dataset.path for dataset in self.datasets]
         for path in paths:
             if paths.count(path) > 1:

@@ -3,14 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grok.config.section import (
-    Count,
-    CountOrZero,
-    Positive,
-    PositiveOrZero,
-    Section,
-    round_up,
-)
+from grok.config.section import Count, CountOrZero, Positive, PositiveOrZero, Section, round_up
 from grok.errors import ConfigError, bad_value
 
 
