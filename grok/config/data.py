@@ -92,7 +92,8 @@ class DataConfig(Section):
         for change in self.batch_schedule:
             if change.batch_size is None and change.sequence_length is None:
                 problem = f"data.batch_schedule changes nothing from step {change.from_step}"
-                raise ConfigError(f"{problem}; a batch_size, a sequence_length or both would work.")
+                right = "a batch_size, a sequence_length, or both would work"
+                raise ConfigError(f"{problem}; {right}.")
         longest = f"data.sequence_length={self.sequence_length}"
         for step, B, T in self.shapes()[1:]:
             if self.sequence_length % T:
