@@ -117,8 +117,7 @@ class ShardWriter:
             except RuntimeError as error:
                 message = f"{self._unfinished} cannot be written: {str(error).partition(';')[0]}"
                 raise DataError(f"{message}; with room the same command continues.") from None
-            with open(self._unfinished, "rb") as file:
-                os.fsync(file.fileno())
+            sync(self._unfinished)
             self.entry.sha256 = _file_hash(self._unfinished)
             self.entry.bytes = self._unfinished.stat().st_size
             os.replace(self._unfinished, path)
@@ -136,6 +135,12 @@ class ShardWriter:
 def _file_hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's bytes are on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 SOURCES_FILE = "sources.jsonl"
