@@ -30,8 +30,7 @@ class FactoredState(NamedTuple):
 
 
 def scale_by_factored_second_moment(ceiling: float, specs: Specs) -> optax.GradientTransformation:
-    """Divides gradients by the square root of their factored second moment, whose decay is
-    1 - t^-0.8 at update t, at most `ceiling`."""
+    """Divides gradients by the root of their second moment, of decay 1 - t^-0.8 or `ceiling`."""
 
     def init(params) -> FactoredState:
         def columns(name, x):

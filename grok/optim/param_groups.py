@@ -73,8 +73,7 @@ def check_groups(config: RunConfig, tensors: Collection[str]) -> None:
 
 
 def partition(model: Any, predicate: Callable[[str], bool]) -> tuple[Any, Any]:
-    """Splits the model into the tensors whose name satisfies `predicate`, and the rest; each tree
-    has None in place of a tensor of the other."""
+    """Splits the model into tensors whose name satisfies `predicate` and the rest; else None."""
     selected = map_named(lambda name, leaf: leaf if predicate(name) else None, model)
     rest = map_named(lambda name, leaf: None if predicate(name) else leaf, model)
     return selected, rest

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 
 def save(run: "Run", step: int, state: TrainState, losses: dict, skipped: Skipped = ()) -> None:
-    """Starts saving all that a resumed run needs, `skipped` batches included; `losses` are those of
-    a validation pass at this step, if there was one."""
+    """Starts saving all that a resumed run needs; `losses` are those of a validation pass, or {}."""
     config, initial = run.config, run.initial
     meta = {"config": to_dict(config), "data": run.data.hashes, "skipped_batches": skipped}
     if initial is not None:
@@ -67,8 +66,7 @@ def restore(run: "Run", step: int) -> tuple[TrainState, Skipped, list[str]]:
 
 
 def config_changes(saved: dict[str, Any], config: RunConfig, checkpoint: str) -> list[str]:
-    """Lists the keys whose values differ from the `saved` ones, as `KEY from OLD to NEW`; raises
-    CheckpointError for the first that may not change."""
+    """Lists changed keys, `KEY from OLD to NEW`; CheckpointError for one that may not change."""
     changes = []
     for key, value in flatten(to_dict(config)):
         if saved.get(key) == value:

@@ -28,8 +28,7 @@ class InitialWeights:
     source: Source | None = None
 
     def load(self, mesh: Mesh) -> Decoder:
-        """Returns the model with these weights in its `param_dtype`, int8 matrices dequantized;
-        each process reads what its own devices hold."""
+        """The model with these weights in its `param_dtype`; a process reads its devices' part."""
         assert self.source is not None
         return put_on_mesh(converted(self.source, self.source.config.param_dtype), mesh)
 

@@ -1,5 +1,4 @@
-"""Losses of a batch (cross-entropy, z-loss, the router's balance loss) and of a held-out text.
-Letters: B batch, T length, D embed, V vocab."""
+"""Losses of a batch and of a held-out text. Letters: B batch, T length, D embed, V vocab."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple

@@ -55,8 +55,7 @@ def read_data(config: RunConfig) -> RunData:
 def open_held_out(
     texts: Sequence[str], dataset: str, tokenizer: Tokenizer, config: RunConfig
 ) -> tuple[Iterable[Batch], int]:
-    """The batches of a pass over a prepared dataset, or else over text files, in the shape of
-    `config.data`, and the UTF-8 bytes that it predicts."""
+    """The batches of a pass over a dataset or else text files, and the UTF-8 bytes it predicts."""
     shape = {"sequence_length": config.data.sequence_length, "batch_size": config.data.batch_size}
     if dataset:
         packed = PackedValidation(open_dataset(dataset, config), **shape)
@@ -66,8 +65,7 @@ def open_held_out(
 
 
 def open_dataset(path: str, config: RunConfig) -> TokenDataset:
-    """Opens a prepared dataset. Raises DataError when it was made with another tokenizer than the
-    run's, or one of more tokens than the model has."""
+    """Opens a prepared dataset. DataError if its tokenizer is another, or larger than the model."""
     dataset = TokenDataset(path)
     stored, tokenizer = dataset.manifest["tokenizer"], config.data.tokenizer
     sha256 = hashlib.sha256(storage.read_bytes(tokenizer, DataError)).hexdigest()
@@ -85,8 +83,7 @@ def open_dataset(path: str, config: RunConfig) -> TokenDataset:
 
 
 def check_unchanged(stored: list[dict], hashes: list[dict], checkpoint: str) -> None:
-    """Raises CheckpointError when a run would resume from `checkpoint` on other prepared datasets
-    than it was trained on; a dataset may have moved."""
+    """Raises CheckpointError if other prepared datasets are named; one may have moved."""
     if [dataset["hash"] for dataset in stored] != [dataset["hash"] for dataset in hashes]:
         raise CheckpointError(
             f"{checkpoint} was trained on {_names(stored)}, and the config now names "

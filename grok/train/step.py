@@ -1,5 +1,4 @@
-"""The training step, a pure function: loss and gradients of a batch, and the optimizer's update. B
-rows of a batch, T tokens of a row, n microbatches."""
+"""The training step: a batch's gradients and the update. B rows, T tokens, n microbatches."""
 
 from typing import Any
 
