@@ -14,7 +14,6 @@ from grok.model.decoder import Decoder
 from grok.ops.cross_entropy import target_and_log_z
 from grok.train.loss import hidden
 
-MIN_LENGTH = 16
 CHUNK_TOKENS = 512  # tokens of a row that have logits at a time
 
 
@@ -40,7 +39,7 @@ class Scorer:
         buckets: dict[int, list[int]] = {}
         for index, (context, continuation) in enumerate(pairs):
             size = 1 << (len(context) + len(continuation) - 2).bit_length()
-            size = min(self.context_length, max(MIN_LENGTH, size))
+            size = min(self.context_length, max(16, size))
             buckets.setdefault(size, []).append(index)
         scores: dict[int, Score] = {}
         for size in sorted(buckets, reverse=True):

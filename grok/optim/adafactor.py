@@ -30,7 +30,7 @@ class FactoredState(NamedTuple):
 
 
 def scale_by_factored_second_moment(ceiling: float, specs: Specs) -> optax.GradientTransformation:
-    """Divides gradients by the root of their second moment, of decay 1 - t^-0.8 or `ceiling`."""
+    """Divides gradients by the root of their second moment, of decay min(1 - t^-0.8, ceiling)."""
 
     def init(params) -> FactoredState:
         def columns(name, x):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def save(run: "Run", step: int, state: TrainState, losses: dict, skipped: Skipped = ()) -> None:
-    """Starts saving all that a resumed run needs; `losses` are those of a validation pass, or {}."""
+    """Starts saving all that a resumed run needs; `losses`: of a validation pass, or {}."""
     config, initial = run.config, run.initial
     meta = {"config": to_dict(config), "data": run.data.hashes, "skipped_batches": skipped}
     if initial is not None:

@@ -1,6 +1,5 @@
 """Everything that a run records while it goes on: `metrics.jsonl`, `events.jsonl`, `run.json`,
-where the config asks for them TensorBoard's files and a profile, and progress on the terminal. Of
-several processes only the primary does any of this."""
+if asked for TensorBoard's files and a profile, and progress; by the primary process alone."""
 
 import contextlib
 import dataclasses
