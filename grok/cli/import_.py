@@ -25,7 +25,6 @@ def import_() -> None:
 
 
 def _options(dtype: str) -> Callable:
-    """The arguments and options of both commands."""
     decorators = (
         click.argument("src"),
         click.argument("dst"),

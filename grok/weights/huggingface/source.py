@@ -175,7 +175,14 @@ def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, T
     else:
         files = sorted(f for f in present if f.endswith(".safetensors") and not f.startswith("."))
         if not files:
-            raise CheckpointError(f"{folder}: {_why_none(present)}")
+            pickles = sorted(name for name in present if name.endswith((".bin", ".pt", ".pth")))
+            problem = "has no *.safetensors files."
+            if pickles:
+                problem = (
+                    f"has pickled weights ({pickles[0]}), which cannot be read without executing "
+                    "what they say; a copy in safetensors would work."
+                )
+            raise CheckpointError(f"{folder}: {problem}")
     # Sixteen at a time: a remote file takes some round trips.
     with ThreadPoolExecutor(16) as pool:
         sizes = [present[file] or 0 for file in files]
@@ -219,13 +226,3 @@ def _read_index(path: str) -> dict[str, str]:
                 "of a safetensors file in this folder."
             )
     return files
-
-
-def _why_none(present: Mapping[str, int | None]) -> str:
-    pickle = min((name for name in present if name.endswith((".bin", ".pt", ".pth"))), default=None)
-    if pickle is None:
-        return "has no *.safetensors files."
-    return (
-        f"has pickled weights ({pickle}), which cannot be read without executing what they say; a "
-        "copy in safetensors would work."
-    )

@@ -85,7 +85,13 @@ class ZarrArray:
         nbytes = math.prod(self.chunk) * self.dtype.itemsize
         offsets = np.arange(0, math.prod(self.shard) * self.dtype.itemsize, nbytes)
         index = np.stack([offsets, np.full_like(offsets, nbytes)], axis=1).astype("<u8").tobytes()
-        return index + _crc32c(index).to_bytes(4, "little")
+        # The CRC of RFC 3720 (Castagnoli's polynomial), a bit at a time.
+        crc = 0xFFFFFFFF
+        for byte in index:
+            crc ^= byte
+            for _ in range(8):
+                crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+        return index + (crc ^ 0xFFFFFFFF).to_bytes(4, "little")
 
 
 def arrays(spec: TensorSpec) -> tuple[ZarrArray, ZarrArray | None]:
@@ -184,13 +190,3 @@ def _kvstore(folder: str | os.PathLike[str]) -> dict[str, str]:
     if scheme != "gs":
         raise CheckpointError(f"{folder}: checkpoints are read from local folders and gs://.")
     return {"driver": "gcs", "bucket": bucket, "path": f"{path.rstrip('/')}/"}
-
-
-def _crc32c(data: bytes) -> int:
-    """The CRC of RFC 3720 (Castagnoli's polynomial), a bit at a time."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    return crc ^ 0xFFFFFFFF

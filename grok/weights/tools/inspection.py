@@ -119,6 +119,11 @@ def inspect(path: str | os.PathLike[str], config: ModelConfig | None = None) -> 
         described = _diagnose(os.fspath(path), config)
         problems = tuple(dict.fromkeys((str(error), *described.problems)))
         return dataclasses.replace(described, problems=problems)
+    facts: dict[str, Any] = {}
+    if isinstance(source, OrbaxSource):
+        facts["step"] = int(source.step.rstrip("/").rpartition("/")[2])
+        facts["checksums"] = len(source.checksums)
+        facts["imported_from"] = read_meta(source.step).get("import", {}).get("path")
     return Inspection(
         source.path,
         source.format,
@@ -130,7 +135,7 @@ def inspect(path: str | os.PathLike[str], config: ModelConfig | None = None) -> 
         _origins(source, config),
         preset_of(source.config),
         _fitting(source, config),
-        **_checkpoint_facts(source),
+        **facts,
     )
 
 
@@ -158,17 +163,6 @@ def _origins(source: Source, config: ModelConfig | None) -> dict[str, str]:
         stored = source.adapter.stated_fields(read_config_json(source.path)[1])
         return {name: CONFIG_JSON if name in stored else ASSUMED for name in fields}
     return dict.fromkeys(fields, STORED)
-
-
-def _checkpoint_facts(source: Source) -> dict[str, Any]:
-    """Facts of our own checkpoints: step, checksums, origin of the import."""
-    if not isinstance(source, OrbaxSource):
-        return {}
-    return {
-        "step": int(source.step.rstrip("/").rpartition("/")[2]),
-        "checksums": len(source.checksums),
-        "imported_from": read_meta(source.step).get("import", {}).get("path"),
-    }
 
 
 def _diagnose(path: str, config: ModelConfig | None = None) -> Inspection:

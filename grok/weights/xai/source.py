@@ -181,7 +181,15 @@ class ReleaseSource(Source):
 def implied_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The config that a `ckpt-0` folder implies by its shapes; else values are the release's.
     Raises CheckpointError where the shapes fit no such model."""
-    num_layers = _count_layers(folder)
+    files = storage.list_files(folder, CheckpointError)
+    present = {name for name in files if re.fullmatch(r"tensor\d{5}_000", name)}
+    num_layers = max(1, math.ceil((len(present) - 2) / 12))
+    missing = [tensor.file for tensor in tensor_names(num_layers) if tensor.file not in present]
+    if missing:
+        raise CheckpointError(
+            f"{storage.join(folder, missing[0])}: is missing; a release has 2 files and 12 for "
+            f"each layer, so {2 + 12 * num_layers} and not {len(present)} here."
+        )
     by_name = {tensor.name: tensor.file for tensor in tensor_names(1)}
 
     def shape_of(name: str, dims: int) -> tuple[int, ...]:
@@ -212,19 +220,6 @@ def implied_config(folder: str | os.PathLike[str]) -> ModelConfig:
         )
     except ConfigError as error:
         raise CheckpointError(f"{folder}: has the shapes of no model: {error}") from error
-
-
-def _count_layers(folder: str | os.PathLike[str]) -> int:
-    files = storage.list_files(folder, CheckpointError)
-    present = {name for name in files if re.fullmatch(r"tensor\d{5}_000", name)}
-    layers = max(1, math.ceil((len(present) - 2) / 12))
-    missing = [tensor.file for tensor in tensor_names(layers) if tensor.file not in present]
-    if missing:
-        raise CheckpointError(
-            f"{storage.join(folder, missing[0])}: is missing; a release has 2 files and 12 for "
-            f"each layer, so {2 + 12 * layers} and not {len(present)} here."
-        )
-    return layers
 
 
 def _fits(stored: StoredTensor, expected: ParamSpec) -> bool:
