@@ -16,8 +16,7 @@ def unigram_bits_per_byte(train: TokenStream, heldout: TokenStream, vocab_size: 
     """Bits per byte of `heldout` under token frequencies of `train`, smoothed by added counts."""
 
     def nats(train_S: np.ndarray, heldout_S: np.ndarray, added: float) -> float:
-        counts_V = np.bincount(train_S, minlength=vocab_size) + added
-        return float(-np.log(counts_V[heldout_S] / counts_V.sum()).sum())
+        return _unigram_nats(train_S, heldout_S, vocab_size, added)
 
     return _tuned_bits_per_byte(nats, train, heldout, ADDED_COUNTS)
 
@@ -46,6 +45,11 @@ def _tuned_bits_per_byte(
     losses = [nats(train.tokens_S[:cut], train.tokens_S[cut:], c) for c in constants]
     best = constants[int(np.argmin(losses))]
     return bits_per_byte(nats(train.tokens_S, heldout.tokens_S, best), heldout.num_bytes)
+
+
+def _unigram_nats(train_S: np.ndarray, heldout_S: np.ndarray, vocab_size: int, added: float):
+    counts_V = np.bincount(train_S, minlength=vocab_size) + added
+    return float(-np.log(counts_V[heldout_S] / counts_V.sum()).sum())
 
 
 def _bigram_nats(
