@@ -39,23 +39,27 @@ class BatchItem:
     def error_line(self, error: RequestError) -> str:
         """The output line that says why there is no answer."""
         body = error_response(error.parameter, str(error), "invalid_request_error")
-        if self.openai:
-            return _line(self._envelope(400, body))
-        return _line({"index": self.index, "id": self.id, **body})
+        return self._line(400, body)
 
     def answer_line(self, builder: ResponseBuilder) -> str:
         """The output line with the answers."""
-        answers = {"choices": builder.choices(), "usage": builder.usage()}
-        if not self.openai:
-            return _line({"index": self.index, "id": self.id, **answers})
-        # Not the time: a shard that is computed again gives the same bytes.
-        head = builder.request.head(str(self.index), 0, builder.request.model)
-        return _line(self._envelope(200, {**head, **answers}))
+        body = {"choices": builder.choices(), "usage": builder.usage()}
+        if self.openai:
+            # Not the time: a shard that is computed again gives the same bytes.
+            body = builder.request.head(str(self.index), 0, builder.request.model) | body
+        return self._line(200, body)
 
-    def _envelope(self, status: int, body: dict[str, Any]) -> dict[str, Any]:
-        response = {"status_code": status, "request_id": str(self.index), "body": body}
-        ids = {"id": f"batch_req_{self.index}", "custom_id": self.id}
-        return {**ids, "response": response, "error": None}
+    def _line(self, status: int, body: dict[str, Any]) -> str:
+        line = {"index": self.index, "id": self.id, **body}
+        if self.openai:
+            response = {"status_code": status, "request_id": str(self.index), "body": body}
+            line = {"id": f"batch_req_{self.index}", "custom_id": self.id, "response": response}
+            line["error"] = None
+        try:
+            return json.dumps(line, ensure_ascii=False).encode().decode()
+        except UnicodeEncodeError:
+            # An id with half of a surrogate pair, which only an escape can hold.
+            return json.dumps(line)
 
 
 def read_item(index: int, record: RawRecord, parser: RequestParser) -> BatchItem:
@@ -112,11 +116,3 @@ def _parse(data: Mapping[str, Any], openai: bool, parser: RequestParser) -> Comp
     if request.stream:
         raise RequestError("stream", "stream should be false: the answers go to a file.")
     return request
-
-
-def _line(data: dict[str, Any]) -> str:
-    try:
-        return json.dumps(data, ensure_ascii=False).encode().decode()
-    except UnicodeEncodeError:
-        # An id with half of a surrogate pair, which only an escape can hold.
-        return json.dumps(data)

@@ -30,11 +30,7 @@ class DatasetStats:
 
 
 def compute_stats(
-    folder: str | Path,
-    sequence_length: int = 2048,
-    samples: int = 2,
-    tokenizer: str | None = None,
-    verify: bool = False,
+    folder: str | Path, sequence_length: int, samples: int, tokenizer: str | None, verify: bool
 ) -> DatasetStats:
     """Statistics of the dataset in `folder`, with text of so many samples. The dataset's own
     tokenizer decodes them where no other is given; `verify` reads all files and compares them with

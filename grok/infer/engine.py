@@ -116,7 +116,13 @@ class Engine:
         outputs, self._cancelled = self._cancelled, []
         if (step := self._scheduler.next_step()) is None:
             return outputs
-        sampled, x_BTD, experts_LBTC = self._run(step)
+        size = self._limits.page_size if step.prefill else 1
+        tokens_BT, batch = self._inputs.paged_batch(step, size, self._max_pages)
+        with jax.set_mesh(self._mesh):
+            sampled, x_BTD, experts_LBTC, self._cache = forward_and_sample(
+                self._model, self._cache, tokens_BT, batch, self._inputs.sampling(step)
+            )
+        sampled = jax.tree.map(np.asarray, sampled)
         scored = [(chunk, row) for chunk, row in step.chunks() if chunk.sequence.no_prefix_reuse]
         if step.prefill and scored:
             self._score_prompts(step, scored, x_BTD)
@@ -157,15 +163,6 @@ class Engine:
         if sequences and len(sequences) > (n := sequences[0].request.params.n):
             cut_short = sequences[:n]  # best_of: none was returned yet
         return [sequence.completion.drain() for sequence in cut_short]
-
-    def _run(self, step: ScheduledStep) -> tuple[Sampled, jax.Array, jax.Array]:
-        size = self._limits.page_size if step.prefill else 1
-        tokens_BT, batch = self._inputs.paged_batch(step, size, self._max_pages)
-        with jax.set_mesh(self._mesh):
-            sampled, x_BTD, experts_LBTC, self._cache = forward_and_sample(
-                self._model, self._cache, tokens_BT, batch, self._inputs.sampling(step)
-            )
-        return jax.tree.map(np.asarray, sampled), x_BTD, experts_LBTC
 
     def _score_prompts(self, step: ScheduledStep, scored, x_BTD: jax.Array) -> None:
         next_BUQ = np.zeros((*step.shape, self._limits.page_size), np.int32)

@@ -10,15 +10,14 @@ from grok.errors import RequestError
 from grok.infer.engine import Engine
 from grok.infer.request import Request
 
+Ask = Callable[[], str | None]
+Echo = Callable[..., None]
+
 _numbers = itertools.count()
 
 
 def stream(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    params: SamplingParams,
-    echo: Callable[..., None],
+    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[str], params: SamplingParams, echo: Echo
 ) -> list[str]:
     """Writes each prompt and its completions through `echo(text, nl=...)`; returns the latter. All
     prompts run at once. The first completion is written as its tokens come, each other one as soon
@@ -43,11 +42,7 @@ def stream(
 
 
 def chat_loop(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    params: SamplingParams,
-    ask: Callable[[], str | None],
-    echo: Callable[..., None],
+    engine: Engine, tokenizer: Tokenizer, params: SamplingParams, ask: Ask, echo: Echo
 ) -> None:
     """Continues each line that `ask` returns, conditioned on the whole conversation, until None.
     Ctrl-C ends an answer early. Pages of earlier turns are not computed again; once the context

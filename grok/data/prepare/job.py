@@ -14,7 +14,7 @@ from typing import Any
 
 from grok import __version__, storage
 from grok.data.dataset import MANIFEST_FILE, read_manifest
-from grok.data.prepare.records import EncodedDocument, RecordFields, RecordGroup, encode_records
+from grok.data.prepare.records import RecordFields, RecordGroup, encode_records
 from grok.data.prepare.shards import (
     REJECTED_FILE,
     ShardEntry,
@@ -137,8 +137,20 @@ def _write_shards(
     encoded = encode_records(groups, tokenizer, options.fields, options.workers)
     try:
         for raw, result in encoded:
-            counts = _write_record(raw, result, files, shards, options, digests)
-            shards.entry.add(files[raw.file].source, **counts)
+            file, counts = files[raw.file], {"rejected": 1}
+            if isinstance(result, str):
+                line = {"file": file.name, "line": raw.line, "reason": result}
+                shards.entry.rejected.append(line)
+            elif options.drop_duplicates and result.digest.hex() in digests:
+                counts = {"duplicates": 1}
+            else:
+                shards.write(result, (raw.file, raw.number))
+                if options.drop_duplicates:
+                    digests.add(result.digest.hex())
+                    shards.entry.digests.append(result.digest.hex())
+                counts = {"documents": 1, "bytes": result.text_bytes, "tokens": result.tokens}
+                counts["loss_tokens"] = result.loss_tokens
+            shards.entry.add(file.source, **counts)
             totals.update(counts)
             if _num_records(totals) % CHECK_RECORDS == 0:
                 _check_bad_share(options, folder, totals, [*journal.entries, shards.entry])
@@ -147,30 +159,6 @@ def _write_shards(
     finally:
         encoded.close()
         shards.abandon()
-
-
-def _write_record(
-    raw: RawRecord,
-    result: EncodedDocument | str,
-    files: Sequence[SourceFile],
-    shards: ShardWriter,
-    options: PrepareOptions,
-    digests: set[str],
-) -> dict[str, int]:
-    """Writes a document, or notes why a record has none; returns what it adds to the counts."""
-    if isinstance(result, str):
-        name = files[raw.file].name
-        shards.entry.rejected.append({"file": name, "line": raw.line, "reason": result})
-        return {"rejected": 1}
-    digest = result.digest.hex()
-    if options.drop_duplicates and digest in digests:
-        return {"duplicates": 1}
-    shards.write(result, (raw.file, raw.number))
-    if options.drop_duplicates:
-        digests.add(digest)
-        shards.entry.digests.append(digest)
-    counts = {"bytes": result.text_bytes, "tokens": result.tokens}
-    return {"documents": 1, **counts, "loss_tokens": result.loss_tokens}
 
 
 def _group_records(

@@ -82,10 +82,6 @@ class ShardJournal(contextlib.ExitStack):
         self._journal.append(dataclasses.asdict(entry))
         self.entries.append(entry)
 
-    def remove(self) -> None:
-        """Deletes the folder."""
-        shutil.rmtree(self.folder)
-
 
 class ShardWriter:
     """Writes documents to the next shard of a journal; a full shard is finished before the next."""
@@ -183,13 +179,9 @@ def write_dataset(
             os.replace(path, folder / name)
     lengths = io.BytesIO()
     np.save(lengths, np.concatenate([np.array(entry.lengths, np.uint32) for entry in entries]))
-    contents = {
-        LENGTHS_FILE: lengths.getvalue(),
-        SOURCES_FILE: sources_lines(files),
-        TOKENIZER_FILE: model,
-    }
-    if rejected := rejected_lines(entries):
-        contents[REJECTED_FILE] = rejected
+    contents = {LENGTHS_FILE: lengths.getvalue(), SOURCES_FILE: sources_lines(files)}
+    contents |= {TOKENIZER_FILE: model, REJECTED_FILE: rejected_lines(entries)}
+    contents = {name: data for name, data in contents.items() if data}  # perhaps none is bad
     for name, data in contents.items():
         storage.write_bytes(folder / name, data)
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
@@ -214,7 +206,7 @@ def write_dataset(
         "files": hashes,
     }
     storage.write_bytes(folder / MANIFEST_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
-    journal.remove()
+    shutil.rmtree(journal.folder)
     return manifest
 
 
@@ -235,12 +227,7 @@ def verify_dataset(folder: str | Path) -> list[str]:
 
 def sum_counts(entries: Sequence[ShardEntry], source: int | None = None) -> dict[str, int]:
     """The sums of the entries' counts, of one source or all."""
-    counts = [
-        counts
-        for entry in entries
-        for number, counts in entry.counts.items()
-        if source in (None, number)
-    ]
+    counts = [c for e in entries for number, c in e.counts.items() if source in (None, number)]
     return {name: sum(count[name] for count in counts) for name in COUNTS}
 
 
