@@ -436,6 +436,7 @@ def test_refused_with_place_key_and_remedy(write, text, sentence):
         ("train.stpes=5", "override `train.stpes=5`: there is no key train.stpes; did you mean"),
         ("train.steps=", "train.steps must be a whole number, not null; the default is 1000."),
         ("train.steps.more=5", "override `train.steps.more=5`: train.steps must be a whole number"),
+        ("model.num_heads=4", "did you mean model.attention.num_heads?"),
         ("train=5", "override `train=5`: train must be a mapping of keys"),
         ("extends=grok-1", "extends is a key of config files alone."),
         (

@@ -37,12 +37,12 @@ def resolve_mesh(
         problem = f"mesh.{open_axes[0]} and mesh.{open_axes[1]} are both -1, and only one axis can"
         right = f"mesh.{open_axes[1]}=1 would work"
         raise ConfigError(f"{problem} take the devices that remain; {right}.")
-    given = math.prod(size for size in sizes.values() if size != -1)
-    if num_devices % given or not (open_axes or given == num_devices):
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if num_devices % fixed or not (open_axes or fixed == num_devices):
         multiple = "a multiple of " if open_axes else ""
-        problem = f"mesh {_x(sizes)} needs {multiple}{given} devices, and there are {num_devices}"
+        problem = f"mesh {_x(sizes)} needs {multiple}{fixed} devices, and there are {num_devices}"
     else:
-        sizes |= dict.fromkeys(open_axes, num_devices // given)
+        sizes |= dict.fromkeys(open_axes, num_devices // fixed)
         problem = misfit(sizes)
     if problem:
         near = _x(_nearest_mesh(sizes, num_devices, misfit))

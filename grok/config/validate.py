@@ -83,10 +83,13 @@ def _unknown_key(key: str, config_type: type) -> str:
         return "extends is a key of config files alone."
     section, _, name = key.rpartition(".")
     siblings = keys_of(section, config_type) + ([] if section else ["extends"])
-    if near := difflib.get_close_matches(name, siblings, 1):
+    names = {known: known.rpartition(".")[2] for known in schema(config_type)}
+    below = [known for known in names if known.startswith(f"{section}.") and names[known] == name]
+    if section and below:
+        meant = below
+    elif near := difflib.get_close_matches(name, siblings, 1):
         meant = [f"{section}.{near[0]}" if section else near[0]]
     else:
-        names = {known: known.rpartition(".")[2] for known in schema(config_type)}
         near = difflib.get_close_matches(name, names.values(), 1, cutoff=0.8)
         meant = [known for known in names if names[known] in near]
     if key in meant:

@@ -84,8 +84,8 @@ def from_arrays(
     CheckpointError where an array is missing, too many or of another shape, and ConfigError when
     the model cannot be split over the mesh.
     """
-    wanted = abstract(config, mesh)
-    shapes = {name: leaf.shape for name, leaf in to_arrays(wanted).items()}
+    expected = abstract(config, mesh)
+    shapes = {name: leaf.shape for name, leaf in to_arrays(expected).items()}
     _check_shapes(shapes, {name: tuple(array.shape) for name, array in arrays.items()})
 
     def place(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -96,7 +96,7 @@ def from_arrays(
             leaf.shape, leaf.sharding, lambda part: np.asarray(array[part], leaf.dtype)
         )
 
-    return jax.tree_util.tree_map_with_path(place, wanted)
+    return jax.tree_util.tree_map_with_path(place, expected)
 
 
 def to_arrays(model: Decoder) -> dict[str, Any]:
@@ -163,18 +163,18 @@ def sharded_scale_groups(groups: int, split: int) -> int:
     return 1 if groups == 1 else math.lcm(groups, split)
 
 
-def _check_shapes(wanted: dict[str, tuple], given: dict[str, tuple]) -> None:
-    for name in sorted(wanted.keys() | given.keys()):
-        if name not in given:
+def _check_shapes(shapes: dict[str, tuple], stored: dict[str, tuple]) -> None:
+    for name in sorted(shapes.keys() | stored.keys()):
+        if name not in stored:
             raise CheckpointError(
-                f"tensor {name} is missing; this model's config wants it with shape {wanted[name]}."
+                f"tensor {name} is missing; this model's config wants it with shape {shapes[name]}."
             )
-        if name not in wanted:
+        if name not in shapes:
             raise CheckpointError(
-                f"tensor {name} with shape {given[name]} is no parameter of this model's config; "
-                f"it has {', '.join(sorted(wanted))}."
+                f"tensor {name} with shape {stored[name]} is no parameter of this model's config; "
+                f"it has {', '.join(sorted(shapes))}."
             )
-        if given[name] != wanted[name]:
+        if stored[name] != shapes[name]:
             raise CheckpointError(
-                f"tensor {name} has shape {given[name]}; this model's config wants {wanted[name]}."
+                f"tensor {name} has shape {stored[name]}; this model's config wants {shapes[name]}."
             )

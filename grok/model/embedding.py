@@ -49,8 +49,8 @@ class Embedding(nnx.Module):
             return sharding.psum(x_BTD, "vocab")
 
         axes = ("batch", "length"), table_axes
-        form = sharding.shard_map(local, axes, ("batch", "length", None))
-        return form(tokens_BT, table_VD)
+        sharded = sharding.shard_map(local, axes, ("batch", "length", None))
+        return sharded(tokens_BT, table_VD)
 
     def cross_entropy(self, x_BTD, targets_BT, scale: float):
         """Cross-entropy and log-partition of every token, (B, T) float32 each, of the scores times
