@@ -112,7 +112,7 @@ check_settings() {
   check_form LAUNCH_IAP '^(yes|no)$' 'set it to yes or no'
   for name in LAUNCH_WAIT_SECONDS LAUNCH_CALL_SECONDS LAUNCH_STOP_SECONDS LAUNCH_BAD_POLLS \
     LAUNCH_BACKOFF_SECONDS LAUNCH_BACKOFF_MAX_SECONDS LAUNCH_MAX_STALLS; do
-    check_form "$name" '^(0|[1-9][0-9]*)$' 'set it to a whole number'
+    check_form "$name" '^(0|[1-9][0-9]*)$' 'set it to an integer'
   done
   check_form LAUNCH_POLL_SECONDS '^[0-9]+(\.[0-9]+)?$' 'set it to a number of seconds'
   check_form LAUNCH_ENV '^[A-Za-z0-9_ ]*$' 'list names of variables without values: "HF_TOKEN FOO"'

@@ -89,7 +89,7 @@ def _data(record: RawRecord) -> Mapping[str, Any]:
     if isinstance(record.data, bytes):
         return parse_json_object(record.data)
     # Rows of Parquet have every column: null stands for a field that is not there, and pandas
-    # writes whole numbers as floats where the column has nulls.
+    # writes integers as floats where the column has nulls.
     return {
         name: int(value) if isinstance(value, float) and value.is_integer() else value
         for name, value in record.data.items()

@@ -97,12 +97,12 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
-_TYPES = {str: "text", bool: "true, false", int: "whole number", float: "number", None: "null"}
+_TYPES = {str: "text", bool: "true, false", int: "integer", float: "number", None: "null"}
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def _values(hint: Any) -> str:
-    """The values of a type hint, in words: `whole number, at least 1`, or `list of text`."""
+    """The values of a type hint, in words: `integer, at least 1`, or `list of text`."""
     if typing.get_origin(hint) is typing.Annotated:
         kind, *notes = typing.get_args(hint)
         bounds = [

@@ -18,7 +18,7 @@ from grok.errors import ConfigError
 UNKNOWN, MISSING, RULE = "unexpected_keyword_argument", "missing", "value_error"
 
 EXPECTED = {  # pydantic's type of error -> what a value must be
-    "int_type": "a whole number",
+    "int_type": "an integer",
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",

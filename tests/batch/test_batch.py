@@ -87,7 +87,7 @@ def test_what_is_wrong_with_a_request_is_said_of_it_and_the_job_goes_on(
     bad = {
         b'{"prompt": "The", "temprature": 1}': ("temprature", "did you mean temperature?"),
         b'{"prompt": "The", "temperature": "hot"}': ("temperature", "must be a number"),
-        b'{"prompt": "The", "max_tokens": 3.5}': ("max_tokens", "must be a whole number"),
+        b'{"prompt": "The", "max_tokens": 3.5}': ("max_tokens", "must be an integer"),
         b'{"prompt": "The", "max_tokens": 500}': ("max_tokens", "longer than the model's context"),
         b'{"prompt": ""}': ("prompt", "the prompt is empty"),
         b'{"id": 4}': ("prompt", "should be a text"),

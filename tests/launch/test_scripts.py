@@ -73,7 +73,7 @@ def test_only_the_provider_calls_gcloud() -> None:
         ("LAUNCH_MOUNT", "yes", "LAUNCH_MOUNT=yes needs a bucket in LAUNCH_BUCKET"),
         ("LAUNCH_IAP", "true", "set it to yes or no"),
         ("LAUNCH_ENV", "KEY=secret", "list names of variables without values"),
-        ("LAUNCH_WAIT_SECONDS", "6h", "LAUNCH_WAIT_SECONDS is '6h'; set it to a whole number"),
+        ("LAUNCH_WAIT_SECONDS", "6h", "LAUNCH_WAIT_SECONDS is '6h'; set it to an integer"),
         ("LAUNCH_POLL_SECONDS", "soon", "set it to a number of seconds"),
     ],
 )

@@ -234,10 +234,10 @@ def refusal(folder: Path, config: ModelConfig | None = None) -> str:
         ({"vocab_size": None}, "config.json: vocab_size is missing, a size of the model."),
         (
             {"hidden_size": "12"},
-            "config.json: hidden_size is '12'; it should be a whole number from 1 to 16777216.",
+            "config.json: hidden_size is '12'; it should be an integer from 1 to 16777216.",
         ),
-        ({"num_attention_heads": True}, "num_attention_heads is True; it should be a whole"),
-        ({"num_key_value_heads": 1 << 60}, "it should be a whole number from 1 to 16777216."),
+        ({"num_attention_heads": True}, "num_attention_heads is True; it should be an integer"),
+        ({"num_key_value_heads": 1 << 60}, "it should be an integer from 1 to 16777216."),
         ({"max_attn_value": -1}, "config.json: max_attn_value is -1; it should be a positive"),
         ({"rope_theta": float("nan")}, "rope_theta is nan; it should be a positive number."),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0; it should be a positive number."),

@@ -185,5 +185,5 @@ def _checked(path: str, key: str, value: Any, size: bool) -> int | float:
         return value
     if not size and type(value) in (int, float) and 0 < value < math.inf:
         return float(value)
-    right = f"a whole number from 1 to {LARGEST_SIZE}" if size else "a positive number"
+    right = f"an integer from 1 to {LARGEST_SIZE}" if size else "a positive number"
     raise CheckpointError(f"{path}: {key} is {value!r:.40}; it should be {right}.")
