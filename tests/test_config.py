@@ -434,6 +434,8 @@ def test_refused_with_place_key_and_remedy(write, text, sentence):
         (".steps=5", "is not of the form"),
         ("train.steps=[", "override `train.steps=[`: not valid YAML"),
         ("train.stpes=5", "override `train.stpes=5`: there is no key train.stpes; did you mean"),
+        ("moe.activation=gelo", "there is no key moe; did you mean model.moe?"),
+        ("model.rope.theta=1", "no key model.rope; did you mean model.attention.rope?"),
         ("train.steps=", "train.steps must be an integer, not null; the default is 1000."),
         ("train.steps.more=5", "override `train.steps.more=5`: train.steps must be an integer"),
         ("model.num_heads=4", "did you mean model.attention.num_heads?"),

@@ -85,7 +85,10 @@ def _unknown_key(key: str, config_type: type) -> str:
     siblings = keys_of(section, config_type) + ([] if section else ["extends"])
     names = {known: known.rpartition(".")[2] for known in schema(config_type)}
     below = [known for known in names if known.startswith(f"{section}.") and names[known] == name]
-    if section and below:
+    sections = {known.rpartition(".")[0] for known in names}
+    if inside := sorted(at for at in sections if at.endswith(f".{name}")):
+        meant = inside
+    elif section and below:
         meant = below
     elif near := difflib.get_close_matches(name, siblings, 1):
         meant = [f"{section}.{near[0]}" if section else near[0]]
