@@ -5,7 +5,7 @@ import math
 from typing import Annotated, Literal
 
 from grok.config.section import Count, Positive, Section, largest_divisor
-from grok.errors import bad_value
+from grok.errors import ConfigError, bad_value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,20 @@ class AttentionConfig(Section):
             raise bad_value("model.attention.head_dim", self.head_dim, problem, self.head_dim + 1)
 
 
+Activation = Annotated[
+    Literal["gelu_tanh", "gelu", "silu"],
+    "of the gate: GELU by its tanh approximation or the error function, or SiLU",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLPConfig(Section):
+    """The dense gated MLP of a block, which every token uses."""
+
+    dim: Annotated[Count, "hidden width (F)"]
+    activation: Activation = "silu"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig(Section):
     """The routed experts of a block: gated MLPs of which each token uses a few."""
@@ -53,10 +67,11 @@ class MoEConfig(Section):
     dim: Annotated[Count, "hidden width of one expert (F)"]
     num_experts: Annotated[Count, "experts of a block (E)"] = 8
     num_selected: Annotated[Count, "experts that each token goes to (C)"] = 2
-    activation: Annotated[
-        Literal["gelu_tanh", "gelu", "silu"],
-        "of the gate: GELU by its tanh approximation or the error function, or SiLU",
-    ] = "gelu_tanh"
+    activation: Activation = "gelu_tanh"
+    normalize: Annotated[bool, "weights of the selected experts are made to sum to one"] = False
+    logit_softcap: Annotated[
+        Positive | None, "c of c*tanh(x/c) on the router's logits; null: none"
+    ] = None
 
     def __post_init__(self) -> None:
         if self.num_selected > self.num_experts:
@@ -76,9 +91,18 @@ class ModelConfig(Section):
         Positive, "factor on the embedding; default sqrt(embed_dim)"
     ] = None  # type: ignore[assignment]  # filled in __post_init__
     logit_multiplier: Annotated[Positive, "factor on the final logits"] = 0.5773502691896257
+    logit_softcap: Annotated[
+        Positive | None, "c of c*tanh(x/c) on the final logits, after the factor; null: none"
+    ] = None
+    tie_embeddings: Annotated[
+        bool, "one table embeds tokens and scores them; false: one for each"
+    ] = True
     norm: Annotated[NormConfig, "norms of blocks, and the final one"] = NormConfig()
     attention: Annotated[AttentionConfig, "attention of every block"]
-    moe: Annotated[MoEConfig, "experts of every block"]
+    mlp: Annotated[
+        MLPConfig | None, "dense MLP of every block; with experts too, (mlp + moe) / sqrt(2)"
+    ] = None
+    moe: Annotated[MoEConfig | None, "experts of every block; null: none"] = None
     param_dtype: Annotated[
         Literal["float32", "bfloat16", "int8"], "type of parameters; int8: matrices, to infer only"
     ] = "float32"
@@ -92,6 +116,12 @@ class ModelConfig(Section):
     def __post_init__(self) -> None:
         if self.embedding_multiplier is None:
             object.__setattr__(self, "embedding_multiplier", math.sqrt(self.embed_dim))
+        if self.mlp is None and self.moe is None:
+            raise ConfigError(
+                "model.mlp and model.moe are both null, and a block needs one of them, or both; "
+                f"model.mlp.dim={4 * self.embed_dim} or model.moe.dim={4 * self.embed_dim} would "
+                "work."
+            )
 
     @property
     def float_dtype(self) -> str:

@@ -66,6 +66,9 @@ class RunConfig(Section):
         if (rank := self.lora.rank) and not self.train.init_from:
             problem = f"lora.rank={rank} adapts weights, and train.init_from names none"
             raise ConfigError(f"{problem}; train.init_from=WEIGHTS, or lora.rank=0, would work.")
+        if (balance := self.train.router_balance_loss) and self.model.moe is None:
+            problem = "is of experts, and model.moe is null"
+            raise bad_value("train.router_balance_loss", balance, problem, 0)
         if rank and self.optimizer.name == "muon":
             problem = f"makes updates of whole matrices orthogonal, and lora.rank={rank} trains"
             raise bad_value("optimizer.name", "muon", f"{problem} factors of them", "adamw")

@@ -215,6 +215,8 @@ class Engine:
         self._limits.check(request)
         if params.stop and self._tokenizer is None:
             raise RequestError("stop", "stop texts need a tokenizer, and this engine has none.")
+        if params.experts and self._model.config.moe is None:
+            raise RequestError("experts", "this model has no experts; experts=false would work.")
         if params.experts and self._mesh.is_multi_process:
             message = "experts need one process with the whole mesh; experts=false would work."
             raise RequestError("experts", message)

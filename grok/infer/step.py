@@ -27,10 +27,10 @@ NEUTRAL |= {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty":
 @functools.partial(jax.jit, donate_argnums=1)
 def forward_and_sample(
     model: Decoder, cache: PagedCache, tokens_BT, batch: PagedBatch, sampling: SamplingBatch
-) -> tuple[Sampled, jax.Array, jax.Array, PagedCache]:
+) -> tuple[Sampled, jax.Array, jax.Array | None, PagedCache]:
     """Runs new tokens and samples one after each chunk's last one. `sampling` has rows (B, U).
     Returns the sampled tokens, (B, U), on every device, x_BTD after the final norm, the experts of
-    each token, experts_LBTC, and the cache."""
+    each token, experts_LBTC, or None without experts, and the cache."""
     x_BTD, cache, experts_LBTC = model.step(tokens_BT, cache, batch)
     logits_BUV = model.next_logits(x_BTD, batch.count_BU)
     U = logits_BUV.shape[1]

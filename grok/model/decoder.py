@@ -1,4 +1,4 @@
-"""The decoder: token table -> scan over blocks -> final norm -> the same table.
+"""The decoder: token table -> scan over blocks -> final norm -> the same table, or one more.
 
 Letters: B batch, T length, D embed, V vocab, C chosen experts, L layers. Parameters of a block have
 a leading L axis; `jax.lax.scan` hands each layer its own slice.
@@ -18,6 +18,7 @@ from grok.model.embedding import Embedding
 from grok.model.moe import RouterStats
 from grok.model.norm import RMSNorm
 from grok.model.param_spec import ParamSpec, map_params, name_of, prefixed
+from grok.ops.softcap import apply_softcap
 from grok.ops.weights.layer_slice import LayerSlice
 from grok.ops.weights.weight import is_plain, take_layer
 
@@ -42,17 +43,26 @@ class Decoder(nnx.Module):
     def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
         """Every weight of the model by name, layers stacked."""
         specs = prefixed("embed", Embedding.param_specs(config))
+        if not config.tie_embeddings:
+            specs = {name: dataclasses.replace(s, is_lookup=True) for name, s in specs.items()}
+            specs |= prefixed("lm_head", Embedding.param_specs(config))
         specs |= prefixed("final_norm", RMSNorm.param_specs(config))
         for name, spec in prefixed("layers", Block.param_specs(config)).items():
             specs[name] = spec.stacked(config.num_layers)
         return {name: dataclasses.replace(spec, name=name) for name, spec in specs.items()}
 
     def __init__(self, config: ModelConfig, key: jax.Array):
-        keys = jax.random.split(key, 2)
+        keys = jax.random.split(key, 3)
         self.config = config
         self.embed = Embedding(keys[0], config)
         self.layers = Block(keys[1], config)
         self.final_norm = RMSNorm(config)
+        self.lm_head = None if config.tie_embeddings else Embedding(keys[2], config)
+
+    @property
+    def head(self) -> Embedding:
+        """The table that scores tokens."""
+        return self.lm_head or self.embed
 
     def __call__(self, tokens_BT, segment_ids=None, positions=None) -> jax.Array:
         """Returns logits of the next token at every place, logits_BTV, float32.
@@ -63,8 +73,11 @@ class Decoder(nnx.Module):
         """
         return _logits(self, tokens_BT, segment_ids, positions)
 
-    def hidden(self, tokens_BT, segment_ids=None, positions=None) -> tuple[jax.Array, RouterStats]:
-        """x_BTD after the final norm, in the compute type, and router statistics of L layers."""
+    def hidden(
+        self, tokens_BT, segment_ids=None, positions=None
+    ) -> tuple[jax.Array, RouterStats | None]:
+        """x_BTD after the final norm, in the compute type, and router statistics of L layers; None
+        without experts."""
         with sharding.use_mesh_of(self.embed.table_VD[...]):
             inputs = _inputs(tokens_BT, segment_ids, positions)
             x_BTD, stats = sharding.without_trivial_mesh(Decoder._hidden)(self, *inputs)
@@ -75,7 +88,7 @@ class Decoder(nnx.Module):
 
         def block(x_BTD, layer):
             x_BTD, _, routing = self._layer(*layer)(x_BTD, attend, None)
-            return x_BTD, routing.stats(segment_ids_BT > 0)
+            return x_BTD, routing and routing.stats(segment_ids_BT > 0)
 
         if self.config.remat != "none":
             policy = REMAT_POLICIES[self.config.remat]
@@ -88,17 +101,19 @@ class Decoder(nnx.Module):
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """Logits of all tokens from x after the final norm, logits_BTV, float32."""
         with sharding.use_mesh_of(self.embed.table_VD[...]):
-            logits_BTV = self.embed.unembed(x_BTD, self.config.compute_dtype)
-            return logits_BTV * self.config.logit_multiplier
+            logits_BTV = self.head.unembed(x_BTD, self.config.compute_dtype)
+            logits_BTV *= self.config.logit_multiplier
+            return apply_softcap(logits_BTV, self.config.logit_softcap)
 
     def step(
         self, tokens_BT, cache: PagedCache, batch: PagedBatch
-    ) -> tuple[jax.Array, PagedCache, jax.Array]:
+    ) -> tuple[jax.Array, PagedCache, jax.Array | None]:
         """Runs new tokens, of many sequences, against the cache: prefill and decode alike.
 
         Row b holds the tokens of one group of devices (there are as many rows as parts of the
         batch), in U blocks of Q = T/U tokens. Returns x_BTD after the final norm, for `unembed`,
-        the cache with the new tokens in it, and the experts that tokens went to, expert_ids_LBTC.
+        the cache with the new tokens in it, and the experts that tokens went to, expert_ids_LBTC;
+        None without experts.
         """
         with sharding.use_mesh_of(self.embed.table_VD[...]):
             tokens_BT = sharding.constrain(tokens_BT, "batch", "length")
@@ -112,7 +127,7 @@ class Decoder(nnx.Module):
                 x_BTD, cache = carry
                 pages = PagedAttend(cache, batch, layer[1], Q)
                 x_BTD, pages, routing = self._layer(*layer)(x_BTD, pages, token_mask_BT)
-                return (x_BTD, pages.cache), routing.expert_ids_BTC
+                return (x_BTD, pages.cache), routing and routing.expert_ids_BTC
 
             carry = (self._embed(tokens_BT), cache)
             layers = self._scan_inputs(in_place=hardware.platform() != "tpu")
@@ -131,8 +146,8 @@ class Decoder(nnx.Module):
     def _scan_inputs(self, in_place: bool):
         """Inputs of `_layer` that a scan slices by layer: parameters, and the layer's number.
 
-        With `in_place`, as for an int8 model, it is the number alone: a layer then reads the
-        experts that it needs where they lie, and sliced by the scan all of them would be copied.
+        With `in_place`, as for an int8 model, it is the number alone: a layer then reads its MLP
+        and the experts that it needs where they lie; sliced by the scan all would be copied.
         """
         numbers = jnp.arange(self.config.num_layers)
         in_place = in_place or self.config.param_dtype == "int8"
@@ -146,7 +161,7 @@ class Decoder(nnx.Module):
 
         def one(path, param: nnx.Param) -> nnx.Variable:
             w = param.get_value()
-            if specs[name_of(path)].is_per_expert and is_plain(w):
+            if specs[name_of(path)].is_wide and is_plain(w):
                 return param.replace(LayerSlice(w, number))
             return param.replace(take_layer(w, number))
 

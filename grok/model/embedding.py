@@ -1,4 +1,4 @@
-"""The token table: it embeds tokens and, transposed, scores them.
+"""Token tables: they embed tokens or, transposed, score them.
 
 Letters: B batch, T length, R rows (tokens), D embed, V vocab.
 """
@@ -16,7 +16,8 @@ from grok.sharding import Axes
 
 
 class Embedding(nnx.Module):
-    """The one table that embeds tokens and, transposed, scores them."""
+    """A table that embeds tokens and, transposed, scores them; a model whose embeddings are not
+    tied has one for each."""
 
     table_VD: nnx.Param
 
@@ -52,9 +53,9 @@ class Embedding(nnx.Module):
         sharded = sharding.shard_map(local, axes, ("batch", "length", None))
         return sharded(tokens_BT, table_VD)
 
-    def cross_entropy(self, x_BTD, targets_BT, scale: float):
+    def cross_entropy(self, x_BTD, targets_BT, scale: float, softcap: float | None):
         """Cross-entropy and log-partition of every token, (B, T) float32 each, of the scores times
-        `scale`; those of all tokens never exist at once."""
+        `scale` and then capped; those of all tokens never exist at once."""
         table_VD = self.table_VD[...].astype(x_BTD.dtype)
         table_axes = self._axes()
 
@@ -62,7 +63,7 @@ class Embedding(nnx.Module):
             table_VD = sharding.unshard_local(table_VD, table_axes)
             x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
             arrays = jax.tree.map(pvary, (x_RD, table_VD, targets_BT.reshape(-1)))
-            losses = cross_entropy(*arrays, scale, sharding.axis_names("vocab"))
+            losses = cross_entropy(*arrays, scale, softcap, sharding.axis_names("vocab"))
             return tuple(loss_R.reshape(targets_BT.shape) for loss_R in losses)
 
         tokens = ("batch", "length")

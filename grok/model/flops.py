@@ -18,7 +18,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     packed into a row are counted as if they saw each other, as is usual.
     """
     specs = param_specs(model).values()
-    matrices = sum(active_size(spec, model) for spec in specs if spec.contract_dims)
+    matrices = sum(active_size(s, model) for s in specs if s.contract_dims and not s.is_lookup)
     return 3 * (2 * matrices + attention_flops(model, sequence_length))
 
 

@@ -1,4 +1,4 @@
-"""The mixture of experts of a block: router, experts, and how both are spread over a mesh.
+"""The mixture of experts of a block: the router, and the experts on the devices of a group.
 
 Letters: L layers, B batch, T length, R = B*T rows, D embed, F mlp, E experts, C chosen experts.
 """
@@ -13,12 +13,14 @@ from flax import nnx
 from grok import hardware, sharding
 from grok.config import ModelConfig
 from grok.hardware import LANES
+from grok.model.expert_group import run_on_group
 from grok.model.param_spec import ParamSpec, init_params
 from grok.ops.moe.experts_pallas import MLP_SPLITS, experts_pallas, experts_pallas_split_mlp
 from grok.ops.moe.experts_xla import experts_xla
 from grok.ops.moe.tiling import serving_tile_rows, training_tile_rows, xla_tile_rows
+from grok.ops.softcap import apply_softcap
 from grok.ops.varying import pvary
-from grok.ops.weights.weight import Weight, adapter, cast, is_plain, leaf_axes, materialize
+from grok.ops.weights.weight import adapter, is_plain
 
 # The matrices of which a token needs those of its experts alone.
 EXPERTS = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
@@ -57,7 +59,8 @@ class Routing:
 class MoE(nnx.Module):
     """Gated experts; each token goes to the C of highest router probability.
 
-    The weights of the chosen are the softmax over all E, not renormalised over the chosen ones.
+    The weights of the chosen are the softmax over all E; by choice they are normalised, which
+    makes them the softmax over the chosen ones.
     """
 
     router_DE: nnx.Param
@@ -68,6 +71,7 @@ class MoE(nnx.Module):
     @staticmethod
     def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
         """The router and the experts of one layer."""
+        assert config.moe is not None
         D, F, E = config.embed_dim, config.moe.dim, config.moe.num_experts
         in_axes = ("experts", "embed", "mlp")
         return {
@@ -78,7 +82,8 @@ class MoE(nnx.Module):
         }
 
     def __init__(self, key: jax.Array, config: ModelConfig):
-        self.config = config
+        assert config.moe is not None
+        self.config, self.moe_config = config, config.moe
         init_params(self, key, self.param_specs(config), config, config.num_layers)
 
     def __call__(
@@ -90,12 +95,16 @@ class MoE(nnx.Module):
         """
         with jax.named_scope("router"):
             probs_BTE = self.route(x_BTD, axes)
-        topk_weights_BTC, expert_ids_BTC = jax.lax.top_k(probs_BTE, self.config.moe.num_selected)
+        topk_weights_BTC, expert_ids_BTC = jax.lax.top_k(probs_BTE, self.moe_config.num_selected)
+        if self.moe_config.normalize:
+            topk_weights_BTC /= jnp.sum(topk_weights_BTC, axis=-1, keepdims=True)
         if token_mask_BT is not None and hardware.platform() != "tpu":  # whose kernels know no mask
             expert_ids_BTC = jnp.where(
-                token_mask_BT[:, :, None], expert_ids_BTC, self.config.moe.num_experts
+                token_mask_BT[:, :, None], expert_ids_BTC, self.moe_config.num_experts
             )
-        y_BTD = self._experts(x_BTD, topk_weights_BTC, expert_ids_BTC, axes)
+        params = {name: getattr(self, name) for name in EXPERTS}
+        specs, tokens = self.param_specs(self.config), (x_BTD, topk_weights_BTC, expert_ids_BTC)
+        y_BTD = run_on_group(self._run, tokens, params, specs, self.config, axes)
         return y_BTD, Routing(probs_BTE, expert_ids_BTC, axes)
 
     def route(self, x_BTD: jax.Array, axes: sharding.Axes) -> jax.Array:
@@ -107,36 +116,11 @@ class MoE(nnx.Module):
             axes=axes,
             precision=jax.lax.Precision.HIGHEST,
         )
-        return jax.nn.softmax(logits_BTE, axis=-1)
+        return jax.nn.softmax(apply_softcap(logits_BTE, self.moe_config.logit_softcap), axis=-1)
 
-    def _experts(self, x_BTD, topk_weights_BTC, expert_ids_BTC, axes: sharding.Axes):
-        """Dispatches tokens to the devices of their group, each of which has a slice of every
-        expert, and combines the partial sums; y_BTD is split as `axes` says."""
-        specs, param_dtype = self.param_specs(self.config), self.config.param_dtype
-        weights: list[Weight] = []
-        weight_axes: list[sharding.Axes] = []
-        for name in EXPERTS:
-            w = getattr(self, name).get_value()
-            if sharding.axis_size("fsdp_embed") > 1:
-                w = materialize(w)  # of one layer alone, to be gathered from other devices
-            weights.append(cast(w, x_BTD.dtype))
-            weight_axes += leaf_axes(weights[-1], specs[name].storage_axes(param_dtype))
-        leaves, structure = jax.tree.flatten(weights)
-
-        def unshard(leaves):
-            whole = map(sharding.unshard_local, leaves, weight_axes)
-            return jax.tree.unflatten(structure, list(whole))
-
-        def local(x_BTD, topk_weights_BTC, expert_ids_BTC, *leaves):
-            rows = _dispatch(x_BTD, topk_weights_BTC, expert_ids_BTC)
-            with jax.named_scope("experts"):
-                y_RD = self._run_experts(rows, leaves, unshard)
-            return _combine(y_RD, x_BTD, axes)
-
-        tokens = ("batch", "length", None)
-        sharded = sharding.shard_map(local, (tokens, tokens, tokens, *weight_axes), axes)
-        arrays = x_BTD, topk_weights_BTC, expert_ids_BTC
-        return sharded(*(sharding.constrain(a, *tokens) for a in arrays), *leaves)
+    def _run(self, rows, leaves, unshard: Callable) -> jax.Array:
+        with jax.named_scope("experts"):
+            return self._run_experts(rows, leaves, unshard)
 
     def _run_experts(self, rows, leaves, unshard: Callable) -> jax.Array:
         """y_RD of rows (x_RD, topk_weights_RC, expert_ids_RC), by this device's slice of the
@@ -144,14 +128,14 @@ class MoE(nnx.Module):
         rows = jax.tree.map(pvary, rows)
         if hardware.platform() != "tpu":
             weights = jax.tree.map(pvary, unshard(leaves))
-            (R, C), E = rows[1].shape, self.config.moe.num_experts
+            (R, C), E = rows[1].shape, self.moe_config.num_experts
             is_serving = not is_plain(weights[0]) and adapter(weights[0]) is None
             tile_rows = serving_tile_rows if is_serving else xla_tile_rows
             tiles = tile_rows(R, C, E), training_tile_rows(R, C, E)
-            return experts_xla(*rows, *weights, *tiles, self.config.moe.activation)
+            return experts_xla(*rows, *weights, *tiles, self.moe_config.activation)
         # Gathered along its columns, a matrix has them major in memory.
         down_is_column_major = sharding.axis_size("fsdp_embed") > 1
-        options = down_is_column_major, False, self.config.moe.activation
+        options = down_is_column_major, False, self.moe_config.activation
         splits_evenly = leaves[0].shape[-1] % (MLP_SPLITS * LANES) == 0
         # Where the output is not saved, remat computes the hidden layer again, and so would this:
         # once too often.
@@ -160,27 +144,6 @@ class MoE(nnx.Module):
             return experts_pallas_split_mlp(*rows, shards, unshard, *options)
         weights = jax.tree.map(pvary, unshard(leaves))
         return experts_pallas(*rows, *weights, *options)
-
-
-def _dispatch(x_BTD, topk_weights_BTC, expert_ids_BTC) -> tuple[jax.Array, ...]:
-    """The rows of all devices of the expert group: x_RD, topk_weights_RC, expert_ids_RC."""
-    with jax.named_scope("dispatch"):
-        x, weights, ids = (
-            sharding.all_gather(a, "expert_group", dim=0)
-            for a in (x_BTD, topk_weights_BTC, expert_ids_BTC)
-        )
-        x = sharding.pin_row_major(x)
-        return tuple(a.reshape(-1, a.shape[-1]) for a in (x, weights, ids))
-
-
-def _combine(y_RD, x_BTD, axes: sharding.Axes) -> jax.Array:
-    """Sums the slices of the experts' width, each device receiving its own rows, like `x_BTD`."""
-    with jax.named_scope("combine"):
-        y = sharding.pin_row_major(y_RD.reshape(-1, *x_BTD.shape[1:]))
-        y = sharding.pin_row_major(sharding.psum_scatter(y, "expert_group", dim=0))
-        if axes[1] == "sp_length":
-            return sharding.psum_scatter(y, "sp_length", dim=1).astype(x_BTD.dtype)
-        return sharding.psum(y, "mlp_within_group").astype(x_BTD.dtype)
 
 
 def _stats(probs_BTE, expert_ids_BTC, real_BT) -> RouterStats:

@@ -28,8 +28,9 @@ class ParamSpec:
     The axes of a matrix are leading ones (layers, experts), then `contract_dims` that a product
     sums over, then `output_dims` of its result; a vector has neither. A `matmul` may be int8, have
     an adapter, and be made orthogonal by Muon; the others stay floats. `fan_in` is the number of
-    terms of a sum that the weight enters, None for a weight that starts as ones. `module` and
-    `name` are filled in when the specs of a model are collected.
+    terms of a sum that the weight enters, None for a weight that starts as ones. Of a lookup a
+    token reads one row, and multiplies by none. `module` and `name` are filled in when the specs of
+    a model are collected.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +39,7 @@ class ParamSpec:
     contract_dims: int = 0
     output_dims: int = 0
     fan_in: int | None = None
+    is_lookup: bool = False
     module: str = ""
     name: str = ""
 
@@ -82,6 +84,11 @@ class ParamSpec:
     def is_per_expert(self) -> bool:
         """True of weights of which each expert has its own."""
         return "experts" in self.axes and self.use != "router"
+
+    @property
+    def is_wide(self) -> bool:
+        """True of the matrices of MLP and experts, most of a layer."""
+        return "mlp" in self.axes
 
     @property
     def is_matmul(self) -> bool:

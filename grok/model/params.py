@@ -36,6 +36,7 @@ def active_size(spec: ParamSpec, config: ModelConfig) -> int:
     """Number of a weight's parameters that one token uses."""
     if not spec.is_per_expert:
         return spec.size
+    assert config.moe is not None
     return spec.size // config.moe.num_experts * config.moe.num_selected
 
 

@@ -8,17 +8,18 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from grok.ops.softcap import apply_softcap
 from grok.ops.varying import pvary
 
 MAX_LOGITS = 2**26  # that exist at a time: 256 MiB of float32
 
 
-def cross_entropy_reference(x_RD, table_VD, targets_R, scale: float):
+def cross_entropy_reference(x_RD, table_VD, targets_R, scale: float, softcap: float | None = None):
     """Cross-entropy in nats and log-partition of each row, (R,) float32, all logits at once.
 
-    Logits are `scale * x table^T`, in float32.
+    Logits are `scale * x table^T` in float32, under a soft-cap if there is one.
     """
-    logits_RV = _logits(x_RD, table_VD, scale)
+    logits_RV = _logits(x_RD, table_VD, scale, softcap)
     log_z_R = jax.nn.logsumexp(logits_RV, axis=-1)
     target_R = jnp.take_along_axis(logits_RV, targets_R[:, None], axis=-1)[:, 0]
     return log_z_R - target_R, log_z_R
@@ -35,9 +36,14 @@ def target_and_log_z(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, 
     return target_logits, jax.nn.logsumexp(logits, axis=-1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def cross_entropy(
-    x_RD, table_VD, targets_R, scale: float, axis_names: tuple[str, ...] = ()
+    x_RD,
+    table_VD,
+    targets_R,
+    scale: float,
+    softcap: float | None = None,
+    axis_names: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """`cross_entropy_reference` in chunks of rows; the backward pass computes logits again.
 
@@ -45,16 +51,16 @@ def cross_entropy(
     axes `axis_names`; results are of the whole one. The gradient of the table is summed in float32,
     whatever its type; that of x is of this shard of the vocabulary alone.
     """
-    return _forward(x_RD, table_VD, targets_R, scale, axis_names)[0]
+    return _forward(x_RD, table_VD, targets_R, scale, softcap, axis_names)[0]
 
 
 @jax.named_scope("cross_entropy")
-def _forward(x_RD, table_VD, targets_R, scale, axis_names):
+def _forward(x_RD, table_VD, targets_R, scale, softcap, axis_names):
     first = _first_token(table_VD, axis_names)
 
     def one_chunk(chunk):
         x_cD, targets_c = chunk
-        logits_cV = _logits(x_cD, table_VD, scale)
+        logits_cV = _logits(x_cD, table_VD, scale, softcap)
         largest_c = jax.lax.pmax(jnp.max(logits_cV, axis=-1), axis_names)
         sum_c = jnp.sum(jnp.exp(logits_cV - largest_c[:, None]), axis=-1)
         log_z_c = largest_c + jnp.log(jax.lax.psum(sum_c, axis_names))
@@ -72,17 +78,19 @@ def _forward(x_RD, table_VD, targets_R, scale, axis_names):
 
 
 @jax.named_scope("cross_entropy")
-def _backward(scale, axis_names, residuals, cotangents):
+def _backward(scale, softcap, axis_names, residuals, cotangents):
     x_RD, table_VD, targets_R, log_z_R = residuals
     dentropy_R, dlog_z_R = cotangents
     first = _first_token(table_VD, axis_names)
 
     def one_chunk(dtable_VD, chunk):
         x_cD, targets_c, log_z_c, dtarget_c, dlog_z_c = chunk
-        logits_cV = _logits(x_cD, table_VD, scale)
+        logits_cV = _logits(x_cD, table_VD, scale, softcap)
         dlogits_cV = jnp.exp(logits_cV - log_z_c[:, None]) * dlog_z_c[:, None]
         is_target_cV = _one_hot(targets_c - first, logits_cV.shape[1])
         dlogits_cV -= jnp.where(is_target_cV, dtarget_c[:, None], 0)
+        if softcap is not None:
+            dlogits_cV *= 1 - jnp.square(logits_cV / softcap)
         dlogits_cV = (scale * dlogits_cV).astype(x_cD.dtype)
         dx_cD = jnp.dot(dlogits_cV, table_VD, preferred_element_type=jnp.float32)
         dtable_VD += jnp.dot(dlogits_cV.T, x_cD, preferred_element_type=jnp.float32)
@@ -98,8 +106,9 @@ def _backward(scale, axis_names, residuals, cotangents):
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _logits(x_RD, table_VD, scale: float) -> jax.Array:
-    return scale * jnp.dot(x_RD, table_VD.T, preferred_element_type=jnp.float32)
+def _logits(x_RD, table_VD, scale: float, softcap: float | None) -> jax.Array:
+    logits_RV = scale * jnp.dot(x_RD, table_VD.T, preferred_element_type=jnp.float32)
+    return apply_softcap(logits_RV, softcap)
 
 
 def _first_token(table_VD, axis_names: tuple[str, ...]) -> jax.Array | int:

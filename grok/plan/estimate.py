@@ -192,5 +192,7 @@ def recomputed_flops(plan: Plan) -> float:
     if model.remat == "attention":
         again -= attention_flops(model, plan.batch[1])
     if model.saves_experts:
-        again -= 2 * model.num_layers * model.moe.num_selected * model.embed_dim * model.moe.dim
+        width = 0 if model.mlp is None else model.mlp.dim
+        width += 0 if model.moe is None else model.moe.num_selected * model.moe.dim
+        again -= 2 * model.num_layers * model.embed_dim * width
     return plan.tokens * again

@@ -69,9 +69,9 @@ def facts(run: RecordedRun) -> list[str]:
     lines, get = [], run.config.get
     if "model.num_layers" in run.config:
         experts, selected = get("model.moe.num_experts"), get("model.moe.num_selected")
-        router = f", {experts} experts of which {selected} are used" if experts else ""
+        router = f"{experts} experts of which {selected} are used" if experts else "no experts"
         lines.append(
-            f"{get('model.num_layers')} layers, width {get('model.embed_dim')}{router}; "
+            f"{get('model.num_layers')} layers, width {get('model.embed_dim')}, {router}; "
             f"{get('data.batch_size')} rows of {get('data.sequence_length')} tokens a step"
         )
     for start in run.manifest.get("starts", ())[-1:]:

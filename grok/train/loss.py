@@ -23,14 +23,14 @@ def token_losses(model: Decoder, x_BTD, targets_BT) -> tuple[jax.Array, jax.Arra
     with sharding.use_mesh_of(model.embed.table_VD[...]):
         vocab = model.config.vocab_size // sharding.axis_size("vocab")
         if targets_BT.size // sharding.axis_size("batch") * vocab > MAX_LOGITS:
-            scale = model.config.logit_multiplier
-            entropy_BT, log_z_BT = model.embed.cross_entropy(x_BTD, targets_BT, scale)
+            factors = model.config.logit_multiplier, model.config.logit_softcap
+            entropy_BT, log_z_BT = model.head.cross_entropy(x_BTD, targets_BT, *factors)
             return entropy_BT, jnp.square(log_z_BT)
     target_BT, log_z_BT = target_and_log_z(model.unembed(x_BTD), targets_BT)
     return log_z_BT - target_BT, jnp.square(log_z_BT)
 
 
-def hidden(model: Decoder, batch: dict) -> tuple[jax.Array, RouterStats]:
+def hidden(model: Decoder, batch: dict) -> tuple[jax.Array, RouterStats | None]:
     """`Decoder.hidden` of a batch, whose rows are packed or one segment each."""
     return model.hidden(batch["tokens_BT"], batch.get("segment_ids_BT"), batch.get("positions_BT"))
 
@@ -61,27 +61,33 @@ def batch_loss(
     mean over microbatches, weighted by their real tokens.
 
     Metrics: `loss`, the cross-entropy in nats a token; `z_loss`, the mean squared log-partition,
-    where it is minimised; `router_balance`, 1 when experts are used evenly; `router_entropy`, nats;
-    `expert_load`, share of each expert, mean over layers; `expert_load_layers`, of each layer."""
+    where it is minimised; and of a model with experts `router_balance`, 1 when they are used
+    evenly; `router_entropy`, nats; `expert_load`, share of each expert, mean over layers;
+    `expert_load_layers`, of each layer."""
     totals = totals or count_tokens(batch)
     x_BTD, stats = hidden(model, batch)
     with jax.named_scope("cross_entropy"):
         entropy_BT, z_BT = token_losses(model, x_BTD, batch["targets_BT"])
         entropy = jnp.sum(entropy_BT * batch["mask_BT"]) / totals.counted
         z = jnp.sum(z_BT * batch["mask_BT"]) / totals.counted
-    share = count_tokens(batch).real / totals.real
-    balance = share * jnp.mean(stats.balance_loss())
-    total = entropy + config.z_loss * z + config.router_balance_loss * balance
-    metrics = {
-        "loss": entropy,
-        "router_balance": balance,
+    metrics = {"loss": entropy}
+    total = entropy + config.z_loss * z
+    if stats is not None:
+        metrics |= _router_metrics(stats, count_tokens(batch).real / totals.real)
+        total += config.router_balance_loss * metrics["router_balance"]
+    if config.z_loss:
+        metrics["z_loss"] = z
+    return total, metrics
+
+
+def _router_metrics(stats: RouterStats, share: jax.Array) -> dict[str, jax.Array]:
+    """Metrics of the routers of a microbatch that has this share of its batch's tokens."""
+    return {
+        "router_balance": share * jnp.mean(stats.balance_loss()),
         "router_entropy": share * jnp.mean(stats.entropy),
         "expert_load": share * jnp.mean(stats.load_E, axis=0),
         "expert_load_layers": share * stats.load_E,
     }
-    if config.z_loss:
-        metrics["z_loss"] = z
-    return total, metrics
 
 
 def eval_step(model, batch: dict) -> jax.Array:

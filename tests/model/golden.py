@@ -92,7 +92,7 @@ def trace(model: Decoder, tokens_BT, segment_BT) -> dict[str, jax.Array]:
 
         def block(x_BTD, layer):
             a_BTD = layer.attention(layer.pre_attn_norm(x_BTD), attend)[0]
-            h_BTD = layer.pre_moe_norm(x_BTD + layer.post_attn_norm(a_BTD))
+            h_BTD = layer.pre_ffn_norm(x_BTD + layer.post_attn_norm(a_BTD))
             x_BTD, _, _ = layer(x_BTD, attend, None)
             return x_BTD, {
                 "attention_exact": a_BTD,

@@ -20,6 +20,7 @@ from grok.errors import ConfigError
 from grok.model.build import from_arrays, to_arrays
 from grok.model.param_spec import ParamSpec
 from grok.train.loss import batch_loss
+from tests.fixtures.models import replace_keys
 
 # Two kv heads: split at tensor=2, and each on two devices at tensor=4.
 CONFIG = ModelConfig(
@@ -31,6 +32,12 @@ CONFIG = ModelConfig(
     compute_dtype="float32",
 )
 LOSSES = TrainConfig(z_loss=1e-4, router_balance_loss=0.01)
+# Other feed-forward parts and heads than those of CONFIG.
+ARCHITECTURES = {
+    "mlp": {"mlp.dim": 48, "moe": None, "norm.sandwich": False},
+    "mlp and experts": {"mlp.dim": 48, "moe.logit_softcap": 3.0, "mlp.activation": "gelu"},
+    "own head": {"tie_embeddings": False, "logit_softcap": 2.0, "moe.normalize": True},
+}
 SIZES = [  # data, expert, tensor, slice
     (8, 1, 1, 1),
     (1, 8, 1, 1),
@@ -51,13 +58,13 @@ TOLERANCE = 5e-6
 
 
 @functools.cache
-def parameters() -> dict[str, np.ndarray]:
-    return jax.tree.map(np.asarray, to_arrays(grok.init(CONFIG, jax.random.key(7))))
+def parameters(config: ModelConfig = CONFIG) -> dict[str, np.ndarray]:
+    return jax.tree.map(np.asarray, to_arrays(grok.init(config, jax.random.key(7))))
 
 
-def model(sizes: tuple[int, ...] | None, remat: str = "full") -> grok.Grok:
-    config = dataclasses.replace(CONFIG, remat=remat)
-    return from_arrays(config, parameters(), sizes and grok.make_mesh(*sizes))
+def model(sizes: tuple[int, ...] | None, config: ModelConfig = CONFIG) -> grok.Grok:
+    arrays = parameters(dataclasses.replace(config, remat="full"))
+    return from_arrays(config, arrays, sizes and grok.make_mesh(*sizes))
 
 
 def batch(mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
@@ -72,18 +79,30 @@ def batch(mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
 
 @functools.cache
 def loss_and_gradients(
-    sizes: tuple[int, ...] | None, remat: str = "full"
+    sizes: tuple[int, ...] | None, config: ModelConfig = CONFIG
 ) -> tuple[dict, dict[str, np.ndarray]]:
+    losses = LOSSES if config.moe else TrainConfig(z_loss=1e-4)
     run = jax.jit(jax.value_and_grad(batch_loss, has_aux=True), static_argnums=2)
     mesh = sizes and grok.make_mesh(*sizes)
-    (loss, report), gradients = run(model(sizes, remat), batch(mesh), LOSSES)
+    (loss, report), gradients = run(model(sizes, config), batch(mesh), losses)
     values = {"total": loss, **report}
     return jax.tree.map(np.asarray, values), jax.tree.map(np.asarray, to_arrays(gradients))
 
 
 @each_mesh
 def test_losses_and_gradients_are_those_of_one_device(sizes):
-    (losses, ours), (right_losses, right) = loss_and_gradients(sizes), loss_and_gradients(None)
+    assert_equal_on_one_device(sizes, CONFIG)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (1, 2, 4, 1)], ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_so_are_those_of_other_architectures(name, sizes):
+    assert_equal_on_one_device(sizes, replace_keys(CONFIG, ARCHITECTURES[name]))
+
+
+def assert_equal_on_one_device(sizes: tuple[int, ...], config: ModelConfig) -> None:
+    losses, ours = loss_and_gradients(sizes, config)
+    right_losses, right = loss_and_gradients(None, config)
     actual, expected = losses | ours, right_losses | right
     differences = {
         name: np.abs(actual[name] - expected[name]).max() / np.abs(expected[name]).max()
@@ -110,8 +129,8 @@ SPECS = {
     "layers/moe/w_down_EFD": P(None, None, ("expert", "tensor"), "data"),
     "layers/pre_attn_norm/scale_D": P(None, None),
     "layers/post_attn_norm/scale_D": P(None, None),
-    "layers/pre_moe_norm/scale_D": P(None, None),
-    "layers/post_moe_norm/scale_D": P(None, None),
+    "layers/pre_ffn_norm/scale_D": P(None, None),
+    "layers/post_ffn_norm/scale_D": P(None, None),
 }
 
 

@@ -12,32 +12,29 @@ import pytest
 
 import grok.model.attend
 import grok.model.attention
+import grok.model.moe
 import grok.ops.attention.causal
 import grok.ops.moe.experts_xla
 from grok.model.moe import MoE
 from tests.model import golden
 
 NAME = "pub_a"  # grouped queries
-right_experts, right_attention = MoE._experts, grok.model.attend.attention
+right_run, right_attention = grok.model.moe.run_on_group, grok.model.attend.attention
 
 
-def renormalised(self, x_BTD, topk_weights_BTC, expert_ids_BTC, axes):
+def renormalised(run, tokens, *args):
     """Gates divided by their sum."""
-    return right_experts(
-        self,
-        x_BTD,
-        topk_weights_BTC / topk_weights_BTC.sum(-1, keepdims=True),
-        expert_ids_BTC,
-        axes,
-    )
+    x_BTD, topk_weights_BTC, expert_ids_BTC = tokens
+    topk_weights_BTC /= topk_weights_BTC.sum(-1, keepdims=True)
+    return right_run(run, (x_BTD, topk_weights_BTC, expert_ids_BTC), *args)
 
 
-def softmax_after_top_k(self, x_BTD, topk_weights_BTC, expert_ids_BTC, axes):
+def softmax_after_top_k(run, tokens, *args):
     """The softmax over the chosen experts' logits only."""
+    x_BTD, topk_weights_BTC, expert_ids_BTC = tokens
     # The logarithm of a probability is the logit less a constant, which a softmax ignores.
-    return right_experts(
-        self, x_BTD, jax.nn.softmax(jnp.log(topk_weights_BTC), axis=-1), expert_ids_BTC, axes
-    )
+    topk_weights_BTC = jax.nn.softmax(jnp.log(topk_weights_BTC), axis=-1)
+    return right_run(run, (x_BTD, topk_weights_BTC, expert_ids_BTC), *args)
 
 
 def softcapped_router(self, x_BTD, axes):
@@ -83,8 +80,8 @@ def heads_dealt_out(q_BTNH, k_BSKH, v_BSKH, *args, **options):
 
 # What replaces what, where the mistake shows first, and by how many times the tolerance at least.
 MISTAKES = {
-    renormalised: (MoE, "_experts", "moe_exact", 1000),
-    softmax_after_top_k: (MoE, "_experts", "moe_exact", 1000),
+    renormalised: (grok.model.moe, "run_on_group", "moe_exact", 1000),
+    softmax_after_top_k: (grok.model.moe, "run_on_group", "moe_exact", 1000),
     softcapped_router: (MoE, "route", "router_probs_exact", 100),
     silu: (grok.ops.moe.experts_xla, "activate", "moe_exact", 1000),
     exact_gelu: (grok.ops.moe.experts_xla, "activate", "moe_exact", 10),

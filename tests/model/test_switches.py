@@ -55,6 +55,13 @@ def paged_logits(config: ModelConfig) -> np.ndarray:
         {"attention.logit_softcap": None},
         {"attention.rope.theta": 100.0},
         {"moe.activation": "silu"},
+        {"moe.logit_softcap": 0.5},
+        {"moe.normalize": True, "norm.sandwich": False},
+        {"mlp.dim": 24},
+        {"mlp.dim": 24, "mlp.activation": "gelu"},
+        {"mlp.dim": 24, "moe": None},
+        {"tie_embeddings": False},
+        {"logit_softcap": 1.0},
     ],
     ids=str,
 )

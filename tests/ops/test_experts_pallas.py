@@ -3,6 +3,7 @@
 Letters: R rows, C chosen experts of a row, D embed, F mlp, E experts.
 """
 
+import dataclasses
 import functools
 from unittest.mock import Mock
 
@@ -177,7 +178,7 @@ def test_a_mesh_has_the_losses_and_gradients_of_one_device(
     monkeypatch.setattr(grok.model.moe, "LANES", 1)
     losses_of = test_meshes.loss_and_gradients.__wrapped__
     (losses, ours), (right_losses, right) = (
-        losses_of(sizes, remat),
+        losses_of(sizes, dataclasses.replace(test_meshes.CONFIG, remat=remat)),
         test_meshes.loss_and_gradients(None),
     )
     for name, expected in (right_losses | right).items():

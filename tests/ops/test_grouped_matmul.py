@@ -13,9 +13,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from grok import hardware
+from grok.ops.mlp import gated_activation
 from grok.ops.moe import grouped_matmul as kernels
 from grok.ops.moe import tiling
-from grok.ops.moe.experts_xla import gated_activation
 from grok.ops.moe.grouped_hidden import grouped_hidden, grouped_hidden_reference
 from grok.ops.moe.routing import group_by_expert, tile_schedule
 from grok.ops.weights.int8 import QuantizedArray, quantize

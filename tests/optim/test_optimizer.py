@@ -365,7 +365,7 @@ def test_every_tensor_is_reported_in_some_group():
     assert groups["embed/table_VD"] == "embed"
     assert groups["layers/moe/router_DE"] == "router"
     assert groups["layers/moe/w_up_EDF"] == "experts"
-    assert groups["layers/pre_moe_norm/scale_D"] == groups["final_norm/scale_D"] == "norms"
+    assert groups["layers/pre_ffn_norm/scale_D"] == groups["final_norm/scale_D"] == "norms"
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["no adapters", "adapters"])

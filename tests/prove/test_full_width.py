@@ -186,7 +186,7 @@ def one_token(source: Source, token: int) -> np.ndarray:
         w_out_NHD = read("layers/attention/w_out_NHD", layer)
         a_D = np.einsum("nh,nhd->d", np.repeat(v_KH, group, axis=0), w_out_NHD)
         x_D = x_D + norm(a_D, "layers/post_attn_norm", layer)
-        h_D = norm(x_D, "layers/pre_moe_norm", layer)
+        h_D = norm(x_D, "layers/pre_ffn_norm", layer)
         logits_E = h_D @ read("layers/moe/router_DE", layer)
         probs_E = np.exp(logits_E - logits_E.max())
         probs_E /= probs_E.sum()
@@ -199,6 +199,6 @@ def one_token(source: Source, token: int) -> np.ndarray:
             )
             down_FD = read("layers/moe/w_down_EFD", layer, expert)
             m_D += probs_E[expert] * ((gelu_F * up_F) @ down_FD)
-        x_D = x_D + norm(m_D, "layers/post_moe_norm", layer)
+        x_D = x_D + norm(m_D, "layers/post_ffn_norm", layer)
     x_D = norm(x_D, "final_norm")
     return read("embed/table_VD") @ x_D * config.logit_multiplier

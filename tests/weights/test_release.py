@@ -35,8 +35,8 @@ OUR_NAMES = {  # written out again, for a slip in one of the two lists to show
     "multi_head_attention/linear/w": "layers/attention/w_out_NHD",
     "rms_norm/scale": "layers/pre_attn_norm/scale_D",
     "rms_norm_1/scale": "layers/post_attn_norm/scale_D",
-    "rms_norm_2/scale": "layers/pre_moe_norm/scale_D",
-    "rms_norm_3/scale": "layers/post_moe_norm/scale_D",
+    "rms_norm_2/scale": "layers/pre_ffn_norm/scale_D",
+    "rms_norm_3/scale": "layers/post_ffn_norm/scale_D",
     "router/w": "layers/moe/router_DE",
 }
 

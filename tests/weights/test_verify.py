@@ -33,7 +33,7 @@ RELEASE = golden.FOLDER / "pub_b" / "ckpt-0"
 CONFIG = golden.config("pub_b", "float32")
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DOWN, UP, OUT = "layers/moe/w_down_EFD", "layers/moe/w_up_EDF", "layers/attention/w_out_NHD"
-TABLE, NORM = "embed/table_VD", "layers/pre_moe_norm/scale_D"
+TABLE, NORM = "embed/table_VD", "layers/pre_ffn_norm/scale_D"
 SMALL = ModelConfig(
     vocab_size=20,
     num_layers=3,
@@ -117,7 +117,7 @@ def test_two_imports_of_two_formats_are_equal(imported):
         (6, "values", (13, 95), OUT, "  at layer 0 [2,1,95]"),
         (6, "scales", (7, 0), OUT, "  at layer 0 [7,0]"),
         (0, "array", (383, 95), TABLE, "  at [383,95]"),
-        (24, "array", (0,), "layers/post_moe_norm/scale_D", "  at layer 1 [0]"),
+        (24, "array", (0,), "layers/post_ffn_norm/scale_D", "  at layer 1 [0]"),
     ],
 )
 def test_one_bit_is_found_and_named(imported, tmp_path, file, array, number, name, place):
@@ -335,7 +335,7 @@ def test_progress_counts_every_byte(small):
         pass
     total = 2 * sum(spec.nbytes for spec in small[0].tensors.values())
     assert told[0] == ("", 0, total)
-    assert told[-1] == ("layers/post_moe_norm/scale_D", total, total)
+    assert told[-1] == ("layers/post_ffn_norm/scale_D", total, total)
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
     assert {each for _, _, each in told} == {total}
 

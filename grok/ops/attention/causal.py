@@ -9,15 +9,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from grok.ops.softcap import apply_softcap
+
 MASKED_LOGIT = -1e30
 QUERY_BLOCK = 512  # queries of which logits exist at a time
-
-
-def apply_softcap(logits: jax.Array, softcap: float | None) -> jax.Array:
-    """softcap * tanh(logits / softcap): near the identity, never beyond it; None: no cap."""
-    if softcap is None:
-        return logits
-    return softcap * jnp.tanh(logits / softcap)
 
 
 def attention_reference(

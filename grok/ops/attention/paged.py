@@ -9,7 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from grok.ops.attention.causal import MASKED_LOGIT, apply_softcap, attention_reference
+from grok.ops.attention.causal import MASKED_LOGIT, attention_reference
+from grok.ops.softcap import apply_softcap
 
 # Keys that one iteration of the loop takes: enough for the products to be worth its overhead.
 KV_BLOCK = 128

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grok.ops.moe.experts_xla import gated_activation
+from grok.ops.mlp import gated_activation
 from grok.ops.moe.grouped_hidden import grouped_hidden
 from grok.ops.moe.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from grok.ops.moe.routing import GroupedLayout, group_by_expert

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from grok.ops.mlp import activate, gated_activation
 from grok.ops.moe.cpu import ExpertSlice, for_each_tile, reads_in_place
 from grok.ops.varying import pvary
 from grok.ops.weights.weight import (
@@ -27,21 +28,10 @@ from grok.ops.weights.weight import (
 )
 
 
-def activate(x: jax.Array, activation: str) -> jax.Array:
-    """GELU by its tanh approximation (Hendrycks & Gimpel 2016, section 2) or the error function, or
-    SiLU."""
-    return jax.nn.silu(x) if activation == "silu" else jax.nn.gelu(x, activation == "gelu_tanh")
-
-
 def expert_mlp(x_RD, w_gate_DF, w_up_DF, w_down_FD, activation="gelu_tanh") -> jax.Array:
     """One expert on rows: (act(x w_gate) * (x w_up)) w_down, summed in float32, y_RD float32."""
     hidden_RF = activate(matmul(w_gate_DF, x_RD), activation) * matmul(w_up_DF, x_RD)
     return matmul(w_down_FD, hidden_RF.astype(x_RD.dtype))
-
-
-def gated_activation(gate_RF: jax.Array, up_RF: jax.Array, activation="gelu_tanh") -> jax.Array:
-    """act(gate) * up in float32."""
-    return activate(gate_RF.astype(jnp.float32), activation) * up_RF.astype(jnp.float32)
 
 
 def expert_mlp_gradients(

@@ -53,6 +53,12 @@ def take_expert(w_EDF: Weight, expert: Any, dtype) -> Weight:
     return w_EDF[expert]
 
 
+def as_one_expert(w_DF: Weight) -> Weight:
+    """A matrix as those of a mixture of one expert, w_EDF with E = 1."""
+    axis = int(is_stacked(w_DF))
+    return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, axis) if leaf.ndim else leaf, w_DF)
+
+
 @functools.singledispatch
 def base(w: Weight) -> Weight:
     """The weight without its adapter."""

@@ -83,8 +83,8 @@ class HuggingFaceSource(Source):
         self, layout: str, whose: str, entries: dict[str, TensorInfo]
     ) -> dict[tuple[str, tuple[int, ...]], TensorInfo]:
         """The tensor of each parameter's layer and expert, with its shape and type checked."""
-        layers, experts = self.config.num_layers, self.config.moe.num_experts
-        size = f"{whose} has {layers} layers of {experts} experts"
+        layers, moe = self.config.num_layers, self.config.moe
+        size = f"{whose} has {layers} layers" + (f" of {moe.num_experts} experts" if moe else "")
         arranged: dict[tuple[str, tuple[int, ...]], TensorInfo] = {}
         firsts: dict[str, str] = {}
         expected = {self.adapter.tied_head}

@@ -34,8 +34,8 @@ LAYER_TENSORS = (
     ("multi_head_attention/value/w", "layers/attention/w_value_DKH"),
     ("rms_norm/scale", "layers/pre_attn_norm/scale_D"),
     ("rms_norm_1/scale", "layers/post_attn_norm/scale_D"),
-    ("rms_norm_2/scale", "layers/pre_moe_norm/scale_D"),
-    ("rms_norm_3/scale", "layers/post_moe_norm/scale_D"),
+    ("rms_norm_2/scale", "layers/pre_ffn_norm/scale_D"),
+    ("rms_norm_3/scale", "layers/post_ffn_norm/scale_D"),
     ("router/w", "layers/moe/router_DE"),
 )
 

@@ -94,6 +94,7 @@ class Adapter(abc.ABC):
         for layer in range(config.num_layers):
             for tree_name, name in names.items():
                 if "{expert}" in name:
+                    assert config.moe is not None
                     for expert in range(config.moe.num_experts):
                         yield tensor(tree_name, layer, expert)
                 elif "{layer}" in name:

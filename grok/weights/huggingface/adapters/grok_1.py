@@ -24,7 +24,7 @@ NAMES = (
     ("layers/attention/w_value_DKH", "attn.v_proj.weight", "multi_head_attention.value.weight"),
     ("layers/attention/w_out_NHD", "attn.o_proj.weight", "multi_head_attention.linear.weight"),
     ("layers/post_attn_norm/scale_D", "post_attn_norm.scale", "rms_norm_1.weight"),
-    ("layers/pre_moe_norm/scale_D", "pre_moe_norm.scale", "rms_norm_2.weight"),
+    ("layers/pre_ffn_norm/scale_D", "pre_moe_norm.scale", "rms_norm_2.weight"),
     ("layers/moe/router_DE", "moe_block.gate.weight", "router.weight"),
     *(
         (f"layers/moe/{ours}", f"moe_block.experts.{{expert}}.{theirs}", f"moe.{{expert}}.{theirs}")
@@ -34,7 +34,7 @@ NAMES = (
             ("w_down_EFD", "linear_1.weight"),
         )
     ),
-    ("layers/post_moe_norm/scale_D", "post_moe_norm.scale", "rms_norm_3.weight"),
+    ("layers/post_ffn_norm/scale_D", "post_moe_norm.scale", "rms_norm_3.weight"),
     ("final_norm/scale_D", "model.norm.scale", "transformer.rms_norm.weight"),
 )
 LAYERS = {HPCAI: "model.layers.{layer}.", KEYFAN: "transformer.decoder_layer.{layer}."}
