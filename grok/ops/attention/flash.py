@@ -28,6 +28,7 @@ def flash_attention(
     *,
     scale: float,
     softcap: float | None,
+    window: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """`attention_reference` of queries and keys of the same tokens, o_BTNH.
@@ -42,8 +43,11 @@ def flash_attention(
     block = next(size for size in BLOCK_SIZES if T % size == 0)
     sizes = "block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq".split()
     block_sizes: Any = dict.fromkeys(sizes, block)
+    mask: Any = splash.CausalMask((T, T))
+    if window is not None and window < T:
+        mask = splash.LocalMask((T, T), (window - 1, 0), 0)  # earlier keys, later keys, shift
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([splash.CausalMask((T, T))] * N),
+        splash.MultiHeadMask([mask] * N),
         block_sizes=splash.BlockSizes(**block_sizes),
         head_shards=1,
         q_seq_shards=1,

@@ -22,7 +22,15 @@ def supports(kv: jax.Array, head_dim: int) -> bool:
 
 @jax.named_scope("ragged_attention")
 def ragged_attention(
-    q_UQNH, kv_LPSK2H, layer, table_UM, start_U, scale: float, softcap: float | None
+    q_UQNH,
+    kv_LPSK2H,
+    layer,
+    table_UM,
+    start_U,
+    scale: float,
+    softcap: float | None,
+    *,
+    window: int | None = None,
 ) -> jax.Array:
     """`paged_attention_reference` without scales, o_UQNH.
 
@@ -41,6 +49,7 @@ def ragged_attention(
         jnp.arange(U + 1, dtype=jnp.int32) * Q,
         jnp.full(1, U, jnp.int32),
         sm_scale=scale,
+        sliding_window=window,
         soft_cap=softcap,
         num_kv_pages_per_block=max(1, min(KV_BLOCK // S, table_UM.shape[1])),
         num_queries_per_block=min(QUERY_BLOCK, U * Q),
