@@ -146,8 +146,9 @@ def test_int8_over_eight_devices_gives_the_right_logits(release, form):
     assert error < TOLERANCE
 
 
+# No mesh without tensor: its eight devices, all on this machine, would hold 3.2 GB of table each.
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="/proc/self/io is Linux's")
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 4, 2), (1, 2, 4), (1, 1, 8)], ids=str)
 def test_two_processes_read_what_their_devices_need(release, sizes):
     folder, config = release
     if config.num_layers > 1:
