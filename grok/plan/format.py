@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from grok.hardware import GIB
 from grok.model.params import num_parameters
 from grok.plan.estimate import Plan, recomputed_flops
+from grok.plan.published import describe, published_runs
 from grok.plan.suggestions import suggestions
 
 
@@ -21,6 +22,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.fits:
         yield from _work(plan)
         yield from _time(plan)
+        yield from _labelled("published", map(describe, published_runs(plan)))
     yield "", ""
     yield from _labelled("assuming", _assumptions(plan))
 

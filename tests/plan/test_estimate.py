@@ -9,6 +9,7 @@ from grok.hardware import GIB
 from grok.plan.compile import required_bytes
 from grok.plan.estimate import Price, make_plan, transfer_seconds
 from grok.plan.format import format_plan
+from grok.plan.published import published_runs
 from grok.plan.topology import parse_slice
 
 SLICE = parse_slice("v5p:4x4x4")
@@ -88,6 +89,16 @@ def test_report_says_what_it_assumes(plan):
     assert "compute 10 s, hbm 4 s, interconnect 2 s; compute bounds it" in text
     assert "a chip-hour costs 3.6 USD (a test)" in text
     assert "459 TFLOP/s" in text
+
+
+def test_published_runs_of_its_kind_stand_beside_a_plan(plan):
+    assert "published     Mixtral 8x7B on 64 chips, measured: MFU 54.9%" in format_plan(plan)
+    names = [run.model for run in published_runs(plan)]
+    assert names == ["Mixtral 8x7B", "Mixtral 8x7B"]
+    dense = load_config("grok-1", ["model.moe=null", "model.mlp={dim: 8}"])
+    assert not published_runs(dataclasses.replace(plan, config=dense))
+    decode = load_config("grok-1", ["plan.program=decode"])
+    assert not published_runs(dataclasses.replace(plan, config=decode))
 
 
 def test_report_says_what_the_hosts_hold():
