@@ -2,23 +2,50 @@
 
 from pathlib import Path
 
-from grok import storage
+from grok.data.tokenizers.byte_pairs import BytePairTokenizer
+from grok.data.tokenizers.files import (
+    SENTENCEPIECE,
+    TOK_JSON,
+    TOKENIZER_JSON,
+    TOKENIZER_NAMES,
+    TokenizerFiles,
+    read_tokenizer_files,
+    tokenizer_file,
+)
+from grok.data.tokenizers.huggingface import HuggingFaceTokenizer
 from grok.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from grok.data.tokenizers.tokenizer import StreamDecoder, Tokenizer, token_bytes
-from grok.errors import DataError
+from grok.data.tokenizers.tokenizer import (
+    StreamDecoder,
+    Tokenizer,
+    encode_prompt,
+    start_ids,
+    token_bytes,
+)
 
-__all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer", "parse_tokenizer", "token_bytes"]
+__all__ = [
+    "TOKENIZER_NAMES",
+    "StreamDecoder",
+    "Tokenizer",
+    "encode_prompt",
+    "load_tokenizer",
+    "start_ids",
+    "token_bytes",
+    "tokenizer_file",
+]
+
+KINDS = {
+    SENTENCEPIECE: SentencePieceTokenizer,
+    TOKENIZER_JSON: HuggingFaceTokenizer,
+    TOK_JSON: BytePairTokenizer,
+}
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer file; DataError when it is missing or of no known kind."""
-    return parse_tokenizer(storage.read_bytes(path, DataError), path)
+    """Reads a tokenizer's file, or that of a release's folder, with the settings beside it, local
+    or at gs://. DataError where it is missing, damaged, or of a kind that cannot be expressed."""
+    return make_tokenizer(read_tokenizer_files(path))
 
 
-def parse_tokenizer(data: bytes, path: str | Path) -> Tokenizer:
-    """The tokenizer in the bytes of the file `path`; DataError when they are of no known kind."""
-    try:
-        return SentencePieceTokenizer(data)
-    except RuntimeError:
-        problem = f"{path} is not a SentencePiece model; a file that `grok data tokenizer` wrote"
-        raise DataError(f"{problem}, or the release's tokenizer.model, would work.") from None
+def make_tokenizer(files: TokenizerFiles) -> Tokenizer:
+    """The tokenizer in these files; DataError where they are damaged or cannot be expressed."""
+    return KINDS[files.name](files)

@@ -3,16 +3,19 @@
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
 
-from grok.data.tokenizers.tokenizer import StreamDecoder, read_text
+from grok.data.tokenizers.files import SENTENCEPIECE, SETTINGS_FILE, TokenizerFiles
+from grok.data.tokenizers.tokenizer import check_id, check_unicode, decode, read_text
 from grok.errors import DataError
 
 # SentencePiece writes a space as this character (U+2581), inside its pieces.
 SPACE = "\u2581"
+# A private-use character that no model has a piece for, so that none joins it with what follows.
+GUARD = "\U0010fffd"
 # Runs of newlines that are one piece in our own tokenizers, as they are in the release's.
 NEWLINE_RUNS = ["\n" * length for length in (1, 2, 3, 4)]
 
@@ -20,31 +23,53 @@ NEWLINE_RUNS = ["\n" * length for length in (1, 2, 3, 4)]
 class SentencePieceTokenizer:
     """A `Tokenizer` (see there) over a SentencePiece model."""
 
-    def __init__(self, model: bytes) -> None:
-        """Takes the bytes of a model file; RuntimeError when they are not one."""
-        if not model:
-            raise RuntimeError("an empty file")
-        self._model = model
-        self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    def __init__(self, files: TokenizerFiles) -> None:
+        """Loads a tokenizer.model; DataError where it is not one."""
+        self.files = files
+        self._processor = processor = _load(files)
         self.vocab_size: int = processor.vocab_size()
-        self.pad_id, self.bos_id = processor.pad_id(), processor.bos_id()
-        self.eos_id, self.unk_id = processor.eos_id(), processor.unk_id()
+        self.special_tokens = {
+            processor.id_to_piece(i): i for i in range(self.vocab_size) if processor.is_control(i)
+        }
+        _check_settings(files, self.special_tokens, self.vocab_size)
+        self.pad_id, self.unk_id = processor.pad_id(), processor.unk_id()
+        self.bos_id = files.bos(self.special_tokens, processor.bos_id())
+        own_eos = () if processor.eos_id() < 0 else (processor.eos_id(),)
+        self.eos_ids = files.eos(self.special_tokens, own_eos)
+        self.eos_id = self.eos_ids[0] if self.eos_ids else -1
+        self.adds_bos = self.bos_id >= 0 and files.adds_bos(default=False)
         # A model with the "dummy prefix" writes a space before every text and drops it again.
         self._adds_space = processor.encode("a", out_type=str)[0].startswith(SPACE)
+        # "Legacy" tokenizers write it after each special token as well.
+        self._adds_space_again = bool(files.settings.get("legacy"))
+        self._num_guard_ids = len(processor.encode(GUARD))
         byte_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._space_char_ids = byte_ids if all(map(processor.is_byte, byte_ids)) else None
+        names = sorted(self.special_tokens, key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
 
-    def __reduce__(self) -> tuple[type, tuple[bytes]]:
-        return SentencePieceTokenizer, (self._model,)
+    def __reduce__(self) -> tuple[type, tuple[TokenizerFiles]]:
+        return SentencePieceTokenizer, (self.files,)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(
+        self, text: str, *, allow_special: bool = False, continues: bool = False
+    ) -> list[int]:
         """Ids of `text`, without bos or eos; DataError when it is not valid Unicode."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            problem = f"the text has half of a surrogate pair at character {error.start}"
-            right = "which UTF-8 cannot hold; the character that was meant would work"
-            raise DataError(f"{problem}, {right}.") from None
+        check_unicode(text)
+        if not allow_special:
+            return self._encode(text, continues)
+        ids: list[int] = []
+        for part in filter(None, self._special.split(text)):
+            if part in self.special_tokens:
+                ids.append(self.special_tokens[part])
+                continues = not self._adds_space_again
+            else:
+                ids += self._encode(part, continues)
+        return ids
+
+    def _encode(self, text: str, continues: bool) -> list[int]:
+        if continues and self._adds_space:
+            return self._processor.encode(GUARD + text)[self._num_guard_ids :]
         if SPACE not in text or self._adds_space or self._space_char_ids is None:
             return self._processor.encode(text)
         # A literal U+2581 would come back as a space, so it goes in as its three bytes.
@@ -53,8 +78,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, control pieces nothing."""
-        decoder = StreamDecoder(self)
-        return "".join([decoder.push(i) for i in ids]) + decoder.flush()
+        return decode(self, ids)
 
     def piece(self, token_id: int) -> str:
         """Name of a piece in the model, such as `</s>`."""
@@ -62,9 +86,7 @@ class SentencePieceTokenizer:
 
     def piece_bytes(self, token_id: int, *, first: bool = False) -> bytes:
         """UTF-8 bytes of a piece, at the start of a text where `first`; control ones have none."""
-        if not 0 <= token_id < self.vocab_size:
-            pieces = f"the tokenizer's {self.vocab_size} pieces; 0 to {self.vocab_size - 1}"
-            raise DataError(f"token id {token_id} is not among {pieces} would work.")
+        check_id(token_id, self.vocab_size)
         if self._processor.is_control(token_id):
             return b""
         if self._processor.is_unknown(token_id):
@@ -75,6 +97,37 @@ class SentencePieceTokenizer:
         if first and self._adds_space:
             piece = piece.removeprefix(SPACE)
         return piece.replace(SPACE, " ").encode()
+
+
+def _load(files: TokenizerFiles) -> sentencepiece.SentencePieceProcessor:
+    """The library's model; DataError, by the name of what it is instead, where there is none."""
+    try:
+        if files.data:  # the library takes an empty file for no file
+            return sentencepiece.SentencePieceProcessor(model_proto=files.data)
+    except RuntimeError:
+        pass
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", files.data[:4096]):
+        problem = f"{files.path} is a list of byte pairs in tiktoken's base64 form"
+        right = "the tokenizer.json of the same model would work"
+        raise DataError(f"{problem}, which says neither how text is split nor what ends it; {right}.")
+    problem = f"{files.path} is not a SentencePiece model, nor a tokenizer.json or .tok.json"
+    right = "a file that `grok data tokenizer` wrote, or one of the release, would work"
+    raise DataError(f"{problem}; {right}.")
+
+
+def _check_settings(files: TokenizerFiles, special: Mapping[str, int], vocab_size: int) -> None:
+    """Raises DataError where tokenizer_config.json has tokens that the model does not have."""
+    added = files.settings.get("added_tokens_decoder") or {}
+    for token_id, token in added.items():
+        if not token_id.isdigit() or int(token_id) >= vocab_size:
+            content = token.get("content") if isinstance(token, dict) else token
+            problem = f"{SETTINGS_FILE} adds token {content!r:.60} with id {token_id} to it"
+            right = "the tokenizer.json of the same release, which has all tokens, would work"
+            raise DataError(f"{files.path}: {problem}; {right}.")
+    name = files.token_setting("eos_token")
+    if name is not None and name not in special:
+        problem = f"{SETTINGS_FILE} names the eos_token {name!r:.60}, which is no control piece"
+        raise DataError(f"{files.path}: {problem}; {', '.join(special)} are.")
 
 
 def train_tokenizer(
@@ -113,7 +166,7 @@ def train_tokenizer(
     except RuntimeError as error:
         raise _refusal(str(error), files, vocab_size) from None
     Path(out_path).write_bytes(model.getvalue())
-    return SentencePieceTokenizer(model.getvalue())
+    return SentencePieceTokenizer(TokenizerFiles(SENTENCEPIECE, model.getvalue(), str(out_path)))
 
 
 def _refusal(message: str, files: Sequence[str | Path], vocab_size: int) -> DataError:

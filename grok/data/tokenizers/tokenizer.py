@@ -1,28 +1,36 @@
 """The interface of every tokenizer, and decoding over it that never splits a character."""
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from grok import storage
+from grok.data.tokenizers.files import TokenizerFiles
 from grok.errors import DataError
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back; picklable, so that worker processes get a copy. vocab_size:
-    number of tokens, every id is below it; pad_id, bos_id, eos_id: ids of padding, begin and end of
-    sequence, -1 where the tokenizer has none."""
+    """Text to token ids and back; picklable, so that worker processes get a copy."""
 
-    vocab_size: int
-    pad_id: int
+    vocab_size: int  # every id is below it
+    pad_id: int  # ids of padding, and of the begin and end of a text; -1 where there is none
     bos_id: int
-    eos_id: int
+    eos_id: int  # the first of eos_ids: it ends documents
+    eos_ids: tuple[int, ...]  # each of them ends a completion
+    adds_bos: bool  # True where a model of this tokenizer expects bos before every text
+    special_tokens: Mapping[str, int]  # ids by text
+    files: TokenizerFiles  # what it was loaded from
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without bos or eos; DataError when it is not valid Unicode."""
+    def encode(
+        self, text: str, *, allow_special: bool = False, continues: bool = False
+    ) -> list[int]:
+        """Ids of `text`, without bos or eos; DataError when it is not valid Unicode. The text of a
+        special token is read as that token where `allow_special`, else as any other text: whoever
+        wrote an untrusted text must not be able to end it. A text that `continues` another one is
+        not given the space that some tokenizers put in front."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, special tokens nothing."""
@@ -34,6 +42,42 @@ class Tokenizer(Protocol):
         """UTF-8 bytes of a token, at the start of a text where `first`; special tokens have none. A
         character may span several tokens, so the bytes of one need not be valid UTF-8."""
         ...
+
+
+def start_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids before every text: bos, where the tokenizer adds it."""
+    return [tokenizer.bos_id] if tokenizer.adds_bos else []
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, *, allow_special: bool = False) -> list[int]:
+    """Ids of a text that a model continues, with bos in front where the tokenizer adds it and the
+    text, such as a rendered chat, does not begin with it."""
+    ids = tokenizer.encode(text, allow_special=allow_special)
+    start = start_ids(tokenizer)
+    return ids if ids[:1] == start else start + ids
+
+
+def check_unicode(text: str) -> None:
+    """Raises DataError for a text that is not valid Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"the text has half of a surrogate pair at character {error.start}"
+        right = "which UTF-8 cannot hold; the character that was meant would work"
+        raise DataError(f"{problem}, {right}.") from None
+
+
+def check_id(token_id: int, vocab_size: int) -> None:
+    """Raises DataError for an id that is not below `vocab_size`."""
+    if not 0 <= token_id < vocab_size:
+        pieces = f"the tokenizer's {vocab_size} pieces; 0 to {vocab_size - 1}"
+        raise DataError(f"token id {token_id} is not among {pieces} would work.")
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """`Tokenizer.decode` by the bytes of each piece."""
+    decoder = StreamDecoder(tokenizer)
+    return "".join([decoder.push(i) for i in ids]) + decoder.flush()
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:

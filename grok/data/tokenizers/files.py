@@ -1,0 +1,167 @@
+"""The files that a tokenizer consists of: its own, and the settings that a release has beside it."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from grok import storage
+from grok.errors import DataError
+
+# Names in a release's folder, the first that is there before the others.
+TOK_JSON, TOKENIZER_JSON, SENTENCEPIECE = "tokenizer.tok.json", "tokenizer.json", "tokenizer.model"
+TOKENIZER_NAMES = (TOK_JSON, TOKENIZER_JSON, SENTENCEPIECE)
+SETTINGS_FILE, GENERATION_FILE = "tokenizer_config.json", "generation_config.json"
+# Models whose tokenizer in Hugging Face's libraries puts bos first unless told otherwise.
+BOS_MODEL_TYPES = ("llama", "mistral", "mixtral")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer's file under its canonical `name`, as bytes, and what the files beside it say:
+    `settings` is tokenizer_config.json's object, `generation` the ids of bos and eos for the model.
+    `path` is what messages call it."""
+
+    name: str
+    data: bytes
+    path: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tokenizer's own file, which tells it from others."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    def contents(self) -> dict[str, bytes]:
+        """Every file by name: written to a folder, they load as the same tokenizer."""
+        objects = {SETTINGS_FILE: self.settings, GENERATION_FILE: self.generation}
+        beside = {name: _to_json(fields) for name, fields in objects.items() if fields}
+        return {self.name: self.data, **beside}
+
+    def token_setting(self, key: str) -> str | None:
+        """The text of a token that tokenizer_config.json names, such as its eos_token."""
+        value = self.settings.get(key)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{self.path}: {SETTINGS_FILE} has a {key} that is no text.")
+        return value
+
+    def adds_bos(self, default: bool) -> bool:
+        """True where a text gets bos in front: as tokenizer_config.json says, or `default`."""
+        value = self.settings.get("add_bos_token")
+        if value is not None and not isinstance(value, bool):
+            right = "true or false would work"
+            raise DataError(f"{self.path}: {SETTINGS_FILE} has add_bos_token={value!r}; {right}.")
+        if value is None and str(
+            self.settings.get("tokenizer_class")
+        ).startswith("LlamaTokenizer"):
+            return True
+        return default if value is None else value
+
+    def bos(self, special: Mapping[str, int], default: int) -> int:
+        """Id of bos: tokenizer_config.json's, else `default`, else the model's; -1 for none."""
+        named = special.get(self.token_setting("bos_token") or "", default)
+        stated = _ids(self.generation, "bos_token_id", self.path)
+        return next((i for i in (named, *stated) if i in {default, *special.values()} - {-1}), -1)
+
+    def eos(self, special: Mapping[str, int], default: Collection[int]) -> tuple[int, ...]:
+        """Ids that end a text, the one that ends documents first: the model's, then the one that
+        tokenizer_config.json names; without either, `default`. An id that is not of a special token
+        is not among them: configs that were never adapted to their tokenizer have such."""
+        stated = _ids(self.generation, "eos_token_id", self.path)
+        ids = [i for i in stated if i in {*special.values(), *default}]
+        if (named := special.get(self.token_setting("eos_token") or "")) is not None:
+            ids.append(named)
+        return tuple(dict.fromkeys(ids or default))
+
+
+def read_tokenizer_files(path: str | os.PathLike[str]) -> TokenizerFiles:
+    """Reads a tokenizer's file, or the one in a release's folder, and the settings beside it, local
+    or at gs://. DataError where it is missing or of no known kind."""
+    path = os.fspath(path)
+    if _is_folder(path):
+        path = tokenizer_file(path)
+    data = storage.read_bytes(path, DataError)
+    folder = os.path.dirname(path) or "."
+    settings, generation, model = (
+        _read_object(storage.join(folder, name))
+        for name in (SETTINGS_FILE, GENERATION_FILE, "config.json")
+    )
+    if not settings and model.get("model_type") in BOS_MODEL_TYPES:
+        settings = {"add_bos_token": True}
+    return TokenizerFiles(_kind(data, path), data, path, settings, _merged(generation, model, path))
+
+
+def tokenizer_file(folder: str | os.PathLike[str]) -> str:
+    """The path of a folder's tokenizer; DataError where there is none."""
+    paths = [storage.join(folder, name) for name in TOKENIZER_NAMES]
+    if path := next((path for path in paths if storage.exists(path, DataError)), None):
+        return path
+    *others, last = TOKENIZER_NAMES
+    names = f"{', '.join(others)} or {last}"
+    problem = f"{os.fspath(folder)}: cannot be read: it is a folder without {names}"
+    raise DataError(f"{problem}; a tokenizer's file, or a folder with one, would work.")
+
+
+def parse_object(data: bytes, path: str) -> dict[str, Any]:
+    """The JSON object in a file's bytes; DataError where there is none."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}; the released file would work.") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is no JSON object; the released file would work.")
+    return value
+
+
+def _is_folder(path: str) -> bool:
+    if not storage.is_remote(path):
+        return Path(path).is_dir()
+    # At gs:// a folder is a prefix; a tokenizer's file has a suffix.
+    return not path.endswith((".json", ".model"))
+
+
+def _kind(data: bytes, path: str) -> str:
+    """The canonical name of a file with these bytes."""
+    if data.lstrip()[:1] != b"{":
+        return SENTENCEPIECE
+    fields = parse_object(data, path)
+    if "regular_tokens" in fields:
+        return TOK_JSON
+    if "model" in fields:
+        return TOKENIZER_JSON
+    wanted = "neither `model`, as a tokenizer.json, nor `regular_tokens`, as a tokenizer.tok.json"
+    raise DataError(f"{path} has {wanted}; the tokenizer's own file would work.")
+
+
+def _read_object(path: str) -> dict[str, Any]:
+    if not storage.exists(path, DataError):
+        return {}
+    return parse_object(storage.read_bytes(path, DataError), path)
+
+
+def _merged(generation: Mapping[str, Any], model: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The ids of bos and eos in generation_config.json, then those in config.json."""
+    merged: dict[str, Any] = {}
+    for key in ("bos_token_id", "eos_token_id"):
+        ids = dict.fromkeys([*_ids(generation, key, path), *_ids(model, key, path)])
+        if ids:
+            merged[key] = list(ids)[0] if len(ids) == 1 or key == "bos_token_id" else list(ids)
+    return merged
+
+
+def _ids(fields: Mapping[str, Any], key: str, path: str) -> list[int]:
+    value = fields.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int for i in ids):
+        raise DataError(f"{path}: the config beside it has {key}={value!r}; an id would work.")
+    return ids
+
+
+def _to_json(fields: Mapping[str, Any]) -> bytes:
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
