@@ -47,7 +47,7 @@ class DataConfig(Section):
         Literal["concat_then_split", "best_fit"], "documents longer than a row: split, or truncated"
     ] = "concat_then_split"
     allow_data_change: Annotated[bool, "resume though datasets differ from a checkpoint's"] = False
-    tokenizer: Annotated[str, "tokenizer file"] = ""
+    tokenizer: Annotated[str, "tokenizer file, or a folder with one"] = ""
     sequence_length: Annotated[Count, "tokens per row (T), at its longest"] = 1024
     batch_size: Annotated[Count, "rows of the global batch (B)"] = 8
     batch_schedule: Annotated[tuple[BatchChange, ...], "changes of the batch's shape"] = ()

@@ -17,7 +17,8 @@ class InferConfig(Section):
 
     weights: Annotated[str, "run, import, ckpt-0, Hugging Face folder, or checkpoint of grok"]
     model: Annotated[str, "preset or YAML file of that model; none: what the weights say"] = ""
-    tokenizer: Annotated[str, "SentencePiece model file; none: the one beside the weights"] = ""
+    tokenizer: Annotated[str, "tokenizer file or its folder; none: beside the weights"] = ""
+    allow_special_tokens: Annotated[bool, "read special tokens in prompts' text as such"] = False
     param_dtype: Annotated[
         Literal["", "float32", "bfloat16", "int8"], "dtype of matrices; none: as stored"
     ] = ""

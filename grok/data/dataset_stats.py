@@ -9,7 +9,7 @@ import numpy as np
 
 from grok.data.dataset import TokenDataset
 from grok.data.packing import PACKERS, packing_efficiency
-from grok.data.prepare.shards import TOKENIZER_FILE, verify_dataset
+from grok.data.prepare.shards import verify_dataset
 from grok.data.tokenizers import load_tokenizer
 
 SAMPLE_TOKENS = 60
@@ -67,7 +67,7 @@ def length_histogram(lengths_N: np.ndarray) -> list[dict[str, int]]:
 
 def _samples(data: TokenDataset, count: int, tokenizer_file: str | None) -> list[dict[str, Any]]:
     """Beginnings of documents at even distances; loss_share: of its tokens, which bear loss."""
-    tokenizer = load_tokenizer(tokenizer_file or data.folder / TOKENIZER_FILE)
+    tokenizer = load_tokenizer(tokenizer_file or data.folder)
     numbers = range(0, len(data), -(-len(data) // count)) if count else ()
     return [
         {

@@ -10,13 +10,13 @@ import grain
 import numpy as np
 
 from grok.data.batch_schedule import Batch, BatchSchedule
-from grok.data.tokenizers.tokenizer import Tokenizer, read_text
+from grok.data.tokenizers.tokenizer import Tokenizer, read_text, start_ids
 from grok.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TokenStream:
-    """Documents end to end, each ended by `eos_id`."""
+    """Documents end to end, each ended by `eos_id` and, where a tokenizer adds it, begun by bos."""
 
     tokens_S: np.ndarray  # int32
     num_bytes: int  # UTF-8 bytes of the text; eos has none
@@ -35,7 +35,8 @@ def read_stream(paths: Sequence[str | Path], tokenizer: Tokenizer, vocab_size: i
     documents, num_bytes = [], 0
     for path in paths:
         text = read_text(path)
-        document_S = np.array([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
+        ids = [*start_ids(tokenizer), *tokenizer.encode(text), tokenizer.eos_id]
+        document_S = np.array(ids, np.int32)
         if document_S.max() >= vocab_size:
             problem = f"text file {path} has token {document_S.max()}, but model.vocab_size="
             right = f"model.vocab_size={tokenizer.vocab_size}, as the tokenizer has, would work"

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable, Sequence
 
 from grok.config.sampling import SamplingParams
-from grok.data.tokenizers import Tokenizer
+from grok.data.tokenizers import Tokenizer, encode_prompt
 from grok.errors import RequestError
 from grok.infer.engine import Engine
 from grok.infer.request import Request
@@ -80,4 +80,5 @@ def chat_loop(
 
 
 def _request(tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Request:
-    return Request(f"interactive-{next(_numbers)}", tuple(tokenizer.encode(prompt)), params)
+    ids = encode_prompt(tokenizer, prompt)
+    return Request(f"interactive-{next(_numbers)}", tuple(ids), params)

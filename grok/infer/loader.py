@@ -1,7 +1,6 @@
 """From weights in any format to a model that answers: its config, tokenizer, mesh and engine."""
 
 import dataclasses
-import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,8 +14,7 @@ from grok import sharding, storage
 from grok.config import MESH_AXES, DataConfig, MeshConfig, ModelConfig, RunConfig
 from grok.config.infer import InferConfig
 from grok.config.load import from_dict, load_config, to_dict
-from grok.data.prepare.shards import TOKENIZER_FILE
-from grok.data.tokenizers import parse_tokenizer
+from grok.data.tokenizers import TOKENIZER_NAMES, load_tokenizer
 from grok.errors import ConfigError, DataError
 from grok.infer.openai.requests import RequestParser, make_renderer
 from grok.model.mesh_fit import fit_mesh
@@ -46,18 +44,21 @@ def config_of(path: str, config: str | None, overrides: Sequence[str]) -> RunCon
 def find_tokenizer(
     path: str, tokenizer: str | None, config: RunConfig, datasets: Sequence[str] = ()
 ) -> str:
-    """The tokenizer's file, local or gs://: `tokenizer`, or the one beside the weights, in the
+    """The tokenizer's file, local or gs://: `tokenizer`, or one beside the weights, in the
     config, or in the first prepared dataset. Raises DataError where there is none of these."""
     if tokenizer:
         return tokenizer
     run = os.path.dirname(path.rstrip("/"))  # of `checkpoints` in it, or of one step of these
-    files = [storage.join(folder, TOKENIZER_FILE) for folder in (path, run, os.path.dirname(run))]
+    beside = (path, run, os.path.dirname(run))
+    files = [storage.join(folder, name) for folder in beside for name in TOKENIZER_NAMES]
     files += [config.data.tokenizer] if config.data.tokenizer else []
-    files += [storage.join(dataset, TOKENIZER_FILE) for dataset in datasets]
+    files += [storage.join(folder, name) for folder in datasets for name in TOKENIZER_NAMES]
     file = next((file for file in files if storage.exists(file, DataError)), None)
     if file is None:
+        *others, last = TOKENIZER_NAMES
         right = "the tokenizer of these weights, as in --tokenizer FILE or tokenizer=FILE"
-        raise DataError(f"there is no {TOKENIZER_FILE} beside {path}; {right}, would work.")
+        names = f"{', '.join(others)} or {last}"
+        raise DataError(f"there is no {names} beside {path}; {right}, would work.")
     return file
 
 
@@ -83,8 +84,7 @@ class ServedModel:
         run = config_of(config.weights, config.model or None, changes)
         self.config, self._settings = run.model, config
         file = find_tokenizer(config.weights, config.tokenizer, run)
-        self._tokenizer_bytes = storage.read_bytes(file, DataError)
-        self.tokenizer = parse_tokenizer(self._tokenizer_bytes, f"tokenizer={file}")
+        self.tokenizer = load_tokenizer(file)
         if self.tokenizer.vocab_size > self.config.vocab_size:
             pieces = f"{self.tokenizer.vocab_size} pieces and the model of weights={config.weights}"
             right = "the tokenizer that the model was trained with would work"
@@ -100,13 +100,20 @@ class ServedModel:
         return {
             "model": to_dict(self.config),
             "weights": {"checksum": sample_checksum(source)},
-            "tokenizer": {"sha256": hashlib.sha256(self._tokenizer_bytes).hexdigest()},
+            "tokenizer": {
+                "sha256": self.tokenizer.files.sha256,
+                "adds_bos": self.tokenizer.adds_bos,
+                "eos_ids": list(self.tokenizer.eos_ids),
+            },
         }
 
     def parser(self, max_choices: int = 128) -> RequestParser:
         """The parser of request bodies, with the config's defaults and chat template."""
         defaults, context_length = self._settings.sampling, self.config.context_length
-        return RequestParser(self.tokenizer, defaults, context_length, self._render, max_choices)
+        allow_special = self._settings.allow_special_tokens
+        return RequestParser(
+            self.tokenizer, defaults, context_length, self._render, max_choices, allow_special
+        )
 
     def engine(self, log: Callable[[str], None]) -> Any:
         """Reads the weights and makes the engine; `log` gets a line before each slow part."""

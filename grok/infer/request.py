@@ -101,7 +101,7 @@ class Completion:
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, request.prompt)
         params = request.params
-        eos = () if tokenizer is None or params.ignore_eos else (tokenizer.eos_id,)
+        eos = () if tokenizer is None or params.ignore_eos else tokenizer.eos_ids
         self._stop_tokens = frozenset((*params.stop_token_ids, *eos))
         self._length, self._logprob_sum = 0, 0.0
         # New since the last `drain`.

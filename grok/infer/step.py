@@ -89,7 +89,7 @@ class StepInputs:
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None, mesh: Mesh):
         self._config, self._mesh = config, mesh
-        self._eos = -1 if tokenizer is None else tokenizer.eos_id
+        self._eos_ids = () if tokenizer is None else tokenizer.eos_ids
         # Rows of the embedding table beyond the vocabulary are never chosen.
         self._unused_V = np.zeros(config.vocab_size, bool)
         if tokenizer is not None:
@@ -155,8 +155,8 @@ class StepInputs:
         banned_V[list(params.banned_token_ids)] = True
         if early:
             banned_V[list(params.stop_token_ids)] = True
-            if self._eos >= 0 and not params.ignore_eos:
-                banned_V[self._eos] = True
+            if not params.ignore_eos:
+                banned_V[list(self._eos_ids)] = True
         return banned_V
 
     def _no_tokens(self, shape: tuple[int, int]) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 from grok import storage
 from grok.config import RunConfig
 from grok.config.load import from_dict, load_config
+from grok.data.tokenizers import tokenizer_file
 from grok.errors import DONE, CheckpointError
 from grok.train.loop import run_training
 from grok.train.telemetry.metrics_file import read_metrics
@@ -152,7 +153,7 @@ def _check_same_machine_and_text(segment: Segment) -> None:
 
 def _replay_config(segment: Segment, folder: Path) -> RunConfig:
     """The segment's config in another folder, without what does not affect the numbers."""
-    config, tokenizer = segment.config, str(segment.folder / "tokenizer.model")
+    config, tokenizer = segment.config, tokenizer_file(segment.folder)
     no_text: dict[str, Any] = {"validation": (), "validation_dataset": ""}
     data = dataclasses.replace(config.data, **no_text, tokenizer=tokenizer)
     train = dataclasses.replace(config.train, tensorboard=False, wandb="", profile=(), eval_every=0)

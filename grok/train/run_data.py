@@ -1,17 +1,15 @@
 """The data of a run, and the check that a resumed run has the same."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from grok import storage
 from grok.config import RunConfig
 from grok.data.batch_schedule import Batch, BatchSchedule, Mixture
 from grok.data.dataset import TokenDataset
 from grok.data.device_feed import TrainBatches
 from grok.data.packed_batches import PackedBatches, PackedValidation
 from grok.data.stream_batches import StreamBatches, StreamValidation, read_stream
-from grok.data.tokenizers import Tokenizer, load_tokenizer, token_bytes
+from grok.data.tokenizers import Tokenizer, load_tokenizer, start_ids, token_bytes
 from grok.errors import CheckpointError, DataError
 
 
@@ -32,13 +30,13 @@ def read_data(config: RunConfig) -> RunData:
     if not data.train and not data.datasets:
         raise DataError("data.train names no files, data.datasets nothing; set data.train=[a.txt].")
     if not data.tokenizer:
-        raise DataError("data.tokenizer names no SentencePiece model; set it to a .model file.")
+        raise DataError("data.tokenizer names no tokenizer; set it to its file or folder.")
     tokenizer = load_tokenizer(data.tokenizer)
     schedule = BatchSchedule(data.sequence_length, data.batch_size, data.shapes()[1:])
     train: TrainBatches
     hashes = []
     if data.datasets:
-        datasets = {dataset.path: open_dataset(dataset.path, config) for dataset in data.datasets}
+        datasets = {d.path: open_dataset(d.path, tokenizer, config) for d in data.datasets}
         hashes = [{"path": path, "hash": dataset.hash} for path, dataset in datasets.items()]
         changes = [(schedule.first_row(m.from_step), m.weights) for m in data.mixture_schedule]
         mixture = Mixture([dataset.weight for dataset in data.datasets], changes)
@@ -58,22 +56,26 @@ def open_held_out(
     """The batches of a pass over a dataset or else text files, and the UTF-8 bytes it predicts."""
     shape = {"sequence_length": config.data.sequence_length, "batch_size": config.data.batch_size}
     if dataset:
-        packed = PackedValidation(open_dataset(dataset, config), **shape)
+        packed = PackedValidation(open_dataset(dataset, tokenizer, config), **shape)
         return packed, packed.num_bytes(token_bytes(tokenizer))
     stream = read_stream(texts, tokenizer, config.model.vocab_size)
     return StreamValidation(stream, **shape), stream.num_bytes
 
 
-def open_dataset(path: str, config: RunConfig) -> TokenDataset:
+def open_dataset(path: str, tokenizer: Tokenizer, config: RunConfig) -> TokenDataset:
     """Opens a prepared dataset. DataError if its tokenizer is another, or larger than the model."""
     dataset = TokenDataset(path)
-    stored, tokenizer = dataset.manifest["tokenizer"], config.data.tokenizer
-    sha256 = hashlib.sha256(storage.read_bytes(tokenizer, DataError)).hexdigest()
-    if stored["sha256"] != sha256:
+    stored, name = dataset.manifest["tokenizer"], f"data.tokenizer={config.data.tokenizer}"
+    if stored["sha256"] != (sha256 := tokenizer.files.sha256):
         raise DataError(
             f"dataset {path} was prepared with a tokenizer of SHA-256 {stored['sha256'][:12]}, "
-            f"and data.tokenizer={tokenizer} has {sha256[:12]}; the same tokenizer would work."
+            f"and {name} has {sha256[:12]}; the same tokenizer would work."
         )
+    for key, ids in {"start_ids": start_ids(tokenizer), "eos_id": tokenizer.eos_id}.items():
+        if stored.get(key, ids) != ids:
+            problem = f"dataset {path} was prepared with {key}={stored[key]}, and {name} has {ids}"
+            right = f"data.tokenizer={path}, with the settings of that time, would work"
+            raise DataError(f"{problem}; {right}.")
     if stored["vocab_size"] > config.model.vocab_size:
         raise DataError(
             f"dataset {path} has tokens up to {stored['vocab_size'] - 1}, but model.vocab_size="

@@ -11,7 +11,9 @@ from grok.infer.request import Output
 class Letters:
     """A tokenizer of characters."""
 
-    def encode(self, text: str) -> list[int]:
+    adds_bos = False
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         return [ord(letter) for letter in text]
 
 

@@ -4,7 +4,6 @@ neither on the number of processes that tokenize nor on interruptions."""
 
 import collections
 import dataclasses
-import hashlib
 import itertools
 import math
 import shutil
@@ -26,7 +25,7 @@ from grok.data.prepare.shards import (
     write_dataset,
 )
 from grok.data.prepare.sources import RawRecord, SourceFile, find_files, hash_files, read_records
-from grok.data.tokenizers import Tokenizer, parse_tokenizer
+from grok.data.tokenizers import Tokenizer, load_tokenizer, start_ids
 from grok.errors import DataError
 from grok.resumable import difference
 
@@ -52,6 +51,7 @@ class PrepareOptions:
     drop_duplicates: bool = False
     max_bad_share: float = 0.01  # of all records, before the job stops
     workers: int = 1  # processes that tokenize
+    allow_special_tokens: bool = False  # special tokens in a text are read as such
 
 
 OnProgress = Callable[[float, Mapping[str, int]], None]  # share of the input, counts so far
@@ -68,13 +68,12 @@ def prepare_dataset(
         if Path(source).resolve() in (folder.resolve(), *folder.resolve().parents):
             inside = f"{folder} is inside source {source} and would be read as one of its files"
             raise DataError(f"{inside}; a folder beside it would work.")
-    model = storage.read_bytes(options.tokenizer, DataError)
-    tokenizer = parse_tokenizer(model, options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
     if tokenizer.eos_id < 0:
         problem = f"tokenizer {options.tokenizer} has no end-of-sequence piece to end documents"
         raise DataError(f"{problem} with; one that `grok data tokenizer` trained would work.")
     files = hash_files(find_files(options.sources, options.patterns, options.format))
-    identity = _identity(options, files, model, tokenizer)
+    identity = _identity(options, files, tokenizer)
     if (folder / MANIFEST_FILE).exists():
         return _finished_manifest(folder, identity)
     with ShardJournal(folder / UNFINISHED, identity) as journal:
@@ -85,21 +84,25 @@ def prepare_dataset(
         if not totals["documents"]:
             sources, records = ", ".join(options.sources), f"{_num_records(totals):,} records"
             raise DataError(f"{sources}: of {records} none is good; text would work.")
-        return write_dataset(folder, journal, identity, files, model)
+        return write_dataset(folder, journal, identity, files, tokenizer.files.contents())
 
 
 def _identity(
-    options: PrepareOptions, files: Sequence[SourceFile], model: bytes, tokenizer: Tokenizer
+    options: PrepareOptions, files: Sequence[SourceFile], tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Everything that the bytes of the dataset depend on."""
-    names = ("patterns", "format", "fields", "licence", "shard_bytes", "drop_duplicates")
+    names = [
+        *("patterns", "format", "fields", "licence", "shard_bytes", "drop_duplicates"),
+        "allow_special_tokens",
+    ]
     settings = dataclasses.asdict(options) | {"patterns": list(options.patterns)}
     settings["fields"] = {key: name for key, name in settings["fields"].items() if name}
     return {
         "code_version": __version__,
         "tokenizer": {
-            "sha256": hashlib.sha256(model).hexdigest(),
+            "sha256": tokenizer.files.sha256,
             "vocab_size": tokenizer.vocab_size,
+            "start_ids": start_ids(tokenizer),
             "eos_id": tokenizer.eos_id,
         },
         "options": {name: settings[name] for name in names},
@@ -134,7 +137,9 @@ def _write_shards(
     shards = ShardWriter(journal, options.shard_bytes)
     records = read_records(files, options.fields.names(), journal.position)
     groups = _group_records(records, files, options.licence)
-    encoded = encode_records(groups, tokenizer, options.fields, options.workers)
+    encoded = encode_records(
+        groups, tokenizer, options.fields, options.workers, options.allow_special_tokens
+    )
     try:
         for raw, result in encoded:
             file, counts = files[raw.file], {"rejected": 1}

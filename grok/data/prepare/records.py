@@ -20,15 +20,12 @@ import numpy as np
 
 from grok.data.dataset import encode_document
 from grok.data.prepare.sources import RawRecord
-from grok.data.tokenizers import Tokenizer
+from grok.data.tokenizers import Tokenizer, start_ids
 from grok.errors import DataError
 
 # The prefix of each message of a conversation and its end, as in xAI's chat models.
 ROLES = {"system": "System:", "user": "Human:", "assistant": "Assistant:"}
 END_OF_MESSAGE = "<|separator|>"
-# A private-use character that no tokenizer has a piece for, so that none joins it with what
-# follows.
-GUARD = "\U0010fffd"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,12 +69,15 @@ class BadRecord(Exception):
 
 
 class DocumentEncoder:
-    """Makes documents of raw records; the tokenizer must have an end-of-sequence token."""
+    """Makes documents of raw records; the tokenizer must have an end-of-sequence token. Special
+    tokens in a text are read as such where `allow_special`."""
 
-    def __init__(self, tokenizer: Tokenizer, fields: RecordFields) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, fields: RecordFields, allow_special: bool = False
+    ) -> None:
+        self._allow_special = allow_special
         self._tokenizer, self._fields = tokenizer, fields
         self._supervised = bool(fields.messages or fields.prompt)
-        self._num_guard_ids = len(self._tokenizer.encode(GUARD))
 
     def encode(self, raw: RawRecord, metadata: Mapping[str, Any]) -> EncodedDocument:
         """The document of a record, with `metadata` and its own; BadRecord where it has none."""
@@ -103,10 +103,12 @@ class DocumentEncoder:
         )
 
     def _tokenize(self, segments: list[TextSegment]) -> tuple[np.ndarray, np.ndarray | None]:
-        """tokens_S (uint32), ended by eos, and mask_S (uint8; None for a plain text)."""
-        tokens, mask = array.array("I"), bytearray()
+        """tokens_S (uint32), ended by eos and, where the tokenizer adds it, begun by bos; and
+        mask_S (uint8; None for a plain text)."""
+        start = start_ids(self._tokenizer)
+        tokens, mask = array.array("I", start), bytearray(len(start))
         for segment in segments:
-            ids = self._ids(segment.text, first=not tokens)
+            ids = self._ids(segment.text, continues=len(tokens) > len(start))
             tokens.extend(ids)
             mask.extend(bytes([segment.has_loss]) * len(ids))
         tokens.append(self._tokenizer.eos_id)
@@ -114,13 +116,11 @@ class DocumentEncoder:
         tokens_S = np.frombuffer(tokens, np.uintc)
         return tokens_S, np.frombuffer(mask, np.uint8) if self._supervised else None
 
-    def _ids(self, text: str, first: bool) -> list[int]:
-        """Ids of a text, which is the `first` of its document or continues it."""
+    def _ids(self, text: str, continues: bool) -> list[int]:
         try:
-            if first:
-                return self._tokenizer.encode(text)
-            # Some tokenizers add a space before every text; GUARD takes it.
-            return self._tokenizer.encode(GUARD + text)[self._num_guard_ids :]
+            return self._tokenizer.encode(
+                text, allow_special=self._allow_special, continues=continues
+            )
         except DataError as error:
             raise BadRecord(str(error).partition(",")[0].replace("the text has", "has")) from None
 
@@ -205,15 +205,19 @@ Result = tuple[RawRecord, EncodedDocument | str]
 
 
 def encode_records(
-    groups: Iterator[RecordGroup], tokenizer: Tokenizer, fields: RecordFields, workers: int
+    groups: Iterator[RecordGroup],
+    tokenizer: Tokenizer,
+    fields: RecordFields,
+    workers: int,
+    allow_special: bool = False,
 ) -> Generator[Result, None, None]:
     """Yields each record with its document, or why it has none, in order."""
     if workers == 1:
-        encoder = DocumentEncoder(tokenizer, fields)
+        encoder = DocumentEncoder(tokenizer, fields, allow_special)
         for group in groups:
             yield from zip((raw for raw, _ in group), _encode_group(group, encoder), strict=True)
         return
-    context, arguments = multiprocessing.get_context("spawn"), (tokenizer, fields)
+    context, arguments = multiprocessing.get_context("spawn"), (tokenizer, fields, allow_special)
     pool = ProcessPoolExecutor(workers, context, _start_worker, arguments)
     try:
         pending: collections.deque[tuple[RecordGroup, Future]] = collections.deque()
@@ -237,7 +241,7 @@ def encode_records(
 _encoder: DocumentEncoder | None = None
 
 
-def _start_worker(tokenizer: Tokenizer, fields: RecordFields) -> None:
+def _start_worker(tokenizer: Tokenizer, fields: RecordFields, allow_special: bool) -> None:
     global _encoder
     # Ctrl-C reaches all processes of a terminal; the main one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -249,7 +253,7 @@ def _start_worker(tokenizer: Tokenizer, fields: RecordFields) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    _encoder = DocumentEncoder(tokenizer, fields)
+    _encoder = DocumentEncoder(tokenizer, fields, allow_special)
 
 
 def _encode_group(

@@ -141,7 +141,6 @@ def sync(path: Path) -> None:
 
 SOURCES_FILE = "sources.jsonl"
 REJECTED_FILE = "rejected.jsonl"
-TOKENIZER_FILE = "tokenizer.model"
 
 
 def describe_sources(
@@ -168,9 +167,10 @@ def write_dataset(
     journal: ShardJournal,
     identity: Mapping[str, Any],
     files: Sequence[SourceFile],
-    model: bytes,
+    tokenizer: Mapping[str, bytes],
 ) -> dict[str, Any]:
-    """Completes the dataset of a journal with all input; returns its manifest. After an
+    """Completes the dataset of a journal with all input, `tokenizer` being the contents of that
+    one's files by name; returns its manifest. After an
     interruption it can be called again: the manifest is written last."""
     entries = journal.entries
     names = [f"shard-{n:05}-of-{len(entries):05}.arrayrecord" for n in range(len(entries))]
@@ -180,7 +180,7 @@ def write_dataset(
     lengths = io.BytesIO()
     np.save(lengths, np.concatenate([np.array(entry.lengths, np.uint32) for entry in entries]))
     contents = {LENGTHS_FILE: lengths.getvalue(), SOURCES_FILE: sources_lines(files)}
-    contents |= {TOKENIZER_FILE: model, REJECTED_FILE: rejected_lines(entries)}
+    contents |= {**tokenizer, REJECTED_FILE: rejected_lines(entries)}
     contents = {name: data for name, data in contents.items() if data}  # perhaps none is bad
     for name, data in contents.items():
         storage.write_bytes(folder / name, data)

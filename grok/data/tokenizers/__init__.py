@@ -1,5 +1,6 @@
 """Tokenizers: text to token ids and back, whichever library is behind the file."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from grok.data.tokenizers.byte_pairs import BytePairTokenizer
@@ -33,7 +34,7 @@ __all__ = [
     "tokenizer_file",
 ]
 
-KINDS = {
+KINDS: dict[str, Callable[[TokenizerFiles], Tokenizer]] = {
     SENTENCEPIECE: SentencePieceTokenizer,
     TOKENIZER_JSON: HuggingFaceTokenizer,
     TOK_JSON: BytePairTokenizer,

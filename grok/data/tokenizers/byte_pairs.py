@@ -1,6 +1,6 @@
 """Byte pairs ordered by their ids alone: tokenizer.tok.json files, as Grok-2's release has."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import tiktoken
@@ -31,17 +31,18 @@ class BytePairTokenizer:
         regular, special = (
             _tokens(fields, key, files.path) for key in ("regular_tokens", "special_tokens")
         )
-        self.special_tokens = _special_tokens(special, files.path)
+        self.special_tokens: Mapping[str, int] = _special_tokens(special, files.path)
         ids = [*regular.values(), *special.values()]
         self.vocab_size = _vocab_size(fields, ids, files.path)
-        self._encoding = _encoding(fields, regular, self.special_tokens, files.path)
+        self._encoding = _encoding(fields, regular, dict(self.special_tokens), files.path)
         self._bytes = [b""] * self.vocab_size
         for data, token_id in regular.items():
             self._bytes[token_id] = data
         self._names = {token_id: name for name, token_id in self.special_tokens.items()}
         self.pad_id = self.special_tokens.get(PAD, -1)
-        ends = [self.special_tokens[name] for name in (EOS, SEPARATOR) if name in self.special_tokens]
-        stated = files.eos(self.special_tokens, ends)
+        ids_by_name = self.special_tokens
+        ends = [ids_by_name[name] for name in (EOS, SEPARATOR) if name in ids_by_name]
+        stated = files.eos(ids_by_name, ends)
         self.eos_ids = tuple(dict.fromkeys((*stated, *ends)))
         self.eos_id = self.eos_ids[0] if self.eos_ids else -1
         self.bos_id = files.bos(self.special_tokens, -1)
@@ -125,7 +126,8 @@ def _encoding(
 ) -> tiktoken.Encoding:
     split = fields.get("word_split")
     if not isinstance(split, str) or split not in WORD_SPLITS:
-        raise DataError(f"{path}: word_split is {split!r:.60}; {', '.join(WORD_SPLITS)} would work.")
+        known = ", ".join(WORD_SPLITS)
+        raise DataError(f"{path}: word_split is {split!r:.60}; {known} would work.")
     if missing := [byte for byte in range(256) if bytes([byte]) not in regular]:
         problem = f"{path}: there is no token for byte 0x{missing[0]:02x}"
         raise DataError(f"{problem}, so that it cannot write every text; all 256 would work.")

@@ -1,4 +1,4 @@
-"""The files that a tokenizer consists of: its own, and the settings that a release has beside it."""
+"""The files that a tokenizer consists of: its own, and the settings beside it in a release."""
 
 import dataclasses
 import hashlib
@@ -15,6 +15,7 @@ from grok.errors import DataError
 TOK_JSON, TOKENIZER_JSON, SENTENCEPIECE = "tokenizer.tok.json", "tokenizer.json", "tokenizer.model"
 TOKENIZER_NAMES = (TOK_JSON, TOKENIZER_JSON, SENTENCEPIECE)
 SETTINGS_FILE, GENERATION_FILE = "tokenizer_config.json", "generation_config.json"
+MODEL_CONFIG = "config.json"
 # Models whose tokenizer in Hugging Face's libraries puts bos first unless told otherwise.
 BOS_MODEL_TYPES = ("llama", "mistral", "mixtral")
 
@@ -51,15 +52,23 @@ class TokenizerFiles:
             raise DataError(f"{self.path}: {SETTINGS_FILE} has a {key} that is no text.")
         return value
 
+    def added_tokens(self) -> dict[str, dict[str, Any]]:
+        """The tokens that tokenizer_config.json adds, by id as text."""
+        tokens = self.settings.get("added_tokens_decoder") or {}
+        if not isinstance(tokens, dict) or not all(isinstance(t, dict) for t in tokens.values()):
+            problem = (
+                f"{self.path}: {SETTINGS_FILE} has added_tokens_decoder that is not of objects"
+            )
+            raise DataError(f"{problem}; the released file would work.")
+        return tokens
+
     def adds_bos(self, default: bool) -> bool:
         """True where a text gets bos in front: as tokenizer_config.json says, or `default`."""
         value = self.settings.get("add_bos_token")
         if value is not None and not isinstance(value, bool):
             right = "true or false would work"
             raise DataError(f"{self.path}: {SETTINGS_FILE} has add_bos_token={value!r}; {right}.")
-        if value is None and str(
-            self.settings.get("tokenizer_class")
-        ).startswith("LlamaTokenizer"):
+        if value is None and str(self.settings.get("tokenizer_class")).startswith("LlamaTokenizer"):
             return True
         return default if value is None else value
 
@@ -83,28 +92,26 @@ class TokenizerFiles:
 def read_tokenizer_files(path: str | os.PathLike[str]) -> TokenizerFiles:
     """Reads a tokenizer's file, or the one in a release's folder, and the settings beside it, local
     or at gs://. DataError where it is missing or of no known kind."""
-    path = os.fspath(path)
-    if _is_folder(path):
-        path = tokenizer_file(path)
+    path = tokenizer_file(path)
     data = storage.read_bytes(path, DataError)
     folder = os.path.dirname(path) or "."
-    settings, generation, model = (
-        _read_object(storage.join(folder, name))
-        for name in (SETTINGS_FILE, GENERATION_FILE, "config.json")
-    )
+    beside = (SETTINGS_FILE, GENERATION_FILE, MODEL_CONFIG)
+    settings, generation, model = (_read_object(storage.join(folder, name)) for name in beside)
     if not settings and model.get("model_type") in BOS_MODEL_TYPES:
         settings = {"add_bos_token": True}
     return TokenizerFiles(_kind(data, path), data, path, settings, _merged(generation, model, path))
 
 
-def tokenizer_file(folder: str | os.PathLike[str]) -> str:
-    """The path of a folder's tokenizer; DataError where there is none."""
-    paths = [storage.join(folder, name) for name in TOKENIZER_NAMES]
-    if path := next((path for path in paths if storage.exists(path, DataError)), None):
-        return path
+def tokenizer_file(path: str | os.PathLike[str]) -> str:
+    """A file's path, or that of the tokenizer in a folder; DataError where it has none."""
+    if not _is_folder(os.fspath(path)):
+        return os.fspath(path)
+    paths = [storage.join(path, name) for name in TOKENIZER_NAMES]
+    if file := next((file for file in paths if storage.exists(file, DataError)), None):
+        return file
     *others, last = TOKENIZER_NAMES
     names = f"{', '.join(others)} or {last}"
-    problem = f"{os.fspath(folder)}: cannot be read: it is a folder without {names}"
+    problem = f"{os.fspath(path)}: cannot be read: it is a folder without {names}"
     raise DataError(f"{problem}; a tokenizer's file, or a folder with one, would work.")
 
 
@@ -113,7 +120,9 @@ def parse_object(data: bytes, path: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}; the released file would work.") from None
+        raise DataError(
+            f"{path} is not JSON: {error!s:.200}; the released file would work."
+        ) from None
     if not isinstance(value, dict):
         raise DataError(f"{path} is no JSON object; the released file would work.")
     return value
@@ -130,7 +139,11 @@ def _kind(data: bytes, path: str) -> str:
     """The canonical name of a file with these bytes."""
     if data.lstrip()[:1] != b"{":
         return SENTENCEPIECE
-    fields = parse_object(data, path)
+    try:
+        fields = parse_object(data, path)
+    except DataError as error:
+        reason = str(error).removeprefix(f"{path} is ")
+        raise DataError(f"{path} is not a SentencePiece model, and {reason}") from None
     if "regular_tokens" in fields:
         return TOK_JSON
     if "model" in fields:
@@ -151,7 +164,7 @@ def _merged(generation: Mapping[str, Any], model: Mapping[str, Any], path: str) 
     for key in ("bos_token_id", "eos_token_id"):
         ids = dict.fromkeys([*_ids(generation, key, path), *_ids(model, key, path)])
         if ids:
-            merged[key] = list(ids)[0] if len(ids) == 1 or key == "bos_token_id" else list(ids)
+            merged[key] = list(ids) if len(ids) > 1 and key == "eos_token_id" else next(iter(ids))
     return merged
 
 

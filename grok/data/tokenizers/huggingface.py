@@ -25,7 +25,7 @@ class HuggingFaceTokenizer:
         self.files = files
         self._fields = fields = parse_object(files.data, files.path)
         added = _added_tokens(fields, files)
-        self.special_tokens = {
+        self.special_tokens: Mapping[str, int] = {
             token["content"]: token["id"] for token in added.values() if token["special"]
         }
         first, last = first_and_last_tokens(fields, files.path)
@@ -91,8 +91,8 @@ def _added_tokens(fields: Mapping[str, Any], files: TokenizerFiles) -> dict[int,
     """The tokens beside the model's by id: content, and whether they are special, as those always
     are that tokenizer_config.json says so of, or names as bos, eos or padding."""
     named = {files.token_setting(key) for key in ("bos_token", "eos_token", "pad_token")}
-    decoder = files.settings.get("added_tokens_decoder") or {}
-    special = {i for i, token in decoder.items() if isinstance(token, dict) and token.get("special")}
+    decoder = files.added_tokens()
+    special = {i for i, entry in decoder.items() if entry.get("special")}
     tokens: dict[int, dict[str, Any]] = {}
     for token in fields.get("added_tokens") or ():
         try:
@@ -110,9 +110,8 @@ def _added_tokens(fields: Mapping[str, Any], files: TokenizerFiles) -> dict[int,
 def _from_fields(
     fields: Mapping[str, Any], special: Mapping[str, int], path: str
 ) -> tokenizers.Tokenizer:
-    added = [
-        {**token, "special": token["content"] in special} for token in fields.get("added_tokens") or ()
-    ]
+    tokens = fields.get("added_tokens") or ()
+    added = [{**token, "special": token["content"] in special} for token in tokens]
     # Whole texts are encoded, whatever the file was made for.
     changes = {"added_tokens": added, "truncation": None, "padding": None}
     try:

@@ -29,8 +29,8 @@ class PieceDecoder:
     def __init__(self, fields: Mapping[str, Any], path: str) -> None:
         kind = _kind(fields.get("model"))
         if kind != "BPE":
-            right = "a tokenizer.json of kind BPE would work"
-            raise DataError(f"{path}: its model is of kind {kind}, which is not supported; {right}.")
+            right = "one with a BPE model would work"
+            raise DataError(f"{path}: its model is {kind}, which is not supported; {right}.")
         model = fields["model"]
         for key in ("continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(key):
@@ -75,13 +75,13 @@ def first_and_last_tokens(fields: Mapping[str, Any], path: str) -> tuple[list[in
         if _kind(stage) == "ByteLevel":
             continue
         if _kind(stage) != "TemplateProcessing":
-            problem = f"{path}: its post-processor is of kind {_kind(stage)}, which is not supported"
-            raise DataError(f"{problem}; one of kind TemplateProcessing would work.")
+            problem = f"{path}: its post-processor is {_kind(stage)}, which is not supported"
+            raise DataError(f"{problem}; a TemplateProcessing would work.")
         try:
             names = [entry.get("SpecialToken", {}).get("id") for entry in stage["single"]]
             tokens = stage["special_tokens"]
             ids = [[None] if name is None else tokens[name]["ids"] for name in names]
-            flat = [i for group in ids for i in group]
+            flat: list[Any] = [i for group in ids for i in group]
             text = flat.index(None)
         except (TypeError, KeyError, AttributeError, ValueError):
             problem = f"{path}: the template of its post-processor cannot be read"
@@ -143,4 +143,4 @@ def _strips_one(strip: Mapping[str, Any]) -> bool:
 def _refusal(stages: list[dict[str, Any]], path: str) -> DataError:
     kinds = ", ".join(map(_kind, stages)) or "none"
     right = "ByteLevel, Metaspace, or Replace, ByteFallback, Fuse and Strip would work"
-    return DataError(f"{path}: its decoder is of kind {kinds}, which is not supported; {right}.")
+    return DataError(f"{path}: its decoder is {kinds}, which is not supported; {right}.")

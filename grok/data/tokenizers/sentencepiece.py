@@ -28,7 +28,7 @@ class SentencePieceTokenizer:
         self.files = files
         self._processor = processor = _load(files)
         self.vocab_size: int = processor.vocab_size()
-        self.special_tokens = {
+        self.special_tokens: Mapping[str, int] = {
             processor.id_to_piece(i): i for i in range(self.vocab_size) if processor.is_control(i)
         }
         _check_settings(files, self.special_tokens, self.vocab_size)
@@ -68,8 +68,8 @@ class SentencePieceTokenizer:
         return ids
 
     def _encode(self, text: str, continues: bool) -> list[int]:
-        if continues and self._adds_space:
-            return self._processor.encode(GUARD + text)[self._num_guard_ids :]
+        if continues:
+            return self._encode(GUARD + text, False)[self._num_guard_ids :]
         if SPACE not in text or self._adds_space or self._space_char_ids is None:
             return self._processor.encode(text)
         # A literal U+2581 would come back as a space, so it goes in as its three bytes.
@@ -109,7 +109,7 @@ def _load(files: TokenizerFiles) -> sentencepiece.SentencePieceProcessor:
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", files.data[:4096]):
         problem = f"{files.path} is a list of byte pairs in tiktoken's base64 form"
         right = "the tokenizer.json of the same model would work"
-        raise DataError(f"{problem}, which says neither how text is split nor what ends it; {right}.")
+        raise DataError(f"{problem}, which does not say how text is split; {right}.")
     problem = f"{files.path} is not a SentencePiece model, nor a tokenizer.json or .tok.json"
     right = "a file that `grok data tokenizer` wrote, or one of the release, would work"
     raise DataError(f"{problem}; {right}.")
@@ -117,11 +117,9 @@ def _load(files: TokenizerFiles) -> sentencepiece.SentencePieceProcessor:
 
 def _check_settings(files: TokenizerFiles, special: Mapping[str, int], vocab_size: int) -> None:
     """Raises DataError where tokenizer_config.json has tokens that the model does not have."""
-    added = files.settings.get("added_tokens_decoder") or {}
-    for token_id, token in added.items():
+    for token_id, token in files.added_tokens().items():
         if not token_id.isdigit() or int(token_id) >= vocab_size:
-            content = token.get("content") if isinstance(token, dict) else token
-            problem = f"{SETTINGS_FILE} adds token {content!r:.60} with id {token_id} to it"
+            problem = f"{SETTINGS_FILE} adds {token.get('content')!r:.60} with id {token_id} to it"
             right = "the tokenizer.json of the same release, which has all tokens, would work"
             raise DataError(f"{files.path}: {problem}; {right}.")
     name = files.token_setting("eos_token")

@@ -10,7 +10,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from grok.config.sampling import SamplingConfig, SamplingParams
-from grok.data.tokenizers import Tokenizer
+from grok.data.tokenizers import Tokenizer, encode_prompt
 from grok.errors import ConfigError, DataError, RequestError
 from grok.infer.request import Request
 
@@ -65,6 +65,7 @@ class RequestParser:
     context_length: int
     render: Render | None = None
     max_choices: int = 128  # that a body may ask for, over all its prompts
+    allow_special: bool = False  # special tokens in a prompt's text are read as such
 
     def completion(self, body: Mapping[str, Any]) -> CompletionRequest:
         """Parses a body of /v1/completions."""
@@ -128,9 +129,11 @@ class RequestParser:
 
     def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         try:
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            if isinstance(prompt, str):
+                prompt = encode_prompt(self.tokenizer, prompt, allow_special=self.allow_special)
         except DataError as error:
             raise RequestError("prompt", str(error)) from None
+        ids = prompt
         last = self.tokenizer.vocab_size - 1
         if ids and not 0 <= min(ids) <= max(ids) <= last:
             raise RequestError("prompt", f"the prompt has a token that is not from 0 to {last}.")

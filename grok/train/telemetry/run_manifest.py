@@ -26,13 +26,14 @@ from jax.sharding import Mesh
 from grok import __version__, storage
 from grok.config import RunConfig
 from grok.config.load import to_dict
+from grok.data.tokenizers import tokenizer_file
 from grok.errors import CheckpointError
 from grok.model.params import num_active_parameters, num_parameters
 from grok.train.run_data import RunData
 
 PACKAGES = (
     "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy",
-    "sentencepiece",
+    "sentencepiece", "tokenizers", "tiktoken",
 )  # fmt: skip
 
 
@@ -196,9 +197,10 @@ def describe_devices(facts: dict[str, Any]) -> str:
 
 def describe_data(config: RunConfig, data: RunData) -> list[dict[str, str]]:
     """The training and validation data and the tokenizer, with hashes."""
+    tokenizer = tokenizer_file(config.data.tokenizer)
     return [{"dataset": d["path"], "manifest": d["hash"]} for d in data.hashes] + [
         {"file": path, "sha256": hashlib.sha256(storage.read_bytes(path)).hexdigest()}
-        for path in (*config.data.train, *config.data.validation, config.data.tokenizer)
+        for path in (*config.data.train, *config.data.validation, tokenizer)
     ]
 
 
