@@ -38,8 +38,11 @@ model model.vocab_size model.num_layers model.embed_dim model.context_length
 model.embedding_multiplier model.logit_multiplier model.logit_softcap model.tie_embeddings
 model.norm model.norm.eps model.norm.sandwich
 model.attention model.attention.num_heads model.attention.num_kv_heads model.attention.head_dim
-model.attention.logit_scale model.attention.logit_softcap model.attention.rope
-model.attention.rope.theta model.mlp model.mlp.dim model.mlp.activation
+model.attention.logit_scale model.attention.logit_softcap model.attention.temperature_length
+model.attention.window model.attention.rope model.attention.rope.theta model.attention.rope.scaling
+model.attention.rope.scaling.factor model.attention.rope.scaling.low_freq_factor
+model.attention.rope.scaling.high_freq_factor model.attention.rope.scaling.original_context_length
+model.mlp model.mlp.dim model.mlp.activation
 model.moe model.moe.dim model.moe.num_experts model.moe.num_selected
 model.moe.activation model.moe.normalize model.moe.logit_softcap model.param_dtype
 model.compute_dtype model.remat
@@ -140,8 +143,9 @@ def test_describe_gives_every_setting_with_value_and_meaning():
         "checkpoint",
         "engine",
     }
-    absent = {"model.mlp.dim", "model.mlp.activation"}  # of a section that is null
-    assert [key for key, _, _ in rows] == [key for key in KEYS if key not in sections | absent]
+    null = ("model.mlp.", "model.attention.rope.scaling.")  # sections, of which no keys are shown
+    expected = [key for key in KEYS if key not in sections and not key.startswith(null)]
+    assert [key for key, _, _ in rows] == expected
     assert ("train.steps", 500, "optimizer steps of the whole run") in rows
 
 
@@ -307,6 +311,28 @@ def test_sections_of_sections_and_sections_that_may_be_null(write):
         ),
         ("model: {attention: {num_kv_heads: 5}}", "model.attention.num_kv_heads=4 would work."),
         ("model: {attention: {head_dim: 7}}", "model.attention.head_dim=7 is odd"),
+        ("model: {attention: {window: 0}}", "model.attention.window must be more than 0, not 0"),
+        (
+            "model: {attention: {temperature_length: 1}}",
+            "model.attention.temperature_length must be more than 1, not 1",
+        ),
+        (
+            "model: {attention: {rope: {scaling: {factor: 8}}}}",
+            "model.attention.rope.scaling.high_freq_factor, "
+            "model.attention.rope.scaling.original_context_length must be set",
+        ),
+        (
+            "model: {attention: {rope: {scaling: {factor: 8, low_freq_factor: 4,\n"
+            "  high_freq_factor: 1, original_context_length: 8192}}}}",
+            "run.yaml:3: model.attention.rope.scaling.high_freq_factor=1.0 is not above "
+            "model.attention.rope.scaling.low_freq_factor=4; "
+            "model.attention.rope.scaling.high_freq_factor=16.0 would work.",
+        ),
+        (
+            "model: {attention: {rope: {scaling: {factor: 0.5, low_freq_factor: 1,\n"
+            "  high_freq_factor: 4, original_context_length: 8192}}}}",
+            "model.attention.rope.scaling.factor must be at least 1, not 0.5",
+        ),
         ("model: {moe: {num_experts: 1}}", "model.moe.num_selected=1 would work."),
         ("data: {sequence_length: 4096}", "data.sequence_length=1024 would work."),
         ("train: {steps: 50}", "run.yaml:2: optimizer.warmup_steps=100 leaves nothing of"),

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from grok.config.section import Count, Positive, Section, largest_divisor
 from grok.errors import ConfigError, bad_value
 
@@ -17,10 +19,39 @@ class NormConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScalingConfig(Section):
+    """Rotary wavelengths stretched for a longer context, by how often they turn in the original
+    one."""
+
+    factor: Annotated[
+        Annotated[float, Field(ge=1, allow_inf_nan=False)],
+        "stretch of the wavelengths that turn rarely",
+    ]
+    low_freq_factor: Annotated[
+        Positive, "turns in original_context_length up to which the stretch is whole"
+    ]
+    high_freq_factor: Annotated[
+        Positive, "turns in original_context_length from which there is none"
+    ]
+    original_context_length: Annotated[Count, "context of the training before the stretch"]
+
+    def __post_init__(self) -> None:
+        if self.high_freq_factor <= self.low_freq_factor:
+            name = "model.attention.rope.scaling.low_freq_factor"
+            problem = f"is not above {name}={self.low_freq_factor:g}"
+            better = 4 * self.low_freq_factor
+            key = "model.attention.rope.scaling.high_freq_factor"
+            raise bad_value(key, self.high_freq_factor, problem, better)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig(Section):
     """Rotary position embedding."""
 
     theta: Annotated[Positive, "base of the rotary wavelengths"] = 10000.0
+    scaling: Annotated[
+        RopeScalingConfig | None, "stretch of the long wavelengths; null: none"
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +63,14 @@ class AttentionConfig(Section):
     head_dim: Annotated[Count, "width of one head (H); even, for rotary pairs"]
     logit_scale: Annotated[Positive, "factor on attention logits; default 1/sqrt(head_dim)"] = None  # type: ignore[assignment]  # filled in __post_init__
     logit_softcap: Annotated[Positive | None, "c of c*tanh(x/c) on the logits; null: none"] = 30.0
+    temperature_length: Annotated[
+        Annotated[int, Field(gt=1)] | None,
+        "position from which the capped logits of a query at i grow, by log(i) / log(this); null: "
+        "never",
+    ] = None
+    window: Annotated[
+        Count | None, "keys that a query sees, its own among them; null: all before it"
+    ] = None
     rope: Annotated[RopeConfig, "rotary position embedding"] = RopeConfig()
 
     def __post_init__(self) -> None:

@@ -12,7 +12,6 @@ pages of the longest sequence.
 """
 
 import dataclasses
-import functools
 from typing import Any, Protocol
 
 import jax
@@ -61,20 +60,32 @@ class PackedRows:
         """Returns o_BTNH and these rows, which nothing changes."""
         kv = sharding.kv_axis(config.num_kv_heads)
         flash = hardware.platform() == "tpu" and supports(q_BTNH.shape[1])
-        factors: Any = {"scale": config.logit_scale, "softcap": config.logit_softcap}
+        flash = flash and config.temperature_length is None
+        factors = _factors(config)
+        # An operand that nothing reads would change the program.
+        positions_BT = None if config.temperature_length is None else self.positions_BT
 
-        def local(q, k, v, segment):
+        def local(q, k, v, segment, positions):
             k, v = _kv_of_local_heads(q, k, v, config)
             if flash:
                 return flash_attention(q, k, v, segment, **factors)
             index = jnp.broadcast_to(jnp.arange(q.shape[1])[None, :], segment.shape)
-            return attention(q, k, v, index, segment, segment, **factors)
+            return attention(q, k, v, index, segment, segment, positions, **factors)
 
         q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", None, kv, None)
-        in_axes = (q_axes, kv_axes, kv_axes, ("batch", None))
+        rows = ("batch", None)
+        in_axes = (q_axes, kv_axes, kv_axes, rows, () if positions_BT is None else rows)
         kernel = sharding.shard_map(local, in_axes, q_axes, check_vma=not flash)
-        o_BTNH = kernel(q_BTNH, k_BTKH, v_BTKH, self.segment_ids_BT)
+        o_BTNH = kernel(q_BTNH, k_BTKH, v_BTKH, self.segment_ids_BT, positions_BT)
         return checkpoint_name(o_BTNH, "attention"), self
+
+
+def _factors(config: AttentionConfig) -> dict[str, Any]:
+    """What an attention does to its logits, in the words of `grok.ops.attention`; a term that the
+    model lacks is left out."""
+    terms = {"window": config.window, "temperature_length": config.temperature_length}
+    present = {name: value for name, value in terms.items() if value is not None}
+    return {"scale": config.logit_scale, "softcap": config.logit_softcap, **present}
 
 
 def _kv_of_local_heads(q_BTNH, k_BSKH, v_BSKH, config: AttentionConfig):
@@ -153,6 +164,7 @@ class PagedAttend:
         fewer = config.num_heads // sharding.axis_size("heads") < group
         kernel = hardware.platform() == "tpu" and not fewer
         kernel = kernel and ragged.supports(cache.kv_LPSK2H, config.head_dim)
+        kernel = kernel and config.temperature_length is None
 
         def local(q, k, v, kv_pages, scales, table_BUM, start_BU, count_BU, layer):
             # Each device has the tokens of one group.
@@ -160,15 +172,12 @@ class PagedAttend:
             where = layer, table_BUM[0], start_BU[0]
             shared = sharding.axis_index("heads") * q.shape[2] // group if fewer else None
             kv_pages, scales = write_pages(kv_pages, scales, layer, new, *where[1:], count_BU[0])
-            q_UQNH, factors = (
-                q.reshape(-1, Q, *q.shape[2:]),
-                (config.logit_scale, config.logit_softcap),
-            )
+            q_UQNH, factors = q.reshape(-1, Q, *q.shape[2:]), _factors(config)
             if kernel:
-                o_UQNH = ragged.ragged_attention(q_UQNH, kv_pages, *where, *factors)
+                o_UQNH = ragged.ragged_attention(q_UQNH, kv_pages, *where, **factors)
             else:
-                portable = functools.partial(paged_attention, kv_head=shared)
-                o_UQNH = portable(q_UQNH, kv_pages, scales, *where, *factors)
+                where, factors = (*where, count_BU[0]), factors | {"kv_head": shared}
+                o_UQNH = paged_attention(q_UQNH, kv_pages, scales, *where, **factors)
             return o_UQNH.reshape(q.shape), kv_pages, scales
 
         q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", None, kv, None)

@@ -4,6 +4,7 @@ Letters: B rows, T query length, S key length, N heads, K kv heads, H head_dim.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,20 @@ import numpy as np
 import pytest
 
 import grok.ops.attention.causal
-from grok.ops.attention.causal import attention, attention_reference
+from grok.ops.attention.causal import attention, attention_reference, temperature
 
 B, T, N, K, H = 2, 32, 6, 2, 8
-OPTIONS = {"scale": 0.7, "softcap": 5.0}  # logits of several units: the softcap matters
+# Logits of several units: the softcap matters.
+OPTIONS: dict[str, Any] = {"scale": 0.7, "softcap": 5.0}
+# Windows shorter than documents, as long as some, longer than all, and of the query alone; a
+# temperature that begins within the documents; all together, and none.
+TERMS: list[dict[str, Any]] = [
+    {},
+    *({"window": window} for window in (1, 4, 9, 33)),
+    {"temperature_length": 6},
+    {"window": 7, "temperature_length": 3},
+    {"softcap": None, "window": 7, "temperature_length": 3},
+]
 
 # Sums of at most 32 products and a softmax, in float32: some units of 2^-24 = 6e-8.
 TOLERANCE = 2e-6
@@ -33,6 +44,13 @@ def inputs() -> tuple[jax.Array, ...]:
     return q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BT
 
 
+@pytest.fixture(scope="module")
+def positions(inputs) -> jax.Array:
+    """Position of every token in its document."""
+    segment_BT = np.asarray(inputs[4])
+    return jnp.asarray([[list(row[:t]).count(row[t]) for t in range(T)] for row in segment_BT])
+
+
 reference = jax.jit(functools.partial(attention_reference, **OPTIONS))
 
 
@@ -43,22 +61,44 @@ def chunked(monkeypatch):
     return jax.jit(lambda *inputs: attention(*inputs, **OPTIONS))
 
 
-def by_hand(q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS) -> np.ndarray:
+def by_hand(
+    q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS, positions_BT=None, **terms
+) -> np.ndarray:
     """One query of one head at a time, in float64; head n reads kv head n // (N / K)."""
     q, k, v = (np.asarray(x, np.float64) for x in (q_BTNH, k_BSKH, v_BSKH))
     index, q_segment, k_segment = (np.asarray(x) for x in (index_BT, segment_BT, segment_BS))
+    options = OPTIONS | terms
     o = np.zeros_like(q)
     for b, t, n in np.ndindex(*q.shape[:3]):
-        seen = (np.arange(k.shape[1]) <= index[b, t]) & (k_segment[b] == q_segment[b, t])
+        first = max(0, index[b, t] + 1 - options.get("window", k.shape[1]))
+        seen = [s for s in range(first, index[b, t] + 1) if k_segment[b, s] == q_segment[b, t]]
         head = n // (q.shape[2] // k.shape[2])
-        logits = k[b, seen, head] @ q[b, t, n] * OPTIONS["scale"]
-        weights = np.exp(OPTIONS["softcap"] * np.tanh(logits / OPTIONS["softcap"]))
+        logits = k[b, seen, head] @ q[b, t, n] * options["scale"]
+        if options["softcap"]:
+            logits = options["softcap"] * np.tanh(logits / options["softcap"])
+        if (length := options.get("temperature_length")) and positions_BT[b, t] > length:
+            logits = logits * np.log(positions_BT[b, t]) / np.log(length)
+        weights = np.exp(logits)
         o[b, t, n] = weights @ v[b, seen, head] / weights.sum()
     return o
 
 
-def test_reference_computes_the_formula(inputs):
-    np.testing.assert_allclose(reference(*inputs), by_hand(*inputs), rtol=0, atol=TOLERANCE)
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+def test_reference_computes_the_formula(inputs, positions, terms):
+    actual = jax.jit(functools.partial(attention_reference, **OPTIONS | terms))(*inputs, positions)
+    expected = by_hand(*inputs, positions, **terms)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [2, 4, 1024])
+def test_temperature_begins_behind_its_length(length):
+    """It is 1 up to the length, counted from 0, and the logarithm's ratio from the next position
+    on."""
+    near = np.arange(max(0, length - 3), length + 4)
+    positions = np.array([0, 1, *near, 2 * length, length**2, 131071])
+    logarithms = np.log2(np.maximum(positions, 1)) / np.log2(length)
+    expected = np.where(positions <= length, 1, logarithms)
+    np.testing.assert_allclose(temperature(jnp.asarray(positions), length), expected, rtol=3e-7)
 
 
 def test_new_queries_see_a_cache_up_to_their_own_place(inputs):
@@ -73,21 +113,31 @@ def test_new_queries_see_a_cache_up_to_their_own_place(inputs):
     np.testing.assert_array_equal(later, actual)
 
 
-def test_chunks_equal_the_reference(inputs, chunked):
-    np.testing.assert_allclose(chunked(*inputs), reference(*inputs), rtol=0, atol=TOLERANCE)
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+def test_chunks_equal_the_reference(inputs, positions, terms, monkeypatch):
+    monkeypatch.setattr(grok.ops.attention.causal, "QUERY_BLOCK", 8)
+    actual, expected = (
+        jax.jit(functools.partial(attend, **OPTIONS | terms))(*inputs, positions)
+        for attend in (attention, attention_reference)
+    )
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_gradients_through_chunks_equal_the_references(inputs, chunked):
+@pytest.mark.parametrize("terms", [TERMS[0], TERMS[-2]], ids=str)
+def test_gradients_through_chunks_equal_the_references(inputs, positions, terms, monkeypatch):
+    monkeypatch.setattr(grok.ops.attention.causal, "QUERY_BLOCK", 8)
     *arrays, index, segment, _ = inputs
     weight = jax.random.normal(jax.random.key(1), arrays[0].shape)
 
     def gradients(attend):
         def loss(q, k, v):
-            return jnp.sum(attend(q, k, v, index, segment, segment) * weight)
+            o = attend(q, k, v, index, segment, segment, positions, **OPTIONS | terms)
+            return jnp.sum(o * weight)
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
 
-    for name, ours, expected in zip("qkv", gradients(chunked), gradients(reference), strict=True):
+    pairs = zip(gradients(attention), gradients(attention_reference), strict=True)
+    for name, (ours, expected) in zip("qkv", pairs, strict=True):
         error = np.abs(ours - expected).max() / np.abs(expected).max()
         assert error < TOLERANCE, name
 

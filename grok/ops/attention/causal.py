@@ -1,10 +1,11 @@
-"""Causal grouped-query attention with a tanh soft-cap.
+"""Causal grouped-query attention: soft-cap, temperature by position, sliding window.
 
 Letters: B batch, T query length, S key length, K kv heads, G queries a kv head, N = K*G heads,
 H head_dim.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +16,51 @@ MASKED_LOGIT = -1e30
 QUERY_BLOCK = 512  # queries of which logits exist at a time
 
 
+def temperature(positions: jax.Array, length: int) -> jax.Array:
+    """Factor on a query's capped logits, float32: 1 up to position `length`, counted from 0, and
+    log(position) / log(length) beyond it."""
+    ratio = jnp.log2(jnp.maximum(positions, 1).astype(jnp.float32)) / math.log2(length)
+    return jnp.where(positions > length, ratio, 1)
+
+
+def causal_mask(key_index: jax.Array, index: jax.Array, window: int | None) -> jax.Array:
+    """True where a query at `index` sees the key at `key_index`: one of the last `window` up to its
+    own, which counts; None: any of them."""
+    mask = key_index <= index
+    if window is not None:
+        mask &= key_index > index - window
+    return mask
+
+
 def attention_reference(
-    q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS, *, scale: float, softcap: float | None
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    index_BT,
+    segment_BT,
+    segment_BS,
+    positions_BT=None,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None = None,
+    temperature_length: int | None = None,
 ) -> jax.Array:
     """Attention of each query over the earlier keys of its segment and itself, o_BTNH.
 
-    `index_BT` is each query's index among the S keys; it sees key s if s <= index and both segments
-    are equal. Logits and softmax are float32, products take the type of `q_BTNH`. All (B, N, T, S)
-    logits exist at once.
+    `index_BT` is each query's index among the S keys; it sees key s if s <= index, within the
+    window, and both segments are equal. `positions_BT` are the positions that the temperature goes
+    by: of packed documents, each counts its own. Logits and softmax are float32, products take the
+    type of `q_BTNH`. All (B, N, T, S) logits exist at once.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     logits = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     logits = apply_softcap(logits * scale, softcap)
-    mask_BTS = (jnp.arange(S)[None, None, :] <= index_BT[:, :, None]) & (
+    if temperature_length is not None:
+        logits *= temperature(positions_BT, temperature_length)[:, None, None, :, None]
+    mask_BTS = causal_mask(jnp.arange(S)[None, None, :], index_BT[:, :, None], window) & (
         segment_BT[:, :, None] == segment_BS[:, None, :]
     )
     logits = jnp.where(mask_BTS[:, None, None], logits, MASKED_LOGIT)
@@ -39,24 +70,25 @@ def attention_reference(
 
 @jax.named_scope("attention")
 def attention(
-    q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS, *, scale: float, softcap: float | None
+    q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS, positions_BT=None, **factors
 ) -> jax.Array:
     """`attention_reference`, by blocks of queries where T is long.
 
     At most (B, N, QUERY_BLOCK, S) logits exist at a time; the backward pass computes them again.
     """
-    attend = functools.partial(attention_reference, scale=scale, softcap=softcap)
+    attend = functools.partial(attention_reference, **factors)
     B, T = index_BT.shape
     if T <= QUERY_BLOCK or T % QUERY_BLOCK:
-        return attend(q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS)
+        return attend(q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS, positions_BT)
 
     def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(B, T // QUERY_BLOCK, QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
     def attend_block(block):
-        q, index, segment = block
-        return attend(q, k_BSKH, v_BSKH, index, segment, segment_BS)
+        q, index, segment, positions = block
+        return attend(q, k_BSKH, v_BSKH, index, segment, segment_BS, positions)
 
-    o = jax.lax.map(attend_block, (split(q_BTNH), split(index_BT), split(segment_BT)))
+    queries = jax.tree.map(split, (q_BTNH, index_BT, segment_BT, positions_BT))
+    o = jax.lax.map(attend_block, queries)
     return jnp.moveaxis(o, 0, 1).reshape(q_BTNH.shape)

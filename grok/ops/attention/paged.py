@@ -9,7 +9,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from grok.ops.attention.causal import MASKED_LOGIT, attention_reference
+from grok.ops.attention.causal import (
+    MASKED_LOGIT,
+    attention_reference,
+    causal_mask,
+    temperature,
+)
 from grok.ops.softcap import apply_softcap
 
 # Keys that one iteration of the loop takes: enough for the products to be worth its overhead.
@@ -40,30 +45,44 @@ def write_pages(kv, kv_scale, layer, new_UQK2H, table_UM, start_U, count_U):
 
 
 def paged_attention_reference(
-    q_UQNH, kv, kv_scale, layer, table_UM, start_U, *, scale, softcap, kv_head=None
+    q_UQNH, kv, kv_scale, layer, table_UM, start_U, *, kv_head=None, **factors
 ) -> jax.Array:
     """Attention of each token over its sequence up to itself, o_UQNH, from a copy of all its pages.
 
-    Each kv head serves N/K queries in turn; with `kv_head`, that one serves them all.
+    `factors` are those of `attention_reference`; pages wholly behind the window may hold anything
+    finite. Each kv head serves N/K queries in turn; with `kv_head`, that one serves them all.
     """
     read = functools.partial(_read_pages, kv, kv_scale, layer, kv_head, q_UQNH.dtype)
     k_UCKH, v_UCKH = (read(table_UM, i) for i in (0, 1))
     index_UQ = start_U[:, None] + jnp.arange(q_UQNH.shape[1])[None, :]
     segment_UC = jnp.ones(k_UCKH.shape[:2], jnp.int32)
-    attend = functools.partial(attention_reference, scale=scale, softcap=softcap)
-    return attend(q_UQNH, k_UCKH, v_UCKH, index_UQ, jnp.ones_like(index_UQ), segment_UC)
+    segments = jnp.ones_like(index_UQ), segment_UC
+    return attention_reference(q_UQNH, k_UCKH, v_UCKH, index_UQ, *segments, index_UQ, **factors)
 
 
 @jax.named_scope("paged_attention")
 def paged_attention(
-    q_UQNH, kv, kv_scale, layer, table_UM, start_U, scale, softcap, *, kv_head=None
+    q_UQNH,
+    kv,
+    kv_scale,
+    layer,
+    table_UM,
+    start_U,
+    count_U,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None = None,
+    temperature_length: int | None = None,
+    kv_head=None,
 ) -> jax.Array:
-    """`paged_attention_reference`, with its roundings, in blocks of keys up to the end of the
-    longest sequence here: first the softmax's maximum and sum (Milakov & Gimelshein 2018), then the
-    products with the final, rounded weights.
+    """`paged_attention_reference`, with its roundings, in blocks of keys from the first one that a
+    token here sees to the end of the longest sequence: first the softmax's maximum and sum (Milakov
+    & Gimelshein 2018), then the products with the final, rounded weights.
 
-    The order of a token's sums depends on its own position only: the further iterations that longer
-    neighbours need multiply by 1 and add 0.
+    The order of a token's sums depends on its own position only: the further iterations that other
+    blocks of queries need multiply by 1 and add 0, or come before its first key and are multiplied
+    by 0. Keys that no query of a block sees may hold anything.
     """
     U, Q, N, H = q_UQNH.shape
     S, K = kv.shape[2], kv.shape[3] if kv_head is None else 1
@@ -84,29 +103,39 @@ def paged_attention(
         logits = jnp.einsum(
             "uqkgh,uckh->ukgqc", q_UQKGH, read(pages, 0), preferred_element_type=jnp.float32
         )
-        mask_UQC = index_C[None, None, :] <= index_UQ[:, :, None]
+        mask_UQC = causal_mask(index_C[None, None, :], index_UQ[:, :, None], window)
         mask = mask_UQC[:, None, None]
-        return jnp.where(mask, apply_softcap(logits * scale, softcap), MASKED_LOGIT)
+        logits = apply_softcap(logits * scale, softcap)
+        if temperature_length is not None:
+            logits *= temperature(index_UQ, temperature_length)[:, None, None, :, None]
+        return jnp.where(mask, logits, MASKED_LOGIT)
 
     def weighted_values(block, weights):
         pages, index_C = pages_of(block)
         v_UCKH = read(pages, 1)
         # Stale values in a page may not be finite, and 0 times those is NaN.
-        past_UC = index_C[None, :] > index_UQ[:, -1:]
-        v_UCKH = jnp.where(past_UC[:, :, None, None], 0, v_UCKH)
+        unseen_UC = index_C[None, :] > index_UQ[:, -1:]
+        if window is not None:
+            unseen_UC |= index_C[None, :] <= index_UQ[:, :1] - window
+        v_UCKH = jnp.where(unseen_UC[:, :, None, None], 0, v_UCKH)
         weights = weights.astype(v_UCKH.dtype)
         return jnp.einsum("ukgqc,uckh->ukgqh", weights, v_UCKH, preferred_element_type=jnp.float32)
 
     # From q, so that they are typed as varying over devices, as what the loops make is.
     zeros = jnp.moveaxis(q_UQKGH, 1, 3).astype(jnp.float32) * 0
-    num_blocks = jnp.max(index_UQ) // (pages_per_block * S) + 1
-    o_UKGQH = _two_pass_softmax(masked_logits, weighted_values, zeros, num_blocks)
+    first_block, num_blocks = 0, jnp.max(index_UQ) // (pages_per_block * S) + 1
+    if window is not None:
+        # Padding, which begins at position 0, does not count.
+        first_U = jnp.where(count_U > 0, start_U - window + 1, jnp.iinfo(jnp.int32).max)
+        first_block = jnp.maximum(jnp.min(first_U), 0) // (pages_per_block * S)
+    blocks = first_block, num_blocks
+    o_UKGQH = _two_pass_softmax(masked_logits, weighted_values, zeros, blocks)
     return jnp.moveaxis(o_UKGQH.astype(q_UQNH.dtype), 3, 1).reshape(U, Q, N, H)
 
 
-def _two_pass_softmax(masked_logits, weighted_values, zeros, num_blocks) -> jax.Array:
-    """Sum over blocks of `weighted_values(block, softmax weights)`, float32, as `zeros` in
-    shape."""
+def _two_pass_softmax(masked_logits, weighted_values, zeros, blocks) -> jax.Array:
+    """Sum over a range of blocks of `weighted_values(block, softmax weights)`, float32, as `zeros`
+    in shape."""
 
     def accumulate_sum(block, carry):
         largest, total = carry
@@ -120,8 +149,8 @@ def _two_pass_softmax(masked_logits, weighted_values, zeros, num_blocks) -> jax.
         return o + weighted_values(block, weights)
 
     start = (zeros[..., 0] + MASKED_LOGIT, zeros[..., 0])
-    largest, total = jax.lax.fori_loop(0, num_blocks, accumulate_sum, start)
-    return jax.lax.fori_loop(0, num_blocks, accumulate_values, zeros)
+    largest, total = jax.lax.fori_loop(*blocks, accumulate_sum, start)
+    return jax.lax.fori_loop(*blocks, accumulate_values, zeros)
 
 
 def _read_pages(kv, kv_scale, layer, kv_head, dtype, pages_UM, key_or_value: int) -> jax.Array:
