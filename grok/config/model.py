@@ -49,9 +49,9 @@ class RopeConfig(Section):
     """Rotary position embedding."""
 
     theta: Annotated[Positive, "base of the rotary wavelengths"] = 10000.0
-    scaling: Annotated[
-        RopeScalingConfig | None, "stretch of the long wavelengths; null: none"
-    ] = None
+    scaling: Annotated[RopeScalingConfig | None, "stretch of the long wavelengths; null: none"] = (
+        None
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
