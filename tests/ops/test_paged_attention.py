@@ -121,7 +121,8 @@ def test_pages_behind_the_window_are_not_looked_at(dtype, kv_block):
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_a_sequences_sums_do_not_depend_on_its_neighbours(window, kv_block):
-    """To the bit: other sequences, longer, shorter or absent, add iterations that change nothing."""
+    """To the bit: other sequences, longer, shorter or absent, add iterations that change
+    nothing."""
     terms = {"softcap": 5.0, "window": window, "temperature_length": 4}
     q, k, v = sequences(20)
     kv, _ = pages_of(k, v, "float32")
