@@ -12,6 +12,7 @@ pages of the longest sequence.
 """
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -176,8 +177,8 @@ class PagedAttend:
             if kernel:
                 o_UQNH = ragged.ragged_attention(q_UQNH, kv_pages, *where, **factors)
             else:
-                where, factors = (*where, count_BU[0]), factors | {"kv_head": shared}
-                o_UQNH = paged_attention(q_UQNH, kv_pages, scales, *where, **factors)
+                portable = functools.partial(paged_attention, count_U=count_BU[0], kv_head=shared)
+                o_UQNH = portable(q_UQNH, kv_pages, scales, *where, **factors)
             return o_UQNH.reshape(q.shape), kv_pages, scales
 
         q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", None, kv, None)

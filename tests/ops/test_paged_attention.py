@@ -142,7 +142,7 @@ def test_the_loop_begins_at_the_first_key_that_a_token_sees(monkeypatch):
     monkeypatch.setattr(grok.ops.attention.paged, "KV_BLOCK", 4)
     ranges = []
 
-    def record(masked_logits, weighted_values, zeros, blocks):
+    def record(masked_logits, weighted_values, zeros, *blocks):
         ranges.append(tuple(map(int, blocks)))
         return zeros
 

@@ -6,6 +6,7 @@ H head_dim.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def attention(
 
     At most (B, N, QUERY_BLOCK, S) logits exist at a time; the backward pass computes them again.
     """
-    attend = functools.partial(attention_reference, **factors)
+    attend: Callable[..., jax.Array] = functools.partial(attention_reference, **factors)
     B, T = index_BT.shape
     if T <= QUERY_BLOCK or T % QUERY_BLOCK:
         return attend(q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS, positions_BT)

@@ -123,19 +123,19 @@ def paged_attention(
 
     # From q, so that they are typed as varying over devices, as what the loops make is.
     zeros = jnp.moveaxis(q_UQKGH, 1, 3).astype(jnp.float32) * 0
-    first_block, num_blocks = 0, jnp.max(index_UQ) // (pages_per_block * S) + 1
+    first_block, end_block = 0, jnp.max(index_UQ) // (pages_per_block * S) + 1
     if window is not None:
         # Padding, which begins at position 0, does not count.
         first_U = jnp.where(count_U > 0, start_U - window + 1, jnp.iinfo(jnp.int32).max)
         first_block = jnp.maximum(jnp.min(first_U), 0) // (pages_per_block * S)
-    blocks = first_block, num_blocks
-    o_UKGQH = _two_pass_softmax(masked_logits, weighted_values, zeros, blocks)
+    softmax = functools.partial(_two_pass_softmax, masked_logits, weighted_values, zeros)
+    o_UKGQH = softmax(first_block, end_block)
     return jnp.moveaxis(o_UKGQH.astype(q_UQNH.dtype), 3, 1).reshape(U, Q, N, H)
 
 
-def _two_pass_softmax(masked_logits, weighted_values, zeros, blocks) -> jax.Array:
-    """Sum over a range of blocks of `weighted_values(block, softmax weights)`, float32, as `zeros`
-    in shape."""
+def _two_pass_softmax(masked_logits, weighted_values, zeros, first_block, end_block) -> jax.Array:
+    """Sum over blocks, from the first to the one before the end, of `weighted_values(block, softmax
+    weights)`, float32, as `zeros` in shape."""
 
     def accumulate_sum(block, carry):
         largest, total = carry
@@ -149,8 +149,8 @@ def _two_pass_softmax(masked_logits, weighted_values, zeros, blocks) -> jax.Arra
         return o + weighted_values(block, weights)
 
     start = (zeros[..., 0] + MASKED_LOGIT, zeros[..., 0])
-    largest, total = jax.lax.fori_loop(*blocks, accumulate_sum, start)
-    return jax.lax.fori_loop(*blocks, accumulate_values, zeros)
+    largest, total = jax.lax.fori_loop(first_block, end_block, accumulate_sum, start)
+    return jax.lax.fori_loop(first_block, end_block, accumulate_values, zeros)
 
 
 def _read_pages(kv, kv_scale, layer, kv_head, dtype, pages_UM, key_or_value: int) -> jax.Array:
