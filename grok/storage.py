@@ -1,4 +1,5 @@
 """Files on this machine or at gs://: listed, opened, read by range, written atomically, copied.
+Models on the Hugging Face hub, hf://ORG/NAME, are listed and read likewise, and not written.
 
 Every failure is an OSError, or, in functions that read, the given class of GrokError, such as
 CheckpointError, with the sentence "PATH: cannot be read: REASON."
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from grok import hub
 from grok.errors import GrokError
 
 StrPath = str | os.PathLike[str]
@@ -38,6 +40,8 @@ def exists(path: StrPath, error: type[Exception] = OSError) -> bool:
     with errors(path, error):
         if not is_remote(path):
             return Path(path).exists()
+        if hub.is_hub(path):
+            return hub.exists(path)
         system, inside = remote(path)
         return system.exists(inside)
 
@@ -48,6 +52,8 @@ def list_files(folder: StrPath, error: type[Exception] = OSError) -> dict[str, i
         if not is_remote(folder):
             with os.scandir(folder) as entries:
                 return {entry.name: _size(entry) for entry in entries}
+        if hub.is_hub(folder):
+            return hub.list_files(folder)
         system, inside = remote(folder)
         objects = {entry["name"]: entry for entry in system.ls(inside, detail=True)}
         if list(objects) == [inside.rstrip("/")]:
@@ -83,6 +89,7 @@ def open_file(
     """Opens a file for reading, a remote one `block_size` bytes at a time; `error` is also for what
     fails inside the `with`. It must then be a regular file: a pipe would wait for its writer."""
     with errors(path, error):
+        path = _local(path)
         if is_remote(path):
             system, inside = remote(path)
             with system.open(inside, "rb", block_size=block_size, cache_type="readahead") as file:
@@ -108,6 +115,7 @@ def read_ranges(
     length = len(out) // len(starts)
     rows = (out[row * length : (row + 1) * length] for row in range(len(starts)))
     with errors(path, error):
+        path = _local(path)
         if is_remote(path):
             system, inside = remote(path)
             begin, end = starts[0], starts[-1] + length
@@ -129,6 +137,25 @@ def _read_exactly(descriptor: int, row: memoryview, offset: int) -> None:
         if not count:
             raise OSError(TRUNCATED)
         row, offset = row[count:], offset + count
+
+
+def prefetch(folder: StrPath, names: Sequence[str], error: type[Exception] = OSError) -> None:
+    """Downloads files of a folder on the hub, several at a time; does nothing for other folders,
+    which are read where they are."""
+    if hub.is_hub(folder):
+        with errors(folder, error):
+            hub.download(folder, names)
+
+
+def pinned(path: str, error: type[Exception] = OSError) -> str:
+    """A name on the hub with its present commit as revision; any other path as it is."""
+    with errors(path, error):
+        return hub.pinned(path)
+
+
+def _local(path: StrPath) -> StrPath:
+    """The copy in the hub's cache of a file there; any other path as it is."""
+    return hub.fetch(path) if hub.is_hub(path) else path
 
 
 def write_bytes(path: StrPath, data: bytes) -> None:
@@ -186,6 +213,9 @@ def remove(path: StrPath) -> None:
 def remote(path: StrPath) -> tuple[Any, str]:
     """The file system of a URL, an `fsspec` one, and the path in it."""
     url = os.fspath(path)
+    if hub.is_hub(path):
+        right = "`grok export hf SRC DST --push ORG/NAME` writes there"
+        raise OSError(f"models on the hub are only read; {right}")
     if not url.startswith("gs://"):
         raise OSError("it is neither on this machine nor at gs://")
     return google_storage("STORAGE_EMULATOR_HOST" in os.environ), url.removeprefix("gs://")

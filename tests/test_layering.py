@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What each layer may import of grok, itself always included. The longest name that fits a module
 # is its layer.
-BASE = ("errors", "config", "storage", "progress", "resumable")
+BASE = ("errors", "config", "hub", "storage", "progress", "resumable")
 MODEL = (*BASE, "hardware", "sharding", "ops", "model")
 WEIGHTS = (*MODEL, "distributed", "weights", "checkpoint")
 RUNS = (*WEIGHTS, "preemption", "data", "optim")
@@ -24,7 +24,8 @@ ALLOWED = {
     "__init__": (),
     "errors": (),
     "config": ("errors",),
-    "storage": ("errors",),
+    "hub": (),
+    "storage": ("errors", "hub"),
     "resumable": ("errors", "storage"),
     "progress": ("errors",),
     "hardware": (),

@@ -35,7 +35,8 @@ def eval_(
 ) -> None:
     """Measure the weights at CHECKPOINT: loss and bits per byte on texts, and tasks of lm-eval.
 
-    CHECKPOINT, local or gs://, is a ckpt-0 folder, a Hugging Face folder, or a checkpoint of grok.
+    CHECKPOINT, local or gs://, is a ckpt-0 folder, a Hugging Face folder (or hf://ORG/NAME), or a
+    checkpoint of grok.
     One device is used unless KEY=VALUE says otherwise, as in mesh.tensor=4; data.batch_size and
     data.sequence_length are the shape of a batch."""
     if not data and not tasks:

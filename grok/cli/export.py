@@ -1,7 +1,6 @@
 """`grok export`."""
 
 import re
-from pathlib import Path
 
 import click
 
@@ -25,7 +24,7 @@ def size_in_bytes(ctx: click.Context, param: click.Parameter, text: str) -> int:
 
 @export.command()
 @click.argument("src")
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("dst")
 @click.option("--config", metavar="CONFIG", help="Preset or YAML file of the model that SRC holds.")
 @click.option(
     "--dtype",
@@ -43,18 +42,36 @@ def size_in_bytes(ctx: click.Context, param: click.Parameter, text: str) -> int:
 )
 @click.option("--base-weights", metavar="TEXT", help="Where the weights came from, for README.md.")
 @click.option("--data-manifest", metavar="FILE", help="File on the training data, to be copied.")
-def hf(src, dst, config, dtype, shard_size, base_weights, data_manifest) -> None:
+@click.option("--push", "repo", metavar="ORG/NAME", help="Model on the hub to upload DST to.")
+@click.option("--public", is_flag=True, help="With --push: make a model that everyone may read.")
+def hf(src, dst, repo, public, **options) -> None:
     """Write the weights at SRC to the folder DST as Hugging Face's hpcai-tech/grok-1 has them.
 
-    SRC, local or gs://, is a ckpt-0 folder, a Hugging Face folder, or a checkpoint of grok. After
-    an interruption the same command continues with the unfinished files.
+    SRC, local or gs://, is a ckpt-0 folder, a Hugging Face folder (or hf://ORG/NAME), or a
+    checkpoint of grok. After an interruption the same command continues with the unfinished files,
+    and with --push, the unfinished upload.
     """
+    if public and not repo:
+        raise click.UsageError("--public says who may read what --push uploads; it needs --push.")
     from grok.config.load import load_config
-    from grok.progress import byte_progress
     from grok.weights.detect import open_source
+    from grok.weights.huggingface.push import check_name, is_exported, push
+
+    if repo:
+        check_name(repo)
+    config = options.pop("config")
+    source = open_source(src, load_config(config).model if config else None)
+    if not (repo and is_exported(source, dst, options["dtype"])):
+        _export_hf(source, dst, **options)
+    click.echo(f"{dst}: complete; README.md says what can read it")
+    if repo:
+        click.echo(f"{push(dst, repo, public)}: uploaded")
+
+
+def _export_hf(source, dst, dtype, shard_size, base_weights, data_manifest) -> None:
+    from grok.progress import byte_progress
     from grok.weights.huggingface.export import export_huggingface
 
-    source = open_source(src, load_config(config).model if config else None)
     with byte_progress() as on_progress:
         exported = export_huggingface(
             source, dst, dtype, shard_size, base_weights, data_manifest, on_progress
@@ -65,12 +82,11 @@ def hf(src, dst, config, dtype, shard_size, base_weights, data_manifest) -> None
     click.echo(f"{exported.tensors:,} tensors, {exported.nbytes:,} bytes, in {files}")
     rate = exported.written / exported.seconds / 1e9
     click.echo(f"{exported.written:,} bytes written in {exported.seconds:.1f} s, {rate:.2f} GB/s")
-    click.echo(f"{dst}: complete; README.md says what can read it")
 
 
 @export.command()
 @click.argument("src")
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("dst")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32", "int8"]),

@@ -67,7 +67,7 @@ def xai(src, dst, config, dtype, scales, tokenizer) -> None:
 @import_.command()
 @_options(dtype="bfloat16")
 def hf(src, dst, config, dtype, scales, tokenizer) -> None:
-    """Import the Hugging Face folder SRC, local or gs://, into the new folder DST.
+    """Import the Hugging Face folder SRC, local, gs:// or hf://ORG/NAME, into the new folder DST.
 
     The layouts of hpcai-tech/grok-1 and keyfan/grok-1-hf are known. After an interruption the same
     command continues with the unfinished tensors.

@@ -15,7 +15,7 @@ from grok.errors import ConfigError
 class InferConfig(Section):
     """A served model: weights, sharding, and defaults for requests."""
 
-    weights: Annotated[str, "run, import, ckpt-0, Hugging Face folder, or checkpoint of grok"]
+    weights: Annotated[str, "run, import, ckpt-0, Hugging Face folder or hf://ORG/NAME, checkpoint"]
     model: Annotated[str, "preset or YAML file of that model; none: what the weights say"] = ""
     tokenizer: Annotated[str, "tokenizer file or its folder; none: beside the weights"] = ""
     allow_special_tokens: Annotated[bool, "read special tokens in prompts' text as such"] = False

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from grok import sharding, storage
+from grok import distributed, hub, sharding, storage
 from grok.config import MESH_AXES, DataConfig, MeshConfig, ModelConfig, RunConfig
 from grok.config.infer import InferConfig
 from grok.config.load import from_dict, load_config, to_dict
 from grok.data.tokenizers import TOKENIZER_NAMES, load_tokenizer
-from grok.errors import ConfigError, DataError
+from grok.errors import CheckpointError, ConfigError, DataError
 from grok.infer.openai.requests import RequestParser, make_renderer
 from grok.model.mesh_fit import fit_mesh
 from grok.weights.checksums import sample_checksum
@@ -49,7 +49,7 @@ def find_tokenizer(
     if tokenizer:
         return tokenizer
     run = os.path.dirname(path.rstrip("/"))  # of `checkpoints` in it, or of one step of these
-    beside = (path, run, os.path.dirname(run))
+    beside = [path] if hub.is_hub(path) else [path, run, os.path.dirname(run)]
     files = [storage.join(folder, name) for folder in beside for name in TOKENIZER_NAMES]
     files += [config.data.tokenizer] if config.data.tokenizer else []
     files += [storage.join(folder, name) for folder in datasets for name in TOKENIZER_NAMES]
@@ -79,6 +79,11 @@ class ServedModel:
     def __init__(self, config: InferConfig, spans_all_hosts: bool = False):
         """On the devices of this host, or those of all hosts. Raises ConfigError, DataError and
         CheckpointError for what cannot work, before anything slow."""
+        if spans_all_hosts:
+            weights = distributed.broadcast_from_primary(
+                lambda: storage.pinned(config.weights, CheckpointError)
+            )
+            config = dataclasses.replace(config, weights=weights)
         dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
         changes = [f"model.{name}={value}" for name, value in dtypes.items() if value]
         run = config_of(config.weights, config.model or None, changes)

@@ -6,7 +6,7 @@ import os
 
 from jax.sharding import Mesh
 
-from grok import storage
+from grok import distributed, storage
 from grok.checkpoint.manager import Checkpoints
 from grok.config import ModelConfig, RunConfig
 from grok.errors import CheckpointError
@@ -59,8 +59,10 @@ def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeigh
 
 
 def open_initial(path: str, model: ModelConfig) -> InitialWeights:
-    """Opens the weights at `path`, in any format, local or at gs://, and reads a small sample.
-    Raises CheckpointError as `open_source` does, and naming the field in which `model` differs."""
+    """Opens the weights at `path`, in any format, local, at gs:// or by name on the hub, where all
+    processes take the same commit, and reads a small sample. Raises CheckpointError as
+    `open_source` does, and naming the field in which `model` differs."""
+    path = distributed.broadcast_from_primary(lambda: storage.pinned(path, CheckpointError))
     stated = stated_config(path)
     key = differing_key(stated, model) if stated else None
     if stated and key:

@@ -183,6 +183,7 @@ def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, T
                     "what they say; a copy in safetensors would work."
                 )
             raise CheckpointError(f"{folder}: {problem}")
+    storage.prefetch(folder, files, CheckpointError)
     # Sixteen at a time: a remote file takes some round trips.
     with ThreadPoolExecutor(16) as pool:
         sizes = [present[file] or 0 for file in files]

@@ -137,7 +137,8 @@ def _summary(source: Source, journal: Journal) -> dict[str, Any]:
         differences = [ArrayDifference(*entry["error"]) for entry in of_tensor if "error" in entry]
         if differences:
             errors[spec.name] = sum(differences, ArrayDifference())
-    path = source.path if storage.is_remote(source.path) else os.path.abspath(source.path)
+    path = storage.pinned(source.path, CheckpointError)
+    path = path if storage.is_remote(path) else os.path.abspath(path)
     return {
         "format": source.format,
         "path": path,
