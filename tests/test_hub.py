@@ -87,7 +87,7 @@ def test_what_is_listed_and_what_is_fetched(hub):
     assert hub.fetched() == small | {"model-1.safetensors", "model-2.safetensors"}
     assert storage.exists("hf://org/model/modeling.py")
     for name in ("modeling.py", "pytorch_model.bin", "onnx/config.json", "README.md"):
-        with pytest.raises(CheckpointError, match="only weights .*are fetched"):
+        with pytest.raises(CheckpointError, match=r"only weights .*are fetched"):
             storage.read_bytes(f"hf://org/model/{name}", CheckpointError)
     assert hub.fetched() == small | {"model-1.safetensors", "model-2.safetensors"}
 

@@ -30,7 +30,8 @@ def inspect(ctx: click.Context, path: str, config: str | None, as_json: bool) ->
     """Show what weights are at PATH: tensors, sizes, config, and whether they are complete.
 
     PATH, local or gs://, is a ckpt-0 folder, a Hugging Face folder (or hf://ORG/NAME), or a
-    checkpoint of grok. Only headers are read. The exit code is 2 where anything is missing or damaged.
+    checkpoint of grok. Only headers are read. The exit code is 2 where anything is missing or
+    damaged.
     """
     from grok.config.load import load_config
     from grok.weights.tools.inspection import inspect as inspect_path

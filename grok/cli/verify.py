@@ -34,8 +34,8 @@ def verify(ctx: click.Context, a: str, b: str | None, config: str | None, tolera
     """Compare the weights at A and B, or those at A with the checksums of their import.
 
     A and B, local or gs://, may be of any format and type: ckpt-0 folders, Hugging Face folders (or
-    hf://ORG/NAME), checkpoints of grok. int8 is compared with floats by what it dequantises to, floats of two
-    types by the coarser. Exit codes: 0 equal, 1 different, 2 cannot be compared.
+    hf://ORG/NAME), checkpoints of grok. int8 is compared with floats by what it dequantises to,
+    floats of two types by the coarser. Exit codes: 0 equal, 1 different, 2 cannot be compared.
     """
     from grok.config.load import load_config
     from grok.weights.detect import open_source

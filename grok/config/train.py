@@ -13,7 +13,9 @@ class TrainConfig(Section):
 
     steps: Annotated[Count, "optimizer steps of the whole run"] = 1000
     seed: Annotated[CountOrZero, "seed of the parameter initialisation"] = 0
-    init_from: Annotated[str, "weights to start from: ckpt-0, Hugging Face (hf://ORG/NAME), checkpoint"] = ""
+    init_from: Annotated[
+        str, "weights to start from: ckpt-0, Hugging Face (hf://ORG/NAME), checkpoint"
+    ] = ""
     z_loss: Annotated[PositiveOrZero, "weight of log(Z)^2 of the output softmax in the loss"] = 0.0
     router_balance_loss: Annotated[PositiveOrZero, "weight of the load-balancing loss"] = 0.0
     grad_accum_steps: Annotated[Count, "microbatches per step, whose gradients are accumulated"] = 1
