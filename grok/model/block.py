@@ -77,7 +77,6 @@ class Block(nnx.Module):
         if self.moe is None:
             assert self.mlp is not None
             return self.mlp(h_BTD, axes), None
-        m_BTD, routing = self.moe(h_BTD, token_mask_BT, axes)
-        if self.mlp is not None:
-            m_BTD = (self.mlp(h_BTD, axes) + m_BTD) / math.sqrt(2)
-        return m_BTD, routing
+        beside = [] if self.mlp is None else [self.mlp.group_work()]
+        m_BTD, routing = self.moe(h_BTD, token_mask_BT, axes, beside)
+        return m_BTD / math.sqrt(2) if beside else m_BTD, routing

@@ -9,7 +9,7 @@ from flax import nnx
 
 from grok import hardware, sharding
 from grok.config import ModelConfig
-from grok.model.expert_group import run_on_group
+from grok.model.expert_group import GroupWork, run_on_group
 from grok.model.param_spec import ParamSpec, init_params
 from grok.ops.mlp import gated_mlp
 from grok.ops.moe.experts_pallas import experts_pallas
@@ -43,14 +43,17 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, axes: sharding.Axes) -> jax.Array:
         """Returns y_BTD; x and y are split as `axes` says."""
+        return run_on_group([self.group_work()], (x_BTD,), self.config, axes)
+
+    def group_work(self) -> GroupWork:
+        """The work of the devices of a group."""
         specs = self.param_specs(self.config)
-        params = {name: getattr(self, name) for name in specs}
-        return run_on_group(self._run, (x_BTD,), params, specs, self.config, axes)
+        return GroupWork(self._run, {name: getattr(self, name) for name in specs}, specs)
 
     def _run(self, rows, leaves, unshard) -> jax.Array:
         """y_RD of this device's slice of the width."""
         assert self.config.mlp is not None
-        (x_RD,) = map(pvary, rows)
+        x_RD = pvary(rows[0])
         weights = jax.tree.map(pvary, unshard(leaves))
         with jax.named_scope("mlp"):
             if all(is_plain(w) or adapter(w) for w in weights):

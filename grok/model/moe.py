@@ -4,7 +4,7 @@ Letters: L layers, B batch, T length, R = B*T rows, D embed, F mlp, E experts, C
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import nnx
 from grok import hardware, sharding
 from grok.config import ModelConfig
 from grok.hardware import LANES
-from grok.model.expert_group import run_on_group
+from grok.model.expert_group import GroupWork, run_on_group
 from grok.model.param_spec import ParamSpec, init_params
 from grok.ops.moe.experts_pallas import MLP_SPLITS, experts_pallas, experts_pallas_split_mlp
 from grok.ops.moe.experts_xla import experts_xla
@@ -87,9 +87,14 @@ class MoE(nnx.Module):
         init_params(self, key, self.param_specs(config), config, config.num_layers)
 
     def __call__(
-        self, x_BTD: jax.Array, token_mask_BT: jax.Array | None, axes: sharding.Axes
+        self,
+        x_BTD: jax.Array,
+        token_mask_BT: jax.Array | None,
+        axes: sharding.Axes,
+        beside: Sequence[GroupWork] = (),
     ) -> tuple[jax.Array, Routing]:
-        """Returns y_BTD and the routing; x and y are split as `axes` says.
+        """Returns y_BTD, with what works `beside` the experts add, and the routing; x and y are
+        split as `axes` says.
 
         Tokens outside of the mask go to no expert, so that none is read for them; None: all go.
         """
@@ -103,8 +108,9 @@ class MoE(nnx.Module):
                 token_mask_BT[:, :, None], expert_ids_BTC, self.moe_config.num_experts
             )
         params = {name: getattr(self, name) for name in EXPERTS}
-        specs, tokens = self.param_specs(self.config), (x_BTD, topk_weights_BTC, expert_ids_BTC)
-        y_BTD = run_on_group(self._run, tokens, params, specs, self.config, axes)
+        work = GroupWork(self._run, params, self.param_specs(self.config))
+        tokens = x_BTD, topk_weights_BTC, expert_ids_BTC
+        y_BTD = run_on_group([work, *beside], tokens, self.config, axes)
         return y_BTD, Routing(probs_BTE, expert_ids_BTC, axes)
 
     def route(self, x_BTD: jax.Array, axes: sharding.Axes) -> jax.Array:

@@ -22,19 +22,19 @@ NAME = "pub_a"  # grouped queries
 right_run, right_attention = grok.model.moe.run_on_group, grok.model.attend.attention
 
 
-def renormalised(run, tokens, *args):
+def renormalised(works, tokens, *args):
     """Gates divided by their sum."""
     x_BTD, topk_weights_BTC, expert_ids_BTC = tokens
     topk_weights_BTC /= topk_weights_BTC.sum(-1, keepdims=True)
-    return right_run(run, (x_BTD, topk_weights_BTC, expert_ids_BTC), *args)
+    return right_run(works, (x_BTD, topk_weights_BTC, expert_ids_BTC), *args)
 
 
-def softmax_after_top_k(run, tokens, *args):
+def softmax_after_top_k(works, tokens, *args):
     """The softmax over the chosen experts' logits only."""
     x_BTD, topk_weights_BTC, expert_ids_BTC = tokens
     # The logarithm of a probability is the logit less a constant, which a softmax ignores.
     topk_weights_BTC = jax.nn.softmax(jnp.log(topk_weights_BTC), axis=-1)
-    return right_run(run, (x_BTD, topk_weights_BTC, expert_ids_BTC), *args)
+    return right_run(works, (x_BTD, topk_weights_BTC, expert_ids_BTC), *args)
 
 
 def softcapped_router(self, x_BTD, axes):
