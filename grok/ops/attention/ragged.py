@@ -1,14 +1,18 @@
-"""Attention over a paged KV cache on TPU: JAX's kernel for many sequences of any length.
+"""Attention over a paged KV cache on TPU: JAX's kernel for many sequences of any length, or with
+a window, whose pages alone are worth reading, or a temperature, `ragged_kernel`.
 
 Letters: U blocks of Q tokens, L layers, P pages of S tokens, M pages of the longest sequence,
 K kv heads, N heads, H head_dim.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 from grok.hardware import LANES
+from grok.ops.attention.ragged_kernel import ragged_kernel
 
 KV_BLOCK, QUERY_BLOCK = 512, 32  # keys and queries that the kernel multiplies at a time
 VMEM_LIMIT_BYTES = 64 * 2**20
@@ -31,12 +35,34 @@ def ragged_attention(
     softcap: float | None,
     *,
     window: int | None = None,
+    temperature_length: int | None = None,
+    interpret: Any = False,
 ) -> jax.Array:
     """`paged_attention_reference` without scales, o_UQNH.
 
-    Pages are read in place, once for a block of queries, and none beyond the end of a sequence.
-    They must be such as `supports` takes. The kernel needs a `shard_map` with check_vma=False.
+    Pages are read in place, once for a block of queries, and none beyond the end of a sequence or
+    behind its window. They must be such as `supports` takes. The kernel needs a `shard_map` with
+    check_vma=False.
     """
+    L, P, S, K, _, H = kv_LPSK2H.shape
+    if window is None and temperature_length is None:
+        return _jax_kernel(q_UQNH, kv_LPSK2H, layer, table_UM, start_U, scale, softcap)
+    return ragged_kernel(
+        q_UQNH,
+        kv_LPSK2H.reshape(L * P, S * 2 * K, H),
+        table_UM + layer * P,
+        start_U,
+        page_size=S,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        temperature_length=temperature_length,
+        interpret=interpret,
+    )
+
+
+def _jax_kernel(q_UQNH, kv_LPSK2H, layer, table_UM, start_U, scale, softcap) -> jax.Array:
+    """Attention by JAX's kernel, o_UQNH."""
     U, Q, N, H = q_UQNH.shape
     L, P, S, K = kv_LPSK2H.shape[:4]
     # A block that is not full ends behind its last token, maybe beyond the table.
@@ -49,7 +75,6 @@ def ragged_attention(
         jnp.arange(U + 1, dtype=jnp.int32) * Q,
         jnp.full(1, U, jnp.int32),
         sm_scale=scale,
-        sliding_window=window,
         soft_cap=softcap,
         num_kv_pages_per_block=max(1, min(KV_BLOCK // S, table_UM.shape[1])),
         num_queries_per_block=min(QUERY_BLOCK, U * Q),
