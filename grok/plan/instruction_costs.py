@@ -175,12 +175,15 @@ def kernel_cost(computation: Computation, kernel: Instruction) -> tuple[float, f
 
 
 def _splash(computation: Computation, kernel: Instruction, matmuls: int) -> tuple[float, float]:
-    """FLOPs and bytes of splash attention. Blocks above the diagonal are skipped; each other block
-    reads two arrays of the side that is streamed: keys and values, or queries and the gradient of
-    the output."""
+    """FLOPs and bytes of splash attention. Blocks above the diagonal are skipped, and those behind
+    a window; each other block reads two arrays of the side that is streamed: keys and values, or
+    queries and the gradient of the output."""
     arrays = [computation[name].arrays[0] for name in kernel.operands]
-    splits, (*rows, heads, length, width) = arrays[0].shape[-2], arrays[2].shape
-    side, blocks = length // splits, math.prod(rows) * heads * splits * (splits + 1) // 2
+    *rows, heads, length, width = arrays[2].shape
+    # The schedule has one side's blocks, and as many of the other's as one of these meets at most.
+    meetings, splits = sorted(arrays[0].shape[-2:])
+    pairs = splits * meetings - meetings * (meetings - 1) // 2
+    side, blocks = length // splits, math.prod(rows) * heads * pairs
     flops = 2.0 * matmuls * blocks * side**2 * width
     once = sum(a.size for a in (*arrays[5:], *kernel.arrays) if a.in_hbm) + arrays[2].size
     return flops, once + 2 * blocks * side * width * 2

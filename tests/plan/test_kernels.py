@@ -31,6 +31,14 @@ def test_splash_of_several_rows_costs_them_all():
     assert (cost.flops, cost.hbm) == (3 * one.flops, 3 * one.hbm)
 
 
+def test_splash_passes_over_what_lies_behind_a_window():
+    """Eight blocks a side, of which a block of keys meets three blocks of queries."""
+    window = SPLASH.replace("s8[1,2,2]", "s8[1,3,8]")
+    cost = CompiledProgram(window, MESH).cost()
+    pairs = 4 * (1 + 2 + 6 * 3)
+    assert cost.flops == 3 * pairs * (2 * 32 * 32 * 128)
+
+
 # Two sequences of three pages of eight tokens, two kv heads; one query each, or eight.
 RAGGED = """
 ENTRY %main (q: bf16[{queries},4,128], kv: bf16[12,8,4,128]) -> bf16[{queries},4,128] {{

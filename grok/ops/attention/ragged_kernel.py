@@ -50,29 +50,29 @@ def ragged_kernel(
     U, Q, N, H = q_UQNH.shape
     K = kv_PRH.shape[1] // (2 * page_size)
     terms = scale, softcap, window, temperature_length
-    z = _Blocks.of(Q, N // K, K, H, page_size, table_UM.shape[1], *terms)
-    q_UQNH = jnp.pad(q_UQNH, ((0, 0), (0, -Q % z.B), (0, 0), (0, 0)))
-    q_UKRH = jnp.moveaxis(q_UQNH.reshape(U, -1, K, z.G, H), 2, 1).reshape(U, K, -1, H)
-    q_spec = pl.BlockSpec((None, K, z.R, H), lambda u, i, *_: (u, 0, i, 0))
-    steps = q_UKRH.shape[2] // z.R
+    b = _Blocks.of(Q, N // K, K, H, page_size, table_UM.shape[1], *terms)
+    q_UQNH = jnp.pad(q_UQNH, ((0, 0), (0, -Q % b.B), (0, 0), (0, 0)))
+    q_UKRH = jnp.moveaxis(q_UQNH.reshape(U, -1, K, b.G, H), 2, 1).reshape(U, K, -1, H)
+    q_spec = pl.BlockSpec((None, K, b.R, H), lambda u, i, *_: (u, 0, i, 0))
+    steps = q_UKRH.shape[2] // b.R
     o_UKRH = pl.pallas_call(
-        functools.partial(_kernel, z),
+        functools.partial(_kernel, b),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(U, steps),
             in_specs=[q_spec, pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=q_spec,
-            scratch_shapes=z.scratch(kv_PRH.dtype),
+            scratch_shapes=b.scratch(kv_PRH.dtype),
         ),
         out_shape=jax.ShapeDtypeStruct(q_UKRH.shape, q_UKRH.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
-        cost_estimate=z.cost(U, steps, q_UQNH.dtype.itemsize, kv_PRH.dtype.itemsize),
+        cost_estimate=b.cost(U, steps, q_UQNH.dtype.itemsize, kv_PRH.dtype.itemsize),
         interpret=interpret,
         name="paged_attention_with_window",
     )(table_UM, start_U, q_UKRH, kv_PRH)
-    return jnp.moveaxis(o_UKRH.reshape(U, K, -1, z.G, H), 1, 2).reshape(U, -1, N, H)[:, :Q]
+    return jnp.moveaxis(o_UKRH.reshape(U, K, -1, b.G, H), 1, 2).reshape(U, -1, N, H)[:, :Q]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,27 +150,27 @@ class _Blocks:
         return first, last, jnp.minimum(earliest // self.S, self.M - 1), last // self.S + 1
 
 
-def _kernel(z: _Blocks, table, start, q_ref, kv_ref, o_ref, pages_ref, semaphores, slot_ref, *refs):
+def _kernel(b: _Blocks, table, start, q_ref, kv_ref, o_ref, pages_ref, semaphores, slot_ref, *refs):
     """One block of queries over all blocks of pages that it sees."""
     (u, i), (num_u, num_i) = _over_grid(pl.program_id), _over_grid(pl.num_programs)
     max_ref, sum_ref, o_sum_ref = refs[1:]
-    first, last, begin, end = z.span(start, u, i)
+    first, last, begin, end = b.span(start, u, i)
 
     def copy_pages(u, i, block, slot, act) -> None:
         """Starts, or awaits, the copies of a block of pages."""
-        _, _, begin, end = z.span(start, u, i)
-        page = begin + block * z.pages
+        _, _, begin, end = b.span(start, u, i)
+        page = begin + block * b.pages
 
         def copy_page(j, _):
             source = kv_ref.at[table[u, page + j]]
             act(pltpu.make_async_copy(source, pages_ref.at[slot, j], semaphores.at[slot]))
             return 0
 
-        jax.lax.fori_loop(0, jnp.minimum(end - page, z.pages), copy_page, 0)
+        jax.lax.fori_loop(0, jnp.minimum(end - page, b.pages), copy_page, 0)
 
     start_copies = functools.partial(copy_pages, act=lambda copy: copy.start())
     await_copies = functools.partial(copy_pages, act=lambda copy: copy.wait())
-    num_blocks = pl.cdiv(end - begin, z.pages)
+    num_blocks = pl.cdiv(end - begin, b.pages)
     next_i = jnp.where(i + 1 == num_i, 0, i + 1)
     next_u = jnp.where(i + 1 == num_i, u + 1, u)
 
@@ -191,7 +191,7 @@ def _kernel(z: _Blocks, table, start, q_ref, kv_ref, o_ref, pages_ref, semaphore
             start_copies(next_u, next_i, 0, 1 - slot)
 
         await_copies(u, i, block, slot)
-        _attend(z, first, last, (begin + block * z.pages) * z.S, q_ref, pages_ref.at[slot], *refs)
+        _attend(b, first, last, (begin + block * b.pages) * b.S, q_ref, pages_ref.at[slot], *refs)
         return 1 - slot
 
     max_ref[...] = jnp.full_like(max_ref, MASKED_LOGIT)
@@ -201,28 +201,28 @@ def _kernel(z: _Blocks, table, start, q_ref, kv_ref, o_ref, pages_ref, semaphore
     o_ref[...] = (o_sum_ref[...] / sum_ref[:, :, :1]).astype(o_ref.dtype)
 
 
-def _attend(z: _Blocks, first, last, key, q_ref, pages_ref, rows_ref, max_ref, sum_ref, o_sum_ref):
+def _attend(b: _Blocks, first, last, key, q_ref, pages_ref, rows_ref, max_ref, sum_ref, o_sum_ref):
     """One block of keys, of which the first is at position `key`, for queries from position `first`
     on, of which none sees a key behind `last`."""
     # In float32, rows can be read at a stride.
     rows_ref[...] = pages_ref[...].astype(jnp.float32).reshape(rows_ref.shape)
-    query_R1 = first + jax.lax.broadcasted_iota(jnp.int32, (z.R, 1), 0) // z.G
+    query_R1 = first + jax.lax.broadcasted_iota(jnp.int32, (b.R, 1), 0) // b.G
     key_1C, key_C1 = (
         key + jax.lax.broadcasted_iota(jnp.int32, shape, dim)
-        for dim, shape in ((1, (1, z.C)), (0, (z.C, 1)))
+        for dim, shape in ((1, (1, b.C)), (0, (b.C, 1)))
     )
-    seen_RC = causal_mask(key_1C, query_R1, z.window)
+    seen_RC = causal_mask(key_1C, query_R1, b.window)
     # What no query sees may not be finite, and 0 times that is NaN.
     seen_C1 = causal_mask(key_C1, last, None)
-    if z.window is not None:
-        seen_C1 &= key_C1 > first - z.window
-    for head in range(z.K):
-        k_CH = rows_ref[pl.ds(2 * head, z.C, 2 * z.K)].astype(q_ref.dtype)
-        v_CH = rows_ref[pl.ds(2 * head + 1, z.C, 2 * z.K)]
+    if b.window is not None:
+        seen_C1 &= key_C1 > first - b.window
+    for head in range(b.K):
+        k_CH = rows_ref[pl.ds(2 * head, b.C, 2 * b.K)].astype(q_ref.dtype)
+        v_CH = rows_ref[pl.ds(2 * head + 1, b.C, 2 * b.K)]
         v_CH = jnp.where(seen_C1, v_CH, 0).astype(q_ref.dtype)
-        logits_RC = apply_softcap(_dot(q_ref[head], k_CH, 1) * z.scale, z.softcap)
-        if z.temperature_length is not None:
-            logits_RC *= temperature(query_R1, z.temperature_length)
+        logits_RC = apply_softcap(_dot(q_ref[head], k_CH, 1) * b.scale, b.softcap)
+        if b.temperature_length is not None:
+            logits_RC *= temperature(query_R1, b.temperature_length)
         logits_RC = jnp.where(seen_RC, logits_RC, MASKED_LOGIT)
         before_R1 = max_ref[head, :, :1]
         largest_R1 = jnp.maximum(before_R1, jnp.max(logits_RC, axis=1, keepdims=True))
