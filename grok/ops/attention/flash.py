@@ -12,7 +12,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from grok.hardware import LANES
 from grok.ops.attention.causal import temperature
-from grok.ops.attention.flash_kernels import Terms, flash_with_temperature
+from grok.ops.attention.flash_blocks import Terms
+from grok.ops.attention.flash_kernels import flash_with_temperature
 
 BLOCK_SIZES = (1024, 512, 256, 128)  # tokens; the largest that divides a row is taken
 
