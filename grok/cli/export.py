@@ -14,8 +14,10 @@ def export() -> None:
     """Write weights in a format of other programs."""
 
 
-def size_in_bytes(ctx: click.Context, param: click.Parameter, text: str) -> int:
+def size_in_bytes(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
     """The value of an option such as 500MB; 1 MB is 10^6 bytes."""
+    if text is None:
+        return None
     size = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", text.strip().upper())
     if not size:
         raise click.BadParameter(f"{text} is no size such as 5GB or 500MB.")
@@ -30,26 +32,32 @@ def size_in_bytes(ctx: click.Context, param: click.Parameter, text: str) -> int:
     "--dtype",
     default="bfloat16",
     show_default=True,
-    type=click.Choice(["bfloat16", "float32"]),
+    type=click.Choice(["bfloat16", "float16", "float32"]),
     help="Type of all tensors.",
 )
 @click.option(
+    "--family",
+    metavar="NAME",
+    help="Family whose layout is written: grok-1, grok-2, llama, mistral or mixtral.  [default: "
+    "that of SRC, or the first that can hold the model]",
+)
+@click.option(
     "--shard-size",
-    default="5GB",
-    show_default=True,
     callback=size_in_bytes,
-    help="Largest size of a file; 1 GB is 10^9 bytes.",
+    help="Largest size of a file; 1 GB is 10^9 bytes. Grok-2's files have sizes of their own.  "
+    "[default: 5GB]",
 )
 @click.option("--base-weights", metavar="TEXT", help="Where the weights came from, for README.md.")
 @click.option("--data-manifest", metavar="FILE", help="File on the training data, to be copied.")
 @click.option("--push", "repo", metavar="ORG/NAME", help="Model on the hub to upload DST to.")
 @click.option("--public", is_flag=True, help="With --push: make a model that everyone may read.")
 def hf(src, dst, repo, public, **options) -> None:
-    """Write the weights at SRC to the folder DST as Hugging Face's hpcai-tech/grok-1 has them.
+    """Write the weights at SRC to the Hugging Face folder DST, in the layout of their family.
 
-    SRC, local or gs://, is a ckpt-0 folder, a Hugging Face folder (or hf://ORG/NAME), or a
-    checkpoint of grok. After an interruption the same command continues with the unfinished files,
-    and with --push, the unfinished upload.
+    The model says which layout can hold it: that of hpcai-tech/grok-1, of Grok-2's release, or of
+    transformers for Llama, Mistral and Mixtral. SRC, local or gs://, is a ckpt-0 folder, a Hugging
+    Face folder (or hf://ORG/NAME), or a checkpoint of grok. After an interruption the same command
+    continues with the unfinished files, and with --push, the unfinished upload.
     """
     if public and not repo:
         raise click.UsageError("--public says who may read what --push uploads; it needs --push.")
@@ -68,20 +76,21 @@ def hf(src, dst, repo, public, **options) -> None:
         click.echo(f"{push(dst, repo, public)}: uploaded")
 
 
-def _export_hf(source, dst, dtype, shard_size, base_weights, data_manifest) -> None:
+def _export_hf(source, dst, dtype, family, shard_size, base_weights, data_manifest) -> None:
     from grok.progress import byte_progress
     from grok.weights.huggingface.export import export_huggingface
 
     with byte_progress() as on_progress:
         exported = export_huggingface(
-            source, dst, dtype, shard_size, base_weights, data_manifest, on_progress
+            source, dst, dtype, shard_size, base_weights, data_manifest, on_progress, family
         )
     files = f"{exported.files:,} file{'' if exported.files == 1 else 's'}"
     if exported.files_resumed:
         files += f", {exported.files_resumed:,} from an interrupted export"
     click.echo(f"{exported.tensors:,} tensors, {exported.nbytes:,} bytes, in {files}")
     rate = exported.written / exported.seconds / 1e9
-    click.echo(f"{exported.written:,} bytes written in {exported.seconds:.1f} s, {rate:.2f} GB/s")
+    written = f"{exported.written:,} bytes written in {exported.seconds:.1f} s, {rate:.2f} GB/s"
+    click.echo(f"{written}, in the layout of {exported.family}")
 
 
 @export.command()

@@ -69,8 +69,9 @@ def xai(src, dst, config, dtype, scales, tokenizer) -> None:
 def hf(src, dst, config, dtype, scales, tokenizer) -> None:
     """Import the Hugging Face folder SRC, local, gs:// or hf://ORG/NAME, into the new folder DST.
 
-    The layouts of hpcai-tech/grok-1 and keyfan/grok-1-hf are known. After an interruption the same
-    command continues with the unfinished tensors.
+    Grok-1 (hpcai-tech/grok-1, keyfan/grok-1-hf), Grok-2 in the files of its release, Llama, Mistral
+    and Mixtral are known. After an interruption the same command continues with the unfinished
+    tensors.
     """
     _import("huggingface", src, dst, config, dtype, scales, tokenizer)
 

@@ -67,7 +67,7 @@ def _lora_source(step: str, config: ModelConfig | None) -> Source:
 def stated_config(path: str | os.PathLike[str]) -> ModelConfig | None:
     """The model that the files at `path` state; None where only their shapes imply it."""
     present = storage.list_files(path, CheckpointError)
-    by_shape = ("tensor0", "model.safetensors", "model-0")
+    by_shape = ("tensor0", "model.safetensors", "model-0", "pytorch_model-0")
     if "config.json" not in present and any(name.startswith(by_shape) for name in present):
         return None
     return open_source(path).config

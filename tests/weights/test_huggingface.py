@@ -76,7 +76,7 @@ def theirs(tree: dict[str, np.ndarray], layout: str = HPCAI) -> dict[str, np.nda
     attention = {name: tree[f"layers/attention/{name}"] for name in (
         "w_query_DNH", "w_key_DKH", "w_value_DKH", "w_out_NHD"
     )}  # fmt: skip
-    norms = [f"layers/{at}_{of}_norm/scale_D" for of in ("attn", "moe") for at in ("pre", "post")]
+    norms = [f"layers/{at}_{of}_norm/scale_D" for of in ("attn", "ffn") for at in ("pre", "post")]
     experts = {"linear": "w_gate_EDF", "linear_v": "w_up_EDF", "linear_1": "w_down_EFD"}
     found = {own["table"]: tree["embed/table_VD"], own["norm"]: tree["final_norm/scale_D"]}
     for layer in range(len(tree["layers/moe/router_DE"])):
@@ -320,8 +320,9 @@ def test_a_folder_of_another_model(tmp_path):
     message = refusal(write(tmp_path / "hf", llama))
     assert message == (
         ": its tensors have names of another model, such as "
-        "'model.layers.0.self_attn.q_proj.weight'; Grok-1's are known in the layouts of "
-        "hpcai-tech/grok-1 and keyfan/grok-1-hf."
+        "'model.layers.0.self_attn.q_proj.weight'; known are those of Grok-1 (hpcai-tech/grok-1, "
+        "keyfan/grok-1-hf), Grok-2 (xai-org/grok-2), Llama (meta-llama), Mistral (mistralai), "
+        "Mixtral (mistralai)."
     )
 
 

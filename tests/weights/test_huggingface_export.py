@@ -19,20 +19,16 @@ from click.testing import CliRunner
 
 from grok.cli.export import export
 from grok.config import AttentionConfig, ModelConfig, MoEConfig
-from grok.config.load import flatten, load_config
+from grok.config.load import flatten, from_dict, load_config, nest, to_dict
 from grok.config.schema import schema
 from grok.errors import CheckpointError, ConfigError
 from grok.model.params import num_parameters
 from grok.ops.weights.int8 import dequantize
 from grok.weights.cast import converted
-from grok.weights.huggingface.adapters import EXPORT_ADAPTER
-from grok.weights.huggingface.export import (
-    DTYPES,
-    SHARD_BYTES,
-    export_huggingface,
-    index_data,
-    plan,
-)
+from grok.weights.huggingface.adapters import BY_NAME
+from grok.weights.huggingface.adapters.grok_1 import GROK_1
+from grok.weights.huggingface.export import export_huggingface
+from grok.weights.huggingface.shards import DTYPES, SHARD_BYTES, index_data, plan
 from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.source import Source
 from grok.weights.transpose import strips
@@ -134,7 +130,7 @@ def test_files_of_bounded_size_that_the_formats_library_opens(tmp_path):
 
 def test_plan_of_the_real_model():
     config = load_config("grok-1").model
-    shards = plan(EXPORT_ADAPTER, config, DTYPES["bfloat16"], SHARD_BYTES)
+    shards = plan(GROK_1, config, DTYPES["bfloat16"], SHARD_BYTES)
     index = index_data(shards)
     # The table is there twice: 315,684,820,992 parameters and 131072 x 6144 more.
     assert index["metadata"]["total_size"] == 2 * (315_684_820_992 + 131_072 * 6144)
@@ -201,7 +197,7 @@ def test_an_interrupted_export_goes_on(tmp_path):
     with pytest.raises(CheckpointError, match="the disk went away"):
         export_huggingface(Failing(source, 40), folder, shard_bytes=400_000)
     finished = {path: path.stat() for path in folder.glob("*.safetensors")}
-    shards = plan(EXPORT_ADAPTER, source.config, DTYPES["bfloat16"], 400_000)
+    shards = plan(GROK_1, source.config, DTYPES["bfloat16"], 400_000)
     unfinished = [shard for shard in shards if folder / shard.file not in finished]
     assert 2 <= len(finished) < len(list(whole.glob("*.safetensors")))
     assert not listing(folder) & {INDEX, "config.json"}
@@ -355,15 +351,61 @@ def test_model_card_without_what_is_not_known(tmp_path):
 # Keys that change how a model is computed and not what.
 RUNTIME = {"param_dtype", "compute_dtype", "remat"}
 KEYS = schema(ModelConfig)
+SECTIONS = {
+    "mlp": {"dim": 8},
+    "moe": {"dim": 8, "num_experts": 4},
+    "attention.rope.scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_context_length": 64,
+    },
+}
+# A model of each family, from one that all others are changes of.
+DENSE = {
+    "moe": None,
+    "mlp": {"dim": 32, "activation": "silu"},
+    "norm.sandwich": False,
+    "tie_embeddings": False,
+    "embedding_multiplier": 1.0,
+    "logit_multiplier": 1.0,
+    "attention.logit_softcap": None,
+}
+EXPERTS = {"dim": 32, "num_experts": 4, "activation": "silu", "normalize": True}
+SANDWICH = {
+    "mlp": {"dim": 32, "activation": "gelu"},
+    "moe": {"dim": 32, "num_experts": 4, "activation": "gelu", "logit_softcap": 30.0},
+    "tie_embeddings": False,
+    "logit_softcap": 50.0,
+    "attention.temperature_length": 24,
+}
+MODELS = {
+    "grok-1": {},
+    "grok-2": SANDWICH,
+    "llama": DENSE,
+    "mistral": DENSE | {"attention.window": 8},
+    "mixtral": DENSE | {"mlp": None, "moe": EXPERTS},
+}
 
 
-def variants(key: str) -> list:
-    """Other values of a key than TINY's, None where it may be null."""
-    values = dict(flatten(dataclasses.asdict(TINY)))
-    hint = KEYS[key].type
-    nullable = type(None) in typing.get_args(hint)
+def changed(config: ModelConfig, changes: dict[str, object]) -> ModelConfig:
+    """`config` with other values of some keys, which may be sections."""
+    values = dict(flatten(to_dict(config)))
+    for key in changes:
+        values = {k: v for k, v in values.items() if not f"{k}.".startswith(f"{key}.")}
+    if "attention.head_dim" in changes:
+        del values["attention.logit_scale"]  # its default follows
+    return from_dict(nest(values | changes), config_type=ModelConfig)
+
+
+def variants(config: ModelConfig, key: str) -> list:
+    """Other values of a key than the model has, None where it may be null."""
+    values = dict(flatten(dataclasses.asdict(config)))
+    nullable = type(None) in typing.get_args(KEYS[key].type)
     if KEYS[key].section is not None:
-        return [None] if nullable else []
+        return [SECTIONS[key] if values.get(key, ...) is None else None] if nullable else []
+    if key not in values:  # of a section that is null
+        return []
     match values[key]:
         case bool(value):
             other: object = not value
@@ -371,30 +413,43 @@ def variants(key: str) -> list:
             other = 2 * value
         case str(value):
             other = next(choice for choice in KEYS[key].choices if choice != value)
+        case None:
+            return [8]
         case _:
             pytest.fail(f"no other value of {key} is known")
     return [other, None] if nullable else [other]
 
 
+@pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in RUNTIME])
-def test_every_field_of_a_model_is_written_or_refused(tmp_path, key):
-    for value in variants(key):
-        config = replace_keys(TINY, {key: value})
+def test_every_field_of_a_model_is_written_or_refused(family, key):
+    adapter, model = BY_NAME[family], changed(TINY, MODELS[family])
+    for value in variants(model, key):
         try:
-            data = EXPORT_ADAPTER.config_data(config, "float32")
+            config = changed(model, {key: value})
+        except ConfigError:
+            continue  # no model at all
+        message, data = "", {}
+        try:
+            data = adapter.config_data(config, "float32")
         except ConfigError as error:
-            assert str(error).startswith(f"model.{key}={json.dumps(value)} has no place in ")  # noqa: PT017
-            with pytest.raises(ConfigError, match=re.escape(str(error))):
-                export_huggingface(RandomSource(config), tmp_path / "hf")
-            assert not (tmp_path / "hf").exists()
+            message = str(error)
+        if message:
+            assert re.match(rf"model\.{re.escape(key)}[.=]", message)
+            assert f" has no place in a Hugging Face folder of {adapter.family}, which" in message
         else:
-            assert EXPORT_ADAPTER.read_config("config.json", data) == config
+            assert adapter.read_config("config.json", json.loads(json.dumps(data))) == config
 
 
 @pytest.mark.parametrize("key", ["norm.sandwich", "attention.logit_softcap"])
-def test_fields_that_config_json_cannot_hold_are_refused(key):
-    with pytest.raises(ConfigError, match=rf"^model\.{key}=(false|null) has no place in a Hugging"):
-        EXPORT_ADAPTER.config_data(replace_keys(TINY, {key: variants(key)[-1]}), "float32")
+def test_fields_that_config_json_cannot_hold_are_refused(tmp_path, key):
+    config = replace_keys(TINY, {key: variants(TINY, key)[-1]})
+    sentence = rf"^model\.{key}=(false|null) has no place in a Hugging"
+    with pytest.raises(ConfigError, match=sentence):
+        GROK_1.config_data(config, "float32")
+    with pytest.raises(ConfigError, match=sentence):
+        export_huggingface(RandomSource(config), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_command(tmp_path):

@@ -1,8 +1,10 @@
 """README.md of an exported folder, its model card: the weights, and programs that can read them."""
 
 import hashlib
+import json
 import re
 
+from grok.config.load import flatten
 from grok.model.params import num_active_parameters, num_parameters
 from grok.weights.huggingface.adapters.adapter import Adapter
 from grok.weights.source import Source
@@ -12,7 +14,7 @@ FILE = "README.md"
 ORIGINS = {
     "xai": "a folder in the release's format (`ckpt-0`)",
     "orbax": "a checkpoint of the grok codebase",
-    "huggingface": "another Hugging Face folder of Grok-1",
+    "huggingface": "another Hugging Face folder",
 }
 
 
@@ -27,17 +29,19 @@ def model_card(
     the origin, by default the release for weights in its format and of its size; `manifest` is the
     name and content of the folder's file on the training data."""
     parameters = num_parameters(source.config)
-    if base_weights is None and source.format == "xai" and parameters == adapter.release_parameters:
-        base_weights = adapter.release
-    head = ["---", "license: apache-2.0", "pipeline_tag: text-generation"]
+    if base_weights is None and source.format == "xai" and adapter.release:
+        base_weights = adapter.release[0] if parameters == adapter.release[1] else None
+    licence = [f"license: {adapter.licence}"] if adapter.licence else []
+    head = ["---", *licence, "pipeline_tag: text-generation"]
     # The hub links models by names of this form; anything else it would refuse.
     if base_weights and re.fullmatch(r"[\w.-]+/[\w.-]+", base_weights):
         head.append(f"base_model: {base_weights}")
-    head += ["tags:", "- grok-1", "- mixture-of-experts", "---"]
-    numbers = adapter.config_numbers(source.config) | {
-        "parameters that a token uses": f"{num_active_parameters(source.config):,}"
-    }
-    table = ["| key | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in numbers.items())]
+    experts = ["- mixture-of-experts"] if source.config.moe else []
+    head += ["tags:", f"- {adapter.name}", *experts, "---"]
+    numbers = dict(flatten(adapter.config_numbers(source.config)))
+    rows = [f"| {key} | {json.dumps(value)} |" for key, value in numbers.items()]
+    active = f"| parameters that a token uses | {num_active_parameters(source.config):,} |"
+    table = ["| key | value |", "|---|---|", *rows, active]
     data = "No data manifest came with this export."
     if manifest is not None:
         name, content = manifest
@@ -50,7 +54,7 @@ def model_card(
         ("Base weights", _base(source, dtype, base_weights)),
         ("Config", "\n".join(table)),
         ("Training data", data),
-        ("Licence", "Apache-2.0, as the release of Grok-1 has it."),
+        ("Licence", _licence(adapter)),
     )
     title = f"# A {adapter.family} model of {parameters:,} parameters, in {dtype}"
     body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections)
@@ -68,3 +72,9 @@ def _base(source: Source, dtype: str, base_weights: str | None) -> str:
     elif source.dtype != dtype:
         text += f"\n\nThe matrices were {source.dtype} and were converted to {dtype}."
     return text
+
+
+def _licence(adapter: Adapter) -> str:
+    if adapter.licence is None:
+        return "Not stated. That of the base weights holds for weights that were made from them."
+    return f"{adapter.licence.capitalize()}, as the release of {adapter.family} has it."

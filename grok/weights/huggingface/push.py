@@ -7,7 +7,7 @@ from grok.errors import CheckpointError
 from grok.weights.cast import converted
 from grok.weights.checksums import sample_checksum
 from grok.weights.detect import open_source
-from grok.weights.huggingface.source import INDEX, UNFINISHED
+from grok.weights.huggingface.files import CONFIG, UNFINISHED
 from grok.weights.source import Source
 
 
@@ -20,7 +20,7 @@ def check_name(repo: str) -> None:
 def is_exported(source: Source, folder: str | os.PathLike[str], dtype: str) -> bool:
     """Returns True where the local `folder` is a complete export of `source` in `dtype`, as far as
     a small sample of the values tells: an upload that was interrupted then needs no new export."""
-    if storage.is_remote(folder) or not storage.exists(storage.join(folder, INDEX)):
+    if storage.is_remote(folder) or not storage.exists(storage.join(folder, CONFIG)):
         return False
     if UNFINISHED in storage.list_files(folder, CheckpointError):
         return False

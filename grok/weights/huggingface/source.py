@@ -1,13 +1,9 @@
 """A Hugging Face folder as a source of our parameters: config.json, safetensors files, an index.
-The names of the tensors identify the layout (`adapters/`)."""
+config.json and the names of the tensors identify the family and its layout (`adapters/`)."""
 
 import itertools
 import math
 import os
-import re
-from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
@@ -15,53 +11,48 @@ from grok import storage
 from grok.config import ModelConfig
 from grok.errors import CheckpointError
 from grok.model.params import param_specs
-from grok.weights.huggingface.adapters import ADAPTERS
-from grok.weights.huggingface.adapters.adapter import TOKEN_TABLE, Adapter, split_axes
-from grok.weights.huggingface.safetensors import TensorInfo, read_header
-from grok.weights.source import (
-    Part,
-    Source,
-    TensorSpec,
-    blocks,
-    part_shape,
-    quoted,
-    read_object,
-    read_part,
+from grok.weights.huggingface.adapters import adapter_of_config, layout_of
+from grok.weights.huggingface.adapters.adapter import (
+    HEAD_NAME,
+    TOKEN_TABLE,
+    HuggingFaceTensor,
+    split_axes,
 )
+from grok.weights.huggingface.files import CONFIG, find_tensors, read_config_json
+from grok.weights.huggingface.ranks import FILE, file_name
+from grok.weights.huggingface.safetensors import TensorInfo
+from grok.weights.huggingface.stored_tensor import StoredTensor
+from grok.weights.source import Part, Source, TensorSpec, blocks, part_shape, quoted, read_part
 from grok.weights.transpose import transpose_into
-
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-# The journal of an unfinished export.
-UNFINISHED = "unfinished-export.json"
 
 
 class HuggingFaceSource(Source):
-    """A folder of safetensors, local or at gs://. Opening it reads the headers, and no array.
-    `config` is the expected model, by default that of config.json. Raises CheckpointError, with
-    file and tensor, where tensors are missing or too many, files damaged, or of another model."""
+    """A folder of safetensors, local or at gs://. Opening it reads the headers, and no array but
+    the beginning of each rank's file. `config` is the expected model, by default that of
+    config.json. Raises CheckpointError, with file and tensor, where tensors are missing or too
+    many, files damaged, or of another model."""
 
     format = "huggingface"
 
     def __init__(self, path: str | os.PathLike[str], config: ModelConfig | None = None):
         self.path = os.fspath(path)
         present = storage.list_files(self.path, CheckpointError)
-        entries = _find_tensors(self.path, present)
-        adapter, layout = _adapter_of(self.path, entries)
-        if config is None and CONFIG not in present:
+        config_json = read_config_json(self.path) if CONFIG in present else None
+        adapter = adapter_of_config(*config_json) if config_json else None
+        entries = find_tensors(self.path, present)
+        adapter, layout = layout_of(self.path, entries, adapter, config)
+        if config is None and config_json is None:
             missing = storage.join(self.path, CONFIG)
             raise CheckpointError(f"{missing}: is missing; without it a config must be given.")
         self.adapter = adapter
-        self.config = config or adapter.read_config(*read_config_json(self.path))
-        adapter.config_numbers(self.config)  # raises for a model that no such folder can hold
-        whose = "this model's config" if config else f"this folder's {CONFIG}"
-        self._entries = self._arrange(layout, whose, entries)
-        table = self._entries[TOKEN_TABLE, ()]
-        self._tied_head = head = entries.get(adapter.tied_head)
-        if head and (head.dtype, head.shape) != (table.dtype, table.shape):
-            raise CheckpointError(
-                f"{head.path}: {adapter.tied_head} is {head.dtype} {head.shape}, and the token "
-                f"table {table.dtype} {table.shape}; {adapter.family} has one table for both."
-            )
+        self.config = config or adapter.read_config(*(config_json or ("", {})))
+        adapter.check_holds(self.config)
+        if adapter.ignored is not None:
+            ignored = adapter.ignored
+            entries = {name: e for name, e in entries.items() if not ignored.fullmatch(name)}
+        self._whose = "this model's config" if config else f"this folder's {CONFIG}"
+        self._entries = self._arrange(layout, entries)
+        self._tied_head = self._find_tied_head(entries) if self.config.tie_embeddings else None
         dtypes = {tree_name: entry.dtype for (tree_name, _), entry in self._entries.items()}
         self.tensors = {
             name: TensorSpec(spec, dtypes[name]) for name, spec in param_specs(self.config).items()
@@ -80,47 +71,101 @@ class HuggingFaceSource(Source):
         return out
 
     def _arrange(
-        self, layout: str, whose: str, entries: dict[str, TensorInfo]
-    ) -> dict[tuple[str, tuple[int, ...]], TensorInfo]:
+        self, layout: str, entries: dict[str, tuple[TensorInfo, ...]]
+    ) -> dict[tuple[str, tuple[int, ...]], StoredTensor]:
         """The tensor of each parameter's layer and expert, with its shape and type checked."""
-        layers, moe = self.config.num_layers, self.config.moe
-        size = f"{whose} has {layers} layers" + (f" of {moe.num_experts} experts" if moe else "")
-        arranged: dict[tuple[str, tuple[int, ...]], TensorInfo] = {}
+        arranged: dict[tuple[str, tuple[int, ...]], StoredTensor] = {}
         firsts: dict[str, str] = {}
-        expected = {self.adapter.tied_head}
+        expected = {HEAD_NAME}
         for tensor in self.adapter.tensors(layout, self.config):
-            entry = entries.get(tensor.name)
-            if entry is None:
-                raise CheckpointError(f"{self.path}: {tensor.name} is missing; {size}.")
-            if entry.shape != tensor.shape:
-                raise CheckpointError(
-                    f"{entry.path}: {tensor.name} has shape {entry.shape}; for {whose} it should "
-                    f"be {tensor.shape}."
-                )
+            if tensor.name not in entries:
+                why = "its output layer is not the token table" if tensor.name == HEAD_NAME else ""
+                problem = f"{tensor.name} is missing; {why or self._size()}"
+                raise CheckpointError(f"{self.path}: {problem}.")
+            entry = self._joined(tensor, entries[tensor.name])
             first = firsts.setdefault(tensor.param.name, tensor.name)
-            if entry.dtype != entries[first].dtype:
+            first_dtype = entries[first][0].dtype
+            if entry.dtype != first_dtype:
                 raise CheckpointError(
                     f"{entry.path}: {tensor.name} is {entry.dtype}, and {first} is "
-                    f"{entries[first].dtype}; all layers and experts should have one type."
+                    f"{first_dtype}; all layers and experts should have one type."
                 )
             arranged[tensor.param.name, tensor.lead] = entry
             expected.add(tensor.name)
         extra = min(entries.keys() - expected, default=None)
         if extra is not None:
-            path = entries[extra].path
-            raise CheckpointError(f"{path}: {quoted(extra)} does not belong here; {size}.")
+            path = entries[extra][0].path
+            raise CheckpointError(f"{path}: {quoted(extra)} does not belong here; {self._size()}.")
         return arranged
 
-    def _read_one(self, out_RC: np.ndarray, name: str, index: tuple, rows: Part, columns: Part):
-        entry = self._entries[name, index]
-        _, row_sizes, column_sizes = split_axes(self.tensors[name].param, self.tensors[name].shape)
-        stored = (entry.path, entry.offset, (*column_sizes, *row_sizes))
-        if not columns:
-            read_part(*stored, rows, out_RC.reshape(part_shape(rows)))
+    def _size(self) -> str:
+        layers, moe = self.config.num_layers, self.config.moe
+        experts = f" of {moe.num_experts} experts" if moe else ""
+        return f"{self._whose} has {layers} layers{experts}"
+
+    def _joined(self, tensor: HuggingFaceTensor, parts: tuple[TensorInfo, ...]) -> StoredTensor:
+        """The parts of a tensor as one of the shape that it should have."""
+        axis = tensor.rank_axis
+        if len(parts) > 1 and axis is None:
+            raise CheckpointError(
+                f"{parts[0].path}: {tensor.name} is in the files of ranks, and only experts are "
+                "split over them."
+            )
+        entry = StoredTensor(parts, axis or 0)
+        if entry.shape == tensor.shape:
+            return entry
+        path, shape, right = parts[0].path, parts[0].shape, tensor.shape
+        if axis is not None and len(shape) == 2 and shape[1 - axis] == right[1 - axis]:
+            self._check_number_of_ranks(tensor, parts, axis)
+        raise CheckpointError(
+            f"{path}: {tensor.name} has shape {entry.shape}; for {self._whose} it should be "
+            f"{right}."
+        )
+
+    def _check_number_of_ranks(
+        self, tensor: HuggingFaceTensor, parts: tuple[TensorInfo, ...], axis: int
+    ) -> None:
+        """Raises CheckpointError where other ranks than there are would have the right width."""
+        number = FILE.fullmatch(os.path.basename(parts[0].path))
+        width, size = tensor.shape[axis], parts[0].shape[axis]
+        if number is None or number[2] == "common" or width % size:
             return
-        values_CR = np.empty(part_shape((*columns, *rows)), entry.dtype)
-        read_part(*stored, (*columns, *rows), values_CR)
-        transpose_into(out_RC, values_CR.reshape(out_RC.shape[::-1]))
+        ranks, at = width // size, min(width // size, len(parts))
+        problem = "is missing" if ranks > len(parts) else "is a rank too many"
+        raise CheckpointError(
+            f"{storage.join(self.path, file_name(int(number[1]), at))}: {problem}; "
+            f"{tensor.name} should have a width of {width}, and {size} in each file are {ranks} "
+            f"ranks, of which {len(parts)} are here."
+        )
+
+    def _read_one(self, out_RC: np.ndarray, name: str, index: tuple, rows: Part, columns: Part):
+        _, row_sizes, column_sizes = split_axes(self.tensors[name].param, self.tensors[name].shape)
+        sizes, entry = (*column_sizes, *row_sizes), self._entries[name, index]
+        if not columns:
+            whole = entry.parts[0]
+            read_part(whole.path, whole.offset, sizes, rows, out_RC.reshape(part_shape(rows)))
+            return
+        for values, place in entry.read(sizes, (*columns, *rows)):
+            # Of a tensor in several parts the axes are the matrix's two; another's part is all.
+            cut = place[::-1] if len(place) == 2 else ()
+            columns_here = math.prod(values.shape[: len(columns)])
+            transpose_into(out_RC[cut], values.reshape(columns_here, -1))
+
+    def _find_tied_head(self, entries: dict[str, tuple[TensorInfo, ...]]) -> TensorInfo | None:
+        """The copy of the token table that files may have as the output layer."""
+        if HEAD_NAME not in entries:
+            return None
+        head, table = entries[HEAD_NAME][0], self._entries[TOKEN_TABLE, ()]
+        if (head.dtype, head.shape) != (table.dtype, table.shape):
+            raise CheckpointError(
+                f"{head.path}: {HEAD_NAME} is {head.dtype} {head.shape}, and the token table "
+                f"{table.dtype} {table.shape}; {self._one_table()}."
+            )
+        return head
+
+    def _one_table(self) -> str:
+        tied = self.adapter.config_json.fixed.get("tie_embeddings")
+        return f"{self.adapter.family if tied else self._whose} has one table for both"
 
     def _check_tied(self, head: TensorInfo, part: Part, table_VD: np.ndarray) -> None:
         spec = self.tensors[TOKEN_TABLE]
@@ -134,96 +179,6 @@ class HuggingFaceSource(Source):
             differs = (mine_VD.view(bits) != other_VD.view(bits)).any(axis=1)
             if differs.any():
                 raise CheckpointError(
-                    f"{head.path}: {self.adapter.tied_head} differs from the token table, first "
-                    f"for token {block[0].start + int(differs.argmax())}; {self.adapter.family} "
-                    "has one table for both."
+                    f"{head.path}: {HEAD_NAME} differs from the token table, first for token "
+                    f"{block[0].start + int(differs.argmax())}; {self._one_table()}."
                 )
-
-
-def read_config_json(folder: str) -> tuple[str, dict[str, Any]]:
-    """The path and the content of a folder's config.json."""
-    path = storage.join(folder, CONFIG)
-    return path, read_object(path)
-
-
-def _adapter_of(folder: str, names: Collection[str]) -> tuple[Adapter, str]:
-    for adapter in ADAPTERS:
-        if layout := adapter.layout_of(names):
-            return adapter, layout
-    known = (
-        f"{a.family}'s are known in the layouts of {' and '.join(a.layouts)}" for a in ADAPTERS
-    )
-    raise CheckpointError(
-        f"{folder}: its tensors have names of another model, such as {quoted(min(names))}; "
-        f"{'; '.join(known)}."
-    )
-
-
-def _find_tensors(folder: str, present: Mapping[str, int | None]) -> dict[str, TensorInfo]:
-    """Every tensor of the files that the index lists, or of all where there is no index."""
-    if UNFINISHED in present:
-        raise CheckpointError(
-            f"{folder}: is an unfinished export; the same `grok export hf` again finishes it."
-        )
-    index = _read_index(storage.join(folder, INDEX)) if INDEX in present else None
-    if index is not None:
-        files = sorted(set(index.values()))
-        for name, file in index.items():
-            if present.get(file) is None:
-                path, tensor = storage.join(folder, file), quoted(name)
-                raise CheckpointError(f"{path}: is missing; the index says that it has {tensor}.")
-    else:
-        files = sorted(f for f in present if f.endswith(".safetensors") and not f.startswith("."))
-        if not files:
-            pickles = sorted(name for name in present if name.endswith((".bin", ".pt", ".pth")))
-            problem = "has no *.safetensors files."
-            if pickles:
-                problem = (
-                    f"has pickled weights ({pickles[0]}), which cannot be read without executing "
-                    "what they say; a copy in safetensors would work."
-                )
-            raise CheckpointError(f"{folder}: {problem}")
-    storage.prefetch(folder, files, CheckpointError)
-    # Sixteen at a time: a remote file takes some round trips.
-    with ThreadPoolExecutor(16) as pool:
-        sizes = [present[file] or 0 for file in files]
-        headers = list(pool.map(read_header, [storage.join(folder, f) for f in files], sizes))
-    entries: dict[str, TensorInfo] = {}
-    for header in headers:
-        for name, entry in header.items():
-            if name in entries:
-                other = f"{entries[name].path} too; it should be in one file"
-                raise CheckpointError(f"{entry.path}: {quoted(name)} is in {other}.")
-            entries[name] = entry
-    if index is not None:
-        _check_index(folder, index, entries)
-    if not entries:
-        raise CheckpointError(f"{folder}: its safetensors files have no tensors.")
-    return entries
-
-
-def _check_index(folder: str, index: dict[str, str], entries: dict[str, TensorInfo]) -> None:
-    for name, file in index.items():
-        path = storage.join(folder, file)
-        if name not in entries:
-            raise CheckpointError(f"{path}: has no {quoted(name)}, which {INDEX} says it has.")
-        if entries[name].path != path:
-            path = entries[name].path
-            raise CheckpointError(f"{path}: has {quoted(name)}, which {INDEX} says is in {file}.")
-    extra = min(entries.keys() - index.keys(), default=None)
-    if extra is not None:
-        path = entries[extra].path
-        raise CheckpointError(f"{path}: has {quoted(extra)}, which {INDEX} leaves out.")
-
-
-def _read_index(path: str) -> dict[str, str]:
-    files = read_object(path).get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise CheckpointError(f"{path}: should have a weight_map from tensors to files.")
-    for name, file in files.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-            raise CheckpointError(
-                f"{path}: {quoted(name)} is said to be in {file!r:.100}; that should be the name "
-                "of a safetensors file in this folder."
-            )
-    return files

@@ -15,7 +15,8 @@ from grok.errors import CheckpointError, ConfigError
 from grok.model.params import num_active_parameters, num_parameters, param_specs
 from grok.resumable import journal_lines
 from grok.weights.detect import is_huggingface, is_release, open_source
-from grok.weights.huggingface.source import INDEX, HuggingFaceSource, read_config_json
+from grok.weights.huggingface.files import INDEX, read_config_json
+from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.importing.importer import JOURNAL, STAGING
 from grok.weights.orbax.metadata import read_meta
 from grok.weights.orbax.source import OrbaxSource
@@ -160,7 +161,7 @@ def _origins(source: Source, config: ModelConfig | None) -> dict[str, str]:
     if source.format == "xai":
         return {name: IN_RELEASE.get(name, ASSUMED) for name in fields}
     if isinstance(source, HuggingFaceSource):
-        stored = source.adapter.stated_fields(read_config_json(source.path)[1])
+        stored = source.adapter.config_json.stated_fields(read_config_json(source.path)[1])
         return {name: CONFIG_JSON if name in stored else ASSUMED for name in fields}
     return dict.fromkeys(fields, STORED)
 
@@ -266,7 +267,8 @@ def _presets_of_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, ModelCon
     return {
         preset: model
         for preset, model in _presets().items()
-        if all(file_shape(param_specs(model)[name]) == shape for name, shape in shapes.items())
+        if shapes.keys() <= param_specs(model).keys()
+        and all(file_shape(param_specs(model)[name]) == shape for name, shape in shapes.items())
     }
 
 
