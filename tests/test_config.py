@@ -548,7 +548,36 @@ def test_stored_data_is_checked_likewise():
 # ---- presets
 
 
-@pytest.mark.parametrize("name", [*LADDER, "grok-1"])
+# As published, and as computed from the released files' shapes.
+RELEASES = {
+    "grok-1": 315_684_820_992,
+    "grok-2": 269_515_497_472,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
+}
+
+
+def test_every_preset_of_a_model_is_of_the_ladder_or_a_release():
+    models = {name for name, file in presets().items() if file.parent.name == "models"}
+    assert models == {*LADDER, *RELEASES}
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_a_release_has_its_parameters(name):
+    assert num_parameters(load_config(name).model) == RELEASES[name]
+
+
+@pytest.mark.parametrize("name", [*LADDER, *RELEASES])
 def test_a_preset_loads_and_its_head_comment_counts_right(name):
     model = load_config(name).model
     head = presets()[name].read_text().split("\nmodel:")[0]

@@ -119,7 +119,7 @@ def check_config(command_name: str, parsed: dict) -> None:
     kind = KINDS.get(parsed.get("command") or command_name, RunConfig)
     overrides = parsed["overrides"]
     source = parsed.get("config") or parsed.get("run_or_config") or "own.yaml"
-    preset = not re.search(r"[./]", source)
+    preset = not re.search(r"/|\.ya?ml$", source)  # versions in names have dots
     if kind is RunConfig:
         load_config(source if preset else "own.yaml", overrides)
     elif preset and kind is BatchConfig:

@@ -1,5 +1,5 @@
-"""What Llama, Mistral and Mixtral share: they are models of the transformers library, whose
-config.json has most keys in common, and whose own code reads the exports."""
+"""Parts of a config.json that Llama, Mistral and Mixtral share: all are models of the transformers
+library, whose own code reads the exports."""
 
 import re
 
