@@ -92,8 +92,8 @@ def _ranks(
         if len(group) > 1:
             path = storage.join(folder, file_name(number, int(min(group))))
             raise CheckpointError(
-                f"{path}: stands beside {file_name(number, None)}, which has the same tensors "
-                "whole; one of them is too many."
+                f"{path}: stands beside {file_name(number, None)}, which has whole tensors; one of "
+                "them is too many."
             )
         return [group["common"]]
     ranks = {int(rank): header for rank, header in group.items()}

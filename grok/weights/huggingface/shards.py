@@ -101,7 +101,12 @@ def _ranked_files(
     tensors: dict[str, list[HuggingFaceTensor]] = {}
     for tensor in adapter.tensors(adapter.export_layout, config):
         tensors.setdefault(tensor.param.name, []).append(tensor)
-    ranks = adapter.num_ranks or 1
+    ranks, width = adapter.num_ranks or 1, config.moe.dim if config.moe else 0
+    if width % ranks:
+        raise ConfigError(
+            f"model.moe.dim={width} has no place in a Hugging Face folder of {adapter.family}, "
+            f"which needs a multiple of its {ranks} ranks."
+        )
     for number, name in enumerate(adapter.layouts[adapter.export_layout].names):
         if tensors[name][0].rank_axis is None:
             yield file_name(number, None), tensors[name]

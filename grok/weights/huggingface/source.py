@@ -134,8 +134,8 @@ class HuggingFaceSource(Source):
         problem = "is missing" if ranks > len(parts) else "is a rank too many"
         raise CheckpointError(
             f"{storage.join(self.path, file_name(int(number[1]), at))}: {problem}; "
-            f"{tensor.name} should have a width of {width}, and {size} in each file are {ranks} "
-            f"ranks, of which {len(parts)} are here."
+            f"{tensor.name} should have a width of {width}, which {ranks} ranks of {size} have, "
+            f"and {len(parts)} are here."
         )
 
     def _read_one(self, out_RC: np.ndarray, name: str, index: tuple, rows: Part, columns: Part):

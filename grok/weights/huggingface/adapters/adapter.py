@@ -110,12 +110,6 @@ class Adapter:
                 f"model.{key}={shown(value)} has no place in a Hugging Face folder of "
                 f"{self.family}, which needs {right}."
             )
-        width = config.moe.dim if config.moe else 0
-        if self.num_ranks and width % self.num_ranks:
-            raise ConfigError(
-                f"model.moe.dim={width} has no place in a Hugging Face folder of {self.family}, "
-                f"which needs a multiple of its {self.num_ranks} ranks."
-            )
 
     def config_data(self, config: ModelConfig, dtype: str) -> dict[str, Any]:
         """The content of config.json for a model in `export_layout`; raises as `check_holds`."""
