@@ -414,6 +414,20 @@ def test_grok_2_is_known_whatever_its_model_type(tmp_path):
     assert HuggingFaceSource(folder, config).adapter.name == "grok-2"
 
 
+def test_the_activation_of_grok_2_may_be_chosen(tmp_path):
+    """No file says it. An export could not either, and its readers take the error function."""
+    tanh = {"mlp.activation": "gelu_tanh", "moe.activation": "gelu_tanh"}
+    config = replace_keys(HuggingFaceSource(FOLDER / "grok2").config, tanh)
+    source = HuggingFaceSource(FOLDER / "grok2", config)
+    assert source.config == config
+    message = r'^model\.mlp\.activation="gelu_tanh" has no place in a Hugging Face folder of Grok-2'
+    with pytest.raises(ConfigError, match=message):
+        export_huggingface(source, tmp_path / "hf")
+    silu = replace_keys(config, {"moe.activation": "silu"})
+    with pytest.raises(ConfigError, match=r'^model\.moe\.activation="silu" has no place in a Hugg'):
+        HuggingFaceSource(FOLDER / "grok2", silu)
+
+
 def test_without_config_json_the_expected_model_tells_the_family(tmp_path):
     config = HuggingFaceSource(FOLDER / "mistral").config
     folder = copy(tmp_path / "hf", "mistral")

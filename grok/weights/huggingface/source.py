@@ -46,7 +46,7 @@ class HuggingFaceSource(Source):
             raise CheckpointError(f"{missing}: is missing; without it a config must be given.")
         self.adapter = adapter
         self.config = config or adapter.read_config(*(config_json or ("", {})))
-        adapter.check_holds(self.config)
+        adapter.check_holds(self.config, reading=True)
         if adapter.ignored is not None:
             ignored = adapter.ignored
             entries = {name: e for name, e in entries.items() if not ignored.fullmatch(name)}

@@ -45,7 +45,7 @@ def layout_of(
     names."""
     candidates = ADAPTERS if adapter is None else (adapter,)
     layouts = [(a, layout) for a in candidates if (layout := a.layout_of(names))]
-    holding = [at for at in layouts if config and not any(at[0].config_json.problems(config))]
+    holding = [at for at in layouts if config and not any(at[0].config_json.problems(config, True))]
     if layouts:
         return (holding or layouts)[0]
     known = ", ".join(f"{a.family} ({', '.join(a.layouts)})" for a in candidates)

@@ -103,9 +103,10 @@ class Adapter:
         that are not known."""
         return self.config_json.read(path, self.family, data)
 
-    def check_holds(self, config: ModelConfig) -> None:
-        """Raises ConfigError, with the key, for a model that the family cannot express."""
-        for key, value, right in self.config_json.problems(config):
+    def check_holds(self, config: ModelConfig, reading: bool = False) -> None:
+        """Raises ConfigError, with the key, for a model that the family cannot express, or that its
+        weights cannot be read as."""
+        for key, value, right in self.config_json.problems(config, reading):
             raise ConfigError(
                 f"model.{key}={shown(value)} has no place in a Hugging Face folder of "
                 f"{self.family}, which needs {right}."

@@ -125,7 +125,8 @@ class ConfigJson:
     our keys without one there, and the value that the family's code computes with, or a function of
     our config's values. `harmless` are keys that change nothing, with the values for which that
     holds (ANY), beside those of every family; `written` has their values in exports, or functions
-    of our config. With `scaled_rope`, the default theta, theta and scaling are where the versions
+    of our config. `alternatives` are values of fixed keys that a reader may choose instead, and no
+    file can say. With `scaled_rope`, the default theta, theta and scaling are where the versions
     of transformers have them."""
 
     head: Mapping[str, Any]
@@ -134,6 +135,7 @@ class ConfigJson:
     harmless: Mapping[str, tuple | None]
     written: Mapping[str, Any]
     scaled_rope: float | None = None
+    alternatives: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def read(self, path: str, family: str, data: dict[str, Any]) -> ModelConfig:
         """The model that `data`, the content of the config.json at `path`, describes. Raises
@@ -183,12 +185,16 @@ class ConfigJson:
                 stated.add("attention.rope.theta")
         return stated | {*self.fixed}
 
-    def problems(self, config: ModelConfig) -> Iterator[tuple[str, Any, str]]:
-        """Yields each of our keys that such a file cannot hold the value of: key, value, and the
-        values that it can."""
+    def problems(
+        self, config: ModelConfig, reading: bool = False
+    ) -> Iterator[tuple[str, Any, str]]:
+        """Yields each of our keys that such a file cannot hold the value of, or that it cannot be
+        read with: key, value, and the values that would do."""
         values = dict(flatten(to_dict(config)))
         fields = {field.ours: field for field in self.fields}
         for key, value in values.items():
+            if reading and value is not None and self.alternatives.get(key) == value:
+                continue
             if key in self.fixed:
                 right = self.fixed[key]
                 right = right(values) if callable(right) else right

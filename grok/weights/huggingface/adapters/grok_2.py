@@ -69,7 +69,7 @@ CONFIG = ConfigJson(
     fixed={
         "norm.sandwich": True,
         "tie_embeddings": False,
-        # The error function, as in sglang, the runtime that xAI names; others have tanh.
+        # The error function, as in sglang, the runtime that xAI names.
         "mlp.activation": "gelu",
         "moe.activation": "gelu",
         "moe.normalize": False,
@@ -112,6 +112,8 @@ CONFIG = ConfigJson(
         "beta_fast": 8,
         "beta_slow": 1,
     },
+    # llama.cpp's and sgl-jax's.
+    alternatives={"mlp.activation": "gelu_tanh", "moe.activation": "gelu_tanh"},
 )
 
 
