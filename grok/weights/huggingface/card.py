@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 
 from grok.config.load import flatten
 from grok.model.params import num_active_parameters, num_parameters
@@ -24,10 +25,11 @@ def model_card(
     dtype: str,
     base_weights: str | None = None,
     manifest: tuple[str, bytes] | None = None,
+    tokenizer_files: Sequence[str] = (),
 ) -> str:
     """The card of `source` exported in `dtype`, as Markdown with a YAML head. `base_weights` names
     the origin, by default the release for weights in its format and of its size; `manifest` is the
-    name and content of the folder's file on the training data."""
+    name and content of the folder's file on the training data; `tokenizer_files` are there, too."""
     parameters = num_parameters(source.config)
     if base_weights is None and source.format == "xai" and adapter.release:
         base_weights = adapter.release[0] if parameters == adapter.release[1] else None
@@ -49,8 +51,10 @@ def model_card(
         data = (
             f"[{name}]({name}) is the data manifest ({len(content):,} bytes, SHA-256 `{digest}`)."
         )
+    tokenizer = ", ".join(f"`{name}`" for name in tokenizer_files)
     sections = (
         ("Reading it", adapter.reading_notes(source.config)),
+        ("Tokenizer", f"{tokenizer}." if tokenizer else adapter.tokenizer_note),
         ("Base weights", _base(source, dtype, base_weights)),
         ("Config", "\n".join(table)),
         ("Training data", data),

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
@@ -47,6 +47,17 @@ class Exported:
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class ExportedTokenizer:
+    """The files of the weights' tokenizer by name, and its ids under their keys in config.json."""
+
+    contents: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    ids: Mapping[str, int | list[int] | None] = dataclasses.field(default_factory=dict)
+
+
+NO_TOKENIZER = ExportedTokenizer()
+
+
 def export_huggingface(
     source: Source,
     folder: str | os.PathLike[str],
@@ -56,14 +67,15 @@ def export_huggingface(
     data_manifest: str | os.PathLike[str] | None = None,
     on_progress: OnProgress = no_progress,
     family: str | None = None,
+    tokenizer: ExportedTokenizer = NO_TOKENIZER,
 ) -> Exported:
     """Writes `source` to the local `folder` in "bfloat16", "float16" or "float32".
 
     The layout is that of `family`, by default the family of a Hugging Face folder or else the first
     that can hold the model. No file is larger than `shard_bytes`, by default 5 GB, but where the
     layout says which tensors a file has, as Grok-2's does. The model card names `base_weights` as
-    the origin, and `data_manifest`, a file on the training data, is copied. After an interruption
-    the same call keeps the files that were finished.
+    the origin; `data_manifest`, a file on the training data, and `tokenizer` are copied. After an
+    interruption the same call keeps the files that were finished.
 
     Raises CheckpointError where `folder` is remote, holds anything else or an interrupted export of
     other weights or settings, and for what cannot be read or written; ConfigError where a tensor
@@ -73,12 +85,21 @@ def export_huggingface(
     if family is None and isinstance(source, HuggingFaceSource):
         family = source.adapter.name
     adapter = adapter_for_export(source.config, family)
-    config = json_text(adapter.config_data(source.config, dtype))
+    config = adapter.config_data(source.config, dtype)
+    config |= {key: value for key, value in tokenizer.ids.items() if key in config}
     shards = plan(adapter, source.config, DTYPES[dtype], shard_bytes)
+    small_files = {CONFIG: json_text(config), **tokenizer.contents}
     manifest = None
     if data_manifest is not None:
         name = f"data_manifest{PurePath(data_manifest).suffix}"
         manifest = name, storage.read_bytes(data_manifest, CheckpointError)
+        small_files[name] = manifest[1]
+    card = huggingface_card.model_card(
+        source, adapter, dtype, base_weights, manifest, tuple(tokenizer.contents)
+    )
+    small_files[huggingface_card.FILE] = card.encode()
+    if adapter.num_ranks is None:
+        small_files[INDEX] = json_text(index_data(shards))
     check_destination(folder, UNFINISHED, CheckpointError)
     path = Path(folder)
     with continuable(folder, CheckpointError):
@@ -91,13 +112,8 @@ def export_huggingface(
         identity = {"dtype": dtype, "values": sample_checksum(source), "files": files}
         with Journal(path / UNFINISHED, identity, CheckpointError):
             _write_shards(source, path, todo, ByteCounter(on_progress, nbytes, nbytes - written))
-            card = huggingface_card.model_card(source, adapter, dtype, base_weights, manifest)
-            storage.write_bytes(path / CONFIG, config)
-            storage.write_bytes(path / huggingface_card.FILE, card.encode())
-            if manifest is not None:
-                storage.write_bytes(path / manifest[0], manifest[1])
-            if adapter.num_ranks is None:
-                storage.write_bytes(path / INDEX, json_text(index_data(shards)))
+            for name, contents in small_files.items():
+                storage.write_bytes(path / name, contents)
             (path / UNFINISHED).unlink()
     tensors, resumed = sum(len(shard.tensors) for shard in shards), len(shards) - len(todo)
     seconds = time.monotonic() - start

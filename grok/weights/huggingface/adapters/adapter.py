@@ -75,7 +75,9 @@ class Layout:
 class Adapter:
     """A family. `name` is the word for it in commands, `model_types` those of its config.json.
     Exports write `export_layout`, the token table as the output layer too if `copies_tied_head`,
-    and experts in files of `num_ranks` ranks. `ignored` are names of buffers in old files."""
+    and experts in files of `num_ranks` ranks. `ignored` are names of buffers in old files.
+    `reading_notes` and `tokenizer_note` are text of the model card: on the programs that can read
+    an export, and for one without its tokenizer."""
 
     name: str
     family: str
@@ -84,6 +86,7 @@ class Adapter:
     export_layout: str
     config_json: ConfigJson
     reading_notes: Callable[[ModelConfig], str]
+    tokenizer_note: str
     licence: str | None = None
     release: tuple[str, int] | None = None
     ignored: re.Pattern[str] | None = None

@@ -126,8 +126,7 @@ def reading_notes(config: ModelConfig) -> str:
         f"[{HPCAI}](https://huggingface.co/{HPCAI}), whose model code it needs: copy "
         f"{', '.join(f'`{file}`' for file in CODE_FILES)} from there to here, read them, since "
         "they will be executed, and load the folder with `trust_remote_code=True`. The code of "
-        f"[{KEYFAN}](https://huggingface.co/{KEYFAN}) expects other names. No tokenizer is "
-        "here either; Grok-1's is the file `tokenizer.model` of xAI's repository."
+        f"[{KEYFAN}](https://huggingface.co/{KEYFAN}) expects other names."
     )
     c = config.attention
     if c.num_heads * c.head_dim != config.embed_dim or c.rope.theta != 10000:
@@ -147,6 +146,7 @@ GROK_1 = Adapter(
     export_layout=HPCAI,
     config_json=CONFIG,
     reading_notes=reading_notes,
+    tokenizer_note="None is here; Grok-1's is the file `tokenizer.model` of xAI's repository.",
     licence="apache-2.0",
     release=("xai-org/grok-1", 315_684_820_992),
     copies_tied_head=True,

@@ -123,8 +123,7 @@ def reading_notes(config: ModelConfig) -> str:
         f"Files, names and config.json are as in [{RELEASE}](https://huggingface.co/{RELEASE}), "
         "which sglang reads with eight tensor-parallel ranks. Experts are split over the files of "
         "the ranks (TP-000 to TP-007) under the same names: a reader that goes by name alone gets "
-        "an eighth of each. There is no index. No tokenizer is here; Grok-2's is the file "
-        "`tokenizer.tok.json` of xAI's repository."
+        "an eighth of each. There is no index."
     )
 
 
@@ -140,5 +139,6 @@ GROK_2 = Adapter(
     export_layout=RELEASE,
     config_json=CONFIG,
     reading_notes=reading_notes,
+    tokenizer_note="None is here; Grok-2's is the file `tokenizer.tok.json` of xAI's repository.",
     num_ranks=8,
 )

@@ -33,5 +33,6 @@ LLAMA = Adapter(
         scaled_rope=10000.0,
     ),
     reading_notes=transformers.reading_notes,
+    tokenizer_note=transformers.TOKENIZER_NOTE,
     ignored=transformers.BUFFERS,
 )

@@ -39,5 +39,6 @@ MIXTRAL = Adapter(
         scaled_rope=1000000.0,
     ),
     reading_notes=transformers.reading_notes,
+    tokenizer_note=transformers.TOKENIZER_NOTE,
     ignored=transformers.BUFFERS,
 )

@@ -63,7 +63,7 @@ ROUTER_HARMLESS = {
     "output_router_logits": ANY,
     "router_jitter_noise": (0,),
 }
-# An export does not know the tokenizer: no id is better than that of another vocabulary.
+# Without a tokenizer, no id is better than that of another vocabulary.
 WRITTEN = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
@@ -74,11 +74,15 @@ WRITTEN = {
 }
 
 
+TOKENIZER_NOTE = (
+    "None is here; bos_token_id and eos_token_id in config.json are null until you set yours."
+)
+
+
 def reading_notes(config: ModelConfig) -> str:
     """Text of the model card on the programs that can read an export."""
     return (
         "Names and config.json are those of the transformers library, whose "
         "`AutoModelForCausalLM.from_pretrained` reads this folder, as other programs do that read "
-        "the family. No tokenizer is here; bos_token_id and eos_token_id in config.json are null "
-        "until you set those of yours."
+        "the family."
     )
