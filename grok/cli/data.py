@@ -24,6 +24,11 @@ MISMATCH = 1  # exit code
 SHARD_SIZE = "Most bytes of a shard's records; 1 MB is 10^6 bytes."
 FORMAT, SHARE = click.Choice(["auto", "text", "jsonl", "parquet"]), click.FloatRange(0, 1)
 
+TEMPLATE = (
+    "Of messages: grok-1, grok-2, or a file.  [default: the one beside the tokenizer, or grok-1]"
+)
+DATE = "Date, as 2026-01-31, for a template that asks for one.  [default: today]"
+
 _option = functools.partial(click.option, show_default=True)
 
 
@@ -103,6 +108,8 @@ def _field_options(command: Callable) -> Callable:
 @click.option("--glob", "patterns", multiple=True, help="Names to take in folders, as *.md.")
 @_option("--format", default="auto", type=FORMAT, help="What all files are; auto: by their names.")
 @_field_options
+@click.option("--chat-template", default="", metavar="NAME", help=TEMPLATE)
+@click.option("--chat-date", default="", metavar="DATE", help=DATE)
 @click.option("--licence", help="Licence of all sources.")
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
 @_option("--shard-size", default="256MB", callback=size_in_bytes, help=SHARD_SIZE)
@@ -125,6 +132,10 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
     kinds = [name for name in ("text", "prompt", "messages") if names[name]]
     if len(kinds) > 1:
         raise click.UsageError(f"--{kinds[0]}-field and --{kinds[1]}-field exclude each other.")
+    for name in ("chat_template", "chat_date"):
+        if options[name] and not names["messages"]:
+            option = name.replace("_", "-")
+            raise click.UsageError(f"--{option} is of messages; it needs --messages-field.")
     names["text"] = names["text"] or (None if kinds else "text")
     options |= {"workers": workers or os.cpu_count() or 1, "shard_bytes": shard_size}
     job = PrepareOptions(tokenizer=tokenizer, fields=RecordFields(**names), **options)
@@ -138,7 +149,7 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
             texts = (f"{counts[name]:,} {name}" for name in ("documents", "tokens"))
             display.update(share, *texts, f"{rate:,.1f} MB/s")
 
-        manifest = prepare_dataset(job, out, on_progress)
+        manifest = prepare_dataset(job, out, on_progress, display.log)
     counts = manifest["counts"]
     click.echo(
         f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of {counts['bytes']:,} "

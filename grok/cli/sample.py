@@ -47,9 +47,16 @@ class _SampleCommand(click.Command):
     help="Text to continue; may be given several times. Without it, the command is interactive: "
     "each turn continues the whole conversation.",
 )
-def sample(checkpoint, overrides, prompts, **sampling) -> None:
+@click.option("--chat", is_flag=True, help="Answer messages, as the chat template writes them.")
+@click.option(
+    "--chat-template",
+    default="",
+    metavar="NAME",
+    help="With --chat: grok-1, grok-2, or a file.  [default: the one beside the tokenizer]",
+)
+def sample(checkpoint, overrides, prompts, chat, chat_template, **sampling) -> None:
     """Continue text with the weights at CHECKPOINT: the folder of a run (its newest checkpoint is
-    read) or weights in any other format, with their tokenizer.model.
+    read) or weights in any other format, with their tokenizer.
 
     One device is used unless KEY=VALUE says otherwise, as in mesh.tensor=4."""
     from grok.config.sampling import SamplingParams
@@ -57,6 +64,8 @@ def sample(checkpoint, overrides, prompts, **sampling) -> None:
     params = SamplingParams(**sampling)
     if params.n > 1 and not prompts:
         raise ConfigError(f"--n {params.n} needs --prompt: what is typed has one answer.")
+    if chat_template and not chat:
+        raise click.UsageError("--chat-template is of messages; it needs --chat.")
 
     _note("loading JAX")
     from grok.infer.loader import config_of, find_tokenizer, make_mesh
@@ -74,13 +83,14 @@ def sample(checkpoint, overrides, prompts, **sampling) -> None:
     from grok.weights.load import load
 
     tokenizer = load_tokenizer(tokenizer_file)
+    turns, params = _turns(tokenizer, chat, chat_template, params)
     mesh = make_mesh(config.mesh, config.model)
     dtype = config.model.param_dtype
     _note(f"reading the weights at {checkpoint}, {dtype}")
     engine = Engine(load(checkpoint, config.model, mesh, dtype), tokenizer, mesh, config.engine)
     _note("compiling")
     if prompts:
-        stream(engine, tokenizer, prompts, params, click.echo)
+        stream(engine, turns, prompts, params, click.echo)
     else:
         engine.warm_up()
         with contextlib.suppress(ImportError):
@@ -89,7 +99,24 @@ def sample(checkpoint, overrides, prompts, **sampling) -> None:
         if isinstance(sys.stdin, io.TextIOWrapper):
             # A stray byte does not end the conversation.
             sys.stdin.reconfigure(errors="replace")
-        chat_loop(engine, tokenizer, params, _ask, click.echo)
+        chat_loop(engine, turns, params, _ask, click.echo)
+
+
+def _turns(tokenizer, chat, chat_template, params):
+    """The kind of conversation, and the sampling parameters with what ends an answer in it."""
+    from grok.infer.interactive import ChatTurns, TextTurns
+    from grok.infer.loader import find_chat
+    from grok.infer.request import with_answer_ends
+
+    if not chat:
+        return TextTurns(tokenizer), params
+    encoder = find_chat(chat_template, tokenizer)
+    if encoder is None:
+        problem = "--chat needs a template, and there is none beside the tokenizer"
+        raise ConfigError(f"{problem}; --chat-template grok-1, or a file, would work.")
+    for notice in encoder.notices:
+        click.echo(notice, err=True)
+    return ChatTurns(encoder), with_answer_ends(params, encoder.answers)
 
 
 def _note(text: str) -> None:

@@ -28,7 +28,9 @@ class InferConfig(Section):
     mesh: Annotated[MeshConfig, "devices of one replica, along each axis"] = MeshConfig()
     engine: Annotated[EngineConfig, "concurrent sequences, paged cache"] = EngineConfig()
     sampling: Annotated[SamplingConfig, "defaults for requests"] = SamplingConfig()
-    chat_template: Annotated[str, "Jinja text that makes a prompt of messages; none: no chat"] = ""
+    chat_template: Annotated[
+        str, "grok-1, grok-2, file or Jinja text; none: the one beside the tokenizer"
+    ] = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

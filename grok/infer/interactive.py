@@ -3,10 +3,12 @@
 import itertools
 import signal
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from grok.config.sampling import SamplingParams
+from grok.data.chat.encoder import ChatEncoder
 from grok.data.tokenizers import Tokenizer, encode_prompt
-from grok.errors import RequestError
+from grok.errors import DataError, RequestError
 from grok.infer.engine import Engine
 from grok.infer.request import Request
 
@@ -16,13 +18,81 @@ Echo = Callable[..., None]
 _numbers = itertools.count()
 
 
+class Turns(Protocol):
+    """The lines of a conversation. `separator` is shown between a line and its answer."""
+
+    separator: str
+
+    def prompt(self, line: str) -> Sequence[int]:
+        """The tokens of all before, and of `line`."""
+
+    def add(self, line: str, answer: str) -> None:
+        """Takes a line and its answer."""
+
+    def forget(self) -> bool:
+        """Begins anew; False where there was nothing to forget."""
+        ...
+
+
+class TextTurns:
+    """`Turns` as one text that goes on."""
+
+    separator = ""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._text = tokenizer, ""
+
+    def prompt(self, line: str) -> Sequence[int]:
+        """The tokens of the text with `line` at its end."""
+        return encode_prompt(self._tokenizer, self._text + line)
+
+    def add(self, line: str, answer: str) -> None:
+        """Lengthens the text."""
+        self._text += f"{line}{answer}\n"
+
+    def forget(self) -> bool:
+        """Begins anew; False where there was nothing to forget."""
+        text, self._text = self._text, ""
+        return bool(text)
+
+
+class ChatTurns:
+    """`Turns` as messages that a chat template writes."""
+
+    separator = "\n"
+
+    def __init__(self, chat: ChatEncoder):
+        self._chat = chat
+        self._messages: list[dict[str, str]] = []
+
+    def prompt(self, line: str) -> Sequence[int]:
+        """The tokens of all messages, `line` being the last."""
+        try:
+            return self._chat.prompt([*self._messages, {"role": "user", "content": line}])[0]
+        except DataError as error:
+            message = f"the chat template cannot write this: {error}."
+            raise RequestError("messages", message) from None
+
+    def add(self, line: str, answer: str) -> None:
+        """Takes a message and its answer."""
+        answer = answer.removeprefix(self._chat.answers.lead)
+        self._messages.append({"role": "user", "content": line})
+        self._messages.append({"role": "assistant", "content": answer})
+
+    def forget(self) -> bool:
+        """Begins anew; False where there was nothing to forget."""
+        messages, self._messages = self._messages, []
+        return bool(messages)
+
+
 def stream(
-    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[str], params: SamplingParams, echo: Echo
+    engine: Engine, turns: Turns, prompts: Sequence[str], params: SamplingParams, echo: Echo
 ) -> list[str]:
-    """Writes each prompt and its completions through `echo(text, nl=...)`; returns the latter. All
-    prompts run at once. The first completion is written as its tokens come, each other one as soon
-    as those before it are written."""
-    requests = [_request(tokenizer, prompt, params) for prompt in prompts]
+    """Writes each prompt, the beginning of a conversation, and its completions through
+    `echo(text, nl=...)`; returns the latter. All prompts run at once. The first completion is
+    written as its tokens come, each other one as soon as those before it are written."""
+    requests = [_request(turns.prompt(prompt), params) for prompt in prompts]
+    prompts = [prompt + turns.separator for prompt in prompts]
     index = {request.id: i * params.n for i, request in enumerate(requests)}
     texts = [prompt for prompt in prompts for _ in range(params.n)]
     finished, written, current = set(), 0, 0
@@ -41,20 +111,18 @@ def stream(
     return [text[len(prompts[i // params.n]) :] for i, text in enumerate(texts)]
 
 
-def chat_loop(
-    engine: Engine, tokenizer: Tokenizer, params: SamplingParams, ask: Ask, echo: Echo
-) -> None:
+def chat_loop(engine: Engine, turns: Turns, params: SamplingParams, ask: Ask, echo: Echo) -> None:
     """Continues each line that `ask` returns, conditioned on the whole conversation, until None.
     Ctrl-C ends an answer early. Pages of earlier turns are not computed again; once the context
     window is full, the conversation is forgotten."""
     interrupts: list[int] = []  # read between two steps: an exception in one would lose the cache
 
-    def write_answer(prompt: str) -> str:
+    def write_answer(prompt: Sequence[int]) -> str:
         interrupts.clear()
         before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
         answer = ""
         try:
-            outputs = engine.generate([_request(tokenizer, prompt, params)])
+            outputs = engine.generate([_request(prompt, params)])
             for output in itertools.takewhile(lambda _: not interrupts, outputs):
                 echo(output.text, nl=False)
                 answer += output.text
@@ -64,21 +132,19 @@ def chat_loop(
         echo("")
         return answer
 
-    text, line = "", ask()
+    line = ask()
     while line is not None:
         try:
-            answer = write_answer(text + line)
+            answer = write_answer(turns.prompt(line))
         except RequestError as error:
-            if text:
+            if turns.forget():
                 echo("What came before leaves no room for more, and is forgotten.")
-                text = ""
                 continue
             echo(str(error))
         else:
-            text += f"{line}{answer}\n"
+            turns.add(line, answer)
         line = ask()
 
 
-def _request(tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Request:
-    ids = encode_prompt(tokenizer, prompt)
-    return Request(f"interactive-{next(_numbers)}", tuple(ids), params)
+def _request(prompt: Sequence[int], params: SamplingParams) -> Request:
+    return Request(f"interactive-{next(_numbers)}", tuple(prompt), params)

@@ -1,6 +1,7 @@
 """From weights in any format to a model that answers: its config, tokenizer, mesh and engine."""
 
 import dataclasses
+import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -14,9 +15,12 @@ from grok import distributed, hub, sharding, storage
 from grok.config import MESH_AXES, DataConfig, MeshConfig, ModelConfig, RunConfig
 from grok.config.infer import InferConfig
 from grok.config.load import from_dict, load_config, to_dict
-from grok.data.tokenizers import TOKENIZER_NAMES, load_tokenizer
+from grok.data.chat.encoder import ChatEncoder
+from grok.data.chat.renderer import TemplateError
+from grok.data.chat.template import find_template
+from grok.data.tokenizers import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from grok.errors import CheckpointError, ConfigError, DataError
-from grok.infer.openai.requests import RequestParser, make_renderer
+from grok.infer.openai.requests import RequestParser
 from grok.model.mesh_fit import fit_mesh
 from grok.weights.checksums import sample_checksum
 from grok.weights.detect import open_source
@@ -72,6 +76,15 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, spans_all_hosts: bool = Fals
     return sharding.make_mesh(**fit_mesh(mesh, len(devices), model), devices=devices)
 
 
+def find_chat(
+    setting: str, tokenizer: Tokenizer, allow_special: bool = False
+) -> ChatEncoder | None:
+    """The encoder of conversations by the template that `setting` names, else by the one beside the
+    tokenizer; None where there is none. ConfigError for a setting that is none, and DataError."""
+    template = find_template(setting, tokenizer)
+    return None if template is None else ChatEncoder(template, tokenizer, allow_special)
+
+
 class ServedModel:
     """A model that a config names: `config` (a ModelConfig), `tokenizer`, `mesh`. Its weights are
     read when `engine` is called."""
@@ -96,8 +109,17 @@ class ServedModel:
             problem = f"tokenizer={file} has {pieces} knows {self.config.vocab_size}"
             raise ConfigError(f"{problem}; {right}.")
         self.mesh = make_mesh(config.mesh, self.config, spans_all_hosts)
-        template = config.chat_template
-        self._render = make_renderer(template, self.tokenizer) if template else None
+        self._chat, self._notices = self._find_chat(config)
+
+    def _find_chat(self, config: InferConfig) -> tuple[ChatEncoder | None, list[str]]:
+        """The encoder of conversations, and what may be amiss with it."""
+        try:
+            chat = find_chat(config.chat_template, self.tokenizer, config.allow_special_tokens)
+        except TemplateError as error:
+            if config.chat_template:
+                raise
+            return None, [f"{error} There is no chat; other completions work."]
+        return chat, chat.notices if chat else []
 
     def identity(self) -> dict[str, Any]:
         """Plain data that tells this model from others without reading all of it."""
@@ -110,6 +132,7 @@ class ServedModel:
                 "adds_bos": self.tokenizer.adds_bos,
                 "eos_ids": list(self.tokenizer.eos_ids),
             },
+            "chat": self._chat and hashlib.sha256(self._chat.template.text.encode()).hexdigest(),
         }
 
     def parser(self, max_choices: int = 128) -> RequestParser:
@@ -117,13 +140,15 @@ class ServedModel:
         defaults, context_length = self._settings.sampling, self.config.context_length
         allow_special = self._settings.allow_special_tokens
         return RequestParser(
-            self.tokenizer, defaults, context_length, self._render, max_choices, allow_special
+            self.tokenizer, defaults, context_length, self._chat, max_choices, allow_special
         )
 
     def engine(self, log: Callable[[str], None]) -> Any:
         """Reads the weights and makes the engine; `log` gets a line before each slow part."""
         from grok.infer.engine import Engine
 
+        for notice in self._notices:
+            log(notice)
         path, dtype = self._settings.weights, self.config.param_dtype
         log(f"reading the weights at {path}, {dtype}")
         model = load(path, self.config, self.mesh, dtype)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from grok.config.sampling import SamplingParams
+from grok.data.chat.encoder import Answers
 from grok.data.tokenizers import StreamDecoder, Tokenizer
 from grok.errors import RequestError
 
@@ -170,6 +171,15 @@ class Completion:
             if stop.startswith(self._text[-length:])
         )
         return max(lengths, default=0)
+
+
+def with_answer_ends(params: SamplingParams, answers: Answers) -> SamplingParams:
+    """`params` with the ends of a chat template's answers beside EOS."""
+    if params.ignore_eos:
+        return params
+    stop = tuple(dict.fromkeys((*params.stop, *answers.end_texts)))
+    ids = tuple(dict.fromkeys((*params.stop_token_ids, *answers.end_ids)))
+    return dataclasses.replace(params, stop=stop, stop_token_ids=ids)
 
 
 def submit_all(engine: Any, requests: Sequence[Request]) -> None:

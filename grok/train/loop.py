@@ -16,7 +16,7 @@ from grok.checkpoint.manager import Checkpoints, RetentionPolicy
 from grok.config import RunConfig, check_trainable
 from grok.config.text import to_yaml
 from grok.data.device_feed import global_batches
-from grok.data.tokenizers.files import read_tokenizer_files
+from grok.data.tokenizers.files import TEMPLATE_FILE, read_tokenizer_files
 from grok.errors import DONE, SAVED, CheckpointError, Diverged, SaveError
 from grok.model.mesh_fit import check_fits
 from grok.optim.optimizer import make_optimizer
@@ -135,6 +135,8 @@ def first_state(run: Run) -> Start:
         files = {"config.yaml": to_yaml(run.config).encode()}
         if not run.first_step:
             files |= read_tokenizer_files(run.config.data.tokenizer).contents()
+            if run.data.template is not None:
+                files[TEMPLATE_FILE] = run.data.template
         for name, data in files.items():
             with storage.errors(run.config.folder, CheckpointError, f"{name} cannot be written"):
                 storage.write_bytes(storage.join(run.config.folder, name), data)

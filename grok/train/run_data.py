@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from grok import storage
 from grok.config import RunConfig
 from grok.data.batch_schedule import Batch, BatchSchedule, Mixture
 from grok.data.dataset import TokenDataset
@@ -10,18 +11,20 @@ from grok.data.device_feed import TrainBatches
 from grok.data.packed_batches import PackedBatches, PackedValidation
 from grok.data.stream_batches import StreamBatches, StreamValidation, read_stream
 from grok.data.tokenizers import Tokenizer, load_tokenizer, start_ids, token_bytes
+from grok.data.tokenizers.files import TEMPLATE_FILE
 from grok.errors import CheckpointError, DataError
 
 
 class RunData(NamedTuple):
     """The data of a run. train: batches by step. validation: the batches of a pass, and num_bytes:
     the UTF-8 bytes that it predicts; None without validation data. hashes: path and manifest hash
-    of each prepared dataset that is trained on, in order."""
+    of each prepared dataset that is trained on, in order. template: of the datasets' chats."""
 
     train: TrainBatches
     validation: Iterable[Batch] | None
     num_bytes: int | None
     hashes: list[dict[str, str]]
+    template: bytes | None = None
 
 
 def read_data(config: RunConfig) -> RunData:
@@ -34,10 +37,11 @@ def read_data(config: RunConfig) -> RunData:
     tokenizer = load_tokenizer(data.tokenizer)
     schedule = BatchSchedule(data.sequence_length, data.batch_size, data.shapes()[1:])
     train: TrainBatches
-    hashes = []
+    hashes, template = [], None
     if data.datasets:
         datasets = {d.path: open_dataset(d.path, tokenizer, config) for d in data.datasets}
         hashes = [{"path": path, "hash": dataset.hash} for path, dataset in datasets.items()]
+        template = chat_template(datasets.values())
         changes = [(schedule.first_row(m.from_step), m.weights) for m in data.mixture_schedule]
         mixture = Mixture([dataset.weight for dataset in data.datasets], changes)
         train = PackedBatches(datasets, mixture, schedule, seed=data.seed, packing=data.packing)
@@ -45,9 +49,26 @@ def read_data(config: RunConfig) -> RunData:
         stream = read_stream(data.train, tokenizer, config.model.vocab_size)
         train = StreamBatches(stream, schedule, seed=data.seed)
     if not data.validation_dataset and not data.validation:
-        return RunData(train, None, None, hashes)
+        return RunData(train, None, None, hashes, template)
     held_out = open_held_out(data.validation, data.validation_dataset, tokenizer, config)
-    return RunData(train, *held_out, hashes)
+    return RunData(train, *held_out, hashes, template)
+
+
+def chat_template(datasets: Iterable[TokenDataset]) -> bytes | None:
+    """The chat template that the datasets' messages were written by; None where they have none.
+    DataError where there are two."""
+    templates: dict[bytes, str] = {}
+    for dataset in datasets:
+        if "chat" in dataset.manifest:
+            path = storage.join(dataset.folder, TEMPLATE_FILE)
+            templates.setdefault(storage.read_bytes(path, DataError), str(dataset.folder))
+    if len(templates) > 1:
+        first, second, *_ = templates.values()
+        raise DataError(
+            f"datasets {first} and {second} were written by two chat templates, and a model has "
+            "one; `grok data prepare --chat-template` with the same for both would work."
+        )
+    return next(iter(templates), None)
 
 
 def open_held_out(

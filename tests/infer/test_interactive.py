@@ -2,10 +2,16 @@
 
 import signal
 
+import pytest
+
 from grok.config.sampling import SamplingParams
+from grok.data.chat.encoder import ChatEncoder
+from grok.data.chat.template import ChatTemplate, built_in
+from grok.data.tokenizers import load_tokenizer
 from grok.errors import RequestError
-from grok.infer.interactive import chat_loop, stream
-from grok.infer.request import Output
+from grok.infer.interactive import ChatTurns, TextTurns, chat_loop, stream
+from grok.infer.request import Output, with_answer_ends
+from tests.fixtures.chat_templates import LLAMA_3, make_release
 
 
 class Letters:
@@ -49,7 +55,7 @@ def conversation(engine: Lengths, *lines: str) -> str:
     params = SamplingParams()
     chat_loop(
         engine,
-        Letters(),
+        TextTurns(Letters()),
         params,
         lambda: next(typed),
         lambda t, nl=True: shown.append(t + "\n" * nl),
@@ -83,7 +89,77 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation():
 def test_prompts_are_written_in_their_order():
     shown: list[str] = []
     texts = stream(
-        Lengths(), Letters(), ["abc", "d"], SamplingParams(), lambda t, nl=True: shown.append(t)
+        Lengths(),
+        TextTurns(Letters()),
+        ["abc", "d"],
+        SamplingParams(),
+        lambda t, nl=True: shown.append(t),
     )
     assert texts == ["<3>", "<1>"]
     assert "".join(shown) == "abc<3>\nd<1>\n"
+
+
+class Echo:
+    """Answers " <n>", n being the number of prompts so far, and keeps these as text."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self.prompts: list[str] = []
+
+    def generate(self, requests):
+        for request in requests:
+            self.prompts.append(self._tokenizer.decode(request.prompt))
+            text = f" <{len(self.prompts)}>"
+            yield Output(request.id, 0, text=text, finish_reason="stop")
+
+
+@pytest.fixture
+def grok(tmp_path):
+    return load_tokenizer(make_release("grok-1", tmp_path))
+
+
+def test_a_chat_is_written_by_its_template(grok):
+    engine, shown = Echo(grok), []
+    typed = iter(["One", "Two", None])
+    turns = ChatTurns(ChatEncoder(built_in("grok-1"), grok))
+    chat_loop(
+        engine, turns, SamplingParams(), lambda: next(typed), lambda t, nl=True: shown.append(t)
+    )
+    end = "<|separator|>"
+    first = f"Human: One{end}\n\nAssistant:"
+    # The blank that begins an answer is the template's.
+    assert engine.prompts == [first, f"{first} <1>{end}\n\nHuman: Two{end}\n\nAssistant:"]
+    assert "".join(shown) == " <1> <2>"
+
+
+def test_prompts_of_a_chat_are_conversations_of_their_own(grok):
+    engine, shown = Echo(grok), []
+    turns = ChatTurns(ChatEncoder(built_in("grok-1"), grok))
+    stream(engine, turns, ["One", "Two"], SamplingParams(), lambda t, nl=True: shown.append(t))
+    assert [prompt.count("Human:") for prompt in engine.prompts] == [1, 1]
+    assert "".join(shown) == "One\n <1>\nTwo\n <2>\n"
+
+
+def test_a_line_that_the_template_refuses_is_told(grok):
+    template = "{{ raise_exception('no') if messages | length > 2 else messages[-1].content }}"
+    turns = ChatTurns(ChatEncoder(ChatTemplate(template, "t"), grok))
+    shown, typed = [], iter(["a", "b", None])
+    chat_loop(
+        Echo(grok), turns, SamplingParams(), lambda: next(typed), lambda t, nl=True: shown.append(t)
+    )
+    assert "What came before leaves no room for more, and is forgotten." in shown
+
+
+def test_an_answer_ends_where_the_template_ends_it(grok, tmp_path):
+    llama = load_tokenizer(make_release("llama-3", tmp_path / "llama"))
+    ends = {
+        (grok, built_in("grok-1").text): (8,),
+        (llama, LLAMA_3): (llama.special_tokens["<|eot_id|>"],),
+    }
+    for (tokenizer, template), ids in ends.items():
+        answers = ChatEncoder(ChatTemplate(template, "t"), tokenizer).answers
+        params = with_answer_ends(SamplingParams(stop=("x",), stop_token_ids=(5,)), answers)
+        assert params.stop_token_ids == (5, *ids)
+        assert params.stop == ("x",)
+        ignoring = SamplingParams(ignore_eos=True)
+        assert with_answer_ends(ignoring, answers) == ignoring

@@ -16,14 +16,18 @@ import pytest
 from grok.config.infer import ServeConfig
 from grok.config.load import from_dict
 from grok.config.sampling import SamplingConfig
+from grok.data.chat.encoder import ChatEncoder
+from grok.data.chat.template import ChatTemplate
 from grok.data.tokenizers import Tokenizer, load_tokenizer
-from grok.errors import ConfigError
-from grok.infer.openai.requests import RequestParser, make_renderer
+from grok.errors import ConfigError, RequestError
+from grok.infer.loader import find_chat
+from grok.infer.openai.requests import RequestParser
 from grok.infer.openai.responses import ResponseBuilder
 from grok.infer.request import Output, TokenLogprobs
 from grok.serve.app import App
 from grok.serve.engine_thread import EngineThread
 from grok.serve.server import bind, make_server, read_keys
+from tests.fixtures.chat_templates import make_release
 from tests.infer.fake_engine import FakeEngine
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -60,7 +64,7 @@ def serving(tokenizer: Tokenizer, keys: list[str], **settings) -> Iterator[Simpl
         tokenizer,
         config.sampling,
         128,
-        make_renderer(TEMPLATE, tokenizer),
+        ChatEncoder(ChatTemplate(TEMPLATE, "chat_template"), tokenizer),
         config.max_choices,
     )
     app = App(config, "tiny", engine_thread, parser, keys)
@@ -186,6 +190,39 @@ def test_chat(server):
     prompt = "user: How many?\nassistant:"
     plain = server.client.completions.create(model="tiny", prompt=prompt, max_tokens=7, seed=1)
     assert plain.choices[0].text == text
+
+
+def test_chat_by_the_template_beside_the_tokenizer(tmp_path):
+    pieces = load_tokenizer(make_release("mistral", tmp_path))
+    chat = find_chat("", pieces)
+    parser = RequestParser(pieces, SamplingConfig(), 128, chat)
+    talk = [{"role": "user", "content": "The number"}]
+    request = parser.chat({"messages": talk})
+    assert request.texts == ("<s>[INST] The number [/INST]",)
+    assert request.prompts[0].count(pieces.bos_id) == 1
+    assert request.params.stop_token_ids == (pieces.eos_id,)
+    parts = [{"type": "text", "text": "The "}, {"type": "text", "text": "number"}]
+    assert parser.chat({"messages": [{"role": "user", "content": parts}]}) == request
+    with pytest.raises(RequestError, match=r"^Conversation roles must alternate .*\.$"):
+        parser.chat({"messages": [*talk, *talk]})
+    with pytest.raises(RequestError, match="half of a surrogate pair"):
+        parser.chat({"messages": [{"role": "user", "content": "\ud800"}]})
+    assert find_chat("", load_tokenizer(make_release("grok-1", tmp_path / "other"))) is None
+    with pytest.raises(RequestError, match="there is none beside the tokenizer; `prompt`, or chat"):
+        RequestParser(pieces, SamplingConfig(), 128).chat({"messages": talk})
+
+
+def test_the_blank_that_a_template_has_before_an_answer_is_not_in_it(tmp_path):
+    pieces = load_tokenizer(make_release("grok-1", tmp_path))
+    parser = RequestParser(pieces, SamplingConfig(), 128, find_chat("grok-1", pieces))
+    request = parser.chat({"messages": [{"role": "user", "content": "The number"}], "n": 2})
+    builder = ResponseBuilder(request, pieces)
+    deltas = ["", "", ""]
+    for choice, text in ((0, ""), (0, " a"), (1, "b"), (0, " c"), (1, " d")):
+        for part in builder.add(Output("key/0", choice, (50,), text)):
+            deltas[part["index"]] += part["delta"]["content"]
+    assert deltas == ["a c", "b d", ""]
+    assert [choice["message"]["content"] for choice in builder.choices()] == ["a c", "b d"]
 
 
 def test_scores_of_a_text_alone(server):

@@ -4,6 +4,9 @@ neither on the number of processes that tokenize nor on interruptions."""
 
 import collections
 import dataclasses
+import datetime
+import functools
+import hashlib
 import itertools
 import math
 import shutil
@@ -12,8 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from grok import __version__, storage
+from grok.data.chat.encoder import ChatEncoder
+from grok.data.chat.template import ChatTemplate, built_in, find_template
 from grok.data.dataset import MANIFEST_FILE, read_manifest
-from grok.data.prepare.records import RecordFields, RecordGroup, encode_records
+from grok.data.prepare.records import (
+    DocumentEncoder,
+    RecordFields,
+    RecordGroup,
+    encode_records,
+)
 from grok.data.prepare.shards import (
     REJECTED_FILE,
     ShardEntry,
@@ -52,17 +62,23 @@ class PrepareOptions:
     max_bad_share: float = 0.01  # of all records, before the job stops
     workers: int = 1  # processes that tokenize
     allow_special_tokens: bool = False  # special tokens in a text are read as such
+    chat_template: str = ""  # of messages, as `find_template` takes it
+    chat_date: str = ""  # ISO date that a template sees which asks for one; none: today
 
 
 OnProgress = Callable[[float, Mapping[str, int]], None]  # share of the input, counts so far
 
 
 def prepare_dataset(
-    options: PrepareOptions, out: str | Path, on_progress: OnProgress = lambda share, counts: None
+    options: PrepareOptions,
+    out: str | Path,
+    on_progress: OnProgress = lambda share, counts: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Writes the dataset of these options to the folder `out`; returns its manifest. After an
-    interruption, the same call continues after the last finished shard. DataError where a source or
-    the tokenizer cannot be used, the folder holds another dataset, or too many records are bad."""
+    interruption, the same call continues after the last finished shard. `log` gets sentences on
+    what may be amiss. DataError where a source, the tokenizer or the chat template cannot be used,
+    the folder holds another dataset, or too many records are bad."""
     folder = Path(out)
     for source in options.sources:
         if Path(source).resolve() in (folder.resolve(), *folder.resolve().parents):
@@ -73,18 +89,56 @@ def prepare_dataset(
         problem = f"tokenizer {options.tokenizer} has no end-of-sequence piece to end documents"
         raise DataError(f"{problem} with; one that `grok data tokenizer` trained would work.")
     files = hash_files(find_files(options.sources, options.patterns, options.format))
+    template = _chat_template(options, tokenizer, log) if options.fields.messages else None
+    date = _chat_date(options, template)
     identity = _identity(options, files, tokenizer)
+    if template is not None:
+        digest = hashlib.sha256(template.text.encode()).hexdigest()
+        identity["chat"] = {"template_sha256": digest, "date": date}
     if (folder / MANIFEST_FILE).exists():
         return _finished_manifest(folder, identity)
     with ShardJournal(folder / UNFINISHED, identity) as journal:
         if not journal.is_complete:
-            _write_shards(options, files, tokenizer, folder, journal, on_progress)
+            make_encoder = functools.partial(
+                DocumentEncoder,
+                tokenizer,
+                options.fields,
+                options.allow_special_tokens,
+                template,
+                date,
+            )
+            _write_shards(options, files, make_encoder, folder, journal, on_progress)
         totals = sum_counts(journal.entries)
         _check_bad_share(options, folder, totals, journal.entries)
         if not totals["documents"]:
             sources, records = ", ".join(options.sources), f"{_num_records(totals):,} records"
             raise DataError(f"{sources}: of {records} none is good; text would work.")
-        return write_dataset(folder, journal, identity, files, tokenizer.files.contents())
+        contents = tokenizer.files
+        if template is not None:
+            contents = dataclasses.replace(contents, template=template.text)
+        return write_dataset(folder, journal, identity, files, contents.contents())
+
+
+def _chat_template(
+    options: PrepareOptions, tokenizer: Tokenizer, log: Callable[[str], None]
+) -> ChatTemplate:
+    """The template of the job's messages, tried on a conversation."""
+    template = find_template(options.chat_template, tokenizer) or built_in("grok-1")
+    encoder = ChatEncoder(template, tokenizer, options.allow_special_tokens)
+    if not encoder.finds_answers:
+        problem = f"{template.origin} gives no way to tell what an assistant wrote"
+        right = "a template with {% generation %} around answers would work"
+        raise DataError(f"{problem}; {right}.")
+    for notice in encoder.notices:
+        log(notice)
+    return template
+
+
+def _chat_date(options: PrepareOptions, template: ChatTemplate | None) -> str | None:
+    """The date that the template sees, so that a job that continues later gives the same bytes."""
+    if template is None or "strftime_now" not in template.text:
+        return None
+    return options.chat_date or datetime.date.today().isoformat()
 
 
 def _identity(
@@ -126,7 +180,7 @@ def _finished_manifest(folder: Path, identity: Mapping[str, Any]) -> dict[str, A
 def _write_shards(
     options: PrepareOptions,
     files: Sequence[SourceFile],
-    tokenizer: Tokenizer,
+    make_encoder: Callable[[], DocumentEncoder],
     folder: Path,
     journal: ShardJournal,
     on_progress: OnProgress,
@@ -137,9 +191,7 @@ def _write_shards(
     shards = ShardWriter(journal, options.shard_bytes)
     records = read_records(files, options.fields.names(), journal.position)
     groups = _group_records(records, files, options.licence)
-    encoded = encode_records(
-        groups, tokenizer, options.fields, options.workers, options.allow_special_tokens
-    )
+    encoded = encode_records(groups, make_encoder, options.workers)
     try:
         for raw, result in encoded:
             file, counts = files[raw.file], {"rejected": 1}

@@ -11,21 +11,20 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from grok.data.chat.encoder import ChatEncoder, Segment
+from grok.data.chat.renderer import TemplateError
+from grok.data.chat.template import ChatTemplate
 from grok.data.dataset import encode_document
 from grok.data.prepare.sources import RawRecord
 from grok.data.tokenizers import Tokenizer, start_ids
 from grok.errors import DataError
-
-# The prefix of each message of a conversation and its end, as in xAI's chat models.
-ROLES = {"system": "System:", "user": "Human:", "assistant": "Assistant:"}
-END_OF_MESSAGE = "<|separator|>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +46,12 @@ class RecordFields:
         return [name for name in dataclasses.asdict(self).values() if name]
 
 
-class TextSegment(NamedTuple):
-    """A part of a document's text."""
+class _Encoded(NamedTuple):
+    """Tokens of a document, as unsigned integers; for each 1 where it bears loss; and its text."""
 
-    text: str
-    has_loss: bool
+    tokens: array.array
+    mask: bytearray
+    segments: list[Segment]
 
 
 class EncodedDocument(NamedTuple):
@@ -70,28 +70,34 @@ class BadRecord(Exception):
 
 class DocumentEncoder:
     """Makes documents of raw records; the tokenizer must have an end-of-sequence token. Special
-    tokens in a text are read as such where `allow_special`."""
+    tokens in a text are read as such where `allow_special`; messages are written by `template`,
+    which sees the date `now`."""
 
     def __init__(
-        self, tokenizer: Tokenizer, fields: RecordFields, allow_special: bool = False
+        self,
+        tokenizer: Tokenizer,
+        fields: RecordFields,
+        allow_special: bool = False,
+        template: ChatTemplate | None = None,
+        now: str | None = None,
     ) -> None:
         self._allow_special = allow_special
         self._tokenizer, self._fields = tokenizer, fields
         self._supervised = bool(fields.messages or fields.prompt)
+        self._chat = template and ChatEncoder(template, tokenizer, allow_special, now)
 
     def encode(self, raw: RawRecord, metadata: Mapping[str, Any]) -> EncodedDocument:
         """The document of a record, with `metadata` and its own; BadRecord where it has none."""
         if raw.problem or raw.data is None:
             raise BadRecord(raw.problem)
         if isinstance(raw.data, bytes) and raw.line is None:
-            segments = [TextSegment(_decode(raw.data), True)]
+            tokens, mask, segments = self._tokenize([Segment(_decode(raw.data), True)])
         else:
             data = raw.data if isinstance(raw.data, dict) else parse_json_object(raw.data)
-            segments = self._segments(data)
+            tokens, mask, segments = self._encode(data)
             metadata = {**metadata, **self._metadata(data)}
-        if not any(segment.text.strip() for segment in segments if segment.has_loss):
-            raise BadRecord("has no text that bears loss" if self._supervised else "is empty")
-        tokens_S, mask_S = self._tokenize(segments)
+        tokens_S = np.frombuffer(tokens, np.uintc)
+        mask_S = np.frombuffer(mask, np.uint8) if self._supervised else None
         texts = [segment.text.encode() for segment in segments]
         return EncodedDocument(
             record=encode_document(tokens_S, mask_S, metadata),
@@ -102,9 +108,39 @@ class DocumentEncoder:
             digest=hashlib.blake2b(b"\xff".join(texts), digest_size=16).digest(),
         )
 
-    def _tokenize(self, segments: list[TextSegment]) -> tuple[np.ndarray, np.ndarray | None]:
-        """tokens_S (uint32), ended by eos and, where the tokenizer adds it, begun by bos; and
-        mask_S (uint8; None for a plain text)."""
+    def _encode(self, data: Mapping[str, Any]) -> _Encoded:
+        """The document of a record's fields."""
+        if self._chat:
+            return self._conversation(self._chat, _field(data, self._fields.messages or "", list))
+        if self._fields.prompt:
+            prompt = _field(data, self._fields.prompt, str)
+            completion = _field(data, self._fields.completion or "", str)
+            return self._tokenize([Segment(prompt, False), Segment(completion, True)])
+        return self._tokenize([Segment(_field(data, self._fields.text or "", str), True)])
+
+    def _conversation(self, chat: ChatEncoder, messages: list[Any]) -> _Encoded:
+        """The document of messages, as the template writes them; loss is on assistants' messages
+        with their ends."""
+        for number, message in enumerate(messages):
+            _check_message(number, message)
+        try:
+            conversation = chat.conversation(messages)
+        except TemplateError as error:
+            # The words of a template of ours are a predicate already.
+            refusal = "" if chat.template.is_built_in else "is refused by the chat template: "
+            start = refusal if error.refused else "cannot be written by the chat template: "
+            raise BadRecord(f"{start}{error}") from None
+        except DataError as error:
+            raise BadRecord(_predicate(error)) from None
+        if not any(conversation.mask):
+            raise BadRecord("has no text that bears loss")
+        tokens = array.array("I", conversation.ids)
+        return _Encoded(tokens, bytearray(conversation.mask), conversation.segments)
+
+    def _tokenize(self, segments: list[Segment]) -> _Encoded:
+        """The document of a text, ended by eos and, where the tokenizer adds it, begun by bos."""
+        if not any(segment.text.strip() for segment in segments if segment.has_loss):
+            raise BadRecord("has no text that bears loss" if self._supervised else "is empty")
         start = start_ids(self._tokenizer)
         tokens, mask = array.array("I", start), bytearray(len(start))
         for segment in segments:
@@ -113,8 +149,7 @@ class DocumentEncoder:
             mask.extend(bytes([segment.has_loss]) * len(ids))
         tokens.append(self._tokenizer.eos_id)
         mask.append(segments[-1].has_loss)
-        tokens_S = np.frombuffer(tokens, np.uintc)
-        return tokens_S, np.frombuffer(mask, np.uint8) if self._supervised else None
+        return _Encoded(tokens, mask, segments)
 
     def _ids(self, text: str, continues: bool) -> list[int]:
         try:
@@ -122,16 +157,7 @@ class DocumentEncoder:
                 text, allow_special=self._allow_special, continues=continues
             )
         except DataError as error:
-            raise BadRecord(str(error).partition(",")[0].replace("the text has", "has")) from None
-
-    def _segments(self, data: Mapping[str, Any]) -> list[TextSegment]:
-        if self._fields.messages:
-            return _conversation(_field(data, self._fields.messages, list))
-        if self._fields.prompt:
-            prompt = _field(data, self._fields.prompt, str)
-            completion = _field(data, self._fields.completion or "", str)
-            return [TextSegment(prompt, False), TextSegment(completion, True)]
-        return [TextSegment(_field(data, self._fields.text or "", str), True)]
+            raise BadRecord(_predicate(error)) from None
 
     def _metadata(self, data: Mapping[str, Any]) -> dict[str, Any]:
         names = {key: getattr(self._fields, key) for key in ("id", "language", "licence")}
@@ -167,21 +193,18 @@ def _decode(data: bytes) -> str:
         raise BadRecord(f"is not UTF-8 at byte {error.start} (0x{data[error.start]:02x})") from None
 
 
-def _conversation(messages: list[Any]) -> list[TextSegment]:
-    """Each message as `Role: content<|separator|>`; the assistant's content and end bear loss."""
-    segments: list[TextSegment] = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise BadRecord(f"message {number} is no object but {_type(message)}")
-        try:
-            role, content = _field(message, "role", str), _field(message, "content", str)
-        except BadRecord as error:
-            raise BadRecord(f"message {number} {error}") from None
-        if role not in ROLES:
-            raise BadRecord(f"message {number} has role `{role}`, none of {', '.join(ROLES)}")
-        segments.append(TextSegment(("\n\n" if segments else "") + ROLES[role], False))
-        segments.append(TextSegment(f" {content}{END_OF_MESSAGE}", role == "assistant"))
-    return segments
+def _check_message(number: int, message: Any) -> None:
+    if not isinstance(message, dict):
+        raise BadRecord(f"message {number} is no object but {_type(message)}")
+    try:
+        for name in ("role", "content"):
+            _field(message, name, str)
+    except BadRecord as error:
+        raise BadRecord(f"message {number} {error}") from None
+
+
+def _predicate(error: DataError) -> str:
+    return str(error).partition(", which")[0].replace("the text has", "has")
 
 
 def _field(data: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -205,20 +228,17 @@ Result = tuple[RawRecord, EncodedDocument | str]
 
 
 def encode_records(
-    groups: Iterator[RecordGroup],
-    tokenizer: Tokenizer,
-    fields: RecordFields,
-    workers: int,
-    allow_special: bool = False,
+    groups: Iterator[RecordGroup], make_encoder: Callable[[], DocumentEncoder], workers: int
 ) -> Generator[Result, None, None]:
-    """Yields each record with its document, or why it has none, in order."""
+    """Yields each record with its document, or why it has none, in order. `make_encoder` goes to
+    the processes that tokenize."""
     if workers == 1:
-        encoder = DocumentEncoder(tokenizer, fields, allow_special)
+        encoder = make_encoder()
         for group in groups:
             yield from zip((raw for raw, _ in group), _encode_group(group, encoder), strict=True)
         return
-    context, arguments = multiprocessing.get_context("spawn"), (tokenizer, fields, allow_special)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, arguments)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (make_encoder,))
     try:
         pending: collections.deque[tuple[RecordGroup, Future]] = collections.deque()
         while True:
@@ -241,7 +261,7 @@ def encode_records(
 _encoder: DocumentEncoder | None = None
 
 
-def _start_worker(tokenizer: Tokenizer, fields: RecordFields, allow_special: bool) -> None:
+def _start_worker(make_encoder: Callable[[], DocumentEncoder]) -> None:
     global _encoder
     # Ctrl-C reaches all processes of a terminal; the main one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -253,7 +273,7 @@ def _start_worker(tokenizer: Tokenizer, fields: RecordFields, allow_special: boo
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    _encoder = DocumentEncoder(tokenizer, fields, allow_special)
+    _encoder = make_encoder()
 
 
 def _encode_group(

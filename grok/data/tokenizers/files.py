@@ -16,6 +16,8 @@ TOK_JSON, TOKENIZER_JSON, SENTENCEPIECE = "tokenizer.tok.json", "tokenizer.json"
 TOKENIZER_NAMES = (TOK_JSON, TOKENIZER_JSON, SENTENCEPIECE)
 SETTINGS_FILE, GENERATION_FILE = "tokenizer_config.json", "generation_config.json"
 MODEL_CONFIG = "config.json"
+# The chat template, where it is not in tokenizer_config.json: the first that is there.
+TEMPLATE_FILE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 # Models whose tokenizer in Hugging Face's libraries puts bos first unless told otherwise.
 BOS_MODEL_TYPES = ("llama", "mistral", "mixtral")
 
@@ -23,14 +25,15 @@ BOS_MODEL_TYPES = ("llama", "mistral", "mixtral")
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
     """A tokenizer's file under its canonical `name`, as bytes, and what the files beside it say:
-    `settings` is tokenizer_config.json's object, `generation` the ids of bos and eos for the model.
-    `path` is what messages call it."""
+    `settings` is tokenizer_config.json's object, `generation` the ids of bos and eos for the model,
+    `template` the text of a chat template's file. `path` is what messages call it."""
 
     name: str
     data: bytes
     path: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    template: str = ""
 
     @property
     def sha256(self) -> str:
@@ -41,7 +44,13 @@ class TokenizerFiles:
         """Every file by name: written to a folder, they load as the same tokenizer."""
         objects = {SETTINGS_FILE: self.settings, GENERATION_FILE: self.generation}
         beside = {name: _to_json(fields) for name, fields in objects.items() if fields}
+        if self.template:
+            beside[TEMPLATE_FILE] = self.template.encode()
         return {self.name: self.data, **beside}
+
+    def chat_template(self) -> str:
+        """The Jinja text of the chat template; empty where there is none."""
+        return self.template or template_in(self.settings, f"{self.path}: {SETTINGS_FILE}")
 
     def token_setting(self, key: str) -> str | None:
         """The text of a token that tokenizer_config.json names, such as its eos_token."""
@@ -99,7 +108,10 @@ def read_tokenizer_files(path: str | os.PathLike[str]) -> TokenizerFiles:
     settings, generation, model = (_read_object(storage.join(folder, name)) for name in beside)
     if not settings and model.get("model_type") in BOS_MODEL_TYPES:
         settings = {"add_bos_token": True}
-    return TokenizerFiles(_kind(data, path), data, path, settings, _merged(generation, model, path))
+    generation = _merged(generation, model, path)
+    return TokenizerFiles(
+        _kind(data, path), data, path, settings, generation, _read_template(folder)
+    )
 
 
 def tokenizer_file(path: str | os.PathLike[str]) -> str:
@@ -113,6 +125,38 @@ def tokenizer_file(path: str | os.PathLike[str]) -> str:
     names = f"{', '.join(others)} or {last}"
     problem = f"{os.fspath(path)}: cannot be read: it is a folder without {names}"
     raise DataError(f"{problem}; a tokenizer's file, or a folder with one, would work.")
+
+
+def template_in(fields: Mapping[str, Any], name: str) -> str:
+    """The chat template of a JSON object, the default one of several; empty where it has none."""
+    template = fields.get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise DataError(f"{name} has a chat_template that is no text; Jinja text would work.")
+    return template or ""
+
+
+def read_template(path: str) -> str:
+    """The chat template in a file: Jinja text, or a .json that has one. DataError where the file is
+    missing or has none."""
+    data = storage.read_bytes(path, DataError)
+    if path.endswith(".json"):
+        if template := template_in(parse_object(data, path), path):
+            return template
+        raise DataError(f"{path} has no chat_template; a file with Jinja text would work.")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        problem = f"{path} is not UTF-8 at byte offset {error.start}"
+        raise DataError(f"{problem}; a file with Jinja text would work.") from None
+
+
+def _read_template(folder: str) -> str:
+    files = [storage.join(folder, name) for name in (TEMPLATE_FILE, TEMPLATE_JSON)]
+    file = next((file for file in files if storage.exists(file, DataError)), None)
+    return read_template(file) if file else ""
 
 
 def parse_object(data: bytes, path: str) -> dict[str, Any]:

@@ -3,16 +3,15 @@ requests to the engine."""
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from grok.config.sampling import SamplingConfig, SamplingParams
+from grok.data.chat.encoder import ChatEncoder
+from grok.data.chat.renderer import TemplateError
 from grok.data.tokenizers import Tokenizer, encode_prompt
-from grok.errors import ConfigError, DataError, RequestError
-from grok.infer.request import Request
+from grok.errors import DataError, RequestError
+from grok.infer.request import Request, with_answer_ends
 
 # A body may set any sampling parameter but this one, which `echo` stands for.
 PARAMETERS = {field.name for field in dataclasses.fields(SamplingParams)} - {"prompt_logprobs"}
@@ -22,7 +21,6 @@ COMPLETION = COMMON | {"prompt", "echo"}
 CHAT = (COMMON - {"best_of"}) | {"messages", "max_completion_tokens", "top_logprobs"}
 
 Prompts = list[tuple[tuple[int, ...], str]]  # tokens and text of each
-Render = Callable[[Sequence[Mapping[str, Any]]], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +33,7 @@ class CompletionRequest:
     model: str
     seeded: bool
     chat: bool = False
+    lead: str = ""  # blanks before an answer that are no part of it
     echo: bool = False
     scores_only: bool = False  # max_tokens was 0, for which the engine makes a token to leave out
     stream: bool = False
@@ -63,7 +62,7 @@ class RequestParser:
     tokenizer: Tokenizer
     defaults: SamplingConfig
     context_length: int
-    render: Render | None = None
+    chat_encoder: ChatEncoder | None = None
     max_choices: int = 128  # that a body may ask for, over all its prompts
     allow_special: bool = False  # special tokens in a prompt's text are read as such
 
@@ -80,20 +79,24 @@ class RequestParser:
     def chat(self, body: Mapping[str, Any]) -> CompletionRequest:
         """Parses a body of /v1/chat/completions."""
         fields, params = _known_fields(body, CHAT)
-        if self.render is None:
-            message = "chat needs chat_template in the config, which is empty; `prompt` would work."
-            raise RequestError("messages", message)
-        text = self.render(_messages(fields.get("messages")))
+        chat = self.chat_encoder
+        if chat is None:
+            problem = "chat needs a template, and there is none beside the tokenizer"
+            right = "`prompt`, or chat_template in the config, would work"
+            raise RequestError("messages", f"{problem}; {right}.")
+        prompt = _chat_prompt(chat, _messages(fields.get("messages")))
         if "max_completion_tokens" in fields:
             params["max_tokens"] = fields["max_completion_tokens"]
         logprobs = _flag(params, "logprobs")
         params["logprobs"] = fields.get("top_logprobs", 0) if logprobs else None
         if "top_logprobs" in fields and not logprobs:
             raise RequestError("top_logprobs", "top_logprobs goes with logprobs=true alone.")
-        return self._request(fields, params, [(self._encode(text), text)], chat=True)
+        request = self._request(fields, params, [prompt], chat=True)
+        ended = with_answer_ends(request.params, chat.answers)
+        return dataclasses.replace(request, params=ended, lead=chat.answers.lead)
 
     def _request(
-        self, fields: Mapping[str, Any], params: dict[str, Any], prompts: Prompts, **flags: bool
+        self, fields: Mapping[str, Any], params: dict[str, Any], prompts: Prompts, **flags: Any
     ) -> CompletionRequest:
         if isinstance(params.get("stop"), str):
             params["stop"] = (params["stop"],)
@@ -140,37 +143,15 @@ class RequestParser:
         return tuple(ids)
 
 
-def make_renderer(template: str, tokenizer: Tokenizer) -> Render:
-    """The function that makes a prompt of messages, each with `role` and `content`. `template` is
-    Jinja as Hugging Face tokenizers have it: it sees `messages`, `bos_token`, `eos_token`,
-    `add_generation_prompt` (true) and `raise_exception(text)`. Raises ConfigError for a template
-    that does not compile; messages that it refuses are a RequestError."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-
-    def refuse(text: str) -> None:
-        raise RequestError("messages", str(text))
-
-    tokens = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    fields: dict[str, Any] = {
-        name: tokenizer.piece(token) if token >= 0 else "" for name, token in tokens.items()
-    }
-    fields |= {"add_generation_prompt": True, "raise_exception": refuse}
+def _chat_prompt(chat: ChatEncoder, messages: list[dict[str, Any]]) -> tuple[tuple[int, ...], str]:
     try:
-        compiled = environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise ConfigError(f"chat_template is no Jinja template: {error}.") from None
-
-    def render(messages: Sequence[Mapping[str, Any]]) -> str:
-        try:
-            return compiled.render(messages=messages, **fields)
-        except RequestError:
-            raise
-        # Whatever a template runs into with these messages: undefined names, types, the sandbox.
-        except Exception as error:
-            message = f"the chat template cannot write these messages: {error}."
-            raise RequestError("messages", message) from None
-
-    return render
+        ids, text = chat.prompt(messages)
+    except TemplateError as error:
+        start = "" if error.refused else "the chat template cannot write these messages: "
+        raise RequestError("messages", f"{start}{str(error).rstrip('.')}.") from None
+    except DataError as error:
+        raise RequestError("messages", f"{str(error).rstrip('.')}.") from None
+    return tuple(ids), text
 
 
 def _known_fields(body: Mapping[str, Any], known: set[str]) -> tuple[dict, dict]:

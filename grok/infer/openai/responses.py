@@ -23,6 +23,7 @@ class ResponseBuilder:
         self._prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = {}
         self._offsets = [0] * count
         self._pending: dict[int, list[Output]] = {}
+        self._begun: set[int] = set()
 
     def add(self, output: Output) -> list[dict[str, Any]]:
         """Takes an output of one of the engine's requests; returns choices of a stream event. That
@@ -35,6 +36,9 @@ class ResponseBuilder:
             self._prompt_logprobs[prompt] = output.prompt_logprobs
         if self.request.scores_only:
             output = dataclasses.replace(output, text="", token_ids=(), logprobs=(), experts=())
+        if output.text and index not in self._begun:
+            self._begun.add(index)
+            output = dataclasses.replace(output, text=output.text.removeprefix(self.request.lead))
         self.tokens += len(output.token_ids)
         self.finish_reasons[index] = output.finish_reason
         self._answers[index].append(output)
