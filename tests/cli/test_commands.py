@@ -56,3 +56,10 @@ def test_sampling_before_the_first_checkpoint(tiny_run, tmp_path):
 
 def test_several_answers_to_what_is_typed():
     assert "--n 2 needs --prompt" in refusal("sample", "run", "--n", "2")
+
+
+def test_a_chat_without_a_template(config_file, tiny_run):
+    sample = ("sample", str(config_file.parent), "--chat-template", "grok-1")
+    result = CliRunner().invoke(main, sample)
+    assert result.exit_code == 2
+    assert "--chat-template is of messages; it needs --chat" in result.stderr

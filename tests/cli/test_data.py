@@ -70,6 +70,8 @@ def test_too_many_bad_records(home, tmp_path):
         (["--prompt-field", "p"], "belong together"),
         (["--messages-field", "m", "--text-field", "t"], "exclude each other"),
         (["--shard-size", "much"], "much is no size"),
+        (["--chat-template", "grok-1"], "--chat-template is of messages; it needs"),
+        (["--chat-date", "2026-01-31"], "--chat-date is of messages; it needs"),
     ],
 )
 def test_options_that_do_not_go_together(home, tmp_path, arguments, message):

@@ -336,3 +336,10 @@ def test_where_a_template_comes_from(tmp_path):
 def test_a_template_that_does_not_compile_is_named(llama):
     with pytest.raises(TemplateError, match=r"a template is no chat template: .* in line 1"):
         encoder(llama, "{% if")
+
+
+def test_a_template_without_end_is_refused_before_any_row(llama, monkeypatch):
+    monkeypatch.setattr("grok.data.chat.encoder.MAX_SECONDS", 0.5)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(TemplateError, match=r"a template is no chat template: it takes more than"):
+        encoder(llama, loops)

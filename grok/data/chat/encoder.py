@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from grok.data.chat.renderer import Renderer, Rendering, TemplateError
+from grok.data.chat.renderer import MAX_SECONDS, LimitError, Renderer, Rendering, TemplateError
 from grok.data.chat.sandbox import BEGIN, END
 from grok.data.chat.template import ChatTemplate
 from grok.data.tokenizers import Tokenizer, start_ids
@@ -77,7 +77,7 @@ class ChatEncoder:
         self.template, self._tokenizer = template, tokenizer
         self._allow_special = allow_special
         try:
-            self._renderer = Renderer(template.text, template_fields(tokenizer), now)
+            self._renderer = Renderer(template.text, template_fields(tokenizer), now, MAX_SECONDS)
         except TemplateError as error:
             raise TemplateError(f"{template.origin} is no chat template: {error}.") from None
         self._names = {*tokenizer.special_tokens, *CONTROL.findall(template.text)}
@@ -219,6 +219,8 @@ class ChatEncoder:
         messages.append({"role": "assistant", "content": ANSWER})
         try:
             text, spans = self._render(messages, add_generation_prompt=False)
+        except LimitError as error:
+            raise TemplateError(f"{self.template.origin} is no chat template: {error}.") from None
         except DataError:
             return Answers()  # it writes only conversations of another kind
         self.finds_answers = bool(spans)

@@ -29,6 +29,10 @@ class TemplateError(DataError):
         self.refused = refused
 
 
+class LimitError(TemplateError):
+    """A template that takes too much time or memory."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rendering:
     """A rendering asked for: of the first `count` messages, with what precedes an assistant's next
@@ -114,7 +118,7 @@ class Renderer:
         # The kernel ended it; the next request gets another one.
         self._process = None
         self._stop()
-        raise TemplateError(
+        raise LimitError(
             f"it takes more than {self._seconds:g} s or {MAX_BYTES >> 20:,} MiB of memory"
         )
 
