@@ -62,16 +62,16 @@ class PackedRows:
         kv = sharding.kv_axis(config.num_kv_heads)
         flash = hardware.platform() == "tpu" and supports(q_BTNH.shape[1])
         flash = flash and config.temperature_length is None
-        factors = _factors(config)
+        terms = _terms(config)
         # An operand that nothing reads would change the program.
         positions_BT = None if config.temperature_length is None else self.positions_BT
 
         def local(q, k, v, segment, positions):
             k, v = _kv_of_local_heads(q, k, v, config)
             if flash:
-                return flash_attention(q, k, v, segment, **factors)
+                return flash_attention(q, k, v, segment, **terms)
             index = jnp.broadcast_to(jnp.arange(q.shape[1])[None, :], segment.shape)
-            return attention(q, k, v, index, segment, segment, positions, **factors)
+            return attention(q, k, v, index, segment, segment, positions, **terms)
 
         q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", None, kv, None)
         rows = ("batch", None)
@@ -81,11 +81,10 @@ class PackedRows:
         return checkpoint_name(o_BTNH, "attention"), self
 
 
-def _factors(config: AttentionConfig) -> dict[str, Any]:
-    """What an attention does to its logits, in the words of `grok.ops.attention`; a term that the
-    model lacks is left out."""
-    terms = {"window": config.window, "temperature_length": config.temperature_length}
-    present = {name: value for name, value in terms.items() if value is not None}
+def _terms(config: AttentionConfig) -> dict[str, Any]:
+    """Keywords of `grok.ops.attention` for the terms of the logits that the model has."""
+    optional = {"window": config.window, "temperature_length": config.temperature_length}
+    present = {name: value for name, value in optional.items() if value is not None}
     return {"scale": config.logit_scale, "softcap": config.logit_softcap, **present}
 
 
@@ -173,12 +172,12 @@ class PagedAttend:
             where = layer, table_BUM[0], start_BU[0]
             shared = sharding.axis_index("heads") * q.shape[2] // group if fewer else None
             kv_pages, scales = write_pages(kv_pages, scales, layer, new, *where[1:], count_BU[0])
-            q_UQNH, factors = q.reshape(-1, Q, *q.shape[2:]), _factors(config)
+            q_UQNH, terms = q.reshape(-1, Q, *q.shape[2:]), _terms(config)
             if kernel:
-                o_UQNH = ragged.ragged_attention(q_UQNH, kv_pages, *where, **factors)
+                o_UQNH = ragged.ragged_attention(q_UQNH, kv_pages, *where, **terms)
             else:
                 portable = functools.partial(paged_attention, count_U=count_BU[0], kv_head=shared)
-                o_UQNH = portable(q_UQNH, kv_pages, scales, *where, **factors)
+                o_UQNH = portable(q_UQNH, kv_pages, scales, *where, **terms)
             return o_UQNH.reshape(q.shape), kv_pages, scales
 
         q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", None, kv, None)

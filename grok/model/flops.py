@@ -17,12 +17,29 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     average, 2 * N * H FLOPs each for its logits and again for the sum of values. Documents that are
     packed into a row are counted as if they saw each other, as is usual.
     """
-    specs = param_specs(model).values()
-    matrices = sum(active_size(s, model) for s in specs if s.contract_dims and not s.is_lookup)
-    return 3 * (2 * matrices + attention_flops(model, sequence_length))
+    return 3 * (_matrix_flops(model) + attention_flops(model, sequence_length))
+
+
+def decode_flops(model: ModelConfig, context: int) -> int:
+    """FLOPs of a new token, which sees all of the `context` up to itself, or of its window."""
+    keys = min(context, model.attention.window or context)
+    return _matrix_flops(model) + _key_flops(model) * keys
 
 
 def attention_flops(model: ModelConfig, sequence_length: int) -> int:
-    """FLOPs of attention's two products in the forward pass, for one token."""
-    heads = model.attention.num_heads * model.attention.head_dim
-    return 2 * model.num_layers * heads * sequence_length
+    """FLOPs of attention's two products in the forward pass, for one token. With a window W < T,
+    the first W queries of a row see W / 2 keys on average, and the others W."""
+    T = sequence_length
+    W = min(T, model.attention.window or T)
+    return _key_flops(model) * W * (2 * T - W) // (2 * T)
+
+
+def _key_flops(model: ModelConfig) -> int:
+    """FLOPs for each key that a query sees, over all layers."""
+    return 4 * model.num_layers * model.attention.num_heads * model.attention.head_dim
+
+
+def _matrix_flops(model: ModelConfig) -> int:
+    """FLOPs of a token's products with matrices in the forward pass."""
+    specs = param_specs(model).values()
+    return 2 * sum(active_size(s, model) for s in specs if s.contract_dims and not s.is_lookup)

@@ -114,8 +114,11 @@ def topology_devices(slice_: Slice) -> list[jax.Device]:
 
 
 def cache_loop_count(config: RunConfig) -> int:
-    """Iterations of a loop over the KV cache, the only loop whose count a program leaves open."""
-    return -(-config.plan.tokens // max(KV_BLOCK, config.engine.page_size))
+    """Iterations of a loop over the KV cache, the only loop whose count a program leaves open: to
+    the end of the longest row, from the first key that a token of the step sees."""
+    tokens, keys = config.plan.tokens, max(KV_BLOCK, config.engine.page_size)
+    window = config.model.attention.window if config.plan.program == "decode" else None
+    return -(-tokens // keys) - max(0, tokens - (window or tokens)) // keys
 
 
 def wiring(mesh: Mesh, axes: str, slice_: Slice) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from grok.config import RunConfig
 from grok.config.load import configs_folder
 from grok.errors import ConfigError
 from grok.hardware import GIB
-from grok.model.flops import attention_flops, flops_per_token
+from grok.model.flops import attention_flops, decode_flops, flops_per_token
 from grok.plan.topology import Slice
 
 
@@ -179,8 +179,7 @@ def model_flops(config: RunConfig) -> float:
     table = 2 * model.vocab_size * model.embed_dim
     if config.plan.program == "prefill":
         return rows * (length * (flops_per_token(model, length) / 3 - table) + table)
-    # A new token sees all of the cache; a token of a row sees half of the row on average.
-    return rows * flops_per_token(model, 2 * length) / 3
+    return float(rows * decode_flops(model, length))
 
 
 def recomputed_flops(plan: Plan) -> float:

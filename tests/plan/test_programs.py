@@ -60,3 +60,10 @@ def test_loops_over_the_cache_run_as_far_as_rows_are_long():
     overrides = ["plan.program=decode", "plan.tokens=2000"]
     assert cache_loop_count(load_config("grok-1", overrides)) == 16
     assert cache_loop_count(load_config("grok-1", [*overrides, "engine.page_size=256"])) == 8
+
+
+def test_loops_over_the_cache_begin_at_the_window():
+    """Of 2000 keys in blocks of 128, the last 1000 begin in the 8th."""
+    overrides = ["plan.tokens=2000", "model.attention.window=1000"]
+    assert cache_loop_count(load_config("grok-1", ["plan.program=decode", *overrides])) == 9
+    assert cache_loop_count(load_config("grok-1", ["plan.program=prefill", *overrides])) == 16

@@ -6,7 +6,7 @@ H head_dim.
 
 import functools
 import math
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,22 @@ def temperature(positions: jax.Array, length: int) -> jax.Array:
     log(position) / log(length) beyond it."""
     ratio = jnp.log2(jnp.maximum(positions, 1).astype(jnp.float32)) / math.log2(length)
     return jnp.where(positions > length, ratio, 1)
+
+
+def scaled_logits(
+    products_BKGTS: jax.Array,
+    positions_BT,
+    *,
+    scale: float,
+    softcap: float | None,
+    temperature_length: int | None = None,
+) -> jax.Array:
+    """Logits from products of queries and keys: scaled, then capped, then multiplied by the
+    temperature of each query's position, where there is one."""
+    logits = apply_softcap(products_BKGTS * scale, softcap)
+    if temperature_length is None:
+        return logits
+    return logits * temperature(positions_BT, temperature_length)[:, None, None, :, None]
 
 
 def causal_mask(key_index: jax.Array, index: jax.Array, window: int | None) -> jax.Array:
@@ -42,25 +58,21 @@ def attention_reference(
     segment_BS,
     positions_BT=None,
     *,
-    scale: float,
-    softcap: float | None,
     window: int | None = None,
-    temperature_length: int | None = None,
+    **factors: Any,
 ) -> jax.Array:
     """Attention of each query over the earlier keys of its segment and itself, o_BTNH.
 
     `index_BT` is each query's index among the S keys; it sees key s if s <= index, within the
     window, and both segments are equal. `positions_BT` are the positions that the temperature goes
-    by: of packed documents, each counts its own. Logits and softmax are float32, products take the
-    type of `q_BTNH`. All (B, N, T, S) logits exist at once.
+    by: of packed documents, each counts its own. `factors` are those of `scaled_logits`. Logits and
+    softmax are float32, products take the type of `q_BTNH`. All (B, N, T, S) logits exist at once.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     logits = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    logits = apply_softcap(logits * scale, softcap)
-    if temperature_length is not None:
-        logits *= temperature(positions_BT, temperature_length)[:, None, None, :, None]
+    logits = scaled_logits(logits, positions_BT, **factors)
     mask_BTS = causal_mask(jnp.arange(S)[None, None, :], index_BT[:, :, None], window) & (
         segment_BT[:, :, None] == segment_BS[:, None, :]
     )
@@ -71,13 +83,13 @@ def attention_reference(
 
 @jax.named_scope("attention")
 def attention(
-    q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS, positions_BT=None, **factors
+    q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS, positions_BT=None, **terms: Any
 ) -> jax.Array:
     """`attention_reference`, by blocks of queries where T is long.
 
     At most (B, N, QUERY_BLOCK, S) logits exist at a time; the backward pass computes them again.
     """
-    attend: Callable[..., jax.Array] = functools.partial(attention_reference, **factors)
+    attend: Any = functools.partial(attention_reference, **terms)
     B, T = index_BT.shape
     if T <= QUERY_BLOCK or T % QUERY_BLOCK:
         return attend(q_BTNH, k_BSKH, v_BSKH, index_BT, segment_BT, segment_BS, positions_BT)

@@ -5,6 +5,7 @@ K kv heads, G queries a kv head, N = K*G heads, H head_dim, C keys of a block.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,8 @@ from grok.ops.attention.causal import (
     MASKED_LOGIT,
     attention_reference,
     causal_mask,
-    temperature,
+    scaled_logits,
 )
-from grok.ops.softcap import apply_softcap
 
 # Keys that one iteration of the loop takes: enough for the products to be worth its overhead.
 KV_BLOCK = 128
@@ -45,11 +45,11 @@ def write_pages(kv, kv_scale, layer, new_UQK2H, table_UM, start_U, count_U):
 
 
 def paged_attention_reference(
-    q_UQNH, kv, kv_scale, layer, table_UM, start_U, *, kv_head=None, **factors
+    q_UQNH, kv, kv_scale, layer, table_UM, start_U, *, kv_head=None, **terms: Any
 ) -> jax.Array:
     """Attention of each token over its sequence up to itself, o_UQNH, from a copy of all its pages.
 
-    `factors` are those of `attention_reference`; pages wholly behind the window may hold anything
+    `terms` are those of `attention_reference`; pages wholly behind the window may hold anything
     finite. Each kv head serves N/K queries in turn; with `kv_head`, that one serves them all.
     """
     read = functools.partial(_read_pages, kv, kv_scale, layer, kv_head, q_UQNH.dtype)
@@ -57,7 +57,7 @@ def paged_attention_reference(
     index_UQ = start_U[:, None] + jnp.arange(q_UQNH.shape[1])[None, :]
     segment_UC = jnp.ones(k_UCKH.shape[:2], jnp.int32)
     segments = jnp.ones_like(index_UQ), segment_UC
-    return attention_reference(q_UQNH, k_UCKH, v_UCKH, index_UQ, *segments, index_UQ, **factors)
+    return attention_reference(q_UQNH, k_UCKH, v_UCKH, index_UQ, *segments, index_UQ, **terms)
 
 
 @jax.named_scope("paged_attention")
@@ -70,11 +70,9 @@ def paged_attention(
     start_U,
     count_U,
     *,
-    scale: float,
-    softcap: float | None,
-    window: int | None = None,
-    temperature_length: int | None = None,
     kv_head=None,
+    window: int | None = None,
+    **factors: Any,
 ) -> jax.Array:
     """`paged_attention_reference`, with its roundings, in blocks of keys from the first one that a
     token here sees to the end of the longest sequence: first the softmax's maximum and sum (Milakov
@@ -103,12 +101,8 @@ def paged_attention(
         logits = jnp.einsum(
             "uqkgh,uckh->ukgqc", q_UQKGH, read(pages, 0), preferred_element_type=jnp.float32
         )
-        mask_UQC = causal_mask(index_C[None, None, :], index_UQ[:, :, None], window)
-        mask = mask_UQC[:, None, None]
-        logits = apply_softcap(logits * scale, softcap)
-        if temperature_length is not None:
-            logits *= temperature(index_UQ, temperature_length)[:, None, None, :, None]
-        return jnp.where(mask, logits, MASKED_LOGIT)
+        mask = causal_mask(index_C[None, None, :], index_UQ[:, :, None], window)[:, None, None]
+        return jnp.where(mask, scaled_logits(logits, index_UQ, **factors), MASKED_LOGIT)
 
     def weighted_values(block, weights):
         pages, index_C = pages_of(block)
@@ -123,19 +117,24 @@ def paged_attention(
 
     # From q, so that they are typed as varying over devices, as what the loops make is.
     zeros = jnp.moveaxis(q_UQKGH, 1, 3).astype(jnp.float32) * 0
-    first_block, end_block = 0, jnp.max(index_UQ) // (pages_per_block * S) + 1
-    if window is not None:
-        # Padding, which begins at position 0, does not count.
-        first_U = jnp.where(count_U > 0, start_U - window + 1, jnp.iinfo(jnp.int32).max)
-        first_block = jnp.maximum(jnp.min(first_U), 0) // (pages_per_block * S)
-    softmax = functools.partial(_two_pass_softmax, masked_logits, weighted_values, zeros)
-    o_UKGQH = softmax(first_block, end_block)
+    first, end = _seen_blocks(index_UQ, count_U, window, pages_per_block * S)
+    o_UKGQH = _two_pass_softmax(masked_logits, weighted_values, zeros, first, end)
     return jnp.moveaxis(o_UKGQH.astype(q_UQNH.dtype), 3, 1).reshape(U, Q, N, H)
 
 
-def _two_pass_softmax(masked_logits, weighted_values, zeros, first_block, end_block) -> jax.Array:
-    """Sum over blocks, from the first to the one before the end, of `weighted_values(block, softmax
-    weights)`, float32, as `zeros` in shape."""
+def _seen_blocks(index_UQ, count_U, window: int | None, block_length: int) -> tuple[Any, Any]:
+    """The first block of keys that a token sees, and the one behind the last."""
+    end = jnp.max(index_UQ) // block_length + 1
+    if window is None:
+        return 0, end
+    # Padding, which begins at position 0, does not count.
+    first_U = jnp.where(count_U > 0, index_UQ[:, 0] - window + 1, jnp.iinfo(jnp.int32).max)
+    return jnp.maximum(jnp.min(first_U), 0) // block_length, end
+
+
+def _two_pass_softmax(masked_logits, weighted_values, zeros, first, end) -> jax.Array:
+    """Sum of `weighted_values(block, softmax weights)` over the blocks from `first` to before
+    `end`, float32, as `zeros` in shape."""
 
     def accumulate_sum(block, carry):
         largest, total = carry
@@ -149,8 +148,8 @@ def _two_pass_softmax(masked_logits, weighted_values, zeros, first_block, end_bl
         return o + weighted_values(block, weights)
 
     start = (zeros[..., 0] + MASKED_LOGIT, zeros[..., 0])
-    largest, total = jax.lax.fori_loop(first_block, end_block, accumulate_sum, start)
-    return jax.lax.fori_loop(first_block, end_block, accumulate_values, zeros)
+    largest, total = jax.lax.fori_loop(first, end, accumulate_sum, start)
+    return jax.lax.fori_loop(first, end, accumulate_values, zeros)
 
 
 def _read_pages(kv, kv_scale, layer, kv_head, dtype, pages_UM, key_or_value: int) -> jax.Array:
