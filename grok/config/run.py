@@ -18,7 +18,9 @@ class EngineConfig(Section):
 
     max_num_seqs: Annotated[Count, "sequences that are decoded at a time"] = 8
     page_size: Annotated[Count, "tokens of a page of the cache"] = 32
-    num_pages: Annotated[CountOrZero, "pages of the cache; 0: as max_num_seqs full rows need"] = 0
+    num_pages: Annotated[
+        CountOrZero, "pages of the cache; 0: as max_num_seqs full rows, or their windows, need"
+    ] = 0
     prefill_chunk_size: Annotated[Count, "prompt tokens of one step, on each data replica"] = 256
     cache_dtype: Annotated[
         Literal["compute", "float32", "bfloat16", "int8"], "type of the cache; compute: model's"

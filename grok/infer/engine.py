@@ -13,6 +13,7 @@ from grok.config import EngineConfig
 from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import Tokenizer
 from grok.errors import RequestError
+from grok.infer.page_pool import PageLayout
 from grok.infer.request import Completion, Limits, Output, Request, TokenLogprobs
 from grok.infer.sampling import Sampled
 from grok.infer.scheduler import ScheduledStep, Scheduler, SequenceState
@@ -65,11 +66,14 @@ class Engine:
         with jax.set_mesh(mesh):
             groups = sharding.axis_size("batch")
             slots = -(-options.max_num_seqs // groups)
-            self._max_pages = -(-config.context_length // size)  # of one sequence
-            pages = -(-options.num_pages // groups) or slots * self._max_pages
+            chunks = options.prefill_chunk_size // size
+            layout = PageLayout(size, chunks, config.attention.window)
+            self._table_length = -(-config.context_length // size)
+            max_pages = layout.max_pages(config.context_length)
+            pages = -(-options.num_pages // groups) or slots * max_pages
             self._cache = jax.jit(lambda: init_cache(config, groups * pages, size, dtype))()
-        self._limits = Limits(config.vocab_size, config.context_length, size, pages, groups)
-        self._scheduler = Scheduler(groups, slots, pages, size, options.prefill_chunk_size // size)
+        self._limits = Limits(config.vocab_size, config.context_length, layout, pages, groups)
+        self._scheduler = Scheduler(groups, slots, pages, layout)
         self._inputs = StepInputs(config, tokenizer, mesh)
         self._requests: dict[str, list[SequenceState]] = {}  # in flight
         self._cancelled: list[Output] = []
@@ -116,8 +120,8 @@ class Engine:
         outputs, self._cancelled = self._cancelled, []
         if (step := self._scheduler.next_step()) is None:
             return outputs
-        size = self._limits.page_size if step.prefill else 1
-        tokens_BT, batch = self._inputs.paged_batch(step, size, self._max_pages)
+        size = self._limits.layout.page_size if step.prefill else 1
+        tokens_BT, batch = self._inputs.paged_batch(step, size, self._table_length)
         with jax.set_mesh(self._mesh):
             sampled, x_BTD, experts_LBTC, self._cache = forward_and_sample(
                 self._model, self._cache, tokens_BT, batch, self._inputs.sampling(step)
@@ -165,7 +169,7 @@ class Engine:
         return [sequence.completion.drain() for sequence in cut_short]
 
     def _score_prompts(self, step: ScheduledStep, scored, x_BTD: jax.Array) -> None:
-        next_BUQ = np.zeros((*step.shape, self._limits.page_size), np.int32)
+        next_BUQ = np.zeros((*step.shape, self._limits.layout.page_size), np.int32)
         for chunk, row in scored:
             first = chunk.start + 1
             targets = chunk.sequence.request.prompt[first : first + chunk.count]

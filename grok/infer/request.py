@@ -8,6 +8,7 @@ from grok.config.sampling import SamplingParams
 from grok.data.chat.encoder import Answers
 from grok.data.tokenizers import StreamDecoder, Tokenizer
 from grok.errors import RequestError
+from grok.infer.page_pool import PageLayout
 
 TOKEN_LISTS = ("stop_token_ids", "allowed_token_ids", "banned_token_ids")
 
@@ -27,7 +28,7 @@ class Limits:
 
     vocab_size: int
     context_length: int
-    page_size: int
+    layout: PageLayout
     pages_per_group: int
     groups: int
 
@@ -58,9 +59,9 @@ class Limits:
         if length > context:
             room = f"is longer than the model's context of {context}"
             yield "max_tokens", f"{tokens} {room}; at most {context - prompt} new tokens fit."
-        if length > self.pages_per_group * self.page_size:
-            enough = -(-length // self.page_size) * self.groups
-            room = f"needs more than the {self.pages_per_group} pages of {self.page_size} tokens"
+        if (pages := self.layout.max_pages(length)) > self.pages_per_group:
+            enough, size = pages * self.groups, self.layout.page_size
+            room = f"needs more than the {self.pages_per_group} pages of {size} tokens"
             yield "max_tokens", f"{tokens} {room}; engine.num_pages={enough} would work."
 
 

@@ -2,85 +2,11 @@
 
 import collections
 import dataclasses
-import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import numpy as np
-
+from grok.infer.page_pool import PageLayout, PagePool, prefix_keys
 from grok.infer.request import Completion
-
-
-def prefix_keys(tokens: Sequence[int], page_size: int) -> list[bytes]:
-    """A key for each full page of `tokens`, of its tokens and all before them."""
-    keys, key = [], b""
-    for first in range(0, len(tokens) // page_size * page_size, page_size):
-        page = np.asarray(tokens[first : first + page_size], np.int64).tobytes()
-        key = hashlib.blake2b(key + page, digest_size=16).digest()
-        keys.append(key)
-    return keys
-
-
-class PagePool:
-    """Pages by number, with a count of the sequences that read each. A page that holds a prefix
-    stays cached when its last user releases it, until the room is needed: the least recently used
-    one is evicted first."""
-
-    def __init__(self, num_pages: int):
-        self._free = list(reversed(range(num_pages)))
-        self._users = [0] * num_pages
-        self._keys: dict[int, bytes] = {}
-        self._page_of_key: dict[bytes, int] = {}
-        self._cached: collections.OrderedDict[int, None] = collections.OrderedDict()
-
-    def counts(self) -> tuple[int, int, int]:
-        """Pages that have users, those without that hold prefixes, and those that hold nothing."""
-        cached, free = len(self._cached), len(self._free)
-        return len(self._users) - cached - free, cached, free
-
-    def allocate(self) -> int | None:
-        """A page for one user, to write to; None where all have users."""
-        if self._free:
-            page = self._free.pop()
-        elif self._cached:
-            page, _ = self._cached.popitem(last=False)
-            del self._page_of_key[self._keys.pop(page)]
-        else:
-            return None
-        self._users[page] = 1
-        return page
-
-    def release(self, pages: Sequence[int]) -> None:
-        """Removes one user of each of a sequence's pages; its last pages are evicted first."""
-        for page in reversed(pages):
-            self._users[page] -= 1
-            if self._users[page]:
-                continue
-            if page in self._keys:
-                self._cached[page] = None
-            else:
-                self._free.append(page)
-
-    def register_prefix(self, page: int, key: bytes) -> None:
-        """Notes that `page` holds, or will after the scheduled step, the prefix of this key."""
-        if key not in self._page_of_key:
-            self._page_of_key[key], self._keys[page] = page, key
-
-    def cached_prefix(self, keys: Sequence[bytes]) -> list[int]:
-        """Pages of the longest prefix that the cache holds."""
-        cached = itertools.takewhile(lambda key: key in self._page_of_key, keys)
-        return [self._page_of_key[key] for key in cached]
-
-    def share(self, pages: Sequence[int]) -> None:
-        """Adds one user to each of these pages."""
-        for page in pages:
-            self._users[page] += 1
-            self._cached.pop(page, None)
-
-    def available(self, besides: Sequence[int] = ()) -> int:
-        """Number of pages that `allocate` could give if `besides` were shared."""
-        _, cached, free = self.counts()
-        return free + cached - sum(page in self._cached for page in besides)
 
 
 @dataclasses.dataclass(eq=False)
@@ -93,6 +19,7 @@ class SequenceState:
     prompt_logprobs: list = dataclasses.field(default_factory=list)
     keys: list[bytes] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
+    first_page: int = 0  # index of the first of `pages`: those before are behind the window
     computed: int = 0  # tokens whose keys and values are in the pages
     group: int = -1  # in a slot of this group; -1: waiting
     age: int = -1
@@ -135,16 +62,16 @@ class Scheduler:
     computes prompts a page at a time, or a decode, one token for each slot; while both have work
     they alternate. Prompt tokens are always computed by a prefill and answer tokens by a decode,
     since programs of other shapes round otherwise: the answer of a preempted sequence is decoded
-    again token by token."""
+    again token by token. Pages wholly behind a sliding window are released before the next step."""
 
-    def __init__(self, groups: int, slots: int, num_pages: int, page_size: int, max_chunks: int):
-        """`slots`, `num_pages` and `max_chunks` of a prefill are those of one group."""
-        self.page_size = page_size
+    def __init__(self, groups: int, slots: int, num_pages: int, layout: PageLayout):
+        """`slots`, `num_pages` and the chunks of `layout` are those of one group."""
+        self.layout, self.page_size = layout, layout.page_size
         self.pools = [PagePool(num_pages) for _ in range(groups)]
         self.slots: list[list[SequenceState | None]] = [[None] * slots for _ in range(groups)]
         self.waiting: collections.deque[SequenceState] = collections.deque()
         self.preempted = self.cached_tokens = 0
-        self._max_chunks, self._submitted = max_chunks, 0
+        self._max_chunks, self._submitted = layout.max_chunks, 0
         self._last_was_prefill = False
 
     def add(self, sequence: SequenceState) -> None:
@@ -169,6 +96,7 @@ class Scheduler:
 
     def next_step(self) -> ScheduledStep | None:
         """The step to run next, counted as done from here on; None without work."""
+        self._release_behind_window()
         decoding = any(s.computed >= s.prompt_length for s in self.running())
         step = None if decoding and self._last_was_prefill else self._prefill()
         if step is None and decoding:
@@ -180,7 +108,10 @@ class Scheduler:
         chunks_BU: list[list[Chunk | None]] = [[] for _ in self.slots]
         for group, chunks in enumerate(chunks_BU):
             for sequence in self.running(group):
-                self._schedule_prefill(sequence, chunks)
+                unread = sequence.computed < sequence.prompt_length
+                # No chunk of this step is of a sequence that loses its pages: those are younger.
+                if unread and len(chunks) < self._max_chunks and self._reserve_page(sequence):
+                    self._schedule_prefill(sequence, chunks)
         while self.waiting:
             open_groups = [g for g, c in enumerate(chunks_BU) if len(c) < self._max_chunks]
             if not self._admit(self.waiting[0], open_groups):
@@ -195,6 +126,8 @@ class Scheduler:
 
     def _schedule_prefill(self, sequence: SequenceState, chunks: list[Chunk | None]) -> None:
         while sequence.computed < sequence.prompt_length and len(chunks) < self._max_chunks:
+            if not self._has_page(sequence):
+                return
             start = sequence.computed
             count = min(self.page_size, sequence.prompt_length - start)
             chunks.append(Chunk(sequence, start, count))
@@ -202,13 +135,13 @@ class Scheduler:
             if count == self.page_size:
                 # Later sequences, of the same step too, can share the page: a layer writes all its
                 # keys and values before it reads any.
-                page = start // self.page_size
-                prefix = sequence.pages[page], sequence.keys[page]
-                self.pools[sequence.group].register_prefix(*prefix)
+                index = start // self.page_size
+                page, key = sequence.pages[index - sequence.first_page], sequence.keys[index]
+                self.pools[sequence.group].register_prefix(page, key)
 
     def _admit(self, sequence: SequenceState, groups: list[int]) -> bool:
-        """Gives a waiting sequence a slot, and pages for all its tokens, in the group that caches
-        most of its prompt; False where none has room."""
+        """Gives a waiting sequence a slot, and the pages that it needs at a time, in the group that
+        caches most of its prompt; False where none has room."""
         # The last prompt token is always computed, for the logits after it.
         keys = sequence.keys[: (sequence.prompt_length - 1) // self.page_size]
         best = None
@@ -216,22 +149,23 @@ class Scheduler:
             if None not in self.slots[group]:
                 continue
             pool, running = self.pools[group], len(self.running(group))
-            cached = [] if sequence.no_prefix_reuse else pool.cached_prefix(keys)
-            needed = -(-len(sequence.tokens) // self.page_size) - len(cached)
+            reusable = [] if sequence.no_prefix_reuse else keys
+            length, cached = pool.cached_prefix(reusable, self.layout)
+            needed = self._new_pages(sequence, length)
             # A page for each running sequence, lest the new one be preempted at once.
             spare = pool.available(besides=cached) - needed - running
             if spare < 0 and running:
                 continue
-            if best is None or (len(cached), spare) > best[:2]:
-                best = len(cached), spare, group, cached, needed
+            if best is None or (length, spare) > best[:2]:
+                best = length, spare, group, cached, needed
         if best is None:
             return False
-        _, _, group, cached, needed = best
+        length, _, group, cached, needed = best
         pool = self.pools[group]
         pool.share(cached)
         new = [page for page in (pool.allocate() for _ in range(needed)) if page is not None]
-        sequence.pages, sequence.computed = cached + new, len(cached) * self.page_size
-        sequence.group = group
+        sequence.pages, sequence.computed = cached + new, length * self.page_size
+        sequence.first_page, sequence.group = length - len(cached), group
         self.slots[group][self.slots[group].index(None)] = sequence
         self.cached_tokens += sequence.computed
         return True
@@ -249,21 +183,47 @@ class Scheduler:
                 sequence.computed += 1
         return ScheduledStep(False, chunks_BU)
 
+    def _new_pages(self, sequence: SequenceState, cached_length: int) -> int:
+        """Number of pages that a sequence gets behind a cached prefix of this length in pages: for
+        all its tokens, or as many as a window leaves it."""
+        num_tokens = len(sequence.tokens)
+        first = self.layout.first_page(cached_length * self.page_size)
+        end = min(-(-num_tokens // self.page_size), first + self.layout.max_pages(num_tokens))
+        return end - cached_length
+
+    def _has_page(self, sequence: SequenceState) -> bool:
+        """Ensures a page for the next token; False where all pages have users."""
+        end = sequence.first_page + len(sequence.pages)
+        if sequence.computed < end * self.page_size:
+            return True
+        if (page := self.pools[sequence.group].allocate()) is None:
+            return False
+        sequence.pages.append(page)
+        return True
+
     def _reserve_page(self, sequence: SequenceState) -> bool:
         """Ensures a page for the next token, preempting the youngest sequence where there is none;
         False where that is this one."""
-        while sequence.group >= 0 and len(sequence.pages) * self.page_size <= sequence.computed:
-            if (page := self.pools[sequence.group].allocate()) is not None:
-                sequence.pages.append(page)
-            else:
-                youngest = self.running(sequence.group)[-1]
-                self._free_slot(youngest)
-                self.waiting.appendleft(youngest)
-                self.preempted += 1
+        while sequence.group >= 0 and not self._has_page(sequence):
+            youngest = self.running(sequence.group)[-1]
+            self._free_slot(youngest)
+            self.waiting.appendleft(youngest)
+            self.preempted += 1
         return sequence.group >= 0
+
+    def _release_behind_window(self) -> None:
+        """Releases the pages that no further token of their sequences sees. What they hold stays
+        valid, and cached as a prefix, until they are allocated again."""
+        for sequence in self.running():
+            count = self.layout.first_page(sequence.computed) - sequence.first_page
+            if count > 0:
+                self.pools[sequence.group].release(sequence.pages[:count])
+                del sequence.pages[:count]
+                sequence.first_page += count
 
     def _free_slot(self, sequence: SequenceState) -> None:
         self.pools[sequence.group].release(sequence.pages)
         slots = self.slots[sequence.group]
         slots[slots.index(sequence)] = None
-        sequence.pages, sequence.computed, sequence.group = [], 0, -1
+        sequence.pages, sequence.first_page = [], 0
+        sequence.computed, sequence.group = 0, -1

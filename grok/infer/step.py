@@ -99,14 +99,16 @@ class StepInputs:
     def paged_batch(
         self, step: ScheduledStep, size: int, max_pages: int
     ) -> tuple[np.ndarray, PagedBatch]:
-        """Tokens (B, U*Q) for chunks of Q = `size`, their positions, and tables of `max_pages`."""
+        """Tokens (B, U*Q) for chunks of Q = `size`, their positions, and tables of `max_pages`, of
+        which those that a sequence does not have, or no more, are 0."""
         tokens_BUQ = np.zeros((*step.shape, size), np.int32)
         table_BUM = np.zeros((*step.shape, max_pages), np.int32)
         start_BU, count_BU = np.zeros((2, *step.shape), np.int32)
         for chunk, row in step.chunks():
             end = chunk.start + chunk.count
             tokens_BUQ[row][: chunk.count] = chunk.sequence.tokens[chunk.start : end]
-            table_BUM[row][: len(chunk.sequence.pages)] = chunk.sequence.pages
+            pages, first = chunk.sequence.pages, chunk.sequence.first_page
+            table_BUM[row][first : first + len(pages)] = pages
             start_BU[row], count_BU[row] = chunk.start, chunk.count
         return tokens_BUQ.reshape(step.shape[0], -1), PagedBatch(table_BUM, start_BU, count_BU)
 

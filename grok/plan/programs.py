@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from grok import sharding
 from grok.config import RunConfig
+from grok.infer.page_pool import PageLayout
 from grok.model import build, params
 from grok.model.attend import PagedBatch, init_cache
 from grok.optim.offload import is_on_host
@@ -53,19 +54,22 @@ def train_program(config: RunConfig, mesh: Mesh) -> Program:
 
 def inference_program(config: RunConfig, mesh: Mesh) -> Program:
     """One step of the model with its cache in pages: a prompt of S tokens a row, or a token a row
-    after S - 1."""
+    after S - 1, of which a window leaves some in the cache."""
     B, S = batch_of(config)
     size = config.engine.page_size
-    pages = -(-S // size)
+    pages = cached = -(-S // size)
     groups = sharding.axis_size("batch")
     prefill = config.plan.program == "prefill"
+    if not prefill:
+        chunks = config.engine.prefill_chunk_size // size
+        cached = PageLayout(size, chunks, config.model.attention.window).max_pages(S)
     blocks, Q = (B // groups * pages, size) if prefill else (B // groups, 1)
     specs = params.param_specs(config.model)
     scale_groups = {name: release_groups(spec) for name, spec in specs.items() if spec.is_matmul}
     is_int8, dtype = config.model.param_dtype == "int8", config.engine.cache_dtype
     model = build.abstract(config.model, mesh, scale_groups if is_int8 else None)
     dtype = config.model.compute_dtype if dtype == "compute" else dtype
-    make = functools.partial(init_cache, config.model, B * pages, size, dtype)
+    make = functools.partial(init_cache, config.model, B * cached, size, dtype)
     cache = sharding.abstract_arrays(make, mesh)
 
     def sharded(*shape: int) -> jax.ShapeDtypeStruct:
@@ -76,8 +80,8 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
         x_BTD, cache, _ = model.step(tokens_BT, cache, batch)
         return model.next_logits(x_BTD, batch.count_BU), cache
 
-    chunks = sharded(groups, blocks)
-    batch = PagedBatch(sharded(groups, blocks, pages), chunks, chunks)
+    counts = sharded(groups, blocks)
+    batch = PagedBatch(sharded(groups, blocks, pages), counts, counts)
     tokens_BT = sharded(groups, blocks * Q)
     arguments = {"model": model, "cache": cache, "tokens_BT": tokens_BT, "batch": batch}
     return Program(step, arguments, donate=1)

@@ -6,13 +6,16 @@ from collections import deque
 
 from grok.data.tokenizers import StreamDecoder, Tokenizer
 from grok.infer.engine import EngineStats
+from grok.infer.page_pool import PageLayout
 from grok.infer.request import Limits, Output, Request, TokenLogprobs
 
 
 class FakeEngine:
     def __init__(self, tokenizer: Tokenizer, context_length: int = 128, slots: int = 4):
         self._tokenizer, self._slots = tokenizer, slots
-        self._limits = Limits(tokenizer.vocab_size, context_length, context_length, slots, 1)
+        self._limits = Limits(
+            tokenizer.vocab_size, context_length, PageLayout(context_length), slots, 1
+        )
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._tokens_in = self._tokens_out = 0

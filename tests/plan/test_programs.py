@@ -13,6 +13,7 @@ from grok.model.mesh_fit import check_plan_fits
 from grok.model.params import num_parameters
 from grok.plan.compile_process import cache_loop_count
 from grok.plan.programs import bytes_per_device, make_program
+from tests.fixtures.models import replace_keys
 
 MESH = {"slice": 1, "data": 2, "expert": 2, "tensor": 2}
 
@@ -48,6 +49,22 @@ def test_inference_programs_answer_with_logits_and_the_cache(tiny_run, program, 
     assert logits.shape == (4, 2, config.model.vocab_size)
     assert cache.kv_LPSK2H.shape == made.arguments["cache"].kv_LPSK2H.shape
     assert made.arguments["tokens_BT"].shape == (4, new_tokens)
+
+
+def test_a_window_bounds_the_cache_of_a_decode(tiny_run):
+    """A row of 120 tokens, 4 pages of 32: of 40 keys of them, and a prefill of 32 at a time, 3."""
+    model = replace_keys(tiny_run.model, {"attention.window": 40})
+    engine = dataclasses.replace(tiny_run.engine, prefill_chunk_size=32)
+    run = dataclasses.replace(tiny_run, model=model, engine=engine)
+    mesh = grok.make_mesh(**MESH)
+    pages = {}
+    for program in ("prefill", "decode"):
+        with jax.set_mesh(mesh):
+            config = planned(run, program=program, batch_size=8, tokens=120)
+            arguments = make_program(config, mesh).arguments
+        pages[program] = arguments["cache"].kv_LPSK2H.shape[1]
+        assert arguments["batch"].table_BUM.shape[-1] == 4
+    assert pages == {"prefill": 8 * 4, "decode": 8 * 3}
 
 
 def test_rows_that_cannot_be_split_are_refused(tiny_run):
