@@ -32,10 +32,13 @@ CONFIG = ModelConfig(
     compute_dtype="float32",
 )
 LOSSES = TrainConfig(z_loss=1e-4, router_balance_loss=0.01)
-# Other feed-forward parts and heads than those of CONFIG.
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# Other feed-forward parts, heads and attention than those of CONFIG.
 ARCHITECTURES = {
     "mlp": {"mlp.dim": 48, "moe": None, "norm.sandwich": False},
     "mlp and experts": {"mlp.dim": 48, "moe.logit_softcap": 3.0, "mlp.activation": "gelu"},
+    "window and temperature": {"attention.window": 5, "attention.temperature_length": 4},
+    "scaled rope": {"attention.rope.scaling": SCALING | {"original_context_length": 32}},
     "own head": {"tie_embeddings": False, "logit_softcap": 2.0, "moe.normalize": True},
 }
 SIZES = [  # data, expert, tensor, slice

@@ -26,6 +26,8 @@ CONFIG = model_config(
         "compute_dtype": "float32",
     }
 )
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALING["original_context_length"] = 16
 TOKENS = np.random.default_rng(0).integers(1, 64, (4, 12))
 
 
@@ -54,6 +56,11 @@ def paged_logits(config: ModelConfig) -> np.ndarray:
         {"norm.eps": 0.1},
         {"attention.logit_softcap": None},
         {"attention.rope.theta": 100.0},
+        {"attention.rope.scaling": SCALING},
+        {"attention.window": 3},
+        {"attention.window": 9},
+        {"attention.temperature_length": 2},
+        {"attention.temperature_length": 8, "attention.window": 6},
         {"moe.activation": "silu"},
         {"moe.logit_softcap": 0.5},
         {"moe.normalize": True, "norm.sandwich": False},
