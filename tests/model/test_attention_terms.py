@@ -223,12 +223,13 @@ def window_of_keys_after(key_index, index, window):
 
 def position_from_one(positions, length):
     """The temperature of positions counted from 1."""
-    return right_temperature(positions + 1, length)
+    factor = right_temperature(positions + 1, length)
+    return jnp.where(positions > length, factor, 1)
 
 
-def one_position_late(positions, length):
-    """The temperature of the position before."""
-    return right_temperature(positions - 1, length)
+def length_from_one(positions, length):
+    """A temperature that counts its length from 1."""
+    return right_temperature(positions, length + 1)
 
 
 def no_temperature(positions, length):
@@ -271,7 +272,7 @@ MISTAKES = {
     no_window: ("window", "causal_mask"),
     window_of_keys_after: ("window", "causal_mask"),
     position_from_one: ("temperature", "temperature"),
-    one_position_late: ("temperature", "temperature"),
+    length_from_one: ("temperature", "temperature"),
     no_temperature: ("temperature", "temperature"),
     temperature_below_one: ("temperature", "temperature"),
     temperature_before_the_cap: ("temperature", "scaled_logits"),
