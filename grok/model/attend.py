@@ -61,7 +61,6 @@ class PackedRows:
         """Returns o_BTNH and these rows, which nothing changes."""
         kv = sharding.kv_axis(config.num_kv_heads)
         flash = hardware.platform() == "tpu" and supports(q_BTNH.shape[1])
-        flash = flash and config.temperature_length is None
         terms = _terms(config)
         # An operand that nothing reads would change the program.
         positions_BT = None if config.temperature_length is None else self.positions_BT
@@ -69,7 +68,7 @@ class PackedRows:
         def local(q, k, v, segment, positions):
             k, v = _kv_of_local_heads(q, k, v, config)
             if flash:
-                return flash_attention(q, k, v, segment, **terms)
+                return flash_attention(q, k, v, segment, positions_BT=positions, **terms)
             index = jnp.broadcast_to(jnp.arange(q.shape[1])[None, :], segment.shape)
             return attention(q, k, v, index, segment, segment, positions, **terms)
 
@@ -164,7 +163,6 @@ class PagedAttend:
         fewer = config.num_heads // sharding.axis_size("heads") < group
         kernel = hardware.platform() == "tpu" and not fewer
         kernel = kernel and ragged.supports(cache.kv_LPSK2H, config.head_dim)
-        kernel = kernel and config.temperature_length is None
 
         def local(q, k, v, kv_pages, scales, table_BUM, start_BU, count_BU, layer):
             # Each device has the tokens of one group.

@@ -5,6 +5,7 @@ Letters: T tokens, D embed, N heads, K kv heads, H head_dim, V vocab, L layers.
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,12 @@ import grok.model.rope
 import grok.ops.attention.causal
 import grok.ops.attention.paged
 from grok.config import ModelConfig
+from grok.model import attend
 from grok.model.attend import PagedBatch, init_cache
 from grok.model.build import to_arrays
 from grok.model.decoder import Decoder
+from grok.ops.attention.causal import attention_reference
+from grok.ops.attention.paged import paged_attention_reference
 from grok.ops.softcap import apply_softcap
 from tests.fixtures.models import model_config, replace_keys
 
@@ -192,6 +196,34 @@ def test_logits_are_those_of_the_decoder_written_out(name, form):
     found = error(name, form)
     print(f"\n{name}, {form}: {found:.1e}")
     assert found < TOLERANCE
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels_of_tpus_get_every_term(name, form, monkeypatch):
+    """With the references in place of the kernels, which tests of their own compare with these."""
+    calls = []
+
+    def flash(q, k, v, segment, *, positions_BT, **terms):
+        calls.append(terms)
+        index = jnp.broadcast_to(jnp.arange(q.shape[1])[None, :], segment.shape)
+        return attention_reference(q, k, v, index, segment, segment, positions_BT, **terms)
+
+    def ragged(q, kv, *places, **terms):
+        calls.append(terms)
+        return paged_attention_reference(q, kv, None, *places, **terms)
+
+    monkeypatch.setattr(attend, "hardware", types.SimpleNamespace(platform=lambda: "tpu"))
+    monkeypatch.setattr(attend, "supports", lambda length: True)
+    monkeypatch.setattr(attend, "flash_attention", flash)
+    fake = types.SimpleNamespace(ragged_attention=ragged, supports=lambda kv, head_dim: True)
+    monkeypatch.setattr(attend, "ragged", fake)
+    assert error(name, form) < TOLERANCE
+    config = MODELS[name]
+    for terms in calls:
+        assert terms.get("window") == config.get("attention.window")
+        assert terms.get("temperature_length") == config.get("attention.temperature_length")
+    assert calls
 
 
 # ---- mistakes
