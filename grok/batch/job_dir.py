@@ -117,7 +117,10 @@ class JobDir:
         settings = to_dict(config)
         for key in NOT_IDENTITY:
             del settings["engine"][key]
-        names = ("shard_size", "seed", "sampling", "chat_template", "engine")
+        names = (
+            *("shard_size", "seed", "sampling", "engine"),
+            *("chat_template", "allow_special_tokens"),
+        )
         job = {
             "format": FORMAT_VERSION,
             **{name: settings[name] for name in names},

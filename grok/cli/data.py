@@ -72,14 +72,13 @@ def _check_tokenizer(file: str, config: str) -> str:
         raise DataError(f"{problem}{vocab_size} of {config}; {right}.")
     if loaded.eos_id < 0:
         raise DataError(f"tokenizer {file} has no end-of-sequence piece to end documents with.")
-    if loaded.pad_id not in (0, -1):
-        padding = f"padding id {loaded.pad_id}, and the released model's is 0"
-        raise DataError(f"tokenizer {file} has {padding}.")
     unused = vocab_size - loaded.vocab_size
     note = f", {unused:,} rows of the model's table are unused" if unused else ""
+    begin = f"{loaded.bos_id}{' (added to every text)' if loaded.adds_bos else ''}"
+    end = ", ".join(map(str, loaded.eos_ids))
     return (
         f"{file} fits {config}: {loaded.vocab_size:,} pieces, padding {loaded.pad_id}, begin "
-        f"{loaded.bos_id}, end {loaded.eos_id}{note}"
+        f"{begin}, end {end}{note}"
     )
 
 
@@ -104,7 +103,10 @@ def _field_options(command: Callable) -> Callable:
 @data.command()
 @click.argument("sources", nargs=-1, required=True)
 @click.option("--out", required=True, metavar="DIR", help="Folder of the dataset.")
-@click.option("--tokenizer", required=True, metavar="FILE", help="SentencePiece model.")
+@click.option("--tokenizer", required=True, metavar="FILE", help="Tokenizer, or its folder.")
+@click.option(
+    "--allow-special-tokens", is_flag=True, help="Read special tokens in the texts as such."
+)
 @click.option("--glob", "patterns", multiple=True, help="Names to take in folders, as *.md.")
 @_option("--format", default="auto", type=FORMAT, help="What all files are; auto: by their names.")
 @_field_options

@@ -28,7 +28,7 @@ from grok.errors import require_package
 @click.option("--fewshot", type=click.IntRange(0), help="Examples a question; default: the task's.")
 @click.option("--limit", type=click.IntRange(1), help="Questions of each task.")
 @click.option("--config", metavar="CONFIG", help="Preset or YAML file of CHECKPOINT's model.")
-@click.option("--tokenizer", metavar="FILE", help="SentencePiece model of these weights.")
+@click.option("--tokenizer", metavar="FILE", help="Tokenizer of these weights, or its folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def eval_(
     checkpoint, overrides, data, tasks, tasks_folder, fewshot, limit, config, tokenizer, as_json

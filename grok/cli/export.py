@@ -108,9 +108,16 @@ def params(src, dst, dtype) -> None:
     its `checkpoints`. DST is then the folder of a run that all commands read. After an
     interruption the same command continues.
     """
+    from grok.data.tokenizers.files import (
+        find_tokenizer_file,
+        folders_beside,
+        read_tokenizer_files,
+    )
     from grok.progress import byte_progress
     from grok.weights.importing.importer import export_params
 
+    file = find_tokenizer_file(folders_beside(src))
+    tokenizer = read_tokenizer_files(file).contents() if file else {}
     with byte_progress() as on_progress:
-        exported = export_params(src, dst, dtype, on_progress)
+        exported = export_params(src, dst, dtype, tokenizer, on_progress)
     print_import(exported)

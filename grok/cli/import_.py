@@ -4,7 +4,6 @@ import functools
 import resource
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -45,8 +44,7 @@ def _options(dtype: str) -> Callable:
         click.option(
             "--tokenizer",
             metavar="FILE",
-            type=click.Path(path_type=Path),
-            help="SentencePiece model to go with the weights.",
+            help="Tokenizer to go with the weights, or a folder with one.  [default: SRC's]",
         ),
     )
 
@@ -79,7 +77,8 @@ def hf(src, dst, config, dtype, scales, tokenizer) -> None:
 def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None:
     from grok.config import DataConfig, RunConfig
     from grok.config.load import load_config
-    from grok.data.tokenizers import load_tokenizer
+    from grok.data.tokenizers import make_tokenizer
+    from grok.data.tokenizers.files import find_tokenizer_file, read_tokenizer_files
     from grok.progress import byte_progress
     from grok.weights.cast import converted, per_channel, release_groups
     from grok.weights.detect import open_source
@@ -94,10 +93,13 @@ def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None
     if run is None:
         length = min(DataConfig.sequence_length, source.config.context_length)
         run = RunConfig(model=source.config, data=DataConfig(sequence_length=length))
+    files = None
+    if tokenizer := tokenizer or find_tokenizer_file([src]):
+        files = read_tokenizer_files(tokenizer)
     vocab_size = source.config.vocab_size
-    if tokenizer is not None and (pieces := load_tokenizer(tokenizer).vocab_size) > vocab_size:
+    if files is not None and (pieces := make_tokenizer(files).vocab_size) > vocab_size:
         raise DataError(
-            f"{tokenizer}: has {pieces} pieces, and the model's vocab_size is {vocab_size}; it is "
+            f"{files.path}: has {pieces} pieces, and the model's vocab_size is {vocab_size}; it is "
             "the tokenizer of another model."
         )
     if scales is not None and (dtype != "int8" or source.dtype == "int8"):
@@ -108,7 +110,7 @@ def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None
     groups = per_channel if scales == "per-channel" else release_groups
     source = converted(source, dtype, groups, measure=True)
     with byte_progress() as on_progress:
-        imported = import_weights(source, dst, run, tokenizer, on_progress)
+        imported = import_weights(source, dst, run, files.contents() if files else {}, on_progress)
     print_import(imported)
 
 

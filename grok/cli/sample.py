@@ -54,7 +54,10 @@ class _SampleCommand(click.Command):
     metavar="NAME",
     help="With --chat: grok-1, grok-2, or a file.  [default: the one beside the tokenizer]",
 )
-def sample(checkpoint, overrides, prompts, chat, chat_template, **sampling) -> None:
+@click.option(
+    "--allow-special-tokens", "allow_special", is_flag=True, help="Read them in prompts as such."
+)
+def sample(checkpoint, overrides, prompts, chat, chat_template, allow_special, **sampling) -> None:
     """Continue text with the weights at CHECKPOINT: the folder of a run (its newest checkpoint is
     read) or weights in any other format, with their tokenizer.
 
@@ -83,7 +86,7 @@ def sample(checkpoint, overrides, prompts, chat, chat_template, **sampling) -> N
     from grok.weights.load import load
 
     tokenizer = load_tokenizer(tokenizer_file)
-    turns, params = _turns(tokenizer, chat, chat_template, params)
+    turns, params = _turns(tokenizer, chat, chat_template, params, allow_special)
     mesh = make_mesh(config.mesh, config.model)
     dtype = config.model.param_dtype
     _note(f"reading the weights at {checkpoint}, {dtype}")
@@ -102,15 +105,15 @@ def sample(checkpoint, overrides, prompts, chat, chat_template, **sampling) -> N
         chat_loop(engine, turns, params, _ask, click.echo)
 
 
-def _turns(tokenizer, chat, chat_template, params):
+def _turns(tokenizer, chat, chat_template, params, allow_special):
     """The kind of conversation, and the sampling parameters with what ends an answer in it."""
     from grok.infer.interactive import ChatTurns, TextTurns
     from grok.infer.loader import find_chat
     from grok.infer.request import with_answer_ends
 
     if not chat:
-        return TextTurns(tokenizer), params
-    encoder = find_chat(chat_template, tokenizer)
+        return TextTurns(tokenizer, allow_special), params
+    encoder = find_chat(chat_template, tokenizer, allow_special)
     if encoder is None:
         problem = "--chat needs a template, and there is none beside the tokenizer"
         raise ConfigError(f"{problem}; --chat-template grok-1, or a file, would work.")

@@ -84,14 +84,17 @@ class PackedValidation:
                 fill_row(batch, row, self._packer.slices(first + row), self._read)
             yield batch
 
-    def num_bytes(self, bytes_V: np.ndarray) -> int:
-        """UTF-8 bytes of the tokens that are predicted, where token v has `bytes_V[v]`.
+    def num_bytes(self, bytes_V: np.ndarray, first_bytes_V: np.ndarray | None = None) -> int:
+        """UTF-8 bytes of the tokens that are predicted, where token v has `bytes_V[v]`, or, given
+        that documents begin with bos, `first_bytes_V[v]` behind it.
         `StreamValidation.num_bytes` counts the bytes of a text's first token too, since there it is
         predicted from an eos. Reads every document once."""
         total = 0
         for index in range(len(self._documents.lengths)):
             document = self._documents[index]
             bytes_S = bytes_V[document.tokens_S]
+            if first_bytes_V is not None:
+                bytes_S[1:2] = first_bytes_V[document.tokens_S[1:2]]
             if document.mask_S is not None:
                 bytes_S = bytes_S * document.mask_S
             total += int(bytes_S[1:].sum())

@@ -35,7 +35,10 @@ def read_stream(paths: Sequence[str | Path], tokenizer: Tokenizer, vocab_size: i
     documents, num_bytes = [], 0
     for path in paths:
         text = read_text(path)
-        ids = [*start_ids(tokenizer), *tokenizer.encode(text), tokenizer.eos_id]
+        try:
+            ids = [*start_ids(tokenizer), *tokenizer.encode(text), tokenizer.eos_id]
+        except DataError as error:
+            raise DataError(f"text file {path}: {error}") from None
         document_S = np.array(ids, np.int32)
         if document_S.max() >= vocab_size:
             problem = f"text file {path} has token {document_S.max()}, but model.vocab_size="

@@ -13,7 +13,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from grok.config import EngineConfig
 from grok.config.sampling import SamplingParams
-from grok.data.tokenizers import Tokenizer
+from grok.data.tokenizers import Tokenizer, encode_prompt, start_ids
 from grok.errors import DataError
 from grok.evaluate.scores import Scorer
 from grok.infer.engine import Engine
@@ -32,12 +32,19 @@ class LmEvalModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends documents and precedes a text without context."""
+        """The token that ends documents."""
         return self._tokenizer.eos_id
 
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that precedes a text without context: bos, for a model that expects it."""
+        return next(iter(start_ids(self._tokenizer)), self._tokenizer.eos_id)
+
     def tok_encode(self, string: str, add_special_tokens=None, **others: Any) -> list[int]:
-        """Ids of a text; special tokens are never added."""
-        return self._tokenizer.encode(string)
+        """Ids of a text, with bos in front where the tokenizer adds it, unless told not to."""
+        if add_special_tokens is False:
+            return self._tokenizer.encode(string)
+        return encode_prompt(self._tokenizer, string)
 
     def _loglikelihood_tokens(self, requests, **others: Any) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
@@ -49,7 +56,7 @@ class LmEvalModel(TemplateLM):
         for request in requests:
             (text,) = request.args
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
+                token_list=self.tok_encode(text, add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self._scorer.context_length,
                 context_len=1,
@@ -69,7 +76,7 @@ class LmEvalModel(TemplateLM):
     def _request(self, name: str, context: str, options: dict[str, Any]) -> Request:
         limit = int(options.get("max_gen_toks", 256))
         room = self._scorer.context_length - limit
-        prompt = (self.tok_encode(context) or [self.eot_token_id])[-room:]
+        prompt = (self.tok_encode(context) or [self.prefix_token_id])[-room:]
         until = options.get("until") or []
         stop = (until,) if isinstance(until, str) else tuple(filter(None, until))
         params = SamplingParams(max_tokens=limit, temperature=0, stop=stop)

@@ -35,16 +35,17 @@ class Turns(Protocol):
 
 
 class TextTurns:
-    """`Turns` as one text that goes on."""
+    """`Turns` as one text that goes on. Special tokens in it are read as such if `allow_special`."""
 
     separator = ""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._text = tokenizer, ""
+    def __init__(self, tokenizer: Tokenizer, allow_special: bool = False):
+        self._tokenizer, self._allow_special, self._text = tokenizer, allow_special, ""
 
     def prompt(self, line: str) -> Sequence[int]:
         """The tokens of the text with `line` at its end."""
-        return encode_prompt(self._tokenizer, self._text + line)
+        text = self._text + line
+        return encode_prompt(self._tokenizer, text, allow_special=self._allow_special)
 
     def add(self, line: str, answer: str) -> None:
         """Lengthens the text."""

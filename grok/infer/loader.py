@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from grok import distributed, hub, sharding, storage
+from grok import distributed, sharding, storage
 from grok.config import MESH_AXES, DataConfig, MeshConfig, ModelConfig, RunConfig
 from grok.config.infer import InferConfig
 from grok.config.load import from_dict, load_config, to_dict
@@ -19,6 +18,7 @@ from grok.data.chat.encoder import ChatEncoder
 from grok.data.chat.renderer import TemplateError
 from grok.data.chat.template import find_template
 from grok.data.tokenizers import TOKENIZER_NAMES, Tokenizer, load_tokenizer
+from grok.data.tokenizers.files import find_tokenizer_file, folders_beside
 from grok.errors import CheckpointError, ConfigError, DataError
 from grok.infer.openai.requests import RequestParser
 from grok.model.mesh_fit import fit_mesh
@@ -52,12 +52,10 @@ def find_tokenizer(
     config, or in the first prepared dataset. Raises DataError where there is none of these."""
     if tokenizer:
         return tokenizer
-    run = os.path.dirname(path.rstrip("/"))  # of `checkpoints` in it, or of one step of these
-    beside = [path] if hub.is_hub(path) else [path, run, os.path.dirname(run)]
-    files = [storage.join(folder, name) for folder in beside for name in TOKENIZER_NAMES]
-    files += [config.data.tokenizer] if config.data.tokenizer else []
-    files += [storage.join(folder, name) for folder in datasets for name in TOKENIZER_NAMES]
-    file = next((file for file in files if storage.exists(file, DataError)), None)
+    file = find_tokenizer_file(folders_beside(path))
+    if file is None and config.data.tokenizer and storage.exists(config.data.tokenizer, DataError):
+        file = config.data.tokenizer
+    file = file or find_tokenizer_file(datasets)
     if file is None:
         *others, last = TOKENIZER_NAMES
         right = "the tokenizer of these weights, as in --tokenizer FILE or tokenizer=FILE"

@@ -78,7 +78,8 @@ def open_held_out(
     shape = {"sequence_length": config.data.sequence_length, "batch_size": config.data.batch_size}
     if dataset:
         packed = PackedValidation(open_dataset(dataset, tokenizer, config), **shape)
-        return packed, packed.num_bytes(token_bytes(tokenizer))
+        first = token_bytes(tokenizer, first=True) if tokenizer.adds_bos else None
+        return packed, packed.num_bytes(token_bytes(tokenizer), first)
     stream = read_stream(texts, tokenizer, config.model.vocab_size)
     return StreamValidation(stream, **shape), stream.num_bytes
 

@@ -29,6 +29,7 @@ __all__ = [
     "Tokenizer",
     "encode_prompt",
     "load_tokenizer",
+    "make_tokenizer",
     "start_ids",
     "token_bytes",
     "tokenizer_file",

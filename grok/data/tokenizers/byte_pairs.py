@@ -1,5 +1,6 @@
 """Byte pairs ordered by their ids alone: tokenizer.tok.json files, as Grok-2's release has."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ WORD_SPLITS = {
 PAD, EOS, SEPARATOR = "<|pad|>", "<|eos|>", "<|separator|>"
 # Larger vocabularies are taken for damage, lest a wrong id take all memory.
 MAX_VOCAB_SIZE = 1 << 22
+# The library keeps a place to return to for each space, of which it has a million.
+MAX_SPACES = 500_000
 
 
 class BytePairTokenizer:
@@ -56,6 +59,7 @@ class BytePairTokenizer:
     ) -> list[int]:
         """Ids of `text`, without bos or eos; DataError when it is not valid Unicode."""
         check_unicode(text)
+        _check_runs(text)
         if not allow_special:
             return self._encoding.encode_ordinary(text)
         return self._encoding.encode(text, allowed_special="all")
@@ -75,6 +79,16 @@ class BytePairTokenizer:
         return self._bytes[token_id]
 
 
+def _check_runs(text: str) -> None:
+    """Raises DataError for spaces without end, at which the library would end the process."""
+    if len(text) <= MAX_SPACES:
+        return
+    for run in re.finditer(r"[^\S\r\n]+", text):
+        if len(run[0]) > MAX_SPACES:
+            problem = f"the text has {len(run[0])} spaces in a row at character {run.start()}"
+            raise DataError(f"{problem}, too long to be split; up to {MAX_SPACES} would work.")
+
+
 def _tokens(fields: dict[str, Any], key: str, path: str) -> dict[bytes, int]:
     """Ids by bytes of one of the file's two lists."""
     entries = fields.get(key)
@@ -83,9 +97,10 @@ def _tokens(fields: dict[str, Any], key: str, path: str) -> dict[bytes, int]:
     tokens: dict[bytes, int] = {}
     for number, entry in enumerate(entries):
         try:
-            data, token_id = bytes(entry["bytes"]), entry["token"]
-            if not isinstance(entry["bytes"], list) or not data or type(token_id) is not int:
+            values, token_id = entry["bytes"], entry["token"]
+            if not isinstance(values, list) or not values or type(token_id) is not int:
                 raise ValueError
+            data = bytes(values)
         except (TypeError, ValueError, KeyError, OverflowError):
             right = 'an object as {"bytes": [104, 105], "token": 7} would work'
             raise DataError(f"{path}: {key}[{number}] is {entry!r:.60}; {right}.") from None

@@ -4,11 +4,11 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grok import storage
+from grok import hub, storage
 from grok.errors import DataError
 
 # Names in a release's folder, the first that is there before the others.
@@ -18,7 +18,7 @@ SETTINGS_FILE, GENERATION_FILE = "tokenizer_config.json", "generation_config.jso
 MODEL_CONFIG = "config.json"
 # The chat template, where it is not in tokenizer_config.json: the first that is there.
 TEMPLATE_FILE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
-# Models whose tokenizer in Hugging Face's libraries puts bos first unless told otherwise.
+# Models whose tokenizer.model, in Hugging Face's libraries, puts bos first unless told otherwise.
 BOS_MODEL_TYPES = ("llama", "mistral", "mixtral")
 
 
@@ -58,16 +58,15 @@ class TokenizerFiles:
         if isinstance(value, dict):
             value = value.get("content")
         if value is not None and not isinstance(value, str):
-            raise DataError(f"{self.path}: {SETTINGS_FILE} has a {key} that is no text.")
+            problem = f"{self.path}: {key} in {SETTINGS_FILE} is no text but {value!r:.60}"
+            raise DataError(f"{problem}; the text of a token would work.")
         return value
 
     def added_tokens(self) -> dict[str, dict[str, Any]]:
         """The tokens that tokenizer_config.json adds, by id as text."""
         tokens = self.settings.get("added_tokens_decoder") or {}
         if not isinstance(tokens, dict) or not all(isinstance(t, dict) for t in tokens.values()):
-            problem = (
-                f"{self.path}: {SETTINGS_FILE} has added_tokens_decoder that is not of objects"
-            )
+            problem = f"{self.path}: added_tokens_decoder in {SETTINGS_FILE} is not of objects"
             raise DataError(f"{problem}; the released file would work.")
         return tokens
 
@@ -106,20 +105,33 @@ def read_tokenizer_files(path: str | os.PathLike[str]) -> TokenizerFiles:
     folder = os.path.dirname(path) or "."
     beside = (SETTINGS_FILE, GENERATION_FILE, MODEL_CONFIG)
     settings, generation, model = (_read_object(storage.join(folder, name)) for name in beside)
-    if not settings and model.get("model_type") in BOS_MODEL_TYPES:
+    kind = _kind(data, path)
+    if kind == SENTENCEPIECE and not settings and model.get("model_type") in BOS_MODEL_TYPES:
         settings = {"add_bos_token": True}
     generation = _merged(generation, model, path)
-    return TokenizerFiles(
-        _kind(data, path), data, path, settings, generation, _read_template(folder)
-    )
+    return TokenizerFiles(kind, data, path, settings, generation, _read_template(folder))
+
+
+def find_tokenizer_file(folders: Iterable[str | os.PathLike[str]]) -> str | None:
+    """The path of the tokenizer in the first of these folders that has one, if any does."""
+    files = (storage.join(folder, name) for folder in folders for name in TOKENIZER_NAMES)
+    return next((file for file in files if storage.exists(file, DataError)), None)
+
+
+def folders_beside(weights: str) -> list[str]:
+    """The folders that may hold the tokenizer of weights: their own, and, as they may be a run's
+    `checkpoints` or a step of these, the two around it."""
+    if hub.is_hub(weights):
+        return [weights]
+    run = os.path.dirname(weights.rstrip("/"))
+    return [weights, run, os.path.dirname(run)]
 
 
 def tokenizer_file(path: str | os.PathLike[str]) -> str:
     """A file's path, or that of the tokenizer in a folder; DataError where it has none."""
     if not _is_folder(os.fspath(path)):
         return os.fspath(path)
-    paths = [storage.join(path, name) for name in TOKENIZER_NAMES]
-    if file := next((file for file in paths if storage.exists(file, DataError)), None):
+    if file := find_tokenizer_file([path]):
         return file
     *others, last = TOKENIZER_NAMES
     names = f"{', '.join(others)} or {last}"

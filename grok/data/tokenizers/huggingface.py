@@ -24,12 +24,13 @@ class HuggingFaceTokenizer:
         """Loads the file; DataError where it is damaged or its tokens cannot be decoded singly."""
         self.files = files
         self._fields = fields = parse_object(files.data, files.path)
+        pieces = PieceDecoder(fields, files.path)
         added = _added_tokens(fields, files)
         self.special_tokens: Mapping[str, int] = {
             token["content"]: token["id"] for token in added.values() if token["special"]
         }
         first, last = first_and_last_tokens(fields, files.path)
-        self.bos_id = files.bos(self.special_tokens, first[0] if first else -1)
+        self.bos_id = first[0] if first else files.bos(self.special_tokens, -1)
         self.eos_ids = files.eos(self.special_tokens, last)
         self.eos_id = self.eos_ids[0] if self.eos_ids else -1
         self.adds_bos = files.adds_bos(default=bool(first))
@@ -40,10 +41,10 @@ class HuggingFaceTokenizer:
         self._encoders: dict[tuple[bool, bool], tokenizers.Tokenizer] = {}
         ids = self._encoder(False, False).get_vocab(with_added_tokens=True)
         self.vocab_size = _vocab_size(ids.values(), files.path)
+        _check_added(added, ids, files.path)
         self._pieces = [""] * self.vocab_size
         for piece, token_id in ids.items():
             self._pieces[token_id] = piece
-        pieces = PieceDecoder(fields, files.path)
         self._bytes, self._first_bytes = (
             [pieces.decode(piece, first) for piece in self._pieces] for first in (False, True)
         )
@@ -59,7 +60,10 @@ class HuggingFaceTokenizer:
     ) -> list[int]:
         """Ids of `text`, without bos or eos; DataError when it is not valid Unicode."""
         check_unicode(text)
-        return self._encoder(allow_special, continues).encode(text, add_special_tokens=False).ids
+        encoder = self._encoder(allow_special, continues)
+        # Of the library's ways to encode, the one that does not count characters.
+        (encoding,) = encoder.encode_batch_fast([text], add_special_tokens=False)
+        return encoding.ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, special tokens nothing."""
@@ -94,7 +98,7 @@ def _added_tokens(fields: Mapping[str, Any], files: TokenizerFiles) -> dict[int,
     decoder = files.added_tokens()
     special = {i for i, entry in decoder.items() if entry.get("special")}
     tokens: dict[int, dict[str, Any]] = {}
-    for token in fields.get("added_tokens") or ():
+    for token in _added(fields, files.path):
         try:
             content, token_id = token["content"], token["id"]
             if not isinstance(content, str) or type(token_id) is not int or token_id < 0:
@@ -107,17 +111,33 @@ def _added_tokens(fields: Mapping[str, Any], files: TokenizerFiles) -> dict[int,
     return tokens
 
 
+def _added(fields: Mapping[str, Any], path: str) -> list[Any]:
+    tokens = fields.get("added_tokens") or []
+    if not isinstance(tokens, list):
+        raise DataError(f"{path}: added_tokens is no list of tokens; the released file would work.")
+    return tokens
+
+
 def _from_fields(
     fields: Mapping[str, Any], special: Mapping[str, int], path: str
 ) -> tokenizers.Tokenizer:
-    tokens = fields.get("added_tokens") or ()
-    added = [{**token, "special": token["content"] in special} for token in tokens]
+    added = [{**token, "special": token["content"] in special} for token in _added(fields, path)]
     # Whole texts are encoded, whatever the file was made for.
     changes = {"added_tokens": added, "truncation": None, "padding": None}
     try:
         return tokenizers.Tokenizer.from_str(json.dumps({**fields, **changes}))
     except Exception as error:  # the library raises nothing more specific
         raise DataError(f"{path} is no tokenizer.json: {error!s:.200}.") from None
+
+
+def _check_added(added: Mapping[int, Mapping[str, Any]], ids: Mapping[str, int], path: str) -> None:
+    """Raises DataError for an id that the library does not use: it counts on from the vocabulary
+    where the file's own ids leave one out or use one twice."""
+    for token_id, token in added.items():
+        if ids.get(token["content"]) != token_id:
+            problem = f"{path}: added token {token['content']!r:.60} has the id {token_id}"
+            right = f"{ids.get(token['content'])} would work"
+            raise DataError(f"{problem}, which does not follow from the others; {right}.")
 
 
 def _vocab_size(ids: Iterable[int], path: str) -> int:

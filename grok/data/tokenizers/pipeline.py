@@ -83,6 +83,8 @@ def first_and_last_tokens(fields: Mapping[str, Any], path: str) -> tuple[list[in
             ids = [[None] if name is None else tokens[name]["ids"] for name in names]
             flat: list[Any] = [i for group in ids for i in group]
             text = flat.index(None)
+            if not all(type(i) is int for i in (*flat[:text], *flat[text + 1 :])):
+                raise TypeError
         except (TypeError, KeyError, AttributeError, ValueError):
             problem = f"{path}: the template of its post-processor cannot be read"
             raise DataError(f"{problem}; the released file would work.") from None
@@ -116,7 +118,8 @@ def without_prefix(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _stages(stage: Any, key: str) -> Iterator[dict[str, Any]]:
     """The stages of a sequence, those of sequences in it too."""
     if isinstance(stage, dict) and _kind(stage) == "Sequence":
-        for inner in stage.get(key) or ():
+        inner_stages = stage.get(key)
+        for inner in inner_stages if isinstance(inner_stages, list) else ():
             yield from _stages(inner, key)
     elif isinstance(stage, dict):
         yield stage

@@ -103,8 +103,11 @@ def _load(files: TokenizerFiles) -> sentencepiece.SentencePieceProcessor:
     """The library's model; DataError, by the name of what it is instead, where there is none."""
     try:
         if files.data:  # the library takes an empty file for no file
-            return sentencepiece.SentencePieceProcessor(model_proto=files.data)
-    except RuntimeError:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=files.data)
+            for token_id in range(processor.vocab_size()):
+                processor.id_to_piece(token_id)  # fails where it is not UTF-8
+            return processor
+    except (RuntimeError, UnicodeDecodeError):
         pass
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", files.data[:4096]):
         problem = f"{files.path} is a list of byte pairs in tiktoken's base64 form"

@@ -80,10 +80,11 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     return "".join([decoder.push(i) for i in ids]) + decoder.flush()
 
 
-def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """Number of UTF-8 bytes of each token inside a text, int32 (V,); 0 for special tokens."""
+def token_bytes(tokenizer: Tokenizer, *, first: bool = False) -> np.ndarray:
+    """Number of UTF-8 bytes of each token inside a text, or as its first, int32 (V,); 0 for special
+    tokens."""
     ids = range(tokenizer.vocab_size)
-    return np.array([len(tokenizer.piece_bytes(token_id)) for token_id in ids], np.int32)
+    return np.array([len(tokenizer.piece_bytes(i, first=first)) for i in ids], np.int32)
 
 
 class StreamDecoder:

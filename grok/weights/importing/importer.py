@@ -4,8 +4,8 @@ unfinished import is in `.import`, with a journal; a rename to `checkpoints/0` f
 import dataclasses
 import os
 import shutil
-import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from grok.weights.orbax.source import step_folder
 from grok.weights.source import ByteCounter, OnProgress, Source, layer_pieces, no_progress
 
 STAGING, JOURNAL = ".import", "journal.jsonl"
+NO_FILES: Mapping[str, bytes] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +47,20 @@ def import_weights(
     source: Source,
     folder: str | os.PathLike[str],
     run: RunConfig,
-    tokenizer: Path | None = None,
+    tokenizer: Mapping[str, bytes] = NO_FILES,
     on_progress: OnProgress = no_progress,
 ) -> Imported:
-    """Makes `folder` that of a run, `run` with the source's model and type and `tokenizer`, whose
-    checkpoint of step 0 holds the weights. After an interruption the same call continues. Raises
-    CheckpointError where `folder` is remote, holds anything else or cannot be written, where the
-    interrupted import was of other weights, and for what `source` cannot read."""
+    """Makes `folder` that of a run, `run` with the source's model and type, whose checkpoint of
+    step 0 holds the weights, and of `tokenizer`: its files by name, its own first. After an
+    interruption the same call continues. Raises CheckpointError where `folder` is remote, holds
+    anything else or cannot be written, where the interrupted import was of other weights, and for
+    what `source` cannot read."""
     start = time.monotonic()
     path = Path(folder)
     model = dataclasses.replace(source.config, param_dtype=cast(Any, source.dtype))
     data = run.data
-    if tokenizer is not None:
-        data = dataclasses.replace(data, tokenizer=os.fspath(path / "tokenizer.model"))
+    if tokenizer:
+        data = dataclasses.replace(data, tokenizer=os.fspath(path / next(iter(tokenizer))))
     run = dataclasses.replace(run, model=model, data=data, folder=os.fspath(path))
     check_destination(folder, STAGING, CheckpointError)
     staging, checkpoint, written = path / STAGING, path / "checkpoints" / "0", 0
@@ -74,8 +76,8 @@ def import_weights(
             meta = {"config": to_dict(run), "import": _summary(source, journal)}
             write_files(staging / "0", all_arrays(pieces), meta)
             (path / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
-            if tokenizer is not None:
-                shutil.copyfile(tokenizer, run.data.tokenizer)
+            for name, contents in tokenizer.items():
+                (path / name).write_bytes(contents)
             checkpoint.parent.mkdir(exist_ok=True)
             os.rename(staging / "0", checkpoint)
         shutil.rmtree(staging)
@@ -159,30 +161,17 @@ def export_params(
     src: storage.StrPath,
     dst: storage.StrPath,
     dtype: str | None = None,
+    tokenizer: Mapping[str, bytes] = NO_FILES,
     on_progress: OnProgress = no_progress,
 ) -> Imported:
     """Writes the parameters of the checkpoint at `src` (a run, its `checkpoints`, or a step), local
-    or gs://, in `dtype`, to the new local folder `dst`, with the run's config and tokenizer. Raises
-    CheckpointError for no finished checkpoint of ours, or anything else in `dst`."""
+    or gs://, in `dtype`, to the new local folder `dst`, with the run's config and `tokenizer`.
+    Raises CheckpointError for no finished checkpoint of ours, or anything else in `dst`."""
     step = step_folder(os.fspath(src))
     source = open_source(step)
     meta = read_meta(step)
     if "config" not in meta:
         raise CheckpointError(f"{step}: does not say what run it is of.")
     run = from_dict(meta["config"], storage.join(step, "meta", "metadata"))
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = _tokenizer(step, Path(folder))
-        source = converted(source, dtype or source.dtype, measure=True)
-        return import_weights(source, dst, run, tokenizer, on_progress)
-
-
-def _tokenizer(step: str, folder: Path) -> Path | None:
-    """The tokenizer of the run that a checkpoint is of, as a local file, where there is one."""
-    beside = storage.join(os.path.dirname(os.path.dirname(step)), "tokenizer.model")
-    try:
-        if not storage.exists(beside):
-            return None
-        storage.copy(beside, folder / "tokenizer.model")
-    except OSError as error:
-        raise CheckpointError(f"{beside}: cannot be copied: {storage.reason(error)}.") from error
-    return folder / "tokenizer.model"
+    source = converted(source, dtype or source.dtype, measure=True)
+    return import_weights(source, dst, run, tokenizer, on_progress)
