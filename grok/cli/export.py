@@ -4,7 +4,7 @@ import re
 
 import click
 
-from grok.cli.import_ import print_import
+from grok.cli.import_ import print_import, tokenizer_of
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -49,9 +49,14 @@ def size_in_bytes(ctx: click.Context, param: click.Parameter, text: str | None) 
 )
 @click.option("--base-weights", metavar="TEXT", help="Where the weights came from, for README.md.")
 @click.option("--data-manifest", metavar="FILE", help="File on the training data, to be copied.")
+@click.option(
+    "--tokenizer",
+    metavar="FILE",
+    help="Tokenizer to go with the weights, or a folder with one.  [default: SRC's]",
+)
 @click.option("--push", "repo", metavar="ORG/NAME", help="Model on the hub to upload DST to.")
 @click.option("--public", is_flag=True, help="With --push: make a model that everyone may read.")
-def hf(src, dst, repo, public, **options) -> None:
+def hf(src, dst, repo, public, tokenizer, **options) -> None:
     """Write the weights at SRC to the Hugging Face folder DST, in the layout of their family.
 
     The model says which layout can hold it: that of hpcai-tech/grok-1, of Grok-2's release, or of
@@ -62,6 +67,7 @@ def hf(src, dst, repo, public, **options) -> None:
     if public and not repo:
         raise click.UsageError("--public says who may read what --push uploads; it needs --push.")
     from grok.config.load import load_config
+    from grok.data.tokenizers.files import folders_beside
     from grok.weights.detect import open_source
     from grok.weights.huggingface.push import check_name, is_exported, push
 
@@ -69,20 +75,33 @@ def hf(src, dst, repo, public, **options) -> None:
         check_name(repo)
     config = options.pop("config")
     source = open_source(src, load_config(config).model if config else None)
+    pieces = tokenizer_of(tokenizer, folders_beside(src), source.config.vocab_size)
     if not (repo and is_exported(source, dst, options["dtype"])):
-        _export_hf(source, dst, **options)
+        _export_hf(source, dst, pieces, **options)
     click.echo(f"{dst}: complete; README.md says what can read it")
     if repo:
         click.echo(f"{push(dst, repo, public)}: uploaded")
 
 
-def _export_hf(source, dst, dtype, family, shard_size, base_weights, data_manifest) -> None:
+def _export_hf(source, dst, pieces, dtype, family, shard_size, base_weights, data_manifest) -> None:
+    from grok.data.tokenizers import config_ids
     from grok.progress import byte_progress
-    from grok.weights.huggingface.export import export_huggingface
+    from grok.weights.huggingface.export import ExportedTokenizer, export_huggingface
 
+    tokenizer = ExportedTokenizer()
+    if pieces:
+        tokenizer = ExportedTokenizer(pieces.files.contents(), config_ids(pieces))
     with byte_progress() as on_progress:
         exported = export_huggingface(
-            source, dst, dtype, shard_size, base_weights, data_manifest, on_progress, family
+            source,
+            dst,
+            dtype,
+            shard_size,
+            base_weights,
+            data_manifest,
+            on_progress,
+            family,
+            tokenizer,
         )
     files = f"{exported.files:,} file{'' if exported.files == 1 else 's'}"
     if exported.files_resumed:

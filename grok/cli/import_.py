@@ -3,7 +3,7 @@
 import functools
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -11,6 +11,7 @@ import click
 from grok.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from grok.data.tokenizers import Tokenizer
     from grok.weights.importing.importer import Imported
 
 FORMATS = {"xai": "the release's (ckpt-0)", "huggingface": "Hugging Face's", "orbax": "grok's own"}
@@ -77,8 +78,6 @@ def hf(src, dst, config, dtype, scales, tokenizer) -> None:
 def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None:
     from grok.config import DataConfig, RunConfig
     from grok.config.load import load_config
-    from grok.data.tokenizers import make_tokenizer
-    from grok.data.tokenizers.files import find_tokenizer_file, read_tokenizer_files
     from grok.progress import byte_progress
     from grok.weights.cast import converted, per_channel, release_groups
     from grok.weights.detect import open_source
@@ -93,15 +92,7 @@ def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None
     if run is None:
         length = min(DataConfig.sequence_length, source.config.context_length)
         run = RunConfig(model=source.config, data=DataConfig(sequence_length=length))
-    files = None
-    if tokenizer := tokenizer or find_tokenizer_file([src]):
-        files = read_tokenizer_files(tokenizer)
-    vocab_size = source.config.vocab_size
-    if files is not None and (pieces := make_tokenizer(files).vocab_size) > vocab_size:
-        raise DataError(
-            f"{files.path}: has {pieces} pieces, and the model's vocab_size is {vocab_size}; it is "
-            "the tokenizer of another model."
-        )
+    pieces = tokenizer_of(tokenizer, [src], source.config.vocab_size)
     if scales is not None and (dtype != "int8" or source.dtype == "int8"):
         raise ConfigError(
             f"--scales {scales} is for floats that become int8; {source.path} holds "
@@ -110,8 +101,26 @@ def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None
     groups = per_channel if scales == "per-channel" else release_groups
     source = converted(source, dtype, groups, measure=True)
     with byte_progress() as on_progress:
-        imported = import_weights(source, dst, run, files.contents() if files else {}, on_progress)
+        contents = pieces.files.contents() if pieces else {}
+        imported = import_weights(source, dst, run, contents, on_progress)
     print_import(imported)
+
+
+def tokenizer_of(file: str | None, folders: Sequence[str], vocab_size: int) -> "Tokenizer | None":
+    """The tokenizer in `file`, or else in one of the folders, if any has one. DataError where it
+    cannot be read, or has more pieces than the model knows."""
+    from grok.data.tokenizers import load_tokenizer
+    from grok.data.tokenizers.files import find_tokenizer_file
+
+    if (path := file or find_tokenizer_file(folders)) is None:
+        return None
+    tokenizer = load_tokenizer(path)
+    if (pieces := tokenizer.vocab_size) > vocab_size:
+        raise DataError(
+            f"{path}: has {pieces} pieces, and the model's vocab_size is {vocab_size}; it is the "
+            "tokenizer of another model."
+        )
+    return tokenizer
 
 
 def print_import(imported: "Imported") -> None:

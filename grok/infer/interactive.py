@@ -35,7 +35,7 @@ class Turns(Protocol):
 
 
 class TextTurns:
-    """`Turns` as one text that goes on. Special tokens in it are read as such if `allow_special`."""
+    """`Turns` as one text that goes on, with special tokens read as such if `allow_special`."""
 
     separator = ""
 

@@ -65,3 +65,27 @@ def test_sample_eval_and_export_find_it(finished: RunConfig, tmp_path):
     assert {path.name for path in (tmp_path / "params").iterdir()} >= FILES
     run = load_config(tmp_path / "params" / "config.yaml")
     assert load_tokenizer(run.data.tokenizer).eos_ids == (313, 319)
+
+
+def test_a_hugging_face_folder_carries_it_out_and_in(finished: RunConfig, tmp_path):
+    invoke("export", "hf", finished.folder, tmp_path / "hf")
+    assert {path.name for path in (tmp_path / "hf").iterdir()} >= FILES
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (312, [313, 319])
+    assert "`tokenizer.json`" in (tmp_path / "hf" / "README.md").read_text()
+    invoke("import", "hf", tmp_path / "hf", tmp_path / "back", "--dtype", "float32")
+    run = load_config(tmp_path / "back" / "config.yaml")
+    assert run.data.tokenizer == str(tmp_path / "back" / "tokenizer.json")
+    back, original = load_tokenizer(run.data.tokenizer), load_tokenizer(finished.data.tokenizer)
+    assert (back.eos_ids, back.adds_bos) == (original.eos_ids, original.adds_bos)
+    assert back.files.sha256 == original.files.sha256
+
+
+def test_a_tokenizer_of_another_model_is_refused(finished: RunConfig, tmp_path):
+    larger = make_release(tmp_path / "larger", "grok2")
+    edit_json(larger / "tokenizer.tok.json", vocab_size=400)
+    arguments = [finished.folder, str(tmp_path / "hf"), "--tokenizer", str(larger)]
+    result = CliRunner().invoke(main, ["export", "hf", *arguments])
+    assert result.exit_code != 0
+    sentence = f"{result.output}{result.exception}"
+    assert "has 400 pieces, and the model's vocab_size is 320" in sentence

@@ -18,6 +18,7 @@ from grok.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from grok.data.tokenizers.tokenizer import (
     StreamDecoder,
     Tokenizer,
+    config_ids,
     encode_prompt,
     start_ids,
     token_bytes,
@@ -27,6 +28,7 @@ __all__ = [
     "TOKENIZER_NAMES",
     "StreamDecoder",
     "Tokenizer",
+    "config_ids",
     "encode_prompt",
     "load_tokenizer",
     "make_tokenizer",

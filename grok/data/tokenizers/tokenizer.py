@@ -49,6 +49,17 @@ def start_ids(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.bos_id] if tokenizer.adds_bos else []
 
 
+def config_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
+    """The ids that config.json has of a tokenizer, those that there are, as programs that generate
+    text read them."""
+    names = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+    ids: dict[str, int | list[int] | None] = {n: i for n, i in names.items() if i >= 0}
+    if tokenizer.eos_ids:
+        several = len(tokenizer.eos_ids) > 1
+        ids["eos_token_id"] = list(tokenizer.eos_ids) if several else tokenizer.eos_id
+    return ids
+
+
 def encode_prompt(tokenizer: Tokenizer, text: str, *, allow_special: bool = False) -> list[int]:
     """Ids of a text that a model continues, with bos in front where the tokenizer adds it and the
     text, such as a rendered chat, does not begin with it."""
