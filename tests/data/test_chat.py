@@ -80,7 +80,7 @@ def test_a_prompt_is_what_precedes_an_answer_to_learn_from(release):
     begun = tokenizer.bos_id >= 0 and "bos_token" in chat.template.text
     assert conversation.ids.count(tokenizer.bos_id) == begun
     parts = "".join(segment.text for segment in conversation.segments)
-    assert parts == chat._render(TALK, add_generation_prompt=False)[0]
+    assert parts == chat._render(TALK, add_generation_prompt=False).text
 
 
 def test_bos_comes_once(tmp_path):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from grok.data.chat.renderer import Renderer, Rendering, TemplateError
+from grok.data.chat.renderer import Renderer, TemplateError
 
 HELLO = [{"role": "user", "content": "Hello <b>"}]
 
@@ -12,10 +12,7 @@ HELLO = [{"role": "user", "content": "Hello <b>"}]
 def render(template: str, messages=HELLO, prompt: bool = True, **fields: str):
     now = fields.pop("now", None)
     renderer = Renderer(template, fields, now, max_seconds=0.5)
-    (result,) = renderer.render(messages, [Rendering(len(messages), prompt)])
-    if isinstance(result, TemplateError):
-        raise result
-    return result
+    return renderer.render(messages, prompt).text
 
 
 @pytest.mark.parametrize(
@@ -73,11 +70,20 @@ def test_what_is_no_template_is_refused_at_once():
 def test_a_hostile_message_does_not_end_the_others():
     template = "{% for i in range(messages[0].n) %}{% for j in range(messages[0].n) %}{% endfor %}"
     renderer = Renderer(template + "{% endfor %}done", {}, max_seconds=0.5)
-    once = [Rendering(1, False)]
-    assert renderer.render([{"n": 3}], once) == ["done"]
+    assert renderer.render([{"n": 3}], False).text == "done"
     with pytest.raises(TemplateError, match="more than"):
-        renderer.render([{"n": 99999}], once)
-    assert renderer.render([{"n": 3}], once) == ["done"]
+        renderer.render([{"n": 99999}], False)
+    assert renderer.render([{"n": 3}], False).text == "done"
+
+
+def test_the_limit_is_of_all_renderings_that_a_conversation_needs():
+    renderer = Renderer("{% for m in messages %}{{ m.content }}{% endfor %}", {}, max_seconds=0.5)
+    talk = [{"role": "assistant", "content": "x"}] * 30_000
+    with pytest.raises(TemplateError, match="more than"):
+        renderer.render(talk, False)
+    rendering = renderer.render(talk[:20], False)
+    assert [tuple(span) for span in rendering.answers] == [(i, i + 1) for i in range(20)]
+    assert rendering.lost == 0
 
 
 def test_a_template_refuses_in_its_own_words():

@@ -12,8 +12,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from grok.data.chat.renderer import MAX_SECONDS, LimitError, Renderer, Rendering, TemplateError
-from grok.data.chat.sandbox import BEGIN, END
+from grok.data.chat.renderer import (
+    MAX_SECONDS,
+    LimitError,
+    Renderer,
+    Rendering,
+    Span,
+    TemplateError,
+)
 from grok.data.chat.template import ChatTemplate
 from grok.data.tokenizers import Tokenizer, start_ids
 from grok.data.tokenizers.tokenizer import check_unicode
@@ -26,13 +32,6 @@ CONTROL = re.compile(r"<\|[^\s<>|]+\|>")
 ANSWER = "An answer."
 
 Messages = Sequence[Mapping[str, Any]]
-
-
-class Span(NamedTuple):
-    """The characters of a rendering that an assistant wrote."""
-
-    start: int
-    stop: int
 
 
 class Segment(NamedTuple):
@@ -94,16 +93,15 @@ class ChatEncoder:
     def prompt(self, messages: Messages) -> tuple[list[int], str]:
         """The tokens and the text of a prompt for an assistant's next message. DataError where the
         template does not write these messages."""
-        text, spans = self._render(messages, add_generation_prompt=True)
+        text, spans, _ = self._render(messages, add_generation_prompt=True)
         ids, _ = self._encode(text, spans)
         return ids, text.replace(BREAK, "")
 
     def conversation(self, messages: Messages) -> Conversation:
         """A conversation to learn from. DataError where the template does not write it, or gives
         no way to tell what the assistant wrote."""
-        text, spans = self._render(messages, add_generation_prompt=False)
-        answers = sum(message.get("role") == "assistant" for message in messages)
-        if len(spans) < answers and not self._renderer.marks_generation:
+        text, spans, lost = self._render(messages, add_generation_prompt=False)
+        if lost:
             raise DataError(
                 "has an answer that cannot be found in what the chat template writes of it; a "
                 "template with {% generation %} around answers would work"
@@ -115,31 +113,13 @@ class ChatEncoder:
             mask.append(bool(mask) and mask[-1])
         return Conversation(ids, mask, list(_segments(text, spans)))
 
-    def _render(self, messages: Messages, add_generation_prompt: bool) -> tuple[str, list[Span]]:
-        """The text, and where the assistant's messages are in it, as far as that can be found."""
+    def _render(self, messages: Messages, add_generation_prompt: bool) -> Rendering:
         try:
-            messages = [self._protected(message) for message in messages]
+            protected = [self._protected(message) for message in messages]
         except RecursionError:
             raise DataError("the messages are nested too deeply") from None
-        full = Rendering(len(messages), add_generation_prompt)
-        renderings = [full]
-        if not self._renderer.marks_generation:
-            for count, message in enumerate(messages):
-                if message.get("role") == "assistant":
-                    renderings += [Rendering(count, True), Rendering(count, False)]
-                    renderings.append(Rendering(count + 1, False))
-        text, *prefixes = self._renderer.render(messages, renderings)
-        if isinstance(text, TemplateError):
-            raise text
-        if self._renderer.marks_generation:
-            return self._without_marks(text)
-        triples = zip(prefixes[::3], prefixes[1::3], prefixes[2::3], strict=True)
-        spans: list[Span] = []
-        for triple in triples:
-            span = _find_answer(text, *triple)
-            if span is not None and (not spans or spans[-1].stop <= span.start):
-                spans.append(self._trimmed(text, span))
-        return text, spans
+        text, spans, lost = self._renderer.render(protected, add_generation_prompt)
+        return Rendering(text, [self._trimmed(text, span) for span in spans], lost)
 
     def _protected(self, value: Any) -> Any:
         """A message, or part of it, with its texts of special tokens cut in two."""
@@ -166,22 +146,6 @@ class ChatEncoder:
         # What follows it could complete a special token.
         ends = (text[-length:] for length in range(1, min(longest, len(text) + 1)))
         return text + BREAK if any(end in self._beginnings for end in ends) else text
-
-    def _without_marks(self, marked: str) -> tuple[str, list[Span]]:
-        """A rendering without the marks of {% generation %}, and what was between them."""
-        pieces, spans, starts, length = [], [], [], 0
-        for piece in re.split(f"([{BEGIN}{END}])", marked):
-            if piece == BEGIN:
-                starts.append(length)
-            elif piece == END:
-                start = starts.pop() if starts else length
-                if not starts and start < length:  # the outermost, and not empty
-                    spans.append(Span(start, length))
-            else:
-                pieces.append(piece)
-                length += len(piece)
-        text = "".join(pieces)
-        return text, [self._trimmed(text, span) for span in spans]
 
     def _trimmed(self, text: str, span: Span) -> Span:
         """A span without blanks behind a special token: there, a completion has ended."""
@@ -218,7 +182,7 @@ class ChatEncoder:
         messages = [{"role": "user", "content": "A question."}]
         messages.append({"role": "assistant", "content": ANSWER})
         try:
-            text, spans = self._render(messages, add_generation_prompt=False)
+            text, spans, _ = self._render(messages, add_generation_prompt=False)
         except LimitError as error:
             raise TemplateError(f"{self.template.origin} is no chat template: {error}.") from None
         except DataError:
@@ -253,19 +217,6 @@ def template_fields(tokenizer: Tokenizer) -> dict[str, str]:
         if isinstance(files.settings[name], str | Mapping) and (text := files.token_setting(name)):
             fields[name] = text
     return fields
-
-
-def _find_answer(
-    text: str, prompt: str | TemplateError, before: str | TemplateError, after: str | TemplateError
-) -> Span | None:
-    """The answer in `text`: behind the `prompt` for it, or else the messages `before` it, and up to
-    the end of those including it. None where `text` does not begin with these."""
-    if not isinstance(after, str) or not text.startswith(after):
-        return None
-    for beginning in (prompt, before):
-        if isinstance(beginning, str) and text.startswith(beginning) and beginning != after:
-            return Span(len(beginning), len(after))
-    return None
 
 
 def _segments(text: str, spans: Sequence[Span]) -> Iterator[Segment]:

@@ -1,7 +1,7 @@
 """Renders conversations by a chat template, in a process of its own with limits (`sandbox.py`)."""
 
 import contextlib
-import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -9,12 +9,12 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grok.errors import DataError
 
 SANDBOX = Path(__file__).with_name("sandbox.py")
-# Of the processor's time, for one rendering: it takes about a millisecond.
+# Of the processor's time, for one conversation: it takes about a millisecond.
 MAX_SECONDS = 2.0
 MAX_CHARACTERS = 1 << 24
 MAX_BYTES = 1 << 30
@@ -33,13 +33,20 @@ class LimitError(TemplateError):
     """A template that takes too much time or memory."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Rendering:
-    """A rendering asked for: of the first `count` messages, with what precedes an assistant's next
-    message or without."""
+class Span(NamedTuple):
+    """The characters of a text that an assistant wrote."""
 
-    count: int
-    add_generation_prompt: bool
+    start: int
+    stop: int
+
+
+class Rendering(NamedTuple):
+    """The text of a conversation, the answers that are found in it in order, and the number of
+    those that are not."""
+
+    text: str
+    answers: list[Span]
+    lost: int
 
 
 class Renderer:
@@ -66,28 +73,29 @@ class Renderer:
         self._process: subprocess.Popen[bytes] | None = None
         self._stop: Callable[[], Any]
         with self._lock:
-            self.marks_generation: bool = self._start()["marks_generation"]
+            self._start()
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], renderings: Sequence[Rendering]
-    ) -> list[str | TemplateError]:
-        """The text of each rendering, or why there is none."""
-        request = {
-            "messages": list(messages),
-            "renderings": [dataclasses.astuple(rendering) for rendering in renderings],
-        }
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    ) -> Rendering:
+        """The text of the messages, with what precedes an assistant's next one or without. Raises
+        TemplateError where the template does not write them."""
+        request = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         with self._lock:
             if self._process is None:
                 self._start()
-            results = self._ask(request)["results"]
-        return [
-            result["text"]
-            if "text" in result
-            else TemplateError(result.get("refused") or result["failed"], "refused" in result)
-            for result in results
-        ]
+            result = self._ask(request)
+        if "text" not in result:
+            raise TemplateError(result.get("refused") or result["failed"], "refused" in result)
+        spans: list[Span] = []
+        for span in itertools.starmap(Span, result["answers"]):
+            if not spans or spans[-1].stop <= span.start:
+                spans.append(span)
+        return Rendering(
+            result["text"], spans, result["lost"] + len(result["answers"]) - len(spans)
+        )
 
-    def _start(self) -> dict[str, Any]:
+    def _start(self) -> None:
         self._process = subprocess.Popen(
             # The interpreter does not look for modules beside the script.
             [sys.executable, "-P", str(SANDBOX)],
@@ -102,7 +110,6 @@ class Renderer:
         if "failed" in answer:
             self._stop()
             raise TemplateError(answer["failed"])
-        return answer
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         process = self._process

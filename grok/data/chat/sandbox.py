@@ -1,13 +1,15 @@
 """The process in which a chat template runs: `python sandbox.py`, started by `renderer.py`.
 
 It reads lines of JSON and answers each with one. The first has the template, the fields that it
-sees, and limits; each other one has messages and which renderings of them are asked for. A template
-comes from whoever published a model, so it runs in Jinja's sandbox, and this process may use only
-so much memory and, for each rendering, time: the kernel ends it where a template does not."""
+sees, and limits; each other one has messages, and asks for their text and for what assistants wrote
+in it. A template comes from whoever published a model, so it runs in Jinja's sandbox, and this
+process may use only so much memory and, for each line, time: the kernel ends it where a template
+does not."""
 
 import contextlib
 import datetime
 import json
+import re
 import resource
 import signal
 import sys
@@ -54,7 +56,7 @@ def main() -> None:
     settings = json.loads(sys.stdin.buffer.readline())
     with contextlib.suppress(OSError, ValueError):  # some systems have no such limit
         resource.setrlimit(resource.RLIMIT_AS, (settings["max_bytes"], settings["max_bytes"]))
-    seconds, max_characters = settings["seconds"], settings["max_characters"]
+    seconds = settings["seconds"]
     try:
         template = limited(seconds, lambda: compile_template(settings["template"], settings["now"]))
     except jinja2.TemplateSyntaxError as error:
@@ -63,23 +65,89 @@ def main() -> None:
     except Exception as error:
         answer({"failed": describe(error)})
         return
-    answer({"marks_generation": "endgeneration" in settings["template"]})
-
-    def result(fields: dict[str, Any]) -> dict[str, str]:
-        try:
-            return {"text": limited(seconds, lambda: render(template, fields, max_characters))}
-        except Refused as error:
-            return {"refused": str(error)}
-        except Exception as error:  # whatever a template runs into: names, types, the sandbox
-            return {"failed": describe(error)}
-
+    answer({})
     for line in sys.stdin.buffer:
-        request = json.loads(line)
-        results = []
-        for count, prompt in request["renderings"]:
-            fields = {"messages": request["messages"][:count], "add_generation_prompt": prompt}
-            results.append(result(settings["fields"] | fields))
-        answer({"results": results})
+        conversation = Conversation(template, settings, json.loads(line))
+        try:
+            answer(limited(seconds, conversation.result))
+        except Refused as error:
+            answer({"refused": str(error)})
+        except Exception as error:  # whatever a template runs into: names, types, the sandbox
+            answer({"failed": describe(error)})
+
+
+class Conversation:
+    """Messages, and a template that writes them."""
+
+    def __init__(self, template: jinja2.Template, settings: dict[str, Any], line: dict[str, Any]):
+        self._template, self._fields = template, settings["fields"]
+        self._max_characters = settings["max_characters"]
+        self._marked = "endgeneration" in settings["template"]
+        self._messages, self._prompt = line["messages"], line["add_generation_prompt"]
+
+    def result(self) -> dict[str, Any]:
+        """The text, first and last character of each answer that is found in it, and the number of
+        those that are not."""
+        text = self._render(len(self._messages), self._prompt)
+        if self._marked:
+            text, spans = without_marks(text)
+            return {"text": text, "answers": spans, "lost": 0}
+        roles = [isinstance(m, dict) and m.get("role") for m in self._messages]
+        turns = [number for number, role in enumerate(roles) if role == "assistant"]
+        spans = [span for turn in turns if (span := self._find(text, turn)) is not None]
+        return {"text": text, "answers": spans, "lost": len(turns) - len(spans)}
+
+    def _find(self, text: str, turn: int) -> tuple[int, int] | None:
+        """The answer of this number in a text: behind the prompt for it, or else the messages
+        before it, and up to the end of those including it; None where the text does not begin with
+        these."""
+        stop = self._prefix(text, turn + 1, False)
+        if stop is None:
+            return None
+        for prompt in (True, False):
+            start = self._prefix(text, turn, prompt)
+            if start is not None and start < stop:
+                return start, stop
+        return None
+
+    def _prefix(self, text: str, count: int, prompt: bool) -> int | None:
+        """Length of the text of the first `count` messages, if the whole begins with it."""
+        try:
+            beginning = self._render(count, prompt)
+        except (TooLong, MemoryError):
+            raise
+        except Exception:  # it writes no conversation that ends there
+            return None
+        return len(beginning) if text.startswith(beginning) else None
+
+    def _render(self, count: int, prompt: bool) -> str:
+        fields = {"messages": self._messages[:count], "add_generation_prompt": prompt}
+        pieces, length = [], 0
+        for piece in self._template.generate(self._fields | fields):
+            pieces.append(piece)
+            length += len(piece)
+            if length > self._max_characters:
+                raise TooLong(f"it writes more than {self._max_characters:,} characters")
+        return "".join(pieces)
+
+
+def without_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    """A text without the marks of {% generation %}, and what was between them."""
+    pieces: list[str] = []
+    spans: list[tuple[int, int]] = []
+    starts: list[int] = []
+    length = 0
+    for piece in re.split(f"([{BEGIN}{END}])", marked):
+        if piece == BEGIN:
+            starts.append(length)
+        elif piece == END:
+            start = starts.pop() if starts else length
+            if not starts and start < length:  # the outermost, and not empty
+                spans.append((start, length))
+        else:
+            pieces.append(piece)
+            length += len(piece)
+    return "".join(pieces), spans
 
 
 def compile_template(text: str, now: str | None) -> jinja2.Template:
@@ -102,17 +170,6 @@ def compile_template(text: str, now: str | None) -> jinja2.Template:
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return environment.from_string(text)
-
-
-def render(template: jinja2.Template, fields: dict[str, Any], max_characters: int) -> str:
-    """A rendering; TooLong as soon as it is."""
-    pieces, length = [], 0
-    for piece in template.generate(fields):
-        pieces.append(piece)
-        length += len(piece)
-        if length > max_characters:
-            raise TooLong(f"it writes more than {max_characters:,} characters")
-    return "".join(pieces)
 
 
 def limited(seconds: float, work: Callable[[], Any]) -> Any:
