@@ -115,7 +115,8 @@ class PagedBatch:
     """Positions of a step's tokens, int32: block u of group b holds `count_BU` tokens, from
     position `start_BU` of the sequence with the pages `table_BUM`.
 
-    The rest of a block is padding. Pages count within a group.
+    The rest of a block is padding. Pages count within a group. Those that no token sees, behind
+    the end of a sequence or behind its window, may be any.
     """
 
     table_BUM: Any  # jax.Array or np.ndarray
