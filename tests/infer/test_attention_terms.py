@@ -119,6 +119,17 @@ def test_preempted_sequences_get_the_same_tokens():
     assert served.stats.preempted > 0
 
 
+def test_an_int8_cache_gives_the_same_tokens_in_few_pages():
+    """As each request gets alone with pages for all its tokens: what others left in a page that was
+    freed changes nothing."""
+    batch = requests(6)
+    few, many = (engine(cache_dtype="int8", num_pages=pages) for pages in (2 * PAGES, 200))
+    single = {}
+    for request in batch:
+        single |= answers(many, [request])[0]
+    assert answers(few, batch)[0] == single
+
+
 def test_one_sequence_needs_the_pages_of_its_window_and_a_chunk():
     """Of 25 pages that all its tokens would take."""
     params = SamplingParams(max_tokens=20, temperature=0)
