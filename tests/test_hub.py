@@ -1,5 +1,6 @@
 """Models by name, from a stand-in of the hub on this machine."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from click.testing import CliRunner
 from grok import storage
 from grok.cli.main import main
 from grok.config.load import load_config
+from grok.data.chat.template import find_template
+from grok.data.tokenizers import load_tokenizer
 from grok.errors import CheckpointError
 from grok.infer.loader import config_of, find_tokenizer
 from grok.train.init_from import open_initial
@@ -278,3 +281,36 @@ def test_push_to_a_bad_name_is_refused_before_anything_is_written(hub, exported,
     assert result.exit_code == 2
     assert "ORG/NAME is one" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_data_is_prepared_by_the_tokenizer_and_template_of_a_name(hub, exported, tmp_path):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    hub.add("org/model", {**contents(exported), "chat_template.jinja": template.encode()})
+    talk = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"m": talk}))
+    out = tmp_path / "out"
+    command = ["data", "prepare", str(tmp_path / "rows.jsonl"), "--out", str(out), "--workers", "1"]
+    command += ["--tokenizer", "hf://org/model", "--messages-field", "m"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert (out / "chat_template.jinja").read_text() == template
+    tokenizer = load_tokenizer("hf://org/model")
+    assert find_template("hf://org/model", tokenizer).text == template
+    # Only the tokenizer was needed.
+    assert not any(name.endswith(".safetensors") for name in hub.fetched())
+
+
+def test_a_template_goes_into_imports_and_exports(hub, exported, tmp_path):
+    files = {**contents(exported), "chat_template.jinja": b"{{ messages }}"}
+    hub.add("org/model", files)
+    steps = {
+        "imported": ["import", "hf", "hf://org/model", "--dtype", "float32"],
+        "params": ["export", "params", str(tmp_path / "imported")],
+        "again": ["export", "hf", str(tmp_path / "params"), "--dtype", "float32"],
+    }
+    for name, (command, kind, source, *options) in steps.items():
+        folder = tmp_path / name
+        result = CliRunner().invoke(main, [command, kind, source, str(folder), *options])
+        assert result.exit_code == 0, result.output
+        assert (folder / "chat_template.jinja").read_bytes() == b"{{ messages }}", name
+        assert (folder / "tokenizer.model").read_bytes() == files["tokenizer.model"]

@@ -343,3 +343,32 @@ def test_a_template_without_end_is_refused_before_any_row(llama, monkeypatch):
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(TemplateError, match=r"a template is no chat template: it takes more than"):
         encoder(llama, loops)
+
+
+GOLDEN = json.loads((FAMILIES.parent / "chat" / "transformers.json").read_text())
+
+
+@pytest.mark.parametrize("family", ["llama31", "llama2", "mistral", "mixtral"])
+def test_prompts_are_those_of_transformers(family):
+    """Of several turns too, though ours are cut where answers begin: models were trained so."""
+    folder = FAMILIES / family
+    if not (folder / "tokenizer.json").exists():
+        folder = Path(__file__).parents[3] / "shared" / "golden" / "families" / family
+        if not folder.exists():
+            pytest.skip("the golden tokenizer.model files are not beside the repository (shared/)")
+    tokenizer = load_tokenizer(folder)
+    chats = [chat for chat in GOLDEN["chats"] if chat["family"] == family]
+    assert len(chats) >= 2
+    for chat in chats:
+        template = encoder(tokenizer, GOLDEN["templates"][chat["template"]])
+        ids, text = template.prompt(chat["messages"])
+        assert text == chat["text"]
+        assert ids == chat["ids"]
+
+
+def test_a_system_message_that_only_prompts_have_cannot_be_learnt_from(llama):
+    chat = encoder(llama, GOLDEN["templates"]["mistral-v3"])
+    talk = [{"role": "system", "content": "Be brief."}, *TALK[:2]]
+    with pytest.raises(DataError, match="has an answer that cannot be found"):
+        chat.conversation(talk)
+    assert spans(chat.conversation(TALK[:2]).mask)
