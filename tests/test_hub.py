@@ -314,3 +314,21 @@ def test_a_template_goes_into_imports_and_exports(hub, exported, tmp_path):
         assert result.exit_code == 0, result.output
         assert (folder / "chat_template.jinja").read_bytes() == b"{{ messages }}", name
         assert (folder / "tokenizer.model").read_bytes() == files["tokenizer.model"]
+
+
+@uploads
+def test_a_model_in_files_of_ranks_is_fetched_and_pushed(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    golden = Path(__file__).parent / "golden" / "families" / "grok2"
+    hub.add("org/model", contents(golden))
+    command = ["export", "hf", "hf://org/model", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    hub.failing = r"POST /api/models/org/mine/commit"
+    assert CliRunner().invoke(main, [*command, "--push", "org/mine"]).exit_code == 2
+    hub.failing = ""
+    result = CliRunner().invoke(main, [*command, "--push", "org/mine"])
+    assert result.exit_code == 0, result.output
+    ranks = {name for name in contents(golden) if name.endswith(".safetensors")}
+    assert ranks <= hub.fetched()
+    for names in (["hf://org/mine", str(golden)], ["hf://org/mine", "hf://org/model"]):
+        result = CliRunner().invoke(main, ["verify", *names])
+        assert result.exit_code == 0, result.output

@@ -76,7 +76,7 @@ def hf(src, dst, repo, public, tokenizer, **options) -> None:
     config = options.pop("config")
     source = open_source(src, load_config(config).model if config else None)
     pieces = tokenizer_of(tokenizer, folders_beside(src), source.config.vocab_size)
-    if not (repo and is_exported(source, dst, options["dtype"])):
+    if not (repo and is_exported(source, dst, options["dtype"], options["family"])):
         _export_hf(source, dst, pieces, **options)
     click.echo(f"{dst}: complete; README.md says what can read it")
     if repo:

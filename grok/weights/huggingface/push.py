@@ -6,8 +6,8 @@ from grok import hub, storage
 from grok.errors import CheckpointError
 from grok.weights.cast import converted
 from grok.weights.checksums import sample_checksum
-from grok.weights.detect import open_source
-from grok.weights.huggingface.files import CONFIG, UNFINISHED
+from grok.weights.huggingface.files import CONFIG
+from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.source import Source
 
 
@@ -17,14 +17,20 @@ def check_name(repo: str) -> None:
         hub.check_repo(repo)
 
 
-def is_exported(source: Source, folder: str | os.PathLike[str], dtype: str) -> bool:
-    """Returns True where the local `folder` is a complete export of `source` in `dtype`, as far as
-    a small sample of the values tells: an upload that was interrupted then needs no new export."""
+def is_exported(
+    source: Source, folder: str | os.PathLike[str], dtype: str, family: str | None = None
+) -> bool:
+    """Returns True where the local `folder` is a complete export of `source` in `dtype`, and in the
+    layout of `family` if one is asked for, as far as a small sample of the values tells: an upload
+    that was interrupted then needs no new export."""
     if storage.is_remote(folder) or not storage.exists(storage.join(folder, CONFIG)):
         return False
-    if UNFINISHED in storage.list_files(folder, CheckpointError):
+    try:
+        stored = HuggingFaceSource(folder, source.config)
+    except CheckpointError:
+        return False  # unfinished, or of another model
+    if family not in (None, stored.adapter.name):
         return False
-    stored = open_source(folder, source.config)
     return sample_checksum(stored) == sample_checksum(converted(source, dtype))
 
 
