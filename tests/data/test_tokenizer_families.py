@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from grok import storage
 from grok.data.tokenizers import (
     StreamDecoder,
     Tokenizer,
@@ -16,6 +17,8 @@ from grok.data.tokenizers import (
     start_ids,
     token_bytes,
 )
+from grok.errors import DataError
+from tests.emulator import bucket
 from tests.fixtures.sentencepiece_model import sentencepiece_model
 from tests.fixtures.tokenizers import (
     NAMES,
@@ -247,3 +250,16 @@ def test_grok_2s_digits_are_split_one_by_one_and_a_pattern_of_the_file_counts(tm
     assert len(load_tokenizer(path).encode("12")) == 2
     path.write_text(json.dumps({**fields, "pat_str": r"\d+|\D+"}))
     assert load_tokenizer(path).encode("12") == [320]
+
+
+def test_a_folder_and_a_file_in_a_bucket(releases):
+    with bucket():
+        for path in (releases / "llama31").iterdir():
+            storage.write_bytes(f"gs://bucket/llama/{path.name}", path.read_bytes())
+        local = load_tokenizer(releases / "llama31")
+        for path in ("gs://bucket/llama", "gs://bucket/llama/tokenizer.json"):
+            tokenizer = load_tokenizer(path)
+            assert (tokenizer.eos_ids, tokenizer.adds_bos) == (local.eos_ids, True)
+            assert tokenizer.files.contents() == local.files.contents()
+        with pytest.raises(DataError, match="gs://bucket/none: cannot be read: it is a folder"):
+            load_tokenizer("gs://bucket/none")
