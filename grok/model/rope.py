@@ -25,9 +25,9 @@ def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array, config: RopeConfig) -
 def rope_frequencies(head_dim: int, config: RopeConfig) -> jax.Array:
     """Radians a position of each pair of a head, float32 (H / 2,): theta^(-2i/H).
 
-    With scaling (Grattafiori et al., "The Llama 3 Herd of Models", 2024; the released code),
-    frequencies that turn at most `low_freq_factor` times in the original context are divided by
-    `factor`, those that turn `high_freq_factor` times stay, and those between are blended.
+    With scaling (Grattafiori et al. 2024, arXiv:2407.21783, and the code released with it), those
+    that turn at most `low_freq_factor` times in the original context are divided by `factor`, those
+    that turn `high_freq_factor` times or more stay, and those between are blended.
     """
     frequency = config.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if (scaling := config.scaling) is None:
