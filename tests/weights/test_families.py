@@ -409,6 +409,8 @@ def test_a_family_that_is_not_known(tmp_path, model_type, files):
 def test_grok_2_is_known_whatever_its_model_type(tmp_path):
     folder = copy(tmp_path / "hf", "grok2", model_type="grok", architectures=["Other"])
     assert HuggingFaceSource(folder).adapter.name == "grok-2"
+    folder = copy(tmp_path / "copy", "grok2", model_type="grok-1", residual_moe=None)
+    assert HuggingFaceSource(folder).adapter.name == "grok-2"
     (folder / "config.json").unlink()
     config = HuggingFaceSource(FOLDER / "grok2").config
     assert HuggingFaceSource(folder, config).adapter.name == "grok-2"

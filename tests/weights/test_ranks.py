@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
+from grok import storage
 from grok.cli.main import main
 from grok.errors import CheckpointError
 from grok.weights.huggingface.source import HuggingFaceSource
@@ -186,6 +187,25 @@ def test_other_tensors_in_the_files_of_ranks(release):
     assert refusal(release).endswith(
         "is in the files of ranks, and only experts are split over them."
     )
+
+
+def test_a_part_reads_its_own_bytes_of_the_ranks_that_have_them(release, monkeypatch):
+    source = HuggingFaceSource(release)
+    reads: list[tuple[str, int]] = []
+
+    def count(path, starts, out, error):
+        reads.append((Path(path).name, len(out)))
+        return read_ranges(path, starts, out, error)
+
+    read_ranges = storage.read_ranges
+    monkeypatch.setattr(storage, "read_ranges", count)
+    # Of rank r's six columns, or rows, 6 r to 6 r + 5: the last of rank 2, all of 3, two of 4.
+    one, width, rows = slice(1, 2), slice(17, 26), slice(3, 8)
+    source.read("layers/moe/w_gate_EDF", (one, one, slice(0, 128), width))
+    assert reads == [(file(GATE, 2), 256), (file(GATE, 3), 6 * 256), (file(GATE, 4), 2 * 256)]
+    reads.clear()
+    source.read("layers/moe/w_down_EFD", (one, one, width, rows))
+    assert reads == [(file(DOWN, 2), 10), (file(DOWN, 3), 60), (file(DOWN, 4), 20)]
 
 
 def test_another_number_of_ranks(release):

@@ -14,7 +14,9 @@ from grok.weights.huggingface.adapters.mixtral import MIXTRAL
 from grok.weights.source import quoted
 
 # A model that several can hold is exported as the first.
-ADAPTERS = (GROK_1, GROK_2, LLAMA, MISTRAL, MIXTRAL)
+ADAPTERS: tuple[Adapter, ...] = (GROK_1, GROK_2, LLAMA, MISTRAL, MIXTRAL)
+# Their copies have each other's model_type and architectures: the tensors tell them apart.
+NAMED_ALIKE: tuple[Adapter, ...] = (GROK_1, GROK_2)
 BY_NAME = {adapter.name: adapter for adapter in ADAPTERS}
 
 
@@ -43,7 +45,9 @@ def layout_of(
     """The family and layout of tensors of these names: of the family that is known already, or else
     the first that also holds the expected model. Raises CheckpointError where they have other
     names."""
-    candidates = ADAPTERS if adapter is None else (adapter,)
+    candidates: tuple[Adapter, ...] = ADAPTERS if adapter is None else (adapter,)
+    if adapter in NAMED_ALIKE:
+        candidates = NAMED_ALIKE
     layouts = [(a, layout) for a in candidates if (layout := a.layout_of(names))]
     holding = [at for at in layouts if config and not any(at[0].config_json.problems(config, True))]
     if layouts:

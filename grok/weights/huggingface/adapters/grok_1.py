@@ -141,7 +141,7 @@ def reading_notes(config: ModelConfig) -> str:
 GROK_1 = Adapter(
     name="grok-1",
     family="Grok-1",
-    model_types=("grok-1",),
+    model_types=("grok-1", "grok_1", "grok1", "grok"),
     layouts=LAYOUTS,
     export_layout=HPCAI,
     config_json=CONFIG,

@@ -57,6 +57,7 @@ HARMLESS = {
     "mlp_bias": (False,),
     "attention_dropout": (0,),
     "pretraining_tp": (1,),
+    "max_sequence_length": ANY,  # beside max_position_embeddings, in early files
 }
 ROUTER_HARMLESS = {
     "router_aux_loss_coef": ANY,
