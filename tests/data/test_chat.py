@@ -14,7 +14,7 @@ from grok.data.prepare.job import prepare_dataset
 from grok.data.prepare.records import RecordFields
 from grok.data.tokenizers import Tokenizer, load_tokenizer
 from grok.errors import ConfigError, DataError
-from tests.data.prepared import prepare, rejected
+from tests.data.prepared import contents, prepare, rejected
 from tests.fixtures.chat_templates import FAMILIES, KINDS, LLAMA_3, MARKED, MISTRAL, make_release
 
 TALK = [
@@ -372,3 +372,17 @@ def test_a_system_message_that_only_prompts_have_cannot_be_learnt_from(llama):
     with pytest.raises(DataError, match="has an answer that cannot be found"):
         chat.conversation(talk)
     assert spans(chat.conversation(TALK[:2]).mask)
+
+
+def test_chats_do_not_depend_on_the_number_of_processes(tmp_path):
+    make_release("llama-3", tmp_path / "tokenizer")
+    rows = tmp_path / "rows.jsonl"
+    talks = [[{"role": "user", "content": f"Row {i}"}, TALK[1]] for i in range(2000)]
+    rows.write_text("".join(json.dumps({"m": talk}) + "\n" for talk in talks))
+    options = {"fields": RecordFields(text=None, messages="m"), "shard_bytes": 10**6}
+    written = []
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        prepare(out, [str(rows)], str(tmp_path / "tokenizer"), workers=workers, **options)
+        written.append(contents(out))
+    assert written[0] == written[1]
