@@ -13,11 +13,12 @@ from click.testing import CliRunner
 
 from grok import storage
 from grok.cli.main import main
+from grok.config.infer import InferConfig
 from grok.config.load import load_config
 from grok.data.chat.template import find_template
 from grok.data.tokenizers import load_tokenizer
 from grok.errors import CheckpointError
-from grok.infer.loader import config_of, find_tokenizer
+from grok.infer.loader import ServedModel, config_of, find_tokenizer
 from grok.train.init_from import open_initial
 from grok.weights.detect import open_source
 from grok.weights.huggingface.export import export_huggingface
@@ -332,3 +333,17 @@ def test_a_model_in_files_of_ranks_is_fetched_and_pushed(hub, tmp_path, monkeypa
     for names in (["hf://org/mine", str(golden)], ["hf://org/mine", "hf://org/model"]):
         result = CliRunner().invoke(main, ["verify", *names])
         assert result.exit_code == 0, result.output
+
+
+def test_a_model_is_served_and_sampled_by_name(hub, exported):
+    hub.add("org/model", contents(exported))
+    there = ServedModel(InferConfig(weights="hf://org/model", chat_template="grok-1"))
+    here = ServedModel(InferConfig(weights=str(exported), chat_template="grok-1"))
+    assert there.identity() == here.identity()
+    command = ["sample", "--prompt", "The number", "--max-tokens", "4", "--temperature", "0"]
+    texts = []
+    for weights in ("hf://org/model", str(exported)):
+        result = CliRunner().invoke(main, [*command, weights])
+        assert result.exit_code == 0, result.output
+        texts.append(result.output)
+    assert texts[0] == texts[1]
