@@ -1,5 +1,7 @@
 """Conversations to tokens: templates of each kind, what bears loss, and text that pretends."""
 
+import contextlib
+import datetime
 import json
 from pathlib import Path
 
@@ -343,6 +345,24 @@ def test_a_template_without_end_is_refused_before_any_row(llama, monkeypatch):
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(TemplateError, match=r"a template is no chat template: it takes more than"):
         encoder(llama, loops)
+
+
+def test_messages_of_any_shape(llama):
+    chat = encoder(llama)
+    plain = chat.prompt(TALK[:1])
+    odd = {"when": datetime.date(2026, 1, 31), "data": b"x", "none": None, "nan": float("nan")}
+    assert chat.prompt([{**TALK[0], **odd, "list": [None, True, 1.5]}]) == plain
+    for depth in (100, 600, 900, 5000):
+        nested: list = []
+        for _ in range(depth):
+            nested = [nested]
+        if depth == 5000:
+            with pytest.raises(DataError, match="nested too deeply"):
+                chat.prompt([{**TALK[0], "extra": nested}])
+        else:
+            with contextlib.suppress(DataError):
+                assert chat.prompt([{**TALK[0], "extra": nested}]) == plain
+        assert chat.prompt(TALK[:1]) == plain
 
 
 GOLDEN = json.loads((FAMILIES.parent / "chat" / "transformers.json").read_text())

@@ -116,9 +116,9 @@ class ChatEncoder:
     def _render(self, messages: Messages, add_generation_prompt: bool) -> Rendering:
         try:
             protected = [self._protected(message) for message in messages]
+            text, spans, lost = self._renderer.render(protected, add_generation_prompt)
         except RecursionError:
             raise DataError("the messages are nested too deeply") from None
-        text, spans, lost = self._renderer.render(protected, add_generation_prompt)
         return Rendering(text, [self._trimmed(text, span) for span in spans], lost)
 
     def _protected(self, value: Any) -> Any:
@@ -133,7 +133,8 @@ class ChatEncoder:
             }
         if isinstance(value, list | tuple):
             return [self._protected(item) for item in value]
-        return value
+        # Parquet has types that JSON lacks, such as times.
+        return value if value is None or isinstance(value, int | float) else str(value)
 
     def _cut(self, text: str) -> str:
         check_unicode(text)

@@ -67,8 +67,8 @@ def main() -> None:
         return
     answer({})
     for line in sys.stdin.buffer:
-        conversation = Conversation(template, settings, json.loads(line))
         try:
+            conversation = Conversation(template, settings, json.loads(line))
             answer(limited(seconds, conversation.result))
         except Refused as error:
             answer({"refused": str(error)})
