@@ -11,11 +11,14 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
+import grok as package
 from grok.cli.main import main
 from grok.config import ModelConfig
 from grok.config.load import load_config
 from grok.errors import CheckpointError, ConfigError
-from grok.model.params import num_parameters
+from grok.model.build import to_arrays
+from grok.model.params import num_parameters, param_specs
+from grok.ops.weights.int8 import dequantize
 from grok.weights.cast import converted
 from grok.weights.detect import open_source
 from grok.weights.huggingface.adapters import ADAPTERS, adapter_for_export
@@ -125,6 +128,25 @@ def test_import_as_int8(tmp_path, family):
             assert np.abs(values - exact).max() <= np.abs(exact).max() * (0.5 / 127 + 2**-8)
         else:
             assert values.tobytes() == exact.tobytes()
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_release_is_loaded_onto_a_mesh(family, dtype, sizes):
+    """Shares of devices that end inside of a rank's part, and scales of int8 on each of them."""
+    mesh = sizes and package.make_mesh(*sizes)
+    arrays = to_arrays(package.load(FOLDER / family, mesh=mesh, dtype=dtype))
+    expected = tree(family, HuggingFaceSource(FOLDER / family).config)
+    for name, values in expected.items():
+        exact = values.astype(np.float32)
+        if name in arrays:
+            np.testing.assert_array_equal(arrays[name], exact)
+        else:
+            spec = param_specs(HuggingFaceSource(FOLDER / family).config)[name]
+            stored = (np.asarray(arrays[f"{name}/{part}"]) for part in ("values", "scales"))
+            floats = dequantize(*stored, np.float32, spec.contract_dims, spec.output_dims)
+            assert np.abs(floats - exact).max() <= np.abs(exact).max() * (0.5 / 127 + 2**-8)
 
 
 def test_files_of_an_export_of_grok_2_are_the_releases(tmp_path):

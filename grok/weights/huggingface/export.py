@@ -21,7 +21,7 @@ from grok.weights.cast import FloatSource
 from grok.weights.checksums import sample_checksum
 from grok.weights.huggingface import card as huggingface_card
 from grok.weights.huggingface.adapters import adapter_for_export
-from grok.weights.huggingface.adapters.adapter import HuggingFaceTensor
+from grok.weights.huggingface.adapters.adapter import Adapter, HuggingFaceTensor
 from grok.weights.huggingface.files import CONFIG, INDEX, UNFINISHED
 from grok.weights.huggingface.shards import DTYPES, Shard, index_data, plan
 from grok.weights.huggingface.source import HuggingFaceSource
@@ -85,19 +85,8 @@ def export_huggingface(
     if family is None and isinstance(source, HuggingFaceSource):
         family = source.adapter.name
     adapter = adapter_for_export(source.config, family)
-    config = adapter.config_data(source.config, dtype)
-    config |= {key: value for key, value in tokenizer.ids.items() if key in config}
     shards = plan(adapter, source.config, DTYPES[dtype], shard_bytes)
-    small_files = {CONFIG: json_text(config), **tokenizer.contents}
-    manifest = None
-    if data_manifest is not None:
-        name = f"data_manifest{PurePath(data_manifest).suffix}"
-        manifest = name, storage.read_bytes(data_manifest, CheckpointError)
-        small_files[name] = manifest[1]
-    card = huggingface_card.model_card(
-        source, adapter, dtype, base_weights, manifest, tuple(tokenizer.contents)
-    )
-    small_files[huggingface_card.FILE] = card.encode()
+    small_files = _small_files(source, adapter, dtype, base_weights, data_manifest, tokenizer)
     if adapter.num_ranks is None:
         small_files[INDEX] = json_text(index_data(shards))
     check_destination(folder, UNFINISHED, CheckpointError)
@@ -118,6 +107,29 @@ def export_huggingface(
     tensors, resumed = sum(len(shard.tensors) for shard in shards), len(shards) - len(todo)
     seconds = time.monotonic() - start
     return Exported(adapter.family, tensors, nbytes, len(shards), resumed, written, seconds)
+
+
+def _small_files(
+    source: Source,
+    adapter: Adapter,
+    dtype: str,
+    base_weights: str | None,
+    data_manifest: str | os.PathLike[str] | None,
+    tokenizer: ExportedTokenizer,
+) -> dict[str, bytes]:
+    """All files without weights but the index, by name."""
+    config = adapter.config_data(source.config, dtype)
+    config |= {key: value for key, value in tokenizer.ids.items() if key in config}
+    files = {CONFIG: json_text(config), **tokenizer.contents}
+    manifest = None
+    if data_manifest is not None:
+        name = f"data_manifest{PurePath(data_manifest).suffix}"
+        manifest = name, storage.read_bytes(data_manifest, CheckpointError)
+        files[name] = manifest[1]
+    card = huggingface_card.model_card(
+        source, adapter, dtype, base_weights, manifest, tuple(tokenizer.contents)
+    )
+    return files | {huggingface_card.FILE: card.encode()}
 
 
 def _write_shards(source: Source, path: Path, todo: list[Shard], counter: ByteCounter) -> None:
