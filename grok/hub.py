@@ -85,12 +85,8 @@ def fetch(path: str | os.PathLike[str]) -> str:
 
 def download(path: str | os.PathLike[str], files: Iterable[str]) -> None:
     """Downloads files of the model `path` into the cache, several at a time."""
-    from huggingface_hub import snapshot_download
-
     name = parse(path)
-    commit = _snapshot(name.repo, name.revision).commit
-    with _errors(name.repo, name.revision):
-        snapshot_download(name.repo, revision=commit, allow_patterns=list(files))
+    _download(name.repo, name.revision, tuple(files))
 
 
 def pinned(path: str) -> str:
@@ -141,6 +137,15 @@ def _snapshot(repo: str, revision: str) -> Snapshot:
             sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         return Snapshot(folder, commit, sizes)
     return Snapshot(folder, commit, {file.path: file.size for file in tree})
+
+
+@functools.cache
+def _download(repo: str, revision: str, files: tuple[str, ...]) -> None:
+    from huggingface_hub import snapshot_download
+
+    commit = _snapshot(repo, revision).commit
+    with _errors(repo, revision):
+        snapshot_download(repo, revision=commit, allow_patterns=list(files))
 
 
 @functools.cache
