@@ -62,17 +62,7 @@ def paged_attention_reference(
 
 @jax.named_scope("paged_attention")
 def paged_attention(
-    q_UQNH,
-    kv,
-    kv_scale,
-    layer,
-    table_UM,
-    start_U,
-    count_U,
-    *,
-    kv_head=None,
-    window: int | None = None,
-    **factors: Any,
+    q_UQNH, kv, kv_scale, layer, table_UM, start_U, count_U, *, kv_head=None, window=None, **factors
 ) -> jax.Array:
     """`paged_attention_reference`, with its roundings, in blocks of keys from the first one that a
     token here sees to the end of the longest sequence: first the softmax's maximum and sum (Milakov
