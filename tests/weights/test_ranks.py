@@ -64,7 +64,8 @@ def test_the_last_rank_missing_everywhere(release):
 def test_a_rank_too_many(release):
     shutil.copyfile(release / file(DOWN, 2), release / file(DOWN, 8))
     assert refusal(release) == (
-        f"{file(DOWN, 8)}: is a rank too many; the other tensors are split over 8 ranks."
+        f"{file(DOWN, 8)}: is a rank too many, or other tensors lack it, which are split over 8 "
+        "ranks."
     )
     for number in (GATE, UP):
         shutil.copyfile(release / file(number, 2), release / file(number, 8))
@@ -149,15 +150,16 @@ def test_a_rank_that_lacks_a_tensor_or_has_another_shape(release):
     tensors = load_file(release / file(GATE, 5))
     save_file({n: t for n, t in tensors.items() if n != EXPERT}, release / file(GATE, 5))
     assert refusal(release).startswith(
-        f"{file(GATE, 5)}: has no '{EXPERT}', which the first rank has ({release / file(GATE, 0)})"
+        f"{file(GATE, 5)}: has no '{EXPERT}', which {file(GATE, 0)} has."
     )
     save_file(tensors | {EXPERT: tensors[EXPERT][:3].copy()}, release / file(GATE, 5))
     assert refusal(release).startswith(
-        f"{file(GATE, 5)}: '{EXPERT}' is bfloat16 (3, 128), and that of the first rank bfloat16 "
-        "(6, 128); all ranks have equal parts."
+        f"{file(GATE, 5)}: '{EXPERT}' is bfloat16 (3, 128), and in {file(GATE, 0)} bfloat16 "
     )
     save_file(tensors | {"other": tensors[EXPERT]}, release / file(GATE, 5))
-    assert refusal(release).startswith(f"{file(GATE, 5)}: has 'other', which the first rank lacks")
+    assert refusal(release).startswith(f"{file(GATE, 5)}: has 'other', which {file(GATE, 0)} lacks")
+    save_file({}, release / file(GATE, 5))
+    assert refusal(release).startswith(f"{file(GATE, 5)}: has no 'model.layers.0.block_sparse_moe")
 
 
 def test_whole_tensors_missing_or_renamed(release):

@@ -3,13 +3,12 @@ is none, or those of tensor-parallel ranks (`ranks.py`)."""
 
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from grok import storage
 from grok.errors import CheckpointError
 from grok.weights.huggingface.ranks import find_ranked_tensors, has_ranks
-from grok.weights.huggingface.safetensors import TensorInfo, read_header
+from grok.weights.huggingface.safetensors import TensorInfo, read_headers
 from grok.weights.source import quoted, read_object
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -38,13 +37,8 @@ def find_tensors(
         return find_ranked_tensors(folder, present)
     index = _read_index(storage.join(folder, INDEX)) if INDEX in present else None
     files = _listed(folder, present, index) if index is not None else _all(folder, present)
-    storage.prefetch(folder, files, CheckpointError)
-    # Sixteen at a time: a remote file takes some round trips.
-    with ThreadPoolExecutor(16) as pool:
-        sizes = [present[file] or 0 for file in files]
-        headers = list(pool.map(read_header, [storage.join(folder, f) for f in files], sizes))
     entries: dict[str, TensorInfo] = {}
-    for header in headers:
+    for header in read_headers(folder, files, present).values():
         for name, entry in header.items():
             if name in entries:
                 other = f"{entries[name].path} too; it should be in one file"

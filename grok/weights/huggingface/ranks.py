@@ -11,7 +11,7 @@ import numpy as np
 
 from grok import storage
 from grok.errors import CheckpointError
-from grok.weights.huggingface.safetensors import TensorInfo, read_header
+from grok.weights.huggingface.safetensors import TensorInfo, read_headers
 from grok.weights.source import quoted, read_part
 
 FILE = re.compile(r"pytorch_model-(\d{5})-TP-(common|\d{3})\.safetensors")
@@ -39,107 +39,92 @@ def find_ranked_tensors(
     CheckpointError, with the file, where a rank is missing, too many, a copy of another, or other
     than the rest of its group, and for files that are cut short or do not belong here."""
     files = sorted(f for f in present if f.endswith(".safetensors") and not f.startswith("."))
-    storage.prefetch(folder, files, CheckpointError)
-    # Sixteen at a time: a remote file takes some round trips.
-    with ThreadPoolExecutor(16) as pool:
-        sizes = [present[file] or 0 for file in files]
-        headers = dict(
-            zip(
-                files,
-                pool.map(read_header, [storage.join(folder, f) for f in files], sizes),
-                strict=True,
-            )
-        )
-    groups: dict[int, dict[str, Header]] = defaultdict(dict)
-    strangers = []
+    headers = read_headers(folder, files, present)
+    # By number, then "common" or the rank: the file's name.
+    groups: dict[int, dict[str, str]] = defaultdict(dict)
     for file in files:
         if match := FILE.fullmatch(file):
-            groups[int(match[1])][match[2]] = headers[file]
-        else:
-            strangers.append(file)
-    split = [max(map(int, ranks)) + 1 for ranks in groups.values() if "common" not in ranks]
-    num_ranks = Counter(split).most_common(1)[0][0] if split else 1
+            groups[int(match[1])][match[2]] = file
+    counts = Counter(max(map(int, g)) + 1 for g in groups.values() if "common" not in g)
+    num_ranks = counts.most_common(1)[0][0] if counts else 1
     tensors: dict[str, tuple[TensorInfo, ...]] = {}
+    split: list[list[str]] = []
     for number, group in groups.items():
-        ranks = _ranks(folder, number, group, num_ranks, strangers, headers)
-        for name, tensor in ranks[0].items():
+        ranks = _files_of_group(folder, number, group, num_ranks, headers)
+        first, *others = [headers[file] for file in ranks]
+        for file, header in zip(ranks[1:], others, strict=True):
+            _check_alike(folder, ranks[0], first, file, header)
+        for name, tensor in first.items():
             if name in tensors:
-                path, other = tensor.path, tensors[name][0].path
-                raise CheckpointError(
-                    f"{path}: {quoted(name)} is in {other} too; the files of a tensor's ranks "
-                    "have one number."
-                )
-            tensors[name] = tuple(rank[name] for rank in ranks)
-    if strangers:
+                raise _twice(tensor.path, name, tensors[name][0].path)
+            tensors[name] = tuple(headers[file][name] for file in ranks)
+        split += [ranks] if len(ranks) > 1 and first else []
+    if strangers := [file for file in files if not FILE.fullmatch(file)]:
         raise CheckpointError(
             f"{storage.join(folder, strangers[0])}: does not belong here; the files of a release "
             f"in ranks are called like {file_name(0, None)} and {file_name(6, 0)}."
         )
-    _check_copies(groups)
+    for ranks in split:
+        _check_copies([headers[file] for file in ranks])
     return tensors
 
 
-def _ranks(
-    folder: str,
-    number: int,
-    group: dict[str, Header],
-    num_ranks: int,
-    strangers: list[str],
-    headers: dict[str, Header],
-) -> list[Header]:
-    """The headers of a group, in the order of its ranks."""
+def _files_of_group(
+    folder: str, number: int, group: dict[str, str], num_ranks: int, headers: dict[str, Header]
+) -> list[str]:
+    """The files of a group of tensors, in the order of their ranks."""
     if "common" in group:
         if len(group) > 1:
-            path = storage.join(folder, file_name(number, int(min(group))))
             raise CheckpointError(
-                f"{path}: stands beside {file_name(number, None)}, which has whole tensors; one of "
-                "them is too many."
+                f"{storage.join(folder, group[min(group)])}: stands beside {group['common']}, "
+                "which has whole tensors; one of them is too many."
             )
         return [group["common"]]
-    ranks = {int(rank): header for rank, header in group.items()}
-    names = next(iter(ranks.values())).keys()
+    ranks = {int(rank): file for rank, file in group.items()}
     missing = [rank for rank in range(num_ranks) if rank not in ranks]
     if missing:
-        mine = {file_name(number, rank) for rank in ranks}
-        others = [f for f, h in headers.items() if f not in mine and h.keys() & names]
-        hint = f"; {others[0]} has tensors of the same names" if others else ""
+        mine = [headers[file] for file in ranks.values()]
+        names = set().union(*mine)
+        others = [f for f, h in headers.items() if f not in ranks.values() and h.keys() & names]
         if others and FILE.fullmatch(others[0]) and len(ranks) <= num_ranks // 2:
-            path = storage.join(folder, file_name(number, min(ranks)))
-            raise CheckpointError(
-                f"{path}: {quoted(min(names))} is in {others[0]} too; the files of a tensor's "
-                "ranks have one number."
-            )
+            # A few ranks of a group that is there under another number.
+            raise _twice(storage.join(folder, ranks[min(ranks)]), min(names), others[0])
+        hint = f"; {others[0]} has tensors of the same names" if others else ""
         raise CheckpointError(
             f"{storage.join(folder, file_name(number, missing[0]))}: is missing; its tensors are "
             f"split over {num_ranks} ranks{hint}."
         )
-    if extra := [rank for rank in ranks if rank >= num_ranks]:
+    if max(ranks) >= num_ranks:
         raise CheckpointError(
-            f"{storage.join(folder, file_name(number, extra[0]))}: is a rank too many; the other "
-            f"tensors are split over {num_ranks} ranks."
+            f"{storage.join(folder, ranks[max(ranks)])}: is a rank too many, or other tensors lack "
+            f"it, which are split over {num_ranks} ranks."
         )
-    ordered = [ranks[rank] for rank in range(num_ranks)]
-    for header in ordered[1:]:
-        _check_alike(ordered[0], header)
-    return ordered
+    return [ranks[rank] for rank in range(num_ranks)]
 
 
-def _check_alike(first: Header, other: Header) -> None:
-    path, first_path = next(iter(other.values())).path, next(iter(first.values())).path
-    if differing := sorted(first.keys() ^ other.keys()):
-        problem = "has no" if differing[0] in first else "has"
-        end = "which the first rank has" if differing[0] in first else "which the first rank lacks"
-        raise CheckpointError(f"{path}: {problem} {quoted(differing[0])}, {end} ({first_path}).")
-    for name, tensor in other.items():
+def _twice(path: str, name: str, other: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {quoted(name)} is in {other} too; the files of a tensor's ranks have one number."
+    )
+
+
+def _check_alike(folder: str, first_file: str, first: Header, file: str, header: Header) -> None:
+    path = storage.join(folder, file)
+    if differing := sorted(first.keys() ^ header.keys()):
+        name = quoted(differing[0])
+        if differing[0] in first:
+            raise CheckpointError(f"{path}: has no {name}, which {first_file} has.")
+        raise CheckpointError(f"{path}: has {name}, which {first_file} lacks.")
+    for name, tensor in header.items():
         right = first[name]
         if (tensor.dtype, tensor.shape) != (right.dtype, right.shape):
             raise CheckpointError(
-                f"{path}: {quoted(name)} is {tensor.dtype} {tensor.shape}, and that of the first "
-                f"rank {right.dtype} {right.shape}; all ranks have equal parts."
+                f"{path}: {quoted(name)} is {tensor.dtype} {tensor.shape}, and in {first_file} "
+                f"{right.dtype} {right.shape}; all ranks have equal parts."
             )
 
 
-def _check_copies(groups: Mapping[int, Mapping[str, Header]]) -> None:
+def _check_copies(ranks: list[Header]) -> None:
     """Names and sizes of ranks are the same, so that the values alone show a file put in twice."""
 
     def sample(header: Header) -> tuple[str, bytes]:
@@ -149,15 +134,13 @@ def _check_copies(groups: Mapping[int, Mapping[str, Header]]) -> None:
         read_part(first.path, first.offset, (count,), (slice(0, count),), values)
         return first.path, values.tobytes()
 
-    for group in groups.values():
-        ranks = [header for rank, header in sorted(group.items()) if header and rank != "common"]
-        with ThreadPoolExecutor(16) as pool:
-            samples = list(pool.map(sample, ranks))
-        paths: dict[bytes, str] = {}
-        for path, values in samples:
-            # Zeros, and the like, are no sign of a copy.
-            if len(set(values)) > 2 and values in paths:
-                raise CheckpointError(
-                    f"{path}: begins with the values of {paths[values]}; it is that rank once more."
-                )
-            paths[values] = path
+    with ThreadPoolExecutor(16) as pool:
+        samples = list(pool.map(sample, ranks))
+    paths: dict[bytes, str] = {}
+    for path, values in samples:
+        # Zeros, and the like, are no sign of a copy.
+        if len(set(values)) > 2 and values in paths:
+            raise CheckpointError(
+                f"{path}: begins with the values of {paths[values]}; it is that rank once more."
+            )
+        paths[values] = path

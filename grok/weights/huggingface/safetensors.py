@@ -5,7 +5,8 @@ https://github.com/huggingface/safetensors#format"""
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ml_dtypes
@@ -35,6 +36,18 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes of its data."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_headers(
+    folder: str, files: Sequence[str], sizes: Mapping[str, int | None]
+) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of files of a folder, by file; `sizes` has their bytes."""
+    storage.prefetch(folder, files, CheckpointError)
+    paths = [storage.join(folder, file) for file in files]
+    # Sixteen at a time: a remote file takes some round trips.
+    with ThreadPoolExecutor(16) as pool:
+        headers = list(pool.map(read_header, paths, [sizes[file] or 0 for file in files]))
+    return dict(zip(files, headers, strict=True))
 
 
 def read_header(path: str, size: int) -> dict[str, TensorInfo]:
