@@ -80,9 +80,9 @@ def test_loss_and_gradients_are_those_of_the_goldens(family, sizes):
     by_name = {name: np.asarray(g, np.float64) for name, g in to_arrays(gradients).items()}
     source = HuggingFaceSource(families.FOLDER / family)
     worst = 0.0
-    for tensor in source.adapter.tensors(source.layout, source.config):
+    for tensor in source.adapter.tensors(source.adapter.export_layout, source.config):
         ours = np.linalg.norm(by_name[tensor.param.name][tensor.lead])
-        theirs = families.grad_norms(family)[tensor.name]
+        theirs = families.grad_norms(family)[tensor.name]  # 0 of an expert without tokens
         worst = max(worst, abs(ours - theirs) / theirs)
     print(f"\n{family} {sizes}: loss {abs(float(loss) / right - 1):.1e}, norms {worst:.1e}")
     assert worst < 1e-3
