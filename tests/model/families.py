@@ -6,6 +6,7 @@ Letters: L layers, B rows, T tokens, D embed, C chosen experts, V vocab.
 
 import functools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -48,9 +49,14 @@ def config(family: str) -> ModelConfig:
 
 @functools.cache
 def model(family: str, sizes: tuple[int, ...] | None = None) -> Decoder:
-    """The model in float32, on a mesh of these sizes."""
+    """The model in float32, on a mesh of these sizes, or of one device."""
     source = open_source(FOLDER / family, config(family))
-    return put_on_mesh(converted(source, "float32"), sizes and grok.make_mesh(*sizes))
+    return put_on_mesh(converted(source, "float32"), sizes and mesh(sizes))
+
+
+def mesh(sizes: tuple[int, ...]) -> jax.sharding.Mesh:
+    """The mesh of these sizes."""
+    return grok.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
 
 
 @functools.cache
