@@ -38,8 +38,9 @@ class Embedding(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array, dtype: str) -> jax.Array:
         """Rows of the table, x_BTD. Each device looks up the part of the vocabulary it has."""
-        table_VD = self.table_VD[...].astype(dtype)
-        table_axes = self._axes()
+        table_VD, table_axes = self.table_VD[...], self._axes()
+        if self.config.param_dtype != "int8":  # whose table does not travel: rows alone are cast
+            table_VD = table_VD.astype(dtype)
 
         def local(tokens_BT, table_VD):
             table_VD = pvary(sharding.unshard_local(table_VD, table_axes))
@@ -47,7 +48,7 @@ class Embedding(nnx.Module):
             # Out of range on either side reads zeros; negative indices would count from the end.
             here_BT = jnp.where(here_BT < 0, table_VD.shape[0], here_BT)
             x_BTD = table_VD.at[here_BT].get(mode="fill", fill_value=0)
-            return sharding.psum(x_BTD, "vocab")
+            return sharding.psum(x_BTD.astype(dtype), "vocab")
 
         axes = ("batch", "length"), table_axes
         sharded = sharding.shard_map(local, axes, ("batch", "length", None))
