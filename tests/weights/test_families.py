@@ -471,6 +471,8 @@ def test_inspect(family):
         assumed |= {"attention.rope.theta", "attention.head_dim"}
     assert set(report["assumed"]) == assumed
     text = grok("inspect", FOLDER / family)
+    origins = {row.split()[0]: row.split()[-1] for row in text.splitlines() if row.split()}
+    assert (origins["norm.eps"], origins["norm.sandwich"]) == ("config.json", "family")
     assert f"parameters  {PARAMETERS[family]:,}" in text and "complete    yes" in text
 
 

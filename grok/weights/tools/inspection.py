@@ -29,6 +29,7 @@ from grok.weights.xai.unpickler import read_tensor
 # Origins of the value of a field of the config.
 FILES, WITH_HEAD_DIM, ASSUMED = "files", "files, with this head_dim", "assumed"
 GIVEN, CONFIG_JSON, STORED = "--config", "config.json", "stored config"
+FAMILY = "family"  # all of its models have this value
 # Fields that follow from the shapes in a release's files; of heads, only their total width does.
 IN_RELEASE = {
     **dict.fromkeys(("vocab_size", "num_layers", "embed_dim", "moe.dim", "moe.num_experts"), FILES),
@@ -162,7 +163,9 @@ def _origins(source: Source, config: ModelConfig | None) -> dict[str, str]:
         return {name: IN_RELEASE.get(name, ASSUMED) for name in fields}
     if isinstance(source, HuggingFaceSource):
         stored = source.adapter.config_json.stated_fields(read_config_json(source.path)[1])
-        return {name: CONFIG_JSON if name in stored else ASSUMED for name in fields}
+        origins = dict.fromkeys(source.adapter.config_json.fixed, FAMILY)
+        origins |= dict.fromkeys(stored, CONFIG_JSON)
+        return {name: origins.get(name, ASSUMED) for name in fields}
     return dict.fromkeys(fields, STORED)
 
 

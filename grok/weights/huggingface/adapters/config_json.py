@@ -177,13 +177,13 @@ class ConfigJson:
                 )
 
     def stated_fields(self, data: Mapping[str, Any]) -> set[str]:
-        """The fields of our config that a config.json has, or that its family implies."""
+        """The fields of our config that a config.json has."""
         stated = {f.ours for f in self.fields if any(key in data for key in f.keys)}
         if self.scaled_rope is not None:
             stated |= {SCALING, *(f"{SCALING}.{key}" for key in LLAMA3_KEYS)}
             if any(data.get(key) for key in ("rope_theta", "rope_parameters")):
                 stated.add("attention.rope.theta")
-        return stated | {*self.fixed}
+        return stated
 
     def problems(
         self, config: ModelConfig, reading: bool = False
