@@ -278,6 +278,12 @@ def test_a_date_in_a_dataset_is_of_its_beginning(tmp_path):
         assert manifest["chat"]["date"] == date
     said = load_tokenizer(tokenizer).decode(TokenDataset(tmp_path / "2026-01-31")[0].tokens_S)
     assert said.startswith("31 Jan 2026 ")
+    with pytest.raises(DataError, match=r"tomorrow is no date such as 2026-01-31"):
+        prepare(tmp_path / "out", [str(rows)], tokenizer, chat_date="tomorrow", **options)
+    options["chat_template"] = ""
+    with pytest.raises(DataError, match="the chat template asks for no date"):
+        prepare(tmp_path / "out", [str(rows)], tokenizer, chat_date="2026-01-31", **options)
+    options["chat_template"] = dated
     with pytest.raises(DataError, match=r"chat.date was \"2026-01-31\" and is \"2026-02-01\""):
         prepare(tmp_path / "2026-01-31", [str(rows)], tokenizer, chat_date="2026-02-01", **options)
 

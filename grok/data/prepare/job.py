@@ -136,9 +136,15 @@ def _chat_template(
 
 def _chat_date(options: PrepareOptions, template: ChatTemplate | None) -> str | None:
     """The date that the template sees, so that a job that continues later gives the same bytes."""
+    date = options.chat_date
     if template is None or "strftime_now" not in template.text:
+        if date:
+            raise DataError(f"the chat template asks for no date; without {date} it would work.")
         return None
-    return options.chat_date or datetime.date.today().isoformat()
+    try:
+        return datetime.date.fromisoformat(date).isoformat() if date else str(datetime.date.today())
+    except ValueError:
+        raise DataError(f"{date} is no date such as 2026-01-31.") from None
 
 
 def _identity(
