@@ -159,7 +159,9 @@ CODE = [
 ]
 
 
-@pytest.mark.parametrize(("family", "owner", "name", "mistake", "least"), CODE, ids=str)
+@pytest.mark.parametrize(
+    ("family", "owner", "name", "mistake", "least"), CODE, ids=[case[3].__name__ for case in CODE]
+)
 def test_wrong_code_is_seen(family, owner, name, mistake, least, monkeypatch):
     monkeypatch.setattr(owner, name, mistake)
     tokens, segments = families.batch(family)
