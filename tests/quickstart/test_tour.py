@@ -86,6 +86,7 @@ PAGES = (
     "docs/evaluate.md",
     "docs/weights.md",
     "docs/sharding.md",
+    "docs/tokenizers.md",
 )
 
 
