@@ -15,6 +15,8 @@ from tests.model import families
 
 # Prompts of up to 140 tokens in chunks of 16, on pages of 8.
 OPTIONS = EngineConfig(max_num_seqs=4, page_size=8, prefill_chunk_size=16, num_pages=160)
+# Run by `make prove`; test_attention_terms.py has a mesh in the suite.
+MESHES = [pytest.param(sizes, marks=pytest.mark.prove) for sizes in ((2, 2, 2), (1, 2, 4))]
 each_family = pytest.mark.parametrize("family", families.TOLERANCE)
 
 
@@ -40,7 +42,7 @@ def greedy(family: str, name: str = "", count: int = 16) -> list[Request]:
 
 
 @each_family
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), *MESHES], ids=str)
 def test_greedy_tokens_are_the_goldens_and_prefixes_are_reused(family, sizes):
     here = engine(family, sizes)
     first = answers(here, greedy(family))
