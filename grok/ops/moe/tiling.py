@@ -25,6 +25,7 @@ VMEM, LARGE_VMEM = (
     VmemBudget(48 * 2**20, 96 * 2**20, (3072, 4096)),
 )
 MIN_VMEM_LIMIT_BYTES, LARGE_VMEM_LIMIT_BYTES = 16 * 2**20, 126 * 2**20
+LARGE_BLOCK_BYTES = 40 * 2**20
 
 
 def kernel_tile_rows(R: int, C: int, E: int) -> int:
@@ -82,8 +83,10 @@ def gradient_blocks(K: int, N: int) -> tuple[int, int]:
 
 
 def vmem_limit(block_bytes: int) -> int:
-    """Vector memory to ask for, in bytes: the blocks, and a quarter more for the compiler."""
-    limit = max(MIN_VMEM_LIMIT_BYTES, block_bytes + block_bytes // 4)
+    """Vector memory to ask for, in bytes: the blocks, and a quarter more for the compiler, or where
+    they take most of a small memory, a third."""
+    share = 3 if block_bytes > LARGE_BLOCK_BYTES and not has_large_vmem() else 4
+    limit = max(MIN_VMEM_LIMIT_BYTES, block_bytes + block_bytes // share)
     return min(limit, LARGE_VMEM_LIMIT_BYTES) if has_large_vmem() else limit
 
 
