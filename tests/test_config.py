@@ -545,6 +545,20 @@ def test_stored_data_is_checked_likewise():
         from_dict({"model": object()})
 
 
+def test_a_block_without_any_feed_forward_part_is_refused():
+    with pytest.raises(ConfigError, match=r"model\.mlp and model\.moe are both null.*would work"):
+        load_config("grok-10m", ["model.moe=null"])
+
+
+def test_a_balance_loss_without_experts_is_refused():
+    dense = ["model.moe=null", "model.mlp.dim=256"]
+    assert load_config("grok-10m", dense).model.moe is None
+    with pytest.raises(
+        ConfigError, match=r"router_balance_loss=0\.1 .*model\.moe is null.*=0 would"
+    ):
+        load_config("grok-10m", [*dense, "train.router_balance_loss=0.1"])
+
+
 # ---- presets
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from grok.config import EngineConfig
 from grok.config.sampling import SamplingParams
+from grok.errors import RequestError
 from grok.infer.engine import Engine
 from grok.infer.request import Request
 from tests.model import families
@@ -92,3 +93,9 @@ def answers_of(family: str, cache_dtype: str, prompt: np.ndarray) -> np.ndarray:
     request = Request("prompt", tuple(prompt.tolist()), params)
     (scores,) = [o.prompt_logprobs for o in here.generate([request]) if o.prompt_logprobs]
     return np.array([score.logprob for score in scores[1:]])
+
+
+def test_experts_of_a_model_without_any_are_refused():
+    params = SamplingParams(max_tokens=1, experts=True)
+    with pytest.raises(RequestError, match=r"no experts; experts=false would work"):
+        engine("llama2").submit(Request("a", (5, 6), params))

@@ -1,10 +1,13 @@
 """FLOPs of the model, counted by hand and as published."""
 
+import dataclasses
+
 import pytest
 
 from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.config.load import load_config
 from grok.model.flops import decode_flops, flops_per_token
+from grok.model.params import num_parameters
 from tests.fixtures.models import replace_keys
 
 
@@ -49,3 +52,11 @@ def test_the_release_at_its_full_length():
     model = load_config("grok-1").model
     # 6 x 83.76e9 parameters and 19.3e9 of causal attention.
     assert flops_per_token(model, 8192) == pytest.approx(522e9, rel=1e-3)
+
+
+def test_a_table_that_is_only_looked_up_costs_no_flops():
+    """With embeddings that are not tied, the head multiplies and the other table does not."""
+    tied = load_config("grok-10m").model
+    untied = dataclasses.replace(tied, tie_embeddings=False)
+    assert num_parameters(untied) == num_parameters(tied) + tied.vocab_size * tied.embed_dim
+    assert flops_per_token(untied, 128) == flops_per_token(tied, 128)
