@@ -47,6 +47,7 @@ def inspect(ctx: click.Context, path: str, config: str | None, as_json: bool) ->
 
 
 def _print(console: "Console", inspection: "Inspection") -> None:
+    from grok.config.text import as_yaml
     from grok.weights.tools.verify import config_values
 
     console.print(inspection.path, style="bold")
@@ -65,7 +66,7 @@ def _print(console: "Console", inspection: "Inspection") -> None:
         tables.append(make_table("config", "value", "from"))
         values = config_values(inspection.config)
         for name, origin in inspection.origins.items():
-            tables[-1].add_row(name, str(values[name]), origin)
+            tables[-1].add_row(name, as_yaml(values[name]), origin)
     for table in tables:
         console.print()
         console.print(table)

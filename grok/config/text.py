@@ -36,12 +36,12 @@ def to_yaml(config: Any) -> str:
                 section = ".".join(sections[: depth + 1])
                 rows.append((f"{'  ' * depth}{sections[depth]}:", settings[section].meaning))
         path = sections
-        rows.append((f"{'  ' * len(sections)}{name}: {_scalar(value)}", comment))
+        rows.append((f"{'  ' * len(sections)}{name}: {as_yaml(value)}", comment))
     width = max(len(line) for line, _ in rows if len(line) <= 48)
     return "".join(f"{line:{width}}  # {comment}\n" for line, comment in rows)
 
 
-def _scalar(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     """A value as YAML on one line: text bare where that cannot be taken for anything else."""
     bare = re.compile(r"(?!(true|false|null)$)[a-z][\w./-]*", re.ASCII | re.IGNORECASE)
     if isinstance(value, str) and bare.fullmatch(value):

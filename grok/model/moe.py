@@ -143,9 +143,10 @@ class MoE(nnx.Module):
         down_is_column_major = sharding.axis_size("fsdp_embed") > 1
         options = down_is_column_major, False, self.moe_config.activation
         splits_evenly = leaves[0].shape[-1] % (MLP_SPLITS * LANES) == 0
-        # Where the output is not saved, remat computes the hidden layer again, and so would this:
-        # once too often.
-        if self.config.saves_experts and len(leaves) == len(EXPERTS) and splits_evenly:
+        # Where the backward pass wants the output and it is not saved, remat computes the hidden
+        # layer again, and so would this: once too often.
+        output_is_at_hand = self.config.saves_experts or not self.config.norm.sandwich
+        if output_is_at_hand and len(leaves) == len(EXPERTS) and splits_evenly:
             shards = tuple(map(pvary, leaves))
             return experts_pallas_split_mlp(*rows, shards, unshard, *options)
         weights = jax.tree.map(pvary, unshard(leaves))

@@ -141,10 +141,8 @@ def describe_run(config: RunConfig, mesh: Mesh) -> str:
     shapes = f"{data.batch_size} rows of {data.sequence_length} tokens a step"
     for step, batch_size, length in data.shapes()[1:]:
         shapes += f", {batch_size} of {length} from step {step}"
-    return (
-        f"{num_parameters(model):,} parameters ({num_active_parameters(model):,} a token) on "
-        f"mesh {axes}; {shapes}"
-    )
+    a_token = f" ({num_active_parameters(model):,} a token)" if model.moe else ""
+    return f"{num_parameters(model):,} parameters{a_token} on mesh {axes}; {shapes}"
 
 
 def describe_program() -> dict[str, Any]:
