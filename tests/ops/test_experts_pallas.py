@@ -165,23 +165,31 @@ def test_adapters_have_the_gradients_of_what_they_add_up_to(plain_kernels):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "remat"),
-    [((2, 2, 2, 1), "full"), ((2, 2, 2, 1), "experts"), ((2, 1, 2, 2), "experts")],
+    ("sizes", "remat", "sandwich"),
+    [
+        ((2, 2, 2, 1), "full", True),
+        ((2, 2, 2, 1), "full", False),
+        ((2, 2, 2, 1), "experts", True),
+        ((2, 1, 2, 2), "experts", True),
+    ],
 )
 def test_a_mesh_has_the_losses_and_gradients_of_one_device(
-    sizes, remat, plain_kernels, monkeypatch
+    sizes, remat, sandwich, plain_kernels, monkeypatch
 ):
-    """With `experts` the backward pass has half the width of the experts after the other."""
+    """Where the experts' output is saved, or no norm behind them wants it, the backward pass has
+    half of their width after the other."""
     split_mlp = Mock(wraps=experts_pallas_split_mlp)
     monkeypatch.setattr(grok.model.moe, "experts_pallas_split_mlp", split_mlp)
     monkeypatch.setattr(hardware, "platform", lambda: "tpu")
     monkeypatch.setattr(grok.model.moe, "LANES", 1)
+    norm = dataclasses.replace(test_meshes.CONFIG.norm, sandwich=sandwich)
+    config = dataclasses.replace(test_meshes.CONFIG, norm=norm)
     losses_of = test_meshes.loss_and_gradients.__wrapped__
     (losses, ours), (right_losses, right) = (
-        losses_of(sizes, dataclasses.replace(test_meshes.CONFIG, remat=remat)),
-        test_meshes.loss_and_gradients(None),
+        losses_of(sizes, dataclasses.replace(config, remat=remat)),
+        test_meshes.loss_and_gradients(None, config),
     )
     for name, expected in (right_losses | right).items():
         error = np.abs((losses | ours)[name] - expected).max() / np.abs(expected).max()
         assert error < test_meshes.TOLERANCE, name
-    assert split_mlp.called == (remat == "experts")
+    assert split_mlp.called == (remat == "experts" or not sandwich)
