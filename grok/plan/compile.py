@@ -1,5 +1,6 @@
 """Compiles a step for a slice in a process of its own, and estimates its time and price."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ from grok.config import RunConfig
 from grok.config.load import to_dict
 from grok.errors import ConfigError, GrokError
 from grok.plan.estimate import Plan, Price, make_plan
+from grok.plan.rates import published_rates
 from grok.plan.topology import Slice
 
 ENVIRONMENT = {
@@ -47,12 +49,14 @@ def compile_plan(
     for file in (dump, save):
         if file is not None and not file.parent.is_dir():
             raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}.")
+    rates = published_rates(slice_.generation)
     request = {"config": to_dict(config), "topology": slice_.name, "slices": slice_.count}
+    request["rates"] = dataclasses.asdict(rates)
     request |= {name: str(file) for name, file in (("dump", dump), ("save", save)) if file}
     measured = _run_process(request, on_phase)
     if "compiler_message" in measured:
         measured["required"] = required_bytes(measured["compiler_message"] or "", measured["state"])
-    return make_plan(config, slice_, measured, price)
+    return make_plan(config, slice_, rates, measured, price)
 
 
 def _run_process(request: dict[str, Any], on_phase: Callable[[str], None]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from grok.model.mesh_fit import check_plan_fits
 from grok.ops.attention.paged import KV_BLOCK
 from grok.plan.program_cost import CompiledProgram
 from grok.plan.programs import bytes_per_device, make_program
+from grok.plan.rates import Rates, resource_seconds
+from grok.plan.schedule import Schedule
 from grok.plan.topology import Slice, parse_slice
 
 
@@ -73,8 +75,11 @@ def compile_step(config: RunConfig, slice_: Slice, request: dict[str, Any]) -> d
         Path(request["dump"]).write_text(text)
     if "save" in request:
         Path(request["save"]).write_bytes(serialize_executable.serialize(compiled)[0])
-    program_costs = costs(CompiledProgram(text, sizes, cache_loop_count(config)), mesh, slice_)
-    return measured | memory(compiled) | program_costs
+    compiled_program = CompiledProgram(text, sizes, cache_loop_count(config))
+    program_costs = costs(compiled_program, mesh, slice_)
+    rates = Rates(**request["rates"])
+    schedule = walk(compiled_program, rates, program_costs["wiring"], per_chip)
+    return measured | memory(compiled) | program_costs | {"schedule": schedule}
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -98,6 +103,20 @@ def costs(program: CompiledProgram, mesh: Mesh, slice_: Slice) -> dict[str, Any]
         "kernels": sorted(cost.kernels),
         "largest_temporaries": program.largest_arrays(5),
         "wiring": {axes: wiring(mesh, axes, slice_) for axes, _ in cost.collectives},
+    }
+
+
+def walk(
+    program: CompiledProgram, rates: Rates, wiring: dict[str, Any], per_chip: int
+) -> dict[str, Any]:
+    """The time of the program's schedule, and the operations that it waits for the longest."""
+    step = Schedule(program, lambda cost: resource_seconds(cost, rates, wiring, per_chip)).walk()
+    return {
+        "seconds": step.seconds,
+        "sent": step.sent,
+        "sent_beside": step.sent_beside,
+        "exposed": sum(step.exposed.values()),
+        "longest_waits": sorted(step.exposed.items(), key=lambda wait: -wait[1])[:5],
     }
 
 

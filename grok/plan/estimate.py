@@ -1,5 +1,6 @@
 """The costs of a compiled program -> its time on a slice, by a roofline (Williams et al. 2009) with
-interconnect as third term: at least the longest term (all overlap), at most about their sum."""
+interconnect as third term: at least the longest term (all overlap), at most about their sum (none
+does), and in between what the compiled schedule says (`grok.plan.schedule`)."""
 
 import dataclasses
 import re
@@ -11,6 +12,7 @@ from grok.config.load import configs_folder
 from grok.errors import ConfigError
 from grok.hardware import GIB
 from grok.model.flops import attention_flops, decode_flops, flops_per_token
+from grok.plan.rates import Rates, transfer_seconds
 from grok.plan.topology import Slice
 
 
@@ -50,6 +52,7 @@ class Plan:
     state: float  # bytes that persist from step to step: the arguments
     total: float | None  # bytes at the peak
     model_flops: float
+    rates: Rates
     batch: tuple[int, int]  # rows of a step, and tokens in each
     tokens: float  # of a step and chip
     flops: float | None = None
@@ -58,15 +61,18 @@ class Plan:
     host_memory: float = 0.0  # bytes of it in use
     collectives: dict[str, dict[str, float]] | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by term of the roofline
+    scheduled: float | None = None  # seconds of a step by the compiled schedule
     interconnect: dict[str, float] = dataclasses.field(default_factory=dict)  # by mesh axes
     price: Price | None = None
     compile_seconds: float | None = None
     measured: dict[str, Any] = dataclasses.field(default_factory=dict)  # by compile_process
 
     def step_seconds(self) -> dict[str, float]:
-        """Time of a step if all terms overlap, and if none does."""
-        times = self.seconds.values()
-        return {"overlapped": max(times), "serial": sum(times)} if times else {}
+        """Time of a step by the compiled schedule, if all terms overlap, and if none does."""
+        if not (times := self.seconds.values()):
+            return {}
+        assert self.scheduled is not None
+        return {"scheduled": self.scheduled, "overlapped": max(times), "serial": sum(times)}
 
     def tokens_per_second(self) -> dict[str, float]:
         """Tokens per second and chip."""
@@ -74,7 +80,7 @@ class Plan:
 
     def mfu(self) -> dict[str, float]:
         """Model FLOPs utilisation: the model's own FLOPs as a share of the chip's peak."""
-        peak = self.slice.chip.flops
+        peak = self.rates.flops
         return {name: self.model_flops / time / peak for name, time in self.step_seconds().items()}
 
     def usd_per_billion_tokens(self) -> dict[str, float]:
@@ -84,8 +90,14 @@ class Plan:
         price = self.price.usd_per_hour / 3600 * 1e9
         return {name: price / rate for name, rate in self.tokens_per_second().items()}
 
+    def async_collective_share(self) -> float | None:
+        """Share of the bytes in collectives that run beside other instructions; None where there
+        are none."""
+        schedule = self.measured.get("schedule", {"sent": 0})
+        return schedule["sent_beside"] / schedule["sent"] if schedule["sent"] else None
+
     def to_dict(self) -> dict[str, Any]:
-        """The object that `grok plan --json` prints. The price is that of the serial step."""
+        """The object that `grok plan --json` prints. The price is that of the scheduled step."""
         total = self.total
         return {
             "fits": self.fits,
@@ -99,22 +111,28 @@ class Plan:
             "hbm_bytes_per_chip_per_step": self.hbm,
             "host_bytes_per_chip_per_step": self.host,
             "collective_bytes_per_chip_per_step": self.collectives,
+            "async_collective_share": self.async_collective_share(),
             "seconds": {**self.seconds, **self.step_seconds()} or None,
             "mfu": self.mfu() or None,
             "tokens_per_second_per_chip": self.tokens_per_second() or None,
-            "usd_per_billion_tokens": self.usd_per_billion_tokens().get("serial"),
+            "usd_per_billion_tokens": self.usd_per_billion_tokens().get("scheduled"),
             "compile_seconds": self.compile_seconds,
         }
 
 
 def make_plan(
-    config: RunConfig, slice_: Slice, measured: dict[str, Any], price: Price | None
+    config: RunConfig,
+    slice_: Slice,
+    rates: Rates,
+    measured: dict[str, Any],
+    price: Price | None,
 ) -> Plan:
     """The plan from the measurements of `grok.plan.compile_process`, which are per device."""
-    per_chip, chip = measured["devices_per_chip"], slice_.chip
+    per_chip = measured["devices_per_chip"]
     common: dict[str, Any] = {
         "config": config,
         "slice": slice_,
+        "rates": rates,
         "mesh_sizes": measured["mesh_sizes"],
         "state": measured["state"] * per_chip,
         "model_flops": model_flops(config) / slice_.num_chips,
@@ -131,29 +149,19 @@ def make_plan(
     for axes, kind, sent in measured["collectives"]:
         if axes != "none" and sent:
             collectives.setdefault(axes, {})[kind] = sent * per_chip
-            seconds = transfer_seconds(slice_, measured["wiring"][axes], kind, sent * per_chip)
+            seconds = transfer_seconds(rates, measured["wiring"][axes], kind, sent * per_chip)
             interconnect[axes] = interconnect.get(axes, 0) + seconds
     amounts = {k: measured[k] * per_chip for k in ("flops", "hbm", "host", "host_memory")}
-    terms = {
-        "compute": amounts["flops"] / chip.flops,
-        "hbm": amounts["hbm"] / chip.bandwidth,
-        "interconnect": sum(interconnect.values()),
-    }
+    terms = {"compute": amounts["flops"] / rates.flops, "hbm": amounts["hbm"] / rates.hbm}
+    terms["interconnect"] = sum(interconnect.values())
+    between_slices = {axes for axes, wires in measured["wiring"].items() if wires["slices"]}
+    if between_slices:
+        terms["network"] = sum(interconnect.get(axes, 0) for axes in between_slices)
+        terms["interconnect"] -= terms["network"]
     common |= amounts | {"collectives": collectives, "interconnect": interconnect}
+    common |= {"scheduled": measured["schedule"]["seconds"], "seconds": terms}
     total, compile_seconds = measured["peak"] * per_chip, measured["compile_seconds"]
-    return Plan(fits=True, total=total, seconds=terms, compile_seconds=compile_seconds, **common)
-
-
-def transfer_seconds(slice_: Slice, wiring: dict[str, Any], kind: str, sent: float) -> float:
-    """Time to send so many bytes from each chip, over all links that it has along the axes, or over
-    the network between slices; in an all-to-all each byte takes all hops to its target."""
-    if wiring["slices"]:
-        return sent / slice_.chip.network
-    if not wiring["links"]:  # two devices of one chip
-        return 0.0
-    hops = max(1.0, wiring["hops"]) if "all-to-all" in kind else 1.0
-    links = 1 if kind == "collective-permute" else wiring["links"]
-    return sent * hops / (links * slice_.chip.link)
+    return Plan(fits=True, total=total, compile_seconds=compile_seconds, **common)
 
 
 def batch_of(config: RunConfig) -> tuple[int, int]:

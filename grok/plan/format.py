@@ -8,6 +8,14 @@ from grok.plan.estimate import Plan, recomputed_flops
 from grok.plan.published import describe, published_runs
 from grok.plan.suggestions import suggestions
 
+# The times of a step, and what each supposes.
+STEPS = {
+    "scheduled": "by the compiled schedule",
+    "overlapped": "if all terms overlap",
+    "serial": "if none overlaps",
+}
+MIN_WAIT = 0.005  # shortest wait that is listed, as a share of the step
+
 
 def format_plan(plan: Plan) -> str:
     """The whole plan, as lines of text."""
@@ -57,11 +65,14 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
         text += f", {plan.hbm / plan.state:.2f} x weights and cache read once"
     yield "HBM", text
     if plan.host:
-        rate, held = _amount(plan.host / plan.step_seconds()["overlapped"]), _gib(plan.host_memory)
+        rate, held = _amount(plan.host / plan.step_seconds()["scheduled"]), _gib(plan.host_memory)
         text = f"{_amount(plan.host)}B to host memory and back, which holds {held} GiB a chip; "
-        yield "hosts", f"{text}in the shortest step, {rate}B/s"
+        yield "hosts", f"{text}in a scheduled step, {rate}B/s"
     sent = sum(sum(kinds.values()) for kinds in plan.collectives.values())
-    yield "interconnect", f"{_amount(sent)}B sent"
+    text = f"{_amount(sent)}B sent"
+    if (share := plan.async_collective_share()) is not None:
+        text += f", {share:.1%} of it beside other work"
+    yield "interconnect", text
     for axes, kinds in sorted(plan.collectives.items()):
         bytes_sent = ", ".join(f"{kind} {_amount(sent)}B" for kind, sent in sorted(kinds.items()))
         wiring, seconds = plan.measured["wiring"][axes], _seconds(plan.interconnect[axes])
@@ -74,24 +85,29 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "roofline", f"{terms}; {max(plan.seconds, key=plan.seconds.__getitem__)} bounds it"
     steps, rates, mfu = plan.step_seconds(), plan.tokens_per_second(), plan.mfu()
     prices = plan.usd_per_billion_tokens()
-    for name, how in (("overlapped", "all terms overlap"), ("serial", "none overlaps")):
-        text = f"{_seconds(steps[name])} a step if {how}: {rates[name]:,.4g} tokens/s/chip, "
+    for name, how in STEPS.items():
+        text = f"{_seconds(steps[name])} a step {how}: {rates[name]:,.4g} tokens/s/chip, "
         text += f"MFU {mfu[name]:.1%}"
         if prices:
             text += f", {prices[name]:,.0f} USD per billion tokens"
         yield name, text
+    exposed, waits = (plan.measured["schedule"][key] for key in ("exposed", "longest_waits"))
+    yield "waits", f"{_seconds(exposed)} of the schedule for communication alone"
+    for label, seconds in waits:
+        if seconds > MIN_WAIT * steps["scheduled"]:
+            yield "", f"{_seconds(seconds)} for {_short_wait(label)}"
     yield "compiled", f"in {plan.compile_seconds:,.0f} s"
 
 
 def _assumptions(plan: Plan) -> Iterator[str]:
-    chip, measured = plan.slice.chip, plan.measured
+    rates, measured = plan.rates, plan.measured
     yield (
-        f"a {plan.slice.generation} chip does {chip.flops / 1e12:,.0f} TFLOP/s in bfloat16, has "
-        f"{chip.hbm / GIB:.0f} GiB at {chip.bandwidth / 1e9:,.0f} GB/s, and links of "
-        f"{chip.link / 1e9:.0f} GB/s each way"
+        f"a {plan.slice.generation} chip does {rates.flops / 1e12:,.0f} TFLOP/s in bfloat16, has "
+        f"{plan.slice.chip.hbm / GIB:.0f} GiB at {rates.hbm / 1e9:,.0f} GB/s, and links of "
+        f"{rates.link / 1e9:.0f} GB/s each way"
     )
     if plan.slice.count > 1:
-        yield f"a chip's share of the network between slices is {chip.network / 1e9:g} GB/s"
+        yield f"a chip's share of the network between slices is {rates.network / 1e9:g} GB/s"
     if plan.fits:
         yield (
             "compiled FLOPs are those of matrix products and kernels; HBM bytes are operands and "
@@ -100,6 +116,10 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         yield (
             "collectives use ring algorithms at the full speed of the links along their mesh axes "
             "(two per side that closes to a ring, else one), one axis after the other"
+        )
+        yield (
+            "the schedule runs instructions one after the other, each as long as its FLOPs, HBM "
+            "bytes or transfers take; transfers that the compiler started early run beside them"
         )
         yield "state stays in place between steps, and no step waits for input"
         if plan.host:
@@ -155,3 +175,8 @@ def _seconds(time: float) -> str:
 def _short(op_name: str) -> str:
     names = [name for name in op_name.split("/") if name not in ("while", "body", "eval_jaxpr")]
     return "/".join(names[-3:])
+
+
+def _short_wait(label: str) -> str:
+    kinds, op_name = label.split(": ", 1)
+    return f"{kinds}: {_short(op_name)}"

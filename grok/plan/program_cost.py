@@ -53,24 +53,24 @@ class CompiledProgram:
     def __init__(self, text: str, mesh_sizes: dict[str, int], loop_count: float = 1):
         """Reads `text`. `mesh_sizes`: of the mesh axes, in order; `loop_count`: runs of loops whose
         count the text does not have. Conditionals take their dearest branch."""
-        self._computations, self._entry = parse_hlo(text)
+        self.computations, self.entry = parse_hlo(text)
         self._mesh_sizes, self._loop_count = mesh_sizes, loop_count
         self._costs: dict[str, Cost] = {}
         self._inlined: dict[str, Computation] = {}
 
     def cost(self) -> Cost:
         """The cost of one run of the whole program."""
-        return self._computation_cost(self._entry)
+        return self._computation_cost(self.entry)
 
     def largest_arrays(self, number: int) -> list[tuple[str, str, float]]:
         """Shape, operation and bytes of the largest arrays that the program makes in HBM, except
         shapes that its arguments have."""
-        instructions = [i for c in self._computations.values() for i in c.values()]
-        entry = self._computations[self._entry].values()
+        instructions = [i for c in self.computations.values() for i in c.values()]
+        entry = self.computations[self.entry].values()
         arguments = {a for i in entry if i.opcode == "parameter" for a in i.arrays}
         fused = {name for i in instructions if i.opcode == "fusion" for name in i.called("calls")}
         operations: dict[Array, str] = {}
-        for name, computation in self._computations.items():
+        for name, computation in self.computations.items():
             for instruction in computation.values() if name not in fused else ():
                 if instruction.opcode in (*FREE, "while", "conditional", "call"):
                     continue
@@ -83,12 +83,13 @@ class CompiledProgram:
     def _computation_cost(self, name: str) -> Cost:
         if name not in self._costs:
             total = Cost()
-            for instruction in self._computations[name].values():
-                total.add(self._instruction_cost(self._computations[name], instruction))
+            for instruction in self.computations[name].values():
+                total.add(self.instruction_cost(self.computations[name], instruction))
             self._costs[name] = total
         return self._costs[name]
 
-    def _instruction_cost(self, computation: Computation, instruction: Instruction) -> Cost:
+    def instruction_cost(self, computation: Computation, instruction: Instruction) -> Cost:
+        """The cost of one instruction, with what it calls."""
         opcode = instruction.opcode
         if opcode in FREE or opcode.endswith(("-done", "-update")):
             return Cost()
@@ -96,16 +97,14 @@ class CompiledProgram:
             return self._loop_cost(computation, instruction)
         total = Cost()
         if opcode == "conditional":
-            keys = ("branch_computations", "true_computation", "false_computation")
-            branches = [name for key in keys for name in instruction.called(key)]
-            costs = map(self._computation_cost, branches)
+            costs = map(self._computation_cost, self.branches(instruction))
             total.add(max(costs, key=lambda cost: (cost.flops, cost.hbm)))
             return total
         if opcode in ("call", "call-start", "async-start"):
             for called in instruction.called("to_apply") or instruction.called("calls"):
                 total.add(self._computation_cost(called))
             return total
-        fused = self._fused(instruction) if opcode == "fusion" else {}
+        fused = self.fused(instruction) if opcode == "fusion" else {}
         total.host = host_bytes(instruction)
         # Of a transfer to or from host memory, one end is in HBM.
         total.hbm = total.host or hbm_bytes(computation, instruction, fused)
@@ -140,23 +139,32 @@ class CompiledProgram:
 
     def _loop_cost(self, computation: Computation, loop: Instruction) -> Cost:
         total = Cost()
-        times: float | None = self._trip_count(computation, loop)
-        if times is None:
-            times = self._loop_count
+        if self._constant_count(computation, loop) is None:
             total.loops[loop.op_name] += 1
-        total.add(self._computation_cost(loop.called("body")[0]), times)
+        body = self._computation_cost(loop.called("body")[0])
+        total.add(body, self.trip_count(computation, loop))
         return total
 
-    def _trip_count(self, computation: Computation, loop: Instruction) -> int | None:
+    def branches(self, conditional: Instruction) -> list[str]:
+        """Computations of which a conditional runs one."""
+        keys = ("branch_computations", "true_computation", "false_computation")
+        return [name for key in keys for name in conditional.called(key)]
+
+    def trip_count(self, computation: Computation, loop: Instruction) -> float:
+        """Runs of a loop."""
+        times = self._constant_count(computation, loop)
+        return self._loop_count if times is None else times
+
+    def _constant_count(self, computation: Computation, loop: Instruction) -> int | None:
         """Runs of a loop whose condition is `counter < constant` and whose counter starts at a
         constant; None for others."""
-        condition = self._computations[loop.called("condition")[0]]
+        condition = self.computations[loop.called("condition")[0]]
         root = next(i for i in condition.values() if i.is_root)
         if root.opcode == "fusion":
             operands = [condition[name] for name in root.operands]
             condition = {
                 name: operands[int(i.operands[0])] if i.opcode == "parameter" else i
-                for name, i in self._computations[root.called("calls")[0]].items()
+                for name, i in self.computations[root.called("calls")[0]].items()
             }
             root = next(i for i in condition.values() if i.is_root)
         if root.opcode != "compare" or "direction=LT" not in root.attributes:
@@ -164,10 +172,11 @@ class CompiledProgram:
         first, limit = (_initial_value(condition[i], computation, loop) for i in root.operands)
         return None if first is None or limit is None else max(0, limit - first)
 
-    def _fused(self, fusion: Instruction) -> Computation:
+    def fused(self, fusion: Instruction) -> Computation:
+        """Instructions that a fusion computes, with the fusions inside it looked through."""
         (name,) = fusion.called("calls")
         if name not in self._inlined:
-            self._inlined[name] = inline_fusions(self._computations, name)
+            self._inlined[name] = inline_fusions(self.computations, name)
         return self._inlined[name]
 
     def _mesh_axes(self, groups: np.ndarray) -> str:

@@ -46,11 +46,12 @@ def candidates(config: RunConfig, slice_: Slice) -> list[Candidate]:
 def ranking(plans: list[tuple[Candidate, Plan]]) -> str:
     """The compiled candidates, fastest first, and the overrides of the best."""
     fitting = [(candidate, plan) for candidate, plan in plans if plan.fits]
-    fitting.sort(key=lambda pair: -pair[1].tokens_per_second()["serial"])
+    fitting.sort(key=lambda pair: -pair[1].tokens_per_second()["scheduled"])
     lines = []
     for candidate, plan in fitting:
         rates, size = plan.tokens_per_second(), (plan.total or 0) / GIB
-        text = f"{rates['serial']:8,.0f} to {rates['overlapped']:,.0f} tokens/s/chip"
+        text = f"{rates['scheduled']:8,.0f} tokens/s/chip"
+        text += f" ({rates['serial']:,.0f} to {rates['overlapped']:,.0f})"
         lines.append(f"{text}, {size:.1f} GiB a chip: {candidate}")
     lines += [f"    does not fit: {candidate}" for candidate, plan in plans if not plan.fits]
     if fitting:

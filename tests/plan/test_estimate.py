@@ -7,12 +7,14 @@ import pytest
 from grok.config.load import load_config
 from grok.hardware import GIB
 from grok.plan.compile import required_bytes
-from grok.plan.estimate import Price, make_plan, transfer_seconds
+from grok.plan.estimate import Price, make_plan
 from grok.plan.format import format_plan
 from grok.plan.published import published_runs
+from grok.plan.rates import published_rates, transfer_seconds
 from grok.plan.topology import parse_slice
 
 SLICE = parse_slice("v5p:4x4x4")
+RATES = published_rates("v5p")
 CONFIG = load_config("grok-1", ["data.sequence_length=8192", "data.batch_size=64"])
 MEASURED = {
     "mesh_sizes": {"slice": 1, "data": 64, "expert": 1, "tensor": 1},
@@ -29,13 +31,20 @@ MEASURED = {
     "wiring": {"data": {"links": 2, "hops": 1.0, "slices": False}},
     "loops": [],
     "kernels": [],
+    "schedule": {
+        "seconds": 12.5,
+        "sent": 360e9,
+        "sent_beside": 90e9,
+        "exposed": 1.25,
+        "longest_waits": [["all-gather over data: jit(step)/while/body/gate", 1.0]],
+    },
     "compile_seconds": 190.0,
 }
 
 
 @pytest.fixture
 def plan():
-    return make_plan(CONFIG, SLICE, MEASURED, Price(3.6, "a test"))
+    return make_plan(CONFIG, SLICE, RATES, MEASURED, Price(3.6, "a test"))
 
 
 def test_three_terms_and_what_follows_from_them(plan):
@@ -45,11 +54,14 @@ def test_three_terms_and_what_follows_from_them(plan):
         "compute": 10,
         "hbm": 4,
         "interconnect": 2,
+        "scheduled": 12.5,
         "overlapped": 10,
         "serial": 16,
     }
-    assert answer["tokens_per_second_per_chip"] == {"overlapped": 819.2, "serial": 512}
-    assert answer["usd_per_billion_tokens"] == pytest.approx(1e9 / 512 / 3600 * 3.6)
+    rates = {"scheduled": 655.36, "overlapped": 819.2, "serial": 512}
+    assert answer["tokens_per_second_per_chip"] == rates
+    assert answer["usd_per_billion_tokens"] == pytest.approx(1e9 / 655.36 / 3600 * 3.6)
+    assert answer["async_collective_share"] == 0.25
     # 522 GFLOP a token: facts of the model, counted elsewhere.
     assert answer["mfu"]["overlapped"] == pytest.approx(819.2 * 522e9 / 459e12, rel=2e-3)
     memory = {"state": 55, "temporaries": 25, "total": 80, "capacity": 95}
@@ -61,8 +73,8 @@ def test_three_terms_and_what_follows_from_them(plan):
 
 def test_json_has_these_keys(plan):
     keys = """fits hbm_gib_per_chip flops_per_chip_per_step hbm_bytes_per_chip_per_step
-    host_bytes_per_chip_per_step collective_bytes_per_chip_per_step seconds mfu
-    tokens_per_second_per_chip usd_per_billion_tokens compile_seconds""".split()
+    host_bytes_per_chip_per_step collective_bytes_per_chip_per_step async_collective_share seconds
+    mfu tokens_per_second_per_chip usd_per_billion_tokens compile_seconds""".split()
     assert list(plan.to_dict()) == keys
     unfit = dataclasses.replace(plan, fits=False, seconds={})
     assert list(unfit.to_dict()) == keys
@@ -70,23 +82,29 @@ def test_json_has_these_keys(plan):
 
 def test_two_devices_of_a_chip_are_one_chip():
     slice_ = parse_slice("7x:4x4x4")
-    plan = make_plan(CONFIG, slice_, MEASURED | {"devices_per_chip": 2}, None)
+    plan = make_plan(
+        CONFIG, slice_, published_rates("7x"), MEASURED | {"devices_per_chip": 2}, None
+    )
     assert (plan.state, plan.flops) == (110 * GIB, 2 * MEASURED["flops"])
     assert plan.to_dict()["usd_per_billion_tokens"] is None
 
 
 def test_times_of_transfers():
     ring = {"links": 2, "hops": 4.0, "slices": False}
-    assert transfer_seconds(SLICE, ring, "all-gather", 180e9) == 1
-    assert transfer_seconds(SLICE, ring, "all-to-all", 180e9) == 4
-    assert transfer_seconds(SLICE, ring, "collective-permute", 180e9) == 2
-    assert transfer_seconds(SLICE, ring | {"slices": True}, "all-reduce", 6.25e9) == 1
+    assert transfer_seconds(RATES, ring, "all-gather", 180e9) == 1
+    assert transfer_seconds(RATES, ring, "all-to-all", 180e9) == 4
+    assert transfer_seconds(RATES, ring, "collective-permute", 180e9) == 2
+    assert transfer_seconds(RATES, ring | {"slices": True}, "all-reduce", 6.25e9) == 1
 
 
 def test_report_says_what_it_assumes(plan):
     text = format_plan(plan)
     assert "fits: state 55.00 + temporaries 25.00 = 80.00 of 95.00 GiB a chip" in text
     assert "compute 10 s, hbm 4 s, interconnect 2 s; compute bounds it" in text
+    assert "scheduled     12.5 s a step by the compiled schedule: 655.4 tokens/s/chip" in text
+    assert "360 GB sent, 25.0% of it beside other work" in text
+    assert "1.25 s of the schedule for communication alone" in text
+    assert "1 s for all-gather over data: jit(step)/gate" in text
     assert "a chip-hour costs 3.6 USD (a test)" in text
     assert "459 TFLOP/s" in text
 
@@ -103,11 +121,11 @@ def test_published_runs_of_its_kind_stand_beside_a_plan(plan):
 
 def test_report_says_what_the_hosts_hold():
     measured = MEASURED | {"host": 50e9, "host_memory": 24 * GIB}
-    text = format_plan(make_plan(CONFIG, SLICE, measured, None))
+    text = format_plan(make_plan(CONFIG, SLICE, RATES, measured, None))
     assert "50 GB to host memory and back, which holds 24.00 GiB a chip" in text
-    assert "in the shortest step, 5 GB/s" in text
+    assert "in a scheduled step, 4 GB/s" in text
     assert "transfers to host memory and back take no time of the step" in text
-    assert "host" not in format_plan(make_plan(CONFIG, SLICE, MEASURED, None))
+    assert "host" not in format_plan(make_plan(CONFIG, SLICE, RATES, MEASURED, None))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +146,7 @@ def test_what_does_not_fit_says_what_would():
         key: MEASURED[key] for key in ("mesh_sizes", "devices_per_chip", "state", "largest_state")
     }
     plan = make_plan(
-        CONFIG, slice_, measured | {"compiler_message": "E1000", "required": 130 * GIB}, None
+        CONFIG, slice_, RATES, measured | {"compiler_message": "E1000", "required": 130 * GIB}, None
     )
     text = format_plan(plan)
     assert "does not fit: state 55.00 + temporaries 75.00 = 130.00 of 95.00 GiB a chip" in text

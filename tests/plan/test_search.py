@@ -8,6 +8,7 @@ from grok.config.load import load_config
 from grok.errors import ConfigError
 from grok.model.mesh_fit import check_fits
 from grok.plan.estimate import make_plan
+from grok.plan.rates import published_rates
 from grok.plan.search import candidates, ranking
 from grok.plan.topology import parse_slice
 from tests.plan.test_estimate import MEASURED
@@ -39,8 +40,8 @@ def test_a_slice_that_holds_no_candidate():
 def test_ranking_puts_the_fastest_first_and_what_does_not_fit_last():
     slice_ = parse_slice("v5p:4x4x8")
     slow, fast, unfit = candidates(load_config("grok-1", OVERRIDES), slice_)[:3]
-    plan = make_plan(slow.config, slice_, MEASURED, None)
-    faster = dataclasses.replace(plan, seconds={"compute": 5.0, "hbm": 4.0, "interconnect": 1.0})
+    plan = make_plan(slow.config, slice_, published_rates("v5p"), MEASURED, None)
+    faster = dataclasses.replace(plan, scheduled=11.0)
     text = ranking([(slow, plan), (unfit, dataclasses.replace(plan, fits=False)), (fast, faster)])
     lines = text.splitlines()
     order = zip((fast, slow, unfit), lines[:3], strict=True)
