@@ -50,6 +50,13 @@ def is_primary() -> bool:
     return process_index() == 0
 
 
+def coordinator_host() -> str:
+    """Host of process 0, as the other processes reach it."""
+    address = global_state.coordinator_address
+    assert address, "initialize connects first"
+    return address.rpartition(":")[0].strip("[]")
+
+
 @contextlib.contextmanager
 def exit_together() -> Iterator[None]:
     """Ends all processes when the body fails in one of them, with the exit code of its error. The
@@ -122,6 +129,14 @@ def abort(code: int, reason: str) -> NoReturn:
         os._exit(code)
     _print_error(f"[process {process_index()}] error: {reason}")
     _exit(code, json.dumps({"process": process_index(), "code": code, "reason": reason}))
+
+
+def lost_contact(error: BaseException) -> Lost | None:
+    """The error to raise instead of one by which a collective says that another process is gone;
+    None for any other error."""
+    if isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in str(error):
+        return Lost(f"lost contact with another process: {str(error).splitlines()[0]}")
+    return None
 
 
 def env_cluster() -> tuple[str, int, int] | None:
@@ -207,8 +222,8 @@ def _abort_on(error: BaseException) -> NoReturn:
         abort(getattr(error, "exit_code", 1), str(error))
     if isinstance(error, KeyboardInterrupt):
         abort(130, "interrupted")
-    if isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in str(error):
-        abort(RESTART, f"lost contact with another process: {str(error).splitlines()[0]}")
+    if lost := lost_contact(error):
+        abort(RESTART, str(lost))
     traceback.print_exception(error)
     abort(1, f"{type(error).__name__}: {error}")
 

@@ -64,6 +64,9 @@ class ServeConfig(InferConfig):
     max_choices: Annotated[Count, "answers that one request may ask for"] = 16
     max_queue: Annotated[Count, "live requests; more are refused with 429"] = 256
     max_seconds: Annotated[Positive, "time limit of a request"] = 600.0
+    heartbeat_timeout_seconds: Annotated[
+        Count, "of several hosts: end all when one is silent for so long"
+    ] = 30
 
     def __post_init__(self) -> None:
         if self.port > 65535:

@@ -3,44 +3,90 @@
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import click
 import uvicorn
 
-from grok import storage
+from grok import distributed, storage
 from grok.config.infer import ServeConfig
-from grok.errors import ConfigError, GrokError
+from grok.errors import SAVED, ConfigError, GrokError
 from grok.infer.loader import ServedModel
 from grok.serve.app import App
+from grok.serve.channel import FollowerChannel
 from grok.serve.engine_thread import EngineThread
+from grok.serve.replicated import ReplicatedEngine, follow, open_channel
 
 KEYS_VARIABLE = "GROK_API_KEYS"
 SHUTDOWN_SECONDS = 30  # for requests under way when the server is asked to stop
 
 
-def run(config: ServeConfig) -> None:
-    """Serves until it is asked to stop. Raises ConfigError, DataError and CheckpointError for what
-    cannot work, and GrokError where the engine breaks down."""
-    keys, listener = read_keys(config), bind(config)
-    model = ServedModel(config)
-    name = config.name or Path(config.weights.rstrip("/")).name
-    engine = model.engine(lambda text: click.echo(text, err=True))
+def run(config: ServeConfig) -> int:
+    """Serves until it is asked to stop; returns the exit code, SAVED. Of several processes, which
+    all call this, process 0 serves and the others step its engine. Raises ConfigError, DataError
+    and CheckpointError for what cannot work, Lost, and GrokError where the engine breaks down."""
+    several = distributed.process_count() > 1
+    front = HttpFront(config) if distributed.is_primary() else None
+    channel = open_channel(config) if several else None
+    model = ServedModel(config, spans_all_hosts=several)
+    engine = model.engine(_print if front else _ignore)
     engine.warm_up()
-    broken: list[BaseException] = []
+    if isinstance(channel, FollowerChannel):
+        follow(engine, channel)
+        return SAVED
+    assert front
+    if channel is None:
+        front.serve(model, engine, threading.Event())
+        return SAVED
+    front.serve(model, ReplicatedEngine(engine, channel), channel.stop_requested)
+    channel.end()
+    return SAVED
 
-    def stop(error: BaseException) -> None:
-        broken.append(error)
-        server.should_exit = True
 
-    engine_thread = EngineThread(engine, stop)
-    server = make_server(App(config, name, engine_thread, model.parser(config.max_choices), keys))
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    click.echo(f"{name} answers at http://{host}:{listener.getsockname()[1]}", err=True)
-    server.run(sockets=[listener])
-    if broken:
-        raise GrokError(f"the engine broke down: {broken[0]}") from broken[0]
+def _print(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _ignore(text: str) -> None:
+    pass
+
+
+class HttpFront:
+    """The side of a server that clients see: its keys and its address, checked when it is made."""
+
+    def __init__(self, config: ServeConfig):
+        """Raises ConfigError for keys or an address that cannot be had."""
+        self._config, self._keys, self._listener = config, read_keys(config), bind(config)
+
+    def serve(self, model: ServedModel, engine: Any, stop_requested: threading.Event) -> None:
+        """Answers until a signal or `stop_requested` ends it. Raises GrokError where the engine
+        breaks down, and Lost where that is because another process is gone."""
+        config = self._config
+        name = config.name or Path(config.weights.rstrip("/")).name
+        broken: list[BaseException] = []
+
+        def on_failure(error: BaseException) -> None:
+            broken.append(error)
+            server.should_exit = True
+
+        def stop_when_requested() -> None:
+            stop_requested.wait()
+            server.should_exit = True
+
+        thread = EngineThread(engine, on_failure)
+        server = make_server(
+            App(config, name, thread, model.parser(config.max_choices), self._keys)
+        )
+        threading.Thread(target=stop_when_requested, daemon=True).start()
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        _print(f"{name} answers at http://{host}:{self._listener.getsockname()[1]}")
+        server.run(sockets=[self._listener])
+        if broken:
+            error = distributed.lost_contact(broken[0])
+            raise error or GrokError(f"the engine broke down: {broken[0]}") from broken[0]
 
 
 def bind(config: ServeConfig) -> socket.socket:
@@ -64,8 +110,8 @@ class _Server(uvicorn.Server):
     """A server that finishes the requests under way at the first signal, and ends at the second."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Takes SIGINT or SIGTERM."""
-        super().handle_exit(sig, frame)
+        """Takes SIGINT or SIGTERM. Uvicorn's own would raise it again at the end."""
+        self.should_exit = True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         # To the descriptor itself: the signal may have interrupted a print.

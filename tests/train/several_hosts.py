@@ -1,4 +1,4 @@
-"""Real processes of `grok train` on this machine, as if each were a host."""
+"""Real processes of `grok` on this machine, as if each were a host."""
 
 import os
 import socket
@@ -19,8 +19,14 @@ QUICK_TO_COMPILE = {
 class Hosts:
     """Processes that were started together, each with its own log."""
 
-    def __init__(self, commands: list[list[str]], folder: Path, environment: dict | None = None):
-        """Starts `grok train COMMAND` for each of `commands`; logs go to `folder`."""
+    def __init__(
+        self,
+        commands: list[list[str]],
+        folder: Path,
+        environment: dict | None = None,
+        verb: str = "train",
+    ):
+        """Starts `grok VERB COMMAND` for each of `commands`; logs go to `folder`."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -33,7 +39,7 @@ class Hosts:
             )
             with self.logs[number].open("w") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "grok", "train", *command],
+                    [sys.executable, "-m", "grok", verb, *command],
                     env={**os.environ, **QUICK_TO_COMPILE, **(environment or {}), **dict(cluster)},
                     stdout=log,
                     stderr=log,
