@@ -12,7 +12,8 @@
 #   other   restarted with exponential backoff
 #
 # Gives up, with 1, after LAUNCH_MAX_STALLS consecutive starts without a new step (batch: without a new
-# shard of answers), read from the folder= or output= of the command. If babysit itself is killed, call
+# shard of answers; server: without an answer at /health), read from the folder= or output= of the command.
+# A server that was healthy and no longer answers at /health is restarted. If babysit itself is killed, call
 # it again without a command, or with the same one, and it continues; run it in tmux, or under anything
 # that restarts it. Restarts use the code of the first start, not the current tree.
 set -euo pipefail
@@ -93,6 +94,7 @@ update_progress() {
 reached() {
   case $(cat "$state_dir/progress" 2>/dev/null || true) in
     shard*) echo "with $(plural "$best" shard)" ;;
+    serve*) if ((best)); then echo "healthy until $(duration $(($(date +%s) - best))) ago"; else echo "never healthy"; fi ;;
     *) echo "at step $best" ;;
   esac
 }
@@ -101,6 +103,7 @@ reached() {
 advice() {
   case $(cat "$state_dir/progress" 2>/dev/null || true) in
     shard*) echo "before a shard is finished, lower shard_size (and use another output)" ;;
+    serve*) echo "before the weights are loaded, use LAUNCH_PROVISIONING=on-demand" ;;
     *) echo "before the run has saved, lower checkpoint.every" ;;
   esac
 }
@@ -126,7 +129,7 @@ start_run() {
 
 # Polls until something must be done, and sets `verdict`.
 watch_run() {
-  local bad_polls=0 bad_since=$SECONDS
+  local bad_polls=0 bad_since=$SECONDS was_healthy=
   while true; do
     sleep "$LAUNCH_POLL_SECONDS"
     exit_if_stopped
@@ -139,6 +142,7 @@ watch_run() {
     if call_workers status; then
       update_progress
       judge_reports
+      judge_health
     else
       judge_missing_answers
     fi
@@ -152,6 +156,16 @@ watch_run() {
       *) return ;;
     esac
   done
+}
+
+# Judges a server whose processes run: once healthy, it has to stay so.
+judge_health() {
+  [[ $unit == serve && $verdict == running ]] || return 0
+  if [[ $progress != - ]]; then
+    was_healthy=1
+  elif [[ $was_healthy ]]; then
+    verdict="partial $(plural "$workers" worker) run, but the server does not answer at /health"
+  fi
 }
 
 # Judges missing answers. If no worker answers although all nodes are ready, the connection may be

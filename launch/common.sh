@@ -208,7 +208,7 @@ worked_run() {
       [[ $LAUNCH_BUCKET ]] || refuse "LAUNCH_BUCKET is not set; this run reads from a bucket and writes to it"
       call_verb "$called" -- "$@" "${command[@]}"
       ;;
-    up | setup | sync | logs | status | stop | down | cost | doctor)
+    up | setup | sync | logs | status | tunnel | stop | down | cost | doctor)
       ((${#command[@]} == 0)) || refuse "only babysit and run take arguments after --"
       call_verb "${args[@]}"
       ;;

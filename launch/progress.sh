@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Reads a run's progress from its files: the newest step of a training run, the finished shards of a
-# batch. Sourced on this machine and on the workers, never run.
+# Reads a run's progress: the newest step of a training run, the finished shards of a batch, when a server
+# was healthy. Sourced on this machine and on the workers, never run.
 # shellcheck disable=SC2034 # the scripts that source this use the variables that it sets
 
 # Sets progress (the newest step) and loss from the end of metrics.jsonl.
@@ -22,4 +22,10 @@ read_shards() {
   shard_size=${BASH_REMATCH[1]}
   total=$(((requests + shard_size - 1) / shard_size))
   progress=$(grep -c '[0-9]\.jsonl$' <<<"$1" || true)
+}
+
+# Sets progress to now, in seconds since 1970, if the server at HOST:PORT is healthy.
+read_health() {
+  progress=- loss=- total=-
+  ! curl --silent --fail --max-time 5 --output /dev/null "http://$1/health" || progress=$(date +%s)
 }

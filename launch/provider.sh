@@ -75,10 +75,11 @@ delete_slice() {
   run "${gcloud[@]}"
 }
 
-# Sets `worker_options` to the options that reach all workers at once. Without --batch-size=all, a
-# failure in one batch would keep the next batch from starting.
+# set_worker_options [OPTION]...: sets `worker_options` to the options that reach these workers; default:
+# all at once. Without --batch-size=all, a failure in one batch would keep the next batch from starting.
 set_worker_options() {
-  worker_options=(--node=all --worker=all --batch-size=all)
+  worker_options=("$@")
+  (($#)) || worker_options=(--node=all --worker=all --batch-size=all)
   if [[ $LAUNCH_IAP == yes ]]; then
     worker_options+=(--tunnel-through-iap)
   elif [[ $LAUNCH_INTERNAL_IPS == yes ]]; then
@@ -91,6 +92,14 @@ set_worker_options() {
 ssh_command() {
   set_worker_options
   tpu_command queued-resources ssh "$LAUNCH_NAME" "${worker_options[@]}" --command="$*"
+}
+
+# tunnel_command PORT HOST:PORT: sets `gcloud` to a command that forwards a port of this machine to an
+# address as the first worker sees it, until it is killed or the connection is lost.
+tunnel_command() {
+  set_worker_options --node=0 --worker=0
+  tpu_command queued-resources ssh "$LAUNCH_NAME" "${worker_options[@]}"
+  gcloud+=(-- -N -L "127.0.0.1:$1:$2" -o ExitOnForwardFailure=yes -o ServerAliveInterval=15)
 }
 
 # Shows gcloud's errors on the way to workers, without its routine messages.

@@ -10,17 +10,30 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
 source "$launch_dir/workers.sh"
 
-# Writes the files to send: the command, the variables, and the folder that shows its progress.
-write_outgoing() {
-  local name word progress=
+# Sets `progress` to where the run's progress shows: a folder, or the server's address.
+find_progress() {
+  local word host=127.0.0.1 port=8000
+  progress=
   for word in "${command[@]}"; do
     case $word in
       folder=*) progress="step ${word#folder=}" ;;
       output=*) progress="shard ${word#output=}" ;;
+      host=*) host=${word#host=} ;;
+      port=*) port=${word#port=} ;;
     esac
   done
+  if [[ "${command[*]:0:2}" == 'grok serve' ]]; then
+    [[ $host != 0.0.0.0 && $host != :: ]] || host=127.0.0.1
+    progress="serve $host:$port"
+  fi
   [[ $progress ]] ||
     log "the command has no folder= or output=: status and babysit cannot see its progress"
+}
+
+# Writes the files to send: the command, the variables, and where its progress shows.
+write_outgoing() {
+  local name progress
+  find_progress
   for name in $LAUNCH_ENV; do
     [[ -n ${!name+set} ]] || refuse "LAUNCH_ENV names $name, which is not set here: export it, or remove it"
   done

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: launch/status.sh
 #
-# Shows the slice and its nodes, the state of the workers, and the newest step and loss, or the finished
-# shards of a batch. Exits with 0 if the cloud answered.
+# Shows the slice and its nodes, the state of the workers, and the newest step and loss, the finished
+# shards of a batch, or the health of a server. Exits with 0 if the cloud answered.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
@@ -52,6 +52,9 @@ read_progress
 where=$(sed -n 's/^[a-z]* /, in /p' "$state_dir/progress" 2>/dev/null || true)
 if [[ $unit == shard ]]; then
   line run "$progress of $total shards$where"
+elif [[ $unit == serve ]]; then
+  if [[ $progress == - ]]; then health="does not answer at /health (yet)"; else health="is healthy"; fi
+  line run "the server${where/, in/ at} of the first worker $health; $(verb_path tunnel) reaches it"
 else
   line run "step $progress, loss $loss$where"
 fi

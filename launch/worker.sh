@@ -130,6 +130,8 @@ status() {
     read -r unit folder <"$run/progress" || true
     if [[ $unit == shard ]]; then
       read_shards "$(ls "$folder/answers" 2>/dev/null)" "$(cat "$folder/job.json" 2>/dev/null)"
+    elif [[ $unit == serve ]]; then
+      read_health "$folder"
     elif [[ $folder ]]; then
       read_metrics "$(tail -n 100 "$folder/metrics.jsonl" 2>/dev/null)"
     fi

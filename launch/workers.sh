@@ -43,7 +43,7 @@ value_of() {
   if [[ " $2 " =~ \ $1=([^ ]*)\  ]]; then echo "${BASH_REMATCH[1]}"; else echo -; fi
 }
 
-# Sets unit (step or shard), progress, total and loss of the run: from gs://, or from the worker that has
+# Sets unit (step, shard or serve), progress, total and loss of the run: from gs://, or from the worker that has
 # come farthest.
 read_progress() {
   local report folder at

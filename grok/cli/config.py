@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import partial
 from typing import Any
 
 import click
@@ -38,13 +39,14 @@ def config(config: str, overrides: tuple[str, ...], command: str) -> None:
     """Print every setting of CONFIG, a YAML file or a preset's name, as YAML.
 
     KEY=VALUE sets one key, as in train.steps=50. The output is itself a config file."""
-    from grok.config import RunConfig
-    from grok.config.infer import BatchConfig, ServeConfig
+    from grok.config.infer import BatchConfig
     from grok.config.load import load_config
+    from grok.config.serve import load_serve_config
     from grok.config.text import to_yaml
 
-    config_type = {"train": RunConfig, "batch": BatchConfig, "serve": ServeConfig}[command]
-    resolved: Any = load_config(config, overrides, config_type)
+    load_batch = partial(load_config, config_type=BatchConfig)
+    load: dict[str, Any] = {"batch": load_batch, "serve": load_serve_config}
+    resolved: Any = load.get(command, load_config)(config, overrides)
     text = to_yaml(resolved)
     if command == "train":
         from grok.model.mesh_fit import check_fits

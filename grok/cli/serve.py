@@ -16,23 +16,20 @@ NEEDED = ("starlette", "uvicorn", "prometheus_client")
 def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
     """Answer over HTTP, in the words of OpenAI's completions interface.
 
-    RUN_OR_CONFIG is the folder of a run or of other weights, or a YAML file that names them. Only
-    this machine is answered unless host says otherwise; keys are read from GROK_API_KEYS or
+    RUN_OR_CONFIG is the folder of a run or of other weights, a YAML file that names them, or a
+    preset of configs/serve, to which weights=WEIGHTS and tokenizer=FILE are added. Only this
+    machine is answered unless host says otherwise; keys are read from GROK_API_KEYS or
     api_keys_file. http://127.0.0.1:8000 is a page to try it. Ctrl-C lets running requests finish
     (exit code 75). On several hosts, start the same command on each: the first one answers."""
     from grok import distributed
-    from grok.config.infer import ServeConfig
-    from grok.config.load import from_dict, load_config
+    from grok.config.serve import load_serve_config
     from grok.hardware import configure_devices
 
     with distributed.exit_together():
         if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
             extra = "the package's extra `serve` (pip install 'grok[serve]') has it"
             raise ConfigError(f"`grok serve` needs {', '.join(missing)}; {extra}.")
-        if run_or_config.endswith((".yaml", ".yml")):
-            config = load_config(run_or_config, overrides, ServeConfig)
-        else:
-            config = from_dict({"weights": run_or_config}, run_or_config, overrides, ServeConfig)
+        config = load_serve_config(run_or_config, overrides)
         # The channel's own heartbeat comes first: its exit code says that a restart is worth it.
         distributed.initialize(config, 2 * config.heartbeat_timeout_seconds)
         configure_devices(config.mesh.simulated_devices // distributed.process_count())

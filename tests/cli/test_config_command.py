@@ -8,8 +8,9 @@ from click.testing import CliRunner
 from grok.cli.main import main
 from grok.config import RunConfig
 from grok.config.infer import BatchConfig, ServeConfig
-from grok.config.load import load_config
+from grok.config.load import load_config, presets
 from grok.config.schema import describe, schema
+from grok.config.serve import load_serve_config
 
 
 def grok_config(*args, **kwargs):
@@ -46,6 +47,19 @@ def test_configs_of_other_commands(command, kind, tmp_path):
     assert result.exit_code == 0, result.output
     saved.write_text(result.stdout, encoding="utf-8")
     assert load_config(saved, (), kind) == load_config(file, overrides, kind)
+
+
+SERVED = [name for name, file in presets().items() if file.parent.name == "serve"]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_what_is_planned_for_decoding_can_be_served(name):
+    served, planned = load_serve_config(name, ["weights=w", "port=9000"]), load_config(name)
+    assert (served.model, served.mesh, served.engine) == (name, planned.mesh, planned.engine)
+    assert (served.weights, served.port) == ("w", 9000)
+    result = grok_config("--of", "serve", name)
+    assert result.exit_code == 2
+    assert "weights must be set" in result.output
 
 
 def test_every_setting_is_printed_with_its_meaning():

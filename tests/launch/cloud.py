@@ -23,6 +23,7 @@ STUB_GCLOUD = (
 # A worker's programs. `grok` does what the test planned for this start of this worker.
 WORKER_PROGRAMS = {
     "hostname": 'echo "$STUB_HOSTNAME"',
+    "curl": 'echo "${@: -1}" >>"$STUB/asked"; [[ -e $STUB/healthy-$STUB_WORKER ]]',
     "sudo": '[[ $1 == -n ]] && shift; exec "$@"',
     "uv": """
         printf '%s\\n' "$*" >>"$STUB/uv"
@@ -47,6 +48,9 @@ WORKER_PROGRAMS = {
           mkdir -p "$folder/answers" && touch "$folder/answers/00000$1.jsonl"
           printf '{\n "shard_size": 10,\n "input": {\n  "requests": 25\n }\n}' >"$folder/job.json"
         }
+        asked() { wc -l <"$STUB/asked" 2>/dev/null || echo 0; }
+        until_asked_again() { local n; n=$(asked); until (($(asked) > n)); do sleep 0.02; done; }
+        healthy() { touch "$STUB/healthy-$STUB_WORKER" && until_asked_again && until_asked_again; }
         until_asked() { trap 'exit 75' TERM; while :; do sleep 0.02; done; }
         forever() { trap '' TERM; while :; do sleep 0.02; done; }
         plan=$STUB/plans/$start-$STUB_WORKER

@@ -172,6 +172,24 @@ def test_a_new_shard_is_progress_of_a_batch(cloud: Cloud) -> None:
     assert "before a shard is finished, lower shard_size" in done.stderr
 
 
+SERVE = ("--", "grok", "serve", "x", "weights=w", "port=9000")
+
+
+def test_a_server_that_was_healthy_is_progress(cloud: Cloud) -> None:
+    cloud.plan("healthy; exit 75", "healthy; exit 69", last="rm $STUB/healthy-0; exit 69")
+    done = cloud.launch("babysit", *SERVE, LAUNCH_MAX_STALLS="1")
+    assert (done.returncode, cloud.starts()) == (1, 3), done.stderr
+    assert "gave up healthy until" in done.stderr
+    assert set((cloud.stub / "asked").read_text().split()) == {"http://127.0.0.1:9000/health"}
+
+
+def test_a_server_that_hangs_is_restarted(cloud: Cloud) -> None:
+    cloud.plan("healthy; rm $STUB/healthy-0; until_asked", "exit 2")
+    done = cloud.launch("babysit", *SERVE)
+    assert (done.returncode, cloud.starts()) == (2, 2), done.stderr
+    assert "1 worker run, but the server does not answer at /health" in done.stderr
+
+
 def test_waits_between_starts_double_up_to_a_limit(cloud: Cloud) -> None:
     program = cloud.stub / "bin" / "sleep"
     program.write_text('#!/bin/sh\necho "$1" >>"$STUB/sleeps"\n')

@@ -10,8 +10,8 @@ import pytest
 from tests.launch.cloud import LAUNCH, Cloud, git
 
 GOLDEN = Path(__file__).parent / "golden"
-RUNS = ("continue-v5p", "pretrain-v5e", "batch-v6e")
-VERBS = ("up", "setup", "sync", "status", "logs", "stop", "down", "cost", "doctor")
+RUNS = ("continue-v5p", "pretrain-v5e", "batch-v6e", "serve-v6e")
+VERBS = ("up", "setup", "sync", "status", "logs", "tunnel", "stop", "down", "cost", "doctor")
 
 
 def dry_run(cloud: Cloud, verb: str, *words: str) -> str:
@@ -76,6 +76,27 @@ def test_the_command_of_the_batch_run_is_a_config_that_holds(cloud: Cloud) -> No
     config = load_config(words[2], words[3:], BatchConfig)
     assert config.mesh.data * config.mesh.expert * config.mesh.tensor == 16
     assert (config.replica, config.output) == ("all", "gs://my-bucket/answers")
+
+
+def test_the_command_of_the_server_is_a_config_that_holds(cloud: Cloud) -> None:
+    from grok.config.serve import load_serve_config
+
+    text = dry_run(cloud, "runs/serve-v6e")
+    line = next(line for line in text.splitlines() if line.startswith("# command.sh: exec "))
+    words = shlex.split(line.removeprefix("# command.sh: exec "))
+    assert words[:2] == ["grok", "serve"]
+    config = load_serve_config(words[2], words[3:])
+    assert config.mesh.data * config.mesh.expert * config.mesh.tensor == 16
+    assert (config.local, config.weights) == (True, "gs://my-bucket/grok-1/ckpt-0")
+
+
+def test_a_tunnel_forwards_a_port_to_the_first_worker(cloud: Cloud) -> None:
+    words = dry_run(cloud, "runs/serve-v6e", "tunnel", "9000").split()
+    assert words[:6] == "gcloud compute tpus queued-resources ssh grok-serve".split()
+    assert words[6:8] == ["--node=0", "--worker=0"]
+    assert words[words.index("--") :][1:4] == ["-N", "-L", "127.0.0.1:9000:127.0.0.1:8000"]
+    done = cloud.launch("tunnel", "--dry-run", "http")
+    assert (done.returncode, "'http' is no port" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("run", ["continue-v5p", "pretrain-v5e"])

@@ -18,7 +18,7 @@ def manifest(run: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("run", "topology", "nodes", "chips"),
-    [("continue-v5p", "4x4x8", 32, 4), ("pretrain-v5e", "2x4", 1, 8), ("batch-v6e", "4x4", 4, 4)],
+    [("continue-v5p", "4x4x8", 32, 4), ("pretrain-v5e", "2x4", 1, 8), ("batch-v6e", "4x4", 4, 4), ("serve-v6e", "4x4", 4, 4)],
 )
 def test_a_manifest_runs_the_command_of_the_worked_run(
     run: str, topology: str, nodes: int, chips: int
@@ -39,7 +39,7 @@ def test_a_manifest_runs_the_command_of_the_worked_run(
     assert f"--node-id={jobset['metadata']['name']} " in golden[1]
 
 
-@pytest.mark.parametrize("run", ["continue-v5p", "pretrain-v5e", "batch-v6e"])
+@pytest.mark.parametrize("run", ["continue-v5p", "pretrain-v5e", "batch-v6e", "serve-v6e"])
 def test_a_manifest_keeps_the_contract_of_exit_codes(run: str) -> None:
     spec = manifest(run)["spec"]
     [rule] = spec["failurePolicy"]["rules"]
