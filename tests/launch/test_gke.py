@@ -18,7 +18,12 @@ def manifest(run: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("run", "topology", "nodes", "chips"),
-    [("continue-v5p", "4x4x8", 32, 4), ("pretrain-v5e", "2x4", 1, 8), ("batch-v6e", "4x4", 4, 4), ("serve-v6e", "4x4", 4, 4)],
+    [
+        ("continue-v5p", "4x4x8", 32, 4),
+        ("pretrain-v5e", "2x4", 1, 8),
+        ("batch-v6e", "4x4", 4, 4),
+        ("serve-v6e", "4x4", 4, 4),
+    ],
 )
 def test_a_manifest_runs_the_command_of_the_worked_run(
     run: str, topology: str, nodes: int, chips: int
