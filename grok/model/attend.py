@@ -21,9 +21,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from grok import hardware, sharding
 from grok.config import AttentionConfig, ModelConfig
+from grok.config.section import round_up
+from grok.errors import ConfigError
 from grok.ops.attention import ragged
 from grok.ops.attention.causal import attention
 from grok.ops.attention.flash import flash_attention, supports
+from grok.ops.attention.int8_pages import scale_lanes
 from grok.ops.attention.paged import paged_attention, write_pages
 from grok.sharding import Axes
 
@@ -102,11 +105,12 @@ def _kv_of_local_heads(q_BTNH, k_BSKH, v_BSKH, config: AttentionConfig):
 class PagedCache:
     """Keys (2: first) and values of all layers; donated from step to step.
 
-    int8 values have float32 scales, one for each token and head of keys and of values.
+    `kv` is (L, P, S, K, 2, H). int8 values are (L, P, K, 2, S, H) and have scales, as
+    `grok.ops.attention.int8_pages` says.
     """
 
-    kv_LPSK2H: jax.Array
-    scale_LPSK2: jax.Array | None = None
+    kv: jax.Array
+    scale_LPKT: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -163,7 +167,7 @@ class PagedAttend:
         # With all kv heads and fewer query heads than share one, it is the same for all.
         fewer = config.num_heads // sharding.axis_size("heads") < group
         kernel = hardware.platform() == "tpu" and not fewer
-        kernel = kernel and ragged.supports(cache.kv_LPSK2H, config.head_dim)
+        kernel = kernel and ragged.supports(cache.kv, config.head_dim)
 
         def local(q, k, v, kv_pages, scales, table_BUM, start_BU, count_BU, layer):
             # Each device has the tokens of one group.
@@ -173,33 +177,49 @@ class PagedAttend:
             kv_pages, scales = write_pages(kv_pages, scales, layer, new, *where[1:], count_BU[0])
             q_UQNH, terms = q.reshape(-1, Q, *q.shape[2:]), _terms(config)
             if kernel:
-                o_UQNH = ragged.ragged_attention(q_UQNH, kv_pages, *where, **terms)
+                o_UQNH = ragged.ragged_attention(q_UQNH, kv_pages, scales, *where, **terms)
             else:
                 portable = functools.partial(paged_attention, count_U=count_BU[0], kv_head=shared)
                 o_UQNH = portable(q_UQNH, kv_pages, scales, *where, **terms)
             return o_UQNH.reshape(q.shape), kv_pages, scales
 
         q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", None, kv, None)
-        cache_axes = ("layers", "batch", None, kv, None, None)
-        scale_axes = () if cache.scale_LPSK2 is None else cache_axes[:-1]
+        cache_axes, scale_axes = _cache_axes(config, cache.scale_LPKT is not None)
         rows = ("batch", None)
         in_axes = (q_axes, kv_axes, kv_axes, cache_axes, scale_axes, (*rows, None), rows, rows, ())
         sharded = sharding.shard_map(
             local, in_axes, (q_axes, cache_axes, scale_axes), check_vma=not kernel
         )
         tokens = q_BTNH, k_BTKH, v_BTKH
-        pages = cache.kv_LPSK2H, cache.scale_LPSK2
+        pages = cache.kv, cache.scale_LPKT
         places = batch.table_BUM, batch.start_BU, batch.count_BU
         o_BTNH, *pages = sharded(*tokens, *pages, *places, self.layer)
         return o_BTNH, dataclasses.replace(self, cache=PagedCache(*pages))
 
 
 def init_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> PagedCache:
-    """Empty pages, `pages` over all groups, with values in `dtype`: a float type or int8."""
-    c = config.attention
-    shape = (config.num_layers, pages, page_size, c.num_kv_heads, 2)
-    axes = ("layers", "batch", None, sharding.kv_axis(c.num_kv_heads), None)
-    kv = sharding.constrain(jnp.zeros((*shape, c.head_dim), dtype), *axes, None)
-    if dtype != "int8":
+    """Empty pages, `pages` over all groups, with values in `dtype`: a float type or int8.
+
+    Raises ConfigError for int8 pages that the kernel for TPUs would not take.
+    """
+    if dtype == "int8" and hardware.platform() == "tpu" and page_size % ragged.INT8_SUBLANES:
+        problem = f"engine.page_size={page_size} leaves tiles of an int8 cache half empty on a TPU"
+        near = round_up(page_size, ragged.INT8_SUBLANES)
+        raise ConfigError(f"{problem}; engine.page_size={near} would work.")
+    L, K, H = config.num_layers, config.attention.num_kv_heads, config.attention.head_dim
+    is_int8 = dtype == "int8"
+    kv_axes, scale_axes = _cache_axes(config.attention, is_int8)
+    page = (K, 2, page_size, H) if is_int8 else (page_size, K, 2, H)
+    kv = sharding.constrain(jnp.zeros((L, pages, *page), dtype), *kv_axes)
+    if not is_int8:
         return PagedCache(kv)
-    return PagedCache(kv, sharding.constrain(jnp.zeros(shape, jnp.float32), *axes))
+    scale_LPKT = jnp.zeros((L, pages, K, scale_lanes(page_size)), jnp.float32)
+    return PagedCache(kv, sharding.constrain(scale_LPKT, *scale_axes))
+
+
+def _cache_axes(config: AttentionConfig, is_int8: bool) -> tuple[Axes, Axes]:
+    """Axes of the cache's values, and of their scales."""
+    kv = sharding.kv_axis(config.num_kv_heads)
+    if is_int8:
+        return ("layers", "batch", kv, None, None, None), ("layers", "batch", kv, None)
+    return ("layers", "batch", None, kv, None, None), ()

@@ -224,7 +224,7 @@ def test_tokens_of_a_prompt_are_counted_when_it_is_read(engine):
 
 def test_a_step_writes_into_the_cache_that_it_was_given(engine):
     def pointers() -> list[int]:
-        shards = engine._cache.kv_LPSK2H.addressable_shards
+        shards = engine._cache.kv.addressable_shards
         return [shard.data.unsafe_buffer_pointer() for shard in shards]
 
     before = pointers()

@@ -210,9 +210,9 @@ def test_kernels_of_tpus_get_every_term(name, form, monkeypatch):
         index = jnp.broadcast_to(jnp.arange(q.shape[1])[None, :], segment.shape)
         return attention_reference(q, k, v, index, segment, segment, positions_BT, **terms)
 
-    def ragged(q, kv, *places, **terms):
+    def ragged(*arrays, **terms):
         calls.append(terms)
-        return paged_attention_reference(q, kv, None, *places, **terms)
+        return paged_attention_reference(*arrays, **terms)
 
     monkeypatch.setattr(attend, "hardware", types.SimpleNamespace(platform=lambda: "tpu"))
     monkeypatch.setattr(attend, "supports", lambda length: True)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import grok.ops.attention.paged
+from grok.ops.attention.int8_pages import scale_lanes
 from grok.ops.attention.paged import paged_attention, paged_attention_reference, write_pages
 
 L, P, S, M, K, N, H = 2, 24, 4, 6, 2, 4, 8
@@ -40,9 +41,11 @@ def sequences(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def pages_of(k, v, dtype: str):
     """Pages with the keys and values of all tokens written to them; what was there is not finite,
     where the type has such values."""
-    stale = np.nan if dtype == "float32" else 99
-    kv = jnp.full((L, P, S, K, 2, H), stale, dtype)
-    scale = None if dtype == "float32" else jnp.full((L, P, S, K, 2), np.nan, jnp.float32)
+    if dtype == "float32":
+        kv, scale = jnp.full((L, P, S, K, 2, H), np.nan, dtype), None
+    else:
+        kv = jnp.full((L, P, K, 2, S, H), 99, dtype)
+        scale = jnp.full((L, P, K, scale_lanes(S)), np.nan, jnp.float32)
     new = jnp.stack([k, v], axis=3)
     U = len(k)
     start, count = jnp.zeros(U, jnp.int32), jnp.full(U, k.shape[1], jnp.int32)

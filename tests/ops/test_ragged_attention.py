@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
 from grok.ops.attention import ragged, ragged_kernel
+from grok.ops.attention.int8_pages import quantize_tokens, scale_lanes
 from grok.ops.attention.paged import paged_attention_reference
 from grok.ops.attention.ragged import ragged_attention, supports
 
@@ -47,7 +48,7 @@ def test_jaxs_kernel_computes_what_the_reference_does(monkeypatch):
     for queries, starts in (DECODE, (6, [0, 5, 90])):
         q, kv, where = make_inputs(queries, starts)
         expected = paged_attention_reference(q, kv, None, *where, **OPTIONS)
-        actual = ragged_attention(q, kv, *where, **OPTIONS)
+        actual = ragged_attention(q, kv, None, *where, **OPTIONS)
         np.testing.assert_allclose(actual, expected, atol=TOLERANCE)
 
 
@@ -58,14 +59,28 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(ragged_kernel, "MAX_BLOCK_QUERIES", 32)
 
 
-def assert_equal(q, kv, where, tolerance=TOLERANCE, interpret=True, hidden=None, **terms) -> None:
+def assert_equal(
+    q, kv, where, tolerance=TOLERANCE, interpret=True, hidden=None, kv_scale=None, **terms
+) -> None:
     """Compares with the reference; pages of `hidden` are not finite for the kernel."""
     terms = OPTIONS | terms
-    expected = paged_attention_reference(q, kv, None, *where, **terms)
-    kv = kv if hidden is None else kv.at[:, jnp.asarray(hidden)].set(jnp.nan)
-    actual = ragged_attention(q, kv, *where, interpret=interpret, **terms)
+    expected = paged_attention_reference(q, kv, kv_scale, *where, **terms)
+    if hidden is not None and kv_scale is None:
+        kv = kv.at[:, jnp.asarray(hidden)].set(jnp.nan)
+    elif hidden is not None:
+        kv_scale = kv_scale.at[:, jnp.asarray(hidden)].set(jnp.nan)
+    actual = ragged_attention(q, kv, kv_scale, *where, interpret=interpret, **terms)
     error = np.abs(actual.astype(jnp.float32) - expected.astype(jnp.float32))
     assert error.max() < tolerance * np.abs(expected.astype(jnp.float32)).max()
+
+
+def hidden_pages(where, queries: int, window: int | None) -> np.ndarray:
+    """Pages of the tables without a key that a query sees."""
+    _, table, start = where
+    first_U = 0 * start if window is None else jnp.maximum(start - window + 1, 0) // S
+    end_U, page_1M = (start + queries - 1) // S + 1, jnp.arange(M)[None, :]
+    hidden_UM = (page_1M < first_U[:, None]) | (page_1M >= end_U[:, None])
+    return np.asarray(table)[np.asarray(hidden_UM)]
 
 
 @pytest.mark.parametrize(("queries", "starts"), [DECODE, PROMPTS])
@@ -96,13 +111,34 @@ def test_pages_without_a_key_that_is_seen_do_not_matter(small_blocks):
     kernel's memory."""
     interpret = pltpu.InterpretParams(uninitialized_memory="nan")
     for queries, starts in (DECODE, PROMPTS):
-        q, kv, (layer, table, start) = make_inputs(queries, starts)
-        first_page_U, end_page_U = jnp.maximum(start - 16, 0) // S, (start + queries - 1) // S + 1
-        page_1M = jnp.arange(M)[None, :]
-        hidden_UM = (page_1M < first_page_U[:, None]) | (page_1M >= end_page_U[:, None])
-        hidden = np.asarray(table)[np.asarray(hidden_UM)]
-        where = (layer, table, start)
+        q, kv, where = make_inputs(queries, starts)
+        hidden = hidden_pages(where, queries, 17)
         assert_equal(q, kv, where, window=17, interpret=interpret, hidden=hidden)
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "terms"),
+    [
+        (4, 2, {}),
+        (3, 1, {"window": 17}),
+        (4, 2, {"window": 17, "temperature_length": 12, "softcap": None}),
+    ],
+    ids=str,
+)
+def test_int8_pages(N, K, terms, small_blocks):
+    """Scales of pages that nobody sees are not finite, nor is what the kernel's memory held."""
+    interpret = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+    for queries, starts in (DECODE, PROMPTS):
+        q, kv, where = make_inputs(queries, starts, N, K)
+        values, scale = quantize_tokens(kv)
+        T = scale_lanes(S)
+        rows = jnp.full((*kv.shape[:2], K, T), jnp.nan)
+        for i in range(2):
+            first = i * T // 2
+            rows = rows.at[..., first : first + S].set(jnp.swapaxes(scale[..., i], 2, 3))
+        int8 = {"kv": jnp.moveaxis(values, 2, 4), "kv_scale": rows}
+        hidden = hidden_pages(where, queries, terms.get("window"))
+        assert_equal(q, **int8, where=where, interpret=interpret, hidden=hidden, **terms)
 
 
 def test_padding_behind_the_table_does_no_harm(small_blocks):
@@ -110,12 +146,14 @@ def test_padding_behind_the_table_does_no_harm(small_blocks):
     q, kv, where = make_inputs(40, [80])
     terms = OPTIONS | {"window": 17, "temperature_length": 12}
     expected = paged_attention_reference(q, kv, None, *where, **terms)
-    actual = ragged_attention(q, kv, *where, interpret=True, **terms)
+    actual = ragged_attention(q, kv, None, *where, interpret=True, **terms)
     np.testing.assert_allclose(actual[:, :16], expected[:, :16], atol=TOLERANCE)
     assert np.isfinite(actual).all()
 
 
 def test_which_pages_it_takes():
-    assert supports(jnp.zeros((), jnp.bfloat16), 128)
-    assert not supports(jnp.zeros((), jnp.int8), 128)
-    assert not supports(jnp.zeros((), jnp.bfloat16), 64)
+    bfloat16, int8 = (L, 1, 16, 1, 2, 128), (L, 1, 1, 2, 32, 128)
+    assert supports(jnp.zeros(bfloat16, jnp.bfloat16), 128)
+    assert not supports(jnp.zeros(bfloat16, jnp.bfloat16), 64)
+    assert supports(jnp.zeros(int8, jnp.int8), 128)
+    assert not supports(jnp.zeros((L, 1, 1, 2, 16, 128), jnp.int8), 128)  # a tile has 32 rows

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 import grok
+from grok import hardware
 from grok.config import PlanConfig
 from grok.config.load import load_config
 from grok.errors import ConfigError
@@ -47,7 +48,7 @@ def test_inference_programs_answer_with_logits_and_the_cache(tiny_run, program, 
         logits, cache = jax.eval_shape(made.function, *made.arguments.values())
     # Eight rows on four groups of devices, each in one page of 32 tokens.
     assert logits.shape == (4, 2, config.model.vocab_size)
-    assert cache.kv_LPSK2H.shape == made.arguments["cache"].kv_LPSK2H.shape
+    assert cache.kv.shape == made.arguments["cache"].kv.shape
     assert made.arguments["tokens_BT"].shape == (4, new_tokens)
 
 
@@ -62,9 +63,23 @@ def test_a_window_bounds_the_cache_of_a_decode(tiny_run):
         with jax.set_mesh(mesh):
             config = planned(run, program=program, batch_size=8, tokens=120)
             arguments = make_program(config, mesh).arguments
-        pages[program] = arguments["cache"].kv_LPSK2H.shape[1]
+        pages[program] = arguments["cache"].kv.shape[1]
         assert arguments["batch"].table_BUM.shape[-1] == 4
     assert pages == {"prefill": 8 * 4, "decode": 8 * 3}
+
+
+def test_int8_pages_that_no_kernel_takes_are_refused(tiny_run, monkeypatch):
+    """On a TPU, where the portable form would read a cache as slowly as silently."""
+    engine = dataclasses.replace(tiny_run.engine, cache_dtype="int8", page_size=16)
+    config = planned(
+        dataclasses.replace(tiny_run, engine=engine), program="decode", batch_size=8, tokens=16
+    )
+    mesh = grok.make_mesh(**MESH)
+    with jax.set_mesh(mesh):
+        make_program(config, mesh)
+        monkeypatch.setattr(hardware, "platform", lambda: "tpu")
+        with pytest.raises(ConfigError, match=r"page_size=16 .* engine\.page_size=32 would work"):
+            make_program(config, mesh)
 
 
 def test_rows_that_cannot_be_split_are_refused(tiny_run):

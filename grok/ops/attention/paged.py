@@ -16,6 +16,7 @@ from grok.ops.attention.causal import (
     causal_mask,
     scaled_logits,
 )
+from grok.ops.attention.int8_pages import read_int8_pages, write_int8_pages
 
 # Keys that one iteration of the loop takes: enough for the products to be worth its overhead.
 KV_BLOCK = 128
@@ -26,22 +27,23 @@ def write_pages(kv, kv_scale, layer, new_UQK2H, table_UM, start_U, count_U):
     """Writes the first `count_U` tokens of each block to their pages of `layer`; returns kv and
     kv_scale.
 
-    `kv` is (L, P, S, K, 2, H); `kv_scale` is None, or (L, P, S, K, 2) float32 where kv is int8.
+    `kv` is (L, P, S, K, 2, H) and `kv_scale` None, or as in `grok.ops.attention.int8_pages`.
     """
-    num_pages, page_size = kv.shape[1:3]
+    num_pages, S = kv.shape[1], page_size(kv, kv_scale)
     offset_UQ = jnp.arange(new_UQK2H.shape[1])[None, :]
     index_UQ = start_U[:, None] + offset_UQ
-    page_UQ = jnp.take_along_axis(table_UM, index_UQ // page_size, axis=1, mode="clip")
+    page_UQ = jnp.take_along_axis(table_UM, index_UQ // S, axis=1, mode="clip")
     # Writes past the last page are dropped.
     page_UQ = jnp.where(offset_UQ < count_U[:, None], page_UQ, num_pages)
-    slot = (layer, page_UQ, index_UQ % page_size)
-    if kv_scale is None:
-        return kv.at[slot].set(new_UQK2H.astype(kv.dtype), mode="drop"), None
-    new = new_UQK2H.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(new), axis=-1)
-    new_scale = largest / 127
-    values = jnp.rint(new / jnp.where(largest > 0, new_scale, 1)[..., None]).astype(jnp.int8)
-    return kv.at[slot].set(values, mode="drop"), kv_scale.at[slot].set(new_scale, mode="drop")
+    if kv_scale is not None:
+        return write_int8_pages(kv, kv_scale, new_UQK2H, layer, page_UQ, index_UQ % S)
+    slot = (layer, page_UQ, index_UQ % S)
+    return kv.at[slot].set(new_UQK2H.astype(kv.dtype), mode="drop"), None
+
+
+def page_size(kv: jax.Array, kv_scale: jax.Array | None) -> int:
+    """Tokens of a page."""
+    return kv.shape[2 if kv_scale is None else 4]
 
 
 def paged_attention_reference(
@@ -73,7 +75,8 @@ def paged_attention(
     by 0. Keys that no query of a block sees may hold anything.
     """
     U, Q, N, H = q_UQNH.shape
-    S, K = kv.shape[2], kv.shape[3] if kv_head is None else 1
+    S, heads_dim = page_size(kv, kv_scale), 3 if kv_scale is None else 2
+    K = kv.shape[heads_dim] if kv_head is None else 1
     pages_per_block = max(1, KV_BLOCK // S)
     read = functools.partial(_read_pages, kv, kv_scale, layer, kv_head, q_UQNH.dtype)
     q_UQKGH = q_UQNH.reshape(U, Q, K, N // K, H)
@@ -144,11 +147,11 @@ def _two_pass_softmax(masked_logits, weighted_values, zeros, first, end) -> jax.
 
 def _read_pages(kv, kv_scale, layer, kv_head, dtype, pages_UM, key_or_value: int) -> jax.Array:
     """Keys (0) or values (1) in some pages of each block, one page after the other, x_UCKH."""
-    index = (layer, pages_UM, slice(None), slice(None), key_or_value)
-    x_UMSKH = kv.at[index].get(mode="clip")
-    if kv_scale is not None:
-        scale_UMSK = kv_scale.at[index].get(mode="clip")
-        x_UMSKH = x_UMSKH.astype(jnp.float32) * scale_UMSK[..., None]
+    if kv_scale is None:
+        index = (layer, pages_UM, slice(None), slice(None), key_or_value)
+        x_UMSKH = kv.at[index].get(mode="clip")
+    else:
+        x_UMSKH = read_int8_pages(kv, kv_scale, layer, pages_UM, key_or_value)
     if kv_head is not None:
         x_UMSKH = jax.lax.dynamic_slice_in_dim(x_UMSKH, kv_head, 1, axis=3)
     U, M, S, K, H = x_UMSKH.shape

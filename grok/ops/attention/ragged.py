@@ -1,5 +1,5 @@
 """Attention over a paged KV cache on TPU: JAX's kernel for many sequences of any length, or with
-a window, whose pages alone are worth reading, or a temperature, `ragged_kernel`.
+a window, whose pages alone are worth reading, a temperature or int8 pages, `ragged_kernel`.
 
 Letters: U blocks of Q tokens, L layers, P pages of S tokens, M pages of the longest sequence,
 K kv heads, N heads, H head_dim.
@@ -12,47 +12,54 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 from grok.hardware import LANES
+from grok.ops.attention.paged import page_size
 from grok.ops.attention.ragged_kernel import ragged_kernel
 
 KV_BLOCK, QUERY_BLOCK = 512, 32  # keys and queries that the kernel multiplies at a time
+INT8_SUBLANES = 32  # rows of a tile of int8
 VMEM_LIMIT_BYTES = 64 * 2**20
 
 
 def supports(kv: jax.Array, head_dim: int) -> bool:
-    """True if the kernel takes pages of this type, and heads of this width; it knows no scales, so
-    no int8 pages."""
-    return kv.dtype != jnp.int8 and head_dim % LANES == 0
+    """True if the kernels take pages of this type, and heads of this width."""
+    whole_tiles = kv.dtype != jnp.int8 or kv.shape[-2] % INT8_SUBLANES == 0
+    return head_dim % LANES == 0 and whole_tiles
 
 
 @jax.named_scope("ragged_attention")
 def ragged_attention(
     q_UQNH,
-    kv_LPSK2H,
+    kv,
+    kv_scale,
     layer,
     table_UM,
     start_U,
+    *,
     scale: float,
     softcap: float | None,
-    *,
     window: int | None = None,
     temperature_length: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """`paged_attention_reference` without scales, o_UQNH.
+    """`paged_attention_reference`, o_UQNH.
 
     Pages are read in place, once for a block of queries, and none beyond the end of a sequence or
     behind its window. They must be such as `supports` takes. The kernel needs a `shard_map` with
     check_vma=False.
     """
-    L, P, S, K, _, H = kv_LPSK2H.shape
-    if window is None and temperature_length is None:
-        return _jax_kernel(q_UQNH, kv_LPSK2H, layer, table_UM, start_U, scale, softcap)
+    if kv_scale is None and window is None and temperature_length is None:
+        return _jax_kernel(q_UQNH, kv, layer, table_UM, start_U, scale, softcap)
+    L, P = kv.shape[:2]
+    if kv_scale is None:
+        pages = (kv.reshape(L * P, -1, kv.shape[-1]),)
+    else:
+        pages = tuple(array.reshape(L * P, *array.shape[2:]) for array in (kv, kv_scale))
     return ragged_kernel(
         q_UQNH,
-        kv_LPSK2H.reshape(L * P, S * 2 * K, H),
+        pages,
         table_UM + layer * P,
         start_U,
-        page_size=S,
+        page_size=page_size(kv, kv_scale),
         scale=scale,
         softcap=softcap,
         window=window,

@@ -1,4 +1,5 @@
-"""Attention over pages with a sliding window and a temperature of each query: a TPU kernel.
+"""Attention over pages with a sliding window and a temperature of each query, or over int8 pages: a
+TPU kernel.
 
 The pages that a block of queries sees are copied from HBM in their order, a block of pages while
 the one before it is multiplied, and the first of the next queries with the last of these. Pages
@@ -21,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from grok.hardware import LANES
 from grok.ops.attention.causal import MASKED_LOGIT, causal_mask, temperature
+from grok.ops.attention.page_reader import PageReader, page_reader
 from grok.ops.softcap import apply_softcap
 
 MAX_BLOCK_QUERIES, MAX_BLOCK_KEYS = 512, 512  # of one kv head
@@ -31,47 +33,49 @@ VMEM_LIMIT_BYTES = 64 * 2**20
 
 def ragged_kernel(
     q_UQNH,
-    kv_PRH,
+    pages: tuple[jax.Array, ...],
     table_UM,
     start_U,
     *,
     page_size: int,
     scale: float,
     softcap: float | None,
-    window: int | None,
-    temperature_length: int | None,
+    window: int | None = None,
+    temperature_length: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """Attention of each token over its sequence up to itself, o_UQNH.
 
-    Token q of sequence u is at position start_U[u] + q. A page is (S*2*K, H): a token's key and
-    value of the first kv head, those of the next, then the next token's.
+    Token q of sequence u is at position start_U[u] + q. `pages` are an array of float pages, or of
+    int8 pages and of their scales, as of `grok.ops.attention.page_reader`.
     """
     U, Q, N, H = q_UQNH.shape
-    K = kv_PRH.shape[1] // (2 * page_size)
+    reader = page_reader(pages, page_size)
+    K = reader.num_kv_heads
     terms = scale, softcap, window, temperature_length
     b = _Blocks.of(Q, N // K, K, H, page_size, table_UM.shape[1], *terms)
     q_UQNH = jnp.pad(q_UQNH, ((0, 0), (0, -Q % b.B), (0, 0), (0, 0)))
     q_UKRH = jnp.moveaxis(q_UQNH.reshape(U, -1, K, b.G, H), 2, 1).reshape(U, K, -1, H)
     q_spec = pl.BlockSpec((None, K, b.R, H), lambda u, i, *_: (u, 0, i, 0))
     steps = q_UKRH.shape[2] // b.R
+    buffers, workspace = reader.scratch(b.pages)
     o_UKRH = pl.pallas_call(
-        functools.partial(_kernel, b),
+        functools.partial(_kernel, b, reader),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(U, steps),
-            in_specs=[q_spec, pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[q_spec, *[pl.BlockSpec(memory_space=pl.ANY)] * len(pages)],
             out_specs=q_spec,
-            scratch_shapes=b.scratch(kv_PRH.dtype),
+            scratch_shapes=[buffers, workspace, *b.scratch(len(pages))],
         ),
         out_shape=jax.ShapeDtypeStruct(q_UKRH.shape, q_UKRH.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
-        cost_estimate=b.cost(U, steps, q_UQNH.dtype.itemsize, kv_PRH.dtype.itemsize),
+        cost_estimate=b.cost(U, steps, q_UQNH.dtype.itemsize, reader.bytes_per_token),
         interpret=interpret,
-        name="paged_attention_with_window",
-    )(table_UM, start_U, q_UKRH, kv_PRH)
+        name=reader.kernel_name,
+    )(table_UM, start_U, q_UKRH, *pages)
     return jnp.moveaxis(o_UKRH.reshape(U, K, -1, b.G, H), 1, 2).reshape(U, -1, N, H)[:, :Q]
 
 
@@ -110,21 +114,18 @@ class _Blocks:
         """Keys of a block, of one kv head."""
         return self.pages * self.S
 
-    def scratch(self, dtype) -> list[Any]:
-        """Two blocks of pages and their semaphores, the one that is next, a block in float32, and
-        of each kv head the softmax's maximum and sum and the sum of values."""
-        page_rows = self.S * 2 * self.K
+    def scratch(self, num_arrays: int) -> list[Any]:
+        """Semaphores of two blocks of pages, the one that is next, and of each kv head the
+        softmax's maximum and sum and the sum of values."""
         return [
-            pltpu.VMEM((2, self.pages, page_rows, self.H), dtype),
-            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((2, num_arrays)),
             pltpu.SMEM((1,), jnp.int32),
-            pltpu.VMEM((self.pages * page_rows, self.H), jnp.float32),
             pltpu.VMEM((self.K, self.R, LANES), jnp.float32),
             pltpu.VMEM((self.K, self.R, LANES), jnp.float32),
             pltpu.VMEM((self.K, self.R, self.H), jnp.float32),
         ]
 
-    def cost(self, U: int, steps: int, q_bytes: int, kv_bytes: int) -> pl.CostEstimate:
+    def cost(self, U: int, steps: int, q_bytes: int, bytes_per_token: int) -> pl.CostEstimate:
         """Cost with full caches: a token sees them all, tokens of a prompt half of them on average,
         and no more than a window."""
         keys = self.M * self.S if self.Q == 1 else self.M * self.S // 2
@@ -134,9 +135,7 @@ class _Blocks:
             flops=4 * pairs * self.H,
             bytes_accessed=U
             * steps
-            * self.K
-            * self.H
-            * (2 * self.R * q_bytes + 2 * keys * kv_bytes),
+            * (2 * self.R * self.K * self.H * q_bytes + keys * bytes_per_token),
             transcendentals=2 * pairs,
         )
 
@@ -150,10 +149,11 @@ class _Blocks:
         return first, last, jnp.minimum(earliest // self.S, self.M - 1), last // self.S + 1
 
 
-def _kernel(b: _Blocks, table, start, q_ref, kv_ref, o_ref, pages_ref, semaphores, slot_ref, *refs):
+def _kernel(b: _Blocks, reader: PageReader, table, start, q_ref, *refs):
     """One block of queries over all blocks of pages that it sees."""
+    pages, (o_ref, buffers, workspace, semaphores, slot_ref, *sums) = refs[:-8], refs[-8:]
     (u, i), (num_u, num_i) = _over_grid(pl.program_id), _over_grid(pl.num_programs)
-    max_ref, sum_ref, o_sum_ref = refs[1:]
+    max_ref, sum_ref, o_sum_ref = sums
     first, last, begin, end = b.span(start, u, i)
 
     def copy_pages(u, i, block, slot, act) -> None:
@@ -162,8 +162,10 @@ def _kernel(b: _Blocks, table, start, q_ref, kv_ref, o_ref, pages_ref, semaphore
         page = begin + block * b.pages
 
         def copy_page(j, _):
-            source = kv_ref.at[table[u, page + j]]
-            act(pltpu.make_async_copy(source, pages_ref.at[slot, j], semaphores.at[slot]))
+            for n, (array, buffer) in enumerate(zip(pages, buffers, strict=True)):
+                target = buffer.at[slot, j]
+                source, semaphore = array.at[table[u, page + j]], semaphores.at[slot, n]
+                act(pltpu.make_async_copy(source, target, semaphore))
             return 0
 
         jax.lax.fori_loop(0, jnp.minimum(end - page, b.pages), copy_page, 0)
@@ -191,7 +193,9 @@ def _kernel(b: _Blocks, table, start, q_ref, kv_ref, o_ref, pages_ref, semaphore
             start_copies(next_u, next_i, 0, 1 - slot)
 
         await_copies(u, i, block, slot)
-        _attend(b, first, last, (begin + block * b.pages) * b.S, q_ref, pages_ref.at[slot], *refs)
+        key = (begin + block * b.pages) * b.S
+        read = reader.open([buffer.at[slot] for buffer in buffers], workspace)
+        _attend(b, first, last, key, q_ref, read, *sums)
         return 1 - slot
 
     max_ref[...] = jnp.full_like(max_ref, MASKED_LOGIT)
@@ -201,11 +205,9 @@ def _kernel(b: _Blocks, table, start, q_ref, kv_ref, o_ref, pages_ref, semaphore
     o_ref[...] = (o_sum_ref[...] / sum_ref[:, :, :1]).astype(o_ref.dtype)
 
 
-def _attend(b: _Blocks, first, last, key, q_ref, pages_ref, rows_ref, max_ref, sum_ref, o_sum_ref):
-    """One block of keys, of which the first is at position `key`, for queries from position `first`
-    on, of which none sees a key behind `last`."""
-    # In float32, rows can be read at a stride.
-    rows_ref[...] = pages_ref[...].astype(jnp.float32).reshape(rows_ref.shape)
+def _attend(b: _Blocks, first, last, key, q_ref, read, max_ref, sum_ref, o_sum_ref):
+    """One block of keys, of which the first is at position `key` and `read` reads those of a head,
+    for queries from position `first` on, of which none sees a key behind `last`."""
     query_R1 = first + jax.lax.broadcasted_iota(jnp.int32, (b.R, 1), 0) // b.G
     key_1C, key_C1 = (
         key + jax.lax.broadcasted_iota(jnp.int32, shape, dim)
@@ -213,14 +215,16 @@ def _attend(b: _Blocks, first, last, key, q_ref, pages_ref, rows_ref, max_ref, s
     )
     seen_RC = causal_mask(key_1C, query_R1, b.window)
     # What no query sees may not be finite, and 0 times that is NaN.
-    seen_C1 = causal_mask(key_C1, last, None)
+    seen_1C, seen_C1 = (causal_mask(key, last, None) for key in (key_1C, key_C1))
     if b.window is not None:
+        seen_1C &= key_1C > first - b.window
         seen_C1 &= key_C1 > first - b.window
     for head in range(b.K):
-        k_CH = rows_ref[pl.ds(2 * head, b.C, 2 * b.K)].astype(q_ref.dtype)
-        v_CH = rows_ref[pl.ds(2 * head + 1, b.C, 2 * b.K)]
-        v_CH = jnp.where(seen_C1, v_CH, 0).astype(q_ref.dtype)
-        logits_RC = apply_softcap(_dot(q_ref[head], k_CH, 1) * b.scale, b.softcap)
+        k_CH, v_CH, k_scale_1C, v_scale_1C = read(head)
+        logits_RC = _dot(q_ref[head], k_CH.astype(q_ref.dtype), 1) * b.scale
+        if k_scale_1C is not None:
+            logits_RC *= k_scale_1C
+        logits_RC = apply_softcap(logits_RC, b.softcap)
         if b.temperature_length is not None:
             logits_RC *= temperature(query_R1, b.temperature_length)
         logits_RC = jnp.where(seen_RC, logits_RC, MASKED_LOGIT)
@@ -230,7 +234,12 @@ def _attend(b: _Blocks, first, last, key, q_ref, pages_ref, rows_ref, max_ref, s
         weights_RC = jnp.exp(logits_RC - largest_R1)
         shrink_R1 = jnp.exp(before_R1 - largest_R1)
         sum_R1 = sum_ref[head, :, :1] * shrink_R1 + jnp.sum(weights_RC, axis=1, keepdims=True)
-        o_sum_ref[head] = o_sum_ref[head] * shrink_R1 + _dot(weights_RC.astype(v_CH.dtype), v_CH, 0)
+        if v_scale_1C is None:
+            v_CH = jnp.where(seen_C1, v_CH, 0)
+        else:
+            weights_RC *= jnp.where(seen_1C, v_scale_1C, 0)
+        values_RH = _dot(weights_RC.astype(q_ref.dtype), v_CH.astype(q_ref.dtype), 0)
+        o_sum_ref[head] = o_sum_ref[head] * shrink_R1 + values_RH
         max_ref[head] = jnp.broadcast_to(largest_R1, max_ref.shape[1:])
         sum_ref[head] = jnp.broadcast_to(sum_R1, sum_ref.shape[1:])
 
