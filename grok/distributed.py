@@ -120,14 +120,17 @@ def barrier() -> None:
         _store().wait_at_barrier(f"grok/barrier/{next(_call_numbers)}", FOREVER_MS)
 
 
-def abort(code: int, reason: str) -> NoReturn:
-    """Ends every process at once with exit code `code`, from any thread, and prints `reason`."""
+def abort(code: int, reason: str, publish: bool = True) -> NoReturn:
+    """Ends every process at once with exit code `code`, from any thread, and prints `reason`; this
+    process alone unless `publish`."""
     if not _aborting.acquire(blocking=False):
         threading.Event().wait()  # another thread of this process is aborting already
     if not _is_connected():
         _print_error(f"error: {reason}")
         os._exit(code)
     _print_error(f"[process {process_index()}] error: {reason}")
+    if not publish:
+        os._exit(code)
     _exit(code, json.dumps({"process": process_index(), "code": code, "reason": reason}))
 
 

@@ -30,8 +30,8 @@ def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
             extra = "the package's extra `serve` (pip install 'grok[serve]') has it"
             raise ConfigError(f"`grok serve` needs {', '.join(missing)}; {extra}.")
         config = load_serve_config(run_or_config, overrides)
-        # The channel's own heartbeat comes first: its exit code says that a restart is worth it.
-        distributed.initialize(config, 2 * config.heartbeat_timeout_seconds)
+        # JAX's heartbeat comes after the channel's, whose exit code says to start again.
+        distributed.initialize(config, 3 * config.heartbeat_timeout_seconds)
         configure_devices(config.mesh.simulated_devices // distributed.process_count())
 
         from grok.serve.server import run

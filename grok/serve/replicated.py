@@ -26,7 +26,8 @@ def open_channel(config: ServeConfig) -> PrimaryChannel | FollowerChannel:
     timeout = config.heartbeat_timeout_seconds
 
     def on_lost(reason: str) -> None:
-        distributed.abort(RESTART, reason)
+        # Process 0 holds the store: if it is gone, every other process finds that by itself.
+        distributed.abort(RESTART, reason, publish=distributed.is_primary())
 
     primary = None
     if distributed.is_primary():
