@@ -147,9 +147,10 @@ class ModelConfig(Section):
     ] = "float32"
     compute_dtype: Annotated[Literal["float32", "bfloat16"], "type of activations"] = "bfloat16"
     remat: Annotated[
-        Literal["none", "dots", "attention", "experts", "offload", "full"],
-        "recompute in the backward pass: nothing; all but matrix products; all but attention's "
-        "output; all but the experts' output; the same, saved in host memory; whole blocks",
+        Literal["none", "dots", "selective", "attention", "experts", "offload", "full"],
+        "recompute in the backward pass: nothing; all but matrix products; the hidden layer of "
+        "MLP and experts; all but attention's output; all but the experts' output; the same, "
+        "saved in host memory; whole blocks",
     ] = "full"
 
     def __post_init__(self) -> None:
@@ -170,4 +171,4 @@ class ModelConfig(Section):
     @property
     def saves_experts(self) -> bool:
         """True where the backward pass finds the experts' output saved."""
-        return self.remat in ("experts", "offload")
+        return self.remat in ("selective", "experts", "offload")

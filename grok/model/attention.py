@@ -5,6 +5,7 @@ Letters: B batch, T length, D embed, N heads, K kv heads, H head_dim.
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from grok import sharding
 from grok.config import ModelConfig
@@ -51,9 +52,13 @@ class Attention(nnx.Module):
         k_BTKH = self._product("btd,dkh->btkh", x_BTD, "w_key_DKH", kv, None)
         v_BTKH = self._product("btd,dkh->btkh", x_BTD, "w_value_DKH", kv, None)
         q_BTNH, k_BTKH = (apply_rope(x, positions_BT, rope) for x in (q_BTNH, k_BTKH))
+        q_BTNH, k_BTKH, v_BTKH = (
+            checkpoint_name(x, "projections") for x in (q_BTNH, k_BTKH, v_BTKH)
+        )
         o_BTNH, attended = attend(q_BTNH, k_BTKH, v_BTKH, self.config.attention)
         y_BTD = self._product("btnh,nhd->btd", o_BTNH, "w_out_NHD", None)
-        return sharding.constrain(y_BTD, *attend.stream_axes(x_BTD.shape[1])), attended
+        y_BTD = sharding.constrain(y_BTD, *attend.stream_axes(x_BTD.shape[1]))
+        return checkpoint_name(y_BTD, "projections"), attended
 
     def _product(self, subscripts: str, x: jax.Array, name: str, *axes: str | None) -> jax.Array:
         """The product with a projection, split as `axes` says behind batch and length."""

@@ -23,6 +23,9 @@ from grok.ops.weights.layer_slice import LayerSlice
 from grok.ops.weights.weight import is_plain, take_layer
 
 REMAT_POLICIES = {
+    "selective": jax.checkpoint_policies.save_only_these_names(
+        "projections", "attention", "experts"
+    ),
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "experts": jax.checkpoint_policies.save_only_these_names("experts"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

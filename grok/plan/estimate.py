@@ -196,8 +196,11 @@ def recomputed_flops(plan: Plan) -> float:
     if plan.config.plan.program != "train" or model.remat in ("none", "dots"):
         return 0.0
     again = flops_per_token(model, plan.batch[1]) / 3 - 2 * model.vocab_size * model.embed_dim
-    if model.remat == "attention":
+    if model.remat in ("attention", "selective"):
         again -= attention_flops(model, plan.batch[1])
+    if model.remat == "selective":
+        heads = model.attention.num_heads + model.attention.num_kv_heads
+        again -= 4 * model.num_layers * model.embed_dim * heads * model.attention.head_dim
     if model.saves_experts:
         width = 0 if model.mlp is None else model.mlp.dim
         width += 0 if model.moe is None else model.moe.num_selected * model.moe.dim

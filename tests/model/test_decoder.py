@@ -143,7 +143,7 @@ def gradients(remat: str) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, to_arrays(jax.jit(jax.grad(loss))(model(remat=remat))))
 
 
-@pytest.mark.parametrize("remat", ["dots", "attention", "experts", "offload", "full"])
+@pytest.mark.parametrize("remat", ["dots", "selective", "attention", "experts", "offload", "full"])
 def test_what_is_recomputed_does_not_change_gradients(remat):
     for name, expected in gradients("none").items():
         # The same operations, which the compiler may fuse, and so round, otherwise.
@@ -159,6 +159,7 @@ def test_remat_holds_less_between_forward_and_backward():
 
     assert saved("full") < saved("attention") < saved("dots") < saved("none")
     assert saved("full") < saved("experts") < saved("dots")
+    assert max(saved("attention"), saved("experts")) < saved("selective") < saved("none")
 
 
 def test_offload_leaves_what_blocks_keep_to_the_hosts():
