@@ -36,9 +36,15 @@ CHIPS = {
 }
 
 
+def generation_of(device_kind: str) -> str | None:
+    """The generation of JAX devices of this `device_kind`; None where it is not known."""
+    return next((name for name, chip in CHIPS.items() if device_kind in chip.kinds), None)
+
+
 def chip_of(device_kind: str) -> Chip | None:
     """The chip of JAX devices of this `device_kind`; None where it is not known."""
-    return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
+    generation = generation_of(device_kind)
+    return None if generation is None else CHIPS[generation]
 
 
 def peak_flops(device_kind: str) -> float | None:

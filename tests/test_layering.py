@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What each layer may import of grok, itself always included. The longest name that fits a module
 # is its layer.
 BASE = ("errors", "config", "hub", "storage", "progress", "resumable")
-MODEL = (*BASE, "hardware", "sharding", "ops", "model")
+MODEL = (*BASE, "hardware", "compiler", "sharding", "ops", "model")
 WEIGHTS = (*MODEL, "distributed", "weights", "checkpoint")
 RUNS = (*WEIGHTS, "preemption", "data", "optim")
 RUNNERS = (*RUNS, "train", "infer", "plan")
@@ -29,6 +29,7 @@ ALLOWED = {
     "resumable": ("errors", "storage"),
     "progress": ("errors",),
     "hardware": (),
+    "compiler": ("hardware",),
     "distributed": (*BASE, "hardware"),
     "preemption": (*BASE, "distributed", "sharding"),
     "sharding": (*BASE, "hardware"),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from grok import compiler
 from grok.config import RunConfig
 from grok.data.dataset import MANIFEST_FILE
 from grok.data.stream_batches import bits_per_byte
@@ -44,7 +45,7 @@ def evaluate_texts(
         if not num_bytes:
             raise DataError(f"dataset {path} has no text to predict; one with text would work.")
         held_out.append((path, batches, num_bytes))
-    eval_function = jax.jit(eval_step)
+    eval_function = compiler.jit(eval_step)
     for path, batches, num_bytes in held_out:
         with jax.set_mesh(mesh):
             nats, tokens = total_loss(eval_function, model, batches, mesh)

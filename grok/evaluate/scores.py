@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grok import sharding
+from grok import compiler, sharding
 from grok.data.device_feed import shard_batch
 from grok.model.decoder import Decoder
 from grok.ops.cross_entropy import target_and_log_z
@@ -30,7 +30,7 @@ class Scorer:
 
     def __init__(self, model: Decoder, mesh: Mesh, rows: int):
         self._model, self._mesh, self._rows = model, mesh, rows
-        self._score_rows = jax.jit(_score_rows)
+        self._score_rows = compiler.jit(_score_rows)
         self.context_length = model.config.context_length
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grok import sharding
+from grok import compiler, sharding
 from grok.config import ModelConfig
 from grok.config.sampling import MAX_LOGPROBS, SamplingParams
 from grok.data.tokenizers import Tokenizer
@@ -24,7 +24,7 @@ NEUTRAL = {"temperature": 0, "top_p": 1, "min_p": 0}
 NEUTRAL |= {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 
 
-@functools.partial(jax.jit, donate_argnums=1)
+@functools.partial(compiler.jit, donate_argnums=1)
 def forward_and_sample(
     model: Decoder, cache: PagedCache, tokens_BT, batch: PagedBatch, sampling: SamplingBatch
 ) -> tuple[Sampled, jax.Array, jax.Array | None, PagedCache]:
@@ -50,7 +50,7 @@ def forward_and_sample(
     return Sampled(*map(_replicate, sampled)), x_BTD, experts_LBTC, cache
 
 
-@jax.jit
+@compiler.jit
 def score_prompt(
     model: Decoder, x_BTD: jax.Array, next_BUQ
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -16,6 +16,7 @@ from typing import Any
 from grok.config import RunConfig
 from grok.config.load import to_dict
 from grok.errors import ConfigError, GrokError
+from grok.plan.compile_errors import crash_error
 from grok.plan.estimate import Plan, Price, make_plan
 from grok.plan.rates import published_rates
 from grok.plan.topology import Slice
@@ -92,6 +93,8 @@ def _run_process(request: dict[str, Any], on_phase: Callable[[str], None]) -> di
     if code == -signal.SIGKILL:
         problem = "the process that compiles was killed, as when memory runs out"
         raise GrokError(f"{problem}; a machine with more would work.")
+    if code < 0:
+        raise crash_error(signal.Signals(-code).name, stderr_end)
     if "measured" not in message:
         raise RuntimeError(f"the process that compiles ended with code {code}:\n{stderr_end}")
     return message["measured"]

@@ -14,12 +14,13 @@ import numpy as np
 from jax.experimental import serialize_executable, topologies
 from jax.sharding import Mesh
 
-from grok import sharding
+from grok import compiler, sharding
 from grok.config import MESH_AXES, RunConfig, check_trainable
 from grok.config.load import from_dict
 from grok.errors import ConfigError, GrokError
 from grok.model.mesh_fit import check_plan_fits
 from grok.ops.attention.paged import KV_BLOCK
+from grok.plan.compile_errors import compiler_error, is_out_of_hbm
 from grok.plan.program_cost import CompiledProgram
 from grok.plan.programs import bytes_per_device, make_program
 from grok.plan.rates import Rates, resource_seconds
@@ -58,14 +59,14 @@ def compile_step(config: RunConfig, slice_: Slice, request: dict[str, Any]) -> d
         if measured["state"] * per_chip > slice_.chip.hbm:
             return measured | {"compiler_message": None}
         start = time.monotonic()
-        jitted = jax.jit(program.function, donate_argnums=program.donate)
+        jitted = compiler.jit(program.function, donate_argnums=program.donate)
         lowered = jitted.lower(*program.arguments.values())
         _send({"phase": "compiling; a full-size program takes minutes"})
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
+            if not is_out_of_hbm(str(error)):
+                raise compiler_error(str(error), config, sizes) from None
             return measured | {"compiler_message": str(error)}
     measured["compile_seconds"] = time.monotonic() - start
     _send({"phase": "counting costs"})
@@ -142,19 +143,23 @@ def cache_loop_count(config: RunConfig) -> int:
 
 def wiring(mesh: Mesh, axes: str, slice_: Slice) -> dict[str, Any]:
     """Wiring of the chips that differ along these mesh axes: `links` of a chip to others of them in
-    its slice, `hops` between two on average, and if they span `slices`."""
+    its slice, of which groups that lie between each other's chips have a part each; `hops` between
+    two on average; if they span `slices`; and `shared`, devices of one chip among them."""
     names = axes.split("+")
     index = tuple(slice(None) if axis in names else 0 for axis in MESH_AXES)
     devices = mesh.devices[index].reshape(-1)
     coords = np.array([device.coords for device in devices])[:, : len(slice_.shape)]
-    links, hops = 0, 0.0
+    links, hops = 0.0, 0.0
     for side, length in enumerate(slice_.shape):
-        extent = len(set(coords[:, side]))
-        is_ring = extent == length and slice_.is_ring(side)
-        if extent > 1:
-            links += 1 + is_ring
-            hops += extent / (3 + is_ring)
-    return {"links": links, "hops": hops, "slices": slice_.count > 1 and "slice" in names}
+        places = np.unique(coords[:, side])
+        if len(places) > 1:
+            apart = int(np.diff(places).min())
+            is_ring = len(places) * apart == length and slice_.is_ring(side)
+            links += (1 + is_ring) / apart
+            hops += len(places) * apart / (3 + is_ring)
+    between = slice_.count > 1 and "slice" in names
+    shared = len(devices) // len(np.unique(coords, axis=0)) if not between else 1
+    return {"links": links, "hops": hops, "slices": between, "shared": shared}
 
 
 def _send(message: dict[str, Any]) -> None:

@@ -158,6 +158,8 @@ def make_plan(
     if between_slices:
         terms["network"] = sum(interconnect.get(axes, 0) for axes in between_slices)
         terms["interconnect"] -= terms["network"]
+    if amounts["host"]:
+        terms["host"] = amounts["host"] / rates.host
     common |= amounts | {"collectives": collectives, "interconnect": interconnect}
     common |= {"scheduled": measured["schedule"]["seconds"], "seconds": terms}
     total, compile_seconds = measured["peak"] * per_chip, measured["compile_seconds"]

@@ -76,7 +76,7 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
     for axes, kinds in sorted(plan.collectives.items()):
         bytes_sent = ", ".join(f"{kind} {_amount(sent)}B" for kind, sent in sorted(kinds.items()))
         wiring, seconds = plan.measured["wiring"][axes], _seconds(plan.interconnect[axes])
-        medium = "the network" if wiring["slices"] else f"links: {wiring['links']}"
+        medium = "the network" if wiring["slices"] else f"links: {wiring['links']:g}"
         yield "", f"over {axes}: {bytes_sent}; {seconds} on {medium}"
 
 
@@ -104,10 +104,11 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     yield (
         f"a {plan.slice.generation} chip does {rates.flops / 1e12:,.0f} TFLOP/s in bfloat16, has "
         f"{plan.slice.chip.hbm / GIB:.0f} GiB at {rates.hbm / 1e9:,.0f} GB/s, and links of "
-        f"{rates.link / 1e9:.0f} GB/s each way"
+        f"{rates.link / 1e9:.4g} GB/s each way"
     )
     if plan.slice.count > 1:
         yield f"a chip's share of the network between slices is {rates.network / 1e9:g} GB/s"
+    yield rates.source
     if plan.fits:
         yield (
             "compiled FLOPs are those of matrix products and kernels; HBM bytes are operands and "
@@ -124,8 +125,8 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         yield "state stays in place between steps, and no step waits for input"
         if plan.host:
             yield (
-                "transfers to host memory and back take no time of the step, and the peak is what "
-                "the compiler allocates in HBM"
+                f"{rates.host / 1e9:g} GB/s to host memory and back; the peak is what the compiler "
+                "allocates in HBM"
             )
         loops, kernels = len(measured["loops"]), len(measured["kernels"])
         if loops:

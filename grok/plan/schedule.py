@@ -1,6 +1,6 @@
 """The time of a compiled program by its schedule: instructions one after the other as the compiler
 ordered them, each as long as the resource that it uses longest, with transfers beside them that
-start at one instruction and are waited for at another. Resources are "compute", "hbm",
+start at one instruction and are waited for at another. Resources are "compute", "hbm", "host",
 "interconnect" and "network"; a use of them is seconds by resource."""
 
 import math

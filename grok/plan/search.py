@@ -18,7 +18,15 @@ from grok.plan.topology import Slice
 
 REMAT = ("selective", "offload", "full")
 # Rough number of arrays of the residual stream's size that a layer saves for the backward pass.
-SAVED_ARRAYS = {"none": 16, "dots": 4, "selective": 6, "attention": 2, "experts": 2, "offload": 0, "full": 1}
+SAVED_ARRAYS = {
+    "none": 16,
+    "dots": 4,
+    "selective": 6,
+    "attention": 2,
+    "experts": 2,
+    "offload": 0,
+    "full": 1,
+}
 ROWS_PER_DEVICE = (1, 2, 4)
 
 

@@ -11,7 +11,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from grok import distributed, sharding, storage
+from grok import compiler, distributed, sharding, storage
 from grok.checkpoint.manager import Checkpoints, RetentionPolicy
 from grok.config import RunConfig, check_trainable
 from grok.config.text import to_yaml
@@ -102,8 +102,8 @@ def open_run(config: RunConfig, replay_to: int | None) -> Run:
         mesh=mesh,
         data=data,
         optimizer=optimizer,
-        train_step=jax.jit(step, donate_argnums=0),
-        eval_step=jax.jit(eval_step),
+        train_step=compiler.jit(step, donate_argnums=0),
+        eval_step=compiler.jit(eval_step),
         checkpoints=checkpoints,
         initial=initial_weights(config, checkpoints),
         telemetry=Telemetry(config, mesh, data, first_step, began),

@@ -1,20 +1,25 @@
 """Costs of a program -> times, prices, and the text of the plan."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 
+from grok.config import MESH_AXES
 from grok.config.load import load_config
 from grok.hardware import GIB
 from grok.plan.compile import required_bytes
+from grok.plan.compile_process import wiring
 from grok.plan.estimate import Price, make_plan
 from grok.plan.format import format_plan
 from grok.plan.published import published_runs
-from grok.plan.rates import published_rates, transfer_seconds
+from grok.plan.rates import Rates, published_rates, transfer_seconds
 from grok.plan.topology import parse_slice
 
 SLICE = parse_slice("v5p:4x4x4")
-RATES = published_rates("v5p")
+RATES = Rates(flops=459e12, hbm=2765e9, link=90e9, network=6.25e9, host=15e9, source="a test")
 CONFIG = load_config("grok-1", ["data.sequence_length=8192", "data.batch_size=64"])
 MEASURED = {
     "mesh_sizes": {"slice": 1, "data": 64, "expert": 1, "tensor": 1},
@@ -28,7 +33,7 @@ MEASURED = {
     "host": 0.0,
     "host_memory": 0,
     "collectives": [["data", "all-gather", 180e9], ["data", "reduce-scatter", 180e9]],
-    "wiring": {"data": {"links": 2, "hops": 1.0, "slices": False}},
+    "wiring": {"data": {"links": 2, "hops": 1.0, "slices": False, "shared": 1}},
     "loops": [],
     "kernels": [],
     "schedule": {
@@ -90,10 +95,11 @@ def test_two_devices_of_a_chip_are_one_chip():
 
 
 def test_times_of_transfers():
-    ring = {"links": 2, "hops": 4.0, "slices": False}
+    ring = {"links": 2, "hops": 4.0, "slices": False, "shared": 1}
     assert transfer_seconds(RATES, ring, "all-gather", 180e9) == 1
     assert transfer_seconds(RATES, ring, "all-to-all", 180e9) == 4
     assert transfer_seconds(RATES, ring, "collective-permute", 180e9) == 2
+    assert transfer_seconds(RATES, ring | {"shared": 2}, "all-gather", 180e9) == 0.5
     assert transfer_seconds(RATES, ring | {"slices": True}, "all-reduce", 6.25e9) == 1
 
 
@@ -124,7 +130,8 @@ def test_report_says_what_the_hosts_hold():
     text = format_plan(make_plan(CONFIG, SLICE, RATES, measured, None))
     assert "50 GB to host memory and back, which holds 24.00 GiB a chip" in text
     assert "in a scheduled step, 4 GB/s" in text
-    assert "transfers to host memory and back take no time of the step" in text
+    assert "15 GB/s to host memory and back" in text
+    assert "interconnect 2 s, host 3.33 s" in text
     assert "host" not in format_plan(make_plan(CONFIG, SLICE, RATES, MEASURED, None))
 
 
@@ -153,3 +160,28 @@ def test_what_does_not_fit_says_what_would():
     assert "--topology v5p:4x8x8, with more of mesh.data" in text
     assert "optimizer.moments_dtype=bfloat16 model.param_dtype" not in text  # not enough
     assert plan.to_dict()["mfu"] is None
+
+
+class Device(NamedTuple):
+    """A device as wiring sees it."""
+
+    coords: tuple[int, int, int]
+
+
+@pytest.mark.parametrize(
+    ("topology", "grid", "axis", "links", "shared"),
+    [
+        # A ring along a side; of a line one link; of chips four apart every fourth of a ring.
+        ("v6e:16x16", np.array([[[[(x, y, 0)]] for y in range(16)] for x in range(16)]), 1, 2, 1),
+        ("v6e:16x16", np.array([[[[(x, 0, 0)]] for x in range(4)]]), 1, 1, 1),
+        ("v6e:16x16", np.array([[[[(4 * x, 0, 0)]] for x in range(4)]]), 1, 0.5, 1),
+        ("7x:4x4x4", np.array([[[[(d // 2, 0, 0)]] for d in range(8)]]), 1, 2, 2),
+    ],
+)
+def test_links_of_a_group(topology, grid, axis, links, shared):
+    devices = np.empty(grid.shape[:-1], object)
+    for index in np.ndindex(devices.shape):
+        devices[index] = Device(tuple(grid[index]))
+    mesh = SimpleNamespace(devices=devices)
+    found = wiring(mesh, MESH_AXES[axis], parse_slice(topology))
+    assert (found["links"], found["shared"]) == (links, shared)

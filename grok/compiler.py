@@ -1,0 +1,48 @@
+"""Options of the TPU compiler, for each generation, and `jax.jit` with them: training, evaluation,
+the engine and `grok plan` compile their steps through it, so a plan is of the program that runs."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from grok import hardware
+
+OPTIONS: dict[str, dict[str, Any]] = {}
+
+
+class _Jitted:
+    """A function that is compiled for the devices that are ambient when it is called."""
+
+    def __init__(self, function: Callable, **arguments: Any):
+        functools.update_wrapper(self, function)
+        self._function, self._arguments = function, arguments
+        self._by_kind: dict[str, Any] = {}
+
+    def _jitted(self) -> Any:
+        kind = hardware.device_kind()
+        if kind not in self._by_kind:
+            options = compiler_options(kind)
+            self._by_kind[kind] = jax.jit(
+                self._function, compiler_options=options, **self._arguments
+            )
+        return self._by_kind[kind]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted()(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """The function lowered for these arguments, as `jax.jit` lowers it."""
+        return self._jitted().lower(*args, **kwargs)
+
+
+def jit(function: Callable, **arguments: Any) -> _Jitted:
+    """`jax.jit(function, **arguments)` with the options of the devices that it is compiled for."""
+    return _Jitted(function, **arguments)
+
+
+def compiler_options(device_kind: str) -> dict[str, Any] | None:
+    """The options for devices of this kind; None, for the compiler's defaults, where there are
+    none."""
+    return OPTIONS.get(hardware.generation_of(device_kind) or "")
