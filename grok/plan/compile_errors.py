@@ -1,4 +1,4 @@
-"""What the compiler says when it refuses a program or fails on it, in a sentence with a remedy."""
+"""Refusals and failures of the TPU's compiler, each in a sentence with a remedy."""
 
 import re
 

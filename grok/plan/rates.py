@@ -22,7 +22,7 @@ class Rates:
 
 
 class Wires(NamedTuple):
-    """What collectives and copies reach, bytes/s of a chip."""
+    """Rates that collectives and copies reach, bytes/s of a chip."""
 
     link: float
     network: float

@@ -171,7 +171,7 @@ def _seconds(use: Use) -> float:
 
 
 def _label(instruction: Instruction, cost: Cost) -> str:
-    """What communicates, in words."""
+    """The collectives of an instruction, in words."""
     kinds = " and ".join(f"{kind} over {axes}" for axes, kind in cost.collectives)
     return f"{kinds}: {instruction.op_name}"
 
