@@ -1,5 +1,5 @@
 """The engine: requests in, tokens out, many at a time. B groups of devices, U chunks of a step, Q
-tokens of a chunk, T = U*Q, D embed, L layers, C chosen experts."""
+tokens of a chunk."""
 
 import dataclasses
 from collections.abc import Generator, Iterable
@@ -8,17 +8,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from grok import sharding
 from grok.config import EngineConfig
 from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import Tokenizer
 from grok.errors import RequestError
-from grok.infer.page_pool import PageLayout
 from grok.infer.request import Completion, Limits, Output, Request, TokenLogprobs
-from grok.infer.sampling import Sampled
-from grok.infer.scheduler import ScheduledStep, Scheduler, SequenceState
-from grok.infer.step import StepInputs, forward_and_sample, score_prompt
-from grok.model.attend import init_cache
+from grok.infer.scheduler import Chunk, ScheduledStep, Scheduler, SequenceState
+from grok.infer.shapes import EngineShapes
+from grok.infer.slot_state import set_banned, set_history
+from grok.infer.step import StepResult, forward_and_sample, score_prompt
+from grok.infer.step_inputs import StepInputs
 from grok.model.decoder import Decoder
 
 DEFAULTS = EngineConfig()
@@ -43,13 +42,27 @@ class EngineStats:
     pages_free: int = _count("pages of the cache that hold nothing")
 
 
+@dataclasses.dataclass
+class DispatchedStep:
+    """A step that the devices have begun or will, and what the host is to fetch of it."""
+
+    step: ScheduledStep
+    result: StepResult
+    has_top: bool  # some row asked for the likeliest tokens
+    scored: list[tuple[Chunk, tuple[int, int]]]  # chunks of prompts to score
+    scores: tuple[jax.Array, ...]
+
+
 class Engine:
     """A model on its mesh, a paged cache, and the requests in flight. A request's tokens depend on
     it and its seed alone, never on its batch: prompts always go through one program and answers
     through another, and rows are computed independently. In float32 on CPU this holds to the bit;
     elsewhere a program may round a row differently by its position, which can flip near-ties.
-    Another number of sequences, chunk size or mesh rounds differently. One thread makes all calls;
-    every process of the mesh makes the same ones in the same order."""
+    Another number of sequences, chunk size or mesh rounds differently.
+
+    The devices are always a step ahead: tokens stay there as the next step's inputs, and the host
+    looks at those of a step while the next one runs. One thread makes all calls; every process of
+    the mesh makes the same ones in the same order, on which alone it depends what a step does."""
 
     def __init__(
         self,
@@ -61,28 +74,25 @@ class Engine:
         """Makes the cache; sequences and pages are rounded up to a multiple of the groups. Without
         a tokenizer, completions have no text and end at their length or stop_token_ids."""
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
-        config, size = model.config, options.page_size
-        dtype = config.compute_dtype if options.cache_dtype == "compute" else options.cache_dtype
+        config = model.config
         with jax.set_mesh(mesh):
-            groups = sharding.axis_size("batch")
-            slots = -(-options.max_num_seqs // groups)
-            chunks = options.prefill_chunk_size // size
-            layout = PageLayout(size, chunks, config.attention.window)
-            self._table_length = -(-config.context_length // size)
-            max_pages = layout.max_pages(config.context_length)
-            pages = -(-options.num_pages // groups) or slots * max_pages
-            self._cache = jax.jit(lambda: init_cache(config, groups * pages, size, dtype))()
-        self._limits = Limits(config.vocab_size, config.context_length, layout, pages, groups)
-        self._scheduler = Scheduler(groups, slots, pages, layout)
-        self._inputs = StepInputs(config, tokenizer, mesh)
+            shapes = EngineShapes.of(config, options)
+            self._inputs = StepInputs(config, tokenizer, shapes)
+            self._cache = jax.jit(shapes.init_cache)()
+            self._slots = jax.jit(shapes.init_slots)(self._inputs.unused_W)
+        self._limits = Limits(
+            config.vocab_size, config.context_length, shapes.layout, shapes.pages, shapes.groups
+        )
+        self._scheduler = Scheduler(shapes.groups, shapes.slots, shapes.pages, shapes.layout)
+        self._dispatched: DispatchedStep | None = None
         self._requests: dict[str, list[SequenceState]] = {}  # in flight
         self._cancelled: list[Output] = []
-        self._tokens_in = self._tokens_out = 0
+        self._running = self._tokens_in = self._tokens_out = 0
 
     @property
     def unfinished(self) -> int:
         """Completions whose last Output is still to come."""
-        return sum(map(len, map(_running, self._requests.values()))) + len(self._cancelled)
+        return self._running + len(self._cancelled)
 
     @property
     def stats(self) -> EngineStats:
@@ -110,33 +120,22 @@ class Engine:
             no_prefix_reuse = choice == 0 and params.prompt_logprobs is not None
             sequences.append(SequenceState(completion, list(request.prompt), no_prefix_reuse))
             self._scheduler.add(sequences[-1])
+            self._running += 1
 
     def cancel(self, request_id: str) -> None:
         """Ends a request and frees its pages at once; unknown ids are ignored."""
         self._cancelled += self._end(request_id)
 
     def step(self) -> list[Output]:
-        """Runs one step on the devices, a prefill or a decode, and returns what is new."""
+        """Dispatches the next step to the devices, a prefill or a decode, and returns what is new
+        by the one before, which they have finished then. What fails on the devices is raised by the
+        call that would return it."""
         outputs, self._cancelled = self._cancelled, []
-        if (step := self._scheduler.next_step()) is None:
-            return outputs
-        size = self._limits.layout.page_size if step.prefill else 1
-        tokens_BT, batch = self._inputs.paged_batch(step, size, self._table_length)
-        with jax.set_mesh(self._mesh):
-            sampled, x_BTD, experts_LBTC, self._cache = forward_and_sample(
-                self._model, self._cache, tokens_BT, batch, self._inputs.sampling(step)
-            )
-        sampled = jax.tree.map(np.asarray, sampled)
-        scored = [(chunk, row) for chunk, row in step.chunks() if chunk.sequence.no_prefix_reuse]
-        if step.prefill and scored:
-            self._score_prompts(step, scored, x_BTD)
-        for chunk, row in step.chunks():
-            sequence = chunk.sequence
-            if chunk.start + chunk.count < len(sequence.tokens):
-                continue
-            if sequence.request.params.experts and not step.prefill:
-                sequence.completion.experts.append(np.asarray(experts_LBTC)[:, *row].tolist())
-            outputs += self._append_token(sequence, sampled, row)
+        finished, self._dispatched = self._dispatched, None
+        if (step := self._scheduler.next_step()) is not None:
+            self._dispatched = self._dispatch(step)
+        if finished is not None:
+            outputs += self._collect(finished)
         return outputs
 
     def generate(self, requests: Iterable[Request]) -> Generator[Output, None, None]:
@@ -160,23 +159,78 @@ class Engine:
 
     def _end(self, request_id: str) -> list[Output]:
         sequences = self._requests.pop(request_id, [])
-        cut_short = _running(sequences)
+        cut_short = [s for s in sequences if s.completion.finish_reason is None]
         for sequence in cut_short:
             self._scheduler.remove(sequence)
             sequence.completion.finish("cancelled")
+        self._running -= len(cut_short)
         if sequences and len(sequences) > (n := sequences[0].request.params.n):
             cut_short = sequences[:n]  # best_of: none was returned yet
         return [sequence.completion.drain() for sequence in cut_short]
 
-    def _score_prompts(self, step: ScheduledStep, scored, x_BTD: jax.Array) -> None:
+    def _dispatch(self, step: ScheduledStep) -> DispatchedStep:
+        inputs, scored, scores = self._inputs, [], ()
+        with jax.set_mesh(self._mesh):
+            for slot, tokens_N in inputs.histories(step):
+                self._slots = set_history(self._slots, *slot, tokens_N)
+            for slot, banned_W in inputs.bans(step):
+                self._slots = set_banned(self._slots, *slot, banned_W)
+            result, self._cache, self._slots = forward_and_sample(
+                self._model, self._cache, self._slots, inputs.words(step)
+            )
+            if step.prefill:
+                scored = [pair for pair in step.chunks() if pair[0].sequence.no_prefix_reuse]
+            if scored:
+                scores = score_prompt(self._model, result.x_BTD, self._targets(step, scored))
+        has_top = any(chunk.sequence.request.params.logprobs for chunk, _ in step.chunks())
+        for array in (result.sampled_BU2, *([result.top_BU2X] if has_top else []), *scores):
+            array.copy_to_host_async()
+        return DispatchedStep(step, result, has_top, scored, scores)
+
+    def _targets(self, step: ScheduledStep, scored) -> np.ndarray:
+        """The token after each of these chunks' tokens, (B, U, Q)."""
         next_BUQ = np.zeros((*step.shape, self._limits.layout.page_size), np.int32)
         for chunk, row in scored:
-            first = chunk.start + 1
-            targets = chunk.sequence.request.prompt[first : first + chunk.count]
+            sequence, first = chunk.sequence, chunk.start + 1
+            targets = sequence.request.prompt[first : first + chunk.count]
             next_BUQ[row][: len(targets)] = targets
-        with jax.set_mesh(self._mesh):
-            scores = [np.asarray(array) for array in score_prompt(self._model, x_BTD, next_BUQ)]
-        for chunk, row in scored:
+            if first + chunk.count > sequence.prompt_length:
+                # After a preemption the prompt may reuse pages, and is not scored twice.
+                sequence.no_prefix_reuse = False
+        return next_BUQ
+
+    def _collect(self, dispatched: DispatchedStep) -> list[Output]:
+        """What is new by a step that was dispatched."""
+        step, result = dispatched.step, dispatched.result
+        sampled_BU2, experts_LBTC, outputs = np.asarray(result.sampled_BU2), None, []
+        top_BU2X = np.asarray(result.top_BU2X if dispatched.has_top else ())
+        tokens, logprobs = sampled_BU2[..., 0].tolist(), _floats(sampled_BU2[..., 1]).tolist()
+        self._add_scores(dispatched)
+        for chunk, (b, u) in step.chunks():
+            sequence, end = chunk.sequence, chunk.start + chunk.count
+            params = sequence.request.params
+            # One that ended after this step was dispatched, a prompt's first chunks, or a token
+            # that is computed again after a preemption.
+            if sequence.completion.finish_reason is not None or end < len(sequence.tokens):
+                continue
+            assert end == len(sequence.tokens)
+            if params.experts and not step.prefill:
+                if experts_LBTC is None:
+                    experts_LBTC = np.asarray(result.experts_LBTC)
+                sequence.completion.experts.append(experts_LBTC[:, b, u].tolist())
+            token = TokenLogprobs(tokens[b][u], logprobs[b][u])
+            if params.logprobs:
+                top_2X = top_BU2X[b, u]
+                token = _logprobs(
+                    token.token, params.logprobs, token.logprob, top_2X[0], _floats(top_2X[1])
+                )
+            outputs += self._append_token(sequence, token)
+        return outputs
+
+    def _add_scores(self, dispatched: DispatchedStep) -> None:
+        """Gives the scored prompts their log-probabilities."""
+        scores = [np.asarray(array) for array in dispatched.scores]
+        for chunk, row in dispatched.scored:
             sequence, request = chunk.sequence, chunk.sequence.request
             top = request.params.prompt_logprobs or 0
             if chunk.start == 0:
@@ -187,26 +241,23 @@ class Engine:
                 sequence.prompt_logprobs.append(logprobs)
             if len(sequence.prompt_logprobs) == sequence.prompt_length:
                 sequence.completion.prompt_logprobs = tuple(sequence.prompt_logprobs)
-                # After a preemption the prompt may reuse pages, and is not scored twice.
-                sequence.no_prefix_reuse = False
 
-    def _append_token(
-        self, sequence: SequenceState, sampled: Sampled, row: tuple[int, int]
-    ) -> list[Output]:
+    def _append_token(self, sequence: SequenceState, token: TokenLogprobs) -> list[Output]:
         """Gives a sequence its new token; returns what is new of its request."""
-        request, completion = sequence.request, sequence.completion
-        params, token = request.params, int(sampled.token_B[row])
+        completion, params = sequence.completion, sequence.request.params
         if len(sequence.tokens) == sequence.prompt_length and completion.choice == 0:
             self._tokens_in += sequence.prompt_length
-        logprobs = sampled.logprob_B[row], sampled.top_BX[row], sampled.top_logprob_BX[row]
-        completion.add(_logprobs(token, params.logprobs or 0, *logprobs))
-        sequence.tokens.append(token)
+        completion.add(token)
+        sequence.tokens.append(token.token)
         self._tokens_out += 1
-        sequences = self._requests[request.id]
+        sequences = self._requests[sequence.request.id]
+        running = True
         if completion.finish_reason is not None:
+            self._running -= 1
             self._scheduler.remove(sequence)
-        if not (running := _running(sequences)):
-            del self._requests[request.id]
+            running = any(s.completion.finish_reason is None for s in sequences)
+            if not running:
+                del self._requests[sequence.request.id]
         if len(sequences) == params.n:
             return [completion.drain()]
         return [] if running else _best([s.completion for s in sequences], params.n)
@@ -224,19 +275,19 @@ class Engine:
         if params.experts and self._mesh.is_multi_process:
             message = "experts need one process with the whole mesh; experts=false would work."
             raise RequestError("experts", message)
-        if self._inputs.bans(params, early=params.min_tokens > 0).all():
+        if self._inputs.banned(params, early=params.min_tokens > 0).all():
             name = "allowed_token_ids" if params.allowed_token_ids else "banned_token_ids"
             message = f"{name} leaves no token that may be chosen; one such token would work."
             raise RequestError(name, message)
 
 
-def _running(sequences: list[SequenceState]) -> list[SequenceState]:
-    return [sequence for sequence in sequences if sequence.completion.finish_reason is None]
-
-
 def _logprobs(token: int, top: int, logprob, top_X, top_logprob_X) -> TokenLogprobs:
     pairs = zip(top_X[:top].tolist(), top_logprob_X[:top].tolist(), strict=True)
     return TokenLogprobs(token, float(logprob), tuple(pairs))
+
+
+def _floats(words: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(words).view(np.float32)
 
 
 def _best(completions: list[Completion], n: int) -> list[Output]:

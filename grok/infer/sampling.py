@@ -89,7 +89,7 @@ class SamplingBatch:
     frequency_penalty_B: Any
     prompt_length_B: Any
     top_logprobs_B: Any  # true where the likeliest tokens are asked for
-    tokens_BN: Any  # prompt and answer of rows with penalties; V elsewhere
+    tokens_BN: Any  # prompt and answer of rows with penalties, up to position
     banned_BW: Any  # a bit for each token of the vocabulary, the lowest first
 
 
@@ -140,20 +140,24 @@ def penalized(logits_BV: jax.Array, s: SamplingBatch) -> jax.Array:
     def change(logits_BV):
         row_B1 = jnp.arange(len(logits_BV))[:, None]
         none_BV = jnp.zeros_like(logits_BV)
-        answer_BN = jnp.arange(s.tokens_BN.shape[1])[None, :] >= s.prompt_length_B[:, None]
-        seen_BV = none_BV.at[row_B1, s.tokens_BN].set(1.0, mode="drop")
-        answer_BN = answer_BN.astype(logits_BV.dtype)
-        times_BV = none_BV.at[row_B1, s.tokens_BN].add(answer_BN, mode="drop")
+        index_1N = jnp.arange(s.tokens_BN.shape[1])[None, :]
+        tokens_BN = jnp.where(index_1N < s.position_B[:, None], s.tokens_BN, logits_BV.shape[-1])
+        seen_BV = none_BV.at[row_B1, tokens_BN].set(1.0, mode="drop")
+        answer_BN = (index_1N >= s.prompt_length_B[:, None]).astype(logits_BV.dtype)
+        times_BV = none_BV.at[row_B1, tokens_BN].add(answer_BN, mode="drop")
         factor_B1 = s.repetition_penalty_B[:, None]
         changed_BV = jnp.where(logits_BV > 0, logits_BV / factor_B1, logits_BV * factor_B1)
         logits_BV = jnp.where(seen_BV > 0, changed_BV, logits_BV)
         logits_BV -= s.frequency_penalty_B[:, None] * times_BV
         return logits_BV - s.presence_penalty_B[:, None] * (times_BV > 0).astype(logits_BV.dtype)
 
-    asked_B = (
-        (s.repetition_penalty_B != 1) | (s.presence_penalty_B != 0) | (s.frequency_penalty_B != 0)
-    )
+    asked_B = has_penalties(s.repetition_penalty_B, s.presence_penalty_B, s.frequency_penalty_B)
     return _where_any(asked_B, change, logits_BV)
+
+
+def has_penalties(repetition, presence, frequency):
+    """True where these penalties, numbers or arrays, change logits."""
+    return (repetition != 1) | (presence != 0) | (frequency != 0)
 
 
 def _key(words_2, choice, position):

@@ -11,7 +11,8 @@ from grok.infer.request import Completion
 
 @dataclasses.dataclass(eq=False)
 class SequenceState:
-    """One completion of a request in progress: `tokens` are its prompt and answer so far."""
+    """One completion of a request in progress: `tokens` are its prompt and answer as far as they
+    are known. The token at `computed` may be on the devices alone until its step is looked at."""
 
     completion: Completion
     tokens: list[int]
@@ -21,15 +22,27 @@ class SequenceState:
     pages: list[int] = dataclasses.field(default_factory=list)
     first_page: int = 0  # index of the first of `pages`: those before are behind the window
     computed: int = 0  # tokens whose keys and values are in the pages
-    group: int = -1  # in a slot of this group; -1: waiting
+    group: int = -1  # in a slot of this group; -1: waiting, or all of it was scheduled
+    slot: int = -1
     age: int = -1
 
     def __post_init__(self) -> None:
         self.request = self.completion.request
         self.prompt_length = len(self.request.prompt)
+        self.last_computed = self.prompt_length + self.request.params.max_tokens - 1
+
+    @property
+    def decoding(self) -> bool:
+        """True where a decode is to follow, unless the answer turns out to have ended."""
+        return self.prompt_length <= self.computed < self.last_computed
+
+    @property
+    def exhausted(self) -> bool:
+        """True once the longest answer's last token was scheduled."""
+        return self.computed >= self.last_computed
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False, slots=True)
 class Chunk:
     """`count` tokens of a sequence from position `start`, all in one page."""
 
@@ -52,9 +65,10 @@ class ScheduledStep:
 
     def chunks(self) -> Iterator[tuple[Chunk, tuple[int, int]]]:
         """Every chunk with its index (b, u)."""
-        for b, u in itertools.product(*map(range, self.shape)):
-            if (chunk := self.chunks_BU[b][u]) is not None:
-                yield chunk, (b, u)
+        for b, chunks in enumerate(self.chunks_BU):
+            for u, chunk in enumerate(chunks):
+                if chunk is not None:
+                    yield chunk, (b, u)
 
 
 class Scheduler:
@@ -62,7 +76,13 @@ class Scheduler:
     computes prompts a page at a time, or a decode, one token for each slot; while both have work
     they alternate. Prompt tokens are always computed by a prefill and answer tokens by a decode,
     since programs of other shapes round otherwise: the answer of a preempted sequence is decoded
-    again token by token. Pages wholly behind a sliding window are released before the next step."""
+    again token by token.
+
+    A step is scheduled before the tokens of the one before are known. A sequence is taken to go on
+    until its longest answer is scheduled, and then leaves its slot; where it ended earlier, the
+    token too many is for the caller to drop. Steps run one after the other on the devices, so slots
+    and pages may be given to the next step at once: those of a sequence that has ended, and those
+    wholly behind a sliding window."""
 
     def __init__(self, groups: int, slots: int, num_pages: int, layout: PageLayout):
         """`slots`, `num_pages` and the chunks of `layout` are those of one group."""
@@ -83,10 +103,10 @@ class Scheduler:
 
     def remove(self, sequence: SequenceState) -> None:
         """Takes a sequence out, finished or not, and releases its pages."""
-        if sequence.group < 0:
-            self.waiting.remove(sequence)
-        else:
+        if sequence.group >= 0:
             self._free_slot(sequence)
+        elif not sequence.exhausted:
+            self.waiting.remove(sequence)
 
     def running(self, group: int | None = None) -> list[SequenceState]:
         """Sequences in slots, oldest first."""
@@ -96,8 +116,8 @@ class Scheduler:
 
     def next_step(self) -> ScheduledStep | None:
         """The step to run next, counted as done from here on; None without work."""
-        self._release_behind_window()
-        decoding = any(s.computed >= s.prompt_length for s in self.running())
+        self._release_unneeded()
+        decoding = any(sequence.decoding for sequence in self.running())
         step = None if decoding and self._last_was_prefill else self._prefill()
         if step is None and decoding:
             step = self._decode()
@@ -166,21 +186,21 @@ class Scheduler:
         new = [page for page in (pool.allocate() for _ in range(needed)) if page is not None]
         sequence.pages, sequence.computed = cached + new, length * self.page_size
         sequence.first_page, sequence.group = length - len(cached), group
-        self.slots[group][self.slots[group].index(None)] = sequence
+        sequence.slot = self.slots[group].index(None)
+        self.slots[group][sequence.slot] = sequence
         self.cached_tokens += sequence.computed
         return True
 
     def _decode(self) -> ScheduledStep:
         chunks_BU: list[list[Chunk | None]] = []
         for group, slots in enumerate(self.slots):
-            ready = [
-                sequence
-                for sequence in self.running(group)
-                if sequence.computed >= sequence.prompt_length and self._reserve_page(sequence)
-            ]
-            chunks_BU.append([Chunk(s, s.computed, 1) if s in ready else None for s in slots])
-            for sequence in ready:
-                sequence.computed += 1
+            chunks: list[Chunk | None] = [None] * len(slots)
+            for sequence in self.running(group):
+                # No chunk of this step is of a sequence that loses its pages: those are younger.
+                if sequence.decoding and self._reserve_page(sequence):
+                    chunks[sequence.slot] = Chunk(sequence, sequence.computed, 1)
+                    sequence.computed += 1
+            chunks_BU.append(chunks)
         return ScheduledStep(False, chunks_BU)
 
     def _new_pages(self, sequence: SequenceState, cached_length: int) -> int:
@@ -207,14 +227,19 @@ class Scheduler:
         while sequence.group >= 0 and not self._has_page(sequence):
             youngest = self.running(sequence.group)[-1]
             self._free_slot(youngest)
+            youngest.computed = 0
             self.waiting.appendleft(youngest)
             self.preempted += 1
         return sequence.group >= 0
 
-    def _release_behind_window(self) -> None:
-        """Releases the pages that no further token of their sequences sees. What they hold stays
-        valid, and cached as a prefix, until they are allocated again."""
+    def _release_unneeded(self) -> None:
+        """Releases the slots of sequences of which all was scheduled, and the pages that no further
+        token sees. What these hold stays valid, and cached as a prefix, until they are allocated
+        again."""
         for sequence in self.running():
+            if sequence.exhausted:
+                self._free_slot(sequence)
+                continue
             count = self.layout.first_page(sequence.computed) - sequence.first_page
             if count > 0:
                 self.pools[sequence.group].release(sequence.pages[:count])
@@ -223,7 +248,6 @@ class Scheduler:
 
     def _free_slot(self, sequence: SequenceState) -> None:
         self.pools[sequence.group].release(sequence.pages)
-        slots = self.slots[sequence.group]
-        slots[slots.index(sequence)] = None
+        self.slots[sequence.group][sequence.slot] = None
         sequence.pages, sequence.first_page = [], 0
-        sequence.computed, sequence.group = 0, -1
+        sequence.group = sequence.slot = -1

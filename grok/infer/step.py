@@ -1,53 +1,62 @@
-"""The compiled programs of inference, each for the two shapes of a step, and their inputs. B groups
-of devices, U chunks of a step, Q tokens of a chunk, T = U*Q, D embed, V vocab, W bytes of V bits, L
-layers, C chosen experts, X likeliest tokens, M pages of the longest sequence, N tokens"""
+"""The compiled programs of inference. B groups of devices, U chunks of a step, Q tokens of a chunk,
+T = U*Q, D embed, V vocab, L layers, C chosen experts, X likeliest tokens."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grok import compiler, sharding
-from grok.config import ModelConfig
-from grok.config.sampling import MAX_LOGPROBS, SamplingParams
-from grok.data.tokenizers import Tokenizer
-from grok.infer.sampling import Sampled, SamplingBatch, logprobs, sample_tokens
-from grok.infer.scheduler import ScheduledStep
+from grok.config.sampling import MAX_LOGPROBS
+from grok.infer.sampling import Sampled, logprobs, sample_tokens
+from grok.infer.slot_state import DecodeInputs, PrefillInputs, SlotState, StepRows, map_groups
 from grok.model.attend import PagedBatch, PagedCache
 from grok.model.decoder import Decoder
 
 TWO_AXES, THREE_AXES = ("batch", None), ("batch", None, None)
-# Fields of SamplingParams that rows have as float32, with the value that changes no logits.
-NEUTRAL = {"temperature": 0, "top_p": 1, "min_p": 0}
-NEUTRAL |= {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 
 
-@functools.partial(compiler.jit, donate_argnums=1)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class StepResult:
+    """What a step computed. The first two are on every device, floats as the words of their bits,
+    so that the host fetches one array, or two."""
+
+    sampled_BU2: jax.Array  # token and log-probability
+    top_BU2X: jax.Array  # likeliest tokens and log-probabilities
+    x_BTD: jax.Array  # after the final norm
+    experts_LBTC: jax.Array | None  # None without experts
+
+
+@functools.partial(compiler.jit, donate_argnums=(1, 2))
 def forward_and_sample(
-    model: Decoder, cache: PagedCache, tokens_BT, batch: PagedBatch, sampling: SamplingBatch
-) -> tuple[Sampled, jax.Array, jax.Array | None, PagedCache]:
-    """Runs new tokens and samples one after each chunk's last one. `sampling` has rows (B, U).
-    Returns the sampled tokens, (B, U), on every device, x_BTD after the final norm, the experts of
-    each token, experts_LBTC, or None without experts, and the cache."""
+    model: Decoder, cache: PagedCache, slots: SlotState, inputs: DecodeInputs | PrefillInputs
+) -> tuple[StepResult, PagedCache, SlotState]:
+    """Runs new tokens and samples one after each chunk's last one: the program of a decode or of a
+    prefill, by the type of `inputs`. The next step finds the tokens in the slots that it returns,
+    whether or not the host has seen them."""
+    rows, slots = map_groups(lambda inputs, slots: inputs.rows(slots), inputs, slots)
+    batch = PagedBatch(rows.table_UM, rows.start_U, rows.count_U)
+    tokens_BT = rows.tokens_UQ.reshape(rows.tokens_UQ.shape[0], -1)
     x_BTD, cache, experts_LBTC = model.step(tokens_BT, cache, batch)
     logits_BUV = model.next_logits(x_BTD, batch.count_BU)
-    U = logits_BUV.shape[1]
-    fields, structure = jax.tree.flatten(sampling)
-    axes = [("batch", *(None,) * (field.ndim - 1)) for field in fields]
-    fields = [sharding.constrain(field, *at) for field, at in zip(fields, axes, strict=True)]
 
-    def local(logits_BUV, *fields):
-        rows = [field.reshape(-1, *field.shape[2:]) for field in (logits_BUV, *fields)]
-        row_sampling = jax.tree.unflatten(structure, rows[1:])
-        sampled = sample_tokens(rows[0], row_sampling, _max_logprobs(model))
-        return tuple(a.reshape(-1, U, *a.shape[1:]) for a in jax.tree.leaves(sampled))
+    def sample(logits_UV, rows: StepRows, inputs, slots):
+        sampled = sample_tokens(logits_UV, rows.sampling(), _max_logprobs(model))
+        return _pack(sampled), inputs.store(slots, sampled.token_B)
 
-    out_axes = (TWO_AXES, TWO_AXES, THREE_AXES, THREE_AXES)
-    sharded = sharding.shard_map(local, (THREE_AXES, *axes), out_axes)
-    sampled = sharded(sharding.constrain(logits_BUV, *THREE_AXES), *fields)
-    return Sampled(*map(_replicate, sampled)), x_BTD, experts_LBTC, cache
+    (sampled, top), slots = map_groups(sample, logits_BUV, rows, inputs, slots)
+    result = StepResult(_replicate(sampled), _replicate(top), x_BTD, experts_LBTC)
+    return result, cache, slots
+
+
+def _pack(sampled: Sampled) -> tuple[jax.Array, jax.Array]:
+    def words(array):
+        return jax.lax.bitcast_convert_type(array, jnp.int32)
+
+    sampled_U2 = jnp.stack([sampled.token_B, words(sampled.logprob_B)], axis=1)
+    return sampled_U2, jnp.stack([sampled.top_BX, words(sampled.top_logprob_BX)], axis=1)
 
 
 @compiler.jit
@@ -82,99 +91,3 @@ def _replicate(array: jax.Array) -> jax.Array:
 
 def _max_logprobs(model: Decoder) -> int:
     return min(MAX_LOGPROBS, model.config.vocab_size)
-
-
-class StepInputs:
-    """Makes the inputs of a model's steps on the host."""
-
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None, mesh: Mesh):
-        self._config, self._mesh = config, mesh
-        self._eos_ids = () if tokenizer is None else tokenizer.eos_ids
-        # Rows of the embedding table beyond the vocabulary are never chosen.
-        self._unused_V = np.zeros(config.vocab_size, bool)
-        if tokenizer is not None:
-            self._unused_V[tokenizer.vocab_size :] = True
-        self._defaults: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
-
-    def paged_batch(
-        self, step: ScheduledStep, size: int, max_pages: int
-    ) -> tuple[np.ndarray, PagedBatch]:
-        """Tokens (B, U*Q) for chunks of Q = `size`, their positions, and tables of `max_pages`, of
-        which those that a sequence does not have, or no more, are 0."""
-        tokens_BUQ = np.zeros((*step.shape, size), np.int32)
-        table_BUM = np.zeros((*step.shape, max_pages), np.int32)
-        start_BU, count_BU = np.zeros((2, *step.shape), np.int32)
-        for chunk, row in step.chunks():
-            end = chunk.start + chunk.count
-            tokens_BUQ[row][: chunk.count] = chunk.sequence.tokens[chunk.start : end]
-            pages, first = chunk.sequence.pages, chunk.sequence.first_page
-            table_BUM[row][first : first + len(pages)] = pages
-            start_BU[row], count_BU[row] = chunk.start, chunk.count
-        return tokens_BUQ.reshape(step.shape[0], -1), PagedBatch(table_BUM, start_BU, count_BU)
-
-    def sampling(self, step: ScheduledStep) -> SamplingBatch:
-        """Sampling parameters of each chunk's sequence, (B, U, ...)."""
-        shape = step.shape
-        tokens_BUN = banned_BUV = None
-        float32 = {name: np.full(shape, value, np.float32) for name, value in NEUTRAL.items()}
-        names = ("choice", "position", "top_k", "prompt_length")
-        int32 = {name: np.zeros(shape, np.int32) for name in names}
-        seed_BU2, top_logprobs_BU = np.zeros((*shape, 2), np.uint32), np.zeros(shape, bool)
-        for chunk, row in step.chunks():
-            sequence, params = chunk.sequence, chunk.sequence.request.params
-            seed_BU2[row] = params.seed & 0xFFFFFFFF, params.seed >> 32
-            top_logprobs_BU[row] = bool(params.logprobs)
-            for name in NEUTRAL:
-                float32[name][row] = getattr(params, name)
-            int32["choice"][row] = sequence.completion.choice
-            int32["prompt_length"][row] = sequence.prompt_length
-            int32["position"][row] = chunk.start + chunk.count
-            int32["top_k"][row] = min(params.top_k, self._config.vocab_size)
-            penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
-            if penalties != (1, 0, 0):
-                tokens_BUN = self._no_tokens(shape) if tokens_BUN is None else tokens_BUN
-                tokens_BUN[row][: len(sequence.tokens)] = sequence.tokens
-            early = len(sequence.tokens) - sequence.prompt_length < params.min_tokens
-            if params.allowed_token_ids or params.banned_token_ids or early:
-                if banned_BUV is None:
-                    banned_BUV = np.tile(self._unused_V, (*shape, 1))
-                banned_BUV[row] = self.bans(params, early)
-        default_BUN, default_BUW = self._default_rows(shape)
-        return SamplingBatch(
-            **{f"{name}_B": array for name, array in (float32 | int32).items()},
-            seed_B2=seed_BU2,
-            top_logprobs_B=top_logprobs_BU,
-            tokens_BN=default_BUN if tokens_BUN is None else self._replicate(tokens_BUN),
-            banned_BW=default_BUW if banned_BUV is None else self._replicate(_bits(banned_BUV)),
-        )
-
-    def bans(self, params: SamplingParams, early: bool) -> np.ndarray:
-        """Mask of the tokens that a request may not get, (V,); `early`: before its min_tokens."""
-        banned_V = self._unused_V.copy()
-        if params.allowed_token_ids:
-            banned_V[:] = True
-            banned_V[list(params.allowed_token_ids)] = False
-        banned_V[list(params.banned_token_ids)] = True
-        if early:
-            banned_V[list(params.stop_token_ids)] = True
-            if not params.ignore_eos:
-                banned_V[list(self._eos_ids)] = True
-        return banned_V
-
-    def _no_tokens(self, shape: tuple[int, int]) -> np.ndarray:
-        return np.full((*shape, self._config.context_length), self._config.vocab_size, np.int32)
-
-    def _default_rows(self, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-        """Tokens and bans of steps without penalties and bans: large, so kept on the devices."""
-        if shape not in self._defaults:
-            defaults = self._no_tokens(shape), _bits(np.tile(self._unused_V, (*shape, 1)))
-            self._defaults[shape] = self._replicate(defaults[0]), self._replicate(defaults[1])
-        return self._defaults[shape]
-
-    def _replicate(self, array: np.ndarray) -> jax.Array:
-        sharding = NamedSharding(self._mesh, PartitionSpec())
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _bits(banned_BUV: np.ndarray) -> np.ndarray:
-    return np.packbits(banned_BUV, axis=-1, bitorder="little")
