@@ -7,6 +7,7 @@ nothing. Also printed: arrays sent and fetched a step, and the time that the hos
 
     python -m benchmarks.decode_idle
     python -m benchmarks.decode_idle --slots 512 --milliseconds 8 --profile
+    python -m benchmarks.decode_idle --cpu-time  # on a busy machine: the host's work in CPU seconds
 """
 
 import argparse
@@ -49,7 +50,7 @@ def main() -> None:
     configure_devices(0)
     tokenizer = small_tokenizer()
     for slots in asked.slots:
-        device = Device(asked.milliseconds / 1e3)
+        device = Device(asked.milliseconds / 1e3, asked.cpu_time)
         engine_module.forward_and_sample = device.forward_and_sample
         engine = make_engine(slots, tokenizer)
         start_all(engine, slots, asked.steps)
@@ -66,22 +67,28 @@ def main() -> None:
 
 
 class Device:
-    """A device that takes `seconds` for each step, in the order in which they are dispatched."""
+    """A device that takes `seconds` for each step, in the order in which they are dispatched. With
+    `cpu_time` the time is that in which the engine's thread works or waits for the device: what
+    other programs take from it does not count, and nothing sleeps."""
 
-    def __init__(self, seconds: float):
-        self._seconds, self._end = seconds, 0.0
+    def __init__(self, seconds: float, cpu_time: bool):
+        self._seconds, self._cpu_time, self._end = seconds, cpu_time, 0.0
+        self._waited = 0.0
         self.reset()
 
     def reset(self) -> None:
         """Begins to count."""
-        self._started = time.perf_counter()
-        self._idle = self._waited = 0.0
+        self._started, self._waited_before = self._now(), self._waited
+        self._idle = 0.0
         self._steps = self._sent = self.fetched = 0
+
+    def _now(self) -> float:
+        return time.thread_time() + self._waited if self._cpu_time else time.perf_counter()
 
     def forward_and_sample(self, *arguments):
         """Stands for the engine's program: dispatches a step."""
         result, cache, slots = _next_to_nothing(*arguments)
-        now = time.perf_counter()
+        now = self._now()
         self._idle += max(0.0, now - max(self._end, self._started))
         self._end = max(now, self._end) + self._seconds
         self._steps += 1
@@ -91,20 +98,23 @@ class Device:
         return dataclasses.replace(result, sampled_BU2=sampled, top_BU2X=top), cache, slots
 
     def wait(self, end: float) -> None:
-        """Sleeps until a step is over."""
-        started = time.perf_counter()
-        if end > started:
-            time.sleep(end - started)
-        self._waited += time.perf_counter() - started
+        """Waits until a step is over."""
+        if (seconds := end - (started := self._now())) <= 0:
+            return
+        if self._cpu_time:
+            self._waited += seconds
+        else:
+            time.sleep(seconds)
+            self._waited += self._now() - started
 
     def summary(self) -> str:
-        """What was counted."""
-        total = time.perf_counter() - self._started
-        host = (total - self._waited) / self._steps
+        """Idle share, times and arrays since `reset`."""
+        total = self._now() - self._started
+        host = total - (self._waited - self._waited_before)
         return (
             f"idle {self._idle / total:.2%}, {1e3 * total / self._steps:.2f} ms a step, of which "
-            f"the host works {1e3 * host:.2f} ms; {self._sent / self._steps:g} arrays sent and "
-            f"{self.fetched / self._steps:g} fetched a step"
+            f"the host works {1e3 * host / self._steps:.2f} ms; {self._sent / self._steps:g} "
+            f"arrays sent and {self.fetched / self._steps:g} fetched a step"
         )
 
 

@@ -200,7 +200,7 @@ class Engine:
         return next_BUQ
 
     def _collect(self, dispatched: DispatchedStep) -> list[Output]:
-        """What is new by a step that was dispatched."""
+        """Outputs of a step that was dispatched, once the devices have finished it."""
         step, result = dispatched.step, dispatched.result
         sampled_BU2, experts_LBTC, outputs = np.asarray(result.sampled_BU2), None, []
         top_BU2X = np.asarray(result.top_BU2X if dispatched.has_top else ())

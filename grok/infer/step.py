@@ -20,7 +20,7 @@ TWO_AXES, THREE_AXES = ("batch", None), ("batch", None, None)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class StepResult:
-    """What a step computed. The first two are on every device, floats as the words of their bits,
+    """Results of a step. The first two are on every device, floats as the words of their bits,
     so that the host fetches one array, or two."""
 
     sampled_BU2: jax.Array  # token and log-probability

@@ -35,8 +35,8 @@ class StepInputs:
         return _bits(self._unused_V)
 
     def words(self, step: ScheduledStep) -> DecodeInputs | PrefillInputs:
-        """What the devices need to know of a step. The array is new each time: a step may be read
-        after the next one was made."""
+        """Words of a step for the devices, in an array of its own: they may read it after the next
+        one was made."""
         return self._prefill_words(step) if step.prefill else self._decode_words(step)
 
     def _decode_words(self, step: ScheduledStep) -> DecodeInputs:
