@@ -23,6 +23,9 @@ StrPath = str | os.PathLike[str]
 TRUNCATED = "it became shorter while it was read"
 # Bytes to fetch at a time of a remote file of which only the header is read.
 HEADER_BLOCK = 1 << 16
+# Bytes of one request for values, of which several are under way; and of gaps that are not worth
+# another request.
+REQUEST_BYTES, GAP_BYTES = 1 << 24, 1 << 16
 
 
 def is_remote(path: StrPath) -> bool:
@@ -111,23 +114,56 @@ def read_ranges(
     path: StrPath, starts: Sequence[int], out: memoryview, error: type[Exception] = OSError
 ) -> None:
     """Fills `out` with byte ranges of one length of a file, which begin at `starts`, in order. Of a
-    remote file all bytes between them are read, too: a request costs more."""
+    remote file short gaps between them are read, too, and long ranges in several requests."""
     length = len(out) // len(starts)
-    rows = (out[row * length : (row + 1) * length] for row in range(len(starts)))
+    rows = [out[row * length : (row + 1) * length] for row in range(len(starts))]
     with errors(path, error):
         path = _local(path)
         if is_remote(path):
-            system, inside = remote(path)
-            begin, end = starts[0], starts[-1] + length
-            span = memoryview(system.cat_file(inside, begin, end))
-            if len(span) != end - begin:
-                raise OSError(TRUNCATED)
-            for row, start in zip(rows, starts, strict=True):
-                row[:] = span[start - begin : start - begin + length]
+            _read_remote_ranges(path, starts, length, rows)
             return
         with open(path, "rb", buffering=0) as file:
             for row, start in zip(rows, starts, strict=True):
                 _read_exactly(file.fileno(), row, start)
+
+
+def requests(starts: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
+    """Yields (begin, end) of what is requested of a remote file for ranges of one length that begin
+    at `starts`: at most REQUEST_BYTES each, together at most half more than the ranges, or with
+    gaps of at most GAP_BYTES."""
+    longest_gap = max(GAP_BYTES, length // 2)
+    for first, last in _joined(starts, length, longest_gap):
+        for begin in range(first, last, REQUEST_BYTES):
+            yield begin, min(begin + REQUEST_BYTES, last)
+
+
+def _joined(starts: Sequence[int], length: int, longest_gap: int) -> Iterator[tuple[int, int]]:
+    begin, end = starts[0], starts[0] + length
+    for start in starts[1:]:
+        if start - end > longest_gap:
+            yield begin, end
+            begin = start
+        end = start + length
+    yield begin, end
+
+
+def _read_remote_ranges(
+    path: StrPath, starts: Sequence[int], length: int, rows: Sequence[memoryview]
+) -> None:
+    system, inside = remote(path)
+    begins, ends = map(list, zip(*requests(starts, length), strict=True))
+    answers = system.cat_ranges([inside] * len(begins), begins, ends, on_error="raise")
+    index = 0
+    for begin, end, data in zip(begins, ends, answers, strict=True):
+        if len(data) != end - begin:
+            raise OSError(TRUNCATED)
+        while index < len(starts) and starts[index] < end:
+            start, stop = starts[index], starts[index] + length
+            first, last = max(start, begin), min(stop, end)
+            rows[index][first - start : last - start] = data[first - begin : last - begin]
+            if stop > end:
+                break  # the next answer has the rest
+            index += 1
 
 
 def _read_exactly(descriptor: int, row: memoryview, offset: int) -> None:

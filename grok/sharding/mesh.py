@@ -80,7 +80,8 @@ def without_trivial_mesh(f: Callable) -> Callable:
 
 
 def abstract_arrays(make: Callable, mesh: Mesh):
-    """Shapes, types and shardings on `mesh` of the arrays that `make()` would return."""
+    """Shapes, types and shardings on `mesh`, which may be abstract, of the arrays that `make()`
+    would return."""
 
     def with_sharding(leaf):
         # An array without a sharding, such as a scalar, is replicated.
@@ -88,5 +89,5 @@ def abstract_arrays(make: Callable, mesh: Mesh):
         sharding = NamedSharding(mesh, partition)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.tree.map(with_sharding, jax.eval_shape(make))

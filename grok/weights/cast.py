@@ -1,5 +1,6 @@
 """Weights in another type than the stored one: sources that convert the parts that are read."""
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,8 @@ from grok.errors import CheckpointError
 from grok.model.param_spec import ParamSpec
 from grok.ops.weights.int8 import dequantize, quantize
 from grok.weights.array_difference import ArrayDifference
-from grok.weights.source import Part, Source, TensorSpec
+from grok.weights.source import Source, TensorSpec
+from grok.weights.storage_layout import Part, StorageLayout
 
 ScaleGroups = Callable[[ParamSpec], int]
 # Threads quantise a matrix in stripes of columns of this size, which fits a core's cache.
@@ -49,7 +51,6 @@ class FloatSource(Source):
     def __init__(self, source: Source, dtype: np.dtype):
         self._source, self._dtype = source, dtype
         self.format, self.path, self.config = source.format, source.path, source.config
-        self.stores_rows = source.stores_rows
         self.tensors: dict[str, TensorSpec] = {
             name: TensorSpec(spec.param, dtype) for name, spec in source.tensors.items()
         }
@@ -62,13 +63,17 @@ class FloatSource(Source):
             return values.astype(self._dtype, copy=False)
         return _dequantize_part(self._source, spec, part, values, self._dtype)
 
+    def layout(self, name: str) -> StorageLayout:
+        """That of the source."""
+        return self._source.layout(name)
+
 
 class QuantizedSource(FloatSource):
     """A source of floats with its matrices as int8 and all else in float32."""
 
     def __init__(self, source: Source, groups: ScaleGroups = release_groups):
         super().__init__(source, np.dtype(np.float32))
-        self.stores_rows, int8 = False, np.dtype(np.int8)
+        int8 = np.dtype(np.int8)
         for param in (spec.param for spec in source.tensors.values() if spec.param.is_matmul):
             most, rows = groups(param), param.contract_size
             count = max(g for g in range(1, most + 1) if rows % g == 0)
@@ -91,6 +96,17 @@ class QuantizedSource(FloatSource):
         at, rows = spec.param.lead_dims, spec.param.split(spec.full_part)[1]
         _, scales = self._quantize(name, (*part[:at], *rows, *part[at + 1 :]))
         return scales[(*(slice(None),) * at, part[at])]
+
+    def read_quantized(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        """Values and scales of a part with all rows, which are read once."""
+        return self._quantize(name, part)
+
+    def layout(self, name: str) -> StorageLayout:
+        """That of the source, with rows that are never cut, since a scale needs all of them."""
+        layout, spec = super().layout(name), self.tensors[name]
+        if spec.groups is None:
+            return layout
+        return dataclasses.replace(layout, uncut=tuple(spec.param.contract_axes))
 
     def _quantize(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
         values = self._source.read(name, part)

@@ -16,9 +16,8 @@ from grok import storage
 from grok.config import ModelConfig
 from grok.errors import CheckpointError
 from grok.model.param_spec import ParamSpec
+from grok.weights.storage_layout import Part, StorageLayout
 
-# A slice with start and stop, and no step, for each axis.
-Part = tuple[slice, ...]
 # Called with a tensor's name, the bytes done so far, and all bytes; by one thread at a time.
 OnProgress = Callable[[str, int, int], object]
 
@@ -67,11 +66,9 @@ class TensorSpec:
 class Source(abc.ABC):
     """Weights of a model that can be read part by part, by several threads at a time. `format` is
     "xai", "orbax" or "huggingface"; `tensors` holds exactly the names of `param_specs(config)`, in
-    order; `stores_rows` says that the rows of a matrix follow each other in its file. Methods raise
-    CheckpointError, with the file, for what cannot be read."""
+    order. Methods raise CheckpointError, with the file, for what cannot be read."""
 
     format: str
-    stores_rows: bool = False
     path: str
     config: ModelConfig
     tensors: Mapping[str, TensorSpec]
@@ -83,6 +80,20 @@ class Source(abc.ABC):
     def read_scales(self, name: str, part: Part) -> np.ndarray:
         """Scales of an int8 tensor, bfloat16; `part` is a part of `TensorSpec.scales_shape`."""
         raise AssertionError(f"{name} is {self.tensors[name].dtype} and has no scales")
+
+    def read_quantized(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        """Values of an int8 tensor with all of their rows, and the scales of these."""
+        spec = self.tensors[name]
+        return self.read(name, part), self.read_scales(name, scales_part(spec, part))
+
+    def layout(self, name: str) -> StorageLayout:
+        """The layout of a tensor's values in storage."""
+        spec = self.tensors[name]
+        return StorageLayout.c_order(len(spec.shape), spec.dtype.itemsize)
+
+    def scales_layout(self, name: str) -> StorageLayout:
+        """The layout of an int8 tensor's scales in storage."""
+        return StorageLayout.c_order(len(self.tensors[name].scales_shape), 2)
 
     @property
     def nbytes(self) -> int:

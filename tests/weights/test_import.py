@@ -66,8 +66,7 @@ class Watched(Source):
     def __init__(self, source: Source, fail_at: int | None = None):
         self._source, self._fail_at = source, fail_at
         self.format, self.path, self.config = source.format, source.path, source.config
-        self.stores_rows = source.stores_rows
-        self.tensors = source.tensors
+        self.tensors, self.layout = source.tensors, source.layout
         self.reads: list[tuple[str, tuple]] = []
 
     def read(self, name, part):

@@ -3,14 +3,8 @@
 Letters: B rows, T tokens, V vocab.
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -24,12 +18,13 @@ from grok.model.build import to_arrays
 from grok.weights.cast import converted, per_channel, release_groups
 from grok.weights.importing.importer import import_weights
 from grok.weights.load import put_on_mesh
+from grok.weights.read_plan import MeshProcesses
 from grok.weights.xai.source import ReleaseSource
 from tests.fixtures.random_weights import RandomSource
 from tests.fixtures.release_writer import write_release
 from tests.model import golden
+from tests.weights.load_processes import load_in_processes
 
-ROOT = Path(__file__).parents[2]
 MESHES = [None, (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
 each_mesh = pytest.mark.parametrize("sizes", MESHES, ids=str)
 
@@ -150,13 +145,42 @@ def test_every_device_has_its_part_of_values_and_scales():
 def test_large_parts_arrive_in_blocks(monkeypatch):
     source = RandomSource(ODD)
     whole = to_arrays(put_on_mesh(source, grok.make_mesh(2, 2, 2)))
-    monkeypatch.setattr("grok.weights.load.BLOCK_BYTES", 100)
-    told = []
-    blocks = to_arrays(put_on_mesh(source, grok.make_mesh(2, 2, 2), told.append))
+    monkeypatch.setattr("grok.weights.read_plan.DEVICE_BYTES", 100)
+    progress = []
+    mesh = grok.make_mesh(2, 2, 2)
+    batches = to_arrays(put_on_mesh(source, mesh, lambda *figures: progress.append(figures)))
     for name, array in whole.items():
-        np.testing.assert_array_equal(array, blocks[name])
-    held = [shard.data.nbytes for array in whole.values() for shard in array.addressable_shards]
-    assert sum(told) == sum(held)
+        np.testing.assert_array_equal(array, batches[name])
+    total = sum(array.nbytes for array in whole.values())
+    assert progress[0] == ("", 0, total)
+    assert progress[-1][1:] == (total, total)
+    assert len(progress) > 100
+
+
+def bits(array) -> np.ndarray:
+    values = np.asarray(array)
+    return values.view(f"u{values.itemsize}")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float32", "float32 to int8"])
+@pytest.mark.parametrize(
+    ("sizes", "devices", "batch_bytes"),
+    [((1, 4, 2), 4, 1 << 26), ((2, 1, 2, 2), 2, 1 << 26), ((4, 1, 2), 1, 5000)],
+)
+def test_what_processes_read_is_exchanged_bit_for_bit(
+    monkeypatch, sizes, devices, batch_bytes, dtype
+):
+    """Eight devices of one process, planned as if every few of them were of another."""
+    stored, _, to = dtype.partition(" to ")
+    source = converted(RandomSource(ODD, dtype=stored, groups=odd_groups), to or stored)
+    mesh = grok.make_mesh(*sizes)
+    expected = to_arrays(put_on_mesh(source, mesh))
+    monkeypatch.setattr("grok.weights.read_plan.DEVICE_BYTES", batch_bytes)
+    processes = MeshProcesses(dict(mesh.shape), np.arange(8).reshape(mesh.devices.shape) // devices)
+    monkeypatch.setattr("grok.weights.transfer.MeshProcesses", lambda *_: processes)
+    for name, array in to_arrays(put_on_mesh(source, mesh)).items():
+        assert array.sharding == expected[name].sharding
+        np.testing.assert_array_equal(bits(array), bits(expected[name]), name)
 
 
 def test_floats_become_int8_on_a_mesh():
@@ -198,75 +222,27 @@ WIDE = ModelConfig(
     moe=MoEConfig(dim=2048),
     attention=AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=64),
 )
-SMALL = dataclasses.replace(
-    WIDE, vocab_size=64, embed_dim=64, moe=dataclasses.replace(WIDE.moe, dim=64)
-)
-LOAD = """
-import dataclasses, json, sys, jax
-sys.path.insert(0, {root!r})
-import grok
-from grok.weights.importing.importer import import_weights
-from grok.weights.load import put_on_mesh
-from tests.fixtures.random_weights import RandomSource
-from grok.config import DataConfig, ModelConfig, RunConfig
-from grok.config.load import from_dict
-from grok.model.build import to_arrays
-from tests.weights.test_load import SMALL
-
-def bytes_read():
-    with open("/proc/self/io") as file:
-        counts = dict(line.split(": ") for line in file)
-    return int(counts["rchar"]), int(counts["read_bytes"])
-
-folder, config, sizes, address, process = sys.argv[1:]
-jax.distributed.initialize(address, 2, int(process))
-mesh = grok.make_mesh(*json.loads(sizes))
-put_on_mesh(RandomSource(SMALL), mesh)  # what is imported on first use
-before = bytes_read()
-model = grok.load(folder, from_dict(json.loads(config), config_type=ModelConfig), mesh)
-read, disk = (after - early for early, after in zip(before, bytes_read()))
-needed = 0
-for name, array in to_arrays(model).items():
-    parts = {{str(shard.index): shard.data.nbytes for shard in array.addressable_shards}}
-    needed += sum(parts.values())
-print(json.dumps({{"read": read, "disk": disk, "needed": needed}}), flush=True)
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def load_in_two_processes(folder: Path, config: ModelConfig, sizes) -> list[dict[str, int]]:
-    """Of each process of four devices: bytes that it read, from disk, and that its devices hold."""
-    settings = json.dumps(dataclasses.asdict(config))
-    script = LOAD.format(root=str(ROOT))
-    arguments = [str(folder), settings, json.dumps(sizes), f"127.0.0.1:{free_port()}"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for number in range(2):
-            process = subprocess.Popen(
-                [sys.executable, "-c", script, *arguments, str(number)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            processes.append(stack.enter_context(process))
-            stack.callback(process.kill)
-        reports = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    return [json.loads(report.splitlines()[-1]) for report in reports]
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="/proc/self/io is Linux's")
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
-def test_two_processes_read_what_their_devices_need(tmp_path, sizes):
-    """Of int8 matrices, each process reads its rows, columns and experts, and little else."""
+@pytest.mark.parametrize(
+    ("sizes", "processes"),
+    [
+        ((2, 2, 2), 2),
+        *(
+            pytest.param(sizes, processes, marks=pytest.mark.prove)
+            for sizes in [(1, 8, 1), (2, 2, 2), (1, 1, 8)]
+            for processes in (2, 4)
+        ),
+    ],
+    ids=str,
+)
+def test_processes_read_each_byte_once(tmp_path, sizes, processes):
+    """Rows, columns, experts and copies: together they read the files once, and little else."""
     write_release(RandomSource(WIDE), tmp_path / "ckpt-0")
-    for found in load_in_two_processes(tmp_path / "ckpt-0", WIDE, sizes):
-        share = found["read"] / found["needed"]
-        print(f"\n{sizes}: {share:.4f} of the {found['needed']} bytes that its devices hold")
-        assert 1 <= share < 1.05
+    total = sum(file.stat().st_size for file in (tmp_path / "ckpt-0").iterdir())
+    reports = load_in_processes(tmp_path / "ckpt-0", WIDE, sizes, processes, compare=True)
+    reads = [report["read"] / total for report in reports]
+    print(f"\n{sizes}: {', '.join(f'{read:.4f}' for read in reads)} of the files' {total} bytes")
+    assert 1 <= sum(reads) < 1.1
+    assert max(reads) < 1.1 / processes

@@ -23,6 +23,7 @@ from grok.weights.huggingface.ranks import FILE, file_name
 from grok.weights.huggingface.safetensors import TensorInfo
 from grok.weights.huggingface.stored_tensor import StoredTensor
 from grok.weights.source import Part, Source, TensorSpec, blocks, part_shape, quoted, read_part
+from grok.weights.storage_layout import StorageLayout
 from grok.weights.transpose import transpose_into
 
 
@@ -69,6 +70,12 @@ class HuggingFaceSource(Source):
         if name == TOKEN_TABLE and self._tied_head:
             self._check_tied(self._tied_head, part, out)
         return out
+
+    def layout(self, name: str) -> StorageLayout:
+        """The files have matrices transposed, columns before rows."""
+        spec = self.tensors[name]
+        lead, rows, columns = split_axes(spec.param, tuple(range(len(spec.shape))))
+        return StorageLayout((*lead, *columns, *rows), spec.dtype.itemsize)
 
     def _arrange(
         self, layout: str, entries: dict[str, tuple[TensorInfo, ...]]

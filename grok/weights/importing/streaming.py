@@ -133,7 +133,7 @@ def _read_ahead(source: Source, pieces: Iterable[Piece]) -> Iterator[_Block]:
 
 
 def _cut(source: Source, piece: Piece) -> Iterator[list[Slabs]]:
-    if source.stores_rows or not piece.spec.param.is_matmul:
+    if source.layout(piece.spec.name).is_c_order or not piece.spec.param.is_matmul:
         for shard in piece.values.shards(piece.part):
             for slabs in piece.values.slabs(shard, BLOCK_BYTES):
                 yield [slabs]

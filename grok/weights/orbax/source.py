@@ -1,5 +1,6 @@
 """Our own checkpoints as a source: those that runs saved through Orbax, and those of imports."""
 
+import dataclasses
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from grok.weights.checksums import sample_checksum
 from grok.weights.orbax.metadata import COMMITTED, LORA, METADATA, MODEL, read_meta, read_tree
 from grok.weights.orbax.zarr import open_array, wait
 from grok.weights.source import Part, Source, TensorSpec
+from grok.weights.storage_layout import StorageLayout
 
 FLOATS = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
 
@@ -64,6 +66,15 @@ class OrbaxSource(Source):
         """Scales of a part."""
         return self._arrays.read(f"{name}/scales", part)
 
+    def layout(self, name: str) -> StorageLayout:
+        """The layout of a tensor's values: chunks."""
+        kind = "" if self.tensors[name].groups is None else "/values"
+        return self._arrays.layout(f"{name}{kind}")
+
+    def scales_layout(self, name: str) -> StorageLayout:
+        """The layout of an int8 tensor's scales: chunks."""
+        return self._arrays.layout(f"{name}/scales")
+
 
 class LoraSource(FloatSource):
     """`base` with the adapters of the LoRA run `run` added, all in float32. Its checkpoint, the
@@ -78,7 +89,7 @@ class LoraSource(FloatSource):
                 "there now; the same weights would work."
             )
         super().__init__(converted(base, run.model.param_dtype), np.dtype(np.float32))
-        self.format, self.path, self.stores_rows = "orbax", step, False
+        self.format, self.path = "orbax", step
         self._rank, self._scale = run.lora.rank, run.lora.scale
         self._arrays = ArrayTree(storage.join(step, LORA))
         self._adapted = set(lora_targets(base.config, run.lora))
@@ -100,6 +111,14 @@ class LoraSource(FloatSource):
         b = self._arrays.read(f"{name}/b", (*lead, rank, *columns))
         adapted = LoraArray(base, a, b, self._scale)
         return merge_adapter(adapted, spec.contract_dims, spec.output_dims)
+
+    def layout(self, name: str) -> StorageLayout:
+        """That of the base; matrices are multiplied with all of their rows."""
+        layout = super().layout(name)
+        if name not in self._adapted:
+            return layout
+        uncut = tuple(self.tensors[name].param.contract_axes)
+        return dataclasses.replace(layout, uncut=uncut)
 
 
 class ArrayTree:
@@ -140,6 +159,12 @@ class ArrayTree:
     def read(self, name: str, part: Part) -> np.ndarray:
         """Part of an array."""
         return self._wait(name, self._stores[name][part].read())
+
+    def layout(self, name: str) -> StorageLayout:
+        """The layout of an array, in the chunks that are read."""
+        store = self._stores[name]
+        order, itemsize = tuple(range(store.rank)), store.dtype.numpy_dtype.itemsize
+        return StorageLayout(order, itemsize, chunk=store.chunk_layout.read_chunk.shape)
 
     def _store(self, name: str) -> Any:
         if name not in self._stores:

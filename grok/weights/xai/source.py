@@ -77,7 +77,7 @@ class ReleaseSource(Source):
     Raises CheckpointError, with file and remedy, where files are missing, too many, damaged, or of
     another model. Files do not name their tensors: two of one shape may be swapped unnoticed."""
 
-    format, stores_rows = "xai", True
+    format = "xai"
 
     def __init__(self, folder: str | os.PathLike[str], config: ModelConfig):
         self.path, self.config = os.fspath(folder), config
