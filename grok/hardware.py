@@ -88,9 +88,13 @@ def configure_devices(simulated: int) -> None:
         # complain, before it took what the machine has.
         cuda = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
         jax.config.update("jax_platforms", "cuda,cpu" if cuda else "cpu")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grok" / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_compilation_cache_dir", str(user_cache()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
+
+
+def user_cache() -> Path:
+    """The user's folder of compiled programs on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grok" / "compiled"
 
 
 def has_tpu() -> bool:

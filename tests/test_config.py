@@ -46,7 +46,7 @@ model.mlp model.mlp.dim model.mlp.activation
 model.moe model.moe.dim model.moe.num_experts model.moe.num_selected
 model.moe.activation model.moe.normalize model.moe.logit_softcap model.param_dtype
 model.compute_dtype model.remat
-folder
+folder compile_cache
 mesh mesh.slice mesh.data mesh.expert mesh.tensor mesh.simulated_devices
 data data.train data.validation data.datasets data.mixture_schedule data.validation_dataset
 data.packing data.allow_data_change data.tokenizer data.sequence_length data.batch_size
@@ -57,8 +57,8 @@ optimizer.muon_momentum optimizer.moments_dtype optimizer.offload optimizer.weig
 optimizer.max_grad_norm optimizer.param_groups optimizer.ema_decay
 train train.steps train.seed train.init_from train.z_loss train.router_balance_loss
 train.grad_accum_steps train.grad_spike_factor train.max_bad_steps train.rollback_on_divergence
-train.log_every train.eval_every train.hang_timeout_seconds train.heartbeat_timeout_seconds
-train.tensorboard train.wandb train.profile
+train.log_every train.eval_every train.start_timeout_seconds train.hang_timeout_seconds
+train.heartbeat_timeout_seconds train.tensorboard train.wandb train.profile
 lora lora.rank lora.alpha lora.targets
 checkpoint checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best
 checkpoint.best_metric
@@ -279,7 +279,7 @@ def test_sections_of_sections_and_sections_that_may_be_null(write):
             "no key checkpoint.path; checkpoint has every, keep, keep_every, keep_best,",
         ),
         ("model: {peaklr: 5}", "no key model.peaklr; did you mean optimizer.peak_lr?"),
-        ("wheels: red", "no key wheels; the top level has model, folder, mesh,"),
+        ("wheels: red", "no key wheels; the top level has model, folder, compile_cache,"),
         ("train:\n  steps: ten", 'run.yaml:3: train.steps must be an integer, not "ten"'),
         ("train:\n  steps: ten", "the default is 1000."),
         ('train: {steps: "50"}', 'an integer, not "50"; did you mean 50?'),

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = ("errors", "config", "hub", "storage", "progress", "resumable")
 MODEL = (*BASE, "hardware", "compiler", "sharding", "ops", "model")
 WEIGHTS = (*MODEL, "distributed", "weights", "checkpoint")
-RUNS = (*WEIGHTS, "preemption", "data", "optim")
+RUNS = (*WEIGHTS, "compile_cache", "preemption", "data", "optim")
 RUNNERS = (*RUNS, "train", "infer", "plan")
 ALLOWED = {
     "__init__": (),
@@ -31,6 +31,7 @@ ALLOWED = {
     "hardware": (),
     "compiler": ("hardware",),
     "distributed": (*BASE, "hardware"),
+    "compile_cache": (*BASE, "hardware", "distributed"),
     "preemption": (*BASE, "distributed", "sharding"),
     "sharding": (*BASE, "hardware"),
     "ops": ("hardware",),

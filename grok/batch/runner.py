@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from grok import distributed
+from grok import compile_cache, distributed
 from grok.batch.items import COLUMNS, BatchItem, failure_key, read_item
 from grok.batch.job_dir import Input, JobDir, scan_input
 from grok.config.infer import BatchConfig
@@ -39,6 +39,7 @@ def join_replica(config: BatchConfig) -> Iterator[Replica]:
     cluster, simulated = distributed.env_cluster(), config.mesh.simulated_devices
     if config.replica == "host" and (cluster or not has_tpu()):
         configure_devices(simulated)
+        _share_programs(config)
         _, count, index = cluster or ("", 1, 0)
         yield Replica(index, count, True, False)
         return
@@ -47,11 +48,17 @@ def join_replica(config: BatchConfig) -> Iterator[Replica]:
         count = distributed.process_count()
         if config.replica == "all":
             configure_devices(simulated // count)
+            _share_programs(config)
             yield Replica(0, 1, distributed.is_primary(), count > 1)
         else:
             configure_devices(simulated)
+            _share_programs(config)
             yield Replica(distributed.process_index(), count, True, False)
         distributed.barrier()
+
+
+def _share_programs(config: BatchConfig) -> None:
+    compile_cache.share(compile_cache.folder_for(config.compile_cache, config.output))
 
 
 # Waiting sequences that keep the engine from idling, and let it see common prefixes together.

@@ -21,7 +21,7 @@ def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
     machine is answered unless host says otherwise; keys are read from GROK_API_KEYS or
     api_keys_file. http://127.0.0.1:8000 is a page to try it. Ctrl-C lets running requests finish
     (exit code 75). On several hosts, start the same command on each: the first one answers."""
-    from grok import distributed
+    from grok import compile_cache, distributed
     from grok.config.serve import load_serve_config
     from grok.hardware import configure_devices
 
@@ -33,6 +33,7 @@ def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
         # JAX's heartbeat comes after the channel's, whose exit code says to start again.
         distributed.initialize(config, 3 * config.heartbeat_timeout_seconds)
         configure_devices(config.mesh.simulated_devices // distributed.process_count())
+        compile_cache.share(config.compile_cache)
 
         from grok.serve.server import run
 

@@ -13,7 +13,7 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
 
     CONFIG is a YAML file or a preset's name. Ctrl-C saves before it leaves (exit code 75). On
     several hosts, start the same command on each."""
-    from grok import distributed
+    from grok import compile_cache, distributed
     from grok.config.load import load_config
     from grok.hardware import configure_devices
 
@@ -21,6 +21,7 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
         checked = load_config(config, overrides)
         distributed.initialize(checked, checked.train.heartbeat_timeout_seconds)
         configure_devices(checked.mesh.simulated_devices // distributed.process_count())
+        compile_cache.share(compile_cache.folder_for(checked.compile_cache, checked.folder))
 
         from grok.train.loop import run_training
 

@@ -31,6 +31,11 @@ class InferConfig(Section):
     chat_template: Annotated[
         str, "grok-1, grok-2, file or Jinja text; none: the one beside the tokenizer"
     ] = ""
+    compile_cache: Annotated[
+        str,
+        "folder of compiled programs that all hosts share, or gs://; none: `compiled` in a job's "
+        "output where that is at gs:// or hosts are several, else the user's cache",
+    ] = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,11 @@ class RunConfig(Section):
 
     model: Annotated[ModelConfig, "the decoder: dimensions, arithmetic, dtypes"]
     folder: Annotated[str, "folder of checkpoints, metrics and config"] = "runs/default"
+    compile_cache: Annotated[
+        str,
+        "folder of compiled programs that all hosts share, or gs://; none: `compiled` in the "
+        "run's folder where that is at gs:// or hosts are several, else the user's cache",
+    ] = ""
     mesh: Annotated[MeshConfig, "devices along each mesh axis; -1: all that remain"] = MeshConfig()
     data: Annotated[DataConfig, "training and validation data, and batches"] = DataConfig()
     optimizer: Annotated[OptimizerConfig, "optimizer and learning rate"] = OptimizerConfig()

@@ -26,6 +26,9 @@ class TrainConfig(Section):
     rollback_on_divergence: Annotated[bool, "return to a good checkpoint, skip the batches"] = False
     log_every: Annotated[Count, "steps between lines of metrics.jsonl"] = 10
     eval_every: Annotated[CountOrZero, "steps between validation passes; 0: only at the end"] = 0
+    start_timeout_seconds: Annotated[
+        CountOrZero, "abort when the first step does not begin so long after the start; 0: never"
+    ] = 3600
     hang_timeout_seconds: Annotated[CountOrZero, "abort when no step ends so long; 0: never"] = 1800
     heartbeat_timeout_seconds: Annotated[Count, "abort when a host is silent for so long"] = 60
     tensorboard: Annotated[bool, "write TensorBoard event files (extra `tensorboard`)"] = False

@@ -67,23 +67,24 @@ class Run:
 def run_training(config: RunConfig, replay_to: int | None = None) -> int:
     """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop. With
     `replay_to`, runs only the steps up to that one and saves nothing."""
-    run = open_run(config, replay_to)
-    with jax.set_mesh(run.mesh), PreemptionSignal(run.mesh) as preemption, run.telemetry:
-        with run.telemetry.events.during("start"):
-            start = first_state(run)
-        with run.watchdog:
+    with Watchdog(config.train, config.folder) as watchdog:
+        run = open_run(config, replay_to, watchdog)
+        with jax.set_mesh(run.mesh), PreemptionSignal(run.mesh) as preemption, run.telemetry:
+            with run.telemetry.events.during("start"):
+                start = first_state(run)
             step = None
             while step is None:
                 try:
                     step = train_steps(run, start, preemption)
                 except Diverged as error:
                     start = roll_back(run, start, error)
-        with run.telemetry.events.during("save"):
-            run.checkpoints.close()
-        return finish(run, step)
+            watchdog.rest()
+            with run.telemetry.events.during("save"):
+                run.checkpoints.close()
+            return finish(run, step)
 
 
-def open_run(config: RunConfig, replay_to: int | None) -> Run:
+def open_run(config: RunConfig, replay_to: int | None, watchdog: Watchdog) -> Run:
     """Opens devices, data and files, so that every mistake is found before anything compiles."""
     began = time.time()
     check_trainable(config)
@@ -107,7 +108,7 @@ def open_run(config: RunConfig, replay_to: int | None) -> Run:
         checkpoints=checkpoints,
         initial=initial_weights(config, checkpoints),
         telemetry=Telemetry(config, mesh, data, first_step, began),
-        watchdog=Watchdog(config.train.hang_timeout_seconds, config.folder),
+        watchdog=watchdog,
         first_step=first_step,
         last_step=config.train.steps if replay_to is None else replay_to,
         notices=tuple(notices),
@@ -241,7 +242,7 @@ def save_state(run: Run, step: int, state: TrainState, losses: dict, skipped: Sk
 def roll_back(run: Run, start: Start, error: Diverged) -> Start:
     """Restores the last good checkpoint and skips the batches from there up to the bad ones. Raises
     `error` again where the config does not ask for that, or no such checkpoint is left."""
-    run.watchdog.pause()
+    run.watchdog.starting("a step after the rollback")
     run.checkpoints.wait()
     if not (run.config.train.rollback_on_divergence and run.saves):
         raise error

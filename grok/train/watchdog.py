@@ -5,51 +5,71 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from grok import distributed
+from grok.config.train import TrainConfig
 from grok.errors import RESTART
 from grok.storage import is_remote
 
 
-class Watchdog:
-    """Ends the process with RESTART when no heartbeat comes for `seconds` (0: never). It is paused
-    until the first, and from `pause` to the next, since compilation takes its time. The stacks of
-    all threads go to stderr and, if the folder is local, to `stacks-PROCESS.txt`."""
+class _Limit(NamedTuple):
+    """The end of the present wait (seconds of the monotonic clock), and the reason to give then."""
 
-    def __init__(self, seconds: int, folder: str):
-        self._seconds, self._folder = seconds, folder
-        self._step, self._last_heartbeat = 0, float("inf")
+    until: float
+    sentence: str
+
+
+class Watchdog:
+    """Ends all processes with RESTART when no step begins within train.start_timeout_seconds, and
+    from then on when none ends for train.hang_timeout_seconds (0: never). The stacks of all threads
+    go to stderr and, if the folder is local, to `stacks-PROCESS.txt`."""
+
+    def __init__(self, config: TrainConfig, folder: str):
+        self._config, self._folder = config, folder
         self._stopped = threading.Event()
+        self.starting("the first step")
+
+    def starting(self, goal: str) -> None:
+        """Reports that a start or restart begins: all that comes before `goal`."""
+        seconds = self._config.start_timeout_seconds
+        key = "train.start_timeout_seconds"
+        self._limit = _limit(seconds, f"{goal} did not begin within {seconds} s ({key})")
 
     def heartbeat(self, step: int) -> None:
         """Reports that `step` is done."""
-        self._step, self._last_heartbeat = step, time.monotonic()
+        seconds = self._config.hang_timeout_seconds
+        problem = f"no step was finished for {seconds} s (train.hang_timeout_seconds)"
+        self._limit = _limit(seconds, f"{problem} after step {step}")
 
-    def pause(self) -> None:
-        """Stops watching until the next heartbeat."""
-        self._last_heartbeat = float("inf")
+    def rest(self) -> None:
+        """Stops watching: the steps are done."""
+        self._limit = _limit(0, "")
 
     def __enter__(self) -> "Watchdog":
-        if self._seconds:
-            threading.Thread(target=self._watch, daemon=True).start()
+        shortest = min(self._config.start_timeout_seconds, self._config.hang_timeout_seconds)
+        period = min(1, shortest / 4) or 1
+        threading.Thread(target=self._watch, args=[period], daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
 
-    def _watch(self) -> None:
-        while not self._stopped.wait(min(1, self._seconds / 4)):
-            if time.monotonic() - self._last_heartbeat > self._seconds:
-                self._abort()
+    def _watch(self, period: float) -> None:
+        while not self._stopped.wait(period):
+            limit = self._limit
+            if time.monotonic() > limit.until:
+                self._abort(limit.sentence)
 
-    def _abort(self) -> None:
+    def _abort(self, sentence: str) -> None:
         faulthandler.dump_traceback(sys.stderr)
         if not is_remote(self._folder):
             stacks = Path(self._folder) / f"stacks-{distributed.process_index()}.txt"
+            stacks.parent.mkdir(parents=True, exist_ok=True)
             with stacks.open("w") as file:
                 faulthandler.dump_traceback(file)
-        distributed.abort(
-            RESTART,
-            f"no step was finished for {self._seconds} s (train.hang_timeout_seconds) after step "
-            f"{self._step}; the stacks of all threads are above.",
-        )
+        distributed.abort(RESTART, f"{sentence}; the stacks of all threads are above.")
+
+
+def _limit(seconds: int, sentence: str) -> _Limit:
+    return _Limit(time.monotonic() + seconds if seconds else float("inf"), sentence)
