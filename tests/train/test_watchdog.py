@@ -11,7 +11,8 @@ SCRIPT = """
 import sys, threading
 from grok.config import TrainConfig
 from grok.train.watchdog import Watchdog
-with Watchdog(TrainConfig(start_timeout_seconds=1, hang_timeout_seconds=1), sys.argv[1]) as watchdog:
+config = TrainConfig(start_timeout_seconds=1, hang_timeout_seconds=1)
+with Watchdog(config, sys.argv[1]) as watchdog:
     for step in sys.argv[2:]:
         watchdog.heartbeat(int(step))
     threading.Event().wait()
