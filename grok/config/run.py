@@ -21,7 +21,9 @@ class EngineConfig(Section):
     num_pages: Annotated[
         CountOrZero, "pages of the cache; 0: as max_num_seqs full rows, or their windows, need"
     ] = 0
-    prefill_chunk_size: Annotated[Count, "prompt tokens of one step, on each data replica"] = 256
+    prefill_chunk_size: Annotated[
+        CountOrZero, "prompt tokens of one step, on each data replica; 0: as the chip's speeds ask"
+    ] = 0
     cache_dtype: Annotated[
         Literal["compute", "float32", "bfloat16", "int8"], "type of the cache; compute: model's"
     ] = "compute"

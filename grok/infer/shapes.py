@@ -2,15 +2,39 @@
 as in `slot_state`."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
-from grok import sharding
+from grok import hardware, sharding
 from grok.config import EngineConfig, ModelConfig
+from grok.config.section import round_up
 from grok.infer.page_pool import PageLayout
 from grok.infer.slot_state import NUM_WORDS, DecodeInputs, PrefillInputs, SlotState
 from grok.model.attend import PagedCache, init_cache
+
+# Prompt tokens of a step on chips that are not known, and the fewest on others.
+MIN_PREFILL_CHUNK_SIZE = 256
+
+
+def prefill_chunk_size(config: ModelConfig, options: EngineConfig) -> int:
+    """Prompt tokens of one step on each group of the ambient mesh: where the options leave it open,
+    as many as the chip multiplies by a weight in the time of reading it (roofline, Williams et al.
+    2009), so that a longer prompt reads no weight more often than it has to, and no step is much
+    longer than a decode, which reads them all as well. An expert gets but a share of the tokens,
+    those of all groups that share it."""
+    if options.prefill_chunk_size:
+        return options.prefill_chunk_size
+    tokens = 0.0
+    if (chip := hardware.chip_of(hardware.device_kind())) is not None:
+        weight_bytes = jnp.dtype(config.param_dtype).itemsize
+        tokens = chip.flops / chip.bandwidth * weight_bytes / 2
+        if (moe := config.moe) is not None:
+            per_token = sharding.axis_size("expert_group") * moe.num_selected / moe.num_experts
+            tokens = max(tokens, tokens / per_token)
+    tokens = max(MIN_PREFILL_CHUNK_SIZE, min(math.ceil(tokens), config.context_length))
+    return round_up(tokens, options.page_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +54,7 @@ class EngineShapes:
         """The sizes on the ambient mesh."""
         size, groups = options.page_size, sharding.axis_size("batch")
         slots = -(-options.max_num_seqs // groups)
-        chunks = options.prefill_chunk_size // size
+        chunks = prefill_chunk_size(config, options) // size
         layout = PageLayout(size, chunks, config.attention.window)
         max_pages = layout.max_pages(config.context_length)
         pages = -(-options.num_pages // groups) or slots * max_pages

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from grok import sharding
 from grok.config import RunConfig
 from grok.infer.page_pool import PageLayout
+from grok.infer.shapes import prefill_chunk_size
 from grok.model import build, params
 from grok.model.attend import PagedBatch, init_cache
 from grok.optim.offload import is_on_host
@@ -61,7 +62,7 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
     groups = sharding.axis_size("batch")
     prefill = config.plan.program == "prefill"
     if not prefill:
-        chunks = config.engine.prefill_chunk_size // size
+        chunks = prefill_chunk_size(config.model, config.engine) // size
         cached = PageLayout(size, chunks, config.model.attention.window).max_pages(S)
     blocks, Q = (B // groups * pages, size) if prefill else (B // groups, 1)
     specs = params.param_specs(config.model)
