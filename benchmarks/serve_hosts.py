@@ -5,7 +5,7 @@
 
 Run it from the root of the repository. Four processes with two simulated devices each serve a
 random tiny model over loopback. Each time, while clients read streams, one process gets a SIGKILL
-or a SIGSTOP: a follower two times of three, else process 0. Prints the exit codes of the others and
+or a SIGSTOP in turn: a follower two times of three, else process 0. Prints the exit codes of the others and
 the seconds until all had ended, ends the stopped process as a launcher would, starts the same
 command again, and prints the seconds until it answers and if its tokens are those of before. With
 --clients, runs benchmarks.serve_load against an undisturbed server first. Ends with a line of JSON.
@@ -83,7 +83,7 @@ def faults(weights: Path, folder: Path, times: int, draw: random.Random) -> list
         before = server.complete(**REQUEST)["choices"]
         for number in range(1, times + 1):
             victim = 0 if number % 3 == 0 else draw.randrange(1, COUNT)
-            kind = draw.choice((signal.SIGKILL, signal.SIGSTOP))
+            kind = (signal.SIGKILL, signal.SIGSTOP)[number // 3 % 2 if victim == 0 else number % 2]
             line = {"victim": victim, "signal": kind.name, **lose(server, victim, kind, draw)}
             server = Server(weights, COUNT, folder / f"start-{number}")
             line["seconds_until_it_answers"] = round(server.wait_until_answers(), 1)

@@ -69,6 +69,12 @@ class ServeConfig(InferConfig):
     max_choices: Annotated[Count, "answers that one request may ask for"] = 16
     max_queue: Annotated[Count, "live requests; more are refused with 429"] = 256
     max_seconds: Annotated[Positive, "time limit of a request"] = 600.0
+    start_timeout_seconds: Annotated[
+        CountOrZero, "end when the engine is not ready so long after the start; 0: never"
+    ] = 3600
+    hang_timeout_seconds: Annotated[
+        CountOrZero, "end when a step of the engine takes so long; 0: never"
+    ] = 300
     heartbeat_timeout_seconds: Annotated[
         Count, "of several hosts: end all when one is silent for so long"
     ] = 30

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="grok-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self.failed = False
+        self.step_began: float | None = None  # by the monotonic clock; None between steps
         self.live = 0  # handles inside `submit`
 
     def start(self) -> None:
@@ -79,7 +81,10 @@ class EngineThread:
         try:
             while self._drain_inbox():
                 if self.engine.unfinished:
-                    for output in self.engine.step():
+                    self.step_began = time.monotonic()
+                    outputs = self.engine.step()
+                    self.step_began = None
+                    for output in outputs:
                         self._deliver(output)
         except BaseException as error:
             self.failed = True

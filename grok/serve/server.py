@@ -19,6 +19,7 @@ from grok.serve.app import App
 from grok.serve.channel import FollowerChannel
 from grok.serve.engine_thread import EngineThread
 from grok.serve.replicated import ReplicatedEngine, follow, open_channel
+from grok.serve.watchdog import Watchdog
 
 KEYS_VARIABLE = "GROK_API_KEYS"
 SHUTDOWN_SECONDS = 30  # for requests under way when the server is asked to stop
@@ -30,19 +31,22 @@ def run(config: ServeConfig) -> int:
     and CheckpointError for what cannot work, Lost, and GrokError where the engine breaks down."""
     several = distributed.process_count() > 1
     front = HttpFront(config) if distributed.is_primary() else None
-    channel = open_channel(config) if several else None
-    model = ServedModel(config, spans_all_hosts=several)
-    engine = model.engine(_print if front else _ignore)
-    engine.warm_up()
-    if isinstance(channel, FollowerChannel):
-        follow(engine, channel)
-        return SAVED
-    assert front
-    if channel is None:
-        front.serve(model, engine, threading.Event())
-        return SAVED
-    front.serve(model, ReplicatedEngine(engine, channel), channel.stop_requested)
-    channel.end()
+    with Watchdog(config) as watchdog:
+        channel = open_channel(config) if several else None
+        model = ServedModel(config, spans_all_hosts=several)
+        engine = model.engine(_print if front else _ignore)
+        engine.warm_up()
+        if isinstance(channel, FollowerChannel):
+            watchdog.ready(lambda: None)  # a step that hangs does so in process 0, too
+            follow(engine, channel)
+            return SAVED
+        assert front
+        if channel is None:
+            front.serve(model, engine, watchdog, threading.Event())
+            return SAVED
+        replicated = ReplicatedEngine(engine, channel)
+        front.serve(model, replicated, watchdog, channel.stop_requested)
+        channel.end()
     return SAVED
 
 
@@ -61,7 +65,13 @@ class HttpFront:
         """Raises ConfigError for keys or an address that cannot be had."""
         self._config, self._keys, self._listener = config, read_keys(config), bind(config)
 
-    def serve(self, model: ServedModel, engine: Any, stop_requested: threading.Event) -> None:
+    def serve(
+        self,
+        model: ServedModel,
+        engine: Any,
+        watchdog: Watchdog,
+        stop_requested: threading.Event,
+    ) -> None:
         """Answers until a signal or `stop_requested` ends it. Raises GrokError where the engine
         breaks down, and Lost where that is because another process is gone."""
         config = self._config
@@ -77,6 +87,7 @@ class HttpFront:
             server.should_exit = True
 
         thread = EngineThread(engine, on_failure)
+        watchdog.ready(lambda: thread.step_began)
         server = make_server(
             App(config, name, thread, model.parser(config.max_choices), self._keys)
         )

@@ -19,7 +19,7 @@ MODEL = ModelConfig(
     embed_dim=32,
     moe=MoEConfig(dim=64),
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
-    context_length=128,
+    context_length=512,
     compute_dtype="float32",
 )
 MESH = "mesh={data: 2, expert: 2, tensor: 2, simulated_devices: 8}"
