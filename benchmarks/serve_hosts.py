@@ -5,10 +5,11 @@
 
 Run it from the root of the repository. Four processes with two simulated devices each serve a
 random tiny model over loopback. Each time, while clients read streams, one process gets a SIGKILL
-or a SIGSTOP in turn: a follower two times of three, else process 0. Prints the exit codes of the others and
-the seconds until all had ended, ends the stopped process as a launcher would, starts the same
-command again, and prints the seconds until it answers and if its tokens are those of before. With
---clients, runs benchmarks.serve_load against an undisturbed server first. Ends with a line of JSON.
+or a SIGSTOP in turn: a follower two times of three, else process 0. Prints the exit codes of the
+others and the seconds until all had ended, ends the stopped process as a launcher would, starts the
+same command again, and prints the seconds until it answers and if its tokens are those of before.
+With --clients, runs benchmarks.serve_load against an undisturbed server first. Ends with a line of
+JSON.
 """
 
 import argparse
