@@ -69,10 +69,15 @@ def device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
-def has_large_vmem() -> bool:
-    """True if a core of the devices that are traced for has at least 128 MiB of vector memory."""
+def vmem_bytes() -> int:
+    """Vector memory of a core of the devices that are traced for; of unknown ones, 64 MiB."""
     chip = chip_of(device_kind())
-    return chip is not None and chip.vmem >= 128 * MIB
+    return 64 * MIB if chip is None else chip.vmem
+
+
+def has_large_vmem() -> bool:
+    """True if that is at least 128 MiB."""
+    return vmem_bytes() >= 128 * MIB
 
 
 def configure_devices(simulated: int) -> None:

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from grok.ops.moe.routing import TileSchedule, tile_schedule
-from grok.ops.moe.tiling import vmem_limit, weight_blocks
+from grok.ops.moe.tiling import KernelBytes, vmem_limit, weight_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Blocks:
     tk: int
     tn: int
     buffers: int  # of a block of weights
+    size: KernelBytes
     max_tiles: int
     schedule: TileSchedule
 
@@ -45,36 +46,49 @@ class Blocks:
         """The block of results (P, N) of a step."""
         return pl.BlockSpec((self.M, self.tn), lambda n, i, k, expert, tile, *_: (tile[i], n))
 
-    def cost(self, products: int, x_bytes: int, w_bytes: int, y_bytes: int, transcendentals=0):
-        """Cost of `products` products; bytes are those of a number of all arrays of a kind."""
+    def cost(self, products: int, transcendentals: int = 0) -> pl.CostEstimate:
+        """Cost of `products` products."""
         tiles, M, K, N = self.max_tiles, self.M, self.K, self.N
         weight_reads = min(self.E, tiles) if self.tk == K else tiles
         return pl.CostEstimate(
             flops=2 * products * tiles * M * K * N,
-            bytes_accessed=tiles * M * K * x_bytes * (N // self.tn)
-            + K * N * w_bytes * weight_reads
-            + tiles * M * N * y_bytes,
+            bytes_accessed=tiles * M * K * self.size.rows * (N // self.tn)
+            + K * N * self.size.weights * weight_reads
+            + tiles * M * N * self.size.results,
             transcendentals=transcendentals * tiles * M * N,
         )
 
+    @property
+    def compiler_params(self) -> pltpu.CompilerParams:
+        """Parameters for a grid of which only blocks of columns are independent."""
+        sides = self.M, self.tk, self.tn, self.buffers
+        return compiler_params(1, self.size.of_blocks(*sides), self.size.required(*sides))
+
 
 def make_blocks(
-    x_PK: jax.Array, N: int, w_bytes: int, tiles_E: jax.Array, tile: int, max_tiles: int | None
+    x_PK: jax.Array,
+    N: int,
+    size: KernelBytes,
+    tiles_E: jax.Array,
+    tile: int,
+    max_tiles: int | None,
 ) -> Blocks:
-    """Blocks for rows in tiles of `tile` and matrices that have `w_bytes` in each place
-    together."""
+    """Blocks for rows in tiles of `tile`."""
     (P, K), E = x_PK.shape, tiles_E.size
-    tk, tn, buffers = weight_blocks(K, N, w_bytes, P // tile >= 4 * E)
+    tk, tn, buffers = weight_blocks(tile, K, N, size, P // tile >= 4 * E)
     max_tiles = P // tile if max_tiles is None else min(max_tiles, P // tile)
-    return Blocks(E, tile, K, N, tk, tn, buffers, max_tiles, tile_schedule(tiles_E, P // tile))
+    schedule = tile_schedule(tiles_E, P // tile)
+    return Blocks(E, tile, K, N, tk, tn, buffers, size, max_tiles, schedule)
 
 
-def compiler_params(parallel_dims: int, block_bytes: int) -> pltpu.CompilerParams:
+def compiler_params(
+    parallel_dims: int, block_bytes: int, required: int = 0
+) -> pltpu.CompilerParams:
     """Parameters for a grid of three dimensions, the first `parallel_dims` of them independent,
-    and for blocks that take `block_bytes`."""
+    and for blocks that take `block_bytes` where the compiler takes `required`."""
     semantics: Any = ["parallel" if dim < parallel_dims else "arbitrary" for dim in range(3)]
     return pltpu.CompilerParams(
-        dimension_semantics=semantics, vmem_limit_bytes=vmem_limit(block_bytes)
+        dimension_semantics=semantics, vmem_limit_bytes=vmem_limit(block_bytes, required)
     )
 
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from grok.ops.moe.grouped_blocks import Blocks, compiler_params, dot, make_blocks
+from grok.ops.moe.grouped_blocks import Blocks, dot, make_blocks
 from grok.ops.moe.grouped_matmul import grouped_matmul_reference
+from grok.ops.moe.tiling import KernelBytes
 from grok.ops.varying import shape_like
 
 ROWS_PER_STORE = 16  # rows activated at a time, so that intermediates fit into registers
@@ -49,10 +50,9 @@ def grouped_hidden(
     `grouped_matmul`.
     """
     P, N, itemsize, w_itemsize = len(x_PK), w_up_EKN.shape[2], x_PK.itemsize, w_up_EKN.itemsize
-    b = make_blocks(x_PK, N, 2 * w_itemsize, tiles_E, tile, max_tiles)
     outputs = 3 if keep_products else 1
-    bytes_per_row = 2 * (b.tk + outputs * b.tn) * itemsize + 2 * 4 * b.tn
-    block_bytes = b.M * bytes_per_row + 2 * b.buffers * b.tk * b.tn * w_itemsize
+    size = KernelBytes(itemsize, 2 * w_itemsize, outputs * itemsize, sums=2 * 4, row=itemsize)
+    b = make_blocks(x_PK, N, size, tiles_E, tile, max_tiles)
     w_spec = pl.BlockSpec(
         (None, b.tk, b.tn),
         lambda n, i, k, expert, tile: (expert[i], k, n),
@@ -68,8 +68,8 @@ def grouped_hidden(
             scratch_shapes=[pltpu.VMEM((b.M, b.tn), jnp.float32)] * 2,
         ),
         out_shape=(shape_like(x_PK, (P, N), x_PK.dtype),) * outputs,
-        compiler_params=compiler_params(1, block_bytes),
-        cost_estimate=b.cost(2, itemsize, 2 * w_itemsize, outputs * itemsize, transcendentals=1),
+        compiler_params=b.compiler_params,
+        cost_estimate=b.cost(2, transcendentals=1),
         interpret=interpret,
         name="grouped_hidden",
     )(b.schedule.expert_I, b.schedule.tile_I, x_PK, w_gate_EKN, w_up_EKN)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from grok.ops.moe.grouped_blocks import Blocks, compiler_params, dot, make_blocks
 from grok.ops.moe.routing import tile_schedule
-from grok.ops.moe.tiling import gradient_blocks
+from grok.ops.moe.tiling import KernelBytes, gradient_blocks
 from grok.ops.varying import shape_like
 from grok.ops.weights.weight import kernel_operands, take_expert
 
@@ -69,16 +69,14 @@ def grouped_matmul(
     values = [kernel_operands(w)[1] for w in ws]
     scales = [] if w_scales is None else [w_scales]
     P, N = len(xs[0]), values[0].shape[2 if transposed else 3]
-    x_bytes, w_bytes = (sum(a.dtype.itemsize for a in arrays) for arrays in (xs, values))
-    b = make_blocks(xs[0], N, w_bytes, tiles_E, tile, max_tiles)
+    starts = [] if start is None else [start]
+    results = (1 + len(starts)) * jnp.dtype(dtype).itemsize  # written, and read as the start
+    size = _kernel_bytes(xs, values, scales, results)
+    b = make_blocks(xs[0], N, size, tiles_E, tile, max_tiles)
     if scales:
         b = _whole_scale_groups(b, scales[0].shape[2])
-    starts = [] if start is None else [start]
     prefetch = b.schedule.expert_I, b.schedule.tile_I, jnp.asarray(layer, jnp.int32).reshape(1)
     operands = *prefetch, *xs, *values, *scales, *starts
-    y_bytes = (1 + len(starts)) * jnp.dtype(dtype).itemsize  # written, and read as the start
-    bytes_per_row = 2 * b.tk * x_bytes + 2 * y_bytes * b.tn + 8 * b.tn
-    block_bytes = b.M * bytes_per_row + b.buffers * b.tk * b.tn * w_bytes
     w_specs = _weight_specs(b, transposed, values, scales)
     return pl.pallas_call(
         functools.partial(_matmul_kernel, b, len(xs), transposed, bool(scales), bool(starts)),
@@ -90,12 +88,23 @@ def grouped_matmul(
             scratch_shapes=[pltpu.VMEM((b.M, b.tn), jnp.float32)],
         ),
         out_shape=shape_like(xs[0], (P, N), dtype),
-        compiler_params=compiler_params(1, block_bytes),
-        cost_estimate=b.cost(len(xs), x_bytes, w_bytes, y_bytes),
+        compiler_params=b.compiler_params,
+        cost_estimate=b.cost(len(xs)),
         input_output_aliases={len(operands) - 1: 0} if starts else {},
         interpret=interpret,
         name="grouped_matmul",
     )(*operands)
+
+
+def _kernel_bytes(xs, values, scales, results: int) -> KernelBytes:
+    """Bytes of the arrays, `results` of them of results."""
+    rows, weights = (sum(a.dtype.itemsize for a in arrays) for arrays in (xs, values))
+    row = max(x.dtype.itemsize for x in xs)
+    if not scales:
+        return KernelBytes(rows, weights, results, row=row)
+    num_groups = scales[0].shape[2]
+    column = 2 * 4 * num_groups + row * (xs[0].shape[1] // num_groups)
+    return KernelBytes(rows, weights, results, sums=2 * 4, row=row, column=column)
 
 
 def _whole_scale_groups(b: Blocks, num_scale_groups: int) -> Blocks:
@@ -169,9 +178,9 @@ def grouped_weight_gradient(
 ) -> jax.Array:
     """Sum over each expert's rows of x^T dy, (E, K, N), in float32 and then `dtype`."""
     (P, K), N, M, E = x_PK.shape, dy_PN.shape[1], tile, tiles_E.size
-    tk, tn = gradient_blocks(K, N)
-    schedule = tile_schedule(tiles_E, P // M + E, empty=1)
     itemsize = jnp.dtype(dtype).itemsize
+    tk, tn = gradient_blocks(M, K, N, itemsize, max(x_PK.itemsize, dy_PN.itemsize))
+    schedule = tile_schedule(tiles_E, P // M + E, empty=1)
     block_bytes = 2 * M * (tk * x_PK.itemsize + tn * dy_PN.itemsize)
     block_bytes += tk * tn * (2 * itemsize + 4 * 2)
     read_bytes = x_PK.nbytes * (N // tn) + dy_PN.nbytes * (K // tk)

@@ -4,9 +4,10 @@ Letters: R rows (tokens), C chosen experts of a row, E experts, K contracted axi
 An expert's fair share is R*C/E rows.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from grok.hardware import LANES, has_large_vmem
+from grok.hardware import LANES, has_large_vmem, vmem_bytes
 
 # Rows up to which a matrix is read in place faster than copied and multiplied, on CPU.
 MAX_MATVEC_ROWS = 8
@@ -24,8 +25,34 @@ VMEM, LARGE_VMEM = (
     VmemBudget(24 * 2**20, 24 * 2**20, (2048, 2048)),
     VmemBudget(48 * 2**20, 96 * 2**20, (3072, 4096)),
 )
-MIN_VMEM_LIMIT_BYTES, LARGE_VMEM_LIMIT_BYTES = 16 * 2**20, 126 * 2**20
-LARGE_BLOCK_BYTES = 40 * 2**20
+MIN_VMEM_LIMIT_BYTES, LARGE_BLOCK_BYTES = 16 * 2**20, 40 * 2**20
+RESERVED_SHARE = 64  # of the vector memory, that no kernel gets
+SMALL_VMEM_BYTES = 32 * 2**20  # a core with less has lower tiles
+STACK_BYTES = 2**19  # of what the compiler keeps beside blocks, sums and rows
+HALVINGS = 8  # of the budgets, until blocks fit: the last are a tile or two
+
+
+class KernelBytes(NamedTuple):
+    """Bytes of a number of all arrays of a kind together, of a kernel that multiplies tiles of M
+    rows, in blocks (M, tk), by blocks of weights (tk, tn)."""
+
+    rows: int
+    weights: int
+    results: int  # with what they start from
+    sums: int = 4
+    row: int = 2  # of one array of rows
+    column: int = 0  # of what belongs to a column of weights: scales, and a converted group
+
+    def of_blocks(self, M: int, tk: int, tn: int, buffers: int) -> int:
+        """Bytes of all blocks, and of a sum and a product, or two sums, in float32."""
+        rows = M * (2 * tk * self.rows + tn * (2 * self.results + 8))
+        return rows + buffers * tk * tn * self.weights
+
+    def required(self, M: int, tk: int, tn: int, buffers: int) -> int:
+        """Bytes that the compiler takes: all blocks and sums, a copy of one block of rows, and
+        some more."""
+        rows = M * (tk * (2 * self.rows + self.row) + tn * (2 * self.results + self.sums))
+        return rows + buffers * tk * tn * self.weights + tn * self.column + STACK_BYTES
 
 
 def kernel_tile_rows(R: int, C: int, E: int) -> int:
@@ -33,8 +60,8 @@ def kernel_tile_rows(R: int, C: int, E: int) -> int:
     unit gains nothing, and 512, or 256 where weights take most of the vector memory; and no more
     than there are rows."""
     eighth = R * C // (8 * E) // LANES * LANES
-    largest = (2 if has_large_vmem() else 4) * LANES
-    return min(max(eighth, LANES), largest, -(-R // 16) * 16)
+    low = has_large_vmem() or vmem_bytes() < SMALL_VMEM_BYTES
+    return min(max(eighth, LANES), (2 if low else 4) * LANES, -(-R // 16) * 16)
 
 
 def xla_tile_rows(R: int, C: int, E: int) -> int:
@@ -61,33 +88,57 @@ def serving_tile_rows(R: int, C: int, E: int) -> int:
     return usual if usual > MAX_MATVEC_ROWS else min(R, 2 * share, MAX_MATVEC_ROWS)
 
 
-def weight_blocks(K: int, N: int, itemsize: int, many_tiles: bool) -> tuple[int, int, int]:
-    """Sides of a block of weights (K, N), and its number of buffers.
+def weight_blocks(
+    M: int, K: int, N: int, size: KernelBytes, many_tiles: bool
+) -> tuple[int, int, int]:
+    """Sides of a block of weights (K, N) for tiles of M rows, and its number of buffers: the
+    largest that the budget allows and the compiler grants.
 
-    `itemsize` is the sum over the matrices that are read together. Where a block stays for many
-    tiles, the time to read the next is little beside theirs, and a wider block reads the rows less
-    often. Otherwise one buffer is filled while the other is used.
+    Where a block stays for many tiles, the time to read the next is little beside theirs, and a
+    wider block reads the rows less often. Otherwise one buffer is filled while the other is used.
     """
+    candidates = list(_weight_blocks(K, N, size.weights, many_tiles))
+    fitting = (b for b in candidates if size.required(M, *b) <= max_vmem_limit())
+    return next(fitting, candidates[-1])
+
+
+def _weight_blocks(K: int, N: int, itemsize: int, many_tiles: bool) -> Iterator[tuple]:
+    """Blocks by falling size."""
     budget = _budget()
-    if many_tiles:
-        tk, tn = _block_sides(K, N, itemsize, budget.resident_block_bytes)
-        if tk == K:
-            return tk, tn, 1
-    return *_block_sides(K, N, itemsize, budget.weight_bytes // 2), 2
+    for halving in range(HALVINGS):
+        tk, tn = _block_sides(K, N, itemsize, budget.resident_block_bytes >> halving)
+        if many_tiles and tk == K:
+            yield tk, tn, 1
+        else:
+            yield *_block_sides(K, N, itemsize, budget.weight_bytes // 2 >> halving), 2
 
 
-def gradient_blocks(K: int, N: int) -> tuple[int, int]:
-    """Sides of a block of a weight gradient (K, N)."""
-    largest = _budget().gradient_block
-    return _lane_divisor(K, largest[0]), _lane_divisor(N, largest[1])
+def gradient_blocks(M: int, K: int, N: int, itemsize: int, row_itemsize: int) -> tuple[int, int]:
+    """Sides of a block of a weight gradient (K, N) of `itemsize` that tiles of M rows add to: the
+    largest that the compiler grants."""
+    rows, columns = _budget().gradient_block
+    blocks = []
+    for halving in range(HALVINGS):
+        largest = rows >> (halving + 1) // 2, columns >> halving // 2
+        tk, tn = _lane_divisor(K, largest[0]), _lane_divisor(N, largest[1])
+        blocks.append((tk, tn))
+        row_bytes = M * (3 * tk + 2 * tn) * row_itemsize  # with a copy of one block
+        if tk * tn * (2 * itemsize + 4) + row_bytes + STACK_BYTES <= max_vmem_limit():
+            break
+    return blocks[-1]
 
 
-def vmem_limit(block_bytes: int) -> int:
+def vmem_limit(block_bytes: int, required: int = 0) -> int:
     """Vector memory to ask for, in bytes: the blocks, and a quarter more for the compiler, or where
-    they take most of a small memory, a third."""
+    they take most of a small memory, a third; at least what is `required`."""
     share = 3 if block_bytes > LARGE_BLOCK_BYTES and not has_large_vmem() else 4
-    limit = max(MIN_VMEM_LIMIT_BYTES, block_bytes + block_bytes // share)
-    return min(limit, LARGE_VMEM_LIMIT_BYTES) if has_large_vmem() else limit
+    limit = max(MIN_VMEM_LIMIT_BYTES, block_bytes + block_bytes // share, required)
+    return min(limit, max_vmem_limit())
+
+
+def max_vmem_limit() -> int:
+    """Vector memory that a kernel can get, in bytes."""
+    return vmem_bytes() - vmem_bytes() // RESERVED_SHARE
 
 
 def _budget() -> VmemBudget:
@@ -101,6 +152,8 @@ def _block_sides(K: int, N: int, itemsize: int, block_bytes: int) -> tuple[int, 
 
 
 def _lane_divisor(size: int, largest: int) -> int:
-    """The largest divisor of `size` up to `largest` that is whole lanes, else all of `size`."""
+    """The largest divisor of `size` up to `largest`, or to one group of lanes, that is whole lanes,
+    else all of `size`."""
+    largest = max(largest, LANES)
     divisors = (d for d in range(largest // LANES * LANES, 0, -LANES) if size % d == 0)
     return size if size <= largest else next(divisors, size)

@@ -1,0 +1,222 @@
+"""Compiles every kernel of the experts alone, ahead of time, for each TPU generation and width.
+
+    python benchmarks/kernel_sweep.py --out benchmarks/results/kernel-widths.md
+    python benchmarks/kernel_sweep.py --chip v5p --embed 6144 --width 14336
+
+It needs libtpu, no TPU: seconds a kernel. Kernels are those of a training step, forward and
+backward in bfloat16, and of a serving step with int8 weights, for 64 rows and for 16384. Kernels
+of equal blocks are compiled once. The table says how many compile, and which do not, with the
+compiler's words. Results are kept beside `--out` as JSON lines, and what is there is not compiled
+again. Exits with 1 if a kernel is refused.
+"""
+
+import os
+
+from grok.plan.compile import ENVIRONMENT
+
+os.environ.update(ENVIRONMENT)
+
+import argparse
+import functools
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grok import sharding
+from grok.hardware import CHIPS
+from grok.ops.mlp import gated_activation
+from grok.ops.moe.grouped_hidden import grouped_hidden
+from grok.ops.moe.grouped_matmul import grouped_matmul, grouped_weight_gradient
+from grok.ops.moe.tiling import kernel_tile_rows
+from grok.ops.weights.int8 import QuantizedArray
+from grok.plan.compile_process import topology_devices
+from grok.plan.topology import Slice
+
+WIDTHS = (1024, 2048, 4096, 8192, 14336, 16384, 32768)  # of an expert on one chip
+EMBEDS = (2048, 4096, 6144, 8192)
+ROWS = (64, 16384)  # of a decode step, and of training: enough for tiles of the largest height
+EXPERTS, CHOSEN, SCALE_GROUPS = 8, 2, 8
+VERDICTS: dict[tuple, str] = {}  # by chip and blocks
+
+
+class Case(NamedTuple):
+    """A chip and the shape of its experts."""
+
+    chip: str
+    embed: int
+    width: int
+    rows: int
+
+
+def main() -> int:
+    """Compiles what is asked for and writes the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--chip", action="append", choices=CHIPS)
+    for name, values in (("embed", EMBEDS), ("width", WIDTHS), ("rows", ROWS)):
+        parser.add_argument(f"--{name}", action="append", type=int, help=f"default: {values}")
+    parser.add_argument("--out", type=Path, help="file for the table")
+    options = parser.parse_args()
+    cases = itertools.product(
+        options.chip or CHIPS,
+        options.embed or EMBEDS,
+        options.width or WIDTHS,
+        options.rows or ROWS,
+    )
+    log = options.out and options.out.with_suffix(".jsonl")
+    results = read_results(log)
+    for case in itertools.starmap(Case, cases):
+        if case not in results:
+            results[case] = refusals(case)
+            print(json.dumps([*case, results[case]]), flush=True)
+            if log:
+                with log.open("a") as file:
+                    print(json.dumps([*case, results[case]]), file=file)
+    if options.out:
+        options.out.write_text(table(results))
+    print(table(results))
+    return int(any(any(result.values()) for result in results.values()))
+
+
+def read_results(log: Path | None) -> dict[Case, dict[str, str]]:
+    """Results of earlier runs."""
+    if log is None or not log.exists():
+        return {}
+    lines = map(json.loads, log.read_text().splitlines())
+    return {Case(*case): result for *case, result in lines}
+
+
+def refusals(case: Case) -> dict[str, str]:
+    """The compiler's refusal of each kernel; empty where it compiles."""
+    sides = (2,) * CHIPS[case.chip].dimensions
+    device = topology_devices(Slice(case.chip, sides))[0]
+    with jax.set_mesh(sharding.make_mesh(devices=[device])):
+        return {name: refusal(case.chip, *kernel) for name, kernel in kernels(case).items()}
+
+
+def refusal(chip: str, function: Callable, arguments: tuple) -> str:
+    """The compiler's reason not to compile; empty if it does."""
+    traced = jax.jit(function).trace(*arguments)
+    key = chip, *blocks(traced.jaxpr.jaxpr)
+    if key not in VERDICTS:
+        VERDICTS[key] = ""
+        try:
+            traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            VERDICTS[key] = short_reason(str(error))
+    return VERDICTS[key]
+
+
+def blocks(jaxpr) -> Iterator[str]:
+    """What the compiler sees of kernels: their bodies, blocks and limits, not whole arrays."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            mapping = eqn.params["grid_mapping"]
+            blocks_of_arrays = [(m.block_shape, m.pipeline_mode) for m in mapping.block_mappings]
+            yield f"{eqn.params['jaxpr']} {blocks_of_arrays} {eqn.params['compiler_params']}"
+        else:
+            for inner in (getattr(value, "jaxpr", None) for value in eqn.params.values()):
+                yield from () if inner is None else blocks(inner)
+
+
+def short_reason(message: str) -> str:
+    """The sizes in the message, or its beginning."""
+    sizes = re.search(r"(?:Used|with size|\(size=)\s*([\d.]+\w*).{0,40}?([\d.]+[MG])", message)
+    return " of ".join(sizes.groups()) if sizes else message[:80].replace("\n", " ")
+
+
+def kernels(case: Case) -> dict[str, tuple[Callable, tuple]]:
+    """Functions of one kernel each, with abstract arguments."""
+    D, F, R, E = case.embed, case.width, case.rows, EXPERTS
+    M = kernel_tile_rows(R, CHOSEN, E)
+    P = min(R * CHOSEN // M + E, E * -(-R // M)) * M
+    array: Callable = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    x_PD, x_PF, up_EDF, down_EFD = map(array, ((P, D), (P, F), (E, D, F), (E, F, D)))
+    tiles_E = jax.ShapeDtypeStruct((E,), jnp.int32)
+    args: dict[str, Any] = {"tile": M, "max_tiles": R * CHOSEN}
+
+    def hidden(keep_products: bool) -> Callable:
+        return lambda x, gate, up, tiles_E: grouped_hidden(
+            x, gate, up, tiles_E, activation=gated_activation, keep_products=keep_products, **args
+        )
+
+    def matmul(pairs: int, transposed: bool = False, start: bool = False) -> Callable:
+        def run(tiles_E, *arrays):
+            xs, ws, starts = arrays[:pairs], arrays[pairs : 2 * pairs], arrays[2 * pairs :]
+            options = {"transposed": transposed, "start": starts[0] if start else None}
+            return grouped_matmul(xs, ws, tiles_E, dtype=jnp.bfloat16, **options, **args)
+
+        return run
+
+    def int8(x, values, scales, tiles_E):
+        w = QuantizedArray(values, scales)
+        return grouped_matmul((x,), (w,), tiles_E, dtype=jnp.bfloat16, **args)
+
+    def gradient(x, dy, tiles_E):
+        return grouped_weight_gradient(x, dy, tiles_E, M, dtype=jnp.bfloat16)
+
+    def quantized(K: int, N: int) -> Iterator[jax.ShapeDtypeStruct]:
+        yield jax.ShapeDtypeStruct((E, K, N), jnp.int8)
+        yield jax.ShapeDtypeStruct((E, SCALE_GROUPS, N), jnp.float32)
+
+    serving = {
+        "hidden": (hidden(False), (x_PD, up_EDF, up_EDF, tiles_E)),
+        "down": (matmul(1), (tiles_E, x_PF, down_EFD)),
+        "int8 gate": (int8, (x_PD, *quantized(D, F), tiles_E)),
+        "int8 down": (int8, (x_PF, *quantized(F, D), tiles_E)),
+    }
+    if min(ROWS) == R:
+        return serving
+    return serving | {
+        "hidden and products": (hidden(True), (x_PD, up_EDF, up_EDF, tiles_E)),
+        "dhidden": (matmul(1, True), (tiles_E, x_PD, down_EFD)),
+        "dx": (matmul(2, True), (tiles_E, x_PF, x_PF, up_EDF, up_EDF)),
+        "dx of a half": (matmul(2, True, True), (tiles_E, x_PF, x_PF, up_EDF, up_EDF, x_PD)),
+        "dw": (gradient, (x_PD, x_PF, tiles_E)),
+    }
+
+
+def table(results: dict[Case, dict[str, str]]) -> str:
+    """Results by chip and width, in Markdown."""
+    embeds = sorted({case.embed for case in results})
+    lines = [
+        "# Kernels of the experts at any width",
+        "",
+        "Kernels that compile ahead of time, each alone, of those tried:",
+        f"for {ROWS[0]} rows those of serving, in bfloat16 and int8, for {ROWS[1]} also those of",
+        f"training. jax {jax.__version__}; made by",
+        "`python benchmarks/kernel_sweep.py --out benchmarks/results/kernel-widths.md`.",
+        "",
+        "| chip | width | " + " | ".join(f"embed {embed}" for embed in embeds) + " |",
+        "|---|---|" + "---|" * len(embeds),
+    ]
+    groups = sorted({(list(CHIPS).index(case.chip), case.width) for case in results})
+    for chip, width in groups:
+        cells = []
+        for embed in embeds:
+            key = list(CHIPS)[chip], embed, width
+            tried = {case.rows: results[case] for case in results if case[:3] == key}
+            cells.append(cell(tried))
+        lines.append(f"| {list(CHIPS)[chip]} | {width} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(tried: dict[int, dict[str, str]]) -> str:
+    """Kernels that compile, of how many, and the others."""
+    verdicts = [
+        (rows, *verdict) for rows, result in sorted(tried.items()) for verdict in result.items()
+    ]
+    refused = [f"{name}, {rows} rows: {reason}" for rows, name, reason in verdicts if reason]
+    return "; ".join([f"{len(verdicts) - len(refused)} of {len(verdicts)}", *refused])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
