@@ -11,6 +11,9 @@
 #   75      saved and stopped: restarted, unless launch/stop.sh or down.sh stopped it (then exits with 75)
 #   other   restarted with exponential backoff
 #
+# Before anything costs money: refuses a grok train, batch or serve whose config does not hold, or whose
+# mesh does not fit the slice (where grok is installed here: make env), and says the price.
+#
 # Gives up, with 1, after LAUNCH_MAX_STALLS consecutive starts without a new step (batch: without a new
 # shard of answers; server: without an answer at /health), read from the folder= or output= of the command.
 # A server that was healthy and no longer answers at /health is restarted. If babysit itself is killed, call
@@ -21,6 +24,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
 source "$launch_dir/workers.sh"
 source "$launch_dir/verdict.sh"
+source "$launch_dir/preflight.sh"
 
 # Saves the state to $state_dir/babysit: the slice that is set up, starts so far, starts without
 # progress, the newest step or number of shards, and whether a run is under way.
@@ -224,8 +228,11 @@ babysit() {
 parse_common "$@"
 ((${#args[@]} == 0)) || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b"
 load_settings
+refuse_example_settings
 if [[ $dry_run ]]; then
   ((${#command[@]})) || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b"
+  check_command
+  printf '# %s\n' "$(price)"
   for step in up setup sync; do call_verb "$step"; done
   call_verb run -- "${command[@]}"
   exit
@@ -236,5 +243,6 @@ trap 'rm -f "$state_dir/babysit.pid"' EXIT
 # After stop.sh or down.sh, start from the beginning; the command may be another one.
 [[ ! -e $state_dir/stopped ]] || rm -f "$state_dir/stopped" "$state_dir/babysit"
 resolve_command
+check_command
 load_state
 babysit

@@ -6,16 +6,7 @@
 # that `up`, `babysit` and `down` recorded on this machine.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-# Prints `CHIPS LOW HIGH`: the chips of the slices, and the price range of a chip-hour.
-print_prices() {
-  local LAUNCH_ACCELERATOR=$1 LAUNCH_NODE_COUNT=$2 kind=on_demand low high
-  set_accelerator
-  [[ $3 != spot ]] || kind=spot
-  low=PRICE_${generation}_${kind}_LOW high=PRICE_${generation}_${kind}_HIGH
-  [[ -n ${!low:-} && -n ${!high:-} ]] || refuse "$low and $high are not in $LAUNCH_PRICES"
-  echo "$((chips * LAUNCH_NODE_COUNT)) ${!low} ${!high}"
-}
+source "$launch_dir/preflight.sh"
 
 # Prints `up|down SECONDS CHIPS LOW HIGH` for every lifetime of a slice: a `begin` and the next `end`.
 lifetimes() {
@@ -35,9 +26,7 @@ lifetimes() {
 parse_common "$@"
 no_more_args
 load_settings
-[[ -f $LAUNCH_PRICES ]] || refuse "there is no price file $LAUNCH_PRICES (LAUNCH_PRICES)"
-# shellcheck source=launch/prices.env
-source "$LAUNCH_PRICES"
+load_prices
 now=$(print_prices "$LAUNCH_ACCELERATOR" "$LAUNCH_NODE_COUNT" "$LAUNCH_PROVISIONING")
 past=
 [[ ! -f $state_dir/history ]] || past=$(lifetimes)

@@ -7,6 +7,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
+source "$launch_dir/preflight.sh"
 
 findings=0
 good() { [[ $dry_run ]] || printf 'ok   %s\n' "$*"; }
@@ -26,6 +27,20 @@ check_programs() {
   type -P timeout >/dev/null || type -P gtimeout >/dev/null ||
     finding "timeout is not installed" "on a Mac: brew install coreutils"
   good "bash $BASH_VERSION"
+}
+
+# Settings that nobody edited, and what a slice of the others costs.
+check_settings_file() {
+  local name
+  for name in $(example_settings); do
+    finding "$name is ${!name}, as in the example" "edit $settings"
+  done
+  [[ $dry_run ]] || printf 'note %s\n' "$(price)"
+  if [[ -x $root/.venv/bin/grok ]] || type -P grok >/dev/null; then
+    good "grok is installed here: run and babysit check a command's config before anything is created"
+  else
+    finding "grok is not installed here, so that no command's config can be checked" "make env in $root"
+  fi
 }
 
 check_gcloud() {
@@ -116,8 +131,6 @@ hints() {
     "gcloud alpha services quota list --service=tpu.googleapis.com --consumer=projects/$LAUNCH_PROJECT"
   [[ $LAUNCH_INTERNAL_IPS == no ]] ||
     printf 'note %s\n' "workers without external addresses need Cloud NAT to install packages"
-  # shellcheck source=launch/prices.env
-  [[ ! -f $LAUNCH_PRICES ]] || (source "$LAUNCH_PRICES" && printf 'note prices are %s\n' "$PRICES_DATE")
 }
 
 check_environment() {
@@ -133,6 +146,7 @@ parse_common "$@"
 no_more_args
 load_settings
 good "settings in $settings"
+check_settings_file
 check_programs
 check_environment
 if check_gcloud; then

@@ -4,11 +4,13 @@
 #
 # Starts the command on all workers, detached, with the code of the last `sync`: it continues when this
 # machine sleeps. Arguments arrive unchanged. Variables that LAUNCH_ENV names are sent in a file that
-# only the worker's user can read. Refuses to start while another run is live.
+# only the worker's user can read. Refuses to start while another run is live, and a grok train,
+# batch or serve whose config does not hold (where grok is installed here: make env).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
 source "$launch_dir/workers.sh"
+source "$launch_dir/preflight.sh"
 
 # Sets `progress` to where the run's progress shows: a folder, or the server's address.
 find_progress() {
@@ -64,6 +66,7 @@ refuse_second_run() {
 parse_common "$@"
 ((${#command[@]} && ${#args[@]} == 0)) || refuse "put the command after --, for example: launch/run.sh -- grok train grok-1b"
 load_settings
+check_command
 outgoing=$state_dir/outgoing
 trap 'rm -rf "$outgoing"' EXIT
 write_outgoing

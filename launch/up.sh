@@ -3,16 +3,18 @@
 #
 # Creates the slice of the settings and waits until it is ready. Reuses an active one; replaces one that
 # failed or was preempted (a suspended spot slice never comes back). Requests LAUNCH_NODE_COUNT slices
-# at once.
+# at once, and says what they cost. Refuses the example's settings.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
+source "$launch_dir/preflight.sh"
 
 created=
 failed_polls=0
 
 create() {
   log "requesting $LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR ($LAUNCH_PROVISIONING) in $LAUNCH_ZONE"
+  log "$(price)"
   create_slice || fail "gcloud refused to create the slice; the reason is above"
   created=1
 }
@@ -79,6 +81,7 @@ wait_until_ready() {
 parse_common "$@"
 no_more_args
 load_settings
+refuse_example_settings
 if [[ $dry_run ]]; then
   describe_slice
   create

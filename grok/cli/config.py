@@ -28,6 +28,9 @@ def _print_reference(ctx: click.Context, _: click.Parameter, asked: bool) -> Non
     help="The command that CONFIG is for.",
 )
 @click.option(
+    "--devices", type=click.IntRange(1), help="Check that a run fits so many devices, as on a slice."
+)
+@click.option(
     "--reference",
     is_flag=True,
     is_eager=True,
@@ -35,7 +38,7 @@ def _print_reference(ctx: click.Context, _: click.Parameter, asked: bool) -> Non
     callback=_print_reference,
     help="Print every key of all commands with values, default and meaning, as Markdown.",
 )
-def config(config: str, overrides: tuple[str, ...], command: str) -> None:
+def config(config: str, overrides: tuple[str, ...], command: str, devices: int | None) -> None:
     """Print every setting of CONFIG, a YAML file or a preset's name, as YAML.
 
     KEY=VALUE sets one key, as in train.steps=50. The output is itself a config file."""
@@ -44,6 +47,8 @@ def config(config: str, overrides: tuple[str, ...], command: str) -> None:
     from grok.config.serve import load_serve_config
     from grok.config.text import to_yaml
 
+    if devices and command != "train":
+        raise click.UsageError("--devices is of runs: --of train.")
     load_batch = partial(load_config, config_type=BatchConfig)
     load: dict[str, Any] = {"batch": load_batch, "serve": load_serve_config}
     resolved: Any = load.get(command, load_config)(config, overrides)
@@ -52,8 +57,8 @@ def config(config: str, overrides: tuple[str, ...], command: str) -> None:
         from grok.model.mesh_fit import check_fits
         from grok.model.params import num_active_parameters, num_parameters
 
-        if resolved.mesh.simulated_devices:
-            check_fits(resolved, resolved.mesh.simulated_devices)
+        if devices := devices or resolved.mesh.simulated_devices:
+            check_fits(resolved, devices)
         total, active = num_parameters(resolved.model), num_active_parameters(resolved.model)
         text += f"# {total:,} parameters, {active:,} active per token\n"
     dimmed = re.sub(r"# .*$", lambda comment: click.style(comment[0], dim=True), text, flags=re.M)

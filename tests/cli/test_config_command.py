@@ -105,3 +105,11 @@ def test_the_reference_page_is_what_the_command_prints():
     for config_type in (RunConfig, BatchConfig, ServeConfig):
         for key, setting in schema(config_type).items():
             assert setting.section or f"| `{key}` | " in result.stdout, key
+
+
+def test_a_mesh_that_does_not_fit_the_devices_of_a_slice_is_refused():
+    fits = grok_config("grok-1b", "mesh.data=8", "--devices", "8")
+    assert fits.exit_code == 0
+    result = grok_config("grok-1b", "mesh.data=3", "--devices", "8")
+    assert result.exit_code == 2
+    assert "would work" in result.stderr

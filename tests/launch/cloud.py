@@ -89,6 +89,7 @@ class Cloud:
         self.program(
             "bin/gcloud", f'exec {sys.executable} -I -S -c {shlex.quote(STUB_GCLOUD)} "$@"'
         )
+        self.program("bin/grok", 'printf "%s\\n" "$*" >>"$STUB/checked"')
         for name, body in WORKER_PROGRAMS.items():
             self.program(f"worker-bin/{name}", body.replace("{python}", sys.executable))
         self.run_folder = folder / "run"

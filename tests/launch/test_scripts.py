@@ -258,3 +258,33 @@ def test_a_worked_run_knows_its_verbs(cloud: Cloud) -> None:
     done = cloud.launch("runs/batch-v6e", "fly", LAUNCH_BUCKET="gs://b")
     assert (done.returncode, cloud.calls()) == (2, [])
     assert "unknown verb 'fly'" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["run", "babysit"])
+def test_a_config_that_does_not_hold_is_refused_before_anything_is_called(
+    cloud: Cloud, verb: str
+) -> None:
+    cloud.program("bin/grok", 'echo "$*" >"$STUB/checked"; echo "error: mesh.data=3 is" >&2; exit 2')
+    done = cloud.launch(verb, "--", "grok", "train", "grok-1b", "mesh.data=3", "folder=a b")
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert "nothing was started: grok train grok-1b: mesh.data=3 is" in done.stderr
+    words = (cloud.stub / "checked").read_text()
+    assert words == "config --of train --devices 8 grok-1b mesh.data=3 folder=a b\n"
+
+
+def test_the_settings_of_the_example_are_refused(cloud: Cloud) -> None:
+    example = str(LAUNCH / "settings.env.example")
+    for verb, words in (("up", []), ("babysit", ["--", "grok", "train", "grok-1b"])):
+        done = cloud.launch(verb, "--settings", example, *words)
+        assert (done.returncode, cloud.calls()) == (2, [])
+        assert "LAUNCH_PROJECT is my-project, as in the example: edit" in done.stderr
+    done = cloud.launch("doctor", "--settings", example)
+    assert done.returncode == 1
+    for name in ("LAUNCH_PROJECT is my-project", "LAUNCH_BUCKET is gs://my-bucket"):
+        assert f"FIX  {name}, as in the example" in done.stdout
+
+
+def test_what_a_slice_costs_is_said_before_it_is_requested(cloud: Cloud) -> None:
+    done = cloud.launch("up")
+    price = "1 x v5litepod-8 spot costs USD 2.00 to 4.80 an hour, 48.00 to 115.20 a day, until down"
+    assert price in done.stderr

@@ -1,0 +1,58 @@
+# shellcheck shell=bash
+# Checks on this machine before anything costs money. Sourced after common.sh, never run.
+# shellcheck disable=SC2154 # the variables of common.sh
+
+# Prints the names of settings that still have the example's placeholder.
+example_settings() {
+  [[ $LAUNCH_PROJECT != my-project ]] || echo LAUNCH_PROJECT
+  [[ $LAUNCH_BUCKET != gs://my-bucket ]] || echo LAUNCH_BUCKET
+}
+
+refuse_example_settings() {
+  local name
+  [[ ! $dry_run ]] || return 0
+  for name in $(example_settings); do
+    refuse "$name is ${!name}, as in the example: edit $settings, then run launch/doctor.sh"
+  done
+}
+
+# Refuses a `grok train`, `batch` or `serve` whose config does not hold, or whose mesh does not fit the slice.
+check_command() {
+  local grok=$root/.venv/bin/grok of=${command[1]:-} problem
+  local -a options=(--of "$of")
+  [[ ${command[0]} == grok && $of =~ ^(train|batch|serve)$ ]] || return 0
+  [[ -x $grok ]] || grok=$(type -P grok) || {
+    log "the command's config was not checked: 'make env' in $root installs what checks it"
+    return 0
+  }
+  [[ $of != train ]] || options+=(--devices "$((chips * LAUNCH_NODE_COUNT))")
+  problem=$(cd "$root" && JAX_PLATFORMS=cpu "$grok" config "${options[@]}" "${command[@]:2}" 2>&1 >/dev/null) ||
+    refuse "nothing was started: $(quoted "${command[@]:0:3}"): $(tail -n 1 <<<"${problem#error: }")"
+}
+
+# Prints `CHIPS LOW HIGH`: the chips of LAUNCH_NODE_COUNT slices, and the price range of a chip-hour.
+print_prices() {
+  local LAUNCH_ACCELERATOR=$1 LAUNCH_NODE_COUNT=$2 kind=on_demand low high
+  set_accelerator
+  [[ $3 != spot ]] || kind=spot
+  low=PRICE_${generation}_${kind}_LOW high=PRICE_${generation}_${kind}_HIGH
+  [[ -n ${!low:-} && -n ${!high:-} ]] || refuse "$low and $high are not in $LAUNCH_PRICES"
+  echo "$((chips * LAUNCH_NODE_COUNT)) ${!low} ${!high}"
+}
+
+load_prices() {
+  [[ -f $LAUNCH_PRICES ]] || refuse "there is no price file $LAUNCH_PRICES (LAUNCH_PRICES)"
+  # shellcheck source=launch/prices.env
+  source "$LAUNCH_PRICES"
+}
+
+# Prints what the slice of the settings costs while it is up.
+price() {
+  load_prices
+  print_prices "$LAUNCH_ACCELERATOR" "$LAUNCH_NODE_COUNT" "$LAUNCH_PROVISIONING" |
+    awk -v what="$LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR $LAUNCH_PROVISIONING" -v date="$PRICES_DATE" '
+    function usd(low, high) {
+      return low == high ? sprintf("%.2f", low) : sprintf("%.2f to %.2f", low, high)
+    }
+    { printf "%s costs USD %s an hour, %s a day, until down (prices %s)\n", what, usd($1 * $2, $1 * $3), usd(24 * $1 * $2, 24 * $1 * $3), date }'
+}
