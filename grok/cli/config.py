@@ -28,7 +28,9 @@ def _print_reference(ctx: click.Context, _: click.Parameter, asked: bool) -> Non
     help="The command that CONFIG is for.",
 )
 @click.option(
-    "--devices", type=click.IntRange(1), help="Check that a run fits so many devices, as on a slice."
+    "--devices",
+    type=click.IntRange(1),
+    help="Check that a run fits so many devices, as on a slice.",
 )
 @click.option(
     "--reference",

@@ -264,7 +264,9 @@ def test_a_worked_run_knows_its_verbs(cloud: Cloud) -> None:
 def test_a_config_that_does_not_hold_is_refused_before_anything_is_called(
     cloud: Cloud, verb: str
 ) -> None:
-    cloud.program("bin/grok", 'echo "$*" >"$STUB/checked"; echo "error: mesh.data=3 is" >&2; exit 2')
+    cloud.program(
+        "bin/grok", 'echo "$*" >"$STUB/checked"; echo "error: mesh.data=3 is" >&2; exit 2'
+    )
     done = cloud.launch(verb, "--", "grok", "train", "grok-1b", "mesh.data=3", "folder=a b")
     assert (done.returncode, cloud.calls()) == (2, [])
     assert "nothing was started: grok train grok-1b: mesh.data=3 is" in done.stderr
