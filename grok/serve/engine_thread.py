@@ -84,12 +84,10 @@ class EngineThread:
                     self.step_began = time.monotonic()
                     outputs = self.engine.step()
                     self.step_began = None
-                    for output in outputs:
-                        self._deliver(output)
+                    self._deliver(outputs)
         except BaseException as error:
             self.failed = True
-            for handle in set(self._handles.values()):
-                self._send(handle, EngineFailed())
+            self._send([(handle, EngineFailed()) for handle in set(self._handles.values())])
             self._on_failure(error)
             while (action := self._inbox.get()) is not None:
                 action()
@@ -108,33 +106,43 @@ class EngineThread:
                 raise EngineFailed
             submit_all(self.engine, handle.requests)
         except (EngineFailed, RequestError) as error:
-            self._send(handle, error)
+            self._send([(handle, error)])
             return
         for request in handle.requests:
             self._handles[request.id] = handle
             handle.unfinished += request.params.n
-        self._send(handle, None)
+        self._send([(handle, None)])
 
     def _cancel(self, handle: RequestHandle) -> None:
         for request in handle.requests:
             if self._handles.pop(request.id, None) is not None and not self.failed:
                 self.engine.cancel(request.id)
 
-    def _deliver(self, output: Output) -> None:
-        if (handle := self._handles.get(output.request_id)) is None:
-            return  # its client has disconnected
-        if output.finish_reason:
-            handle.unfinished -= 1
-            if handle.unfinished == 0:
-                for request in handle.requests:
-                    self._handles.pop(request.id, None)
-        self._send(handle, output)
+    def _deliver(self, outputs: Sequence[Output]) -> None:
+        items = []
+        for output in outputs:
+            if (handle := self._handles.get(output.request_id)) is None:
+                continue  # its client has disconnected
+            if output.finish_reason:
+                handle.unfinished -= 1
+                if handle.unfinished == 0:
+                    for request in handle.requests:
+                        self._handles.pop(request.id, None)
+            items.append((handle, output))
+        self._send(items)
 
-    def _send(self, handle: RequestHandle, item: Output | Exception | None) -> None:
+    def _send(self, items: Sequence[tuple[RequestHandle, Output | Exception | None]]) -> None:
+        """Puts each item into its queue; all at once, as each waking of the loop takes time from
+        the devices."""
+
+        def put() -> None:
+            for handle, item in items:
+                handle.outputs.put_nowait(item)
+
         assert self._loop is not None
         # The loop is closed where the server has stopped in the meantime.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(handle.outputs.put_nowait, item)
+            self._loop.call_soon_threadsafe(put)
 
 
 BUCKET_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
