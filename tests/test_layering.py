@@ -43,12 +43,13 @@ ALLOWED = {
     "train": RUNS,
     "infer": RUNS,
     "plan": (*RUNS, "train", "infer"),
+    "calibrate": (*RUNS, "train", "infer", "plan"),
     "report": (*BASE, "train"),
     "evaluate": (*RUNS, "train", "infer"),
     "batch": (*RUNS, "train", "infer"),
     "serve": (*RUNS, "infer"),
     "quickstart": (*RUNNERS, "report"),
-    "cli": (*RUNNERS, "evaluate", "batch", "serve", "quickstart", "report"),
+    "cli": (*RUNNERS, "calibrate", "evaluate", "batch", "serve", "quickstart", "report"),
     "__main__": ("cli",),
 }
 

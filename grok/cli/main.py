@@ -10,8 +10,8 @@ from grok import __version__
 from grok.errors import GrokError
 
 COMMANDS = (  # a module each, with a function of that name
-    "quickstart config train plan replay report sample batch serve eval_ data import_ export "
-    "inspect verify"
+    "quickstart config train plan calibrate replay report sample batch serve eval_ data import_ "
+    "export inspect verify"
 )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,13 +24,32 @@ FILE, COUNT = click.Path(path_type=Path), click.IntRange(1)
 @click.option("--price", type=click.FloatRange(0), help="USD per chip-hour.")
 @click.option("--prices", type=FILE, help="Prices by generation. Default: launch/prices.env.")
 @click.option(
+    "--calibration",
+    type=FILE,
+    help="File of `grok calibrate`: plan with the rates that it measured. One of a CPU or GPU "
+    "plans the step on the devices here.",
+)
+@click.option(
     "--search",
     type=COUNT,
     metavar="N",
     help="Compile the N most promising meshes, remat policies and batch sizes, and rank them.",
 )
 @click.pass_context
-def plan(ctx, config, overrides, topology, slices, as_json, dump, save, price, prices, search):
+def plan(
+    ctx,
+    config,
+    overrides,
+    topology,
+    slices,
+    as_json,
+    dump,
+    save,
+    price,
+    prices,
+    calibration,
+    search,
+):
     """Compile a step of CONFIG for a slice of TPUs, without one, and estimate it.
 
     plan.program names the step: train, prefill or decode. Does it fit, what does it compute and
@@ -37,9 +57,9 @@ def plan(ctx, config, overrides, topology, slices, as_json, dump, save, price, p
     minutes."""
     from grok.config.load import load_config
     from grok.errors import ConfigError
+    from grok.plan.calibration import read_calibration
     from grok.plan.compile import compile_plan
     from grok.plan.estimate import Price, price_of
-    from grok.plan.format import format_plan
     from grok.plan.search import candidates, ranking
     from grok.plan.topology import parse_slice
     from grok.progress import phase_progress
@@ -47,7 +67,20 @@ def plan(ctx, config, overrides, topology, slices, as_json, dump, save, price, p
     if slices is not None:
         overrides = (*overrides, f"mesh.slice={slices}")
     run = load_config(config, overrides)
-    if not (topology := topology or run.plan.topology):
+    topology = topology or run.plan.topology
+    measured = None if calibration is None else read_calibration(calibration)
+    if not topology and measured is not None and not measured.is_tpu:
+        if search or dump or save:
+            raise ConfigError(
+                "--search, --dump and --save are of TPU slices; --topology names one."
+            )
+        from grok.plan.local import plan_calibrated
+
+        with phase_progress(f"{run.plan.program} step here") as on_phase:
+            local = plan_calibrated(run, measured, price and Price(price, "--price"), on_phase)
+        _print_plan(ctx, local, as_json)
+        return
+    if not topology:
         problem = f"{config} names no slice in plan.topology"
         raise ConfigError(f"{problem}; --topology v5p:4x4x8 would work.")
     slice_ = parse_slice(topology, max(1, run.mesh.slice))
@@ -59,12 +92,20 @@ def plan(ctx, config, overrides, topology, slices, as_json, dump, save, price, p
         plans = []
         for i, candidate in enumerate(candidates(run, slice_)[:search], 1):
             with phase_progress(f"{i} of {search}: {candidate}") as on_phase:
-                compiled = compile_plan(candidate.config, slice_, chip_price, on_phase)
+                compiled = compile_plan(
+                    candidate.config, slice_, chip_price, on_phase, calibration=measured
+                )
             plans.append((candidate, compiled))
         click.echo(ranking(plans))
         return
     with phase_progress(f"{run.plan.program} step for {slice_}") as on_phase:
-        plan = compile_plan(run, slice_, chip_price, on_phase, dump, save)
+        plan = compile_plan(run, slice_, chip_price, on_phase, dump, save, measured)
+    _print_plan(ctx, plan, as_json)
+
+
+def _print_plan(ctx: click.Context, plan: Any, as_json: bool) -> None:
+    from grok.plan.format import format_plan
+
     click.echo(json.dumps(plan.to_dict(), indent=2) if as_json else format_plan(plan))
     if not plan.fits:
         ctx.exit(1)

@@ -16,6 +16,7 @@ from typing import Any
 from grok.config import RunConfig
 from grok.config.load import to_dict
 from grok.errors import ConfigError, GrokError
+from grok.plan.calibration import Calibration, with_ratio
 from grok.plan.compile_errors import crash_error
 from grok.plan.estimate import Plan, Price, make_plan
 from grok.plan.rates import published_rates
@@ -40,10 +41,14 @@ def compile_plan(
     on_phase: Callable[[str], None],
     dump: Path | None = None,
     save: Path | None = None,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """The plan of `config.plan.program` on one or several slices; GrokError if there is none.
     on_phase: called with each phase of the compilation; dump: file for the compiled program's text;
-    save: file for the serialised executable."""
+    save: file for the serialised executable; calibration: rates in place of the
+    published."""
+    if calibration is not None:
+        calibration.check_slice(slice_)
     if importlib.util.find_spec("libtpu") is None:
         extra = "`pip install 'grok[tpu]'` brings it to Linux on x86-64, with or without a TPU"
         raise ConfigError(f"libtpu, which compiles for TPUs, is not installed; {extra}.")
@@ -51,13 +56,16 @@ def compile_plan(
         if file is not None and not file.parent.is_dir():
             raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}.")
     rates = published_rates(slice_.generation)
+    if calibration is not None:
+        rates = calibration.rates(config)
     request = {"config": to_dict(config), "topology": slice_.name, "slices": slice_.count}
     request["rates"] = dataclasses.asdict(rates)
     request |= {name: str(file) for name, file in (("dump", dump), ("save", save)) if file}
     measured = _run_process(request, on_phase)
     if "compiler_message" in measured:
         measured["required"] = required_bytes(measured["compiler_message"] or "", measured["state"])
-    return make_plan(config, slice_, rates, measured, price)
+    plan = make_plan(config, slice_, rates, measured, price)
+    return plan if calibration is None else with_ratio(plan, calibration)
 
 
 def _run_process(request: dict[str, Any], on_phase: Callable[[str], None]) -> dict[str, Any]:

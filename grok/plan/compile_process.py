@@ -18,6 +18,7 @@ from grok import compiler, sharding
 from grok.config import MESH_AXES, RunConfig, check_trainable
 from grok.config.load import from_dict
 from grok.errors import ConfigError, GrokError
+from grok.hardware import CHIPS
 from grok.model.mesh_fit import check_plan_fits
 from grok.ops.attention.paged import KV_BLOCK
 from grok.plan.compile_errors import compiler_error, is_out_of_hbm
@@ -103,7 +104,9 @@ def costs(program: CompiledProgram, mesh: Mesh, slice_: Slice) -> dict[str, Any]
         "loops": sorted(cost.loops),
         "kernels": sorted(cost.kernels),
         "largest_temporaries": program.largest_arrays(5),
-        "wiring": {axes: wiring(mesh, axes, slice_) for axes, _ in cost.collectives},
+        "wiring": {
+            axes: wiring(mesh, axes, slice_) for axes, _ in cost.collectives if axes != "none"
+        },
     }
 
 
@@ -148,6 +151,8 @@ def wiring(mesh: Mesh, axes: str, slice_: Slice) -> dict[str, Any]:
     names = axes.split("+")
     index = tuple(slice(None) if axis in names else 0 for axis in MESH_AXES)
     devices = mesh.devices[index].reshape(-1)
+    if slice_.generation not in CHIPS:  # in no grid: one way to the others
+        return {"links": 1.0, "hops": 1.0, "slices": False, "shared": 1}
     coords = np.array([device.coords for device in devices])[:, : len(slice_.shape)]
     links, hops = 0.0, 0.0
     for side, length in enumerate(slice_.shape):

@@ -65,14 +65,22 @@ class Plan:
     interconnect: dict[str, float] = dataclasses.field(default_factory=dict)  # by mesh axes
     price: Price | None = None
     compile_seconds: float | None = None
+    ratio: float | None = None  # of a step over its schedule, as a calibration measured one
+    ratio_source: str = ""  # in words
     measured: dict[str, Any] = dataclasses.field(default_factory=dict)  # by compile_process
 
     def step_seconds(self) -> dict[str, float]:
-        """Time of a step by the compiled schedule, if all terms overlap, and if none does."""
+        """Time of a step by the compiled schedule, if all terms overlap, and if none does; first by
+        the ratio of a calibration, if there is one."""
         if not (times := self.seconds.values()):
             return {}
         assert self.scheduled is not None
-        return {"scheduled": self.scheduled, "overlapped": max(times), "serial": sum(times)}
+        steps = {} if self.ratio is None else {"calibrated": self.scheduled * self.ratio}
+        return steps | {
+            "scheduled": self.scheduled,
+            "overlapped": max(times),
+            "serial": sum(times),
+        }
 
     def tokens_per_second(self) -> dict[str, float]:
         """Tokens per second and chip."""
@@ -97,8 +105,9 @@ class Plan:
         return schedule["sent_beside"] / schedule["sent"] if schedule["sent"] else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The object that `grok plan --json` prints. The price is that of the scheduled step."""
-        total = self.total
+        """The object that `grok plan --json` prints. The price is that of the scheduled step, or
+        of the calibrated one, if there is one."""
+        total, prices = self.total, self.usd_per_billion_tokens()
         return {
             "fits": self.fits,
             "hbm_gib_per_chip": {
@@ -115,8 +124,9 @@ class Plan:
             "seconds": {**self.seconds, **self.step_seconds()} or None,
             "mfu": self.mfu() or None,
             "tokens_per_second_per_chip": self.tokens_per_second() or None,
-            "usd_per_billion_tokens": self.usd_per_billion_tokens().get("scheduled"),
+            "usd_per_billion_tokens": prices.get("calibrated", prices.get("scheduled")),
             "compile_seconds": self.compile_seconds,
+            "rates": self.rates.source,
         }
 
 

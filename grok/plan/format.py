@@ -1,5 +1,6 @@
 """A plan as text: the verdict first, then the figures and assumptions that it rests on."""
 
+import math
 from collections.abc import Iterator
 
 from grok.hardware import GIB
@@ -85,7 +86,8 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "roofline", f"{terms}; {max(plan.seconds, key=plan.seconds.__getitem__)} bounds it"
     steps, rates, mfu = plan.step_seconds(), plan.tokens_per_second(), plan.mfu()
     prices = plan.usd_per_billion_tokens()
-    for name, how in STEPS.items():
+    for name in steps:
+        how = STEPS.get(name, f"as {plan.ratio_source}")
         text = f"{_seconds(steps[name])} a step {how}: {rates[name]:,.4g} tokens/s/chip, "
         text += f"MFU {mfu[name]:.1%}"
         if prices:
@@ -101,15 +103,20 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _assumptions(plan: Plan) -> Iterator[str]:
     rates, measured = plan.rates, plan.measured
-    yield (
-        f"a {plan.slice.generation} chip does {rates.flops / 1e12:,.0f} TFLOP/s in bfloat16, has "
-        f"{plan.slice.chip.hbm / GIB:.0f} GiB at {rates.hbm / 1e9:,.0f} GB/s, and links of "
-        f"{rates.link / 1e9:.4g} GB/s each way"
-    )
+    text = f"a {plan.slice.generation} chip does {rates.flops / 1e12:,.4g} TFLOP/s in {rates.dtype}"
+    text += f", has {plan.slice.chip.hbm / GIB:.0f} GiB at {rates.hbm / 1e9:,.0f} GB/s"
+    if math.isfinite(rates.link):
+        text += f", and links of {rates.link / 1e9:.4g} GB/s each way"
+    yield text
     if plan.slice.count > 1:
         yield f"a chip's share of the network between slices is {rates.network / 1e9:g} GB/s"
     yield rates.source
-    if plan.fits:
+    if plan.fits and "counted" in measured:
+        yield (
+            "FLOPs are the model's and HBM bytes the state's, read once: the text of a program for "
+            "these devices hides its products; the schedule is both terms, one after the other"
+        )
+    elif plan.fits:
         yield (
             "compiled FLOPs are those of matrix products and kernels; HBM bytes are operands and "
             "results that the compiler placed there"
@@ -128,8 +135,11 @@ def _assumptions(plan: Plan) -> Iterator[str]:
                 f"{rates.host / 1e9:g} GB/s to host memory and back; the peak is what the compiler "
                 "allocates in HBM"
             )
+    if plan.fits:
         loops, kernels = len(measured["loops"]), len(measured["kernels"])
-        if loops:
+        if loops and plan.config.plan.program == "train":
+            yield f"{loops} loops over tiles of an expert's rows run as often as an even load asks"
+        elif loops:
             yield f"{loops} loops over the cache run for {plan.config.plan.tokens} tokens"
         if kernels:
             authors = f"{kernels} kernels cost what their authors state"

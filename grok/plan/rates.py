@@ -13,12 +13,15 @@ from grok.plan.program_cost import Cost
 class Rates:
     """Rates of one chip."""
 
-    flops: float  # matrix products in bfloat16, FLOP/s
+    flops: float  # matrix products, FLOP/s
     hbm: float  # bytes/s
     link: float  # one wire to a neighbouring chip, one way, bytes/s
     network: float  # its share of its host's way to other slices, bytes/s
     host: float  # to or from host memory, bytes/s
     source: str  # of the figures, for people
+    dtype: str = "bfloat16"  # of the products
+    # Of a wire, by kind of collective, where that was measured; `link` holds for the others.
+    by_kind: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Wires(NamedTuple):
@@ -66,7 +69,7 @@ def transfer_seconds(rates: Rates, wiring: dict[str, Any], kind: str, sent: floa
         return 0.0
     hops = max(1.0, wiring["hops"]) if "all-to-all" in kind else 1.0
     links = min(1, wiring["links"]) if kind == "collective-permute" else wiring["links"]
-    return sent / wiring["shared"] * hops / (links * rates.link)
+    return sent / wiring["shared"] * hops / (links * rates.by_kind.get(kind, rates.link))
 
 
 def resource_seconds(

@@ -57,7 +57,7 @@ def test_libtpu_is_asked_for_where_it_is_missing(monkeypatch):
 def compiled(monkeypatch):
     """Nothing is compiled: every config is found to do the same."""
 
-    def compile_plan(config, slice_, price, on_phase, dump=None, save=None):
+    def compile_plan(config, slice_, price, on_phase, dump=None, save=None, calibration=None):
         on_phase("compiling")
         return make_plan(config, slice_, MEASURED, price)
 

@@ -79,7 +79,7 @@ def test_three_terms_and_what_follows_from_them(plan):
 def test_json_has_these_keys(plan):
     keys = """fits hbm_gib_per_chip flops_per_chip_per_step hbm_bytes_per_chip_per_step
     host_bytes_per_chip_per_step collective_bytes_per_chip_per_step async_collective_share seconds
-    mfu tokens_per_second_per_chip usd_per_billion_tokens compile_seconds""".split()
+    mfu tokens_per_second_per_chip usd_per_billion_tokens compile_seconds rates""".split()
     assert list(plan.to_dict()) == keys
     unfit = dataclasses.replace(plan, fits=False, seconds={})
     assert list(unfit.to_dict()) == keys
