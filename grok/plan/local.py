@@ -140,9 +140,9 @@ class CompiledStep:
     def plan(self, rates: Rates, price: Price | None = None) -> Plan:
         """Its plan by these rates.
 
-        Where the program's text hides products, as a GPU's does those of libraries and a CPU's those
-        of a decode step in loops of unknown length, the FLOPs are the model's, and the bytes those
-        of the state, read once.
+        Where the program's text hides products, as a GPU's does those of libraries and a CPU's
+        those of a decode step in loops of unknown length, the FLOPs are the model's, and the bytes
+        those of the state, read once.
         """
         measured, per_chip = dict(self._measured), self._measured["devices_per_chip"]
         measured["schedule"] = walk(self._program, rates, measured["wiring"], per_chip)

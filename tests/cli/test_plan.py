@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from grok.cli.main import main
 from grok.plan.estimate import make_plan
-from tests.plan.test_estimate import MEASURED
+from tests.plan.test_estimate import MEASURED, RATES
 
 
 def run(*args):
@@ -59,7 +59,7 @@ def compiled(monkeypatch):
 
     def compile_plan(config, slice_, price, on_phase, dump=None, save=None, calibration=None):
         on_phase("compiling")
-        return make_plan(config, slice_, MEASURED, price)
+        return make_plan(config, slice_, RATES, MEASURED, price)
 
     monkeypatch.setattr("grok.plan.compile.compile_plan", compile_plan)
 
