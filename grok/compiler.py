@@ -9,7 +9,42 @@ import jax
 
 from grok import hardware
 
-OPTIONS: dict[str, dict[str, Any]] = {}
+# Collectives run on the SparseCore, beside what the TensorCore computes; without these options no
+# collective of a training step is asynchronous (libtpu 0.0.52).
+_ON_SPARSECORE = {
+    **dict.fromkeys(
+        (
+            "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+            "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
+            "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter",
+            "xla_sc_enable_instruction_fusion",
+        ),
+        False,
+    ),
+    **dict.fromkeys(
+        (
+            "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+            "xla_tpu_enable_sparse_core_collective_offload_all_reduce",
+            "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+            "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather",
+            "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather",
+            "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter",
+            "xla_tpu_enable_all_gather_offload_tracing",
+            "xla_tpu_enable_all_reduce_offload_tracing",
+            "xla_tpu_enable_reduce_scatter_offload_tracing",
+            "xla_tpu_use_tc_device_shape_on_sc",
+            "xla_sc_disable_megacore_partitioning",
+        ),
+        True,
+    ),
+}
+
+# v5e fuses collectives with products by default.
+OPTIONS: dict[str, dict[str, bool]] = {
+    "v5p": _ON_SPARSECORE,
+    "v6e": _ON_SPARSECORE,
+    "7x": _ON_SPARSECORE,
+}
 
 
 class _Jitted:

@@ -80,6 +80,12 @@ def has_large_vmem() -> bool:
     return vmem_bytes() >= 128 * MIB
 
 
+def has_little_hbm() -> bool:
+    """True if one of the devices that are traced for has at most 32 GiB of HBM."""
+    chip = chip_of(device_kind())
+    return chip is not None and chip.hbm / chip.devices <= 32 * GIB
+
+
 def configure_devices(simulated: int) -> None:
     """Simulates `simulated` CPU devices (0: uses the real ones), and keeps compiled programs in the
     user's cache folder. Call it before JAX's backend starts."""

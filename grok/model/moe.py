@@ -15,9 +15,9 @@ from grok.config import ModelConfig
 from grok.hardware import LANES
 from grok.model.expert_group import GroupWork, run_on_group
 from grok.model.param_spec import ParamSpec, init_params
-from grok.ops.moe.experts_pallas import MLP_SPLITS, experts_pallas, experts_pallas_split_mlp
+from grok.ops.moe.experts_pallas import experts_pallas, experts_pallas_split_mlp
 from grok.ops.moe.experts_xla import experts_xla
-from grok.ops.moe.tiling import serving_tile_rows, training_tile_rows, xla_tile_rows
+from grok.ops.moe.tiling import mlp_splits, serving_tile_rows, training_tile_rows, xla_tile_rows
 from grok.ops.softcap import apply_softcap
 from grok.ops.varying import pvary
 from grok.ops.weights.weight import adapter, is_plain
@@ -142,13 +142,14 @@ class MoE(nnx.Module):
         # Gathered along its columns, a matrix has them major in memory.
         down_is_column_major = sharding.axis_size("fsdp_embed") > 1
         options = down_is_column_major, False, self.moe_config.activation
-        splits_evenly = leaves[0].shape[-1] % (MLP_SPLITS * LANES) == 0
+        splits = mlp_splits()
+        splits_evenly = leaves[0].shape[-1] % (splits * LANES) == 0
         # Where the backward pass wants the output and it is not saved, remat computes the hidden
         # layer again, and so would this: once too often.
         output_is_at_hand = self.config.saves_experts or not self.config.norm.sandwich
         if output_is_at_hand and len(leaves) == len(EXPERTS) and splits_evenly:
             shards = tuple(map(pvary, leaves))
-            return experts_pallas_split_mlp(*rows, shards, unshard, *options)
+            return experts_pallas_split_mlp(*rows, shards, unshard, splits, *options)
         weights = jax.tree.map(pvary, unshard(leaves))
         return experts_pallas(*rows, *weights, *options)
 

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grok.config import MESH_AXES, MeshConfig, resolve_mesh
 from grok.errors import ConfigError
+from grok.sharding.blocks import block_grid
 
 
 def make_mesh(
@@ -36,18 +37,25 @@ def make_mesh(
 
 def _device_grid(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     """The devices in the shape of the mesh, linked chips beside each other."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    if shape[0] != slices:
+    by_slice: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_slice.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if len(by_slice) == 1:
+        return _slice_grid(shape, devices)
+    if shape[0] != len(by_slice):
         raise ConfigError(
-            f"mesh.slice={shape[0]} and the devices are of {slices} slices; mesh.slice={slices} "
-            "would work."
+            f"mesh.slice={shape[0]} and the devices are of {len(by_slice)} slices; "
+            f"mesh.slice={len(by_slice)} would work."
         )
-    per_slice, across_slices = (1, *shape[1:]), (slices, *[1] * (len(shape) - 1))
-    return mesh_utils.create_hybrid_device_mesh(
-        per_slice, across_slices, devices, allow_split_physical_axes=True
-    )
+    grids = [_slice_grid((1, *shape[1:]), by_slice[index]) for index in sorted(by_slice)]
+    return np.concatenate(grids)
+
+
+def _slice_grid(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    blocks = block_grid(shape, devices)
+    if blocks is not None:
+        return blocks
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def ambient_mesh():

@@ -22,9 +22,6 @@ from grok.ops.moe.tiling import kernel_tile_rows
 from grok.ops.weights.lora import LoraArray
 from grok.ops.weights.weight import Weight, adapter, base, is_plain
 
-# Parts of the experts' width, one after the other, where memory is scarce.
-MLP_SPLITS = 2
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def experts_pallas(
@@ -97,21 +94,23 @@ def _backward(column_major, interpret, activation, residuals, dy_RD):
 experts_pallas.defvjp(_experts, _backward, optimize_remat=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
 def experts_pallas_split_mlp(
     x_RD,
     topk_weights_RC,
     expert_ids_RC,
     shards: tuple[jax.Array, jax.Array, jax.Array],
     unshard: Callable,
+    splits: int,
     down_is_column_major: bool = False,
     interpret: Any = False,
     activation: str = "gelu_tanh",
 ) -> jax.Array:
     """As `experts_pallas` of the matrices `unshard(shards)`; every shard has all of its F.
 
-    No residuals are stored: the backward pass computes the hidden layer again, one half of its
-    width after the other, which halves the memory of matrices, their gradients and intermediates.
+    No residuals are stored: the backward pass computes the hidden layer again, one of `splits`
+    parts of its width after the other, and needs memory for one part of the matrices, of their
+    gradients and of the intermediates. It is ordered so that collectives run beside products.
     """
     matrices = unshard(shards)
     return experts_pallas(
@@ -119,49 +118,55 @@ def experts_pallas_split_mlp(
     )
 
 
-def _forward_split_mlp(
-    x_RD, topk_weights_RC, expert_ids_RC, shards, unshard, column_major, interpret, activation
-):
+def _forward_split_mlp(x_RD, topk_weights_RC, expert_ids_RC, shards, unshard, splits, *options):
     rows = x_RD, topk_weights_RC, expert_ids_RC
-    y_RD = experts_pallas_split_mlp(*rows, shards, unshard, column_major, interpret, activation)
+    y_RD = experts_pallas_split_mlp(*rows, shards, unshard, splits, *options)
     return y_RD, (*rows, shards)
 
 
-def _backward_split_mlp(unshard, column_major, interpret, activation, residuals, dy_RD):
+def _backward_split_mlp(unshard, splits, column_major, interpret, activation, residuals, dy_RD):
     x_RD, topk_weights_RC, expert_ids_RC, shards = residuals
     layout, kernel_args = _group(expert_ids_RC, shards[0], interpret)
-    x_PD, dy_PD = _dispatch(x_RD, layout), _dispatch(dy_RD.astype(x_RD.dtype), layout)
+    dy_PD = _dispatch(dy_RD.astype(x_RD.dtype), layout)
     weight_P = _weights_of_slots(topk_weights_RC, layout)
-    dx_PD, dweight_P, dshards = None, jnp.zeros_like(weight_P), None
-    for part in range(MLP_SPLITS):
-        if dx_PD is not None:  # Both halves at once would need twice the memory.
-            x_PD, dx_PD = jax.lax.optimization_barrier((x_PD, dx_PD))
-        take_part: Callable = functools.partial(_mlp_part, part=part)
+    x_PD, dx_PD, dweight_P, dshards = None, None, jnp.zeros_like(weight_P), None
+    for part in range(splits):
+        take_part: Callable = functools.partial(_mlp_part, part=part, splits=splits)
         matrices, pull = jax.vjp(lambda shards, take=take_part: unshard(take(shards)), shards)
         w_gate_EDF, w_up_EDF, w_down_EFD = matrices
+        dhidden_PF = _matmul_down(dy_PD, w_down_EFD, True, column_major, kernel_args)
+        if x_PD is None:  # Rows of x may still be on their way while those of dy are multiplied.
+            x_RD, dhidden_PF = jax.lax.optimization_barrier((x_RD, dhidden_PF))
+            x_PD = _dispatch(x_RD, layout)
         _, *products = _hidden(x_PD, w_gate_EDF, w_up_EDF, True, activation, kernel_args)
-        added_P, dgate_PF, dup_PF, dw_down = _down_gradients(
-            dy_PD, weight_P, products, w_down_EFD, column_major, activation, kernel_args
-        )
-        dx_PD, dw_gate, dw_up = _hidden_gradients(
-            x_PD, dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args, dx_PD
+        added_P, dgate_PF, dup_PF, weighted_PF = _product_gradients(
+            dhidden_PF, weight_P, products, activation
         )
         dweight_P += added_P
+        dx_PD = _row_gradients(dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args, dx_PD)
+        if part == splits - 1:  # Gradients of rows travel while those of matrices are made.
+            dx_RD = _combine(dx_PD, layout, jnp.ones_like(topk_weights_RC)).astype(x_RD.dtype)
+            products = dx_RD, dgate_PF, dup_PF
+            dx_RD, dgate_PF, dup_PF = jax.lax.optimization_barrier(products)
+        dw_gate = _weight_gradient(x_PD, dgate_PF, w_gate_EDF, kernel_args)
+        dw_up = _weight_gradient(x_PD, dup_PF, w_up_EDF, kernel_args)
+        dw_down = _weight_gradient(weighted_PF, dy_PD, w_down_EFD, kernel_args, column_major=True)
         (added,) = pull([dw_gate, dw_up, dw_down])
         dshards = added if dshards is None else jax.tree.map(jnp.add, dshards, added)
-    dx_RD = _combine(dx_PD, layout, jnp.ones_like(topk_weights_RC))
-    return dx_RD.astype(x_RD.dtype), dweight_P[layout.slot_RC], None, dshards
+        if part < splits - 1:  # Several parts at once would need their memory.
+            x_PD, dx_PD = jax.lax.optimization_barrier((x_PD, dx_PD))
+    return dx_RD, dweight_P[layout.slot_RC], None, dshards
 
 
 experts_pallas_split_mlp.defvjp(_forward_split_mlp, _backward_split_mlp)
 
 
-def _mlp_part(shards, part: int):
-    """A half of the width of sharded matrices."""
+def _mlp_part(shards, part: int, splits: int):
+    """A part of the width of sharded matrices."""
     w_gate_EDF, w_up_EDF, w_down_EFD = shards
-    width = w_gate_EDF.shape[2] // MLP_SPLITS
-    half = slice(part * width, (part + 1) * width)
-    return w_gate_EDF[:, :, half], w_up_EDF[:, :, half], w_down_EFD[:, half]
+    width = w_gate_EDF.shape[2] // splits
+    here = slice(part * width, (part + 1) * width)
+    return w_gate_EDF[:, :, here], w_up_EDF[:, :, here], w_down_EFD[:, here]
 
 
 def _group(expert_ids_RC, w_gate_EDF, interpret) -> tuple[GroupedLayout, dict[str, Any]]:
@@ -214,20 +219,24 @@ def _hidden(x_PD, w_gate_EDF, w_up_EDF, keep_products: bool, activation: str, ke
 
 
 @jax.named_scope("hidden_gradients")
-def _hidden_gradients(x_PD, dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args, start=None):
-    """Gradients of rows, added to `start`, and of the gate and up matrices."""
+def _hidden_gradients(x_PD, dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args):
+    """Gradients of rows, and of the gate and up matrices."""
     dw_gate = _weight_gradient(x_PD, dgate_PF, w_gate_EDF, kernel_args)
     dw_up = _weight_gradient(x_PD, dup_PF, w_up_EDF, kernel_args)
+    return _row_gradients(dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args), dw_gate, dw_up
+
+
+def _row_gradients(dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args, start=None):
+    """Gradients of rows, added to `start`."""
     if start is not None:
         kernel_args = kernel_args | {"start": start}
-    dx_PD = _matmul(
+    return _matmul(
         [dgate_PF, dup_PF],
         [w_gate_EDF, w_up_EDF],
-        dtype=x_PD.dtype,
+        dtype=dgate_PF.dtype,
         transposed=True,
         **kernel_args,
     )
-    return dx_PD, dw_gate, dw_up
 
 
 @jax.named_scope("down_gradients")
@@ -235,14 +244,20 @@ def _down_gradients(dy_PD, weight_P, products, w_down_EFD, column_major, activat
     """Gradients of the weights, dweight_P, of the products gate_PF and up_PF, and of the down
     matrix; that of an expert's output is weight * dy."""
     dhidden_PF = _matmul_down(dy_PD, w_down_EFD, True, column_major, kernel_args)
-    dhidden_PF = dhidden_PF.astype(jnp.float32)
+    *gradients, weighted_PF = _product_gradients(dhidden_PF, weight_P, products, activation)
+    dw_down = _weight_gradient(weighted_PF, dy_PD, w_down_EFD, kernel_args, column_major=True)
+    return *gradients, dw_down
+
+
+def _product_gradients(dhidden_PF, weight_P, products, activation: str):
+    """Gradients of the weights, dweight_P, and of the products gate_PF and up_PF, and the hidden
+    layer times the weights, in the type of the products."""
+    dtype, dhidden_PF = dhidden_PF.dtype, dhidden_PF.astype(jnp.float32)
     act = functools.partial(gated_activation, activation=activation)
     hidden_PF, pull = jax.vjp(act, *products)
     dweight_P = jnp.sum(dhidden_PF * hidden_PF, axis=-1)
     dgate_PF, dup_PF = pull(dhidden_PF * weight_P[:, None])
-    weighted_PF = (hidden_PF * weight_P[:, None]).astype(dy_PD.dtype)
-    dw_down = _weight_gradient(weighted_PF, dy_PD, w_down_EFD, kernel_args, column_major=True)
-    return dweight_P, dgate_PF, dup_PF, dw_down
+    return dweight_P, dgate_PF, dup_PF, (hidden_PF * weight_P[:, None]).astype(dtype)
 
 
 @jax.named_scope("down")

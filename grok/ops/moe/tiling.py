@@ -7,7 +7,7 @@ An expert's fair share is R*C/E rows.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from grok.hardware import LANES, has_large_vmem, vmem_bytes
+from grok.hardware import LANES, has_large_vmem, has_little_hbm, vmem_bytes
 
 # Rows up to which a matrix is read in place faster than copied and multiplied, on CPU.
 MAX_MATVEC_ROWS = 8
@@ -157,3 +157,9 @@ def _lane_divisor(size: int, largest: int) -> int:
     largest = max(largest, LANES)
     divisors = (d for d in range(largest // LANES * LANES, 0, -LANES) if size % d == 0)
     return size if size <= largest else next(divisors, size)
+
+
+def mlp_splits() -> int:
+    """Parts of the experts' width, one after the other in the backward pass, for the devices that
+    are traced for: more where HBM is scarce."""
+    return 4 if has_little_hbm() else 2
