@@ -97,8 +97,8 @@ class EngineShapes:
         """The inputs of a decode: one token of each slot."""
         return DecodeInputs(jax.ShapeDtypeStruct((self.groups, self.slots, 5), jnp.int32))
 
-    def abstract_prefill(self) -> PrefillInputs:
-        """The inputs of a prefill: the most chunks that a step takes."""
+    def abstract_prefill(self, chunks: int | None = None) -> PrefillInputs:
+        """The inputs of a prefill of so many chunks, by default the most that a step takes."""
         words = 3 + NUM_WORDS + self.table_length + self.page_size
-        shape = self.groups, self.layout.max_chunks, words
+        shape = self.groups, chunks or self.layout.max_chunks, words
         return PrefillInputs(jax.ShapeDtypeStruct(shape, jnp.int32))

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import serialize_executable, topologies
 from jax.sharding import Mesh
 
-from grok import compiler, sharding
+from grok import sharding
 from grok.config import MESH_AXES, RunConfig, check_trainable
 from grok.config.load import from_dict
 from grok.errors import ConfigError, GrokError
@@ -60,8 +60,7 @@ def compile_step(config: RunConfig, slice_: Slice, request: dict[str, Any]) -> d
         if measured["state"] * per_chip > slice_.chip.hbm:
             return measured | {"compiler_message": None}
         start = time.monotonic()
-        jitted = compiler.jit(program.function, donate_argnums=program.donate)
-        lowered = jitted.lower(*program.arguments.values())
+        lowered = program.jitted.lower(*program.arguments.values())
         _send({"phase": "compiling; a full-size program takes minutes"})
         try:
             compiled = lowered.compile()

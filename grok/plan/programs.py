@@ -1,21 +1,20 @@
 """The programs that a plan compiles: the real steps, with abstract arguments. Letters: B rows, T
-new tokens, S tokens of a row in the cache, Q tokens of a block."""
+tokens of a row, S tokens of a row in the cache, W bytes of V bits of the vocabulary."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grok import sharding
+from grok import compiler, sharding
 from grok.config import RunConfig
-from grok.infer.page_pool import PageLayout
-from grok.infer.shapes import prefill_chunk_size
+from grok.infer.shapes import EngineShapes
+from grok.infer.step import forward_and_sample
 from grok.model import build, params
-from grok.model.attend import PagedBatch, init_cache
 from grok.optim.offload import is_on_host
 from grok.optim.optimizer import make_optimizer
 from grok.plan.estimate import batch_of
@@ -25,11 +24,10 @@ from grok.weights.cast import release_groups
 
 
 class Program(NamedTuple):
-    """A function to compile."""
+    """A step as training or the engine compiles it."""
 
-    function: Callable
+    jitted: Any  # of `grok.compiler.jit`
     arguments: dict[str, Any]  # abstract, by name, in order
-    donate: int  # the place of the one that the function may overwrite
 
 
 def make_program(config: RunConfig, mesh: Mesh) -> Program:
@@ -50,42 +48,35 @@ def train_program(config: RunConfig, mesh: Mesh) -> Program:
     batch = {name: array_BT(dtype) for name, dtype in dtypes.items()}
     step = functools.partial(train_step, config=config, optimizer=optimizer)
     state = abstract_state(config, optimizer, mesh)
-    return Program(step, {"state": state, "batch": batch}, donate=0)
+    return Program(compiler.jit(step, donate_argnums=0), {"state": state, "batch": batch})
 
 
 def inference_program(config: RunConfig, mesh: Mesh) -> Program:
-    """One step of the model with its cache in pages: a prompt of S tokens a row, or a token a row
-    after S - 1, of which a window leaves some in the cache."""
+    """A step of the engine, sampling included, for sequences of S tokens at most: a prompt of S
+    tokens a row, or a token a row after S - 1, of which a window leaves some in the cache."""
     B, S = batch_of(config)
-    size = config.engine.page_size
-    pages = cached = -(-S // size)
-    groups = sharding.axis_size("batch")
-    prefill = config.plan.program == "prefill"
-    if not prefill:
-        chunks = prefill_chunk_size(config.model, config.engine) // size
-        cached = PageLayout(size, chunks, config.model.attention.window).max_pages(S)
-    blocks, Q = (B // groups * pages, size) if prefill else (B // groups, 1)
+    decodes = config.plan.program == "decode"
+    limited = dataclasses.replace(config.model, context_length=S)
+    options = dataclasses.replace(config.engine, max_num_seqs=B)
+    shapes = EngineShapes.of(config.model, options)
+    shapes = dataclasses.replace(shapes, config=limited)
+    # Pages of a prompt that was read in one step are all there, whatever the window.
+    pages_of_row = shapes.layout.max_pages(S) if decodes else shapes.table_length
+    shapes = dataclasses.replace(shapes, pages=B // shapes.groups * pages_of_row)
     specs = params.param_specs(config.model)
     scale_groups = {name: release_groups(spec) for name, spec in specs.items() if spec.is_matmul}
-    is_int8, dtype = config.model.param_dtype == "int8", config.engine.cache_dtype
+    is_int8 = config.model.param_dtype == "int8"
     model = build.abstract(config.model, mesh, scale_groups if is_int8 else None)
-    dtype = config.model.compute_dtype if dtype == "compute" else dtype
-    make = functools.partial(init_cache, config.model, B * cached, size, dtype)
-    cache = sharding.abstract_arrays(make, mesh)
-
-    def sharded(*shape: int) -> jax.ShapeDtypeStruct:
-        placement = NamedSharding(mesh, sharding.spec("batch", *(None,) * (len(shape) - 1)))
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement)
-
-    def step(model, cache, tokens_BT, batch):
-        x_BTD, cache, _ = model.step(tokens_BT, cache, batch)
-        return model.next_logits(x_BTD, batch.count_BU), cache
-
-    counts = sharded(groups, blocks)
-    batch = PagedBatch(sharded(groups, blocks, pages), counts, counts)
-    tokens_BT = sharded(groups, blocks * Q)
-    arguments = {"model": model, "cache": cache, "tokens_BT": tokens_BT, "batch": batch}
-    return Program(step, arguments, donate=1)
+    unused_W = functools.partial(jnp.zeros, -(-config.model.vocab_size // 8), jnp.uint8)
+    inputs = shapes.abstract_decode() if decodes else shapes.abstract_prefill(shapes.pages)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    arguments = {
+        "model": model,
+        "cache": sharding.abstract_arrays(shapes.init_cache, mesh),
+        "slots": sharding.abstract_arrays(lambda: shapes.init_slots(unused_W()), mesh),
+        "inputs": jax.tree.map(lambda array: array.update(sharding=replicated), inputs),
+    }
+    return Program(forward_and_sample, arguments)
 
 
 def bytes_per_device(arguments: dict[str, Any]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from grok import hardware
 from grok.config import PlanConfig
 from grok.config.load import load_config
 from grok.errors import ConfigError
+from grok.infer.step import forward_and_sample
 from grok.model.mesh_fit import check_plan_fits
 from grok.model.params import num_parameters
 from grok.plan.compile_process import cache_loop_count
@@ -39,17 +40,19 @@ def test_the_training_program_has_the_state_of_a_run(tiny_run):
     )
 
 
-@pytest.mark.parametrize(("program", "new_tokens"), [("prefill", 64), ("decode", 2)])
-def test_inference_programs_answer_with_logits_and_the_cache(tiny_run, program, new_tokens):
+@pytest.mark.parametrize(("program", "sampled"), [("prefill", 2), ("decode", 2)])
+def test_inference_programs_are_the_engine_s_with_its_sampling(tiny_run, program, sampled):
     config = planned(tiny_run, program=program, batch_size=8, tokens=16)
     mesh = grok.make_mesh(**MESH)
     with jax.set_mesh(mesh):
         made = make_program(config, mesh)
-        logits, cache = jax.eval_shape(made.function, *made.arguments.values())
+        result, cache, slots = made.jitted.lower(*made.arguments.values()).out_info
     # Eight rows on four groups of devices, each in one page of 32 tokens.
-    assert logits.shape == (4, 2, config.model.vocab_size)
+    assert made.jitted is forward_and_sample
+    assert result.sampled_BU2.shape == (4, sampled, 2)
     assert cache.kv.shape == made.arguments["cache"].kv.shape
-    assert made.arguments["tokens_BT"].shape == (4, new_tokens)
+    assert cache.kv.shape[1] == 8
+    assert slots.token_BS.shape == (4, 2)
 
 
 def test_a_window_bounds_the_cache_of_a_decode(tiny_run):
@@ -64,7 +67,7 @@ def test_a_window_bounds_the_cache_of_a_decode(tiny_run):
             config = planned(run, program=program, batch_size=8, tokens=120)
             arguments = make_program(config, mesh).arguments
         pages[program] = arguments["cache"].kv.shape[1]
-        assert arguments["batch"].table_BUM.shape[-1] == 4
+        assert arguments["slots"].table_BSM.shape[-1] == 4
     assert pages == {"prefill": 8 * 4, "decode": 8 * 3}
 
 
