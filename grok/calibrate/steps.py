@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grok import compiler
 from grok.calibrate.timing import Clock, Timing, timing
 from grok.config import RunConfig
 from grok.config.sampling import SamplingParams
@@ -50,7 +49,7 @@ class TrainingStep:
                 name: _random_rows(name, leaf, vocab)
                 for name, leaf in program.arguments["batch"].items()
             }
-            self._jitted = compiler.jit(program.function, donate_argnums=program.donate)
+            self._jitted = program.jitted
             self._jitted.lower(self._state, self._batch).compile()
 
     def run(self) -> None:

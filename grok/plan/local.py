@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from grok import compiler, sharding
+from grok import sharding
 from grok.config import RunConfig
 from grok.config.mesh import batch_shards
 from grok.errors import ConfigError
@@ -118,9 +118,8 @@ class CompiledStep:
             program = make_program(config, mesh)
             arguments = bytes_per_device(program.arguments)
             start = time.monotonic()
-            jitted = compiler.jit(program.function, donate_argnums=program.donate)
             try:
-                compiled = jitted.lower(*program.arguments.values()).compile()
+                compiled = program.jitted.lower(*program.arguments.values()).compile()
             except jax.errors.JaxRuntimeError as error:
                 message = " ".join(str(error).split())
                 problem = f"the step does not compile for {self._slice}"
