@@ -10,7 +10,7 @@ import jax
 from grok import hardware
 
 # Collectives run on the SparseCore, beside what the TensorCore computes; without these options no
-# collective of a training step is asynchronous (libtpu 0.0.52).
+# collective of a training step is asynchronous (libtpu 0.0.50.1).
 _ON_SPARSECORE = {
     **dict.fromkeys(
         (

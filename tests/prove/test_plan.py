@@ -25,21 +25,24 @@ def test_the_training_step_of_grok_1_on_128_chips():
     print(json.dumps(answer))
     memory, flops = answer["hbm_gib_per_chip"], answer["flops_per_chip_per_step"]
     assert memory["state"] == pytest.approx(315.7e9 * 12 / 128 / 2**30, rel=2e-3)
-    assert memory["total"] < 50
-    # remat=full does the forward pass of the blocks again, which is a third less the table.
+    assert memory["total"] < 0.9 * memory["capacity"]
+    # remat=selective does the hidden layer again, two of the experts' three products.
     model = load_config("grok-1").model
-    again = 8192 * (flops_per_token(model, 8192) / 3 - 2 * model.vocab_size * model.embed_dim)
-    assert flops["compiled"] < 1.15 * (flops["model"] + again)
-    assert answer["mfu"]["overlapped"] > 0.65
-    assert answer["mfu"]["serial"] > 0.5
+    assert model.moe is not None
+    width = model.moe.num_selected * model.moe.dim
+    again = 8192 * model.num_layers * 4 * model.embed_dim * width
+    assert flops["compiled"] < 1.1 * (flops["model"] + again)
+    assert answer["async_collective_share"] > 0.95
+    assert answer["mfu"]["scheduled"] > 0.66
     times = answer["seconds"]
-    assert max(times["hbm"], times["interconnect"]) < times["compute"]
+    assert max(times["hbm"], times["interconnect"]) < times["compute"] < times["scheduled"]
+    assert times["overlapped"] < times["scheduled"] < times["serial"]
 
 
 @pytest.mark.prove
 def test_the_training_step_of_grok_1_on_256_chips():
     slice_ = ["--topology", "v5p:4x8x8", "mesh.data=32", "data.batch_size=256"]
-    assert plan("train-v5p-4x4x8", *slice_)["hbm_gib_per_chip"]["total"] < 34
+    assert plan("train-v5p-4x4x8", *slice_)["hbm_gib_per_chip"]["total"] < 72
 
 
 @pytest.mark.prove
