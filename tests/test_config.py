@@ -302,8 +302,8 @@ def test_sections_of_sections_and_sections_that_may_be_null(write):
         ("data:\n  train:\n  - a\n  - 3", "run.yaml:5: data.train[1] must be text, not 3"),
         (
             "model: {remat: ful}",
-            "must be 'none', 'dots', 'attention', 'experts', 'offload' or 'full', not \"ful\"; "
-            'did you mean "full"?',
+            "must be 'none', 'dots', 'selective', 'attention', 'experts', 'offload' or 'full', "
+            'not "ful"; did you mean "full"?',
         ),
         (
             "model: {attention: {\n  num_kv_heads: 5}}",
