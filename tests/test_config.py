@@ -365,6 +365,11 @@ def test_sections_of_sections_and_sections_that_may_be_null(write):
             "data.mixture_schedule has from_step=5 after 5; steps that increase would work.",
         ),
         (
+            "checkpoint: {every: 0, keep_every: 700}",
+            "checkpoint.keep_every=700 names steps, and checkpoint.every=0 saves at any; "
+            "checkpoint.keep_every=0 would work.",
+        ),
+        (
             "checkpoint: {keep_every: 700}",
             "checkpoint.keep_every=700 is no multiple of checkpoint.every=500; "
             "checkpoint.keep_every=1000 would work.",

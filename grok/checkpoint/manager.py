@@ -28,6 +28,8 @@ from grok.weights.orbax.zarr import reason
 TREES = MODEL, LORA, OPTIMIZER, EMA = "model", "lora", "optimizer", "ema"
 META = "meta"
 POLL_SECONDS = 0.05
+# A host's 119 GB of a training state of 3.8 TB take so long at 17 MB/s.
+SAVE_TIMEOUT_SECONDS = 2 * 3600
 # Folder that damaged checkpoints are moved to.
 DAMAGED = "damaged"
 
@@ -81,7 +83,10 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(
                     create=retention is not None,
                     preservation_policy=retention,
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+                    async_options=ocp.AsyncOptions(
+                        timeout_secs=SAVE_TIMEOUT_SECONDS,
+                        post_finalization_callback=self._list_files,
+                    ),
                 ),
             )
         if retention is not None and retention.best:

@@ -30,6 +30,12 @@ FILE, COUNT = click.Path(path_type=Path), click.IntRange(1)
     "plans the step on the devices here.",
 )
 @click.option(
+    "--storage-bandwidth",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GB/S",
+    help="Between a host and the storage of checkpoints. Default: 1, assumed in November 2026.",
+)
+@click.option(
     "--search",
     type=COUNT,
     metavar="N",
@@ -48,6 +54,7 @@ def plan(
     price,
     prices,
     calibration,
+    storage_bandwidth,
     search,
 ):
     """Compile a step of CONFIG for a slice of TPUs, without one, and estimate it.
@@ -60,6 +67,7 @@ def plan(
     from grok.plan.calibration import read_calibration
     from grok.plan.compile import compile_plan
     from grok.plan.estimate import Price, price_of
+    from grok.plan.saves import saves_of
     from grok.plan.search import candidates, ranking
     from grok.plan.topology import parse_slice
     from grok.progress import phase_progress
@@ -70,15 +78,14 @@ def plan(
     topology = topology or run.plan.topology
     measured = None if calibration is None else read_calibration(calibration)
     if not topology and measured is not None and not measured.is_tpu:
-        if search or dump or save:
-            raise ConfigError(
-                "--search, --dump and --save are of TPU slices; --topology names one."
-            )
+        if search or dump or save or storage_bandwidth:
+            options = "--search, --dump, --save and --storage-bandwidth"
+            raise ConfigError(f"{options} are of TPU slices; --topology names one.")
         from grok.plan.local import plan_calibrated
 
         with phase_progress(f"{run.plan.program} step here") as on_phase:
             local = plan_calibrated(run, measured, price and Price(price, "--price"), on_phase)
-        _print_plan(ctx, local, as_json)
+        _print_plan(ctx, local, None, as_json)
         return
     if not topology:
         problem = f"{config} names no slice in plan.topology"
@@ -87,8 +94,8 @@ def plan(
     chip_price = price_of(slice_.generation, prices) if price is None else Price(price, "--price")
 
     if search is not None:
-        if dump or save or as_json:
-            raise ConfigError("--search compiles several programs; it prints a ranking, no files.")
+        if dump or save or as_json or storage_bandwidth:
+            raise ConfigError("--search compiles several programs; it prints a ranking alone.")
         plans = []
         for i, candidate in enumerate(candidates(run, slice_)[:search], 1):
             with phase_progress(f"{i} of {search}: {candidate}") as on_phase:
@@ -100,12 +107,17 @@ def plan(
         return
     with phase_progress(f"{run.plan.program} step for {slice_}") as on_phase:
         plan = compile_plan(run, slice_, chip_price, on_phase, dump, save, measured)
-    _print_plan(ctx, plan, as_json)
+    saves = saves_of(plan, storage_bandwidth and storage_bandwidth * 1e9)
+    _print_plan(ctx, plan, saves, as_json)
 
 
-def _print_plan(ctx: click.Context, plan: Any, as_json: bool) -> None:
+def _print_plan(ctx: click.Context, plan: Any, saves: Any, as_json: bool) -> None:
     from grok.plan.format import format_plan
 
-    click.echo(json.dumps(plan.to_dict(), indent=2) if as_json else format_plan(plan))
+    if as_json:
+        figures = plan.to_dict() | {"checkpoint": saves and saves.to_dict()}
+        click.echo(json.dumps(figures, indent=2))
+    else:
+        click.echo(format_plan(plan, saves))
     if not plan.fits:
         ctx.exit(1)

@@ -73,7 +73,10 @@ class LoraConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints to save and to keep."""
 
-    every: Annotated[Count, "steps between checkpoints; the last step is saved too"] = 500
+    every: Annotated[
+        CountOrZero,
+        "steps between checkpoints; 0: a new one when the last is saved; the last step always",
+    ] = 500
     keep: Annotated[Count, "newest checkpoints to keep"] = 3
     keep_every: Annotated[CountOrZero, "also keep multiples of so many steps; 0: none"] = 0
     keep_best: Annotated[CountOrZero, "also keep so many with the lowest best_metric"] = 0
@@ -82,6 +85,12 @@ class CheckpointConfig(Section):
     ] = "validation_loss"
 
     def __post_init__(self) -> None:
+        if not self.every:
+            for key in ("keep_every", "keep_best"):
+                if value := getattr(self, key):
+                    problem = "names steps, and checkpoint.every=0 saves at any"
+                    raise bad_value(f"checkpoint.{key}", value, problem, 0)
+            return
         if self.keep_every % self.every:
             near = round_up(self.keep_every, self.every)
             problem = f"is no multiple of checkpoint.every={self.every}"

@@ -82,8 +82,9 @@ def _run_process(request: dict[str, Any], on_phase: Callable[[str], None]) -> di
         message: dict[str, Any] = {}
         try:
             with process.stdin, process.stdout:
-                json.dump(request, process.stdin)
-                process.stdin.close()
+                # It stays open: where it ends, as this process does, the other ends, too.
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
                 for line in process.stdout:
                     message = json.loads(line)
                     if "phase" in message:

@@ -1,10 +1,13 @@
-"""The process that compiles one program for one slice: a request as JSON on standard input, JSON
-lines on standard output: phases that begin, last the measurements or an error. It is a process of
-its own since JAX and libtpu read their environment once, and as it can be killed meanwhile."""
+"""The process that compiles one program for one slice: a request as a line of JSON on standard
+input, which stays open, JSON lines on standard output: phases that begin, last the measurements or
+an error. It is a process of its own since JAX and libtpu read their environment once, and as it can
+be killed meanwhile."""
 
 import dataclasses
 import json
+import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from grok.model.mesh_fit import check_plan_fits
 from grok.ops.attention.paged import KV_BLOCK
 from grok.plan.compile_errors import compiler_error, is_out_of_hbm
 from grok.plan.program_cost import CompiledProgram
-from grok.plan.programs import bytes_per_device, make_program
+from grok.plan.programs import bytes_per_device, make_program, total_bytes
 from grok.plan.rates import Rates, resource_seconds
 from grok.plan.schedule import Schedule
 from grok.plan.topology import Slice, parse_slice
@@ -31,7 +34,8 @@ from grok.plan.topology import Slice, parse_slice
 
 def main() -> None:
     """Answers the request on standard input."""
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         slice_ = parse_slice(request["topology"], request["slices"])
         measured = compile_step(from_dict(request["config"]), slice_, request)
@@ -54,6 +58,7 @@ def compile_step(config: RunConfig, slice_: Slice, request: dict[str, Any]) -> d
     _send({"phase": "tracing the step"})
     with jax.set_mesh(mesh):
         program = make_program(config, mesh)
+        measured["checkpoint"] = total_bytes(program.arguments.get("state"))
         arguments = bytes_per_device(program.arguments)
         largest = sorted(arguments.items(), key=lambda item: -item[1])[:3]
         measured |= {"state": sum(arguments.values()), "largest_state": largest}
@@ -164,6 +169,12 @@ def wiring(mesh: Mesh, axes: str, slice_: Slice) -> dict[str, Any]:
     between = slice_.count > 1 and "slice" in names
     shared = len(devices) // len(np.unique(coords, axis=0)) if not between else 1
     return {"links": links, "hops": hops, "slices": between, "shared": shared}
+
+
+def _exit_with_parent() -> None:
+    """Ends this process where the one that asked is gone: the compiler itself would go on."""
+    sys.stdin.read()
+    os._exit(1)
 
 
 def _send(message: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from grok.hardware import GIB
 from grok.model.params import num_parameters
 from grok.plan.estimate import Plan, recomputed_flops
 from grok.plan.published import describe, published_runs
+from grok.plan.saves import Saves, describe_saves
 from grok.plan.suggestions import suggestions
 
 # The times of a step, and what each supposes.
@@ -18,12 +19,12 @@ STEPS = {
 MIN_WAIT = 0.005  # shortest wait that is listed, as a share of the step
 
 
-def format_plan(plan: Plan) -> str:
-    """The whole plan, as lines of text."""
-    return "\n".join(f"{label:<14}{text}".rstrip() for label, text in _rows(plan))
+def format_plan(plan: Plan, saves: Saves | None = None) -> str:
+    """The whole plan, and the checkpoints of its run, as lines of text."""
+    return "\n".join(f"{label:<14}{text}".rstrip() for label, text in _rows(plan, saves))
 
 
-def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
+def _rows(plan: Plan, saves: Saves | None) -> Iterator[tuple[str, str]]:
     axes = " x ".join(f"{axis} {size}" for axis, size in plan.mesh_sizes.items())
     yield "program", _describe_program(plan)
     yield "slice", f"{plan.slice}, {plan.slice.num_chips:,} chips; mesh {axes}"
@@ -31,6 +32,9 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.fits:
         yield from _work(plan)
         yield from _time(plan)
+        if saves is not None:
+            price = plan.price and plan.price.usd_per_hour * plan.slice.num_chips
+            yield from _labelled("checkpoints", describe_saves(saves, price))
         yield from _labelled("published", map(describe, published_runs(plan)))
     yield "", ""
     yield from _labelled("assuming", _assumptions(plan))

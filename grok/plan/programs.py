@@ -79,6 +79,11 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
     return Program(forward_and_sample, arguments)
 
 
+def total_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, each counted once however many devices hold it."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def bytes_per_device(arguments: dict[str, Any]) -> dict[str, int]:
     """Bytes that each abstract array of the arguments takes on one device, by its path; none where
     it stays in the hosts' memory."""

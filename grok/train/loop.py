@@ -170,7 +170,7 @@ def train_steps(run: Run, start: Start, preemption: PreemptionSignal) -> int:
         with telemetry.events.waiting():
             batch = next(batches)
         step += 1
-        preemption.exchange()
+        preemption.exchange(run.checkpoints.saving())
         # The device feed has moved the batch: nothing is transferred implicitly from here.
         with telemetry.step(step, batch) as dispatch, jax.transfer_guard("disallow"):
             if dispatch.is_first_of_shape:
@@ -187,7 +187,9 @@ def train_steps(run: Run, start: Start, preemption: PreemptionSignal) -> int:
         losses: dict[str, float] = {}
         if is_last or (config.train.eval_every and step % config.train.eval_every == 0):
             losses = validation_losses(run, step, state)
-        save_due = save_due or step % config.checkpoint.every == 0
+        every = config.checkpoint.every
+        is_due = step % every == 0 if every else not preemption.is_any_saving()
+        save_due = save_due or is_due
         if is_last:
             check(step, metrics)
         # A checkpoint on the way is of a good step: one to roll back to.

@@ -25,6 +25,7 @@ MEASURED = {
     "mesh_sizes": {"slice": 1, "data": 64, "expert": 1, "tensor": 1},
     "devices_per_chip": 1,
     "state": 55 * GIB,
+    "checkpoint": 3_200_000_000_000,
     "largest_state": [["state.model.embed.table_VD.value", 3 * GIB]],
     "largest_temporaries": [["bf16[8,8]", "jit(step)/dot_general", 128]],
     "peak": 80 * GIB,

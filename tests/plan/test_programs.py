@@ -14,7 +14,7 @@ from grok.infer.step import forward_and_sample
 from grok.model.mesh_fit import check_plan_fits
 from grok.model.params import num_parameters
 from grok.plan.compile_process import cache_loop_count
-from grok.plan.programs import bytes_per_device, make_program
+from grok.plan.programs import bytes_per_device, make_program, total_bytes
 from tests.fixtures.models import replace_keys
 
 MESH = {"slice": 1, "data": 2, "expert": 2, "tensor": 2}
@@ -34,6 +34,8 @@ def test_the_training_program_has_the_state_of_a_run(tiny_run):
     state = sum(size for name, size in parts.items() if name.startswith("state"))
     whole = 12 * num_parameters(tiny_run.model)
     assert whole / 8 < state < whole / 4  # norms and router are on every device
+    # A checkpoint has each array once: parameters, two moments and a few counters.
+    assert 0 < total_bytes(program.arguments["state"]) - whole < 100
     assert program.arguments["batch"]["tokens_BT"].shape == (
         tiny_run.data.batch_size,
         tiny_run.data.sequence_length,

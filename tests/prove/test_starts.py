@@ -12,6 +12,8 @@ from grok.config.text import to_yaml
 from grok.errors import DONE, RESTART
 from tests.train.several_hosts import Hosts
 
+pytestmark = pytest.mark.prove
+
 MISSES = {"JAX_EXPLAIN_CACHE_MISSES": "true"}
 
 

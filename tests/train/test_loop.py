@@ -14,7 +14,7 @@ import pytest
 
 from grok import sharding, storage
 from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
-from grok.config import MeshConfig, RopeConfig, RunConfig, TrainConfig
+from grok.config import CheckpointConfig, MeshConfig, RopeConfig, RunConfig, TrainConfig
 from grok.config.text import to_yaml
 from grok.errors import DONE, SAVED, CheckpointError, ConfigError, DataError
 from grok.optim.offload import is_on_host
@@ -212,3 +212,16 @@ def test_a_run_in_a_bucket_is_as_one_on_this_machine(tiny_run, straight, tmp_pat
     assert ours == theirs
     events = [line["event"] for line in read_events(tmp_path / "run" / "events.jsonl")]
     assert events.count("began") == events.count("ended") == 2
+
+
+def test_checkpoints_as_soon_as_the_last_is_saved(tiny_run, tmp_path):
+    config = dataclasses.replace(
+        in_folder(tiny_run, tmp_path),
+        train=dataclasses.replace(tiny_run.train, steps=6),
+        checkpoint=CheckpointConfig(every=0, keep=6),
+    )
+    assert run_training(config) == DONE
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    first, *_, last = checkpoints.steps()
+    checkpoints.close()
+    assert (first, last) == (1, 6)
