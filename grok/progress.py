@@ -94,9 +94,10 @@ class ProgressDisplay:
 
 
 @contextlib.contextmanager
-def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Gives a function to call with a file or tensor, the bytes done by now, and all bytes."""
-    with ProgressDisplay("{share:4.0%} of {total:,} bytes", stderr=True) as display:
+def byte_progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """Gives a function to call with a file or tensor, the bytes done by now, and all bytes; shows
+    their share, the rate and the time left, unless `quiet`."""
+    with ProgressDisplay("{share:4.0%} of {total:,} bytes", quiet=quiet, stderr=True) as display:
 
         def on_progress(name: str, done: int, total: int) -> None:
             if display.total is None:

@@ -53,12 +53,14 @@ def eval_(
 
     from grok.evaluate.losses import evaluate_texts
     from grok.model.mesh_fit import check_fits
+    from grok.progress import byte_progress
     from grok.weights.load import load
 
     mesh = make_mesh(run.mesh, run.model)
     check_fits(run, mesh.size)
     tokenizer = find_tokenizer(checkpoint, tokenizer, run, data)
-    model = load(checkpoint, run.model, mesh, run.model.param_dtype)
+    with byte_progress() as on_progress:
+        model = load(checkpoint, run.model, mesh, run.model.param_dtype, on_progress)
     losses = list(evaluate_texts(model, mesh, data, tokenizer, run)) if data else []
     if losses and not as_json:
         table = make_table("data", "tokens", "bytes", "nats/token", "bits/byte", right=4)

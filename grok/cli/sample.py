@@ -83,6 +83,7 @@ def sample(checkpoint, overrides, prompts, chat, chat_template, allow_special, *
     from grok.data.tokenizers import load_tokenizer
     from grok.infer.engine import Engine
     from grok.infer.interactive import chat_loop, stream
+    from grok.progress import byte_progress
     from grok.weights.load import load
 
     tokenizer = load_tokenizer(tokenizer_file)
@@ -90,7 +91,9 @@ def sample(checkpoint, overrides, prompts, chat, chat_template, allow_special, *
     mesh = make_mesh(config.mesh, config.model)
     dtype = config.model.param_dtype
     _note(f"reading the weights at {checkpoint}, {dtype}")
-    engine = Engine(load(checkpoint, config.model, mesh, dtype), tokenizer, mesh, config.engine)
+    with byte_progress() as on_progress:
+        model = load(checkpoint, config.model, mesh, dtype, on_progress)
+    engine = Engine(model, tokenizer, mesh, config.engine)
     _note("compiling")
     if prompts:
         stream(engine, turns, prompts, params, click.echo)

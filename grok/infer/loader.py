@@ -22,6 +22,7 @@ from grok.data.tokenizers.files import find_tokenizer_file, folders_beside
 from grok.errors import CheckpointError, ConfigError, DataError
 from grok.infer.openai.requests import RequestParser
 from grok.model.mesh_fit import fit_mesh
+from grok.progress import byte_progress
 from grok.weights.checksums import sample_checksum
 from grok.weights.detect import open_source
 from grok.weights.load import DTYPES, load
@@ -149,6 +150,7 @@ class ServedModel:
             log(notice)
         path, dtype = self._settings.weights, self.config.param_dtype
         log(f"reading the weights at {path}, {dtype}")
-        model = load(path, self.config, self.mesh, dtype)
+        with byte_progress(quiet=not distributed.is_primary()) as on_progress:
+            model = load(path, self.config, self.mesh, dtype, on_progress)
         log(f"compiling for the mesh {dict(self.mesh.shape)}")
         return Engine(model, self.tokenizer, self.mesh, self._settings.engine)

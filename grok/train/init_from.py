@@ -11,6 +11,7 @@ from grok.checkpoint.manager import Checkpoints
 from grok.config import ModelConfig, RunConfig
 from grok.errors import CheckpointError
 from grok.model.decoder import Decoder
+from grok.progress import byte_progress
 from grok.weights.cast import converted
 from grok.weights.checksums import sample_checksum
 from grok.weights.detect import open_source, stated_config
@@ -28,9 +29,12 @@ class InitialWeights:
     source: Source | None = None
 
     def load(self, mesh: Mesh) -> Decoder:
-        """The model with these weights in its `param_dtype`; a process reads its devices' part."""
+        """The model with these weights in its `param_dtype`, read by all processes together; shows
+        progress."""
         assert self.source is not None
-        return put_on_mesh(converted(self.source, self.source.config.param_dtype), mesh)
+        weights = converted(self.source, self.source.config.param_dtype)
+        with byte_progress(quiet=not distributed.is_primary()) as on_progress:
+            return put_on_mesh(weights, mesh, on_progress)
 
 
 def initial_weights(config: RunConfig, checkpoints: Checkpoints) -> InitialWeights | None:
