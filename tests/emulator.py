@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,9 @@ from gcp_storage_emulator.handlers import objects
 from gcp_storage_emulator.server import create_server
 
 from grok.storage import remote
+
+# Bytes of answers, by object.
+DOWNLOADED: Counter[str] = Counter()
 
 
 @contextlib.contextmanager
@@ -40,6 +44,7 @@ def _download(request, response, storage, download=objects.download) -> None:
         file = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
         response["x-goog-generation"] = file["generation"]
     download(request, response, storage)
+    DOWNLOADED[request.params["object_id"]] += len(response._content)
 
 
 def _read_data(handler, query, read_data=gcp_storage_emulator.server._read_data):

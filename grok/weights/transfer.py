@@ -61,15 +61,14 @@ class _Target:
         block = jax.make_array_from_single_device_arrays(
             plan.global_read_shape(batch_shape), as_read, blocks
         )
-        # The batch before it must no longer take memory.
-        jax.block_until_ready(self.array)
         if plan.box == plan.shard:
             self.array = exchange.moved(block, plan, sharding, batch_shape)
         else:
             if self.array is None:
                 self.array = exchange.empty(self._leaf.shape, self._leaf.dtype, sharding)
             self.array = exchange.written(self.array, block, start, plan)
-        jax.block_until_ready(blocks)
+        # Bounds the memory of host and devices; and on CPU, two collectives at a time may mix.
+        jax.block_until_ready(self.array)
         share = math.prod(batch_shape) / math.prod(plan.shard)
         return round(share * nbytes_of(self._leaf))
 
@@ -113,8 +112,10 @@ class Transfer:
         """Bytes that a part of the first array takes on this host."""
         return math.prod(part_shape(part)) * self._targets[0].itemsize
 
-    def place(self, starts: Starts, pieces: Iterable[tuple[Piece, ...]]) -> int:
+    def place(self, starts: Starts, parts: Sequence[tuple[Piece, ...]]) -> int:
         """Moves a batch, its parts as `reads.read` gave them, to the devices; returns its bytes, of
-        all processes."""
-        by_target = zip(*pieces, strict=True)
-        return sum(map(_Target.write, self._targets, starts, by_target))
+        all processes. A collective, also where other processes have read all of it."""
+        return sum(
+            target.write(start, [pieces[number] for pieces in parts])
+            for number, (target, start) in enumerate(zip(self._targets, starts, strict=True))
+        )

@@ -10,9 +10,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grok.config import ModelConfig
+from grok.config import AttentionConfig, ModelConfig, MoEConfig
 
 ROOT = Path(__file__).parents[2]
+# 61 MB as int8.
+WIDE = ModelConfig(
+    vocab_size=4096,
+    num_layers=2,
+    embed_dim=512,
+    moe=MoEConfig(dim=2048),
+    attention=AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=64),
+)
 
 
 def free_port() -> int:
@@ -29,11 +37,13 @@ def load_in_processes(
     devices: int = 8,
     compare: bool = False,
     dtype: str = "int8",
+    stored: str = "int8",
 ) -> list[dict[str, int]]:
     """Of each of `count` processes, which have `devices` together: the bytes that it read, those of
     them from disk, those that its devices hold, and its growth at the peak. With `compare`, each
-    checks its values bit for bit against `RandomSource(config)`, which the files must be of."""
-    settings = [dataclasses.asdict(config), list(sizes), compare, dtype]
+    checks its values bit for bit against a `RandomSource` of type `stored`, which the files must be
+    of."""
+    settings = [dataclasses.asdict(config), list(sizes), compare, dtype, stored]
     arguments = [str(folder), f"127.0.0.1:{free_port()}", str(count), json.dumps(settings)]
     environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices // count)}
     with contextlib.ExitStack() as stack:
@@ -71,12 +81,13 @@ def main() -> None:
     from grok.model.build import to_arrays
     from grok.weights.cast import converted
     from grok.weights.load import put_on_mesh
+    from grok.weights.source import relative_to
     from grok.weights.tensor_reads import tensor_reads
     from grok.weights.transfer import MeshDevices
     from tests.fixtures.random_weights import RandomSource
 
     folder, address, count, settings, number = sys.argv[1:]
-    model, sizes, compare, dtype = json.loads(settings)
+    model, sizes, compare, dtype, stored = json.loads(settings)
     config = from_dict(model, config_type=ModelConfig)
     jax.distributed.initialize(address, int(count), int(number))
     mesh = grok.make_mesh(*sizes)
@@ -91,13 +102,14 @@ def main() -> None:
         sum({str(s.index): s.data.nbytes for s in array.addressable_shards}.values())
         for array in arrays.values()
     )
-    source = converted(RandomSource(config), dtype)
+    source = converted(RandomSource(config, dtype=stored), dtype)
     for tensor in tensor_reads(source, arrays, MeshDevices(mesh).processes) if compare else ():
         array = arrays[tensor.names[0]]
         for shard in array.addressable_shards:
             indices = zip(shard.index, array.shape, strict=True)
             part = tuple(slice(*cut.indices(size)[:2]) for cut, size in indices)
-            expected = tensor.read(part)[0][1]
+            box, values = tensor.read(part)[0]
+            expected = np.ascontiguousarray(values[relative_to(box, part)])
             bits = f"u{expected.itemsize}"
             loaded = np.asarray(shard.data).view(bits)
             np.testing.assert_array_equal(loaded, expected.view(bits), tensor.names[0])

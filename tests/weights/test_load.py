@@ -23,7 +23,7 @@ from grok.weights.xai.source import ReleaseSource
 from tests.fixtures.random_weights import RandomSource
 from tests.fixtures.release_writer import write_release
 from tests.model import golden
-from tests.weights.load_processes import load_in_processes
+from tests.weights.load_processes import WIDE, load_in_processes
 
 MESHES = [None, (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
 each_mesh = pytest.mark.parametrize("sizes", MESHES, ids=str)
@@ -215,34 +215,11 @@ def test_fresh_int8_parameters_are_refused():
         grok.init(dataclasses.replace(config, param_dtype="int8"), jax.random.key(0))
 
 
-WIDE = ModelConfig(
-    vocab_size=4096,
-    num_layers=2,
-    embed_dim=512,
-    moe=MoEConfig(dim=2048),
-    attention=AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=64),
-)
-
-
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="/proc/self/io is Linux's")
-@pytest.mark.parametrize(
-    ("sizes", "processes"),
-    [
-        ((2, 2, 2), 2),
-        *(
-            pytest.param(sizes, processes, marks=pytest.mark.prove)
-            for sizes in [(1, 8, 1), (2, 2, 2), (1, 1, 8)]
-            for processes in (2, 4)
-        ),
-    ],
-    ids=str,
-)
-def test_processes_read_each_byte_once(tmp_path, sizes, processes):
+def test_two_processes_read_each_byte_once(tmp_path):
     """Rows, columns, experts and copies: together they read the files once, and little else."""
-    write_release(RandomSource(WIDE), tmp_path / "ckpt-0")
-    total = sum(file.stat().st_size for file in (tmp_path / "ckpt-0").iterdir())
-    reports = load_in_processes(tmp_path / "ckpt-0", WIDE, sizes, processes, compare=True)
-    reads = [report["read"] / total for report in reports]
-    print(f"\n{sizes}: {', '.join(f'{read:.4f}' for read in reads)} of the files' {total} bytes")
-    assert 1 <= sum(reads) < 1.1
-    assert max(reads) < 1.1 / processes
+    write_release(RandomSource(WIDE), tmp_path)
+    total = sum(file.stat().st_size for file in tmp_path.iterdir())
+    reports = load_in_processes(tmp_path, WIDE, (2, 2, 2), 2, compare=True)
+    assert 1 <= sum(report["read"] for report in reports) / total < 1.05
+    assert max(report["read"] for report in reports) / total < 0.55
