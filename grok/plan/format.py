@@ -140,6 +140,11 @@ def _assumptions(plan: Plan) -> Iterator[str]:
                 "allocates in HBM"
             )
     if plan.fits:
+        if plan.config.plan.program == "decode":
+            yield (
+                "the engine's thread works beside the devices, as long as benchmarks/results/"
+                "cpu.md measured"
+            )
         loops, kernels = len(measured["loops"]), len(measured["kernels"])
         if loops and plan.config.plan.program == "train":
             yield f"{loops} loops over tiles of an expert's rows run as often as an even load asks"

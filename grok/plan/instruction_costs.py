@@ -132,7 +132,9 @@ def _fusion_bytes(fusion: Instruction, operands: list[Instruction], fused: Compu
             operand = operands[int(inner.operands[0])].arrays[0]
             if operand.in_hbm:
                 total += _bytes_read(fused, inner, users, operand.size)
-    for root, result in zip(roots_of(fused), fusion.arrays, strict=True):
+    if len(roots := roots_of(fused)) != len(fusion.arrays):  # one operation with several results
+        return total + _size(fusion.arrays)
+    for root, result in zip(roots, fusion.arrays, strict=True):
         while root.opcode in ELEMENTWISE and root.operands[0] in fused:
             root = fused[root.operands[0]]
         if result.in_hbm:

@@ -86,6 +86,14 @@ def test_json_has_these_keys(plan):
     assert list(unfit.to_dict()) == keys
 
 
+def test_a_decode_takes_as_long_as_the_engine_s_thread():
+    config = load_config("grok-1", ["plan.program=decode", "plan.batch_size=256"])
+    schedule = MEASURED["schedule"] | {"seconds": 1e-3}
+    seconds = make_plan(config, SLICE, RATES, MEASURED | {"schedule": schedule}, None).to_dict()
+    assert seconds["seconds"]["engine"] == pytest.approx(2.2e-3, rel=0.01)
+    assert seconds["seconds"]["scheduled"] == seconds["seconds"]["engine"]
+
+
 def test_two_devices_of_a_chip_are_one_chip():
     slice_ = parse_slice("7x:4x4x4")
     plan = make_plan(
