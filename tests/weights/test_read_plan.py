@@ -16,7 +16,7 @@ LAYERS = 4
 
 
 def processes_of(config: str) -> np.ndarray:
-    """The host of each device in the mesh of a preset, as libtpu 0.0.52 and
+    """The host of each device in the mesh of a preset, as libtpu 0.0.50.1 and
     `mesh_utils.create_device_mesh` have them."""
     mesh = load_config(config).mesh
     sizes = [getattr(mesh, axis) for axis in MESH_AXES]
