@@ -42,6 +42,7 @@ _ON_SPARSECORE = {
 # v5e fuses collectives with products by default.
 OPTIONS: dict[str, dict[str, bool]] = {
     "v5p": _ON_SPARSECORE,
+    "v6e": _ON_SPARSECORE,
     "7x": _ON_SPARSECORE,
 }
 

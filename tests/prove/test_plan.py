@@ -50,8 +50,9 @@ def test_the_training_step_of_grok_1_on_256_small_chips():
     answer = plan("train-v6e-16x16")
     print(json.dumps(answer))
     assert answer["fits"]
-    assert answer["mfu"]["overlapped"] > 0.6
-    assert answer["mfu"]["serial"] > 0.4
+    assert answer["hbm_gib_per_chip"]["total"] < 31
+    assert answer["async_collective_share"] > 0.6
+    assert answer["mfu"]["scheduled"] > 0.52
     # What blocks keep, their inputs and what experts gave, goes to the hosts once and comes back.
     model = load_config("grok-1").model
     kept = 2 * model.num_layers * 2 * 8192 * model.embed_dim * 2
