@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from grok import storage
 from grok.checkpoint import integrity
+from grok.checkpoint.copies import restore_once
 from grok.checkpoint.tree_names import from_names, lead_axes, leaf_shapes, to_names
 from grok.distributed import broadcast_from_primary, process_count
 from grok.errors import CheckpointError, DamageError, SaveError
@@ -171,12 +172,18 @@ class Checkpoints:
         `jax.ShapeDtypeStruct` with shardings: arrays arrive in that shape, type and place. Raises
         CheckpointError naming the tensors that are missing or of another shape."""
         names = {name: to_names(tree) for name, tree in trees.items()}
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in names.items()}
         stored = self._manager.item_metadata(step)
         for name, tree in names.items():
             self._check(step, name, tree, stored.get(name))
-        read = self._read(step, ocp.args.Composite(**items))
-        return {name: from_names(tree, read[name]) for name, tree in trees.items()}
+        in_files = {name: stored[name].tree for name in names}
+
+        def read(targets: dict) -> dict:
+            items = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
+            arrays = self._read(step, ocp.args.Composite(**items))
+            return {name: arrays[name] for name in names}
+
+        arrays = restore_once(names, in_files, read)
+        return {name: from_names(tree, arrays[name]) for name, tree in trees.items()}
 
     def steps(self) -> list[int]:
         """All steps whose save finished, oldest first."""
