@@ -17,13 +17,13 @@ LAYERS = 4
 
 def processes_of(config: str) -> np.ndarray:
     """The host of each device in the mesh of a preset, as libtpu 0.0.50.1 and
-    `mesh_utils.create_device_mesh` have them."""
+    `make_mesh` have them."""
     mesh = load_config(config).mesh
     sizes = [getattr(mesh, axis) for axis in MESH_AXES]
     row, column = np.indices((mesh.data, mesh.expert) if mesh.data > 1 else sizes[2:])
     hosts = {
         "train-v5p-4x4x8": 4 * column + (row // 2) % 2 * 2 + row // 8,
-        "decode-v5e-8x8": 4 * (row // 2) + column // 2,
+        "decode-v5e-8x8": 4 * (row % 4) + 2 * (row // 4) + column // 4,
         "decode-v6e-4x4": 2 * row + column // 4,
     }[config]
     return hosts.reshape(sizes)
