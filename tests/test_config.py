@@ -50,7 +50,7 @@ folder compile_cache
 mesh mesh.slice mesh.data mesh.expert mesh.tensor mesh.simulated_devices
 data data.train data.validation data.datasets data.mixture_schedule data.validation_dataset
 data.packing data.allow_data_change data.tokenizer data.sequence_length data.batch_size
-data.batch_schedule data.seed data.prefetch
+data.batch_schedule data.seed data.cache_gib data.prefetch
 optimizer optimizer.name optimizer.peak_lr optimizer.schedule optimizer.min_lr_ratio
 optimizer.warmup_steps optimizer.decay_steps optimizer.beta1 optimizer.beta2 optimizer.epsilon
 optimizer.muon_momentum optimizer.moments_dtype optimizer.offload optimizer.weight_decay

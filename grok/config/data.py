@@ -11,7 +11,7 @@ from grok.errors import ConfigError
 class DatasetConfig(Section):
     """A dataset of the mixture."""
 
-    path: Annotated[str, "folder written by `grok data prepare`"]
+    path: Annotated[str, "folder written by `grok data prepare`, here or at gs://"]
     weight: Annotated[PositiveOrZero, "rows drawn from it, relative to the other datasets"] = 1.0
 
 
@@ -52,6 +52,9 @@ class DataConfig(Section):
     batch_size: Annotated[Count, "rows of the global batch (B)"] = 8
     batch_schedule: Annotated[tuple[BatchChange, ...], "changes of the batch's shape"] = ()
     seed: Annotated[CountOrZero, "seed of the data order"] = 0
+    cache_gib: Annotated[
+        Count, "GiB of this host's disk for documents of each dataset at gs://"
+    ] = 16
     prefetch: Annotated[CountOrZero, "batches prepared in advance, each in a thread; 0: none"] = 2
 
     def __post_init__(self) -> None:

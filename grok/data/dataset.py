@@ -7,20 +7,24 @@ metadata as JSON. S tokens of a document, N documents."""
 
 import dataclasses
 import hashlib
+import io
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from grok import storage
+from grok.data.remote_records import RemoteRecords
 from grok.errors import DataError
+from grok.storage import StrPath
 
 HAS_MASK = 1
 _HEADER = struct.Struct("<IB")
 
+CACHE_BYTES = 16 << 30
 MANIFEST_FILE = "manifest.json"
 LENGTHS_FILE = "lengths.npy"
 FORMAT = "grok documents 1"
@@ -64,11 +68,13 @@ def decode_document(record: bytes) -> Document:
 
 
 class TokenDataset:
-    """The documents of a dataset by number; safe to read from several threads."""
+    """The documents of a dataset by number, here or at gs://; safe to read from several threads."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Opens a folder that `grok data prepare` wrote; DataError when a file is damaged."""
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, cache_bytes: int = CACHE_BYTES) -> None:
+        """Opens a folder that `grok data prepare` wrote; DataError when a file is damaged. Of one
+        at gs://, documents are kept in `cache_bytes` of this machine's disk."""
+        self.folder: StrPath = folder if storage.is_remote(folder) else Path(folder)
+        self._cache_bytes = cache_bytes
         self.manifest = read_manifest(self.folder)
         canonical = json.dumps(self.manifest, sort_keys=True, separators=(",", ":"))
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()  # depends on all files
@@ -76,6 +82,10 @@ class TokenDataset:
         counts = [shard["documents"] for shard in self.manifest["shards"]]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._readers: dict[int, Any] = {}
+        self._remote: RemoteRecords | None = None
+        if storage.is_remote(folder):
+            shards = self.manifest["shards"]
+            self._remote = RemoteRecords(str(folder), shards, cache_bytes)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -84,29 +94,40 @@ class TokenDataset:
         """Document `index`; DataError where its shard is missing or damaged."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
+        record = self._read_local(index) if self._remote is None else self._remote.read(index)
+        document = decode_document(record)
+        if len(document.tokens_S) != self.lengths[index]:
+            length = f"{self.lengths[index]} tokens, and its record has {len(document.tokens_S)}"
+            problem = (
+                f"{storage.join(self.folder, LENGTHS_FILE)} says that document {index} has {length}"
+            )
+            raise DataError(f"{problem}; {COMPARE}")
+        return document
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Fetches documents at gs://, all at once, that are read soon; nothing where they are on
+        this machine. DataError where a shard is missing or damaged."""
+        if self._remote is not None:
+            self._remote.fetch(indices)
+
+    def _read_local(self, index: int) -> bytes:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         if (reader := self._readers.get(shard)) is None:
             # Two threads may both open a shard; one of the readers is then dropped.
             reader = self._readers.setdefault(shard, self._open_shard(shard))
         try:
-            (record,) = reader.read([int(index - self._starts[shard])])
+            return reader.read([int(index - self._starts[shard])])[0]
         except (RuntimeError, ValueError, IndexError) as error:
             raise self._damaged(shard, error) from None
-        document = decode_document(record)
-        if len(document.tokens_S) != self.lengths[index]:
-            length = f"{self.lengths[index]} tokens, and its record has {len(document.tokens_S)}"
-            problem = f"{self.folder / LENGTHS_FILE} says that document {index} has {length}"
-            raise DataError(f"{problem}; {COMPARE}")
-        return document
 
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
+    def __reduce__(self) -> tuple[type, tuple[StrPath, int]]:
         """Pickled as its folder: each process opens its own readers."""
-        return TokenDataset, (self.folder,)
+        return TokenDataset, (self.folder, self._cache_bytes)
 
     def _read_lengths(self) -> np.ndarray:
-        path = self.folder / LENGTHS_FILE
+        path = storage.join(self.folder, LENGTHS_FILE)
         try:
-            lengths_N = np.load(path, allow_pickle=False)
+            lengths_N = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             message = f"{path} cannot be read ({error}); `grok data prepare` writes it."
             raise DataError(message) from None
@@ -120,7 +141,7 @@ class TokenDataset:
     def _open_shard(self, shard: int) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader
 
-        path = self.folder / self.manifest["shards"][shard]["name"]
+        path = Path(self.folder) / self.manifest["shards"][shard]["name"]
         if not path.exists():
             raise DataError(f"shard {path} is missing, and {MANIFEST_FILE} names it.")
         try:
@@ -137,13 +158,15 @@ class TokenDataset:
     def _damaged(self, shard: int, reason: object) -> DataError:
         name = self.manifest["shards"][shard]["name"]
         first_line = str(reason).strip().split("\n")[0][:200]
-        return DataError(f"shard {self.folder / name} is damaged ({first_line}); {COMPARE}")
+        return DataError(
+            f"shard {storage.join(self.folder, name)} is damaged ({first_line}); {COMPARE}"
+        )
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a dataset; DataError when `folder` has none that can be read."""
-    path = Path(folder) / MANIFEST_FILE
-    if not path.exists():
+    path = storage.join(folder, MANIFEST_FILE)
+    if not storage.exists(path, DataError):
         finished = "a folder that `grok data prepare` finished"
         raise DataError(f"{folder} has no {MANIFEST_FILE}; {finished} would work.")
     try:

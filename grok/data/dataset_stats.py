@@ -67,7 +67,7 @@ def length_histogram(lengths_N: np.ndarray) -> list[dict[str, int]]:
 
 def _samples(data: TokenDataset, count: int, tokenizer_file: str | None) -> list[dict[str, Any]]:
     """Beginnings of documents at even distances; loss_share: of its tokens, which bear loss."""
-    tokenizer = load_tokenizer(tokenizer_file or data.folder)
+    tokenizer = load_tokenizer(tokenizer_file or str(data.folder))
     numbers = range(0, len(data), -(-len(data) // count)) if count else ()
     return [
         {

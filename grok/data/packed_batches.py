@@ -13,6 +13,8 @@ from grok.errors import DataError
 
 # Documents of a dataset in memory: one that fills several rows is read once for all of them.
 CACHED_DOCUMENTS = 64
+# Documents fetched at a time where all are read in order.
+PREFETCHED_DOCUMENTS = 4096
 
 
 class PackedBatches:
@@ -37,6 +39,7 @@ class PackedBatches:
             name: PACKERS[packing](documents.lengths, length, f"{seed}/{documents.hash}")
             for name, documents in datasets.items()
         }
+        self._datasets = datasets
         self._read = {name: _reader(documents) for name, documents in datasets.items()}
         self._names = list(datasets)
         for name, packer in self._packers.items():
@@ -52,9 +55,16 @@ class PackedBatches:
         same document or its own mask says no loss."""
         locations = [self._mixture.locate(row) for row in self._schedule.long_rows(step, rows)]
         batch = empty_batch(len(locations), self._schedule.sequence_length)
-        for row, (dataset, number) in enumerate(locations):
-            name = self._names[dataset]
-            fill_row(batch, row, self._packers[name].slices(number), self._read[name])
+        names = [self._names[dataset] for dataset, _ in locations]
+        slices = [
+            self._packers[name].slices(number)
+            for name, (_, number) in zip(names, locations, strict=True)
+        ]
+        for name in dict.fromkeys(names):
+            of_name = [row for row, other in zip(slices, names, strict=True) if other == name]
+            self._datasets[name].prefetch(_documents(of_name))
+        for row, name in enumerate(names):
+            fill_row(batch, row, slices[row], self._read[name])
         return self._schedule.split(step, rows, batch)
 
     def tokens_seen(self, step: int) -> dict[str, int]:
@@ -80,8 +90,11 @@ class PackedValidation:
         num_rows, batch_size = self._packer.rows_per_epoch, self._shape[0]
         for first in range(0, num_rows, batch_size):
             batch = empty_batch(*self._shape)
-            for row in range(min(batch_size, num_rows - first)):
-                fill_row(batch, row, self._packer.slices(first + row), self._read)
+            last = min(first + batch_size, num_rows)
+            slices = [self._packer.slices(number) for number in range(first, last)]
+            self._documents.prefetch(_documents(slices))
+            for row, documents in enumerate(slices):
+                fill_row(batch, row, documents, self._read)
             yield batch
 
     def num_bytes(self, bytes_V: np.ndarray, first_bytes_V: np.ndarray | None = None) -> int:
@@ -91,6 +104,9 @@ class PackedValidation:
         predicted from an eos. Reads every document once."""
         total = 0
         for index in range(len(self._documents.lengths)):
+            if index % PREFETCHED_DOCUMENTS == 0:
+                last = min(index + PREFETCHED_DOCUMENTS, len(self._documents.lengths))
+                self._documents.prefetch(range(index, last))
             document = self._documents[index]
             bytes_S = bytes_V[document.tokens_S]
             if first_bytes_V is not None:
@@ -103,6 +119,11 @@ class PackedValidation:
 
 def _reader(documents: TokenDataset) -> Callable[[int], Document]:
     return functools.lru_cache(maxsize=CACHED_DOCUMENTS)(documents.__getitem__)
+
+
+def _documents(rows: Sequence[Sequence[DocumentSlice]]) -> set[int]:
+    """The numbers of the documents that rows have slices of."""
+    return {number for slices in rows for number, _, _ in slices}
 
 
 def empty_batch(num_rows: int, sequence_length: int) -> Batch:

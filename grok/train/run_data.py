@@ -86,7 +86,7 @@ def open_held_out(
 
 def open_dataset(path: str, tokenizer: Tokenizer, config: RunConfig) -> TokenDataset:
     """Opens a prepared dataset. DataError if its tokenizer is another, or larger than the model."""
-    dataset = TokenDataset(path)
+    dataset = TokenDataset(path, config.data.cache_gib << 30)
     stored, name = dataset.manifest["tokenizer"], f"data.tokenizer={config.data.tokenizer}"
     if stored["sha256"] != (sha256 := tokenizer.files.sha256):
         raise DataError(

@@ -13,16 +13,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 parse_common "$@"
 export LAUNCH_NAME=grok-continue LAUNCH_ACCELERATOR=v5p-256 LAUNCH_RUNTIME='' LAUNCH_NODE_COUNT=1
-export LAUNCH_MOUNT=yes
 load_settings
 
 worked_run \
   grok train grok-1 \
   folder="$LAUNCH_BUCKET/runs/continue" \
   train.init_from="$LAUNCH_BUCKET/grok-1/ckpt-0" \
-  data.datasets='[{path: bucket/grok-1/data/train, weight: 1}]' \
-  data.validation_dataset=bucket/grok-1/data/held-out \
-  data.tokenizer=bucket/grok-1/tokenizer.model \
+  data.datasets="[{path: $LAUNCH_BUCKET/grok-1/data/train, weight: 1}]" \
+  data.validation_dataset="$LAUNCH_BUCKET/grok-1/data/held-out" \
+  data.tokenizer="$LAUNCH_BUCKET/grok-1/tokenizer.model" \
   data.sequence_length=8192 data.batch_size=128 \
   mesh.data=16 mesh.expert=8 \
   optimizer.peak_lr=1e-5 optimizer.warmup_steps=200 \

@@ -11,15 +11,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 parse_common "$@"
 export LAUNCH_NAME=grok-pretrain LAUNCH_ACCELERATOR=v5litepod-8 LAUNCH_RUNTIME='' LAUNCH_NODE_COUNT=1
-export LAUNCH_PROVISIONING=spot LAUNCH_MOUNT=yes
+export LAUNCH_PROVISIONING=spot
 load_settings
 
 worked_run \
   grok train grok-1b \
   folder="$LAUNCH_BUCKET/runs/pretrain" \
-  data.datasets='[{path: bucket/data/train, weight: 1}]' \
-  data.validation_dataset=bucket/data/held-out \
-  data.tokenizer=bucket/data/tokenizer.model \
+  data.datasets="[{path: $LAUNCH_BUCKET/data/train, weight: 1}]" \
+  data.validation_dataset="$LAUNCH_BUCKET/data/held-out" \
+  data.tokenizer="$LAUNCH_BUCKET/data/tokenizer.model" \
   data.sequence_length=4096 data.batch_size=32 \
   mesh.data=8 \
   optimizer.peak_lr=4e-4 optimizer.warmup_steps=1000 \

@@ -7,6 +7,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from grok.data.dataset import FORMAT, Document, encode_document
+from grok.data.prepare.shards import WRITER_OPTIONS
 
 
 class FakeDocuments:
@@ -24,6 +25,9 @@ class FakeDocuments:
         end = self._ends[index]
         return np.arange(end - self.lengths[index], end, dtype=np.int32)
 
+    def prefetch(self, indices) -> None:
+        """They are in memory."""
+
     def __getitem__(self, index: int) -> Document:
         self.reads += 1
         mask_S = None if self._masks is None else np.array(self._masks[index], np.uint8)
@@ -39,14 +43,15 @@ def random_lengths(count: int, largest: int, seed: int = 0) -> list[int]:
 def write_prepared(folder: Path, documents, **manifest) -> str:
     """A folder that `Prepared` opens, with one shard; gives its path."""
     folder.mkdir()
-    writer = ArrayRecordWriter(str(folder / "shard.arrayrecord"), "group_size:1")
+    writer = ArrayRecordWriter(str(folder / "shard.arrayrecord"), WRITER_OPTIONS)
     for tokens in documents:
         writer.write(encode_document(np.asarray(tokens), None, {}))
     writer.close()
     lengths_N = np.array([len(tokens) for tokens in documents], np.uint32)
     np.save(folder / "lengths.npy", lengths_N)
     counts = {"documents": len(documents), "tokens": int(lengths_N.sum())}
-    shards = [{"name": "shard.arrayrecord", **counts}]
+    size = (folder / "shard.arrayrecord").stat().st_size
+    shards = [{"name": "shard.arrayrecord", "bytes": size, **counts}]
     content = {"format": FORMAT, "counts": counts, "shards": shards, **manifest}
     (folder / "manifest.json").write_text(json.dumps(content))
     return str(folder)

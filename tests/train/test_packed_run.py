@@ -3,17 +3,20 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from grok import storage
 from grok.config import BatchChange, CheckpointConfig, DatasetConfig, RunConfig, TrainConfig
 from grok.errors import DONE, CheckpointError, DataError
 from grok.train.loop import run_training
 from grok.train.run_data import read_data
 from grok.train.telemetry.metrics_file import read_metrics
 from tests.data.fake_documents import FakeDocuments, random_lengths, write_prepared
+from tests.emulator import bucket
 
 STEPS = 4
 
@@ -83,6 +86,37 @@ def test_tokens_of_each_dataset_are_metrics(straight: RunConfig):
 def test_resumed_every_bit_is_the_same(straight: RunConfig, halfway: RunConfig):
     assert run_training(halfway) == DONE
     assert lines_of(halfway) == lines_of(straight)
+
+
+def test_with_everything_in_a_bucket_every_bit_is_the_same(straight: RunConfig):
+    paths = [*(dataset.path for dataset in straight.data.datasets)]
+    paths += [straight.data.validation_dataset, straight.data.tokenizer]
+    with bucket():
+        there = {path: f"gs://bucket/{number}" for number, path in enumerate(paths)}
+        for path, remote in there.items():
+            for name in os.listdir(path) if Path(path).is_dir() else [""]:
+                storage.copy(Path(path) / name, f"{remote}/{name or Path(path).name}")
+        datasets = straight.data.datasets
+        config = with_data(
+            straight,
+            datasets=tuple(DatasetConfig(path=there[d.path], weight=d.weight) for d in datasets),
+            validation_dataset=there[straight.data.validation_dataset],
+            tokenizer=f"{there[straight.data.tokenizer]}/tokenizer.model",
+        )
+        config = dataclasses.replace(config, folder="gs://bucket/run")
+        assert run_training(config) == DONE
+        once = numbers(storage.read_bytes("gs://bucket/run/metrics.jsonl").decode())
+        storage.remove("gs://bucket/run/checkpoints/4")
+        assert run_training(config) == DONE
+        again = numbers(storage.read_bytes("gs://bucket/run/metrics.jsonl").decode())
+    assert once == again == numbers((Path(straight.folder) / "metrics.jsonl").read_text())
+
+
+def numbers(metrics: str) -> list[tuple]:
+    """Step and losses of each line, which are all that does not name places or times."""
+    lines = map(json.loads, metrics.splitlines())
+    names = ("step", "loss", "grad_norm", "validation_loss", "validation_bits_per_byte")
+    return [tuple(line.get(name) for name in names) for line in lines if "event" not in line]
 
 
 def test_changed_data_is_refused_unless_told(halfway: RunConfig, tmp_path):

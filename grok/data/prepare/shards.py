@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -21,6 +21,7 @@ from grok.data.prepare.records import EncodedDocument
 from grok.data.prepare.sources import SourceFile
 from grok.errors import DataError
 from grok.resumable import Journal
+from grok.storage import StrPath
 
 # Records are read one by one, and their bytes must not depend on a compressor's version.
 WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -128,9 +129,9 @@ class ShardWriter:
                 self._writer.close()
 
 
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _file_hash(path: StrPath) -> str:
+    with storage.open_file(path, DataError) as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -212,14 +213,14 @@ def write_dataset(
 
 def verify_dataset(folder: str | Path) -> list[str]:
     """A sentence for each file that differs from the manifest of the dataset in `folder`."""
-    folder = Path(folder)
     manifest = read_manifest(folder)
     hashes = {shard["name"]: shard["sha256"] for shard in manifest["shards"]} | manifest["files"]
     problems = []
     for name, sha256 in hashes.items():
-        if not (folder / name).exists():
+        path = storage.join(folder, name)
+        if not storage.exists(path, DataError):
             problems.append(f"{name} is missing.")
-        elif (actual := _file_hash(folder / name)) != sha256:
+        elif (actual := _file_hash(path)) != sha256:
             problem = f"its SHA-256 is {actual}, not {sha256}"
             problems.append(f"{name} does not match its manifest: {problem}.")
     return problems
