@@ -41,7 +41,8 @@ def test_a_manifest_runs_the_command_of_the_worked_run(
     golden = (GOLDEN / f"{run}.txt").read_text().splitlines()
     [line] = [line for line in golden if line.startswith("# command.sh: exec ")]
     assert container["command"] == shlex.split(line.removeprefix("# command.sh: exec "))
-    assert f"--node-id={jobset['metadata']['name']} " in golden[1]
+    [create] = [line for line in golden if "queued-resources create" in line]
+    assert f"--node-id={jobset['metadata']['name']} " in create
 
 
 @pytest.mark.parametrize("run", ["continue-v5p", "pretrain-v5e", "batch-v6e", "serve-v6e"])
