@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grok.calibrate.kernel_checks import CHECKS, FULL, SMALL, Check, Sizes
+from grok.calibrate import attention_checks, expert_checks
+from grok.calibrate.check import FULL, SMALL, Check, Sizes
 
+CHECKS = (*expert_checks.CHECKS, *attention_checks.CHECKS)
 # Largest error as a share of the reference's largest value. Sums of some hundred products and a
 # softmax in another order: some units of 2^-24; in bfloat16, three roundings to 8 bits in turn.
 BOUNDS = {"float32": 5e-5, "bfloat16": 2**-6}

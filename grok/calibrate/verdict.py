@@ -12,7 +12,7 @@ SLOWER = 1.1  # times as long as planned: beyond what a measurement varies by
 
 
 def describe_kernels(results: list[KernelResult]) -> list[str]:
-    """How many are right, then each that is wrong, and each that cannot run here."""
+    """Lines of text: the number that are right, each that is wrong, each that cannot run here."""
     wrong = [result for result in results if result.is_wrong]
     skipped = [result for result in results if result.skipped]
     checked = len(results) - len(skipped)

@@ -1,5 +1,4 @@
-"""What `grok calibrate` measured: the file that it writes, and the rates that a plan takes from
-it."""
+"""The file that `grok calibrate` writes, and the rates that a plan takes from it."""
 
 import dataclasses
 import json

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 import grok.calibrate.kernels
 import grok.ops.moe.grouped_matmul
-from grok.calibrate.kernel_checks import CHECKS, SMALL, Check
-from grok.calibrate.kernels import BOUNDS, run_check
+from grok.calibrate.check import SMALL, Check
+from grok.calibrate.kernels import BOUNDS, CHECKS, run_check
 from grok.cli.main import main
 from grok.errors import DIVERGED
 
