@@ -85,9 +85,12 @@ def parse_hlo(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def roots_of(computation: Computation) -> list[Instruction]:
-    """The instructions that make a computation's results: the root, or operands of a root tuple."""
+    """The instructions that make a computation's results, one for each: the root, as often as it
+    has results, or operands of a root tuple."""
     (root,) = (instruction for instruction in computation.values() if instruction.is_root)
-    return [computation[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    if root.opcode == "tuple":
+        return [computation[name] for name in root.operands]
+    return [root] * max(1, len(root.arrays))
 
 
 def inline_fusions(computations: dict[str, Computation], name: str) -> Computation:
