@@ -80,6 +80,11 @@ def has_large_vmem() -> bool:
     return vmem_bytes() >= 128 * MIB
 
 
+def has_small_vmem() -> bool:
+    """True if that is 16 MiB, as of a v4."""
+    return vmem_bytes() <= 16 * MIB
+
+
 def has_little_hbm() -> bool:
     """True if one of the devices that are traced for has at most 32 GiB of HBM."""
     chip = chip_of(device_kind())

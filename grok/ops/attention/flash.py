@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from grok.hardware import LANES
+from grok.hardware import LANES, has_small_vmem
 from grok.ops.attention.causal import temperature
 from grok.ops.attention.flash_blocks import Terms
 from grok.ops.attention.flash_kernels import flash_with_temperature
@@ -56,8 +56,9 @@ def flash_attention(
 
 def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT, terms: Terms) -> jax.Array:
     """Attention by JAX's kernel, o_BTNH."""
-    T, N = q_BTNH.shape[1:3]
-    block = next(size for size in BLOCK_SIZES if T % size == 0)
+    T, N, H = q_BTNH.shape[1:]
+    largest = BLOCK_SIZES[0] if H <= LANES or not has_small_vmem() else BLOCK_SIZES[1]
+    block = next(size for size in BLOCK_SIZES if size <= largest and T % size == 0)
     sizes = "block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq".split()
     block_sizes: Any = dict.fromkeys(sizes, block)
     mask: Any = splash.CausalMask((T, T))

@@ -21,9 +21,11 @@ VMEM_LIMIT_BYTES = 64 * 2**20
 
 
 def supports(kv: jax.Array, head_dim: int) -> bool:
-    """True if the kernels take pages of this type, and heads of this width."""
-    whole_tiles = kv.dtype != jnp.int8 or kv.shape[-2] % INT8_SUBLANES == 0
-    return head_dim % LANES == 0 and whole_tiles
+    """True if the kernels take pages of this type, and heads of this width: float ones are read at
+    a stride, which the compiler does for one group of lanes alone."""
+    if kv.dtype == jnp.int8:
+        return head_dim % LANES == 0 and kv.shape[-2] % INT8_SUBLANES == 0
+    return head_dim == LANES
 
 
 @jax.named_scope("ragged_attention")

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from grok.hardware import LANES
+from grok.hardware import LANES, has_small_vmem
 from grok.ops.attention.causal import MASKED_LOGIT, causal_mask, temperature
 from grok.ops.attention.page_reader import PageReader, page_reader
 from grok.ops.softcap import apply_softcap
 
 MAX_BLOCK_QUERIES, MAX_BLOCK_KEYS = 512, 512  # of one kv head
 MAX_BLOCK_ROWS = 8192  # keys and values of all kv heads, which take 4 MiB in float32
+SMALL_BLOCK_QUERIES = 2048  # of all kv heads, where vector memory is small
 TOKEN_MULTIPLE = 16  # of the queries' blocks, so that these are whole tiles of any float type
 VMEM_LIMIT_BYTES = 64 * 2**20
 
@@ -99,9 +100,12 @@ class _Blocks:
     @classmethod
     def of(cls, Q: int, G: int, K: int, H: int, S: int, M: int, *terms) -> "_Blocks":
         """Blocks as large as vector memory allows."""
-        tokens = MAX_BLOCK_QUERIES // G // TOKEN_MULTIPLE * TOKEN_MULTIPLE
-        B = Q if Q * G <= MAX_BLOCK_QUERIES else max(TOKEN_MULTIPLE, tokens)
-        keys = min(MAX_BLOCK_KEYS, MAX_BLOCK_ROWS // (2 * K))
+        queries, rows = MAX_BLOCK_QUERIES, MAX_BLOCK_ROWS
+        if has_small_vmem():
+            queries, rows = min(queries, SMALL_BLOCK_QUERIES // K), rows // 2
+        tokens = queries // G // TOKEN_MULTIPLE * TOKEN_MULTIPLE
+        B = Q if queries >= Q * G else max(TOKEN_MULTIPLE, tokens)
+        keys = min(MAX_BLOCK_KEYS, rows // (2 * K))
         return cls(Q, G, K, H, S, M, B, min(M, max(1, keys // S)), *terms)
 
     @property

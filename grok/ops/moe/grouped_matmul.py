@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from grok.hardware import has_small_vmem
 from grok.ops.moe.grouped_blocks import Blocks, compiler_params, dot, make_blocks
 from grok.ops.moe.routing import tile_schedule
 from grok.ops.moe.tiling import KernelBytes, gradient_blocks
@@ -103,7 +104,8 @@ def _kernel_bytes(xs, values, scales, results: int) -> KernelBytes:
     if not scales:
         return KernelBytes(rows, weights, results, row=row)
     num_groups = scales[0].shape[2]
-    column = 2 * 4 * num_groups + row * (xs[0].shape[1] // num_groups)
+    converted = 4 if has_small_vmem() else row  # a v4 converts through 32 bits
+    column = 2 * 4 * num_groups + converted * (xs[0].shape[1] // num_groups)
     return KernelBytes(rows, weights, results, sums=2 * 4, row=row, column=column)
 
 

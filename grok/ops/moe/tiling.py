@@ -7,7 +7,7 @@ An expert's fair share is R*C/E rows.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from grok.hardware import LANES, has_large_vmem, has_little_hbm, vmem_bytes
+from grok.hardware import LANES, has_large_vmem, has_little_hbm, has_small_vmem, vmem_bytes
 
 # Rows up to which a matrix is read in place faster than copied and multiplied, on CPU.
 MAX_MATVEC_ROWS = 8
@@ -27,7 +27,6 @@ VMEM, LARGE_VMEM = (
 )
 MIN_VMEM_LIMIT_BYTES, LARGE_BLOCK_BYTES = 16 * 2**20, 40 * 2**20
 RESERVED_SHARE = 64  # of the vector memory, that no kernel gets
-SMALL_VMEM_BYTES = 32 * 2**20  # a core with less has lower tiles
 STACK_BYTES = 2**19  # of what the compiler keeps beside blocks, sums and rows
 HALVINGS = 8  # of the budgets, until blocks fit: the last are a tile or two
 
@@ -60,7 +59,7 @@ def kernel_tile_rows(R: int, C: int, E: int) -> int:
     unit gains nothing, and 512, or 256 where weights take most of the vector memory; and no more
     than there are rows."""
     eighth = R * C // (8 * E) // LANES * LANES
-    low = has_large_vmem() or vmem_bytes() < SMALL_VMEM_BYTES
+    low = has_large_vmem() or has_small_vmem()
     return min(max(eighth, LANES), (2 if low else 4) * LANES, -(-R // 16) * 16)
 
 
