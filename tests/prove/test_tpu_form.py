@@ -55,7 +55,8 @@ CONFIG = model_config(
     }
 )
 EXPERTS = {"grouped_hidden", "grouped_matmul", "grouped_weight_gradient"}
-SPLASH = {"splash_mha_fwd_segmented_residuals", "splash_mha_dkv_segmented"}
+BACKWARD = ("dq_segmented_no_residuals", "dkv_segmented_no_residuals")
+SPLASH = {f"splash_mha_{name}" for name in ("fwd_segmented_residuals", *BACKWARD)}
 OWN_FLASH = {"forward_flash_attention", "dq_flash_attention", "dkv_flash_attention"}
 # Sums of at most 2048 products in other orders, through two layers.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 3e-6
