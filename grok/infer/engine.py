@@ -181,23 +181,16 @@ class Engine:
             if step.prefill:
                 scored = [pair for pair in step.chunks() if pair[0].sequence.no_prefix_reuse]
             if scored:
-                scores = score_prompt(self._model, result.x_BTD, self._targets(step, scored))
+                next_BUQ = inputs.targets(step, scored)
+                scores, self._slots = score_prompt(self._model, self._slots, result.x_BTD, next_BUQ)
+            for chunk, _ in scored:
+                # After a preemption the prompt may reuse pages, and is not scored twice.
+                ended = chunk.start + chunk.count == chunk.sequence.prompt_length
+                chunk.sequence.no_prefix_reuse = not ended
         has_top = any(chunk.sequence.request.params.logprobs for chunk, _ in step.chunks())
         for array in (result.sampled_BU2, *([result.top_BU2X] if has_top else []), *scores):
             array.copy_to_host_async()
         return DispatchedStep(step, result, has_top, scored, scores)
-
-    def _targets(self, step: ScheduledStep, scored) -> np.ndarray:
-        """The token after each of these chunks' tokens, (B, U, Q)."""
-        next_BUQ = np.zeros((*step.shape, self._limits.layout.page_size), np.int32)
-        for chunk, row in scored:
-            sequence, first = chunk.sequence, chunk.start + 1
-            targets = sequence.request.prompt[first : first + chunk.count]
-            next_BUQ[row][: len(targets)] = targets
-            if first + chunk.count > sequence.prompt_length:
-                # After a preemption the prompt may reuse pages, and is not scored twice.
-                sequence.no_prefix_reuse = False
-        return next_BUQ
 
     def _collect(self, dispatched: DispatchedStep) -> list[Output]:
         """Outputs of a step that was dispatched, once the devices have finished it."""

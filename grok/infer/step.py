@@ -59,12 +59,14 @@ def _pack(sampled: Sampled) -> tuple[jax.Array, jax.Array]:
     return sampled_U2, jnp.stack([sampled.top_BX, words(sampled.top_logprob_BX)], axis=1)
 
 
-@compiler.jit
+@functools.partial(compiler.jit, donate_argnums=1)
 def score_prompt(
-    model: Decoder, x_BTD: jax.Array, next_BUQ
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    model: Decoder, slots: SlotState, x_BTD: jax.Array, next_BUQ
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], SlotState]:
     """Log-probability of the token after each position, (B, U, Q), and the likeliest ones with
-    theirs, (B, U, Q, X), from `x_BTD` that a step returned; a chunk at a time."""
+    theirs, (B, U, Q, X), from `x_BTD` that a step returned; a chunk at a time. The slots are as
+    before: the next step, which takes them, waits for this program. CPU devices run programs that
+    do not wait for each other at once, and then their collectives may mix."""
     B, U, Q = next_BUQ.shape
     x_UBQD = jnp.moveaxis(x_BTD.reshape(B, U, Q, -1), 1, 0)
 
@@ -82,7 +84,7 @@ def score_prompt(
 
     scores = jax.lax.map(score_chunk, (x_UBQD, jnp.moveaxis(jnp.asarray(next_BUQ), 1, 0)))
     logprob, top, top_logprob = (_replicate(jnp.moveaxis(array, 0, 1)) for array in scores)
-    return logprob, top, top_logprob
+    return jax.lax.optimization_barrier(((logprob, top, top_logprob), slots))
 
 
 def _replicate(array: jax.Array) -> jax.Array:

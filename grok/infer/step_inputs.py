@@ -14,7 +14,7 @@ from grok.infer.scheduler import Chunk, ScheduledStep
 from grok.infer.shapes import EngineShapes
 from grok.infer.slot_state import NEUTRAL_WORDS, DecodeInputs, PrefillInputs, sampling_words
 
-Slot = tuple[int, int]  # group, and slot in it
+Slot = tuple[int, int]  # group, and slot in it, or chunk of a step
 
 
 class StepInputs:
@@ -73,6 +73,15 @@ class StepInputs:
                 words_BUF[row] = sampling_words(sequence.request.params, choice, length, vocab_size)
         arrays = slot_BU, start_count_BU2, words_BUF, table_BUM, tokens_BUQ
         return PrefillInputs(np.concatenate(arrays, axis=-1))
+
+    def targets(self, step: ScheduledStep, scored: list[tuple[Chunk, Slot]]) -> np.ndarray:
+        """The token of its prompt after each token of these chunks, (B, U, Q)."""
+        next_BUQ = np.zeros((*step.shape, self._shapes.page_size), np.int32)
+        for chunk, row in scored:
+            first = chunk.start + 1
+            targets = chunk.sequence.request.prompt[first : first + chunk.count]
+            next_BUQ[row][: len(targets)] = targets
+        return next_BUQ
 
     def histories(self, step: ScheduledStep) -> Iterator[tuple[Slot, np.ndarray]]:
         """Slots of sequences with penalties whose prompts end in this step, with those, (N,). The
