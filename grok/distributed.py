@@ -120,18 +120,20 @@ def barrier() -> None:
         _store().wait_at_barrier(f"grok/barrier/{next(_call_numbers)}", FOREVER_MS)
 
 
-def abort(code: int, reason: str, publish: bool = True) -> NoReturn:
-    """Ends every process at once with exit code `code`, from any thread, and prints `reason`; this
-    process alone unless `publish`."""
+def abort(code: int, reason: str, lost: int | None = None) -> NoReturn:
+    """Ends every process at once with exit code `code`, from any thread, and prints `reason`. The
+    process `lost` is not waited for; without process 0, which holds the store, the others are not
+    told."""
     if not _aborting.acquire(blocking=False):
         threading.Event().wait()  # another thread of this process is aborting already
     if not _is_connected():
         _print_error(f"error: {reason}")
         os._exit(code)
     _print_error(f"[process {process_index()}] error: {reason}")
-    if not publish:
+    if lost == 0:
         os._exit(code)
-    _exit(code, json.dumps({"process": process_index(), "code": code, "reason": reason}))
+    message = json.dumps({"process": process_index(), "code": code, "reason": reason})
+    _exit(code, message, lost)
 
 
 def lost_contact(error: BaseException) -> Lost | None:
@@ -239,22 +241,23 @@ def _print_error(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _exit(code: int, message: str | None = None) -> NoReturn:
+def _exit(code: int, message: str | None = None, lost: int | None = None) -> NoReturn:
     """Exits without JAX's shutdown barrier, after publishing the abort `message` if there is one.
     The store may not answer any more, so a thread publishes, for a limited time."""
-    publisher = threading.Thread(target=_publish_abort, args=[message], daemon=True)
+    publisher = threading.Thread(target=_publish_abort, args=[message, lost], daemon=True)
     publisher.start()
     publisher.join(SHUTDOWN_TIMEOUT_SECONDS)
     os._exit(code)
 
 
-def _publish_abort(message: str | None) -> None:
-    """Publishes the abort, or acknowledges one; process 0, which holds the store, waits for all."""
+def _publish_abort(message: str | None, lost: int | None) -> None:
+    """Publishes the abort, or acknowledges one; process 0, which holds the store, waits for all but
+    the `lost` one."""
     for key, value in ((_ABORT_KEY, message), (f"{_ABORT_KEY}/read/{process_index()}", "")):
         # Where another process aborted first, its reason stays.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             if value is not None:
                 _store().key_value_set(key, value)
-    waiting_for = set(range(1, process_count())) if is_primary() else set()
+    waiting_for = set(range(1, process_count())) - {lost} if is_primary() else set()
     while waiting_for := {i for i in waiting_for if _read(f"{_ABORT_KEY}/read/{i}") is None}:
         time.sleep(0.1)

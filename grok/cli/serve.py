@@ -31,7 +31,7 @@ def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
             raise ConfigError(f"`grok serve` needs {', '.join(missing)}; {extra}.")
         config = load_serve_config(run_or_config, overrides)
         # JAX's heartbeat comes after the channel's, whose exit code says to start again.
-        distributed.initialize(config, 3 * config.heartbeat_timeout_seconds)
+        distributed.initialize(config, 60 + 3 * config.heartbeat_timeout_seconds)
         configure_devices(config.mesh.simulated_devices // distributed.process_count())
         compile_cache.share(config.compile_cache)
 

@@ -24,6 +24,8 @@ HEARTBEATS_PER_TIMEOUT = 4
 MAX_HELLO_BYTES = 4096
 HELLO_SECONDS = 5  # for a new connection to say who it is
 
+OnLost = Callable[[int, str], object]
+
 
 class Closed(Exception):
     """The other side closed the connection, or sent something that is no frame."""
@@ -61,17 +63,18 @@ class Peer:
     def __init__(
         self,
         connection: socket.socket,
-        name: str,
+        index: int,
         timeout_seconds: float,
         on_frame: Callable[[Any], None],
-        on_lost: Callable[[str], object],
+        on_lost: OnLost,
     ):
-        """`on_frame` gets every frame but heartbeats, `on_lost` the reason why there will be no
-        more: `name` closed the connection before `close`, or was silent for too long."""
+        """`on_frame` gets every frame but heartbeats, `on_lost` the index of the process and the
+        reason why there will be no more: it closed the connection before `close`, or was silent for
+        too long."""
         connection.settimeout(timeout_seconds)
         with contextlib.suppress(OSError):  # of a socket pair, in tests
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connection, self._name, self._timeout = connection, name, timeout_seconds
+        self._connection, self._index, self._timeout = connection, index, timeout_seconds
         self._on_frame, self._on_lost = on_frame, on_lost
         self._closed, self._sending = threading.Event(), threading.Lock()
         for work in (self._read, self._beat):
@@ -114,14 +117,15 @@ class Peer:
         self._closed.set()
         silent = f"was silent for {self._timeout:g} s (heartbeat_timeout_seconds)"
         reason = silent if isinstance(error, TimeoutError) else "is gone"
-        self._on_lost(f"{self._name} {reason}; all processes end, to be started again.")
+        sentence = f"process {self._index} {reason}; all processes end, to be started again."
+        self._on_lost(self._index, sentence)
 
 
 class PrimaryChannel:
     """Process 0's side: listens at `port` on all interfaces until every follower is connected."""
 
-    def __init__(self, num_followers: int, timeout_seconds: float, on_lost: Callable[[str], Any]):
-        """`on_lost` is called, in another thread, with the sentence that says who was lost."""
+    def __init__(self, num_followers: int, timeout_seconds: float, on_lost: OnLost):
+        """`on_lost` is called, in another thread, with the process that was lost and a sentence."""
         self._missing = set(range(1, num_followers + 1))
         self._timeout, self._on_lost = timeout_seconds, on_lost
         self._peers: list[Peer] = []
@@ -161,8 +165,7 @@ class PrimaryChannel:
             connection.close()
             return
         self._missing.remove(index)
-        name = f"process {index}"
-        self._peers.append(Peer(connection, name, self._timeout, self._on_frame, self._on_lost))
+        self._peers.append(Peer(connection, index, self._timeout, self._on_frame, self._on_lost))
 
     def _on_frame(self, _: Any) -> None:
         self.stop_requested.set()  # the only thing that followers ask for
@@ -195,7 +198,7 @@ class FollowerChannel:
         index: int,
         token: str,
         timeout_seconds: float,
-        on_lost: Callable[[str], Any],
+        on_lost: OnLost,
     ):
         """Connects to process 0 at `address`. Raises Lost where that is not possible."""
         try:
@@ -205,7 +208,7 @@ class FollowerChannel:
             where = f"{address[0]} port {address[1]}"
             raise Lost(f"process 0 cannot be reached at {where}: {error}.") from None
         self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._peer = Peer(connection, "process 0", timeout_seconds, self._on_frame, on_lost)
+        self._peer = Peer(connection, 0, timeout_seconds, self._on_frame, on_lost)
 
     def receive(self) -> dict[str, Any] | None:
         """The next data from process 0, however long that takes; None at the end."""

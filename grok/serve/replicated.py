@@ -25,9 +25,8 @@ def open_channel(config: ServeConfig) -> PrimaryChannel | FollowerChannel:
     all of them with RESTART. Raises Lost."""
     timeout = config.heartbeat_timeout_seconds
 
-    def on_lost(reason: str) -> None:
-        # Process 0 holds the store: if it is gone, every other process finds that by itself.
-        distributed.abort(RESTART, reason, publish=distributed.is_primary())
+    def on_lost(index: int, reason: str) -> None:
+        distributed.abort(RESTART, reason, lost=index)
 
     primary = None
     if distributed.is_primary():

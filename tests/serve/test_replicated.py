@@ -28,21 +28,28 @@ PATIENCE_SECONDS = 20
 LONG_SECONDS = 300.0  # of heartbeats that no test waits for
 
 
+class LostReasons(queue.Queue):
+    """The sentences about processes that were lost."""
+
+    def __call__(self, index: int, reason: str) -> None:
+        assert reason.startswith(f"process {index} ")
+        self.put(reason)
+
+
 @pytest.fixture
 def lost():
-    return queue.Queue()
+    return LostReasons()
 
 
 @pytest.fixture
 def connected(lost):
     """Process 0 and two followers, and the reasons why either lost the other."""
     with contextlib.ExitStack() as stack:
-        primary = PrimaryChannel(2, LONG_SECONDS, lost.put)
+        primary = PrimaryChannel(2, LONG_SECONDS, lost)
         stack.callback(primary.close)
         address = "127.0.0.1", primary.port
         followers = [
-            FollowerChannel(address, index, primary.token, LONG_SECONDS, lost.put)
-            for index in (2, 1)
+            FollowerChannel(address, index, primary.token, LONG_SECONDS, lost) for index in (2, 1)
         ]
         for follower in followers:
             stack.callback(follower.close)
@@ -83,11 +90,11 @@ def test_what_is_no_frame_closes_the_connection():
     ],
 )
 def test_a_connection_without_the_token_is_closed_and_the_right_one_served(lost, hello):
-    primary = PrimaryChannel(1, LONG_SECONDS, lost.put)
+    primary = PrimaryChannel(1, LONG_SECONDS, lost)
     address = "127.0.0.1", primary.port
     with socket.create_connection(address) as stranger:
         stranger.sendall(hello)
-        follower = FollowerChannel(address, 1, primary.token, LONG_SECONDS, lost.put)
+        follower = FollowerChannel(address, 1, primary.token, LONG_SECONDS, lost)
         primary.accept(PATIENCE_SECONDS)
         with contextlib.suppress(ConnectionError):
             assert stranger.recv(1) == b""
@@ -100,10 +107,10 @@ def test_a_connection_without_the_token_is_closed_and_the_right_one_served(lost,
 
 
 def test_a_process_is_not_taken_for_another_one(lost):
-    primary = PrimaryChannel(2, LONG_SECONDS, lost.put)
+    primary = PrimaryChannel(2, LONG_SECONDS, lost)
     address = "127.0.0.1", primary.port
     followers = [
-        FollowerChannel(address, index, primary.token, LONG_SECONDS, lambda reason: None)
+        FollowerChannel(address, index, primary.token, LONG_SECONDS, lambda index, reason: None)
         for index in (1, 1, 3)
     ]
     with pytest.raises(Lost, match=r"process 2 did not connect to process 0 within 0.2 s"):
@@ -129,7 +136,7 @@ def test_a_process_that_is_silent_is_lost(lost):
     """A stopped process keeps its connection open, and sends nothing."""
     ours, silent = socket.socketpair()
     with silent:
-        Peer(ours, "process 3", 0.5, print, lost.put)
+        Peer(ours, 3, 0.5, print, lost)
         reason = lost.get(timeout=PATIENCE_SECONDS)
         assert receive(silent) is HEARTBEAT
     assert reason.startswith("process 3 was silent for 0.5 s (heartbeat_timeout_seconds);")
