@@ -51,17 +51,21 @@ def test_a_second_start_with_empty_disks_compiles_nothing(config, tmp_path):
     assert compiled(second) == [0] * 4
 
 
-@pytest.mark.parametrize("stopped", [0, 2])
-@pytest.mark.parametrize("line", ["making the initial state", "compiling the training step"])
+LOAD, COMPILE = "making the initial state", "compiling the training step"
+# JAX notices a stopped process, too, and ends the others with 134: later than the deadline here.
+DEADLINES = ("train.start_timeout_seconds=60", "train.heartbeat_timeout_seconds=600")
+
+
+@pytest.mark.parametrize(("line", "stopped"), [(LOAD, 2), (COMPILE, 0), (COMPILE, 2)])
 def test_one_that_is_stuck_before_the_first_step_ends_all(config, tmp_path, line, stopped):
-    hosts = four(config, tmp_path, "disk", "train.start_timeout_seconds=25")
+    hosts = four(config, tmp_path, "disk", *DEADLINES)
     try:
         assert hosts.wait_until(lambda: line in hosts.output(0))
         hosts.processes[stopped].send_signal(signal.SIGSTOP)
         others = [host for number, host in enumerate(hosts.processes) if number != stopped]
-        assert [host.wait(timeout=120) for host in others] == [RESTART] * 3
+        assert [host.wait(timeout=200) for host in others] == [RESTART] * 3
         with pytest.raises(subprocess.TimeoutExpired):
             hosts.processes[stopped].wait(timeout=0)
     finally:
         hosts.kill()
-    assert "did not begin within 25 s (train.start_timeout_seconds)" in hosts.output(3)
+    assert "did not begin within 60 s (train.start_timeout_seconds)" in hosts.output(3)
