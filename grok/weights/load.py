@@ -93,7 +93,7 @@ def _read_ahead(
         for starts in reads.batches():
             parts = reads.parts(starts, devices)
             batch = _Batch(transfer, starts, [pool.submit(reads.read, part) for part in parts])
-            waiting.append((sum(map(transfer.part_bytes, parts)), batch))
+            waiting.append((sum(map(reads.part_bytes, parts)), batch))
             while len(waiting) > 1 and sum(nbytes for nbytes, _ in waiting) > HOST_BYTES:
                 yield waiting.popleft()[1]
     while waiting:

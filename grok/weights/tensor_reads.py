@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from grok.weights.read_plan import MeshProcesses, ReadPlan, plan_reads
-from grok.weights.source import Source
+from grok.weights.source import Source, part_shape
 from grok.weights.storage_layout import Part, StorageLayout, merged
 
 # A part of an array, and its values.
@@ -21,11 +21,13 @@ Starts = tuple[tuple[int, ...], ...]
 @dataclasses.dataclass(frozen=True)
 class TensorReads:
     """The reads of one array; or of two, the values and scales of a matrix that is quantised while
-    it is read. `read` gives what each of `names` has of a part of the first."""
+    it is read. `read` gives what each of `names` has of a part of the first, whose values take
+    `itemsize` bytes on the host meanwhile."""
 
     names: tuple[str, ...]
     plans: tuple[ReadPlan, ...]
     read: Callable[[Part], tuple[Piece, ...]]
+    itemsize: int
 
     def batches(self) -> Iterator[Starts]:
         """Yields where each batch starts."""
@@ -34,6 +36,10 @@ class TensorReads:
     def parts(self, starts: Starts, devices: list[dict[str, int]]) -> list[Part]:
         """The parts of a batch that the process of `devices`, by their coordinates, reads."""
         return merged([self.plans[0].read_part(device, starts[0]) for device in devices])
+
+    def part_bytes(self, part: Part) -> int:
+        """Bytes of a part of the first array on the host."""
+        return math.prod(part_shape(part)) * self.itemsize
 
 
 def tensor_reads(
@@ -44,7 +50,8 @@ def tensor_reads(
 
     def one(name: str, layout: StorageLayout, read: Callable[[Part], np.ndarray]) -> TensorReads:
         plan = plan_reads(leaves[name], layout, mesh)
-        return TensorReads((name,), (plan,), lambda part: ((part, read(part)),))
+        itemsize = max(np.dtype(leaves[name].dtype).itemsize, layout.itemsize)
+        return TensorReads((name,), (plan,), lambda part: ((part, read(part)),), itemsize)
 
     for name, spec in source.tensors.items():
         layout, read = source.layout(name), functools.partial(source.read, name)
@@ -57,7 +64,7 @@ def tensor_reads(
             plan = values.plans[0].of_scales(spec.param, scales)
             names, plans = (*values.names, f"{name}/scales"), (*values.plans, plan)
             both = functools.partial(_read_quantized, source, name, scales.shape)
-            yield TensorReads(names, plans, both)
+            yield TensorReads(names, plans, both, values.itemsize)
         else:
             yield values
             axis = spec.param.lead_dims

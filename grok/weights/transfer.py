@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from grok.weights import exchange
 from grok.weights.read_plan import MeshProcesses, ReadPlan, spec_of
-from grok.weights.source import part_shape, relative_to
+from grok.weights.source import relative_to
 from grok.weights.storage_layout import Part
 from grok.weights.tensor_reads import Piece, Starts, TensorReads, nbytes_of
 
@@ -43,7 +43,6 @@ class _Target:
 
     def __init__(self, leaf: jax.ShapeDtypeStruct, plan: ReadPlan, devices: MeshDevices):
         self._leaf, self._plan, self._devices = leaf, plan, devices
-        self.itemsize = np.dtype(leaf.dtype).itemsize
         self.array: jax.Array | None = None
 
     def write(self, start: tuple[int, ...], pieces: Sequence[Piece]) -> int:
@@ -107,10 +106,6 @@ class Transfer:
     def arrays(self) -> dict[str, jax.Array | None]:
         """The arrays by name."""
         return {n: t.array for n, t in zip(self.reads.names, self._targets, strict=True)}
-
-    def part_bytes(self, part: Part) -> int:
-        """Bytes that a part of the first array takes on this host."""
-        return math.prod(part_shape(part)) * self._targets[0].itemsize
 
     def place(self, starts: Starts, parts: Sequence[tuple[Piece, ...]]) -> int:
         """Moves a batch, its parts as `reads.read` gave them, to the devices; returns its bytes, of

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fsspec.asyn import sync
+from gcsfs.core import simple_upload
 
 from grok.config import RunConfig
 from grok.weights.huggingface.export import export_huggingface
@@ -66,10 +68,14 @@ def test_files_are_read_once(weights, sizes, processes):
     assert max(reads) < 1.1 / processes
 
 
+@pytest.mark.filterwarnings("ignore:Sending a large body")
 def test_a_bucket_is_read_once(weights):
     folder, stored, dtype = weights
     with emulator.bucket() as client:
-        client.put(str(folder), "bucket/weights", recursive=True)
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            # The client would send large files in several requests, which the emulator lacks.
+            key = f"weights/{path.relative_to(folder).as_posix()}"
+            sync(client.loop, simple_upload, client, "bucket", key, path.read_bytes())
         emulator.DOWNLOADED.clear()
         load_in_processes("gs://bucket/weights", WIDE, (2, 2, 2), 2, 8, True, dtype, stored)
     share = emulator.DOWNLOADED.total() / size(folder)
