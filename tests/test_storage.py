@@ -2,6 +2,8 @@
 
 import os
 
+import fsspec
+import numpy as np
 import pytest
 
 from grok import storage
@@ -55,3 +57,30 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypat
         storage.write_bytes(path, b"after")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_ranges_are_read_in_requests_of_bounded_size(monkeypatch):
+    data = np.random.default_rng(0).integers(0, 256, 4000, np.uint8).tobytes()
+    files = fsspec.filesystem("memory")
+    files.pipe_file("/bucket/ranges", data)
+    monkeypatch.setattr(storage, "google_storage", lambda _: files)
+    monkeypatch.setattr(storage, "REQUEST_BYTES", 100)
+    monkeypatch.setattr(storage, "GAP_BYTES", 5)
+    for starts, length in (
+        ([0], 4000),
+        ([0, 300, 1000, 1010], 8),
+        ([7, 457, 907], 300),
+        (range(0, 3990, 9), 4),
+    ):
+        out = bytearray(length * len(starts))
+        storage.read_ranges("gs://bucket/ranges", [*starts], memoryview(out))
+        assert out == b"".join(data[start : start + length] for start in starts)
+        requests = [*storage.requests([*starts], length)]
+        assert max(end - begin for begin, end in requests) <= 100
+    # Gaps of five are read, those of hundreds are not, and half of a range is the limit.
+    assert [*storage.requests([0, 300, 1000, 1010], 8)] == [(0, 8), (300, 308), (1000, 1018)]
+    assert sum(end - begin for begin, end in storage.requests([7, 457, 907], 300)) == 1200
+    assert sum(end - begin for begin, end in storage.requests([7, 458, 909], 300)) == 900
+    out = bytearray(8)
+    with pytest.raises(OSError, match="it became shorter while it was read"):
+        storage.read_ranges("gs://bucket/ranges", [3996], memoryview(out))
