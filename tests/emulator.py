@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +9,12 @@ import gcp_storage_emulator.server
 import pytest
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
-from gcp_storage_emulator.server import create_server
+from gcp_storage_emulator.server import Response, create_server
 
 from grok.storage import remote
 
-# Bytes of answers, by object.
-DOWNLOADED: Counter[str] = Counter()
+# Bytes of files in each answer.
+DOWNLOADED: list[int] = []
 
 
 @contextlib.contextmanager
@@ -28,6 +27,7 @@ def bucket() -> Iterator[Any]:
     url = f"http://127.0.0.1:{server._api._httpd.server_port}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objects, "download", _download)
+        patch.setattr(Response, "write_file", _write_file)
         patch.setattr(gcp_storage_emulator.server, "_read_data", _read_data)
         patch.setenv("STORAGE_EMULATOR_HOST", url)
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
@@ -44,7 +44,11 @@ def _download(request, response, storage, download=objects.download) -> None:
         file = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
         response["x-goog-generation"] = file["generation"]
     download(request, response, storage)
-    DOWNLOADED[request.params["object_id"]] += len(response._content)
+
+
+def _write_file(response, content, *arguments, write_file=Response.write_file, **options) -> None:
+    DOWNLOADED.append(len(content))
+    write_file(response, content, *arguments, **options)
 
 
 def _read_data(handler, query, read_data=gcp_storage_emulator.server._read_data):
