@@ -82,7 +82,10 @@ CASES = {
     "remat: experts": Case({"remat": "experts", **SAVED}),
     "remat: offload": Case({"remat": "offload", **SAVED}),
     "adapters": Case(
-        run={"lora": LoraConfig(rank=8, targets=("query", "out", "gate", "down"))},
+        run={
+            "lora": LoraConfig(rank=8, targets=("query", "out", "gate", "down")),
+            "train": TrainConfig(init_from="weights", z_loss=1e-4),
+        }
     ),
     "two slices": Case(sizes=(2, 1, 2, 2)),
     "packed": Case(packed=True),

@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 import numpy as np
 from jax._src import callback, config, effects
+from jax._src.interpreters import mlir
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic.interpret import shared_memory
 from jax._src.state.indexing import NDIndexer
@@ -137,10 +138,25 @@ def _masks_of_several_dimensions():
     return mock.patch.object(shared_memory.SharedMemory, "swap_buffer_content", swap)
 
 
+def _memory_kinds_beside_tokens():
+    """Results in host memory are counted without the tokens of ordered callbacks before them."""
+    original = mlir.lower_jaxpr_to_fun
+
+    @functools.wraps(original)
+    def lower(ctx, name, jaxpr, effects, *args, propagated_out_mem_kinds=None, **options):
+        if propagated_out_mem_kinds is not None:
+            propagated_out_mem_kinds = (*[None] * len(effects), *propagated_out_mem_kinds)
+            options["propagated_out_mem_kinds"] = propagated_out_mem_kinds
+        return original(ctx, name, jaxpr, effects, *args, **options)
+
+    return mock.patch.object(mlir, "lower_jaxpr_to_fun", lower)
+
+
 PATCHES = (
     _callbacks_under_remat,
     _semantics_of_vmapped_kernels,
     _no_types_of_devices,
     _reads_of_reshaped_refs,
     _masks_of_several_dimensions,
+    _memory_kinds_beside_tokens,
 )
