@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any
 
 import gcp_storage_emulator.server
@@ -39,10 +40,19 @@ def bucket() -> Iterator[Any]:
 
 def _download(request, response, storage, download=objects.download) -> None:
     """Google tells a file's generation with its content, which TensorStore asks for when it
-    replaces a file that it has read; the emulator does not."""
+    replaces a file that it has read, and answers requests for the end of a file, where TensorStore
+    finds the index of chunks; the emulator does neither."""
+    names = request.params["bucket_name"], request.params["object_id"]
     with contextlib.suppress(NotFound):
-        file = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
-        response["x-goog-generation"] = file["generation"]
+        response["x-goog-generation"] = storage.get_file_obj(*names)["generation"]
+        _, _, last = (request.get_header("range", None) or "").partition("bytes=-")
+        if last:
+            content = storage.get_file(*names)
+            first = max(0, len(content) - int(last))
+            response.status = HTTPStatus.PARTIAL_CONTENT
+            response["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+            response.write_file(content[first:])
+            return
     download(request, response, storage)
 
 
