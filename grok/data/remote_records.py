@@ -120,7 +120,7 @@ class RemoteRecords:
         return [record for (record,) in records]
 
     def _offsets_of(self, shard: int) -> np.ndarray:
-        """Where each record of a shard begins in its file; read at the first use."""
+        """Offsets of the records of a shard in its file; read at the first use."""
         if (offsets := self._offsets.get(shard)) is None:
             size, count = (self._shards[shard][key] for key in ("bytes", "documents"))
             try:
