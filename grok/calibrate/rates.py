@@ -1,6 +1,7 @@
 """Rates of a device while all devices work: products by type, memory, and the way between its
 memory and its host's."""
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -40,11 +41,13 @@ class Devices:
 
     def make(self, make: Callable) -> jax.Array:
         """An array of all devices, whose rows are those that each makes."""
-        spec = P(self.mesh.axis_names)
+        names = self.mesh.axis_names
+
+        def one() -> jax.Array:
+            return make(jax.random.fold_in(jax.random.key(0), jax.lax.axis_index(names)))
+
         with jax.set_mesh(self.mesh):
-            keys = jax.random.split(jax.random.key(0), self.mesh.size)
-            run = jax.shard_map(lambda keys: make(keys[0]), in_specs=spec, out_specs=spec)
-            return jax.jit(run)(jax.device_put(keys, NamedSharding(self.mesh, spec)))
+            return jax.jit(jax.shard_map(one, in_specs=(), out_specs=P(names)))()
 
 
 def matmul_rates(devices: Devices) -> dict[str, Timing]:
@@ -112,15 +115,18 @@ def time_transfers(devices: Devices, size: int) -> dict[str, Timing]:
         NamedSharding(devices.mesh, spec, memory_kind=kind) for kind in ("device", "pinned_host")
     )
     on_device = devices.make(lambda key: jax.random.uniform(key, (size // 4,)))
-    on_host = jax.device_put(on_device, here)
+    # In a program, since no process addresses the devices of the others.
+    to_device, to_host = (
+        jax.jit(lambda x, place=place: jax.device_put(x, place), out_shardings=place)
+        for place in (there, here)
+    )
+    on_host = to_host(on_device)
 
-    def rate(x, place) -> Timing:
-        def move():
-            jax.block_until_ready(jax.device_put(x, place))
+    def rate(move: Callable, x: jax.Array) -> Timing:
+        copy = functools.partial(move, x)
+        return time_calls(lambda: jax.block_until_ready(copy()), devices.clock).per_second(size)
 
-        return time_calls(move, devices.clock).per_second(size)
-
-    return {"to_device": rate(on_host, there), "to_host": rate(on_device, here)}
+    return {"to_device": rate(to_device, on_host), "to_host": rate(to_host, on_device)}
 
 
 def dispatch_seconds(clock: Clock = time.perf_counter) -> Timing:
