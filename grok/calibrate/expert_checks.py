@@ -139,7 +139,7 @@ def _experts(x_RD, weights_RC, ids_RC, matrices, factors, interpret):
 def _experts_split(x_RD, weights_RC, ids_RC, matrices, factors, interpret):
     def run(x, weights, ids, matrices):
         split = experts_pallas.experts_pallas_split_mlp
-        return split(x, weights, ids, tuple(matrices), list, False, interpret)
+        return split(x, weights, ids, tuple(matrices), list, 2, False, interpret)
 
     return _value_and_gradients(run, x_RD, weights_RC, ids_RC, matrices)
 
