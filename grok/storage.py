@@ -2,8 +2,7 @@
 Models on the Hugging Face hub, hf://ORG/NAME, are listed and read likewise, and not written.
 
 Every failure is an OSError, or, in functions that read, the given class of GrokError, such as
-CheckpointError, with the sentence "PATH: cannot be read: REASON."
-"""
+CheckpointError, with the sentence "PATH: cannot be read: REASON"."""
 
 import contextlib
 import functools
@@ -16,16 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from grok import hub
+from grok import byte_ranges, hub
 from grok.errors import GrokError
 
 StrPath = str | os.PathLike[str]
 TRUNCATED = "it became shorter while it was read"
 # Bytes to fetch at a time of a remote file of which only the header is read.
 HEADER_BLOCK = 1 << 16
-# Bytes of one request for values, of which several are under way; and of gaps that are not worth
-# another request.
-REQUEST_BYTES, GAP_BYTES = 1 << 24, 1 << 16
 
 
 def is_remote(path: StrPath) -> bool:
@@ -127,31 +123,11 @@ def read_ranges(
                 _read_exactly(file.fileno(), row, start)
 
 
-def requests(starts: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
-    """Yields (begin, end) of what is requested of a remote file for ranges of one length that begin
-    at `starts`: at most REQUEST_BYTES each, together at most half more than the ranges, or with
-    gaps of at most GAP_BYTES."""
-    longest_gap = max(GAP_BYTES, length // 2)
-    for first, last in _joined(starts, length, longest_gap):
-        for begin in range(first, last, REQUEST_BYTES):
-            yield begin, min(begin + REQUEST_BYTES, last)
-
-
-def _joined(starts: Sequence[int], length: int, longest_gap: int) -> Iterator[tuple[int, int]]:
-    begin, end = starts[0], starts[0] + length
-    for start in starts[1:]:
-        if start - end > longest_gap:
-            yield begin, end
-            begin = start
-        end = start + length
-    yield begin, end
-
-
 def _read_remote_ranges(
     path: StrPath, starts: Sequence[int], length: int, rows: Sequence[memoryview]
 ) -> None:
     system, inside = remote(path)
-    begins, ends = map(list, zip(*requests(starts, length), strict=True))
+    begins, ends = map(list, zip(*byte_ranges.requests(starts, length), strict=True))
     answers = system.cat_ranges([inside] * len(begins), begins, ends, on_error="raise")
     index = 0
     for begin, end, data in zip(begins, ends, answers, strict=True):

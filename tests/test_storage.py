@@ -6,7 +6,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from grok import storage
+from grok import byte_ranges, storage
 from tests.emulator import bucket
 
 
@@ -64,8 +64,8 @@ def test_ranges_are_read_in_requests_of_bounded_size(monkeypatch):
     files = fsspec.filesystem("memory")
     files.pipe_file("/bucket/ranges", data)
     monkeypatch.setattr(storage, "google_storage", lambda _: files)
-    monkeypatch.setattr(storage, "REQUEST_BYTES", 100)
-    monkeypatch.setattr(storage, "GAP_BYTES", 5)
+    monkeypatch.setattr(byte_ranges, "REQUEST_BYTES", 100)
+    monkeypatch.setattr(byte_ranges, "GAP_BYTES", 5)
     for starts, length in (
         ([0], 4000),
         ([0, 300, 1000, 1010], 8),
@@ -75,12 +75,12 @@ def test_ranges_are_read_in_requests_of_bounded_size(monkeypatch):
         out = bytearray(length * len(starts))
         storage.read_ranges("gs://bucket/ranges", [*starts], memoryview(out))
         assert out == b"".join(data[start : start + length] for start in starts)
-        requests = [*storage.requests([*starts], length)]
+        requests = [*byte_ranges.requests([*starts], length)]
         assert max(end - begin for begin, end in requests) <= 100
     # Gaps of five are read, those of hundreds are not, and half of a range is the limit.
-    assert [*storage.requests([0, 300, 1000, 1010], 8)] == [(0, 8), (300, 308), (1000, 1018)]
-    assert sum(end - begin for begin, end in storage.requests([7, 457, 907], 300)) == 1200
-    assert sum(end - begin for begin, end in storage.requests([7, 458, 909], 300)) == 900
+    assert [*byte_ranges.requests([0, 300, 1000, 1010], 8)] == [(0, 8), (300, 308), (1000, 1018)]
+    assert sum(end - begin for begin, end in byte_ranges.requests([7, 457, 907], 300)) == 1200
+    assert sum(end - begin for begin, end in byte_ranges.requests([7, 458, 909], 300)) == 900
     out = bytearray(8)
     with pytest.raises(OSError, match="it became shorter while it was read"):
         storage.read_ranges("gs://bucket/ranges", [3996], memoryview(out))
