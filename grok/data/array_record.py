@@ -9,6 +9,7 @@ file every document has a chunk; the last block has a chunk whose record says wh
 whose records, after the first, say where each chunk begins. Hashes are not checked here: `grok data
 inspect --check` compares whole files."""
 
+import itertools
 import struct
 from collections.abc import Callable
 
@@ -36,7 +37,10 @@ def read_offsets(size: int, read: Callable[[int, int], bytes]) -> np.ndarray:
     entries = [_fields(chunk) for chunk in chunks]
     if any(entry.get(3) != 1 for entry in entries):
         raise ValueError("its chunks have several documents each")
-    return np.array([*(entry.get(1, 0) for entry in entries), footer_at], np.int64)
+    offsets = [*(entry.get(1, 0) for entry in entries), footer_at]
+    if any(begin >= end for begin, end in itertools.pairwise(offsets)):
+        raise ValueError("its chunks are not in order")
+    return np.array(offsets, np.int64)
 
 
 def read_chunk(data: bytes | memoryview, base: int, begin: int) -> list[bytes]:

@@ -22,8 +22,8 @@ REQUEST_BYTES = 1 << 23  # of one request for documents that follow each other
 
 
 class RecordCache:
-    """The newest records, by number, in a file of `limit` bytes at most; the oldest are
-    overwritten. Safe to use from several threads."""
+    """The newest records, by number, in a file of `limit` bytes at most, or of what the disk has
+    room for; the oldest are overwritten. Safe to use from several threads."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._end = limit, 0
@@ -54,9 +54,19 @@ class RecordCache:
                 self._evict(self._end, self._limit)
                 self._end = 0
             self._evict(self._end, self._end + size)
-            os.pwrite(self._descriptor, record, self._end)
+            if not self._write(record):
+                # The disk is full: what the file has by now is its size, to be filled anew.
+                self._places.clear()
+                self._limit, self._end = self._end, 0
+                return
             self._places[number] = (self._end, size)
             self._end += size
+
+    def _write(self, record: bytes) -> bool:
+        try:
+            return os.pwrite(self._descriptor, record, self._end) == len(record)
+        except OSError:
+            return False
 
     def _evict(self, begin: int, end: int) -> None:
         """Forgets the oldest records while they are in these bytes of the file."""
@@ -84,7 +94,11 @@ class RemoteRecords:
             return
         shards = np.unique(np.searchsorted(self._starts, missing, side="right") - 1)
         list(self._pool.map(self._offsets_of, map(int, shards)))
-        list(self._pool.map(self._fetch_run, self._runs(missing)))
+
+        def keep(run: range) -> None:
+            self._fetch_run(run)  # in the cache alone: all of them may not fit in memory
+
+        list(self._pool.map(keep, self._runs(missing)))
 
     def read(self, number: int) -> bytes:
         """One record, which is best requested before. DataError like `fetch`."""
@@ -112,12 +126,13 @@ class RemoteRecords:
         base = int(begins[0])
         data = self._read(shard, base, int(begins[-1]))
         try:
-            records = [read_chunk(data, base, int(begin)) for begin in begins[:-1]]
+            chunks = [read_chunk(data, base, int(begin)) for begin in begins[:-1]]
+            records = [record for (record,) in chunks]
         except ValueError as error:
             raise self._damaged(shard, error) from None
-        for number, (record,) in zip(run, records, strict=True):
+        for number, record in zip(run, records, strict=True):
             self._cache.put(number, record)
-        return [record for (record,) in records]
+        return records
 
     def _offsets_of(self, shard: int) -> np.ndarray:
         """Offsets of the records of a shard in its file; read at the first use."""

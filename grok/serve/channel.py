@@ -44,7 +44,7 @@ def receive(connection: socket.socket, max_bytes: int = 2**32) -> Any:
         raise Closed(f"a frame of {size} bytes where {max_bytes} are allowed")
     try:
         return json.loads(_receive_bytes(connection, size))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Closed("a frame that is not JSON") from None
 
 
@@ -158,7 +158,9 @@ class PrimaryChannel:
             hello = receive(connection, MAX_HELLO_BYTES)
         match hello:
             case {"process": int(index), "token": str(token)}:
-                right = hmac.compare_digest(token.encode(), self.token.encode())
+                # JSON may have half of a surrogate pair, which UTF-8 has not.
+                given = token.encode(errors="replace")
+                right = hmac.compare_digest(given, self.token.encode())
             case _:
                 index, right = 0, False
         if not right or index not in self._missing:

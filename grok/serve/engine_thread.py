@@ -86,7 +86,7 @@ class EngineThread:
                     self.step_began = None
                     self._deliver(outputs)
         except BaseException as error:
-            self.failed = True
+            self.failed, self.step_began = True, None
             self._send([(handle, EngineFailed()) for handle in set(self._handles.values())])
             self._on_failure(error)
             while (action := self._inbox.get()) is not None:

@@ -1,5 +1,6 @@
 """The watchdog: ends a run that hangs, after printing where, so that it can be started again."""
 
+import contextlib
 import faulthandler
 import sys
 import threading
@@ -65,9 +66,11 @@ class Watchdog:
         faulthandler.dump_traceback(sys.stderr)
         if not is_remote(self._folder):
             stacks = Path(self._folder) / f"stacks-{distributed.process_index()}.txt"
-            stacks.parent.mkdir(parents=True, exist_ok=True)
-            with stacks.open("w") as file:
-                faulthandler.dump_traceback(file)
+            # A disk that is full or gone must not keep the run from ending.
+            with contextlib.suppress(OSError):
+                stacks.parent.mkdir(parents=True, exist_ok=True)
+                with stacks.open("w") as file:
+                    faulthandler.dump_traceback(file)
         distributed.abort(RESTART, f"{sentence}; the stacks of all threads are above.")
 
 

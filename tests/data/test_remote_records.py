@@ -1,5 +1,6 @@
 """Datasets at gs:// are the same, document by document and batch by batch, as on this machine."""
 
+import errno
 import itertools
 import os
 import random
@@ -63,6 +64,23 @@ def test_other_files_are_refused(tmp_path):
     for size in (0, 100, 3 * BLOCK):
         with pytest.raises(ValueError, match=r"no ArrayRecord|another kind"):
             read_offsets(size, lambda begin, end: bytes(end - begin))
+
+
+def test_a_footer_whose_chunks_are_out_of_order_is_refused(tmp_path):
+    path = tmp_path / "a.arrayrecord"
+    writer = ArrayRecordWriter(str(path), WRITER_OPTIONS)
+    for size in (100, 200, 300):
+        writer.write(bytes(size))
+    writer.close()
+    data = path.read_bytes()
+    offsets = read_offsets(len(data), lambda begin, end: data[begin:end]).tolist()
+    footer = offsets[-1]
+    third = bytes([8, offsets[2] & 0x7F | 0x80, offsets[2] >> 7])
+    at = data.index(third, footer)
+    second = bytes([8, offsets[1] & 0x7F | 0x80, offsets[1] >> 7])
+    swapped = data[:at] + second + data[at + len(second) :]
+    with pytest.raises(ValueError, match="not in order"):
+        read_offsets(len(data), lambda begin, end: swapped[begin:end])
 
 
 def test_every_document_is_the_same(folders):
@@ -153,3 +171,21 @@ def test_the_cache_has_the_newest_records_and_no_more_bytes_than_it_may():
         assert sum(len(records[n]) for n in held) <= 1000
     cache.put(301, bytes(1001))
     assert cache.get(301) is None
+
+
+def test_a_full_disk_makes_the_cache_smaller(monkeypatch):
+    write = os.pwrite
+
+    def write_to_full_disk(descriptor: int, data: bytes, offset: int) -> int:
+        if offset >= 600:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[: 600 - offset], offset)
+
+    monkeypatch.setattr(os, "pwrite", write_to_full_disk)
+    cache, records = RecordCache(1000), [os.urandom(90) for _ in range(40)]
+    for number, record in enumerate(records):
+        cache.put(number, record)
+        assert cache.get(number) in ((None,) if number == 6 else (record,))
+        held = [n for n in range(40) if n in cache]
+        assert all(cache.get(n) == records[n] for n in held)
+    assert held == list(range(34, 40))

@@ -87,6 +87,8 @@ def test_what_is_no_frame_closes_the_connection():
         encode(["no", "object"]),
         b"GET / HTTP/1.1\r\n\r\n",
         encode({"process": 1, "token": "x" * 5000}),
+        encode({"process": 1, "token": "\ud800"}),
+        b"\0\0\x0f\xa0" + b"[" * 4000,
     ],
 )
 def test_a_connection_without_the_token_is_closed_and_the_right_one_served(lost, hello):

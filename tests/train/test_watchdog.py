@@ -19,6 +19,11 @@ with Watchdog(config, sys.argv[1]) as watchdog:
 """
 
 
+def hang(folder, *steps):
+    command = [sys.executable, "-c", SCRIPT, str(folder), *steps]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
 @pytest.mark.parametrize(
     ("steps", "sentence"),
     [
@@ -27,8 +32,14 @@ with Watchdog(config, sys.argv[1]) as watchdog:
     ],
 )
 def test_a_hang_ends_the_process(tmp_path, steps, sentence):
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "run"), *steps]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = hang(tmp_path / "run", *steps)
     assert done.returncode == RESTART, done.stderr
     assert sentence in done.stderr
     assert "watchdog" in (tmp_path / "run" / "stacks-0.txt").read_text()
+
+
+def test_a_hang_ends_the_process_also_where_its_folder_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    done = hang(tmp_path / "file" / "run")
+    assert done.returncode == RESTART, done.stderr
+    assert "the stacks of all threads are above" in done.stderr
