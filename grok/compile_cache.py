@@ -45,7 +45,12 @@ def share(folder: str, log: Callable[[str], object] | None = None) -> "SharedPro
     be used, `log` (default: stderr) gets a sentence, and programs are compiled as without it."""
     if not folder:
         return None
-    programs = SharedPrograms(folder, log or _print)
+    log = log or _print
+    try:
+        programs = SharedPrograms(folder, log)
+    except OSError as error:
+        log(f"{folder} (compiled programs) cannot be copied to this machine: {error}")
+        return None
     programs.fetch()
     programs.install()
     return programs
@@ -65,6 +70,8 @@ class SharedPrograms:
     def fetch(self) -> None:
         """Makes the copy equal to the folder, except for what was not stored there."""
         try:
+            for unfinished in self.local.glob(".*.unfinished"):
+                unfinished.unlink()  # of a process that was killed
             stored = self._list()
             for file in self.local.glob(f"*{SUFFIX}"):
                 # It may be of another version of the folder, or unfinished.
@@ -146,7 +153,7 @@ def _claim(base: Path) -> tuple[Path, IO[str]]:
         lock = (path / "lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.close()
         else:
             return path, lock

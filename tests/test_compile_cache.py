@@ -1,5 +1,8 @@
 """Compiled programs in a folder that processes share, each with a disk of its own."""
 
+import errno
+import fcntl
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -83,6 +86,32 @@ def test_a_folder_that_cannot_be_used_costs_nothing_but_a_sentence(start, folder
     assert told == [
         f"{folder} (compiled programs) cannot be {done}: Forbidden" for done in ("read", "written")
     ]
+
+
+def test_a_disk_that_cannot_be_used_costs_nothing_but_a_sentence(folder, tmp_path, monkeypatch):
+    told: list[str] = []
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compile_cache.share(folder, told.append) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "disk"))
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert compile_cache.share(folder, told.append) is None
+    prefix = f"{folder} (compiled programs) cannot be copied to this machine: "
+    assert all(sentence.startswith(prefix) for sentence in told)
+    assert ["Not a directory" in told[0], "No locks available" in told[1]] == [True, True]
+
+
+def test_what_a_killed_process_left_half_written_is_removed(start, tmp_path):
+    start("one")
+    (local,) = (tmp_path / "one").rglob("shared/*/0")
+    left = local / ".a-cache.1234.unfinished"
+    left.touch()
+    start("one")
+    assert not left.exists()
 
 
 def test_where_programs_are_shared(monkeypatch):

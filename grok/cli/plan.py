@@ -78,13 +78,14 @@ def plan(
     topology = topology or run.plan.topology
     measured = None if calibration is None else read_calibration(calibration)
     if not topology and measured is not None and not measured.is_tpu:
-        if search or dump or save or storage_bandwidth:
-            options = "--search, --dump, --save and --storage-bandwidth"
+        if search or dump or save or prices or storage_bandwidth:
+            options = "--search, --dump, --save, --prices and --storage-bandwidth"
             raise ConfigError(f"{options} are of TPU slices; --topology names one.")
         from grok.plan.local import plan_calibrated
 
         with phase_progress(f"{run.plan.program} step here") as on_phase:
-            local = plan_calibrated(run, measured, price and Price(price, "--price"), on_phase)
+            given_price = None if price is None else Price(price, "--price")
+            local = plan_calibrated(run, measured, given_price, on_phase)
         _print_plan(ctx, local, None, as_json)
         return
     if not topology:

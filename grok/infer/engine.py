@@ -153,9 +153,12 @@ class Engine:
                 self._end(request_id)
 
     def warm_up(self) -> None:
-        """Answers once, so that both programs are compiled before anyone waits for them."""
-        request = Request("warm-up", (0,), SamplingParams(max_tokens=2, ignore_eos=True))
-        list(self.generate([request]))
+        """Answers once, so that all programs are compiled before anyone waits for them: those of
+        steps, of a prompt's scores, and of penalties and bans."""
+        params = SamplingParams(
+            max_tokens=2, ignore_eos=True, prompt_logprobs=0, presence_penalty=1.0, min_tokens=1
+        )
+        list(self.generate([Request("warm-up", (0,), params)]))
 
     def _end(self, request_id: str) -> list[Output]:
         sequences = self._requests.pop(request_id, [])

@@ -84,6 +84,17 @@ def test_a_step_is_dispatched_before_the_one_before_is_looked_at(engine, recorde
     assert recorder.sent == [1] * 5
 
 
+def test_what_is_asked_of_a_warm_engine_compiles_nothing(engine, caplog):
+    everything = SamplingParams(
+        max_tokens=4, min_tokens=2, stop_token_ids=(1,), banned_token_ids=(2,), logprobs=3,
+        prompt_logprobs=3, repetition_penalty=1.5, top_k=5, top_p=0.5, n=2
+    )  # fmt: skip
+    engine.warm_up()
+    with jax.log_compiles():
+        list(engine.generate([Request("all", tuple(range(3, 50)), everything)]))
+    assert "Compiling" not in caplog.text
+
+
 def test_what_was_computed_behind_an_end_is_dropped(engine, recorder):
     """Each answer ends at a token that is not known when the next step is dispatched, and the next
     request takes its slot and its pages at once."""

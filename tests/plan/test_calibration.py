@@ -168,6 +168,13 @@ def test_a_file_of_other_devices_than_those_here_is_refused(written):
     )
 
 
+@pytest.mark.parametrize("option", ["--prices", "--dump", "--storage-bandwidth"])
+def test_options_of_slices_are_refused_where_the_plan_is_of_devices_here(written, option):
+    result = plan(option, "1", "--calibration", written(device=CPU))
+    assert result.exit_code == 2
+    assert "are of TPU slices; --topology names one" in result.stderr
+
+
 def test_a_file_of_a_cpu_is_not_for_a_slice(written):
     result = plan("--topology", "v5p:2x2x1", "--calibration", written(device=CPU))
     assert "measured on cpu, and v5p:2x2x1 has TPU v5; a file measured on TPU v5" in result.stderr
