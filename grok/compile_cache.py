@@ -155,6 +155,9 @@ def _claim(base: Path) -> tuple[Path, IO[str]]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
+        except OSError:
+            lock.close()
+            raise
         else:
             return path, lock
     raise AssertionError

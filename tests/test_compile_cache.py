@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -107,10 +108,11 @@ def test_a_disk_that_cannot_be_used_costs_nothing_but_a_sentence(folder, tmp_pat
 
 def test_what_a_killed_process_left_half_written_is_removed(start, tmp_path):
     start("one")
-    (local,) = (tmp_path / "one").rglob("shared/*/0")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (local,) = (tmp_path / "two").rglob("shared/*/0")
     left = local / ".a-cache.1234.unfinished"
     left.touch()
-    start("one")
+    assert start("two")[0] == 0
     assert not left.exists()
 
 
