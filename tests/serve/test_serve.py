@@ -399,6 +399,7 @@ def test_an_engine_that_breaks_down(tokenizer):
         assert (answer.status_code, answer.json()) == (503, {"status": "failed"})
         with pytest.raises(openai.InternalServerError, match="broken down"):
             server.client.completions.create(**GOOD)
+        assert server.engine_thread.step_began is None  # nothing that a watchdog would end
 
 
 @pytest.mark.parametrize(
