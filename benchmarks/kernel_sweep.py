@@ -116,7 +116,7 @@ def refusal(chip: str, function: Callable, arguments: tuple) -> str:
 
 
 def blocks(jaxpr) -> Iterator[str]:
-    """What the compiler sees of kernels: their bodies, blocks and limits, not whole arrays."""
+    """Kernels as the compiler sees them: their bodies, blocks and limits, not whole arrays."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
             mapping = eqn.params["grid_mapping"]
@@ -186,10 +186,11 @@ def kernels(case: Case) -> dict[str, tuple[Callable, tuple]]:
 
 def table(results: dict[Case, dict[str, str]]) -> str:
     """Results by chip and width, in Markdown."""
-    embeds = sorted({case.embed for case in results})
+    chips, embeds = {case.chip for case in results}, sorted({case.embed for case in results})
     lines = [
-        "# Kernels of the experts at any width",
+        "# Kernels of the experts at many widths",
         "",
+        f"Chips that were tried: {', '.join(name for name in CHIPS if name in chips)}. No others.",
         "Kernels that compile ahead of time, each alone, of those tried:",
         f"for {ROWS[0]} rows those of serving, in bfloat16 and int8, for {ROWS[1]} also those of",
         f"training. jax {jax.__version__}; made by",

@@ -46,7 +46,7 @@ def processes_of(name: str) -> np.ndarray:
 
 
 def figures(name: str, source: Source, dtype: str) -> dict:
-    """What the hosts of a config read, for the table."""
+    """Reads of a config's hosts, for the table."""
     hosts: list[HostReads] = [*host_reads(source, dtype, processes_of(name)).values()]
     read = sum(host.read for host in hosts)
     return {

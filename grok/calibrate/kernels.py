@@ -67,8 +67,7 @@ def compare(check: Check, sizes: Sizes, interpret: bool) -> dict[str, float]:
     """The largest error of each result, as a share of the reference's largest value."""
     with jax.default_device(jax.local_devices()[0]):
         inputs = jax.jit(lambda: check.make_inputs(sizes))()
-        options = {"interpret": True} if interpret else {"interpret": False}
-        results = jax.jit(lambda *inputs: check.kernel(*inputs, **options))(*inputs)
+        results = jax.jit(lambda *inputs: check.kernel(*inputs, interpret=interpret))(*inputs)
         # A TPU rounds float32 operands to bfloat16, unless it is asked for more.
         with jax.default_matmul_precision("highest"):
             expected = jax.jit(lambda *inputs: check.reference(*inputs))(*inputs)

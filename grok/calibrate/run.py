@@ -24,12 +24,10 @@ from grok.calibrate.verdict import describe_kernels, describe_rates
 from grok.config import RunConfig
 from grok.hardware import chip_of, generation_of
 from grok.model.mesh_fit import check_fits
-from grok.plan.calibration import VERSION, Calibration, unit_seconds
+from grok.plan.calibration import VERSION, Calibration
 from grok.plan.compile_process import wiring
 from grok.plan.local import CompiledStep, slice_of
-from grok.plan.rates import published_rates
-
-PARTS = ("kernels", "rates", "steps")
+from grok.plan.rates import published_rates, transfer_seconds
 
 OnPhase = Callable[[str], None]
 
@@ -141,7 +139,7 @@ def _axis(mesh: Mesh, axis: str, by_kind: dict[str, Timing]) -> dict[str, Any]:
     planned = {}
     if (generation := generation_of(kind)) and (chip := chip_of(kind)):
         published = published_rates(generation)
-        seconds = {k: unit_seconds(published, wires, k, chip.devices) for k in by_kind}
+        seconds = {k: transfer_seconds(published, wires, k, chip.devices) for k in by_kind}
         planned = {k: 1 / s for k, s in seconds.items() if s}
     listed = {"wiring": wires, "bytes_per_second": _listed(by_kind)}
     return listed | {"planned_bytes_per_second": planned}

@@ -25,8 +25,8 @@ FILE, COUNT = click.Path(path_type=Path), click.IntRange(1)
 @click.option("--prices", type=FILE, help="Prices by generation. Default: launch/prices.env.")
 @click.option(
     "--calibration",
-    type=FILE,
-    help="File of `grok calibrate`: plan with the rates that it measured. One of a CPU or GPU "
+    metavar="FILE",
+    help="File of `grok calibrate`, here or at gs://: plan with the rates that it measured. One of a CPU or GPU "
     "plans the step on the devices here.",
 )
 @click.option(

@@ -142,12 +142,11 @@ class MoE(nnx.Module):
         # Gathered along its columns, a matrix has them major in memory.
         down_is_column_major = sharding.axis_size("fsdp_embed") > 1
         options = down_is_column_major, False, self.moe_config.activation
-        splits = mlp_splits()
-        splits_evenly = leaves[0].shape[-1] % (splits * LANES) == 0
+        splits = mlp_splits(leaves[0].shape[-1], LANES)
         # Where the backward pass wants the output and it is not saved, remat computes the hidden
         # layer again, and so would this: once too often.
         output_is_at_hand = self.config.saves_experts or not self.config.norm.sandwich
-        if output_is_at_hand and len(leaves) == len(EXPERTS) and splits_evenly:
+        if output_is_at_hand and len(leaves) == len(EXPERTS) and splits > 1:
             shards = tuple(map(pvary, leaves))
             return experts_pallas_split_mlp(*rows, shards, unshard, splits, *options)
         weights = jax.tree.map(pvary, unshard(leaves))

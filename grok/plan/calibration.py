@@ -102,7 +102,7 @@ class Calibration:
                 sent = rate["median"] * per_chip  # in a second
                 if axis["wiring"]["slices"]:
                     network.append(sent)
-                elif (seconds := unit_seconds(UNIT, axis["wiring"], kind)) > 0:
+                elif (seconds := transfer_seconds(UNIT, axis["wiring"], kind, 1)) > 0:
                     wires.setdefault(kind, []).append(sent * seconds)
         by_kind = {kind: statistics.median(rates) for kind, rates in wires.items()}
         return by_kind, statistics.median(network) if network else None
@@ -123,11 +123,6 @@ def with_ratio(plan: Plan, calibration: Calibration) -> Plan:
         f"the calibration's own step took x {step['ratio']:.3g} its schedule, of {step['config']}"
     )
     return dataclasses.replace(plan, ratio=step["ratio"], ratio_source=words)
-
-
-def unit_seconds(rates: Rates, wiring: dict[str, Any], kind: str, per_chip: int = 1) -> float:
-    """Time for each of `per_chip` devices of a chip to send a byte; 0 where none leaves it."""
-    return transfer_seconds(rates, wiring, kind, per_chip)
 
 
 def _or(published: Rates | None, name: str) -> float:

@@ -87,8 +87,9 @@ class Plan:
         return {name: self.tokens / time for name, time in self.step_seconds().items()}
 
     def mfu(self) -> dict[str, float]:
-        """Model FLOPs utilisation: the model's own FLOPs as a share of the chip's peak."""
-        peak = self.rates.flops
+        """Model FLOPs utilisation: the model's own FLOPs as a share of the chip's published peak,
+        or where none is, of the measured rate."""
+        peak = self.slice.chip.flops or self.rates.flops
         return {name: self.model_flops / time / peak for name, time in self.step_seconds().items()}
 
     def usd_per_billion_tokens(self) -> dict[str, float]:

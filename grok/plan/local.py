@@ -148,7 +148,7 @@ class CompiledStep:
         flops = model_flops(self._config) / self._mesh.size
         in_loops = self._config.plan.program != "train" and measured["loops"]
         is_tpu = self._slice.generation in CHIPS
-        if measured["flops"] < flops or (in_loops and not is_tpu):
+        if not is_tpu and (measured["flops"] < flops or in_loops):
             hbm = float(measured["state"])
             seconds = (flops / rates.flops + hbm / rates.hbm) * per_chip
             measured |= {"flops": flops, "hbm": hbm, "counted": "of the model"}

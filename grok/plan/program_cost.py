@@ -62,6 +62,11 @@ class CompiledProgram:
         """The cost of one run of the whole program."""
         return self._computation_cost(self.entry)
 
+    def collective_axes(self) -> list[str]:
+        """Mesh axes that collectives use, in branches that the cost leaves out too."""
+        self.cost()
+        return sorted({axes for cost in self._costs.values() for axes, _ in cost.collectives})
+
     def largest_arrays(self, number: int) -> list[tuple[str, str, float]]:
         """Shape, operation and bytes of the largest arrays that the program makes in HBM, except
         shapes that its arguments have."""

@@ -176,8 +176,8 @@ def test_adapters_have_the_gradients_of_what_they_add_up_to(plain_kernels):
 def test_a_mesh_has_the_losses_and_gradients_of_one_device(
     sizes, remat, sandwich, plain_kernels, monkeypatch
 ):
-    """Where the experts' output is saved, or no norm behind them wants it, the backward pass has
-    half of their width after the other."""
+    """The backward pass has half of the experts' width after the other, where their output is saved
+    or no norm behind them wants it."""
     split_mlp = Mock(wraps=experts_pallas_split_mlp)
     monkeypatch.setattr(grok.model.moe, "experts_pallas_split_mlp", split_mlp)
     monkeypatch.setattr(hardware, "platform", lambda: "tpu")

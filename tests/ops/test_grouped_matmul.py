@@ -191,6 +191,14 @@ def test_a_large_memory_has_wider_blocks_of_weights_and_lower_tiles(monkeypatch)
     assert tiling.kernel_tile_rows(65536, 2, 8) == 256
 
 
+def test_experts_are_split_as_often_as_their_width_allows(monkeypatch):
+    """Those of Grok-1 and of Mixtral 8x7B over eight chips, where HBM is scarce in four parts or
+    two."""
+    assert [tiling.mlp_splits(F, 128) for F in (4096, 1792, 896)] == [2, 2, 1]
+    monkeypatch.setattr(hardware, "device_kind", lambda: "TPU v6 lite")
+    assert [tiling.mlp_splits(F, 128) for F in (4096, 1792, 896)] == [4, 2, 1]
+
+
 def test_blocks_of_the_widest_experts_leave_the_compiler_room(monkeypatch):
     """A down matrix of 14336 rows on one chip, 512 rows a tile: on a v5p the compiler takes 57.33
     MiB of its 64, of which the blocks are 45; smaller blocks ask for what they did before."""

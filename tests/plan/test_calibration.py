@@ -75,6 +75,8 @@ def test_a_plan_takes_the_rates_of_the_file_and_names_it(written):
     assert transfer_seconds(rates, WIRES, "reduce-scatter", 100e9) == pytest.approx(1)
     plan = with_ratio(make_plan(CONFIG, SLICE, rates, MEASURED, None), calibration)
     assert plan.step_seconds()["calibrated"] == pytest.approx(1.2 * 12.5)
+    # Of the peak, not of the 400 TFLOP/s that were measured.
+    assert plan.mfu()["scheduled"] == pytest.approx(plan.model_flops / 12.5 / 459e12)
     text = format_plan(plan)
     assert "the calibration's own step took x 1.2 its schedule, of grok-1b, 64 x 2048" in text
     assert "measured.json of 2027-01-02 03:04 UTC, measured on 64 x TPU v5" in text

@@ -1,4 +1,4 @@
-"""What a compiled program costs, against counts by hand of one that was written for this.
+"""Costs of a compiled program, against counts by hand of one that was written for this.
 
 `program.txt` has a loop over four layers (a slice of weights, a product, a reduce-scatter), a loop
 whose count is data around a kernel, and a gather, on a mesh of 2 x 2 x 2.
@@ -48,6 +48,32 @@ def test_largest_arrays_are_those_made_in_hbm():
     program = CompiledProgram(TEXT, MESH, 3)
     shape, maker, size = program.largest_arrays(1)[0]
     assert (shape, maker, size) == ("bf16[256,512]", "jit(step)/while/body/w", 256 * 512 * 2)
+
+
+BRANCHES = """
+%dear (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  ROOT %dot = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%cheap (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  ROOT %sum = f32[8,8]{1,0} all-reduce(%x), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+}
+
+ENTRY %main (which: pred[], x: f32[8,8]) -> f32[8,8] {
+  %which = pred[] parameter(0)
+  %x = f32[8,8]{1,0} parameter(1)
+  ROOT %y = f32[8,8]{1,0} conditional(%which, %x, %x), true_computation=%dear, false_computation=%cheap
+}
+"""  # noqa: E501
+
+
+def test_axes_of_the_cheaper_branch_are_known_too():
+    """A walk through the schedule takes the time of every branch, and so its wiring."""
+    program = CompiledProgram(BRANCHES, MESH)
+    assert not program.cost().collectives
+    assert program.collective_axes() == ["data"]
 
 
 PUT = """

@@ -1,4 +1,4 @@
-"""What saves, restores and preemptions of a planned run take."""
+"""Seconds of saves, restores and preemptions of a planned run."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What a search would compile, and how it ranks what was found."""
+"""Programs that a search would compile, and how it ranks what was found."""
 
 import dataclasses
 

@@ -24,7 +24,7 @@ from grok import hardware
 
 @contextlib.contextmanager
 def tpu_form() -> Iterator[set[str]]:
-    """What is traced and run inside takes the form that it has on TPUs. Yields the names of the
+    """Gives what is traced and run inside the form that it has on TPUs. Yields the names of the
     kernels that ran so far."""
     params = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
     kernels: set[str] = set()

@@ -64,7 +64,7 @@ def load_in_processes(
 
 
 def counters() -> dict[str, int]:
-    """What the kernel has counted for this process."""
+    """Counts of the operating system for this process."""
     read = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))

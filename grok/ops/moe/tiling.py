@@ -158,7 +158,9 @@ def _lane_divisor(size: int, largest: int) -> int:
     return size if size <= largest else next(divisors, size)
 
 
-def mlp_splits() -> int:
-    """Parts of the experts' width, one after the other in the backward pass, for the devices that
-    are traced for: more where HBM is scarce."""
-    return 4 if has_little_hbm() else 2
+def mlp_splits(F: int, multiple: int) -> int:
+    """Parts of the experts' width, each a multiple of `multiple`, one after the other in the
+    backward pass, for the devices that are traced for: more where HBM is scarce; 1 where none go
+    into it."""
+    numbers = (4, 2) if has_little_hbm() else (2,)
+    return next((n for n in numbers if F % (n * multiple) == 0), 1)
