@@ -109,9 +109,7 @@ def costs(program: CompiledProgram, mesh: Mesh, slice_: Slice) -> dict[str, Any]
         "kernels": sorted(cost.kernels),
         "largest_temporaries": program.largest_arrays(5),
         "wiring": {
-            axes: wiring(mesh, axes, slice_)
-            for axes in program.collective_axes()
-            if axes != "none"
+            axes: wiring(mesh, axes, slice_) for axes in program.collective_axes() if axes != "none"
         },
     }
 
