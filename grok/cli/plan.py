@@ -26,8 +26,8 @@ FILE, COUNT = click.Path(path_type=Path), click.IntRange(1)
 @click.option(
     "--calibration",
     metavar="FILE",
-    help="File of `grok calibrate`, here or at gs://: plan with the rates that it measured. One of a CPU or GPU "
-    "plans the step on the devices here.",
+    help="File of `grok calibrate`, here or at gs://: plan with the rates that it measured. One of "
+    "a CPU or GPU plans the step on the devices here.",
 )
 @click.option(
     "--storage-bandwidth",
