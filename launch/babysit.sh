@@ -11,8 +11,8 @@
 #   75      saved and stopped: restarted, unless launch/stop.sh or down.sh stopped it (then exits with 75)
 #   other   restarted with exponential backoff
 #
-# Before anything costs money: refuses a grok train, batch or serve whose config does not hold, or whose
-# mesh does not fit the slice (where grok is installed here: make env), and says the price.
+# Before anything costs money: refuses a grok train, batch or serve whose config does not hold, and a grok
+# train whose mesh does not fit the slice (where grok is installed here: make env), and says the price.
 #
 # Gives up, with 1, after LAUNCH_MAX_STALLS consecutive starts without a new step (batch: without a new
 # shard of answers; server: without an answer at /health), read from the folder= or output= of the command.

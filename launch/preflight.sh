@@ -16,7 +16,8 @@ refuse_example_settings() {
   done
 }
 
-# Refuses a `grok train`, `batch` or `serve` whose config does not hold, or whose mesh does not fit the slice.
+# Refuses a `grok train`, `batch` or `serve` whose config does not hold, and a `grok train` whose mesh does
+# not fit the slice.
 check_command() {
   local grok=$root/.venv/bin/grok of=${command[1]:-} problem
   local -a options=(--of "$of")

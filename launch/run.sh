@@ -26,6 +26,7 @@ find_progress() {
   done
   if [[ "${command[*]:0:2}" == 'grok serve' ]]; then
     [[ $host != 0.0.0.0 && $host != :: ]] || host=127.0.0.1
+    [[ $host != *:* ]] || host="[$host]"
     progress="serve $host:$port"
   fi
   [[ $progress ]] ||

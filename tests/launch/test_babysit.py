@@ -185,7 +185,8 @@ def test_a_server_that_was_healthy_is_progress(cloud: Cloud) -> None:
 
 def test_a_server_that_hangs_is_restarted(cloud: Cloud) -> None:
     cloud.plan("healthy; rm $STUB/healthy-0; until_asked", "exit 2")
-    done = cloud.launch("babysit", *SERVE)
+    done = cloud.launch("babysit", *SERVE, "host=::1")
+    assert set((cloud.stub / "asked").read_text().split()) == {"http://[::1]:9000/health"}
     assert (done.returncode, cloud.starts()) == (2, 2), done.stderr
     assert "1 worker run, but the server does not answer at /health" in done.stderr
 
