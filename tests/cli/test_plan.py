@@ -35,7 +35,7 @@ def run(*args):
         ),
         (
             ["grok-10m", "--topology", "v5e:2x2", "--search", "3", "--json"],
-            "--search compiles several programs",
+            "--search prints a ranking of several programs; leave out --dump, --save, --json",
         ),
     ],
 )
