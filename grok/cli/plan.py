@@ -97,7 +97,9 @@ def plan(
     if search is not None:
         if dump or save or as_json or storage_bandwidth:
             options = "--dump, --save, --json and --storage-bandwidth"
-            raise ConfigError(f"--search prints a ranking of several programs; leave out {options}.")
+            raise ConfigError(
+                f"--search prints a ranking of several programs; leave out {options}."
+            )
         plans = []
         for i, candidate in enumerate(candidates(run, slice_)[:search], 1):
             with phase_progress(f"{i} of {search}: {candidate}") as on_phase:
