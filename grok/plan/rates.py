@@ -40,8 +40,13 @@ class Wires(NamedTuple):
 # "How to scale your model", part 3), a share that is taken for v4 and v5p: none was found of them.
 # Network: v6e, psum over two slices, 4.11 of 12.5 GB/s (the same recipes), a share that is taken
 # for all. Host memory: the same book, part 2.
-_BOOK = "links 95% of the specification, as measured on v5e; host memory: How to scale your model"
-_RECIPES = "links and network as a psum of 256 chips reaches them: tpu-recipes"
+_BOOK = (
+    "links 95% of the specification, as measured on v5e, and host memory: How to scale your model; "
+    "network a third of it, as measured on v6e"
+)
+_RECIPES = (
+    "links and network as a psum reaches them: tpu-recipes; host memory: How to scale your model"
+)
 WIRES = {
     "v4": Wires(42.75e9, 2.06e9, 15e9, _BOOK),
     "v5e": Wires(42.75e9, 1.03e9, 15e9, _BOOK),

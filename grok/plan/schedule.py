@@ -171,9 +171,9 @@ def _seconds(use: Use) -> float:
 
 
 def _label(instruction: Instruction, cost: Cost) -> str:
-    """The collectives of an instruction, in words."""
+    """The collectives of an instruction, or if it has none, its copy, in words."""
     kinds = " and ".join(f"{kind} over {axes}" for axes, kind in cost.collectives)
-    return f"{kinds}: {instruction.op_name}"
+    return f"{kinds or 'host memory'}: {instruction.op_name}"
 
 
 def _begins(instruction: Instruction, fused: Computation) -> bool:

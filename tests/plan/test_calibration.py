@@ -14,6 +14,7 @@ from grok.plan.calibration import Calibration, read_calibration, with_ratio, wri
 from grok.plan.estimate import make_plan
 from grok.plan.format import format_plan
 from grok.plan.rates import transfer_seconds
+from tests.emulator import bucket
 from tests.plan.test_estimate import CONFIG, MEASURED, SLICE
 
 WIRES = {"links": 2.0, "hops": 1.0, "slices": False, "shared": 1}
@@ -81,6 +82,16 @@ def test_a_plan_takes_the_rates_of_the_file_and_names_it(written):
     assert "the calibration's own step took x 1.2 its schedule, of grok-1b, 64 x 2048" in text
     assert "measured.json of 2027-01-02 03:04 UTC, measured on 64 x TPU v5" in text
     assert "network were not, and are as published" in text
+
+
+def test_a_plan_takes_a_file_of_a_bucket():
+    with bucket():
+        file = "gs://bucket/measured.json"
+        write_calibration(CALIBRATION, file)
+        result = CliRunner().invoke(
+            main, ["plan", "grok-10m", "--topology", "v6e:2x2", "--calibration", file]
+        )
+    assert f"{file} was measured on TPU v5, and v6e:2x2 has TPU v6 lite" in result.output
 
 
 def test_a_decode_step_reads_and_has_no_ratio_of_training(written):

@@ -15,7 +15,8 @@ GATHERED = 128 * 128 * 2  # bytes that a device sends
 
 def seconds_of(cost):
     sent = sum(cost.collectives.values())
-    return {"compute": cost.flops / PRODUCT, "hbm": 0.0, "interconnect": 2 * sent / GATHERED}
+    wires, host = 2 * sent / GATHERED, cost.host / GATHERED
+    return {"compute": cost.flops / PRODUCT, "hbm": 0.0, "interconnect": wires, "host": host}
 
 
 def walk(*body, extra=""):
@@ -66,6 +67,17 @@ def test_a_pair_runs_beside_what_stands_between(products, seconds):
     assert step.seconds == seconds
     assert sum(step.exposed.values()) == max(0, 2 - products)
     assert (step.sent, step.sent_beside) == (GATHERED, GATHERED)
+
+
+def test_a_copy_to_host_memory_is_waited_for_by_its_name():
+    step = walk(
+        "%out = (bf16[128,128]{1,0:S(5)}, bf16[128,128]{1,0}, u32[]) copy-start(%x), "
+        'metadata={op_name="jit(step)/offload"}',
+        "%out.done = bf16[128,128]{1,0:S(5)} copy-done(%out)",
+        product("a"),
+    )
+    assert step.exposed == {"host memory: jit(step)/offload": 1}
+    assert step.seconds == 2
 
 
 def test_pairs_share_the_wires():
