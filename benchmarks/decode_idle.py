@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--milliseconds", type=float, default=15)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--cpu-time", action="store_true", help="count the thread's CPU seconds")
     parser.add_argument(
         "--profile", action="store_true", help="the host's functions, slowest first"
     )
