@@ -142,9 +142,9 @@ class RemoteRecords:
                 offsets = read_offsets(size, lambda begin, end: self._read(shard, begin, end))
                 if len(offsets) != count + 1:
                     raise ValueError(f"it has {len(offsets) - 1} documents")
+            except DataError:
+                raise  # it is a ValueError, too
             except ValueError as error:
-                if isinstance(error, DataError):
-                    raise
                 raise self._damaged(shard, error) from None
             # Two threads may both read it.
             offsets = self._offsets.setdefault(shard, offsets)
