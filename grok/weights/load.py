@@ -24,7 +24,7 @@ from grok.weights.transfer import MeshDevices, Transfer
 DTYPES = ("int8", "bfloat16", "float32")
 READERS = 16  # threads
 # Bytes of batches that are read or on their way to the devices: a bound of the host's memory, as
-# long as one batch is smaller.
+# long as one batch is smaller, but for a bucket's answers that are not copied yet.
 HOST_BYTES = 1 << 30
 
 
