@@ -153,4 +153,7 @@ class CompiledStep:
             seconds = (flops / rates.flops + hbm / rates.hbm) * per_chip
             measured |= {"flops": flops, "hbm": hbm, "counted": "of the model"}
             measured["schedule"] |= {"seconds": seconds}
-        return make_plan(self._config, self._slice, rates, measured, price)
+        plan = make_plan(self._config, self._slice, rates, measured, price)
+        # A TPU's compiler refuses what does not fit; those of other devices do not.
+        total = measured["peak"] * per_chip
+        return dataclasses.replace(plan, fits=is_tpu or total <= self._slice.chip.hbm)

@@ -67,9 +67,10 @@ def parse_slice(name: str, count: int = 1) -> Slice:
 
 
 def grown(slice_: Slice) -> Slice | None:
-    """The next larger slice, with its shortest side doubled; None if there is none."""
+    """The next larger slice, with its shortest side doubled; None if there is none, as of devices
+    in no grid."""
     side = min(range(len(slice_.shape)), key=lambda dim: (slice_.shape[dim], -dim))
     shape = [*slice_.shape]
     shape[side] *= 2
-    fits = math.prod(shape) <= LARGEST[slice_.chip.dimensions]
+    fits = math.prod(shape) <= LARGEST.get(slice_.chip.dimensions, 0)
     return Slice(slice_.generation, tuple(sorted(shape)), slice_.count) if fits else None

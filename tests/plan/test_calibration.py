@@ -6,6 +6,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
+import grok.plan.local
 from grok.calibrate.verdict import describe_rates
 from grok.cli.main import main
 from grok.config.load import load_config
@@ -163,6 +164,14 @@ def test_a_file_of_a_cpu_plans_the_step_here(written):
     assert answer["collective_bytes_per_chip_per_step"]["data"]
     assert answer["seconds"]["calibrated"] == pytest.approx(1.2 * answer["seconds"]["scheduled"])
     assert "measured on 8 x cpu" in answer["rates"]
+
+
+def test_a_step_that_devices_here_have_no_room_for_does_not_fit(written, monkeypatch):
+    monkeypatch.setattr(grok.plan.local, "_device_bytes", lambda devices: 1000)
+    result = plan(*TINY, "--calibration", written(device=CPU, collectives={}))
+    assert result.exit_code == 1
+    assert "does not fit: state " in result.stdout
+    assert "model.remat=full: fewer temporaries" in result.stdout
 
 
 def test_a_decode_step_that_the_text_hides_is_counted_from_the_model(written):
