@@ -232,7 +232,8 @@ refuse_example_settings
 if [[ $dry_run ]]; then
   ((${#command[@]})) || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b"
   check_command
-  printf '# %s\n' "$(price)"
+  cost=$(price) || exit
+  printf '# %s\n' "$cost"
   for step in up setup sync; do call_verb "$step"; done
   call_verb run -- "${command[@]}"
   exit

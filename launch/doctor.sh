@@ -31,11 +31,15 @@ check_programs() {
 
 # Settings that nobody edited, and what a slice of the others costs.
 check_settings_file() {
-  local name
+  local name cost
   for name in $(example_settings); do
     finding "$name is ${!name}, as in the example" "edit $settings"
   done
-  [[ $dry_run ]] || printf 'note %s\n' "$(price)"
+  if cost=$(price); then
+    [[ $dry_run ]] || printf 'note %s\n' "$cost"
+  else
+    finding "the slice's price is not known" "name a file with it in LAUNCH_PRICES of $settings"
+  fi
   if [[ -x $root/.venv/bin/grok ]] || type -P grok >/dev/null; then
     good "grok is installed here: run and babysit check a command's config before anything is created"
   else

@@ -13,8 +13,10 @@ created=
 failed_polls=0
 
 create() {
+  local cost
+  cost=$(price) || exit
   log "requesting $LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR ($LAUNCH_PROVISIONING) in $LAUNCH_ZONE"
-  log "$(price)"
+  log "$cost"
   create_slice || fail "gcloud refused to create the slice; the reason is above"
   created=1
 }

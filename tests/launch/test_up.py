@@ -187,3 +187,11 @@ def test_a_failed_deletion_is_a_failure(cloud: Cloud) -> None:
     done = cloud.launch("down")
     assert done.returncode == 1
     assert "may still cost" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["up", "doctor"])
+def test_nothing_is_created_at_a_price_that_is_not_known(verb: str, cloud: Cloud) -> None:
+    done = cloud.launch(verb, LAUNCH_PRICES=str(cloud.folder / "none"))
+    assert "there is no price file" in done.stderr
+    assert done.returncode == (2 if verb == "up" else 1)
+    assert not cloud.calls("queued-resources create")
