@@ -54,10 +54,12 @@ def calibrate(
         configure_devices(named.mesh.simulated_devices // distributed.process_count())
 
         from grok.calibrate.run import calibrate as measure
-        from grok.plan.calibration import write_calibration
+        from grok.plan.calibration import check_writable, write_calibration
 
         if cpu_time:
             check_cpu()
+        if out and distributed.is_primary():
+            check_writable(out)
         with phase_progress("calibrate") as on_phase:
             result = measure(config, overrides, parts, cpu_time, on_phase)
         wrong = any(kernel["is_wrong"] for kernel in result.kernels)

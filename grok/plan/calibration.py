@@ -154,6 +154,17 @@ def read_calibration(path: str | Path) -> Calibration:
     return Calibration(**content, file=str(path))
 
 
+def check_writable(path: str) -> None:
+    """Refuses, as ConfigError, a file that cannot be written, before what it is for is measured."""
+    probe = f"{path}.probe"
+    try:
+        storage.write_bytes(probe, b"")
+        storage.remove(probe)
+    except OSError as error:
+        problem = f"--out {path} cannot be written: {storage.reason(error)}"
+        raise ConfigError(f"{problem}; --out calibration.json would work.") from None
+
+
 def write_calibration(calibration: Calibration, path: str | Path) -> None:
     """Writes the file, here or at gs://."""
     content = dataclasses.asdict(calibration)

@@ -53,6 +53,13 @@ def test_a_kernel_that_is_broken_on_purpose_is_named(two_checks, tmp_path, monke
     assert [kernel["is_wrong"] for kernel in kernels] == [True, False]
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(two_checks, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = calibrate(tmp_path / "file" / "out.json")
+    assert "out.json cannot be written: " in (result.output or str(result.exception))
+    assert "kernels are right" not in result.output
+
+
 def fails(x, interpret):
     raise ValueError("block shapes\ndo not fit")
 
