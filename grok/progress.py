@@ -97,13 +97,18 @@ class ProgressDisplay:
 def byte_progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """Gives a function to call with a file or tensor, the bytes done by now, and all bytes; shows
     their share, the rate and the time left, unless `quiet`."""
-    with ProgressDisplay("{share:4.0%} of {total:,} bytes", quiet=quiet, stderr=True) as display:
+    with contextlib.ExitStack() as stack:
+        displays: list[ProgressDisplay] = []  # none before there is something to show
 
         def on_progress(name: str, done: int, total: int) -> None:
-            if display.total is None:
-                display.total = total
+            if not displays:
+                display = ProgressDisplay(
+                    "{share:4.0%} of {total:,} bytes", total, quiet=quiet, stderr=True
+                )
+                displays.append(stack.enter_context(display))
                 if done:
                     display.log(f"{done:,} of {total:,} bytes are there from an earlier try")
+            (display,) = displays
             display.update(done, f"{display.rate('bytes', done) / 1e6:,.0f} MB/s", name)
 
         yield on_progress

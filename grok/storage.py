@@ -23,6 +23,9 @@ TRUNCATED = "it became shorter while it was read"
 # Bytes to fetch at a time of a remote file of which only the header is read.
 HEADER_BLOCK = 1 << 16
 
+# Else the client would first request each bucket's layout by gRPC, for minutes without an answer.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
 
 def is_remote(path: StrPath) -> bool:
     """Returns True for a URL such as gs://bucket/folder."""
@@ -236,10 +239,7 @@ def remote(path: StrPath) -> tuple[Any, str]:
 @functools.cache
 def google_storage(emulated: bool) -> Any:
     """The client of gs://, or of an emulator that the environment names."""
-    # The client would first request each bucket's layout by gRPC, for minutes without an answer.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    # Importing it takes a second, which local files need not cost.
-    from gcsfs.core import GCSFileSystem  # type: ignore[import-untyped]
+    from gcsfs.core import GCSFileSystem  # type: ignore[import-untyped]  # it takes a second
 
     # It logs each refusal with a stack trace, and raises it as well.
     logging.getLogger("gcsfs").addHandler(logging.NullHandler())

@@ -42,7 +42,7 @@ RACES = pltpu.InterpretParams(detect_races=True)
 
 run_pallas = value_and_gradients(lambda *inputs: experts_pallas(*inputs, False, RACES))
 run_split_mlp = value_and_gradients(
-    lambda *inputs: experts_pallas_split_mlp(*inputs[:3], inputs[3:], list)
+    lambda *inputs: experts_pallas_split_mlp(*inputs[:3], inputs[3:], list, 2)
 )
 
 

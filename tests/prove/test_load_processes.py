@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from fsspec.asyn import sync
-from gcsfs.core import simple_upload
 
 from grok.config import RunConfig
 from grok.weights.huggingface.export import export_huggingface
@@ -72,6 +71,8 @@ def test_files_are_read_once(weights, sizes, processes):
 def test_a_bucket_is_read_once(weights):
     folder, stored, dtype = weights
     with emulator.bucket() as client:
+        from gcsfs.core import simple_upload  # after grok.storage, which configures it
+
         for path in (path for path in folder.rglob("*") if path.is_file()):
             # The client would send large files in several requests, which the emulator lacks.
             key = f"weights/{path.relative_to(folder).as_posix()}"
