@@ -90,7 +90,9 @@ prepare_slice() {
 # Resets `stalls` when a new step or shard appears.
 update_progress() {
   read_progress
-  [[ $progress != - ]] && ((progress > best)) || return 0
+  [[ $progress != - ]] || return 0
+  # A server that answers now is progress, even in the second in which the one before did.
+  ((progress > best)) || [[ $unit == serve ]] || return 0
   best=$progress stalls=0
   save_state
 }
