@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from http import HTTPStatus
+from http.server import HTTPServer
 from typing import Any
 
 import gcp_storage_emulator.server
@@ -22,8 +23,12 @@ DOWNLOADED: list[int] = []
 def bucket() -> Iterator[Any]:
     """The client of an empty gs://bucket; the environment names the emulator, also to Orbax,
     TensorStore, and processes that are started."""
-    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
-    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        # Of the connections that a client opens at once, more than five would have to be repeated,
+        # at intervals of up to a minute.
+        patch.setattr(HTTPServer, "request_queue_size", 256)
+        server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+        server.start()
     # Port 0 took a free one.
     url = f"http://127.0.0.1:{server._api._httpd.server_port}"
     with pytest.MonkeyPatch.context() as patch:
