@@ -1,6 +1,6 @@
-"""Compiled programs, kept for later starts in a folder that all processes of a run share, local or
-at gs://. JAX keeps them on this machine and in process 0 alone; here every process brings the
-folder's programs to its own disk when it starts, and sends there what it had to compile.
+"""Cache of compiled programs in a folder that all processes of a run share, local or at gs://.
+JAX's own cache is of one machine, and process 0 alone writes it; here every process copies the
+folder's programs to its own disk when it starts, and uploads what it had to compile.
 
 A program is executed as it was stored: whoever writes to the folder runs code here."""
 

@@ -145,7 +145,7 @@ def _experts_split(x_RD, weights_RC, ids_RC, matrices, factors, interpret):
 
 
 def _experts_plain(x_RD, weights_RC, ids_RC, matrices, factors, interpret):
-    """The portable form, in tiles as training has them."""
+    """The portable implementation, in tiles as in training."""
     R, C = ids_RC.shape
     tile = xla_tile_rows(R, C, len(matrices[0]))
 

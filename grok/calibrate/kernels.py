@@ -21,7 +21,7 @@ class KernelResult:
     why."""
 
     name: str
-    form: str  # compiled, or interpreted
+    mode: str  # compiled, or interpreted
     dtype: str
     bound: float
     errors: dict[str, float]
@@ -42,7 +42,7 @@ class KernelResult:
             return f"{self.name}: {self.problem}"
         worst = max(self.errors, key=lambda name: (np.isnan(self.errors[name]), self.errors[name]))
         error = f"{worst} is off by {self.errors[worst]:.2g} of its largest value"
-        return f"{self.name}, {self.form}: {error}, at most {self.bound:.2g} would be rounding"
+        return f"{self.name}, {self.mode}: {error}, at most {self.bound:.2g} would be rounding"
 
 
 def run_check(check: Check, platform: str) -> KernelResult:
@@ -51,16 +51,16 @@ def run_check(check: Check, platform: str) -> KernelResult:
     compiled = platform == "tpu" or not check.is_pallas
     sizes = FULL if platform == "tpu" else SMALL
     bound = BOUNDS[sizes.dtype]
-    form = "compiled" if compiled else "interpreted"
+    mode = "compiled" if compiled else "interpreted"
     if not compiled and not check.can_interpret:
         problem = "not checked: it runs compiled for a TPU alone, no interpreter knows all of it"
-        return KernelResult(check.name, form, sizes.dtype, bound, {}, problem, skipped=True)
+        return KernelResult(check.name, mode, sizes.dtype, bound, {}, problem, skipped=True)
     try:
         errors, problem = compare(check, sizes, interpret=not compiled), ""
     except Exception as error:  # of any kind: the report names the kernel, and goes on
         lines = str(error).strip().splitlines() or [""]
         errors, problem = {}, f"{type(error).__name__}: {lines[0]}"
-    return KernelResult(check.name, form, sizes.dtype, bound, errors, problem)
+    return KernelResult(check.name, mode, sizes.dtype, bound, errors, problem)
 
 
 def compare(check: Check, sizes: Sizes, interpret: bool) -> dict[str, float]:

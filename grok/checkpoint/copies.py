@@ -30,7 +30,7 @@ def restore_once(tree: dict, stored: dict, restore: Callable[[dict], dict]) -> d
 
 def plan_copies(leaf: Any, chunk: tuple[int, ...] | None, mesh: MeshProcesses) -> ReadPlan:
     """The plan to restore an array in one batch: mesh axes along which other hosts hold copies
-    split the first dimension that stays in whole chunks of the file."""
+    split the first dimension whose shards are then still multiples of the file's chunks."""
     staying, steps = split_axes(spec_of(leaf), len(leaf.shape)), chunk or (1,) * len(leaf.shape)
     ones = (1,) * len(leaf.shape)
     plan = ReadPlan(leaf.shape, tuple(mesh.sizes.items()), staying, (), leaf.shape, ones)

@@ -150,7 +150,7 @@ class ModelConfig(Section):
         Literal["none", "dots", "selective", "attention", "experts", "offload", "full"],
         "recompute in the backward pass: nothing; all but matrix products; the hidden layer of "
         "MLP and experts; all but attention's output; all but the experts' output; the same, "
-        "saved in host memory; whole blocks",
+        "saved in host memory; everything in a block",
     ] = "full"
 
     def __post_init__(self) -> None:

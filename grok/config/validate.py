@@ -56,9 +56,10 @@ def validate(data: Mapping[str, Any], locations: Locations, source: str, config_
         absent = [e["loc"] for e in errors if e["type"] == MISSING]
         of_items = [loc for loc in absent if any(isinstance(name, int) for name in loc)]
         location = locations.get(tuple(map(str, of_items[0][:-1])), source) if of_items else source
-        preset = ", or taken from a preset as in `extends: grok-1`"
-        preset = preset if config_type is RunConfig and not of_items else ""
-        problem = f"{', '.join(map(_dotted, of_items or absent))} must be set{preset}."
+        problem = f"{', '.join(map(_dotted, of_items or absent))} must be set"
+        if not of_items:
+            problem += _ways_to_set(_dotted(absent[0]), config_type)
+        problem += "."
     else:
         problem = _bad_value(first, config_type)
     raise ConfigError(f"{location}: {problem}")
@@ -143,3 +144,9 @@ def _meant_value(error_type: str, value: Any, expected: str) -> Any:
 def _dotted(loc: Sequence[str | int]) -> str:
     """A key as people write it, such as data.datasets[0].path."""
     return "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in loc)[1:]
+
+
+def _ways_to_set(key: str, config_type: type) -> str:
+    if config_type is RunConfig:
+        return ", or taken from a preset as in `extends: grok-1`"
+    return f", for example with `{key}=...` after the config's name"

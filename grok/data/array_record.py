@@ -7,7 +7,7 @@ KiB. A chunk is a header of 40 bytes (hash, size of the data, hash, type with th
 size of the records) and data: 0 (uncompressed), sizes of the records, records. Of an ArrayRecord
 file every document has a chunk; the last block has a chunk whose record says where the footer is,
 whose records, after the first, say where each chunk begins. Hashes are not checked here: `grok data
-inspect --check` compares whole files."""
+inspect --check` verifies the files entirely."""
 
 import itertools
 import struct

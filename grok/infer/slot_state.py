@@ -160,14 +160,14 @@ class PrefillInputs:
             table_BSM=slots.table_BSM.at[slot_U].set(table_UM, mode="drop"),
             words_BSF=slots.words_BSF.at[slot_U].set(words_UF, mode="drop"),
         )
-        kept = (
+        rows_of_slots = (
             state.at[slot_U].get(mode="clip") for state in (slots.history_BSN, slots.banned_BSW)
         )
         tokens_UQ = self.words[:, head + F + M :]
-        return StepRows(tokens_UQ, table_UM, start_U, count_U, words_UF, *kept), slots
+        return StepRows(tokens_UQ, table_UM, start_U, count_U, words_UF, *rows_of_slots), slots
 
     def store(self, slots: SlotState, token_U: jax.Array) -> SlotState:
-        """The slots with the tokens that were sampled after whole prompts."""
+        """The slots with the tokens that were sampled at the ends of prompts."""
         token_S = slots.token_BS.at[self.words[:, 0]].set(token_U, mode="drop")
         return dataclasses.replace(slots, token_BS=token_S)
 

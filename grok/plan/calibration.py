@@ -144,9 +144,9 @@ def read_calibration(path: str | Path) -> Calibration:
     fields = {field.name for field in dataclasses.fields(Calibration)} - {"file"}
     try:
         content = json.loads(storage.read_bytes(str(path), ConfigError))
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError as error:
+        raise ConfigError(f"{error} `grok calibrate --out {path}` writes such a file.") from None
+    except ValueError:
         raise ConfigError(f"{path} is not JSON, and so no file of `grok calibrate`.") from None
     if not isinstance(content, dict) or set(content) != fields or content["version"] != VERSION:
         problem = f"{path} is no file that this version of `grok calibrate` wrote"

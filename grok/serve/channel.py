@@ -159,11 +159,11 @@ class PrimaryChannel:
         match hello:
             case {"process": int(index), "token": str(token)}:
                 # JSON may have half of a surrogate pair, which UTF-8 has not.
-                given = token.encode(errors="replace")
-                right = hmac.compare_digest(given, self.token.encode())
+                token_bytes = token.encode(errors="replace")
+                is_ours = hmac.compare_digest(token_bytes, self.token.encode())
             case _:
-                index, right = 0, False
-        if not right or index not in self._missing:
+                index, is_ours = 0, False
+        if not is_ours or index not in self._missing:
             connection.close()
             return
         self._missing.remove(index)

@@ -314,5 +314,7 @@ def test_refused_configs(tmp_path, override, words):
     with pytest.raises(ConfigError, match=words):
         load_config(file, [override], BatchConfig)
     file.write_text("weights: w\n")
-    with pytest.raises(ConfigError, match=r"input, output must be set\."):
+    with pytest.raises(
+        ConfigError, match=r"input, output must be set, for example with `input=\.\.\.`"
+    ):
         load_config(file, [], BatchConfig)

@@ -1,6 +1,5 @@
 """Packed batches: what each row says to the model, and that all of it follows from the step."""
 
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ from grok.data.device_feed import global_batches
 from grok.data.packed_batches import PackedBatches, PackedValidation
 from grok.errors import DataError
 from tests.data.fake_documents import FakeDocuments, random_lengths, write_prepared
+from tests.fixtures.network import free_port
 
 ROW, ROWS = 32, 8
 SHAPE = (ROWS, ROW)
@@ -218,7 +218,7 @@ def hashes_of(hosts: int, folders: list[str], port: int, steps: range) -> dict:
     return {(int(step), int(row)): digest for step, row, digest in lines}
 
 
-def test_batches_do_not_depend_on_hosts_or_where_a_run_resumed(tmp_path, free_port):
+def test_batches_do_not_depend_on_hosts_or_where_a_run_resumed(tmp_path):
     folders = []
     for number in range(3):
         documents = FakeDocuments(random_lengths(200, 300, seed=number), 1 + 10**5 * number)
@@ -229,16 +229,6 @@ def test_batches_do_not_depend_on_hosts_or_where_a_run_resumed(tmp_path, free_po
     begun = hashes_of(4, folders, free_port(), range(7))
     resumed = hashes_of(2, folders, free_port(), range(7, 20))
     assert begun | resumed == one
-
-
-@pytest.fixture
-def free_port():
-    def port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            return probe.getsockname()[1]
-
-    return port
 
 
 # ---- in the model

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -10,8 +9,9 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from tests.fixtures.network import free_address
 from tests.launch.cloud import ROOT, Cloud
-from tests.launch.test_real_training import GROK, free_address
+from tests.launch.test_real_training import GROK
 from tests.serve.hosts import write_model
 
 REQUEST = {"model": "tiny", "prompt": "5 comes after", "max_tokens": 20, "seed": 3}
@@ -21,9 +21,7 @@ PATIENCE_SECONDS = 600
 @pytest.mark.prove
 def test_a_server_that_loses_a_host_answers_again(cloud: Cloud) -> None:
     weights = write_model(cloud.folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    url = f"http://{free_address()}"
     cloud.several_hosts(2)
     cloud.program("worker-bin/venv/grok", GROK)
     cloud.program("worker-bin/curl", 'exec /usr/bin/curl "$@"')

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from grok.config import RunConfig
 from grok.config.load import to_dict
+from tests.fixtures.network import free_address
 from tests.launch.cloud import ROOT, Cloud
 
 GROK = f'exec {sys.executable} -c "from grok.cli.main import main; main()" "$@"'
@@ -50,12 +50,6 @@ def test_three_preemptions_of_a_real_run(cloud: Cloud, tiny_run: RunConfig) -> N
     steps = [line["step"] for line in metrics(cloud.run_folder) if "loss" in line]
     assert steps == list(range(1, 401))
     assert sum(line.get("event") == "resumed" for line in metrics(cloud.run_folder)) >= 3
-
-
-def free_address() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{found.getsockname()[1]}"
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import pytest
 
 from grok.distributed import CLUSTER_VARIABLES
 from grok.errors import DIVERGED
+from tests.fixtures.network import free_address
 
 pytestmark = pytest.mark.prove
 
@@ -34,9 +34,7 @@ main()
 
 
 def test_two_processes_agree(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     out = tmp_path / "measured.json"
     mesh = ["mesh.simulated_devices=4", "mesh.data=2", "mesh.expert=2"]
     command = ["calibrate", *mesh, "--only", "kernels", "--only", "rates", "--out", str(out)]

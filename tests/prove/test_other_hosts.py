@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from grok import storage
 from grok.config.text import to_yaml
 from grok.errors import DONE, SAVED
 from tests.emulator import bucket
+from tests.fixtures.network import free_address
 
 pytestmark = pytest.mark.prove
 
@@ -39,9 +39,7 @@ def file(tiny_run, tmp_path_factory) -> Path:
 def start(file: Path, folder: str, place: tuple[int, tuple[str, ...]]) -> list[subprocess.Popen]:
     """The processes of a run in `folder`, one for each host, on this machine."""
     hosts, mesh = place
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     own = (f"folder={folder}", f"train.steps={STEPS}", f"checkpoint.every={MIDDLE}")
     command = [sys.executable, "-m", "grok", "train", str(file), *own, *mesh]
     # What tests set for their own devices would hold for these as well.

@@ -1,7 +1,6 @@
 """`grok serve` of a random tiny model in several processes, as if each had a host of its own."""
 
 import json
-import socket
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import httpx
 from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.data.tokenizers.sentencepiece import train_tokenizer
 from grok.weights.huggingface.export import export_huggingface
+from tests.fixtures.network import free_port
 from tests.fixtures.random_weights import RandomSource
 from tests.train.several_hosts import Hosts
 
@@ -41,9 +41,7 @@ class Server:
 
     def __init__(self, weights: Path, count: int, logs: Path, *overrides: str):
         """Starts them; `count` is the number of processes that share eight devices."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [str(weights), f"port={port}", MESH, *overrides]
         environment = {"JAX_PLATFORMS": "cpu"}

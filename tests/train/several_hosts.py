@@ -1,7 +1,6 @@
 """Real processes of `grok` on this machine, as if each were a host."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -9,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grok.distributed import CLUSTER_VARIABLES
+from tests.fixtures.network import free_address
 
 # Half of the time of a start would be optimisation of code that runs for seconds.
 QUICK_TO_COMPILE = {
@@ -27,9 +27,7 @@ class Hosts:
         verb: str = "train",
     ):
         """Starts `grok VERB COMMAND` for each of `commands`; logs go to `folder`."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = free_address()
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"host-{number}.log" for number in range(len(commands))]
         self.processes = []

@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from grok.config import AttentionConfig, ModelConfig, MoEConfig
+from tests.fixtures.network import free_port
 
 ROOT = Path(__file__).parents[2]
 # 61 MB as int8.
@@ -21,12 +21,6 @@ WIDE = ModelConfig(
     moe=MoEConfig(dim=2048),
     attention=AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=64),
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def load_in_processes(
