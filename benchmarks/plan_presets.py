@@ -17,6 +17,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from grok.plan.format import amount
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -56,10 +58,12 @@ def sentence(name: str, plan: dict[str, Any]) -> str:
     text = f"`grok plan {name}` ({versions}): {memory['state']:.1f} GiB of state and a peak of "
     text += f"{memory['total']:.1f} of {memory['capacity']:.0f} GiB per chip; "
     if name.startswith("train"):
-        text += f"{amount(flops['compiled'])}FLOP compiled, "
+        text += f"{amount(flops['compiled'], 3)}FLOP compiled, "
         text += f"{flops['compiled'] / flops['model']:.2f}x the model's own; "
-    text += f"{amount(plan['hbm_bytes_per_chip_per_step'])}B of HBM traffic and "
-    text += f"{amount(sent(plan))}B between chips, {plan['async_collective_share'] or 0:.0%} of it "
+    text += f"{amount(plan['hbm_bytes_per_chip_per_step'], 3)}B of HBM traffic and "
+    text += (
+        f"{amount(sent(plan), 3)}B between chips, {plan['async_collective_share'] or 0:.0%} of it "
+    )
     text += "beside other work. A step takes "
     endings = {
         "scheduled": "by its schedule",
@@ -90,15 +94,6 @@ def row(name: str, plan: dict[str, Any]) -> str:
 def sent(plan: dict[str, Any]) -> float:
     """Bytes that a chip sends in a step."""
     return sum(sum(kinds.values()) for kinds in plan["collective_bytes_per_chip_per_step"].values())
-
-
-def amount(number: float) -> str:
-    """A number of three digits with an SI prefix; a unit may follow."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if number < 1000:
-            return f"{number:.3g} {prefix}"
-        number /= 1000
-    return f"{number:.3g} P"
 
 
 def write(name: str, text: str) -> None:

@@ -59,27 +59,27 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _work(plan: Plan) -> Iterator[tuple[str, str]]:
     assert plan.flops is not None and plan.hbm is not None and plan.collectives is not None
-    text = f"{_amount(plan.model_flops)} of the model, {_amount(plan.flops)} compiled "
+    text = f"{amount(plan.model_flops)} of the model, {amount(plan.flops)} compiled "
     text += f"({plan.flops / plan.model_flops:.2f} x"
     if again := recomputed_flops(plan):
         ratio = plan.flops / (plan.model_flops + again)
         text += f"; {ratio:.2f} x with those that remat={plan.config.model.remat} recomputes"
     yield "FLOPs", f"{text}), a chip and step"
-    text = f"{_amount(plan.hbm)}B read and written"
+    text = f"{amount(plan.hbm)}B read and written"
     if plan.config.plan.program != "train":
         text += f", {plan.hbm / plan.state:.2f} x weights and cache read once"
     yield "HBM", text
     if plan.host:
-        rate, held = _amount(plan.host / plan.step_seconds()["scheduled"]), _gib(plan.host_memory)
-        text = f"{_amount(plan.host)}B to host memory and back, which holds {held} GiB a chip; "
+        rate, held = amount(plan.host / plan.step_seconds()["scheduled"]), _gib(plan.host_memory)
+        text = f"{amount(plan.host)}B to host memory and back, which holds {held} GiB a chip; "
         yield "hosts", f"{text}in a scheduled step, {rate}B/s"
     sent = sum(sum(kinds.values()) for kinds in plan.collectives.values())
-    text = f"{_amount(sent)}B sent"
+    text = f"{amount(sent)}B sent"
     if (share := plan.async_collective_share()) is not None:
         text += f", {share:.1%} of it beside other work"
     yield "interconnect", text
     for axes, kinds in sorted(plan.collectives.items()):
-        bytes_sent = ", ".join(f"{kind} {_amount(sent)}B" for kind, sent in sorted(kinds.items()))
+        bytes_sent = ", ".join(f"{kind} {amount(sent)}B" for kind, sent in sorted(kinds.items()))
         wiring, seconds = plan.measured["wiring"][axes], _seconds(plan.interconnect[axes])
         medium = "the network" if wiring["slices"] else f"links: {wiring['links']:g}"
         yield "", f"over {axes}: {bytes_sent}; {seconds} on {medium}"
@@ -175,13 +175,13 @@ def _labelled(label: str, texts) -> Iterator[tuple[str, str]]:
         yield "" if number else label, text
 
 
-def _amount(number: float) -> str:
+def amount(number: float, digits: int = 4) -> str:
     """A number with an SI prefix; a unit may follow."""
     for prefix in ("", "k", "M", "G", "T"):
         if number < 1000:
-            return f"{number:.4g} {prefix}"
+            return f"{number:.{digits}g} {prefix}"
         number /= 1000
-    return f"{number:,.4g} P"
+    return f"{number:,.{digits}g} P"
 
 
 def _gib(size: float) -> str:
