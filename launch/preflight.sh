@@ -17,9 +17,10 @@ refuse_example_settings() {
 }
 
 # Refuses a `grok train`, `batch` or `serve` whose config does not hold, and a `grok train` whose mesh does
-# not fit the slice.
+# not fit the slice. Sets `checked_config` to all its keys, as YAML.
 check_command() {
-  local grok=$root/.venv/bin/grok of=${command[1]:-} problem
+  checked_config=
+  local grok=$root/.venv/bin/grok of=${command[1]:-}
   local -a options=(--of "$of")
   [[ ${command[0]} == grok && $of =~ ^(train|batch|serve)$ ]] || return 0
   [[ -x $grok ]] || grok=$(type -P grok) || {
@@ -27,8 +28,15 @@ check_command() {
     return 0
   }
   [[ $of != train ]] || options+=(--devices "$((chips * LAUNCH_NODE_COUNT))")
-  problem=$(cd "$root" && JAX_PLATFORMS=cpu "$grok" config "${options[@]}" "${command[@]:2}" 2>&1 >/dev/null) ||
-    refuse "nothing was started: $(quoted "${command[@]:0:3}"): $(tail -n 1 <<<"${problem#error: }")"
+  checked_config=$(cd "$root" && JAX_PLATFORMS=cpu "$grok" config "${options[@]}" "${command[@]:2}" 2>&1) ||
+    refuse "nothing was started: $(quoted "${command[@]:0:3}"): $(tail -n 1 <<<"${checked_config#error: }")"
+}
+
+# Prints the value of a top-level key of the checked config, or what stands for it if nothing was checked.
+checked_value() {
+  local value
+  value=$(sed -n "s/^$1: *\"\{0,1\}\([^\" ]*\).*/\1/p" <<<"$checked_config")
+  echo "${value:-$2}"
 }
 
 # Prints `CHIPS LOW HIGH`: the chips of LAUNCH_NODE_COUNT slices, and the price range of a chip-hour.

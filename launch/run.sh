@@ -25,6 +25,7 @@ find_progress() {
     esac
   done
   if [[ "${command[*]:0:2}" == 'grok serve' ]]; then
+    host=$(checked_value host "$host") port=$(checked_value port "$port")
     [[ $host != 0.0.0.0 && $host != :: ]] || host=127.0.0.1
     [[ $host != *:* ]] || host="[$host]"
     progress="serve $host:$port"

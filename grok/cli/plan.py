@@ -72,6 +72,8 @@ def plan(
     from grok.plan.topology import parse_slice
     from grok.progress import phase_progress
 
+    if price is not None and prices is not None:
+        raise ConfigError("--price and --prices are given; leave out one of them.")
     if slices is not None:
         overrides = (*overrides, f"mesh.slice={slices}")
     run = load_config(config, overrides)

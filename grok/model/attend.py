@@ -23,6 +23,7 @@ from grok import hardware, sharding
 from grok.config import AttentionConfig, ModelConfig
 from grok.config.section import round_up
 from grok.errors import ConfigError
+from grok.hardware import LANES
 from grok.ops.attention import ragged
 from grok.ops.attention.causal import attention
 from grok.ops.attention.flash import flash_attention, supports
@@ -197,15 +198,23 @@ class PagedAttend:
         return o_BTNH, dataclasses.replace(self, cache=PagedCache(*pages))
 
 
+def _check_int8_kernel(page_size: int, head_dim: int) -> None:
+    if page_size % ragged.INT8_SUBLANES:
+        problem = f"engine.page_size={page_size} leaves tiles of an int8 cache half empty on a TPU"
+        near = round_up(page_size, ragged.INT8_SUBLANES)
+        raise ConfigError(f"{problem}; engine.page_size={near} would work.")
+    if head_dim % LANES:
+        problem = f"the kernel for an int8 cache on a TPU needs heads of {LANES} values, not"
+        raise ConfigError(f"{problem} {head_dim}; engine.cache_dtype=compute would work.")
+
+
 def init_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> PagedCache:
     """Empty pages, `pages` over all groups, with values in `dtype`: a float type or int8.
 
     Raises ConfigError for int8 pages that the kernel for TPUs would not take.
     """
-    if dtype == "int8" and hardware.platform() == "tpu" and page_size % ragged.INT8_SUBLANES:
-        problem = f"engine.page_size={page_size} leaves tiles of an int8 cache half empty on a TPU"
-        near = round_up(page_size, ragged.INT8_SUBLANES)
-        raise ConfigError(f"{problem}; engine.page_size={near} would work.")
+    if dtype == "int8" and hardware.platform() == "tpu":
+        _check_int8_kernel(page_size, config.attention.head_dim)
     L, K, H = config.num_layers, config.attention.num_kv_heads, config.attention.head_dim
     is_int8 = dtype == "int8"
     kv_axes, scale_axes = _cache_axes(config.attention, is_int8)

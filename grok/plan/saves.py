@@ -24,7 +24,7 @@ class Saves:
     hosts: int
     bandwidth: float  # bytes/s of one host, each way
     source: str  # of the bandwidth
-    step: float  # seconds, scheduled
+    step: float  # seconds: calibrated if a calibration has such a step, else scheduled
     every: int  # checkpoint.every; 0: as soon as the last one is saved
 
     @property
@@ -67,7 +67,8 @@ def saves_of(plan: Plan, bandwidth: float | None = None) -> Saves | None:
         return None
     source = STORAGE_SOURCE if bandwidth is None else "--storage-bandwidth"
     size, every = plan.measured["checkpoint"], plan.config.checkpoint.every
-    step = plan.step_seconds()["scheduled"]
+    seconds = plan.step_seconds()
+    step = seconds.get("calibrated", seconds["scheduled"])
     return Saves(size, num_hosts(plan), bandwidth or STORAGE_BANDWIDTH, source, step, every)
 
 

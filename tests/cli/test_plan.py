@@ -34,6 +34,10 @@ def run(*args):
             "nowhere.env cannot be read as prices",
         ),
         (
+            ["grok-10m", "--topology", "v5e:2x2", "--price", "1", "--prices", "prices.env"],
+            "--price and --prices are given; leave out one of them.",
+        ),
+        (
             ["grok-10m", "--topology", "v5e:2x2", "--search", "3", "--json"],
             "--search prints a ranking of several programs; leave out --dump, --save, --json",
         ),

@@ -231,6 +231,14 @@ def test_progress_of_a_batch_is_its_shards(cloud: Cloud, where: str) -> None:
     assert f"run      2 of 3 shards, in {output}" in cloud.launch("status").stdout
 
 
+def test_a_server_is_asked_at_the_address_of_its_config(cloud: Cloud) -> None:
+    cloud.ready()
+    cloud.program("bin/grok", """printf 'host: "0.0.0.0"  # address\\nport: 9000  # port\\n'""")
+    assert cloud.launch("run", "--", "grok", "serve", "x").returncode == 0
+    [progress] = cloud.folder.glob("state/*/progress")
+    assert progress.read_text() == "serve 127.0.0.1:9000\n"
+
+
 def test_a_command_whose_progress_cannot_be_seen_is_named(cloud: Cloud) -> None:
     cloud.ready()
     done = cloud.launch("run", *COMMAND)

@@ -17,6 +17,7 @@ import grok.model.rope
 import grok.ops.attention.causal
 import grok.ops.attention.paged
 from grok.config import ModelConfig
+from grok.errors import ConfigError
 from grok.model import attend
 from grok.model.attend import PagedBatch, init_cache
 from grok.model.build import to_arrays
@@ -327,3 +328,19 @@ def test_a_mistake_is_seen(mistake, form, monkeypatch):
     found = error(name, form)
     print(f"\n{mistake.__name__}, {form}: {found:.2f}, {found / TOLERANCE:.0f} times the tolerance")
     assert found > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("page_size", "head_dim", "problem"),
+    [
+        (16, 128, "engine.page_size=32 would work"),
+        (32, 64, "needs heads of 128 values, not 64; engine.cache_dtype=compute would work"),
+    ],
+)
+def test_an_int8_cache_that_the_kernel_cannot_read_is_refused(
+    page_size, head_dim, problem, monkeypatch
+):
+    monkeypatch.setattr("grok.hardware.platform", lambda: "tpu")
+    config = grok.load_config("grok-10m", [f"model.attention.head_dim={head_dim}"]).model
+    with pytest.raises(ConfigError, match=problem):
+        init_cache(config, 4, page_size, "int8")
