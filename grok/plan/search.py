@@ -27,6 +27,8 @@ SAVED_ARRAYS = {
     "offload": 0,
     "full": 1,
 }
+# Rough share of the forward pass that is computed again: of an MLP two of three products.
+RECOMPUTED = {"selective": 2 / 3, "offload": 1, "full": 1}
 ROWS_PER_DEVICE = (1, 2, 4)
 
 
@@ -119,7 +121,7 @@ def _seconds_per_token(config: RunConfig, mesh: dict[str, int], slice_: Slice) -
     routed = 2 * 2 * on_device * (expert - 1) * model.embed_dim * model.num_layers
     reduced = 2 * 4 * on_device * expert * model.embed_dim * model.num_layers * (tensor > 1)
     links = 2 * slice_.chip.link
-    recomputes = training and model.remat in ("offload", "full")
-    recomputed = 2 * num_active_parameters(model) * recomputes
+    share = RECOMPUTED.get(model.remat, 0) if training else 0
+    recomputed = 2 * num_active_parameters(model) * share
     compute = tokens * recomputed / (slice_.num_chips * slice_.chip.flops)
     return (passes * (weights + routed + reduced) / links + compute) / tokens

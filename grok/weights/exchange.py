@@ -64,6 +64,10 @@ def _compiled(
 
 def empty(shape: tuple[int, ...], dtype, sharding: Sharding) -> jax.Array:
     """An array to write batches into."""
-    return jax.jit(
-        lambda: jnp.zeros(shape, dtype), out_shardings=sharding, compiler_options=quick_to_compile()
-    )()
+    return _compiled_empty(shape, jnp.dtype(dtype), sharding)()
+
+
+@functools.cache
+def _compiled_empty(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding) -> Callable:
+    zeros = functools.partial(jnp.zeros, shape, dtype)
+    return jax.jit(zeros, out_shardings=sharding, compiler_options=quick_to_compile())
