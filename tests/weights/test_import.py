@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -341,8 +342,12 @@ def test_a_folder_that_cannot_be_written_says_so_and_goes_on(tmp_path):
     interrupt(source, folder, after=10)
     in_the_way = folder / ".import" / "0" / "model" / "layers.moe.w_up_EDF.values" / "c.1.0.0.0"
     in_the_way.mkdir()
-    with pytest.raises(CheckpointError, match=r"cannot be written: .*the same command continues"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be written: .*the same command continues"
+    ) as error:
         import_weights(source, folder, run_of(TINY))
+    # Even while the error is held, with all that it refers to.
+    assert not [t for t in threading.enumerate() if t.name.startswith("grok-import")], error
     assert ("layers/moe/w_up_EDF", 0) in journaled(folder)
     in_the_way.rmdir()
     import_weights(source, folder, run_of(TINY))

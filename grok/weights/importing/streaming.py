@@ -2,11 +2,12 @@
 piece (a tensor, or a layer of it) moves in blocks: some megabytes of rows; or a matrix, where its
 scales need all of it, or its rows are not contiguous in the source's files."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,8 +89,11 @@ def stream(
     OSError, and errors of `source`."""
     for array in all_arrays(pieces):
         create(folder, array)
-    with _Writer(folder, on_written, on_finished) as writer:
-        blocks_read = _read_ahead(source, pieces)
+    with (
+        _Writer(folder, on_written, on_finished) as writer,
+        # Else an error leaves its threads to the garbage collector, which may run in one of them.
+        contextlib.closing(_read_ahead(source, pieces)) as blocks_read,
+    ):
         for piece, piece_blocks in itertools.groupby(blocks_read, lambda block: block.piece):
             checksum, scales = PieceChecksum(), []
             for block in piece_blocks:
@@ -117,7 +121,7 @@ class _Block:
     scales: np.ndarray | None
 
 
-def _read_ahead(source: Source, pieces: Iterable[Piece]) -> Iterator[_Block]:
+def _read_ahead(source: Source, pieces: Iterable[Piece]) -> Generator[_Block, None, None]:
     pending: deque[Future[_Block]] = deque()
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="grok-import-read") as pool:
         for piece in pieces:

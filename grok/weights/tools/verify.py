@@ -1,10 +1,11 @@
 """Compares two checkpoints tensor by tensor, of any formats and types. One matrix of each source is
 compared, in chunks, while the next is read."""
 
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
@@ -191,16 +192,20 @@ def compare(
         for name, spec in a.tensors.items():
             method = choose_method(spec, b.tensors[name])
             values, scales = ArrayDifference(), ArrayDifference()
-            for ours, theirs in paired_blocks(a, b, name):
-                values += _compare_values(pool, ours, theirs, method, tolerance)
-                if method.dtype == INT8:
-                    scales += array_difference(ours.scales, theirs.scales)
-                counter.add(name, ours.nbytes + theirs.nbytes)
+            with contextlib.closing(paired_blocks(a, b, name)) as pairs:
+                for ours, theirs in pairs:
+                    values += _compare_values(pool, ours, theirs, method, tolerance)
+                    if method.dtype == INT8:
+                        scales += array_difference(ours.scales, theirs.scales)
+                    counter.add(name, ours.nbytes + theirs.nbytes)
             yield Comparison(spec, method, values, scales if method.dtype == INT8 else None)
 
 
-def paired_blocks(a: Source, b: Source, name: str) -> Iterator[tuple[BlockValues, BlockValues]]:
-    """Yields a tensor of two sources block by block, in C order, and reads the next meanwhile."""
+def paired_blocks(
+    a: Source, b: Source, name: str
+) -> Generator[tuple[BlockValues, BlockValues], None, None]:
+    """Yields a tensor of two sources block by block, in C order, and reads the next meanwhile; to
+    be closed where it is not used up."""
     spec = a.tensors[name]
     parts = [part for _, piece in layer_pieces(spec) for part in blocks(spec, piece)]
     with ThreadPoolExecutor(2) as pool:
