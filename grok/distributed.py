@@ -6,6 +6,7 @@ publishes the reason in the coordination service's store, and all exit with its 
 aborts them when one was killed or no longer answers."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import jax
@@ -24,6 +26,7 @@ from jax._src.distributed import global_state
 from grok.config.load import flatten, to_dict
 from grok.errors import RESTART, ConfigError, GrokError, Lost
 from grok.hardware import has_tpu
+from grok.locks import folder as locks
 
 CLUSTER_VARIABLES = ("GROK_COORDINATOR", "GROK_NUM_PROCESSES", "GROK_PROCESS_ID")
 INITIALIZE_TIMEOUT_SECONDS = 300
@@ -134,6 +137,12 @@ def abort(code: int, reason: str, lost: int | None = None) -> NoReturn:
         os._exit(code)
     message = json.dumps({"process": process_index(), "code": code, "reason": reason})
     _exit(code, message, lost)
+
+
+def hold_folder(folder: str, share: tuple[int, int] = (0, 1)) -> AbstractContextManager[None]:
+    """Holds the lock of a job's folder for this process, or that of a share of it. Where another
+    process takes it over, all processes of this job end with exit code RESTART."""
+    return locks.hold_folder(folder, share=share, on_lost=functools.partial(abort, RESTART))
 
 
 def lost_contact(error: BaseException) -> Lost | None:

@@ -64,6 +64,12 @@ class SaveError(CheckpointError):
     exit_code = RESTART
 
 
+class FolderInUse(GrokError):
+    """A folder in which another process works; when it has ended, the same command works."""
+
+    exit_code = RESTART
+
+
 class Diverged(GrokError):
     """Gradients or losses that stayed bad from step `first` to step `last`: the same run would go
     the same way again."""

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What each layer may import of grok, itself always included. The longest name that fits a module
 # is its layer.
-BASE = ("errors", "config", "hub", "byte_ranges", "storage", "progress", "resumable")
+BASE = ("errors", "config", "hub", "byte_ranges", "storage", "locks", "progress", "resumable")
 MODEL = (*BASE, "hardware", "compiler", "sharding", "ops", "model")
 WEIGHTS = (*MODEL, "distributed", "weights", "checkpoint")
 RUNS = (*WEIGHTS, "compile_cache", "preemption", "data", "optim")
@@ -27,6 +27,7 @@ ALLOWED = {
     "hub": (),
     "byte_ranges": (),
     "storage": ("errors", "hub", "byte_ranges"),
+    "locks": ("errors", "storage"),
     "resumable": ("errors", "storage"),
     "progress": ("errors",),
     "hardware": (),

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from grok import compile_cache, distributed
@@ -159,7 +160,14 @@ class BatchRunner:
 
 def run(config: BatchConfig, replica: Replica) -> None:
     """Answers the missing shards of a job, or of this replica's share of it. Raises ConfigError,
-    DataError and CheckpointError for what cannot work, and Stopped."""
+    DataError and CheckpointError for what cannot work, FolderInUse, and Stopped."""
+    share = replica.index, replica.count
+    lock = distributed.hold_folder(config.output, share) if replica.writes else nullcontext()
+    with lock:
+        _run(config, replica)
+
+
+def _run(config: BatchConfig, replica: Replica) -> None:
     quiet = not replica.writes
     display = ProgressDisplay("requests {done:,}/{total:,}", note="compiling", quiet=quiet)
     display.log(f"reading {', '.join(config.input)}")

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import jax
@@ -67,7 +68,8 @@ class Run:
 def run_training(config: RunConfig, replay_to: int | None = None) -> int:
     """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop. With
     `replay_to`, runs only the steps up to that one and saves nothing."""
-    with Watchdog(config.train, config.folder) as watchdog:
+    lock = distributed.hold_folder(config.folder) if distributed.is_primary() else nullcontext()
+    with lock, Watchdog(config.train, config.folder) as watchdog:
         run = open_run(config, replay_to, watchdog)
         with jax.set_mesh(run.mesh), PreemptionSignal(run.mesh) as preemption, run.telemetry:
             with run.telemetry.events.during("start"):

@@ -37,6 +37,7 @@ from grok.data.prepare.shards import (
 from grok.data.prepare.sources import RawRecord, SourceFile, find_files, hash_files, read_records
 from grok.data.tokenizers import Tokenizer, load_tokenizer, start_ids
 from grok.errors import DataError
+from grok.locks.folder import hold_folder
 from grok.resumable import difference
 
 UNFINISHED = "unfinished"
@@ -84,6 +85,13 @@ def prepare_dataset(
         if Path(source).resolve() in (folder.resolve(), *folder.resolve().parents):
             inside = f"{folder} is inside source {source} and would be read as one of its files"
             raise DataError(f"{inside}; a folder beside it would work.")
+    with hold_folder(folder, DataError, DataError):
+        return _prepare(options, folder, on_progress, log)
+
+
+def _prepare(
+    options: PrepareOptions, folder: Path, on_progress: OnProgress, log: Callable[[str], None]
+) -> dict[str, Any]:
     tokenizer = load_tokenizer(options.tokenizer)
     if tokenizer.eos_id < 0:
         problem = f"tokenizer {options.tokenizer} has no end-of-sequence piece to end documents"

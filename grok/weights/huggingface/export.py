@@ -16,6 +16,7 @@ import numpy as np
 
 from grok import storage
 from grok.errors import CheckpointError
+from grok.locks.folder import hold_folder
 from grok.resumable import Journal, check_destination, check_space, continuable
 from grok.weights.cast import FloatSource
 from grok.weights.checksums import sample_checksum
@@ -91,8 +92,10 @@ def export_huggingface(
         small_files[INDEX] = json_text(index_data(shards))
     check_destination(folder, UNFINISHED, CheckpointError)
     path = Path(folder)
-    with continuable(folder, CheckpointError):
-        path.mkdir(parents=True, exist_ok=True)
+    with (
+        continuable(folder, CheckpointError),
+        hold_folder(folder, CheckpointError, CheckpointError),
+    ):
         sizes = storage.list_files(path)
         todo = [shard for shard in shards if sizes.get(shard.file) != shard.file_bytes]
         nbytes, written = (sum(s.data_bytes for s in group) for group in (shards, todo))

@@ -16,6 +16,7 @@ from grok.config import RunConfig
 from grok.config.load import from_dict, to_dict
 from grok.config.text import to_yaml
 from grok.errors import CheckpointError
+from grok.locks.folder import hold_folder
 from grok.model.params import num_parameters
 from grok.resumable import Journal, check_destination, check_space, continuable
 from grok.weights.array_difference import ArrayDifference
@@ -64,10 +65,10 @@ def import_weights(
     run = dataclasses.replace(run, model=model, data=data, folder=os.fspath(path))
     check_destination(folder, STAGING, CheckpointError)
     staging, checkpoint, written = path / STAGING, path / "checkpoints" / "0", 0
-    identity = _identity(source)
     with (
         continuable(folder, CheckpointError),
-        Journal(staging / JOURNAL, identity, CheckpointError) as journal,
+        hold_folder(folder, CheckpointError, CheckpointError),
+        Journal(staging / JOURNAL, _identity(source), CheckpointError) as journal,
     ):
         # A kill may have come between the rename and the end.
         if not checkpoint.exists():

@@ -1,0 +1,1 @@
+"""Locks of folders, which one job at a time writes."""
