@@ -135,7 +135,9 @@ def test_an_owner_that_lost_its_lock_is_told(emulated, monkeypatch):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(ConfigError, match=r"file/run cannot be written: Not a directory; a folder that"),
+        pytest.raises(
+            ConfigError, match=r"file/run cannot be written: Not a directory; a folder that"
+        ),
         hold_folder(tmp_path / "file" / "run"),
     ):
         pass
