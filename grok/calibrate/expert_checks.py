@@ -13,7 +13,7 @@ from grok.calibrate.check import Check, Sizes, normal, with_terms
 from grok.ops.mlp import gated_activation
 from grok.ops.moe import experts_pallas, grouped_hidden, grouped_matmul
 from grok.ops.moe.experts_xla import experts_reference, experts_xla
-from grok.ops.moe.tiling import serving_tile_rows, xla_tile_rows
+from grok.ops.moe.tiling import MlpSplits, serving_tile_rows, xla_tile_rows
 from grok.ops.weights.int8 import QuantizedArray, quantize
 from grok.ops.weights.layer_slice import LayerSlice
 from grok.ops.weights.lora import LoraArray
@@ -139,7 +139,7 @@ def _experts(x_RD, weights_RC, ids_RC, matrices, factors, interpret):
 def _experts_split(x_RD, weights_RC, ids_RC, matrices, factors, interpret):
     def run(x, weights, ids, matrices):
         split = experts_pallas.experts_pallas_split_mlp
-        return split(x, weights, ids, tuple(matrices), list, 2, False, interpret)
+        return split(x, weights, ids, tuple(matrices), list, MlpSplits(2, 2), False, interpret)
 
     return _value_and_gradients(run, x_RD, weights_RC, ids_RC, matrices)
 

@@ -146,7 +146,7 @@ class MoE(nnx.Module):
         # Where the backward pass wants the output and it is not saved, remat computes the hidden
         # layer again, and so would this: once too often.
         output_is_at_hand = self.config.saves_experts or not self.config.norm.sandwich
-        if output_is_at_hand and len(leaves) == len(EXPERTS) and splits > 1:
+        if output_is_at_hand and len(leaves) == len(EXPERTS) and splits.backward > 1:
             shards = tuple(map(pvary, leaves))
             return experts_pallas_split_mlp(*rows, shards, unshard, splits, *options)
         weights = jax.tree.map(pvary, unshard(leaves))

@@ -23,6 +23,7 @@ from grok.ops.moe.experts_pallas import (
 from grok.ops.moe.experts_xla import experts_reference
 from grok.ops.moe.grouped_hidden import grouped_hidden_reference
 from grok.ops.moe.grouped_matmul import grouped_matmul_reference, weight_gradient_reference
+from grok.ops.moe.tiling import MlpSplits
 from grok.ops.weights.int8 import QuantizedArray, quantize
 from grok.ops.weights.lora import LoraArray
 from tests.model import test_meshes
@@ -42,7 +43,7 @@ RACES = pltpu.InterpretParams(detect_races=True)
 
 run_pallas = value_and_gradients(lambda *inputs: experts_pallas(*inputs, False, RACES))
 run_split_mlp = value_and_gradients(
-    lambda *inputs: experts_pallas_split_mlp(*inputs[:3], inputs[3:], list, 2)
+    lambda *inputs: experts_pallas_split_mlp(*inputs[:3], inputs[3:], list, MlpSplits(2, 2))
 )
 
 
@@ -176,12 +177,12 @@ def test_adapters_have_the_gradients_of_what_they_add_up_to(plain_kernels):
 def test_a_mesh_has_the_losses_and_gradients_of_one_device(
     sizes, remat, sandwich, plain_kernels, monkeypatch
 ):
-    """The backward pass has half of the experts' width after the other, where their output is saved
-    or no norm behind them wants it."""
+    """One half of the experts' width is after the other, where their output is saved or no norm
+    behind them wants it."""
     split_mlp = Mock(wraps=experts_pallas_split_mlp)
     monkeypatch.setattr(grok.model.moe, "experts_pallas_split_mlp", split_mlp)
     monkeypatch.setattr(hardware, "platform", lambda: "tpu")
-    monkeypatch.setattr(grok.model.moe, "LANES", 1)
+    monkeypatch.setattr(grok.model.moe, "mlp_splits", lambda *_: MlpSplits(2, 2))
     norm = dataclasses.replace(test_meshes.CONFIG.norm, sandwich=sandwich)
     config = dataclasses.replace(test_meshes.CONFIG, norm=norm)
     losses_of = test_meshes.loss_and_gradients.__wrapped__

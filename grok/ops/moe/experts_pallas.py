@@ -18,7 +18,7 @@ from grok.ops.mlp import gated_activation
 from grok.ops.moe.grouped_hidden import grouped_hidden
 from grok.ops.moe.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from grok.ops.moe.routing import GroupedLayout, group_by_expert
-from grok.ops.moe.tiling import kernel_tile_rows
+from grok.ops.moe.tiling import MlpSplits, kernel_tile_rows
 from grok.ops.weights.lora import LoraArray
 from grok.ops.weights.weight import Weight, adapter, base, is_plain
 
@@ -101,21 +101,27 @@ def experts_pallas_split_mlp(
     expert_ids_RC,
     shards: tuple[jax.Array, jax.Array, jax.Array],
     unshard: Callable,
-    splits: int,
+    splits: MlpSplits,
     down_is_column_major: bool = False,
     interpret: Any = False,
     activation: str = "gelu_tanh",
 ) -> jax.Array:
     """As `experts_pallas` of the matrices `unshard(shards)`; every shard has all of its F.
 
-    No residuals are stored: the backward pass computes the hidden layer again, one of `splits`
-    parts of its width after the other, and needs memory for one part of the matrices, of their
-    gradients and of the intermediates. It is ordered so that collectives run beside products.
+    One of `splits` parts of the width is after the other, with memory for one part of the matrices,
+    of their gradients and of the intermediates, and ordered so that collectives run beside
+    products. No residuals are stored: the backward pass computes the hidden layer again.
     """
-    matrices = unshard(shards)
-    return experts_pallas(
-        x_RD, topk_weights_RC, expert_ids_RC, *matrices, down_is_column_major, interpret, activation
-    )
+    layout, kernel_args = _group(expert_ids_RC, shards[0], interpret)
+    x_PD, y_PD = _dispatch(x_RD, layout), None
+    for part in range(splits.forward):
+        w_gate_EDF, w_up_EDF, w_down_EFD = unshard(_mlp_part(shards, part, splits.forward))
+        hidden_PF, *_ = _hidden(x_PD, w_gate_EDF, w_up_EDF, False, activation, kernel_args)
+        options = down_is_column_major, kernel_args | {"start": y_PD}
+        y_PD = _matmul_down(hidden_PF, w_down_EFD, False, *options)
+        if part < splits.forward - 1:  # Several parts at once would need their memory.
+            x_PD, y_PD = jax.lax.optimization_barrier((x_PD, y_PD))
+    return _combine(y_PD, layout, topk_weights_RC).astype(x_RD.dtype)
 
 
 def _forward_split_mlp(x_RD, topk_weights_RC, expert_ids_RC, shards, unshard, splits, *options):
@@ -126,6 +132,7 @@ def _forward_split_mlp(x_RD, topk_weights_RC, expert_ids_RC, shards, unshard, sp
 
 def _backward_split_mlp(unshard, splits, column_major, interpret, activation, residuals, dy_RD):
     x_RD, topk_weights_RC, expert_ids_RC, shards = residuals
+    splits = splits.backward
     layout, kernel_args = _group(expert_ids_RC, shards[0], interpret)
     dy_PD = _dispatch(dy_RD.astype(x_RD.dtype), layout)
     weight_P = _weights_of_slots(topk_weights_RC, layout)
@@ -228,15 +235,8 @@ def _hidden_gradients(x_PD, dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args)
 
 def _row_gradients(dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args, start=None):
     """Gradients of rows, added to `start`."""
-    if start is not None:
-        kernel_args = kernel_args | {"start": start}
-    return _matmul(
-        [dgate_PF, dup_PF],
-        [w_gate_EDF, w_up_EDF],
-        dtype=dgate_PF.dtype,
-        transposed=True,
-        **kernel_args,
-    )
+    xs, ws, options = [dgate_PF, dup_PF], [w_gate_EDF, w_up_EDF], kernel_args | {"start": start}
+    return _matmul(xs, ws, dtype=dgate_PF.dtype, transposed=True, **options)
 
 
 @jax.named_scope("down_gradients")

@@ -158,9 +158,16 @@ def _lane_divisor(size: int, largest: int) -> int:
     return size if size <= largest else next(divisors, size)
 
 
-def mlp_splits(F: int, multiple: int) -> int:
-    """Parts of the experts' width, each a multiple of `multiple`, one after the other in the
-    backward pass, for the devices that are traced for: more where HBM is scarce; 1 where none go
-    into it."""
+class MlpSplits(NamedTuple):
+    """Parts of the experts' width that are one after the other in each pass."""
+
+    forward: int
+    backward: int
+
+
+def mlp_splits(F: int, multiple: int) -> MlpSplits:
+    """Parts that are multiples of `multiple` for the devices that are traced for: more where HBM is
+    scarce, there in both passes; 1 where none go into the width."""
     numbers = (4, 2) if has_little_hbm() else (2,)
-    return next((n for n in numbers if F % (n * multiple) == 0), 1)
+    parts = next((n for n in numbers if F % (n * multiple) == 0), 1)
+    return MlpSplits(parts if has_little_hbm() else 1, parts)
