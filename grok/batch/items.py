@@ -5,6 +5,7 @@ batch files (`custom_id`, `method`, `url`, `body`); its line is of the same kind
 import dataclasses
 import hashlib
 import json
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +13,12 @@ from grok.data.prepare.records import BadRecord, parse_json_object
 from grok.data.prepare.sources import RawRecord
 from grok.errors import RequestError
 from grok.infer.openai.requests import CHAT, COMPLETION, CompletionRequest, RequestParser
-from grok.infer.openai.responses import ResponseBuilder, error_response
+from grok.infer.openai.responses import ResponseBuilder, error_response, json_text
 from grok.infer.request import Request
 
 ENVELOPE = ("custom_id", "method", "url", "body")
 COLUMNS = sorted({"id", *ENVELOPE, *COMPLETION, *CHAT})
+INTERNAL = "internal error"
 COMPLETIONS_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"
 
 
@@ -28,7 +30,7 @@ class BatchItem:
     id: Any  # the record's own
     openai: bool  # from an OpenAI batch file
     request: CompletionRequest | None
-    error: RequestError | None = None
+    error: Exception | None = None
 
     def engine_requests(self, job_seed: int) -> list[Request]:
         """Requests for the engine, seeded by the job and the record's index in it."""
@@ -36,10 +38,14 @@ class BatchItem:
         digest = hashlib.blake2b(f"{job_seed}/{self.index}".encode(), digest_size=8).digest()
         return self.request.requests(str(self.index), int.from_bytes(digest))
 
-    def error_line(self, error: RequestError) -> str:
-        """The output line that says why there is no answer."""
-        body = error_response(error.parameter, str(error), "invalid_request_error")
-        return self._line(400, body)
+    def error_line(self, error: Exception) -> str:
+        """The output line that says why there is no answer; the client is not to blame for any but
+        a RequestError."""
+        if isinstance(error, RequestError):
+            body = error_response(error.parameter, str(error), "invalid_request_error")
+            return self._line(400, body)
+        message = str(error) or type(error).__name__
+        return self._line(500, error_response(None, message, "server_error"))
 
     def answer_line(self, builder: ResponseBuilder) -> str:
         """The output line with the answers."""
@@ -55,30 +61,41 @@ class BatchItem:
             response = {"status_code": status, "request_id": str(self.index), "body": body}
             line = {"id": f"batch_req_{self.index}", "custom_id": self.id, "response": response}
             line["error"] = None
-        try:
-            return json.dumps(line, ensure_ascii=False).encode().decode()
-        except UnicodeEncodeError:
-            # An id with half of a surrogate pair, which only an escape can hold.
-            return json.dumps(line)
+        return json_text(line)
 
 
 def read_item(index: int, record: RawRecord, parser: RequestParser) -> BatchItem:
-    """The item of a record, whatever is in it."""
+    """The item of a record, whatever is in it: what cannot be parsed is an item with an error."""
     record_id, openai = None, False
     try:
         data = _data(record)
         openai = "custom_id" in data or "body" in data
-        record_id = data.get("custom_id" if openai else "id")
+        record_id = plain_id(data.get("custom_id" if openai else "id"))
         return BatchItem(index, record_id, openai, _parse(data, openai, parser))
     except BadRecord as problem:
         error = RequestError("record", f"the record {problem}.")
     except RequestError as problem:
         error = problem
+    except Exception as problem:  # a fault of ours, with this record alone
+        traceback.print_exception(problem)
+        return BatchItem(index, record_id, openai, None, problem)
     return BatchItem(index, record_id, openai, None, error)
 
 
-def failure_key(error: RequestError) -> str:
+def plain_id(value: Any) -> Any:
+    """An id as JSON can hold it: as it is, or where it has a type that JSON lacks, such as a time
+    of Parquet's or NaN, as text."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return value.hex() if isinstance(value, bytes) else str(value)
+    return value
+
+
+def failure_key(error: Exception) -> str:
     """The name that a failure is counted under: its parameter, if there is such a one."""
+    if not isinstance(error, RequestError):
+        return INTERNAL
     known = {"record", "method", "url", "body", "custom_id", *COMPLETION, *CHAT}
     return error.parameter if error.parameter in known else "unknown parameter"
 

@@ -64,7 +64,7 @@ class Input:
 
 def scan_input(config: BatchConfig, columns: Sequence[str]) -> Input:
     """Reads the input once, to count its requests and hash them. Raises DataError where there is
-    none, or a file is of no kind that holds requests."""
+    none, or a file is of no kind that holds requests, or damaged: it may have had more of them."""
     files = sources.find_files(_expand(config.input), PATTERNS)
     for file in files:
         if file.format == "text":
@@ -75,6 +75,10 @@ def scan_input(config: BatchConfig, columns: Sequence[str]) -> Input:
     for record in sources.read_records(files, columns):
         if count % config.shard_size == 0:
             starts.append((record.file, record.number))
+        # What is wrong with a record alone is told in its line.
+        if record.problem and not record.problem.startswith("is "):
+            problem = f"input {files[record.file].name}: {record.problem}"
+            raise DataError(f"{problem}; the whole file would work.")
         data = record.data
         if not isinstance(data, bytes):
             data = json.dumps([data, record.problem], sort_keys=True, default=repr).encode()

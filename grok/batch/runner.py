@@ -9,11 +9,11 @@ from contextlib import nullcontext
 from typing import Any
 
 from grok import compile_cache, distributed
-from grok.batch.items import COLUMNS, BatchItem, failure_key, read_item
+from grok.batch.items import COLUMNS, INTERNAL, BatchItem, failure_key, read_item
 from grok.batch.job_dir import Input, JobDir, scan_input
 from grok.config.infer import BatchConfig
 from grok.data.prepare.sources import RawRecord
-from grok.errors import SAVED, GrokError, RequestError
+from grok.errors import SAVED, GrokError
 from grok.hardware import configure_devices, has_tpu
 from grok.infer.loader import ServedModel
 from grok.infer.openai.responses import ResponseBuilder
@@ -125,23 +125,34 @@ class BatchRunner:
                 raise item.error or AssertionError
             submit_all(self._engine, item.engine_requests(self._input.seed))
             self._running[str(index)] = shard, item, ResponseBuilder(item.request, self._tokenizer)
-        except RequestError as error:
-            self._shards[shard].counts.update(["failed", f"failures.{failure_key(error)}"])
-            self._put(shard, item, item.error_line(error))
+        except Exception as error:
+            self._fail(shard, item, error)
         return True
+
+    def _fail(self, shard: int, item: BatchItem, error: Exception) -> None:
+        self._shards[shard].counts.update(["failed", f"failures.{failure_key(error)}"])
+        self._put(shard, item, item.error_line(error))
 
     def _take(self, output: Output) -> None:
         if (key := output.request_id.partition("/")[0]) not in self._running:
             return  # of an item of which another request was refused
         number, item, builder = self._running[key]
-        builder.add(output)
-        if not builder.finished:
+        try:
+            builder.add(output)
+            line = item.answer_line(builder) if builder.finished else None
+        except Exception as error:  # of this item alone
+            del self._running[key]
+            for request in item.engine_requests(self._input.seed):
+                self._engine.cancel(request.id)
+            self._fail(number, item, error)
+            return
+        if line is None:
             return
         del self._running[key]
         counts = self._shards[number].counts
         counts.update(["answered", *(f"finish_reasons.{end}" for end in builder.finish_reasons)])
         counts.update(builder.usage())
-        self._put(number, item, item.answer_line(builder))
+        self._put(number, item, line)
 
     def _put(self, number: int, item: BatchItem, line: str) -> None:
         shard = self._shards[number]
@@ -202,3 +213,6 @@ def _run(config: BatchConfig, replica: Replica) -> None:
         f"{summary['prompt_tokens']:,} tokens in, {summary['completion_tokens']:,} out: "
         f"see {config.output}"
     )
+    if faults := summary.get("failures", {}).get(INTERNAL):
+        problem = f"{faults:,} requests failed by no fault of theirs"
+        raise GrokError(f"{problem}; their lines in {config.output} say why.")

@@ -1,5 +1,6 @@
 """Sampling parameters, declared once for configs, requests, `grok sample` and the engine."""
 
+import copy
 import dataclasses
 import functools
 import typing
@@ -7,14 +8,25 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from grok.config.section import Count, CountOrZero, Finite, Positive, PositiveOrZero, Section, Share
+from grok.config.section import (
+    Count32,
+    CountOrZero32,
+    Float32,
+    PositiveFloat32,
+    PositiveOrZeroFloat32,
+    Section,
+    Share,
+)
 from grok.config.validate import expectation
 from grok.errors import ConfigError, RequestError
 
 MAX_LOGPROBS = 20  # of likeliest tokens a position
+# Each token is compared with all of them, while every other request waits.
+MAX_STOP_TEXTS, MAX_STOP_LENGTH = 64, 1000
 
-Text = Annotated[str, Field(min_length=1)]
-Tokens = tuple[CountOrZero, ...]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Texts = Annotated[tuple[Text, ...], Field(max_length=MAX_STOP_TEXTS, fail_fast=True)]
+Tokens = Annotated[tuple[CountOrZero32, ...], Field(fail_fast=True)]
 TopCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
@@ -23,16 +35,18 @@ class SamplingConfig(Section):
     """Defaults for requests that leave a parameter out. Penalties and bans change the logits, which
     are divided by the temperature; a token is drawn from those that top_k, top_p, min_p leave."""
 
-    max_tokens: Annotated[Count, "new tokens at most"] = 128
-    min_tokens: Annotated[CountOrZero, "new tokens before it may end"] = 0
-    temperature: Annotated[PositiveOrZero, "divides logits; 0: the likeliest token"] = 1.0
-    top_k: Annotated[CountOrZero, "draw from the k likeliest and ties; 0: all"] = 0
+    max_tokens: Annotated[Count32, "new tokens at most"] = 128
+    min_tokens: Annotated[CountOrZero32, "new tokens before it may end"] = 0
+    temperature: Annotated[PositiveOrZeroFloat32, "divides logits; 0: the likeliest token"] = 1.0
+    top_k: Annotated[CountOrZero32, "draw from the k likeliest and ties; 0: all"] = 0
     top_p: Annotated[Share, "draw from the nucleus of this probability"] = 1.0
     min_p: Annotated[Share, "least probability, over the likeliest token's"] = 0.0
-    repetition_penalty: Annotated[Positive, "divides logits of tokens seen so far; 1: none"] = 1.0
-    presence_penalty: Annotated[Finite, "subtracted from logits of answered tokens; 0: none"] = 0.0
-    frequency_penalty: Annotated[Finite, "the same for each occurrence; 0: none"] = 0.0
-    stop: Annotated[tuple[Text, ...], "texts that end the answer, and are cut from it"] = ()
+    repetition_penalty: Annotated[
+        PositiveFloat32, "divides logits of tokens seen so far; 1: none"
+    ] = 1.0
+    presence_penalty: Annotated[Float32, "subtracted from logits of answered tokens; 0: none"] = 0.0
+    frequency_penalty: Annotated[Float32, "the same for each occurrence; 0: none"] = 0.0
+    stop: Annotated[Texts, "texts that end the answer, and are cut from it"] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -47,13 +61,15 @@ class SamplingConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams(SamplingConfig):
-    """All parameters of one request. Raises RequestError for a value that cannot be."""
+    """All parameters of one request; `max_tokens` may be 0 where the prompt's log-probabilities are
+    asked for. Raises RequestError for a value that cannot be."""
 
+    max_tokens: Annotated[CountOrZero32, "new tokens at most"] = 128
     stop_token_ids: Annotated[Tokens, "tokens that end it, besides EOS"] = ()
     allowed_token_ids: Annotated[Tokens, "no other tokens; none: all"] = ()
     banned_token_ids: Annotated[Tokens, "tokens that are never chosen"] = ()
-    n: Annotated[Count, "answers to each prompt"] = 1
-    best_of: Annotated[Count | None, "answers made, of which the n likeliest are returned"] = None
+    n: Annotated[Count32, "answers to each prompt"] = 1
+    best_of: Annotated[Count32 | None, "answers made, of which the n likeliest are returned"] = None
     logprobs: Annotated[TopCount | None, "log-probabilities of each token and k likeliest"] = None
     prompt_logprobs: Annotated[TopCount | None, "the same of the prompt"] = None
     seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1), "seed of the draws"] = 0
@@ -62,9 +78,17 @@ class SamplingParams(SamplingConfig):
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise RequestError("max_tokens", "max_tokens=0 must be more than 0.")
         if self.best_of is not None and self.best_of < self.n:
             problem = f"best_of={self.best_of} is fewer than n={self.n}"
             raise RequestError("best_of", f"{problem}; best_of={self.n} would work.")
+
+    def with_seed(self, seed: int) -> "SamplingParams":
+        """The same with another seed, from 0 to 2^64 - 1; nothing is checked again."""
+        params = copy.copy(self)
+        object.__setattr__(params, "seed", seed)
+        return params
 
 
 @functools.cache
@@ -84,7 +108,12 @@ def _check(params: SamplingConfig) -> None:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             expected = expectation(first) or first["msg"]
-            raise RequestError(name, f"{name}={value!r} must be {expected}.") from None
+            raise RequestError(name, f"{name}={_brief(value)} must be {expected}.") from None
     if params.min_tokens > params.max_tokens:
         problem = f"min_tokens={params.min_tokens} is more than max_tokens={params.max_tokens}"
         raise RequestError("min_tokens", f"{problem}; min_tokens={params.max_tokens} would work.")
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -11,6 +11,13 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+# Numbers that the devices hold in 32 bits.
+MAX_FLOAT32, MAX_INT32 = 3e38, 10**9
+PositiveFloat32 = Annotated[float, Field(gt=0, le=MAX_FLOAT32)]
+PositiveOrZeroFloat32 = Annotated[float, Field(ge=0, le=MAX_FLOAT32)]
+Float32 = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
+Count32 = Annotated[int, Field(gt=0, le=MAX_INT32)]
+CountOrZero32 = Annotated[int, Field(ge=0, le=MAX_INT32)]
 
 
 class Section:

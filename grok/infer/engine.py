@@ -2,6 +2,8 @@
 tokens of a chunk."""
 
 import dataclasses
+import math
+import traceback
 from collections.abc import Generator, Iterable
 
 import jax
@@ -11,35 +13,25 @@ from jax.sharding import Mesh
 from grok.config import EngineConfig
 from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import Tokenizer
-from grok.errors import RequestError
-from grok.infer.request import Completion, Limits, Output, Request, TokenLogprobs
+from grok.errors import GrokError, RequestError
+from grok.infer.request import (
+    Completion,
+    Limits,
+    Output,
+    Request,
+    TokenLogprobs,
+    best_outputs,
+)
 from grok.infer.scheduler import Chunk, ScheduledStep, Scheduler, SequenceState
 from grok.infer.shapes import EngineShapes
 from grok.infer.slot_state import set_banned, set_history
+from grok.infer.stats import EngineStats
 from grok.infer.step import StepResult, forward_and_sample, score_prompt
 from grok.infer.step_inputs import StepInputs
 from grok.model.decoder import Decoder
 
 DEFAULTS = EngineConfig()
-
-
-def _count(meaning: str, total: bool = False) -> int:
-    return dataclasses.field(metadata={"meaning": meaning, "total": total})
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineStats:
-    """Counts of the present state and, where `total`, since the engine was made."""
-
-    tokens_in: int = _count("tokens of prompts, those found in the cache included", total=True)
-    tokens_cached: int = _count("tokens of prompts that were found in the cache", total=True)
-    tokens_out: int = _count("new tokens", total=True)
-    preempted: int = _count("sequences that lost their pages and were computed again", total=True)
-    running: int = _count("sequences in slots")
-    waiting: int = _count("sequences that wait for a slot")
-    pages_used: int = _count("pages of the cache that sequences in slots hold")
-    pages_cached: int = _count("pages of the cache that hold prefixes alone")
-    pages_free: int = _count("pages of the cache that hold nothing")
+NOT_FINITE = "the model's log-probabilities are not finite; its weights may be damaged"
 
 
 @dataclasses.dataclass
@@ -75,6 +67,8 @@ class Engine:
         a tokenizer, completions have no text and end at their length or stop_token_ids."""
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         config = model.config
+        # Rows of the embedding table beyond the tokenizer's pieces have no text.
+        self._num_pieces = config.vocab_size if tokenizer is None else tokenizer.vocab_size
         with jax.set_mesh(mesh):
             shapes = EngineShapes.of(config, options)
             self._inputs = StepInputs(config, tokenizer, shapes)
@@ -112,15 +106,18 @@ class Engine:
         )
 
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises RequestError where it could never be run."""
+        """Queues a request. Raises RequestError where it could never be run. After any error the
+        engine is as it was."""
         self._check(request)
-        params, sequences = request.params, self._requests.setdefault(request.id, [])
+        params, sequences = request.params, []
         for choice in range(params.best_of or params.n):
             completion = Completion(request, choice, self._tokenizer)
             no_prefix_reuse = choice == 0 and params.prompt_logprobs is not None
             sequences.append(SequenceState(completion, list(request.prompt), no_prefix_reuse))
-            self._scheduler.add(sequences[-1])
-            self._running += 1
+        self._requests[request.id] = sequences
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+        self._running += len(sequences)
 
     def cancel(self, request_id: str) -> None:
         """Ends a request and frees its pages at once; unknown ids are ignored."""
@@ -140,14 +137,18 @@ class Engine:
 
     def generate(self, requests: Iterable[Request]) -> Generator[Output, None, None]:
         """Runs requests to their ends, beside whatever else is in flight; closed early, ends those
-        that still run. Raises RequestError where one could never be run, and then runs none."""
+        that still run. Raises RequestError where one could never be run, and then runs none, and
+        GrokError where one fails."""
         submitted = []
         try:
             for request in requests:
                 self.submit(request)
                 submitted.append(request.id)
             while self.unfinished:
-                yield from self.step()
+                for output in self.step():
+                    if output.error is not None:
+                        raise GrokError(f"{output.error}.")
+                    yield output
         finally:
             for request_id in submitted:
                 self._end(request_id)
@@ -160,16 +161,17 @@ class Engine:
         )
         list(self.generate([Request("warm-up", (0,), params)]))
 
-    def _end(self, request_id: str) -> list[Output]:
+    def _end(self, request_id: str, error: str | None = None) -> list[Output]:
         sequences = self._requests.pop(request_id, [])
-        cut_short = [s for s in sequences if s.completion.finish_reason is None]
-        for sequence in cut_short:
+        ended = [s for s in sequences if s.completion.finish_reason is None]
+        for sequence in ended:
             self._scheduler.remove(sequence)
-            sequence.completion.finish("cancelled")
-        self._running -= len(cut_short)
+        self._running -= len(ended)
         if sequences and len(sequences) > (n := sequences[0].request.params.n):
-            cut_short = sequences[:n]  # best_of: none was returned yet
-        return [sequence.completion.drain() for sequence in cut_short]
+            ended = sequences[:n]  # best_of: none was returned yet
+        for sequence in sequences:
+            sequence.completion.cut_short(error)
+        return [sequence.completion.drain() for sequence in ended]
 
     def _dispatch(self, step: ScheduledStep) -> DispatchedStep:
         inputs, scored, scores = self._inputs, [], ()
@@ -214,12 +216,11 @@ class Engine:
                 if experts_LBTC is None:
                     experts_LBTC = np.asarray(result.experts_LBTC)
                 sequence.completion.experts.append(experts_LBTC[:, b, u].tolist())
-            token = TokenLogprobs(tokens[b][u], logprobs[b][u])
+            new = tokens[b][u], logprobs[b][u]
+            token = TokenLogprobs(*new)
             if params.logprobs:
-                top_2X = top_BU2X[b, u]
-                token = _logprobs(
-                    token.token, params.logprobs, token.logprob, top_2X[0], _floats(top_2X[1])
-                )
+                top_X, words_X = top_BU2X[b, u]
+                token = self._logprobs(*new, params.logprobs, top_X, _floats(words_X))
             outputs += self._append_token(sequence, token)
         return outputs
 
@@ -233,19 +234,23 @@ class Engine:
                 sequence.prompt_logprobs = [None]
             targets = slice(chunk.start + 1, chunk.start + 1 + chunk.count)
             for q, token in enumerate(request.prompt[targets]):
-                logprobs = _logprobs(token, top, *(array[*row, q] for array in scores))
+                logprob, *top_2X = (array[*row, q] for array in scores)
+                logprobs = self._logprobs(token, float(logprob), top, *top_2X)
                 sequence.prompt_logprobs.append(logprobs)
             if len(sequence.prompt_logprobs) == sequence.prompt_length:
                 sequence.completion.prompt_logprobs = tuple(sequence.prompt_logprobs)
 
     def _append_token(self, sequence: SequenceState, token: TokenLogprobs) -> list[Output]:
-        """Gives a sequence its new token; returns what is new of its request."""
+        """Gives a sequence its new token; returns what is new of its request. An error in that is
+        the request's alone: it ends, and all others go on."""
         completion, params = sequence.completion, sequence.request.params
         if len(sequence.tokens) == sequence.prompt_length and completion.choice == 0:
             self._tokens_in += sequence.prompt_length
-        completion.add(token)
-        sequence.tokens.append(token.token)
-        self._tokens_out += 1
+        try:
+            self._add_token(sequence, token)
+        except Exception as error:
+            traceback.print_exception(error)
+            return self._end(sequence.request.id, str(error) or type(error).__name__)
         sequences = self._requests[sequence.request.id]
         running = True
         if completion.finish_reason is not None:
@@ -256,7 +261,24 @@ class Engine:
                 del self._requests[sequence.request.id]
         if len(sequences) == params.n:
             return [completion.drain()]
-        return [] if running else _best([s.completion for s in sequences], params.n)
+        return [] if running else best_outputs([s.completion for s in sequences], params.n)
+
+    def _add_token(self, sequence: SequenceState, token: TokenLogprobs) -> None:
+        completion = sequence.completion
+        scores = (entry.logprob for entry in completion.prompt_logprobs or () if entry)
+        if not all(map(math.isfinite, (token.logprob, *scores))):
+            raise GrokError(NOT_FINITE)
+        if sequence.request.params.max_tokens == 0:  # the prompt's log-probabilities alone
+            completion.finish("length")
+            return
+        completion.add(token)
+        sequence.tokens.append(token.token)
+        self._tokens_out += 1
+
+    def _logprobs(self, token: int, logprob: float, top: int, top_X, values_X) -> TokenLogprobs:
+        pairs = zip(top_X.tolist(), values_X.tolist(), strict=True)
+        pieces = [(top_token, value) for top_token, value in pairs if top_token < self._num_pieces]
+        return TokenLogprobs(token, logprob, tuple(pieces[:top]))
 
     def _check(self, request: Request) -> None:
         params = request.params
@@ -271,26 +293,8 @@ class Engine:
         if params.experts and self._mesh.is_multi_process:
             message = "experts need one process with the whole mesh; experts=false would work."
             raise RequestError("experts", message)
-        if self._inputs.banned(params, early=params.min_tokens > 0).all():
-            name = "allowed_token_ids" if params.allowed_token_ids else "banned_token_ids"
-            message = f"{name} leaves no token that may be chosen; one such token would work."
-            raise RequestError(name, message)
-
-
-def _logprobs(token: int, top: int, logprob, top_X, top_logprob_X) -> TokenLogprobs:
-    pairs = zip(top_X[:top].tolist(), top_logprob_X[:top].tolist(), strict=True)
-    return TokenLogprobs(token, float(logprob), tuple(pairs))
+        self._inputs.check_bans(params)
 
 
 def _floats(words: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(words).view(np.float32)
-
-
-def _best(completions: list[Completion], n: int) -> list[Output]:
-    """The n completions of highest mean log-probability, from the best."""
-    best = sorted(completions, key=lambda completion: -completion.mean_logprob)[:n]
-    prompt_logprobs, completions[0].prompt_logprobs = completions[0].prompt_logprobs, None
-    best[0].prompt_logprobs = prompt_logprobs
-    for choice, completion in enumerate(best):
-        completion.choice = choice
-    return [completion.drain() for completion in best]

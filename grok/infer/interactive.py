@@ -10,7 +10,7 @@ from grok.data.chat.encoder import ChatEncoder
 from grok.data.tokenizers import Tokenizer, encode_prompt
 from grok.errors import DataError, RequestError
 from grok.infer.engine import Engine
-from grok.infer.request import Request
+from grok.infer.request import Request, prompt_seed
 
 Ask = Callable[[], str | None]
 Echo = Callable[..., None]
@@ -92,7 +92,10 @@ def stream(
     """Writes each prompt, the beginning of a conversation, and its completions through
     `echo(text, nl=...)`; returns the latter. All prompts run at once. The first completion is
     written as its tokens come, each other one as soon as those before it are written."""
-    requests = [_request(turns.prompt(prompt), params) for prompt in prompts]
+    requests = [
+        _request(turns.prompt(prompt), params.with_seed(prompt_seed(params.seed, i)))
+        for i, prompt in enumerate(prompts)
+    ]
     prompts = [prompt + turns.separator for prompt in prompts]
     index = {request.id: i * params.n for i, request in enumerate(requests)}
     texts = [prompt for prompt in prompts for _ in range(params.n)]

@@ -1,6 +1,7 @@
 """A request to the engine and the completion that grows from it. Nothing here imports JAX."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -44,7 +45,8 @@ class Limits:
             yield "prompt", "the prompt is empty; one token at least is needed to continue from."
         lists = {name: getattr(params, name) for name in TOKEN_LISTS}
         for name, ids in {"prompt": request.prompt, **lists}.items():
-            for token in ids:
+            bounds = (min(ids), max(ids)) if ids else ()
+            for token in bounds:
                 if not 0 <= token < self.vocab_size:
                     yield (
                         name,
@@ -52,9 +54,11 @@ class Limits:
                         "tokens; the tokenizer must be the one the model was trained with.",
                     )
         tokens = f"a prompt of {prompt} tokens"
-        if prompt >= context:
-            room = f"leaves no room for a new one in the model's context of {context}"
-            yield "prompt", f"{tokens} {room}; at most {context - 1} tokens fit."
+        longest = context - min(1, params.max_tokens)
+        if prompt > longest:
+            room = "leaves no room for a new one in" if params.max_tokens else "is longer than"
+            room = f"{room} the model's context of {context}"
+            yield "prompt", f"{tokens} {room}; at most {longest} tokens fit."
         tokens += f" with {params.max_tokens} new ones"
         if length > context:
             room = f"is longer than the model's context of {context}"
@@ -79,9 +83,10 @@ class TokenLogprobs:
 class Output:
     """New tokens and text of one completion (`choice` 0..n-1) of a request since its last Output.
     `token_ids` leave out the token that ended the completion. `text` holds neither part of a
-    character nor what may become a stop text. `finish_reason` is "stop", "length" or "cancelled" in
-    the last Output. `experts`, if asked for, are (L, C) for each token in order: they are known
-    when the next token is computed, so those of the last token may be missing."""
+    character nor what may become a stop text. `finish_reason` is "stop", "length", "cancelled" or
+    "error" in the last Output, and then `error` says why. `experts`, if asked for, are (L, C) for
+    each token in order: they are known when the next token is computed, so those of the last token
+    may be missing."""
 
     request_id: str
     choice: int
@@ -92,6 +97,7 @@ class Output:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: str | None = None
     experts: tuple[list[list[int]], ...] | None = None
+    error: str | None = None
 
 
 class Completion:
@@ -106,6 +112,7 @@ class Completion:
         eos = () if tokenizer is None or params.ignore_eos else tokenizer.eos_ids
         self._stop_tokens = frozenset((*params.stop_token_ids, *eos))
         self._length, self._logprob_sum = 0, 0.0
+        self._error: str | None = None
         # New since the last `drain`.
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -145,10 +152,15 @@ class Completion:
             self.prompt_logprobs,
             self.finish_reason,
             tuple(self.experts) if params.experts else None,
+            self._error,
         )
         self._tokens, self._logprobs, self.experts = [], [], []
         self._text, self.prompt_logprobs = self._text[safe:], None
         return output
+
+    def cut_short(self, error: str | None) -> None:
+        """Ends it here, cancelled or by an error, with what came of it before."""
+        self.finish_reason, self._error = "cancelled" if error is None else "error", error
 
     def finish(self, reason: str) -> None:
         """Ends it here, for this reason unless a stop text comes first."""
@@ -174,6 +186,16 @@ class Completion:
         return max(lengths, default=0)
 
 
+def best_outputs(completions: list[Completion], n: int) -> list[Output]:
+    """Outputs of the n completions of highest mean log-probability, from the best."""
+    best = sorted(completions, key=lambda completion: -completion.mean_logprob)[:n]
+    prompt_logprobs, completions[0].prompt_logprobs = completions[0].prompt_logprobs, None
+    best[0].prompt_logprobs = prompt_logprobs
+    for choice, completion in enumerate(best):
+        completion.choice = choice
+    return [completion.drain() for completion in best]
+
+
 def with_answer_ends(params: SamplingParams, answers: Answers) -> SamplingParams:
     """`params` with the ends of a chat template's answers beside EOS."""
     if params.ignore_eos:
@@ -183,6 +205,14 @@ def with_answer_ends(params: SamplingParams, answers: Answers) -> SamplingParams
     return dataclasses.replace(params, stop=stop, stop_token_ids=ids)
 
 
+def prompt_seed(seed: int, index: int) -> int:
+    """The seed of the prompt of this index among those of a request, so that they are drawn
+    independently of each other; the first one has the request's."""
+    if index == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest())
+
+
 def submit_all(engine: Any, requests: Sequence[Request]) -> None:
     """Submits all requests to an engine, or none: RequestError where it refuses one of them."""
     submitted = []
@@ -190,7 +220,7 @@ def submit_all(engine: Any, requests: Sequence[Request]) -> None:
         for request in requests:
             engine.submit(request)
             submitted.append(request.id)
-    except RequestError:
+    except Exception:
         for request_id in submitted:
             engine.cancel(request_id)
         raise

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 
 from grok.ops.cross_entropy import target_and_log_z
 
-REMOVED = -1e10
+REMOVED = -jnp.inf  # the logit of a token that must not be drawn, whatever the temperature
+# Bounds within which finite logits stay finite and in their order when they are divided.
+MAX_SCORE, MIN_TEMPERATURE = 1e18, 1e-18
 
 
 def nucleus(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """Logits with all but each row's nucleus set to -1e10, float32. The release's definition: going
+    """Logits with all but each row's nucleus set to -inf, float32. The release's definition: going
     up from the least likely token, the first whose cumulative probability reaches 1 - p is the
     threshold; it and all that are no less likely stay. p = 0 keeps the likeliest token and its
     ties, p = 1 keeps all. The release sums in the logits' type, which for bfloat16 filters nothing
@@ -29,7 +31,7 @@ def nucleus(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
 
 
 def top_k(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
-    """Logits with all but each row's k largest, and ties with the k-th, set to -1e10; 0: all."""
+    """Logits with all but each row's k largest, and ties with the k-th, set to -inf; 0: all."""
     descending_BV = -jnp.sort(-logits_BV, axis=-1)
     rank_B = jnp.clip(top_k_B - 1, 0, logits_BV.shape[-1] - 1)
     threshold_B1 = jnp.take_along_axis(descending_BV, rank_B[:, None], axis=-1)
@@ -37,7 +39,7 @@ def top_k(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
 
 
 def min_p(logits_BV: jax.Array, min_p_B: jax.Array) -> jax.Array:
-    """Logits of tokens less likely than min_p times the likeliest set to -1e10."""
+    """Logits of tokens less likely than min_p times the likeliest set to -inf."""
     threshold_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(min_p_B)[:, None]
     return jnp.where(logits_BV >= threshold_B1, logits_BV, REMOVED)
 
@@ -49,14 +51,22 @@ def sample(
     top_p_B: jax.Array,
     top_k_B: jax.Array | None = None,
     min_p_B: jax.Array | None = None,
+    banned_BV: jax.Array | None = None,
 ) -> jax.Array:
-    """One token a row, tokens_B int32: the likeliest where temperature is 0, drawn elsewhere. Each
-    row is drawn with its own key, so that a row's token does not depend on its neighbours."""
-    logits_BV = logits_BV.astype(jnp.float32)
-    greedy_B = jnp.argmax(logits_BV, axis=-1)
+    """One token a row, tokens_B int32: the likeliest where temperature is 0, drawn elsewhere, and
+    never one of `banned_BV`. Each row is drawn with its own key, so that a row's token does not
+    depend on its neighbours."""
+    logits_BV = jnp.clip(logits_BV.astype(jnp.float32), -MAX_SCORE, MAX_SCORE)
+
+    def allowed(scores_BV: jax.Array) -> jax.Array:
+        # After all arithmetic: -inf divided by a temperature, or less a penalty, may be no number.
+        return scores_BV if banned_BV is None else jnp.where(banned_BV, REMOVED, scores_BV)
+
+    greedy_B = jnp.argmax(allowed(logits_BV), axis=-1)
 
     def draw() -> jax.Array:
-        filtered_BV = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1)[:, None]
+        divisor_B = jnp.where(temperature_B > 0, jnp.maximum(temperature_B, MIN_TEMPERATURE), 1)
+        filtered_BV = allowed(logits_BV / divisor_B[:, None])
         if top_k_B is not None:
             filtered_BV = _where_any(top_k_B > 0, lambda x: top_k(x, top_k_B), filtered_BV)
         filtered_BV = _where_any(top_p_B < 1, lambda x: nucleus(x, top_p_B), filtered_BV)
@@ -111,8 +121,9 @@ def sample_tokens(logits_BV: jax.Array, s: SamplingBatch, top: int) -> Sampled:
     scores_BV = penalized(logits_BV, s)
     V = logits_BV.shape[-1]
     bits_BW8 = (s.banned_BW[:, :, None] >> jnp.arange(8, dtype=jnp.uint8)[None, None, :]) & 1
-    scores_BV = jnp.where(bits_BW8.reshape(len(bits_BW8), -1)[:, :V] > 0, REMOVED, scores_BV)
-    token_B = sample(keys_B, scores_BV, s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B)
+    banned_BV = bits_BW8.reshape(len(bits_BW8), -1)[:, :V] > 0
+    settings = s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B
+    token_B = sample(keys_B, scores_BV, *settings, banned_BV)
     return Sampled(token_B, *logprobs(logits_BV, token_B, jnp.any(s.top_logprobs_B), top))
 
 
@@ -147,6 +158,8 @@ def penalized(logits_BV: jax.Array, s: SamplingBatch) -> jax.Array:
         times_BV = none_BV.at[row_B1, tokens_BN].add(answer_BN, mode="drop")
         factor_B1 = s.repetition_penalty_B[:, None]
         changed_BV = jnp.where(logits_BV > 0, logits_BV / factor_B1, logits_BV * factor_B1)
+        # Infinity less the infinity of a huge penalty would be no number.
+        changed_BV = jnp.clip(changed_BV, -MAX_SCORE, MAX_SCORE)
         logits_BV = jnp.where(seen_BV > 0, changed_BV, logits_BV)
         logits_BV -= s.frequency_penalty_B[:, None] * times_BV
         return logits_BV - s.presence_penalty_B[:, None] * (times_BV > 0).astype(logits_BV.dtype)

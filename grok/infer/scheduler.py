@@ -29,7 +29,9 @@ class SequenceState:
     def __post_init__(self) -> None:
         self.request = self.completion.request
         self.prompt_length = len(self.request.prompt)
-        self.last_computed = self.prompt_length + self.request.params.max_tokens - 1
+        # The last token of an answer is not computed, that of a prompt without an answer is.
+        new_tokens = max(1, self.request.params.max_tokens)
+        self.last_computed = self.prompt_length + new_tokens - 1
 
     @property
     def decoding(self) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from grok.config import ModelConfig
 from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import Tokenizer
+from grok.errors import RequestError
 from grok.infer.sampling import has_penalties
 from grok.infer.scheduler import Chunk, ScheduledStep
 from grok.infer.shapes import EngineShapes
@@ -109,6 +110,13 @@ class StepInputs:
                     yield slot, _bits(self.banned(params, early))
             elif self._banned.pop(slot, None) is not None:
                 yield slot, self.unused_W
+
+    def check_bans(self, params: SamplingParams) -> None:
+        """Raises RequestError where a request may get no token at all."""
+        if self.banned(params, early=params.min_tokens > 0).all():
+            name = "allowed_token_ids" if params.allowed_token_ids else "banned_token_ids"
+            message = f"{name} leaves no token that may be chosen; one such token would work."
+            raise RequestError(name, message)
 
     def banned(self, params: SamplingParams, early: bool) -> np.ndarray:
         """Mask of the tokens that a request may not get, (V,); `early`: before its min_tokens."""

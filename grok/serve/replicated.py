@@ -15,8 +15,8 @@ from grok import distributed
 from grok.config.infer import ServeConfig
 from grok.config.sampling import SamplingParams
 from grok.errors import RESTART, Lost
-from grok.infer.engine import EngineStats
 from grok.infer.request import Output, Request
+from grok.infer.stats import EngineStats
 from grok.serve.channel import FollowerChannel, PrimaryChannel
 
 

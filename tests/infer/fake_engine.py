@@ -5,9 +5,9 @@ import hashlib
 from collections import deque
 
 from grok.data.tokenizers import StreamDecoder, Tokenizer
-from grok.infer.engine import EngineStats
 from grok.infer.page_pool import PageLayout
 from grok.infer.request import Limits, Output, Request, TokenLogprobs
+from grok.infer.stats import EngineStats
 
 
 class FakeEngine:
@@ -70,6 +70,10 @@ class _Sequence:
 
     def step(self) -> Output:
         params = self.request.params
+        if params.max_tokens == 0:
+            self.finished = True
+            scores = {"logprobs": (), "prompt_logprobs": self._of_prompt()}
+            return Output(self.request.id, self.choice, finish_reason="length", **scores)
         key = f"{self.request.prompt} {params.seed} {self.choice} {self._made}"
         token = 4 + int.from_bytes(hashlib.blake2b(key.encode()).digest()[:4]) % (
             self._tokenizer.vocab_size - 4

@@ -118,6 +118,11 @@ class StreamDecoder:
         self._first = False
         return self._utf8.decode(data)
 
+    @property
+    def pending(self) -> bytes:
+        """Bytes of a character that the ids so far have only begun."""
+        return self._utf8.getstate()[0]
+
     def flush(self) -> str:
         """U+FFFD for an unfinished character at the end, otherwise an empty string."""
         return self._utf8.decode(b"", final=True)

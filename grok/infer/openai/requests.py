@@ -9,9 +9,9 @@ from typing import Any
 from grok.config.sampling import SamplingConfig, SamplingParams
 from grok.data.chat.encoder import ChatEncoder
 from grok.data.chat.renderer import TemplateError
-from grok.data.tokenizers import Tokenizer, encode_prompt
+from grok.data.tokenizers import StreamDecoder, Tokenizer, encode_prompt
 from grok.errors import DataError, RequestError
-from grok.infer.request import Request, with_answer_ends
+from grok.infer.request import Request, prompt_seed, with_answer_ends
 
 # A body may set any sampling parameter but this one, which `echo` stands for.
 PARAMETERS = {field.name for field in dataclasses.fields(SamplingParams)} - {"prompt_logprobs"}
@@ -35,14 +35,17 @@ class CompletionRequest:
     chat: bool = False
     lead: str = ""  # blanks before an answer that are no part of it
     echo: bool = False
-    scores_only: bool = False  # max_tokens was 0, for which the engine makes a token to leave out
     stream: bool = False
     include_usage: bool = False
 
     def requests(self, key: str, seed: int) -> list[Request]:
-        """One for each prompt, with ids `key/0` and on; `seed` where the body sets none."""
-        params = self.params if self.seeded else dataclasses.replace(self.params, seed=seed)
-        return [Request(f"{key}/{i}", prompt, params) for i, prompt in enumerate(self.prompts)]
+        """One for each prompt, with ids `key/0` and on, each with a seed of its own: of the body's,
+        or of `seed` where that has none."""
+        seed = self.params.seed if self.seeded else seed
+        return [
+            Request(f"{key}/{i}", prompt, self.params.with_seed(prompt_seed(seed, i)))
+            for i, prompt in enumerate(self.prompts)
+        ]
 
     def head(self, key: str, created: int, model: str) -> dict[str, Any]:
         """The first fields of a response, or of each event of a stream."""
@@ -71,10 +74,10 @@ class RequestParser:
         fields, params = _known_fields(body, COMPLETION)
         prompts = self._prompts(fields.get("prompt"))
         if echo := _flag(fields, "echo"):
-            params["prompt_logprobs"] = params.get("logprobs")
-        if scores_only := params.get("max_tokens") == 0 and echo:
-            params["max_tokens"] = 1
-        return self._request(fields, params, prompts, echo=echo, scores_only=scores_only)
+            # Scores are all that the engine has to do for an answer without tokens.
+            least = 0 if params.get("max_tokens") == 0 else None
+            params["prompt_logprobs"] = params.get("logprobs", least)
+        return self._request(fields, params, prompts, echo=echo)
 
     def chat(self, body: Mapping[str, Any]) -> CompletionRequest:
         """Parses a body of /v1/chat/completions."""
@@ -105,9 +108,7 @@ class RequestParser:
             room = self.context_length - max(len(prompt) for prompt, _ in prompts)
             params["max_tokens"] = max(1, min(self.defaults.max_tokens, room))
         sampling = self.defaults.params(**params)
-        if (choices := len(prompts) * max(sampling.n, sampling.best_of or 1)) > self.max_choices:
-            message = f"{choices} answers are asked for at once; {self.max_choices} would work."
-            raise RequestError("n", message)
+        self._check_choices(len(prompts) * max(sampling.n, sampling.best_of or 1))
         stream = _flag(fields, "stream")
         if stream and sampling.best_of is not None and sampling.best_of > sampling.n:
             raise RequestError("stream", "the best of several answers cannot be streamed.")
@@ -121,14 +122,24 @@ class RequestParser:
         tokens, texts = zip(*prompts, strict=True)
         return CompletionRequest(tokens, texts, sampling, model, "seed" in params, **flags)
 
+    def _check_choices(self, choices: int) -> None:
+        if choices > self.max_choices:
+            message = f"{choices} answers are asked for at once; {self.max_choices} would work."
+            raise RequestError("n", message)
+
     def _prompts(self, prompt: Any) -> Prompts:
         """Tokens and text of the prompts: one as a text or as tokens, or a list of either."""
         prompts = [prompt] if isinstance(prompt, str) or _is_tokens(prompt) else prompt
         if not _is_list(prompts) or not all(isinstance(p, str) or _is_tokens(p) for p in prompts):
             message = "prompt should be a text, a list of tokens, or a list of these."
             raise RequestError("prompt", message)
-        decode = self.tokenizer.decode
-        return [(self._encode(p), p if isinstance(p, str) else decode(p)) for p in prompts]
+        self._check_choices(len(prompts))
+        return [(self._encode(p), p if isinstance(p, str) else self._text(p)) for p in prompts]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """The text of a prompt. A character that it only begins is completed by the answer."""
+        decoder = StreamDecoder(self.tokenizer)
+        return "".join(map(decoder.push, ids))
 
     def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         try:
@@ -140,6 +151,10 @@ class RequestParser:
         last = self.tokenizer.vocab_size - 1
         if ids and not 0 <= min(ids) <= max(ids) <= last:
             raise RequestError("prompt", f"the prompt has a token that is not from 0 to {last}.")
+        if len(ids) > (longest := self.context_length):
+            room = f"is longer than the model's context of {longest}"
+            message = f"a prompt of {len(ids)} tokens {room}; at most {longest} tokens fit."
+            raise RequestError("prompt", message)
         return tuple(ids)
 
 
@@ -160,7 +175,7 @@ def _known_fields(body: Mapping[str, Any], known: set[str]) -> tuple[dict, dict]
     for name in [name for name in fields if name not in known]:
         near = difflib.get_close_matches(name, known, 1, cutoff=0.8)
         right = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}."
-        raise RequestError(name, f"there is no parameter {name!r:.60} here; {right}")
+        raise RequestError(f"{name:.60}", f"there is no parameter {name!r:.60} here; {right}")
     return fields, {name: fields[name] for name in PARAMETERS & fields.keys()}
 
 

@@ -1,13 +1,35 @@
 """Outputs of the engine as bodies or stream events of OpenAI's completions interface."""
 
 import dataclasses
-import itertools
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from grok.data.tokenizers import Tokenizer
+from grok.data.tokenizers import StreamDecoder, Tokenizer
 from grok.infer.openai.requests import CompletionRequest
 from grok.infer.request import Output, TokenLogprobs
+
+
+class AnswerFailed(Exception):
+    """An error that ended one request in the engine, by a fault that is not its client's."""
+
+
+class TextOffsets:
+    """The place of each token in a text, in characters; of one that continues a character, that
+    character's. The ids `after` which the text begins are no part of it."""
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int]):
+        self._tokenizer, self._decoder = tokenizer, StreamDecoder(tokenizer, after)
+        self._length = 0
+
+    def next(self, token: int) -> int:
+        """The place of the next token."""
+        data, offset = self._tokenizer.piece_bytes(token), self._length
+        continues = data[:1] and 0x80 <= data[0] < 0xC0
+        if self._decoder.pending and data and not continues:
+            offset += 1  # U+FFFD, in place of a character that was only begun
+        self._length += len(self._decoder.push(token))
+        return offset
 
 
 class ResponseBuilder:
@@ -21,21 +43,21 @@ class ResponseBuilder:
         self.finish_reasons: list[str | None] = [None] * count
         self._answers: list[list[Output]] = [[] for _ in range(count)]
         self._prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = {}
-        self._offsets = [0] * count
+        self._offsets: dict[int, TextOffsets] = {}
         self._pending: dict[int, list[Output]] = {}
         self._begun: set[int] = set()
 
     def add(self, output: Output) -> list[dict[str, Any]]:
         """Takes an output of one of the engine's requests; returns choices of a stream event. That
         is one choice, except where answers were ahead of their prompt's log-probabilities, which
-        have to come first: none until then, and then all."""
+        have to come first: none until then, and then all. Raises AnswerFailed."""
+        if output.error is not None:
+            raise AnswerFailed(output.error)
         params = self.request.params
         prompt = int(output.request_id.rpartition("/")[2])
         index = prompt * params.n + output.choice
         if output.prompt_logprobs is not None:
             self._prompt_logprobs[prompt] = output.prompt_logprobs
-        if self.request.scores_only:
-            output = dataclasses.replace(output, text="", token_ids=(), logprobs=(), experts=())
         if output.text and index not in self._begun:
             self._begun.add(index)
             output = dataclasses.replace(output, text=output.text.removeprefix(self.request.lead))
@@ -69,7 +91,7 @@ class ResponseBuilder:
 
     def choices(self) -> list[dict[str, Any]]:
         """The complete answers, as a body that is not streamed has them."""
-        self._offsets = [0] * len(self._answers)
+        self._offsets = {}
         return [
             self._choice(index, answer, self.request.echo, complete=True)
             for index, answer in enumerate(self._answers)
@@ -103,9 +125,11 @@ class ResponseBuilder:
     def _completion_logprobs(
         self, index: int, tokens: Sequence[tuple[int, TokenLogprobs | None]]
     ) -> dict[str, Any]:
-        texts = (self._tokenizer.piece_bytes(token).decode(errors="ignore") for token, _ in tokens)
-        first = self._offsets[index]
-        *offsets, self._offsets[index] = itertools.accumulate(map(len, texts), initial=first)
+        if index not in self._offsets:
+            request = self.request
+            after = () if request.echo else request.prompts[index // request.params.n]
+            self._offsets[index] = TextOffsets(self._tokenizer, after)
+        offsets = self._offsets[index]
         return {
             "tokens": [self._token_text(token) for token, _ in tokens],
             "token_logprobs": [logprobs and logprobs.logprob for _, logprobs in tokens],
@@ -113,7 +137,7 @@ class ResponseBuilder:
                 logprobs and {self._token_text(token): value for token, value in logprobs.top}
                 for _, logprobs in tokens
             ],
-            "text_offset": offsets,
+            "text_offset": [offsets.next(token) for token, _ in tokens],
         }
 
     def _chat_token(self, logprobs: TokenLogprobs) -> dict[str, Any]:
@@ -136,3 +160,13 @@ class ResponseBuilder:
 def error_response(parameter: str | None, message: str, kind: str) -> dict[str, Any]:
     """The body of an error: `kind` is OpenAI's type of it, such as invalid_request_error."""
     return {"error": {"message": message, "type": kind, "param": parameter, "code": None}}
+
+
+def json_text(data: Any) -> str:
+    """JSON of whatever a client sent and an engine made, which UTF-8 can always hold."""
+    text = json.dumps(data, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
+        return json.dumps(data)
+    return text
