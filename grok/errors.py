@@ -81,6 +81,12 @@ class Diverged(GrokError):
         self.first, self.last = first, last
 
 
+class EngineError(GrokError):
+    """An engine that broke down; what it had not answered is lost."""
+
+    exit_code = RESTART
+
+
 class Lost(GrokError):
     """Another process of the run is gone, or never came; all of them start again."""
 

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +14,7 @@ from grok.batch.items import COLUMNS, INTERNAL, BatchItem, failure_key, read_ite
 from grok.batch.job_dir import Input, JobDir, scan_input
 from grok.config.infer import BatchConfig
 from grok.data.prepare.sources import RawRecord
-from grok.errors import SAVED, GrokError
+from grok.errors import SAVED, EngineError, GrokError
 from grok.hardware import configure_devices, has_tpu
 from grok.infer.loader import ServedModel
 from grok.infer.openai.responses import ResponseBuilder
@@ -104,7 +105,7 @@ class BatchRunner:
                 raise Stopped("asked to stop; the same command continues with the missing shards.")
             while more and self._engine.stats.waiting < MIN_WAITING:
                 more = self._submit_next(records)
-            for output in self._engine.step():
+            for output in self._step():
                 self._take(output)
             stats = self._engine.stats
             if stats.tokens_out:  # earlier time is compilation, and no part of the pace
@@ -112,6 +113,14 @@ class BatchRunner:
                 rates = {name: display.rate(name, count) for name, count in counts.items()}
                 texts = (f"{rate:,.0f} tokens/s {name}" for name, rate in rates.items())
                 display.update(done + self._lines, *texts)
+
+    def _step(self) -> list[Output]:
+        try:
+            return self._engine.step()
+        except Exception as error:
+            traceback.print_exception(error)
+            lost = distributed.lost_contact(error)
+            raise lost or EngineError(f"the engine broke down: {error}") from error
 
     def _submit_next(self, records: Iterator[tuple[int, int, RawRecord]]) -> bool:
         shard, index, record = next(records, (None, 0, None))
@@ -130,6 +139,7 @@ class BatchRunner:
         return True
 
     def _fail(self, shard: int, item: BatchItem, error: Exception) -> None:
+        """Writes why there is no answer: a RequestError, or a fault of ours."""
         self._shards[shard].counts.update(["failed", f"failures.{failure_key(error)}"])
         self._put(shard, item, item.error_line(error))
 
@@ -171,7 +181,8 @@ class BatchRunner:
 
 def run(config: BatchConfig, replica: Replica) -> None:
     """Answers the missing shards of a job, or of this replica's share of it. Raises ConfigError,
-    DataError and CheckpointError for what cannot work, FolderInUse, and Stopped."""
+    DataError and CheckpointError for what cannot work, FolderInUse, EngineError,
+    and Stopped."""
     share = replica.index, replica.count
     lock = distributed.hold_folder(config.output, share) if replica.writes else nullcontext()
     with lock:

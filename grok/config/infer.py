@@ -56,6 +56,21 @@ class BatchConfig(InferConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HttpConfig(Section):
+    """Limits of a server's connections."""
+
+    max_connections: Annotated[
+        Count, "connections at a time; one more closes the one that idles longest"
+    ] = 1000
+    header_timeout_seconds: Annotated[Positive, "time for the headers of a request"] = 30.0
+    body_timeout_seconds: Annotated[Positive, "time for the body of a request"] = 60.0
+    idle_timeout_seconds: Annotated[Count, "time between two requests of a connection"] = 60
+    write_timeout_seconds: Annotated[
+        Positive, "time in which a client must take something of its answer"
+    ] = 30.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig(InferConfig):
     """A server: its address, keys and limits."""
 
@@ -69,6 +84,7 @@ class ServeConfig(InferConfig):
     max_choices: Annotated[Count, "answers that one request may ask for"] = 16
     max_queue: Annotated[Count, "live requests; more are refused with 429"] = 256
     max_seconds: Annotated[Positive, "time limit of a request"] = 600.0
+    http: Annotated[HttpConfig, "limits of connections"] = HttpConfig()
     start_timeout_seconds: Annotated[
         CountOrZero, "end when the engine is not ready so long after the start; 0: never"
     ] = 3600

@@ -6,23 +6,23 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from importlib import resources
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from grok.config.infer import ServeConfig
-from grok.errors import RequestError
 from grok.infer.openai.requests import CompletionRequest, RequestParser
-from grok.infer.openai.responses import ResponseBuilder, error_response
+from grok.infer.openai.responses import AnswerFailed, ResponseBuilder, error_response
+from grok.serve.body import BodyParser
 from grok.serve.engine_thread import EngineFailed, EngineThread, Metrics, RequestHandle
+from grok.serve.responses import ENGINE_FAILED, HANDLED, HttpError, Json, to_response
 
 # The page is one file and shows answers as text: it may load nothing and send nothing elsewhere.
 PAGE_POLICY = (
@@ -30,40 +30,6 @@ PAGE_POLICY = (
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 )
 CHAT_PATH = "/v1/chat/completions"
-TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}
-DISCONNECTED = 499  # as in nginx's log; nobody reads this response
-ENGINE_FAILED = "the engine has broken down."
-
-
-class HttpError(Exception):
-    """A request that is refused, with the status and message of the response."""
-
-    def __init__(self, status: int, message: str, parameter: str | None = None):
-        super().__init__(message)
-        self.status, self.parameter = status, parameter
-
-
-HANDLED = (HttpError, RequestError, HTTPException, EngineFailed, ClientDisconnect)
-
-
-def to_response(request: Request, error: Exception) -> Response:
-    """The response to one of the HANDLED errors, with OpenAI's error body."""
-    status, message, parameter = 400, str(error), getattr(error, "parameter", None)
-    headers: Mapping[str, str] | None = None
-    match error:
-        case ClientDisconnect():
-            return Response(status_code=DISCONNECTED)
-        case HttpError():
-            status = error.status
-        case HTTPException():
-            status, message = error.status_code, f"{error.detail}: {request.url.path:.200}"
-            headers = error.headers
-        case EngineFailed():
-            status, message = 503, ENGINE_FAILED
-    error_type = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    body = error_response(parameter, message, error_type)
-    return JSONResponse(body, status, {**HEADERS.get(status, {}), **(headers or {})})
 
 
 class _Stream(StreamingResponse):
@@ -91,7 +57,8 @@ class App:
     ):
         """`name` is the model's; without `keys` anyone who reaches the server is answered."""
         self._config, self._name, self._engine, self._parser = config, name, engine, parser
-        self._keys = {_digest(key) for key in keys}
+        self._bodies = BodyParser(parser, config)
+        self._keys = {_digest(key.encode(errors="surrogateescape")) for key in keys}
         self._timeout_message = f"the answer took more than the {config.max_seconds:g} s allowed."
         self._metrics = Metrics(engine)
         self._created = int(time.time())
@@ -110,9 +77,7 @@ class App:
         self.asgi = Starlette(
             routes=routes,
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-            exception_handlers=dict.fromkeys(
-                HANDLED, lambda request, error: self._counted(request, to_response(request, error))
-            ),
+            exception_handlers=dict.fromkeys(HANDLED, self._refuse),
             lifespan=self._lifespan,
         )
 
@@ -121,6 +86,7 @@ class App:
         self._engine.start()
         yield
         self._engine.stop()
+        self._bodies.close()
 
     # ---- small routes
 
@@ -129,7 +95,7 @@ class App:
 
     async def _health(self, _: Request) -> Response:
         status = "failed" if self._engine.failed else "ok"
-        return JSONResponse({"status": status}, 503 if self._engine.failed else 200)
+        return Json({"status": status}, 503 if self._engine.failed else 200)
 
     async def _show_metrics(self, request: Request) -> Response:
         self._check_key(request)
@@ -139,19 +105,19 @@ class App:
         self._check_key(request)
         card = {"id": self._name, "object": "model", "created": self._created, "owned_by": "grok"}
         if "name" not in request.path_params:
-            return JSONResponse({"object": "list", "data": [card]})
+            return Json({"object": "list", "data": [card]})
         self._check_model(request.path_params["name"])
-        return JSONResponse(card)
+        return Json(card)
 
     # ---- completions
 
     async def _complete(self, request: Request) -> Response:
         began = asyncio.get_running_loop().time()
         self._check_key(request)
-        body = await self._body(request)
-        parse = self._parser.chat if request.url.path == CHAT_PATH else self._parser.completion
-        # Tokenizing a long prompt takes a while; other clients should not wait for it.
-        parsed = await asyncio.to_thread(parse, body)
+        body = await self._bodies.read(request)
+        if self._engine.live + self._bodies.parsing >= self._config.max_queue:
+            raise HttpError(429, "too many requests are under way; try again in a moment.")
+        parsed = await self._bodies.parse(body, chat=request.scope["path"] == CHAT_PATH)
         self._check_limits(parsed)
         key = secrets.token_hex(12)
         builder = ResponseBuilder(parsed, self._parser.tokenizer)
@@ -165,7 +131,7 @@ class App:
                 return self._counted(request, _Stream(events, stack.pop_all()))
             await _unless_disconnected(request, self._gather(handle, builder, began))
         response = {**head, "choices": builder.choices(), "usage": builder.usage()}
-        return self._counted(request, JSONResponse(response))
+        return self._counted(request, Json(response))
 
     async def _gather(self, handle: RequestHandle, builder: ResponseBuilder, began: float) -> None:
         try:
@@ -190,6 +156,8 @@ class App:
             yield _event(error_response(None, self._timeout_message, "timeout_error"))
         except EngineFailed:
             yield _event(error_response(None, ENGINE_FAILED, "server_error"))
+        except AnswerFailed as error:
+            yield _event(error_response(None, f"{error}.", "server_error"))
         if include_usage:
             yield _event({**head, "choices": [], "usage": builder.usage()})
         yield "data: [DONE]\n\n"
@@ -207,8 +175,10 @@ class App:
     # ---- checks
 
     def _check_key(self, request: Request) -> None:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if self._keys and (scheme.lower() != "bearer" or _digest(key.strip()) not in self._keys):
+        # As bytes: a key in UTF-8 is read as Latin-1 by the library, as the standard has it.
+        header = request.headers.get("authorization", "").encode("latin-1")
+        scheme, _, key = header.partition(b" ")
+        if self._keys and (scheme.lower() != b"bearer" or _digest(key.strip()) not in self._keys):
             raise HttpError(401, "the header Authorization should be `Bearer KEY`, of a key here.")
 
     def _check_model(self, name: str) -> None:
@@ -222,37 +192,15 @@ class App:
         if 0 < most < longest:
             message = f"a prompt has {longest} tokens; {most} at most are read here."
             raise HttpError(400, message, "messages" if parsed.chat else "prompt")
-        if self._engine.live >= self._config.max_queue:
-            raise HttpError(429, "too many requests are under way; try again in a moment.")
-
-    async def _body(self, request: Request) -> dict[str, Any]:
-        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type != "application/json":
-            raise HttpError(415, "the header Content-Type should be application/json.")
-        data, max_bytes = bytearray(), self._config.max_body_bytes
-        try:
-            async with asyncio.timeout(self._config.max_seconds):
-                async for chunk in request.stream():
-                    data += chunk
-                    if len(data) > max_bytes:
-                        raise HttpError(413, f"the body is larger than {max_bytes} bytes.")
-        except TimeoutError:
-            raise HttpError(408, "the body did not arrive in time.") from None
-        try:
-            body = json.loads(data.decode())
-        except UnicodeDecodeError as error:
-            raise HttpError(400, f"the body is not UTF-8 at byte {error.start}.") from None
-        except (ValueError, RecursionError) as error:
-            raise HttpError(400, f"the body is not JSON: {error}.") from None
-        if not isinstance(body, dict):
-            raise HttpError(400, "the body should be a JSON object.")
-        return body
 
     # ---- responses
 
+    async def _refuse(self, request: Request, error: Exception) -> Response:
+        return self._counted(request, to_response(request, error))
+
     def _counted(self, request: Request, response: Response) -> Response:
         known = {route.path for route in self.asgi.routes if isinstance(route, Route)}
-        path = request.url.path if request.url.path in known else "other"
+        path = path if (path := request.scope["path"]) in known else "other"
         self._metrics.requests.labels(path, response.status_code).inc()
         return response
 
@@ -280,6 +228,6 @@ def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-def _digest(key: str) -> bytes:
+def _digest(key: bytes) -> bytes:
     """A hash, of equal length for all keys, so that comparing them takes constant time."""
-    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+    return hashlib.sha256(key).digest()

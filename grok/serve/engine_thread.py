@@ -12,7 +12,6 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from grok.errors import RequestError
 from grok.infer.request import Output, Request, submit_all
 
 
@@ -26,11 +25,13 @@ class RequestHandle:
     def __init__(self, requests: Sequence[Request]):
         self.requests = requests
         self.unfinished = 0  # answers
+        self.live = True  # there is work for the engine
         self.outputs: asyncio.Queue[Output | Exception | None] = asyncio.Queue()
 
     async def next(self) -> Output | None:
         """Returns None once the engine has accepted the requests, then their outputs one by one.
-        Raises RequestError where it refuses them, EngineFailed where it broke."""
+        Raises RequestError where it refuses them, EngineFailed where it broke, and whatever else
+        went wrong as it took them."""
         if isinstance(item := await self.outputs.get(), Exception):
             raise item
         return item
@@ -49,7 +50,7 @@ class EngineThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.failed = False
         self.step_began: float | None = None  # by the monotonic clock; None between steps
-        self.live = 0  # handles inside `submit`
+        self.live = 0  # handles with work for the engine, whether or not a client reads the rest
 
     def start(self) -> None:
         """Begins; called in the event loop that will submit."""
@@ -72,8 +73,12 @@ class EngineThread:
         try:
             yield handle
         finally:
-            self.live -= 1
+            self._retire(handle)
             self._inbox.put(lambda: self._cancel(handle))
+
+    def _retire(self, handle: RequestHandle) -> None:
+        self.live -= handle.live
+        handle.live = False
 
     # ---- in the engine's thread
 
@@ -105,7 +110,7 @@ class EngineThread:
             if self.failed:
                 raise EngineFailed
             submit_all(self.engine, handle.requests)
-        except (EngineFailed, RequestError) as error:
+        except Exception as error:  # of these requests alone
             self._send([(handle, error)])
             return
         for request in handle.requests:
@@ -134,10 +139,13 @@ class EngineThread:
     def _send(self, items: Sequence[tuple[RequestHandle, Output | Exception | None]]) -> None:
         """Puts each item into its queue; all at once, as each waking of the loop takes time from
         the devices."""
+        finished = {handle for handle, item in items if item and not handle.unfinished}
 
         def put() -> None:
             for handle, item in items:
                 handle.outputs.put_nowait(item)
+            for handle in finished:
+                self._retire(handle)
 
         assert self._loop is not None
         # The loop is closed where the server has stopped in the meantime.

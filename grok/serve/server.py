@@ -1,9 +1,12 @@
 """Starts a server from its config, and stops it."""
 
+import asyncio
+import dataclasses
 import os
 import signal
 import socket
 import threading
+import traceback
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,23 +15,25 @@ import click
 import uvicorn
 
 from grok import distributed, storage
-from grok.config.infer import ServeConfig
-from grok.errors import SAVED, ConfigError, GrokError
+from grok.config.infer import HttpConfig, ServeConfig
+from grok.errors import SAVED, ConfigError, EngineError
 from grok.infer.loader import ServedModel
 from grok.serve.app import App
 from grok.serve.channel import FollowerChannel
+from grok.serve.connections import Connection, max_connections
 from grok.serve.engine_thread import EngineThread
 from grok.serve.replicated import ReplicatedEngine, follow, open_channel
 from grok.serve.watchdog import Watchdog
 
 KEYS_VARIABLE = "GROK_API_KEYS"
+TICKS_PER_SECOND = 10  # of uvicorn's main loop
 SHUTDOWN_SECONDS = 30  # for requests under way when the server is asked to stop
 
 
 def run(config: ServeConfig) -> int:
     """Serves until it is asked to stop; returns the exit code, SAVED. Of several processes, which
     all call this, process 0 serves and the others step its engine. Raises ConfigError, DataError
-    and CheckpointError for what cannot work, Lost, and GrokError where the engine breaks down."""
+    and CheckpointError for what cannot work, Lost, and EngineError."""
     several = distributed.process_count() > 1
     front = HttpFront(config) if distributed.is_primary() else None
     with Watchdog(config) as watchdog:
@@ -72,7 +77,7 @@ class HttpFront:
         watchdog: Watchdog,
         stop_requested: threading.Event,
     ) -> None:
-        """Answers until a signal or `stop_requested` ends it. Raises GrokError where the engine
+        """Answers until a signal or `stop_requested` ends it. Raises EngineError where the engine
         breaks down, and Lost where that is because another process is gone."""
         config = self._config
         name = config.name or Path(config.weights.rstrip("/")).name
@@ -88,16 +93,16 @@ class HttpFront:
 
         thread = EngineThread(engine, on_failure)
         watchdog.ready(lambda: thread.step_began)
-        server = make_server(
-            App(config, name, thread, model.parser(config.max_choices), self._keys)
-        )
+        app = App(config, name, thread, model.parser(config.max_choices), self._keys)
+        server = make_server(app, config.http)
         threading.Thread(target=stop_when_requested, daemon=True).start()
         host = f"[{config.host}]" if ":" in config.host else config.host
         _print(f"{name} answers at http://{host}:{self._listener.getsockname()[1]}")
         server.run(sockets=[self._listener])
         if broken:
+            traceback.print_exception(broken[0])
             error = distributed.lost_contact(broken[0])
-            raise error or GrokError(f"the engine broke down: {broken[0]}") from broken[0]
+            raise error or EngineError(f"the engine broke down: {broken[0]}") from broken[0]
 
 
 def bind(config: ServeConfig) -> socket.socket:
@@ -120,6 +125,15 @@ def bind(config: ServeConfig) -> socket.socket:
 class _Server(uvicorn.Server):
     """A server that finishes the requests under way at the first signal, and ends at the second."""
 
+    async def on_tick(self, counter: int) -> bool:
+        """Ends connections that are too slow, once a second; True to stop."""
+        if counter % TICKS_PER_SECOND == 0:
+            now = asyncio.get_running_loop().time()
+            connections: Any = self.server_state.connections
+            for connection in list(connections):
+                connection.check(now)
+        return await super().on_tick(counter)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Takes SIGINT or SIGTERM. Uvicorn's own would raise it again at the end."""
         self.should_exit = True
@@ -130,10 +144,24 @@ class _Server(uvicorn.Server):
         os.write(2, b"\nstopping when requests under way are answered, " + seconds)
 
 
-def make_server(app: App) -> uvicorn.Server:
+class _Settings(uvicorn.Config):
+    limits: HttpConfig
+
+
+def make_server(app: App, limits: HttpConfig) -> uvicorn.Server:
     """The HTTP server of an application, to be run on a bound socket."""
-    settings = uvicorn.Config(app.asgi, log_level="warning", server_header=False)
-    settings.timeout_graceful_shutdown = SHUTDOWN_SECONDS
+    settings = _Settings(
+        app.asgi,
+        http=Connection,
+        ws="none",
+        proxy_headers=False,
+        # Of a warning each request could make some; what is wrong with one is in its response.
+        log_level="error",
+        server_header=False,
+        timeout_keep_alive=limits.idle_timeout_seconds,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+    settings.limits = dataclasses.replace(limits, max_connections=max_connections(limits))
     return _Server(settings)
 
 
@@ -144,9 +172,10 @@ def read_keys(config: ServeConfig) -> list[str]:
     if config.api_keys_file:
         try:
             with storage.errors(f"api_keys_file={config.api_keys_file}", ConfigError):
-                text = storage.read_bytes(config.api_keys_file).decode()
+                text = storage.read_bytes(config.api_keys_file).decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ConfigError(f"api_keys_file={config.api_keys_file}: {error}.") from None
+            problem = f"api_keys_file={config.api_keys_file} is not UTF-8 at byte {error.start}"
+            raise ConfigError(f"{problem}; the same text as UTF-8 would work.") from None
         lines = [line.strip() for line in text.splitlines() if not line.startswith("#")]
         keys += filter(None, lines)
         if not keys:

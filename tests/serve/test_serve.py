@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from grok.config.infer import ServeConfig
+from grok.config.infer import HttpConfig, ServeConfig
 from grok.config.load import from_dict
 from grok.config.sampling import SamplingConfig
 from grok.data.chat.encoder import ChatEncoder
@@ -68,7 +68,7 @@ def serving(tokenizer: Tokenizer, keys: list[str], **settings) -> Iterator[Simpl
         config.max_choices,
     )
     app = App(config, "tiny", engine_thread, parser, keys)
-    server, listener = make_server(app), bind(config)
+    server, listener = make_server(app, config.http), bind(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     wait_until(lambda: server.started)
@@ -360,7 +360,7 @@ def test_another_method_is_refused_with_the_right_one(server):
 def test_asked_to_stop_it_says_so_and_asked_again_ends_at_once(server, monkeypatch, capfd):
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    stopping = make_server(server.app)
+    stopping = make_server(server.app, HttpConfig())
     stopping.handle_exit(signal.SIGTERM, None)
     assert stopping.should_exit
     assert handlers == dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_DFL)
