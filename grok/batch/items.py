@@ -83,13 +83,16 @@ def read_item(index: int, record: RawRecord, parser: RequestParser) -> BatchItem
 
 
 def plain_id(value: Any) -> Any:
-    """An id as JSON can hold it: as it is, or where it has a type that JSON lacks, such as a time
-    of Parquet's or NaN, as text."""
+    """An id as JSON can hold it: as it is, but for what JSON lacks, such as a time of Parquet's or
+    NaN, which becomes text."""
+
+    def text(part: Any) -> str:
+        return part.hex() if isinstance(part, bytes) else str(part)
+
     try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return value.hex() if isinstance(value, bytes) else str(value)
-    return value
+        return json.loads(json.dumps(value, default=text, allow_nan=False))
+    except ValueError:  # NaN
+        return text(value)
 
 
 def failure_key(error: Exception) -> str:

@@ -14,19 +14,12 @@ from grok.config import EngineConfig
 from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import Tokenizer
 from grok.errors import GrokError, RequestError
-from grok.infer.request import (
-    Completion,
-    Limits,
-    Output,
-    Request,
-    TokenLogprobs,
-    best_outputs,
-)
+from grok.infer.request import Completion, Limits, Output, Request, TokenLogprobs, best_outputs
 from grok.infer.scheduler import Chunk, ScheduledStep, Scheduler, SequenceState
 from grok.infer.shapes import EngineShapes
 from grok.infer.slot_state import set_banned, set_history
 from grok.infer.stats import EngineStats
-from grok.infer.step import StepResult, forward_and_sample, score_prompt
+from grok.infer.step import StepResult, clear_cache, forward_and_sample, score_prompt
 from grok.infer.step_inputs import StepInputs
 from grok.model.decoder import Decoder
 
@@ -267,6 +260,10 @@ class Engine:
         completion = sequence.completion
         scores = (entry.logprob for entry in completion.prompt_logprobs or () if entry)
         if not all(map(math.isfinite, (token.logprob, *scores))):
+            # Pages with what is no number would pass that on to whoever gets them next.
+            self._scheduler.preempt_all()
+            with jax.set_mesh(self._mesh):
+                self._cache = clear_cache(self._cache)
             raise GrokError(NOT_FINITE)
         if sequence.request.params.max_tokens == 0:  # the prompt's log-probabilities alone
             completion.finish("length")

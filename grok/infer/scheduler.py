@@ -89,6 +89,7 @@ class Scheduler:
     def __init__(self, groups: int, slots: int, num_pages: int, layout: PageLayout):
         """`slots`, `num_pages` and the chunks of `layout` are those of one group."""
         self.layout, self.page_size = layout, layout.page_size
+        self._num_pages = num_pages
         self.pools = [PagePool(num_pages) for _ in range(groups)]
         self.slots: list[list[SequenceState | None]] = [[None] * slots for _ in range(groups)]
         self.waiting: collections.deque[SequenceState] = collections.deque()
@@ -109,6 +110,12 @@ class Scheduler:
             self._free_slot(sequence)
         elif not sequence.exhausted:
             self.waiting.remove(sequence)
+
+    def preempt_all(self) -> None:
+        """Takes the pages of all sequences, and forgets what pages hold: all is computed again."""
+        for sequence in reversed(self.running()):
+            self._preempt(sequence)
+        self.pools = [PagePool(self._num_pages) for _ in self.pools]
 
     def running(self, group: int | None = None) -> list[SequenceState]:
         """Sequences in slots, oldest first."""
@@ -227,12 +234,14 @@ class Scheduler:
         """Ensures a page for the next token, preempting the youngest sequence where there is none;
         False where that is this one."""
         while sequence.group >= 0 and not self._has_page(sequence):
-            youngest = self.running(sequence.group)[-1]
-            self._free_slot(youngest)
-            youngest.computed = 0
-            self.waiting.appendleft(youngest)
-            self.preempted += 1
+            self._preempt(self.running(sequence.group)[-1])
         return sequence.group >= 0
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        self._free_slot(sequence)
+        sequence.computed = 0
+        self.waiting.appendleft(sequence)
+        self.preempted += 1
 
     def _release_unneeded(self) -> None:
         """Releases the slots of sequences of which all was scheduled, and the pages that no further

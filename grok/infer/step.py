@@ -87,6 +87,12 @@ def score_prompt(
     return jax.lax.optimization_barrier(((logprob, top, top_logprob), slots))
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def clear_cache(cache: PagedCache) -> PagedCache:
+    """The cache with zeros in all its pages."""
+    return jax.tree.map(jnp.zeros_like, cache)
+
+
 def _replicate(array: jax.Array) -> jax.Array:
     return sharding.constrain(array, *(None,) * array.ndim)
 

@@ -1,6 +1,8 @@
 """`grok batch`: what is asked is answered, line for line, and what is wrong is said of its line."""
 
 import dataclasses
+import datetime
+import decimal
 import gzip
 import json
 import random
@@ -17,11 +19,13 @@ from grok.config import EngineConfig, MeshConfig
 from grok.config.infer import BatchConfig
 from grok.config.load import load_config
 from grok.config.sampling import SamplingConfig
-from grok.errors import SAVED, ConfigError, DataError
+from grok.errors import RESTART, SAVED, ConfigError, DataError, EngineError, GrokError
+from grok.infer import loader
 from grok.weights.huggingface.export import export_huggingface
 from tests.batch.jobs import Killed, Process, answer, lines, write_lines
 from tests.emulator import bucket
 from tests.fixtures.random_weights import RandomSource
+from tests.infer.fake_engine import FakeEngine
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
@@ -87,6 +91,9 @@ def test_what_is_wrong_with_a_request_is_said_of_it_and_the_job_goes_on(
     bad = {
         b'{"prompt": "The", "temprature": 1}': ("temprature", "did you mean temperature?"),
         b'{"prompt": "The", "temperature": "hot"}': ("temperature", "must be a number"),
+        b'{"prompt": "The", "temperature": 1%b}' % (b"0" * 400): ("temperature", "a number"),
+        b'{"prompt": "The", "n": 1%b}' % (b"0" * 400): ("n", "at most 1e+09"),
+        b'{"id": NaN, "prompt": "The", "\\ud800": 1}': ("\ud800", "there is no parameter"),
         b'{"prompt": "The", "max_tokens": 3.5}': ("max_tokens", "must be an integer"),
         b'{"prompt": "The", "max_tokens": 500}': ("max_tokens", "longer than the model's context"),
         b'{"prompt": ""}': ("prompt", "the prompt is empty"),
@@ -117,11 +124,10 @@ def test_what_is_wrong_with_a_request_is_said_of_it_and_the_job_goes_on(
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["answered"], summary["failed"]) == (1, len(bad))
     assert summary["failures"]["record"] == 3
-    assert summary["failures"]["unknown parameter"] == 1
+    assert summary["failures"]["unknown parameter"] == 2
     said = capsys.readouterr().out
-    assert (
-        f"1 of {len(bad) + 1} requests answered, {len(bad)} failed (prompt 5, record 3, max" in said
-    )
+    counts = f"1 of {len(bad) + 1} requests answered, {len(bad)} failed"
+    assert f"{counts} (prompt 5, record 3, unknown parameter 2, tem" in said
     assert f"; {summary['prompt_tokens']} tokens in, 5 out: see {config.output}\n" in said
 
 
@@ -289,6 +295,86 @@ def test_input_that_cannot_be_used(config, tmp_path, monkeypatch, name, text, wo
     name_in_config = name if name == "in.txt" else "in.jsonl"
     with pytest.raises(DataError, match=words):
         answer(dataclasses.replace(config, input=(str(tmp_path / name_in_config),)), monkeypatch)
+
+
+def test_input_that_breaks_off_is_refused(config, tmp_path, monkeypatch):
+    whole = gzip.compress(b"".join(b'{"prompt": "The %d"}\n' % n for n in range(1000)))
+    (tmp_path / "in.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    job = dataclasses.replace(config, input=(str(tmp_path / "in.jsonl.gz"),))
+    with pytest.raises(DataError, match=r"in.jsonl.gz: the gzip data breaks off before its end"):
+        answer(job, monkeypatch)
+    (tmp_path / "in.parquet").write_bytes(b"PAR1")
+    job = dataclasses.replace(config, input=(str(tmp_path / "in.parquet"),))
+    with pytest.raises(DataError, match=r"in.parquet: the file is no Parquet or damaged"):
+        answer(job, monkeypatch)
+
+
+def test_ids_of_any_type_come_back(config, tmp_path, monkeypatch):
+    ids = {
+        "time": (datetime.datetime(2024, 5, 1, 12), "2024-05-01 12:00:00"),
+        "bytes": (b"\x01\xff", "01ff"),
+        "decimal": (decimal.Decimal("1.50"), "1.50"),
+        "struct": ({"day": datetime.date(2024, 5, 1)}, {"day": "2024-05-01"}),
+        "nan": (float("nan"), "nan"),
+        "list": ([1, 2], [1, 2]),
+    }
+    for name, (value, expected) in ids.items():
+        table = pyarrow.table({"id": [value], "prompt": ["The"]})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+        job = dataclasses.replace(
+            config, input=(str(tmp_path / f"{name}.parquet"),), output=str(tmp_path / name)
+        )
+        (line,) = answer(job, monkeypatch)
+        assert (line["id"], len(line["choices"])) == (expected, 1)
+
+
+class Faulty(FakeEngine):
+    """Fails inside the second request that is submitted, in answers to the third, and in no other;
+    or breaks down."""
+
+    def __init__(self, tokenizer, breaks: bool = False):
+        super().__init__(tokenizer)
+        self._breaks = breaks
+
+    def submit(self, request):
+        if request.id.startswith("1/"):
+            raise ArithmeticError("no such sum")
+        super().submit(request)
+
+    def step(self):
+        if self._breaks:
+            raise RuntimeError("out of memory")
+        return [
+            dataclasses.replace(output, finish_reason="error", error="it cannot be decoded")
+            if output.request_id == "2/1"
+            else output
+            for output in super().step()
+        ]
+
+
+def test_a_fault_inside_one_request_fails_it_alone(config, tmp_path, monkeypatch):
+    write_lines(tmp_path / "in.jsonl", [{"prompt": ["The", "A"]}] * 4)
+    monkeypatch.setattr(loader.ServedModel, "engine", lambda self, log: Faulty(self.tokenizer))
+    with pytest.raises(GrokError, match=r"2 requests failed by no fault of theirs; their lines in"):
+        run(config, Replica(0, 1, True, False))
+    answered = lines(tmp_path / "out")
+    assert [len(line.get("choices", ())) for line in answered] == [2, 0, 0, 2]
+    errors = [answered[n]["error"] for n in (1, 2)]
+    assert [error["message"] for error in errors] == ["no such sum", "it cannot be decoded"]
+    assert {error["type"] for error in errors} == {"server_error"}
+
+
+def test_an_engine_that_breaks_down_ends_the_job_to_be_started_again(
+    config, tmp_path, monkeypatch, capsys
+):
+    write_lines(tmp_path / "in.jsonl", [{"prompt": "The"}])
+    monkeypatch.setattr(
+        loader.ServedModel, "engine", lambda self, log: Faulty(self.tokenizer, breaks=True)
+    )
+    with pytest.raises(EngineError, match="the engine broke down: out of memory") as caught:
+        run(config, Replica(0, 1, True, False))
+    assert caught.value.exit_code == RESTART
+    assert "RuntimeError" in capsys.readouterr().err
 
 
 def test_an_output_that_is_a_file_is_refused(config, tmp_path, monkeypatch):

@@ -1,13 +1,10 @@
 """`grok serve` over loopback, asked by OpenAI's client and by others that mean no good."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import signal
-import threading
-import time
-from collections.abc import Iterator
-from types import SimpleNamespace
 
 import httpx
 import openai
@@ -16,79 +13,15 @@ import pytest
 from grok.config.infer import HttpConfig, ServeConfig
 from grok.config.load import from_dict
 from grok.config.sampling import SamplingConfig
-from grok.data.chat.encoder import ChatEncoder
-from grok.data.chat.template import ChatTemplate
 from grok.data.tokenizers import Tokenizer, load_tokenizer
 from grok.errors import ConfigError, RequestError
 from grok.infer.loader import find_chat
 from grok.infer.openai.requests import RequestParser
 from grok.infer.openai.responses import ResponseBuilder
 from grok.infer.request import Output, TokenLogprobs
-from grok.serve.app import App
-from grok.serve.engine_thread import EngineThread
 from grok.serve.server import bind, make_server, read_keys
 from tests.fixtures.chat_templates import make_release
-from tests.infer.fake_engine import FakeEngine
-
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-KEY = "correct horse"
-
-
-class Gated(FakeEngine):
-    """Steps only while its gate is open, and breaks down on demand."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        super().__init__(tokenizer)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.broken = False
-        self.cancelled: set[str] = set()
-
-    def step(self):
-        if self.broken:
-            raise RuntimeError("out of memory")
-        return super().step() if self.gate.wait(0.01) else []
-
-    def cancel(self, request_id: str) -> None:
-        self.cancelled.add(request_id)
-        super().cancel(request_id)
-
-
-@contextlib.contextmanager
-def serving(tokenizer: Tokenizer, keys: list[str], **settings) -> Iterator[SimpleNamespace]:
-    config = ServeConfig(weights="runs/tiny", port=0, **settings)
-    engine = Gated(tokenizer)
-    failures: list[BaseException] = []
-    engine_thread = EngineThread(engine, failures.append)
-    parser = RequestParser(
-        tokenizer,
-        config.sampling,
-        128,
-        ChatEncoder(ChatTemplate(TEMPLATE, "chat_template"), tokenizer),
-        config.max_choices,
-    )
-    app = App(config, "tiny", engine_thread, parser, keys)
-    server, listener = make_server(app, config.http), bind(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    wait_until(lambda: server.started)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    client = openai.OpenAI(api_key=KEY, base_url=f"{url}/v1", max_retries=0)
-    http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"})
-    with client, http:
-        yield SimpleNamespace(
-            client=client, http=http, engine=engine, engine_thread=engine_thread, url=url, app=app
-        )
-        engine.gate.set()
-    server.should_exit = True
-    thread.join()
-
-
-def wait_until(reached) -> None:
-    until = time.monotonic() + 20
-    while not reached():
-        assert time.monotonic() < until
-        time.sleep(0.005)
+from tests.serve.served import KEY, serving, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +212,30 @@ BAD = {
     "nested too deeply": (400, "not JSON", {"data": b"[" * 3900}),
     "no object": (400, "should be a JSON object", {"json": [GOOD]}),
     "too large": (413, "larger than 4000 bytes", body(prompt="x" * 4000)),
+    "digits without end": (
+        400,
+        "temperature=1000",
+        {"data": b'{"prompt": "The", "temperature": 1%b}' % (b"0" * 400)},
+    ),
+    "a penalty beyond 32 bits": (400, "at most 3e+38", body(presence_penalty=1e39)),
+    "a number beyond 64 bits": (400, "at most 1", {"data": b'{"prompt": "a", "min_p": 1e999}'}),
+    "a name of half a surrogate": (
+        400,
+        "there is no parameter '\\ud800'",
+        {"data": b'{"prompt": "The", "\\ud800": 1}'},
+    ),
+    "a model of half a surrogate": (
+        404,
+        "there is no model '\\ud800'",
+        {"data": b'{"prompt": "The", "model": "\\ud800"}'},
+    ),
+    "a stop of half a surrogate": (
+        400,
+        "valid Unicode",
+        {"data": b'{"prompt": "The", "stop": "\\ud800"}'},
+    ),
+    "more stop texts than are compared": (400, "a list of 64 at most", body(stop=["a"] * 65)),
+    "a host that is no address": (400, None, {"headers": {"Host": "localhost:["}, **body()}),
     "another model": (404, "there is no model 'gpt-4'", body(model="gpt-4")),
     "no prompt": (400, "prompt should be a text", {"json": {"model": "tiny"}}),
     "an empty prompt": (400, "the prompt is empty", body(prompt="")),
@@ -429,7 +386,8 @@ def test_an_address_that_is_taken_or_none_is_refused_before_anything_slow():
 def test_keys_of_the_environment_and_of_a_file(monkeypatch, tmp_path):
     monkeypatch.setenv("GROK_API_KEYS", "one two")
     file = tmp_path / "keys"
-    file.write_text("# of the team\nthree four\n\nfive\n")
+    # As Windows' editors write it.
+    file.write_bytes(b"\xef\xbb\xbf# of the team\r\nthree four\r\n\r\nfive\r\n")
     config = ServeConfig(weights="w", host="0.0.0.0", api_keys_file=str(file))
     assert read_keys(config) == ["one", "two", "three four", "five"]
 
@@ -450,3 +408,58 @@ def test_a_stream_has_no_ends_of_lines_but_its_own(server):
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     texts = [json.loads(line)["choices"][0]["text"] for line in lines[:-1]]
     assert "".join(texts).startswith(prompt)
+
+
+def test_the_first_key_of_a_file_with_a_byte_order_mark_is_let_in(tokenizer, tmp_path):
+    (tmp_path / "keys").write_bytes("\ufeffschlüssel\r\nother\r\n".encode())
+    keys = read_keys(ServeConfig(weights="w", api_keys_file=str(tmp_path / "keys")))
+    with serving(tokenizer, keys) as server:
+        for key, status in {"schlüssel": 200, "other": 200, "\ufeffschlüssel": 401}.items():
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == status
+    (tmp_path / "keys").write_bytes("key".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"is not UTF-8 at byte 0; the same text as UTF-8"):
+        read_keys(ServeConfig(weights="w", api_keys_file=str(tmp_path / "keys")))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_inside_one_request_is_told_to_it_alone(server, monkeypatch, stream):
+    step = server.engine.step
+
+    def fail(outputs: list[Output]) -> list[Output]:
+        return [
+            dataclasses.replace(output, finish_reason="error", error="it cannot be decoded")
+            if output.request_id.endswith("/1")
+            else output
+            for output in outputs
+        ]
+
+    monkeypatch.setattr(server.engine, "step", lambda: fail(step()))
+    request = {**GOOD, "prompt": ["The", "A"], "stream": stream}
+    answer = server.http.post("/v1/completions", json=request)
+    assert answer.status_code == (200 if stream else 500)
+    error = {"message": "it cannot be decoded.", "type": "server_error"}
+    body = answer.text if stream else answer.json()
+    if stream:
+        events = [line.removeprefix("data: ") for line in body.splitlines() if line]
+        body = json.loads(events[-2])
+    assert error.items() <= body["error"].items()
+    assert server.http.post("/v1/completions", json=GOOD).status_code == 200
+    wait_until(lambda: server.engine_thread.live == 0)
+
+
+@pytest.mark.parametrize("part", ["submit", "parse"])
+def test_a_fault_of_the_server_is_a_response_and_not_the_end(server, monkeypatch, capfd, part):
+    def fail(*_):
+        raise ArithmeticError("no such sum")
+
+    if part == "submit":
+        monkeypatch.setattr(server.engine, "submit", fail)
+    else:
+        monkeypatch.setattr(RequestParser, "completion", fail)
+    answer = server.http.post("/v1/completions", json=GOOD)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    monkeypatch.undo()
+    assert server.http.post("/v1/completions", json=GOOD).status_code == 200
+    assert server.engine_thread.live == 0
