@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from grok import sharding
-from grok.checkpoint.manager import Checkpoints, RetentionPolicy
+from grok.checkpoint.manager import Checkpoints
+from grok.checkpoint.retention import RetentionPolicy
 from grok.config import DataConfig, RunConfig
 from grok.config.load import load_config, to_dict
 from grok.data.device_feed import shard_batch

@@ -111,6 +111,22 @@ def broadcast_from_primary(make: Callable[[], Any]) -> Any:
     return json.loads(_store().blocking_key_value_get(key, FOREVER_MS))
 
 
+def first_of_any(value: Any) -> Any:
+    """Returns, in every process, the `value`, plain data, of the first process where it is not
+    None. A collective."""
+    if process_count() == 1:
+        return value
+    key = f"grok/values/{next(_call_numbers)}"
+    _store().key_value_set(f"{key}/{process_index()}", json.dumps(value))
+
+    def first() -> Any:
+        keys = (f"{key}/{process}" for process in range(process_count()))
+        values = (json.loads(_store().blocking_key_value_get(k, FOREVER_MS)) for k in keys)
+        return next((value for value in values if value is not None), None)
+
+    return broadcast_from_primary(first)
+
+
 def compile_in_lockstep(jitted: Any, *arguments: Any) -> None:
     """Compiles in every process before any runs: CPU collectives time out after half a minute."""
     jitted.lower(*arguments).compile()

@@ -55,8 +55,8 @@ ALLOWED = {
     "__main__": ("cli",),
 }
 
-# Packages that one module alone may import.
-ONE_IMPORTER = {"orbax": "checkpoint.manager"}
+# Packages that modules of one layer alone may import.
+ONE_IMPORTER = {"orbax": "checkpoint"}
 
 # What a command may import before it runs, besides the standard library and other commands: its
 # help must answer at once.
@@ -99,7 +99,7 @@ def judge(module: str, layer: str, found: Import, files: dict[str, Path]) -> str
     package = found.name.split(".")[0]
     if found.name == "grok.__version__":
         return None
-    if package in ONE_IMPORTER and module != f"grok.{ONE_IMPORTER[package]}":
+    if package in ONE_IMPORTER and layer != ONE_IMPORTER[package]:
         return f"only grok.{ONE_IMPORTER[package]} may import {package}."
     if package == "grok" and found.name not in files:
         return f"{found.name} is no module; import from the file that defines it."

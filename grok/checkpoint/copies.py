@@ -13,25 +13,28 @@ from grok.weights import exchange
 from grok.weights.read_plan import MeshProcesses, Move, ReadPlan, spec_of, split_axes
 from grok.weights.transfer import MeshDevices
 
+Leaves = dict[str, jax.ShapeDtypeStruct]
 
-def restore_once(tree: dict, stored: dict, restore: Callable[[dict], dict]) -> dict:
-    """The arrays of `tree`, nested dictionaries of abstract arrays with shardings, that `restore`
-    reads in any sharding. `stored` has Orbax's metadata of each."""
-    plans = jax.tree.map(_plan, tree, stored)
-    arrays = restore(jax.tree.map(_as_read, tree, plans))
-    leaves, structure = jax.tree.flatten(arrays)
-    del arrays
-    pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(plans), strict=True))
-    for index, (leaf, plan) in enumerate(pairs):
+
+def read_once(
+    leaves: Leaves,
+    chunk_shape: Callable[[str], tuple[int, ...]],
+    read: Callable[[Leaves], dict[str, jax.Array]],
+) -> dict[str, jax.Array]:
+    """The arrays of `leaves`, by name, that `read` reads in any sharding. Parts of an array are
+    read in multiples of its `chunk_shape`."""
+    plans = {name: _plan(leaf, chunk_shape(name)) for name, leaf in leaves.items()}
+    arrays = read({name: _as_read(leaf, plans[name]) for name, leaf in leaves.items()})
+    for name, leaf in leaves.items():
         # One at a time, each in the place of what was read.
-        leaves[index] = _gather(leaves[index], leaf, plan)
-    return jax.tree.unflatten(structure, leaves)
+        arrays[name] = _gather(arrays[name], leaf, plans[name])
+    return arrays
 
 
-def plan_copies(leaf: Any, chunk: tuple[int, ...] | None, mesh: MeshProcesses) -> ReadPlan:
+def plan_copies(leaf: Any, chunk: tuple[int, ...], mesh: MeshProcesses) -> ReadPlan:
     """The plan to restore an array in one batch: mesh axes along which other hosts hold copies
     split the first dimension whose shards are then still multiples of the file's chunks."""
-    staying, steps = split_axes(spec_of(leaf), len(leaf.shape)), chunk or (1,) * len(leaf.shape)
+    staying, steps = split_axes(spec_of(leaf), len(leaf.shape)), chunk
     ones = (1,) * len(leaf.shape)
     plan = ReadPlan(leaf.shape, tuple(mesh.sizes.items()), staying, (), leaf.shape, ones)
     lengths, moves = list(plan.shard), []
@@ -51,10 +54,9 @@ def _processes(mesh: Mesh | None) -> MeshProcesses:
     return MeshDevices(mesh).processes
 
 
-def _plan(leaf: jax.ShapeDtypeStruct, metadata: Any) -> ReadPlan:
+def _plan(leaf: jax.ShapeDtypeStruct, chunk: tuple[int, ...]) -> ReadPlan:
     mesh = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
-    storage = getattr(metadata, "storage", None)
-    return plan_copies(leaf, storage and storage.chunk_shape, _processes(mesh))
+    return plan_copies(leaf, chunk, _processes(mesh))
 
 
 def _as_read(leaf: jax.ShapeDtypeStruct, plan: ReadPlan) -> jax.ShapeDtypeStruct:

@@ -1,26 +1,26 @@
-"""Checkpoints of a run through Orbax; the only file that imports it. A checkpoint is a set of named
-pytrees of arrays, stored by attribute names, plus plain data."""
+"""Checkpoints of a run, saved through Orbax. A checkpoint is a set of named pytrees of arrays,
+stored by attribute names, plus plain data."""
 
-import dataclasses
-import itertools
 import json
 import logging
-import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from grok import storage
-from grok.checkpoint import integrity
-from grok.checkpoint.copies import restore_once
-from grok.checkpoint.tree_names import from_names, lead_axes, leaf_shapes, to_names
-from grok.distributed import broadcast_from_primary, process_count
+from grok.checkpoint import damaged
+from grok.checkpoint.array_reads import ArrayReads
+from grok.checkpoint.copies import read_once
+from grok.checkpoint.orbax_format import checkpoint_path, reporting, tree_handler
+from grok.checkpoint.retention import RetentionPolicy
+from grok.checkpoint.tree_names import from_names, lead_axes, leaves_by_name, to_names
+from grok.distributed import broadcast_from_primary, first_of_any, process_count
 from grok.errors import CheckpointError, DamageError, SaveError
 from grok.model.param_spec import ParamSpec
 from grok.storage import StrPath, join
@@ -31,32 +31,6 @@ META = "meta"
 POLL_SECONDS = 0.05
 # A host's 119 GB of a training state of 3.8 TB take so long at 17 MB/s.
 SAVE_TIMEOUT_SECONDS = 2 * 3600
-# Folder that damaged checkpoints are moved to.
-DAMAGED = "damaged"
-
-
-@dataclasses.dataclass(frozen=True)
-class RetentionPolicy:
-    """Retains the `last` checkpoints, every `every`-th step, and the `best` by the lowest `metric`.
-    0 means none of a kind. A checkpoint stays if any of the three rules retains it."""
-
-    last: int
-    every: int = 0
-    best: int = 0
-    metric: str = "validation_loss"
-
-    # Of each step that has some; grows while a run saves.
-    metrics: dict[int, Mapping[str, float]] = dataclasses.field(default_factory=dict)
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
-        """Tells Orbax for each of the checkpoints whether it stays."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        newest = sorted(steps)[-self.last :]
-        permanent = [step for step in steps if self.every and step % self.every == 0]
-        values = {step: self.metrics.get(step, {}).get(self.metric, math.nan) for step in steps}
-        ranked = sorted((value, step) for step, value in values.items() if not math.isnan(value))
-        best = [step for _, step in ranked[: self.best]]
-        return [step in {*newest, *permanent, *best} for step in steps]
 
 
 class Checkpoints:
@@ -74,20 +48,18 @@ class Checkpoints:
         self._metrics = retention.metrics if retention else {}
         with storage.errors(self.folder, CheckpointError, "checkpoints cannot be kept there"):
             storage.configure_clients(folder)
-            handlers = {name: ocp.StandardCheckpointHandler() for name in TREES}
+            handlers = {name: tree_handler() for name in TREES}
             handlers[META] = ocp.JsonCheckpointHandler()
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 item_handlers={
-                    name: _reporting(handler, self._failures) for name, handler in handlers.items()
+                    name: reporting(handler, self._failures) for name, handler in handlers.items()
                 },
                 options=ocp.CheckpointManagerOptions(
                     create=retention is not None,
                     preservation_policy=retention,
-                    async_options=ocp.AsyncOptions(
-                        timeout_secs=SAVE_TIMEOUT_SECONDS,
-                        post_finalization_callback=self._list_files,
-                    ),
+                    temporary_path_class=checkpoint_path(self.folder),
+                    async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT_SECONDS),
                 ),
             )
         if retention is not None and retention.best:
@@ -101,15 +73,30 @@ class Checkpoints:
     def newest_good(self, log: Callable[[str], object]) -> int | None:
         """The newest step whose files are as they were saved; None where nothing was saved yet.
         Damaged steps after it move to the folder `damaged`, and unfinished saves are deleted; `log`
-        is called in process 0 with a sentence for each. Raises CheckpointError where checkpoints
-        cannot be read, or all of them are damaged."""
-        newest, damaged = broadcast_from_primary(lambda: self._search(log))
+        is called in process 0 with a sentence for each. The chunks of arrays are looked at when
+        they are read. Raises CheckpointError where checkpoints cannot be read, or all of them are
+        damaged."""
+        newest, any_damaged = broadcast_from_primary(lambda: damaged.newest_good(self.folder, log))
         self._manager.reload()
-        if newest is None and damaged:
+        if newest is None and any_damaged:
             raise CheckpointError(
-                f"{self.folder} has damaged checkpoints only, now in {join(self.folder, DAMAGED)}; "
-                "another folder would begin anew."
+                f"{self.folder} has damaged checkpoints only, now in "
+                f"{join(self.folder, damaged.DAMAGED)}; another folder would begin anew."
             )
+        return newest
+
+    def set_aside(self, step: int, error: DamageError, log: Callable[[str], object]) -> int:
+        """Moves the checkpoint of `step` to the folder `damaged`, as `restore` failed with `error`,
+        and returns the newest good one before it. `log` is called as by `newest_good`, which this
+        raises as well."""
+
+        def move() -> None:
+            with storage.errors(self.folder, CheckpointError, "checkpoints cannot be moved"):
+                log(damaged.set_aside(self.folder, step, f"cannot be restored ({error})"))
+
+        broadcast_from_primary(move)
+        newest = self.newest_good(log)
+        assert newest is not None
         return newest
 
     def save(
@@ -131,7 +118,7 @@ class Checkpoints:
             return ocp.SaveArgs(shard_axes=lead_axes(path, leaf, specs))
 
         items = {
-            name: ocp.args.StandardSave(tree, jax.tree_util.tree_map_with_path(in_matrices, tree))
+            name: ocp.args.PyTreeSave(tree, jax.tree_util.tree_map_with_path(in_matrices, tree))
             for name, tree in names.items()
         }
         self._saving, self._metrics[step] = step, metrics or {}
@@ -170,20 +157,20 @@ class Checkpoints:
     def restore(self, step: int, trees: dict) -> dict:
         """Reads the named trees of `step`. `trees` holds, for each, a pytree of
         `jax.ShapeDtypeStruct` with shardings: arrays arrive in that shape, type and place. Raises
-        CheckpointError naming the tensors that are missing or of another shape."""
-        names = {name: to_names(tree) for name, tree in trees.items()}
-        stored = self._manager.item_metadata(step)
-        for name, tree in names.items():
-            self._check(step, name, tree, stored.get(name))
-        in_files = {name: stored[name].tree for name in names}
+        CheckpointError naming the tensors that are missing or of another shape, and in every
+        process DamageError, naming a tensor, where bytes are not as they were saved."""
+        targets = leaves_by_name(trees)
 
-        def read(targets: dict) -> dict:
-            items = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
-            arrays = self._read(step, ocp.args.Composite(**items))
-            return {name: arrays[name] for name in names}
+        def open_items() -> ArrayReads:
+            reads = ArrayReads.open(self.path(step), list(trees))
+            self._check(step, targets, reads)
+            return reads
 
-        arrays = restore_once(names, in_files, read)
-        return {name: from_names(tree, arrays[name]) for name, tree in trees.items()}
+        reads = _together(open_items)
+        arrays = read_once(
+            targets, reads.chunk_shape, lambda leaves: _together(lambda: reads.read(leaves))
+        )
+        return from_names(trees, arrays)
 
     def steps(self) -> list[int]:
         """All steps whose save finished, oldest first."""
@@ -214,77 +201,28 @@ class Checkpoints:
             message = f"{self.path(step)} cannot be read as a checkpoint: {reason(error)}."
             raise DamageError(message) from error
 
-    def _search(self, log: Callable[[str], object]) -> tuple[int | None, bool]:
-        """The newest undamaged step, and True where the folder `damaged` has any."""
-        with storage.errors(self.folder, CheckpointError, "checkpoints cannot be read"):
-            if not storage.exists(self.folder):
-                return None, False
-            self._delete_unfinished(log)
-            present = storage.list_files(self.folder)
-            for step in sorted((int(name) for name in present if name.isdecimal()), reverse=True):
-                problem = integrity.find_damage(self.path(step))
-                if problem is None:
-                    return step, False
-                log(self._move_to_damaged(step, problem))
-            return None, storage.exists(join(self.folder, DAMAGED))
-
-    def _move_to_damaged(self, step: int, problem: str) -> str:
-        names = itertools.chain([f"{step}"], (f"{step}.{number}" for number in itertools.count(2)))
-        targets = (join(self.folder, DAMAGED, name) for name in names)
-        target = next(target for target in targets if not storage.exists(target))
-        storage.move(self.path(step), target)
-        return f"the checkpoint of step {step} {problem}; it is now in {target}"
-
-    def _delete_unfinished(self, log: Callable[[str], object]) -> None:
-        for name, size in storage.list_files(self.folder).items():
-            folder = join(self.folder, name)
-            if size is None and integrity.is_unfinished(folder):
-                storage.remove(folder)
-                log(f"{folder} was not saved to its end, and is deleted")
-
-    def _list_files(self) -> None:
-        """Called by Orbax when all files are written, just before the checkpoint appears."""
-        if storage.is_remote(self.folder):
-            integrity.write_list(self.path(cast(int, self._saving)))
-            return
-        (unfinished,) = Path(self.folder).glob(f"{self._saving}{integrity.UNFINISHED}*")
-        integrity.write_list(unfinished)
-
-    def _check(self, step: int, name: str, expected: dict, stored) -> None:
-        path = join(self.path(step), name)
-        if stored is None:
-            raise CheckpointError(f"{path} is missing: this checkpoint holds no such tree.")
-        in_checkpoint, in_model = leaf_shapes(stored.tree), leaf_shapes(expected)
-        for tensor in in_model.keys() | in_checkpoint.keys():
-            if in_checkpoint.get(tensor) != in_model.get(tensor):
+    def _check(self, step: int, targets: Mapping[str, Any], reads: ArrayReads) -> None:
+        """Raises CheckpointError where the arrays that are stored are not those of `targets`."""
+        in_checkpoint = reads.shapes
+        for name in targets.keys() | in_checkpoint.keys():
+            item, _, tensor = name.partition("/")
+            expected = targets[name].shape if name in targets else "absent"
+            if in_checkpoint.get(name, "absent") != expected:
                 raise CheckpointError(
-                    f"{path}: tensor {tensor} is {in_checkpoint.get(tensor, 'absent')} there and "
-                    f"{in_model.get(tensor, 'absent')} in the model of this config; "
-                    "the config's model section must be the one it was trained with."
+                    f"{join(self.path(step), item)}: tensor {tensor} is "
+                    f"{in_checkpoint.get(name, 'absent')} there and {expected} in the model of "
+                    "this config; the config's model section must be the one it was trained with."
                 )
 
 
-class _ReportingFuture:
-    """A part of a background save, an Orbax Future, that adds its failure to `failures`."""
-
-    def __init__(self, future, failures: list[Exception]):
-        self._future, self._failures = future, failures
-
-    def result(self, timeout: float | None = None) -> Any:
-        try:
-            return self._future.result(timeout)
-        except Exception as error:
-            self._failures.append(error)
-            raise
-
-
-def _reporting(handler, failures: list[Exception]):
-    """`handler`, whose failures to save are added to `failures` at once."""
-    save = handler.async_save
-
-    async def async_save(*args, **options):
-        return [_ReportingFuture(part, failures) for part in await save(*args, **options) or ()]
-
-    # Orbax knows handlers by their exact class, so a subclass is not possible.
-    handler.async_save = async_save
-    return handler
+def _together(do: Callable[[], ArrayReads | Any]) -> Any:
+    """The result of `do`; a DamageError of any process is raised in all of them. A collective."""
+    result, problem = None, None
+    try:
+        result = do()
+    except DamageError as error:
+        problem = str(error)
+    problem = first_of_any(problem)
+    if problem is not None:
+        raise DamageError(problem)
+    return result

@@ -20,22 +20,15 @@ def to_names(tree) -> dict:
     return nested
 
 
-def from_names(tree, nested: dict):
-    """The inverse of `to_names`: a pytree structured as `tree` with the leaves of `nested`."""
-
-    def leaf(path, _):
-        branch: Any = nested
-        for name in _names(path):
-            branch = branch[name]
-        return branch
-
-    return jax.tree_util.tree_map_with_path(leaf, tree)
+def from_names(tree, leaves: Mapping[str, Any]):
+    """The inverse of `leaves_by_name`: a pytree structured as `tree`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves["/".join(_names(path))], tree)
 
 
-def leaf_shapes(tree) -> dict[str, tuple[int, ...]]:
-    """The shape of each leaf by its name, `a/b/c`."""
+def leaves_by_name(tree) -> dict[str, Any]:
+    """The leaves of a tree by their names, `a/b/c`."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(_names(path)): tuple(leaf.shape) for path, leaf in leaves}
+    return {"/".join(_names(path)): leaf for path, leaf in leaves}
 
 
 def lead_axes(path, leaf, specs: Mapping[str, ParamSpec]) -> tuple[int, ...]:

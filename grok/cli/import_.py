@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FORMATS = {"xai": "the release's (ckpt-0)", "huggingface": "Hugging Face's", "orbax": "grok's own"}
 COMMANDS = {"xai": "xai", "huggingface": "hf"}
+NAMED_FILES = 5  # in a message
 DTYPES = click.Choice(["int8", "bfloat16", "float32"])
 
 
@@ -47,6 +48,12 @@ def _options(dtype: str) -> Callable:
             metavar="FILE",
             help="Tokenizer to go with the weights, or a folder with one.  [default: SRC's]",
         ),
+        click.option(
+            "--checksums",
+            metavar="FILE",
+            help="Published SHA-256 checksums of SRC's files, as sha256sum writes them, with which "
+            "the files are compared first.",
+        ),
     )
 
     return lambda command: functools.reduce(lambda f, add: add(f), reversed(decorators), command)
@@ -54,28 +61,28 @@ def _options(dtype: str) -> Callable:
 
 @import_.command()
 @_options(dtype="int8")
-def xai(src, dst, config, dtype, scales, tokenizer) -> None:
+def xai(src, dst, config, dtype, scales, tokenizer, checksums) -> None:
     """Import xAI's release, the ckpt-0 folder SRC, local or gs://, into the new folder DST.
 
     int8 matrices stay as they are, bit for bit, or become floats. After an interruption the same
     command continues with the unfinished tensors.
     """
-    _import("xai", src, dst, config, dtype, scales, tokenizer)
+    _import("xai", src, dst, config, dtype, scales, tokenizer, checksums)
 
 
 @import_.command()
 @_options(dtype="bfloat16")
-def hf(src, dst, config, dtype, scales, tokenizer) -> None:
+def hf(src, dst, config, dtype, scales, tokenizer, checksums) -> None:
     """Import the Hugging Face folder SRC, local, gs:// or hf://ORG/NAME, into the new folder DST.
 
     Grok-1 (hpcai-tech/grok-1, keyfan/grok-1-hf), Grok-2 in the files of its release, Llama, Mistral
     and Mixtral are known. After an interruption the same command continues with the unfinished
     tensors.
     """
-    _import("huggingface", src, dst, config, dtype, scales, tokenizer)
+    _import("huggingface", src, dst, config, dtype, scales, tokenizer, checksums)
 
 
-def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None:
+def _import(expected_format, src, dst, config, dtype, scales, tokenizer, checksums) -> None:
     from grok.config import DataConfig, RunConfig
     from grok.config.load import load_config
     from grok.progress import byte_progress
@@ -83,6 +90,8 @@ def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None
     from grok.weights.detect import open_source
     from grok.weights.importing.importer import import_weights
 
+    if checksums is not None:
+        check_published(src, checksums)
     run = load_config(config) if config else None
     source = open_source(src, run.model if run else None)
     if source.format != expected_format:
@@ -104,6 +113,24 @@ def _import(expected_format, src, dst, config, dtype, scales, tokenizer) -> None
         contents = pieces.files.contents() if pieces else {}
         imported = import_weights(source, dst, run, contents, on_progress)
     print_import(imported)
+
+
+def check_published(folder: str, file: str) -> None:
+    """Compares the files in `folder` with the checksums in `file`, and says how many there are.
+    CheckpointError where one differs."""
+    from grok.progress import byte_progress
+    from grok.weights.tools.checksums import read_published, verify_published
+
+    published = read_published(file)
+    with byte_progress() as on_progress:
+        results = list(verify_published(folder, published, on_progress))
+    differing = [result.name for result in results if not result.equal]
+    if differing:
+        raise CheckpointError(
+            f"{folder}: {len(differing)} of {len(results)} files have other bytes than {file} "
+            f"says: {', '.join(differing[:NAMED_FILES])}; nothing was imported."
+        )
+    click.echo(f"{len(results)} files are as {file} says")
 
 
 def tokenizer_of(file: str | None, folders: Sequence[str], vocab_size: int) -> "Tokenizer | None":

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 
     from grok.weights.array_difference import ArrayDifference
     from grok.weights.source import Source
+    from grok.weights.tools.checksums import ChecksumResult
     from grok.weights.tools.verify import Comparison
 
 DIFFER = 1  # exit code
+NAMED = 5  # layers or chunks of a tensor that are named
 
 
 @click.command()
@@ -29,9 +31,22 @@ DIFFER = 1  # exit code
     type=click.FloatRange(0),
     help="Relative difference at which floats still count as equal; 0: every bit.",
 )
+@click.option(
+    "--checksums",
+    metavar="FILE",
+    help="Compare the files of A with these SHA-256 checksums, as sha256sum writes them.",
+)
 @click.pass_context
-def verify(ctx: click.Context, a: str, b: str | None, config: str | None, tolerance: float) -> None:
-    """Compare the weights at A and B, or those at A with the checksums of their import.
+def verify(
+    ctx: click.Context,
+    a: str,
+    b: str | None,
+    config: str | None,
+    tolerance: float,
+    checksums: str | None,
+) -> None:
+    """Compare the weights at A and B, or those at A with checksums: a checkpoint of grok with those
+    of its save or import, every byte of it; any files with the published ones in a file.
 
     A and B, local or gs://, may be of any format and type: ckpt-0 folders, Hugging Face folders (or
     hf://ORG/NAME), checkpoints of grok. int8 is compared with floats by what it dequantises to,
@@ -43,28 +58,46 @@ def verify(ctx: click.Context, a: str, b: str | None, config: str | None, tolera
 
     model = load_config(config).model if config else None
     console = make_console()
-    if b is None:
+    if checksums is not None:
+        if b is not None:
+            raise click.UsageError("--checksums is for the files of A alone; without B it works.")
+        equal = _verify_published(console, a, checksums)
+    elif b is None:
         equal = _verify_checksums(console, open_source(a, model))
     else:
         equal = _compare(console, *open_both(a, b, model), tolerance)
-    differing = equal.count(False)
-    click.echo(f"differ: {differing} of {len(equal)} tensors" if differing else "equal")
+    differing, kind = equal.count(False), "tensors" if checksums is None else "files"
+    click.echo(f"differ: {differing} of {len(equal)} {kind}" if differing else "equal")
     ctx.exit(DIFFER if differing else 0)
 
 
 def _verify_checksums(console: "Console", source: "Source") -> list[bool]:
     from grok.progress import byte_progress
-    from grok.weights.tools.verify import verify_checksums
+    from grok.weights.tools.checksums import verify_checkpoint
 
     with byte_progress() as on_progress:
-        results = list(verify_checksums(source, on_progress))
+        results = list(verify_checkpoint(source, on_progress))
     console.print(f"{source.path}  ({source.format}, {source.dtype})")
-    table = make_table("tensor", "checksums", "differ", right=2)
-    for tensor in results:
-        layers = f"layer {', '.join(map(str, tensor.differing))}"
-        if tensor.differing in ((), (None,)):
-            layers = "differs" if tensor.differing else "equal"
-        table.add_row(tensor.spec.name, str(tensor.checksums), layers)
+    return _print_results(console, "tensor", results)
+
+
+def _verify_published(console: "Console", folder: str, file: str) -> list[bool]:
+    from grok.progress import byte_progress
+    from grok.weights.tools.checksums import read_published, verify_published
+
+    published = read_published(file)
+    with byte_progress() as on_progress:
+        results = list(verify_published(folder, published, on_progress))
+    console.print(f"{folder}  (SHA-256 of {file})")
+    return _print_results(console, "file", results)
+
+
+def _print_results(console: "Console", title: str, results: "list[ChecksumResult]") -> list[bool]:
+    table = make_table(title, "checksums", "differ", right=2)
+    for result in results:
+        more = f" and {len(result.differing) - NAMED} more" if len(result.differing) > NAMED else ""
+        differing = ", ".join(result.differing[:NAMED]) + more
+        table.add_row(result.name, str(result.checksums), differing or "equal")
     return _print_table(console, table, results)
 
 

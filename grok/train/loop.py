@@ -13,12 +13,13 @@ import optax
 from jax.sharding import Mesh
 
 from grok import compiler, distributed, sharding, storage
-from grok.checkpoint.manager import Checkpoints, RetentionPolicy
+from grok.checkpoint.manager import Checkpoints
+from grok.checkpoint.retention import RetentionPolicy
 from grok.config import RunConfig, check_trainable
 from grok.config.text import to_yaml
 from grok.data.device_feed import global_batches
 from grok.data.tokenizers.files import TEMPLATE_FILE, read_tokenizer_files
-from grok.errors import DONE, SAVED, CheckpointError, Diverged, SaveError
+from grok.errors import DONE, SAVED, CheckpointError, DamageError, Diverged, SaveError
 from grok.model.mesh_fit import check_fits
 from grok.optim.optimizer import make_optimizer
 from grok.optim.param_groups import combine, names
@@ -125,8 +126,7 @@ def first_state(run: Run) -> Start:
     for notice in run.notices:
         log(notice)
     if run.first_step:
-        log(f"resuming from the checkpoint of step {run.first_step}")
-        start = from_checkpoint(run, run.first_step)
+        start = from_newest(run, run.first_step)
     else:
         model = None
         if run.initial is not None:
@@ -144,6 +144,18 @@ def first_state(run: Run) -> Start:
             with storage.errors(run.config.folder, CheckpointError, f"{name} cannot be written"):
                 storage.write_bytes(storage.join(run.config.folder, name), data)
     return start
+
+
+def from_newest(run: Run, step: int) -> Start:
+    """Restores the checkpoint of `step`, the newest, or the newest before it that is as it was
+    saved."""
+    while True:
+        run.telemetry.log(f"resuming from the checkpoint of step {step}")
+        try:
+            return from_checkpoint(run, step)
+        except DamageError as error:
+            step = run.checkpoints.set_aside(step, error, run.telemetry.log)
+            run.telemetry.back_to(step)
 
 
 def from_checkpoint(run: Run, step: int) -> Start:
@@ -250,9 +262,15 @@ def roll_back(run: Run, start: Start, error: Diverged) -> Start:
     run.checkpoints.wait()
     if not (run.config.train.rollback_on_divergence and run.saves):
         raise error
-    step = bad_steps.rollback_step(run.checkpoints.steps(), error, start.step, start.rolled_back)
+    good = None
+    while good is None:
+        saved = run.checkpoints.steps()
+        step = bad_steps.rollback_step(saved, error, start.step, start.rolled_back)
+        try:
+            good = from_checkpoint(run, step)
+        except DamageError as damage:
+            run.checkpoints.set_aside(step, damage, run.telemetry.log)
     run.checkpoints.delete_after(step)
-    good = from_checkpoint(run, step)
     skipped = bad_steps.skip_batches(good.skipped, step, error, start.skipped)
     first, last = skipped[-1]
     run.telemetry.rolled_back(step, skipped_batches=[first, last], reason=str(error))

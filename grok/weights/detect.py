@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterable
 
 from grok import storage
+from grok.checkpoint.file_list import FILES, check_files
 from grok.config import ModelConfig
 from grok.config.load import from_dict
 from grok.errors import CheckpointError
 from grok.weights.huggingface.source import HuggingFaceSource
-from grok.weights.orbax.metadata import LORA, read_meta
-from grok.weights.orbax.source import LoraSource, OrbaxSource, step_folder
+from grok.weights.orbax.metadata import LORA, STEP_METADATA, read_meta
+from grok.weights.orbax.source import NO_WEIGHTS, LoraSource, OrbaxSource, step_folder
 from grok.weights.source import Source
 from grok.weights.xai.source import ReleaseSource, implied_config
 
@@ -24,7 +25,7 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
         return ReleaseSource(path, config or implied_config(path))
     if is_huggingface(present):
         return HuggingFaceSource(path, config)
-    ours = ("checkpoints", "config.yaml", "_CHECKPOINT_METADATA", ".import")
+    ours = ("checkpoints", "config.yaml", STEP_METADATA, FILES, ".import")
     has_steps = any(name.isdecimal() and size is None for name, size in present.items())
     if has_steps or any(name in present for name in ours):
         step = step_folder(os.fspath(path))
@@ -53,6 +54,7 @@ def is_huggingface(present: Iterable[str]) -> bool:
 
 def _lora_source(step: str, config: ModelConfig | None) -> Source:
     """The weights that a run with adapters started from, with the adapters of `step` added."""
+    check_files(step, NO_WEIGHTS)
     meta = read_meta(step)
     run = from_dict(meta["config"], storage.join(step, "meta", "metadata"))
     started = meta["init_from"]

@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 import grok
 from grok.checkpoint import copies
-from grok.checkpoint.manager import Checkpoints, RetentionPolicy
+from grok.checkpoint.manager import Checkpoints
+from grok.checkpoint.retention import RetentionPolicy
 from grok.weights.read_plan import MeshProcesses
 from grok.weights.source import part_shape
 

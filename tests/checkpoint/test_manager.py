@@ -1,6 +1,7 @@
 """Checkpoints hold what was put in, wherever it is put back, and say what is wrong with them."""
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,10 +10,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import xxhash
 
 import grok
 from grok import sharding
-from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints, RetentionPolicy
+from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
+from grok.checkpoint.retention import RetentionPolicy
 from grok.config import ModelConfig
 from grok.errors import CheckpointError, SaveError
 
@@ -70,7 +73,7 @@ def test_a_checkpoint_without_its_files_says_so(saved, model, tmp_path):
     shutil.copytree(saved, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "3" / "model")
     checkpoints = Checkpoints(tmp_path / "copy")
-    with pytest.raises(CheckpointError, match=r"copy/3/model is missing"):
+    with pytest.raises(CheckpointError, match=r"copy/3/model/_METADATA: cannot be read"):
         checkpoints.restore(3, {MODEL: wanted(model.config, data=8)})
     (tmp_path / "copy" / "3" / "meta" / "metadata").write_text("{")
     with pytest.raises(CheckpointError, match=r"copy/3 cannot be read as a checkpoint"):
@@ -140,6 +143,16 @@ def flip(path: Path, byte: int) -> None:
     path.write_bytes(data)
 
 
+def doctor(folder: Path, own: dict | None = None, **changes) -> None:
+    """Changes the list of a checkpoint's files, with the checksum that belongs to it."""
+    entries = json.loads((folder / "files.json").read_text()) | changes
+    entries["files.json"] |= own or {}
+    del entries["files.json"]["xxh3_128"]
+    checksum = xxhash.xxh3_128_hexdigest(json.dumps(entries).encode())
+    entries["files.json"]["xxh3_128"] = checksum
+    (folder / "files.json").write_text(json.dumps(entries))
+
+
 DAMAGE = {
     "truncated": (lambda step: os.truncate(largest(step), 1000), "has 1,000 bytes in model/"),
     "missing": (lambda step: largest(step).unlink(), "lacks the file model/"),
@@ -148,8 +161,20 @@ DAMAGE = {
         "has other bytes in model/_METADATA than were saved",
     ),
     "a bit of the step's metadata": (
-        lambda step: flip(step / "_CHECKPOINT_METADATA", 0),
-        "has no readable _CHECKPOINT_METADATA",
+        lambda step: flip(step / "_CHECKPOINT_METADATA", 40),
+        "has other bytes in _CHECKPOINT_METADATA than were saved",
+    ),
+    "a bit of the list": (
+        lambda step: flip(step / "files.json", -40),
+        "has other bytes in files.json than were saved",
+    ),
+    "a bit of the last file": (
+        lambda step: flip(step / "commit_success.txt", 8),
+        "has other bytes in commit_success.txt than were saved",
+    ),
+    "no last file": (
+        lambda step: (step / "commit_success.txt").unlink(),
+        "lacks the file commit_success.txt",
     ),
     "empty": (lambda step: [shutil.rmtree(step), step.mkdir()], "is empty"),
     "no JSON": (lambda step: (step / "files.json").write_text("{"), "has no readable files.json"),
@@ -157,10 +182,18 @@ DAMAGE = {
         lambda step: (step / "files.json").write_text('{"model/_METADATA": 1}'),
         "has no readable files.json",
     ),
-    "no list": (
-        lambda step: [(step / "files.json").unlink(), (step / "meta" / "metadata").unlink()],
-        "has no readable meta/metadata",
+    "doctored": (lambda step: doctor(step, **{"../x": {"bytes": 1}}), "lacks the file ../x"),
+    "negative": (
+        lambda step: doctor(step, **{"meta/metadata": {"bytes": -1}}),
+        "has 48 bytes in meta/metadata, which was saved with -1",
     ),
+    "no numbers": (lambda step: doctor(step, x=1), "has no readable files.json"),
+    "no step": (lambda step: doctor(step, {"step": None}), "has no readable files.json"),
+    "another's": (
+        lambda step: [shutil.rmtree(step), shutil.copytree(step.with_name("1"), step)],
+        "is the checkpoint of step 1 under another name",
+    ),
+    "no list": (lambda step: (step / "files.json").unlink(), "lacks the file files.json, which"),
 }
 
 
@@ -182,6 +215,30 @@ def test_a_damaged_checkpoint_is_set_aside(copy, damage):
     checkpoints = Checkpoints(copy, RetentionPolicy(3))
     assert checkpoints.newest_good(told.append) == 2
     assert told[-1].endswith("damaged/3.2")
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_stays(copy):
+    (copy / "3" / "files.json").write_text('{"meta/metadata": {"bytes": 11}}')
+    checkpoints = Checkpoints(copy, RetentionPolicy(3))
+    with pytest.raises(CheckpointError, match=r"copy/3: was saved by another version of grok, wit"):
+        checkpoints.newest_good(print)
+    doctor(copy / "2", {"version": 7})
+    shutil.rmtree(copy / "3")
+    with pytest.raises(
+        CheckpointError, match=r"copy/2: .* with version 7 of files.json; it cannot"
+    ):
+        checkpoints.newest_good(print)
+    checkpoints.close()
+    assert steps_in(copy) == [1, 2]
+
+
+def test_a_renamed_checkpoint_is_mentioned(copy):
+    (copy / "3").rename(copy / "3.good")
+    checkpoints, told = Checkpoints(copy, RetentionPolicy(3)), []
+    assert checkpoints.newest_good(told.append) == 2
+    name = f"{copy}/3.good is the checkpoint of step 3 under another name"
+    assert told == [f"{name}, and is not used"]
     checkpoints.close()
 
 
@@ -212,7 +269,7 @@ def test_a_save_that_fails_leaves_the_others(copy, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("grok.checkpoint.integrity.write_list", full)
+        patch.setattr("grok.checkpoint.file_list.commit", full)
         checkpoints.save(4, tree(4), {})
         with pytest.raises(SaveError) as error:
             checkpoints.wait()

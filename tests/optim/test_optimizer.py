@@ -15,7 +15,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from grok import sharding
-from grok.checkpoint.manager import Checkpoints, RetentionPolicy
+from grok.checkpoint.manager import Checkpoints
+from grok.checkpoint.retention import RetentionPolicy
 from grok.config import (
     AttentionConfig,
     LoraConfig,

@@ -116,6 +116,26 @@ def test_a_finished_run_started_again_trains_no_further(straight: RunConfig, tmp
     assert steps_of(again) == steps_of(straight)
 
 
+@pytest.mark.parametrize("item", ["model", "optimizer"])
+def test_a_bit_of_an_array_sets_the_checkpoint_aside(straight, tmp_path, capsys, item):
+    resumed = in_folder(straight, tmp_path / "run")
+    shutil.copytree(straight.folder, resumed.folder)
+    checkpoints = Path(resumed.folder, "checkpoints")
+    files = (checkpoints / "20" / item).glob("*/values/*")
+    file = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    file.write_bytes(data)
+    assert run_training(resumed) == DONE
+    problem = f"cannot be restored ({checkpoints}/20/{item}: tensor "
+    assert f"the checkpoint of step 20 {problem}" in "".join(capsys.readouterr())
+    assert (checkpoints / "damaged" / "20").is_dir()
+    assert steps_of(resumed) == steps_of(straight)
+    once, again = saved_state(straight, 20), saved_state(resumed, 20)
+    for name in once:
+        np.testing.assert_array_equal(once[name], again[name], err_msg=name)
+
+
 def test_a_checkpoint_goes_on_another_mesh(straight: RunConfig, tmp_path):
     other = dataclasses.replace(
         in_folder(straight, tmp_path / "run"),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints, RetentionPolicy
+from grok.checkpoint.manager import MODEL, OPTIMIZER, Checkpoints
+from grok.checkpoint.retention import RetentionPolicy
 from grok.cli.main import main
 from grok.config.load import load_config, to_dict
 from grok.data.tokenizers import load_tokenizer

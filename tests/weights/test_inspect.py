@@ -300,7 +300,7 @@ def test_a_checkpoint_that_is_damaged(formats, tmp_path):
     (tmp_path / "run/checkpoints/0/model/layers.moe.router_DE/zarr.json").unlink()
     found = as_json(tmp_path / "run", code=2)
     assert found["format"] == "orbax"
-    assert "layers/moe/router_DE" in found["problems"][0]
+    assert "lacks the file model/layers.moe.router_DE/zarr.json" in found["problems"][0]
 
 
 def test_nothing_at_all(tmp_path):

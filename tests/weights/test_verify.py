@@ -187,7 +187,7 @@ def test_without_checksums_there_is_a_sentence(imported):
     result = verify(imported / "hf-bfloat16")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "keeps no checksums" in result.stderr
-    assert "second checkpoint" in result.stderr
+    assert "name a second one" in result.stderr
 
 
 # ---- sources in memory

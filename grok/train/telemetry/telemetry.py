@@ -165,6 +165,10 @@ class Telemetry:
         """Records that the run is back at an earlier `step`; drops the metrics of later steps."""
         self.events.steps_to(self._step)
         self.events.note("rolled_back", step=step, **facts)
+        self.back_to(step)
+
+    def back_to(self, step: int) -> None:
+        """Drops the metrics of steps after `step`, which follow again."""
         self.metrics.truncate(step)
         self._step = step
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from grok import storage
+from grok.checkpoint import file_list
 from grok.errors import CheckpointError
 from grok.weights.orbax.zarr import ZarrArray
 from grok.weights.source import read_object
 
 MODEL, LORA, META = "model", "lora", "meta"
 METADATA = "_METADATA"
-# Orbax's mark of a finished checkpoint where folders cannot be renamed.
-COMMITTED = "commit_success.txt"
+STEP_METADATA = "_CHECKPOINT_METADATA"
 _HANDLERS = "orbax.checkpoint._src.handlers"
 HANDLERS = {
     META: f"{_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler",
@@ -24,7 +24,7 @@ DICT_KEY = 2  # Orbax's number for a key of a dictionary
 
 
 def write_files(step: Path, arrays: Iterable[ZarrArray], meta: dict[str, Any]) -> None:
-    """Writes the files of the checkpoint in folder `step` but its arrays; commit marks are last."""
+    """Writes the files of the checkpoint in folder `step` but its arrays, the list of all last."""
     (step / META).mkdir(exist_ok=True)
     (step / META / "metadata").write_text(json.dumps(meta))
     tree = {
@@ -46,9 +46,8 @@ def write_files(step: Path, arrays: Iterable[ZarrArray], meta: dict[str, Any]) -
         "custom_metadata": None,
     }
     (step / MODEL / METADATA).write_text(json.dumps(metadata))
-    (step / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": HANDLERS}))
-    for folder in (step / MODEL, step / META, step):
-        (folder / COMMITTED).write_text("Checkpoint commit was successful")
+    (step / STEP_METADATA).write_text(json.dumps({"item_handlers": HANDLERS}))
+    file_list.commit(step, 0)
 
 
 def read_tree(folder: str) -> tuple[list[str], bool, bool]:

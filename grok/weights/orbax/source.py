@@ -2,29 +2,28 @@
 
 import dataclasses
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from grok import storage
-from grok.checkpoint.integrity import UNFINISHED
+from grok.checkpoint.file_list import COMMITTED, FILES, UNFINISHED, check_files
 from grok.config import ModelConfig, RunConfig
 from grok.config.load import from_dict, load_config
 from grok.errors import CheckpointError
-from grok.model.param_spec import ParamSpec
 from grok.model.params import lora_targets, param_specs, tensor_specs
 from grok.ops.weights.lora import LoraArray, merge_adapter
 from grok.weights.cast import FloatSource, converted
 from grok.weights.checksums import sample_checksum
-from grok.weights.orbax.metadata import COMMITTED, LORA, METADATA, MODEL, read_meta, read_tree
-from grok.weights.orbax.zarr import open_array, wait
+from grok.weights.orbax.array_tree import ArrayTree
+from grok.weights.orbax.metadata import LORA, MODEL, STEP_METADATA, read_meta
 from grok.weights.source import Part, Source, TensorSpec
 from grok.weights.storage_layout import StorageLayout
 
-FLOATS = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
+# Items of a checkpoint that have no weights of the model.
+NO_WEIGHTS = ("optimizer", "ema")
 
 
 class OrbaxSource(Source):
@@ -41,6 +40,7 @@ class OrbaxSource(Source):
     def __init__(self, path: str | os.PathLike[str], config: ModelConfig | None = None):
         self.path = os.fspath(path)
         self.step = step_folder(self.path)
+        check_files(self.step, NO_WEIGHTS)
         meta = read_meta(self.step)
         self.config = config or _config(self.step, meta)
         checksums = meta.get("import", {}).get("checksums", {})
@@ -89,7 +89,7 @@ class LoraSource(FloatSource):
                 "there now; the same weights would work."
             )
         super().__init__(converted(base, run.model.param_dtype), np.dtype(np.float32))
-        self.format, self.path = "orbax", step
+        self.format, self.path, self.step = "orbax", step, step
         self._rank, self._scale = run.lora.rank, run.lora.scale
         self._arrays = ArrayTree(storage.join(step, LORA))
         self._adapted = set(lora_targets(base.config, run.lora))
@@ -121,85 +121,12 @@ class LoraSource(FloatSource):
         return dataclasses.replace(layout, uncut=uncut)
 
 
-class ArrayTree:
-    """The arrays of a tree in `folder`, by names with slashes, opened at once."""
-
-    def __init__(self, folder: str):
-        self._folder = folder
-        names, zarr3, ocdbt = read_tree(folder)
-        opening = {n.replace(".", "/"): open_array(folder, n, zarr3, ocdbt) for n in names}
-        self._stores = {name: self._wait(name, future) for name, future in opening.items()}
-
-    def spec(self, param: ParamSpec) -> TensorSpec:
-        """The spec of the stored tensor of a parameter."""
-        name, shape = param.name, param.shape
-        if f"{name}/values" not in self._stores:
-            return TensorSpec(param, self._check(name, shape, FLOATS))
-        dtype = self._check(f"{name}/values", shape, (np.dtype(np.int8),))
-        scales_shape = self._store(f"{name}/scales").shape
-        axis = param.lead_dims if param.is_matmul else 0
-        groups = scales_shape[axis] if axis < len(scales_shape) else 1
-        spec = TensorSpec(param, dtype, groups)
-        self._check(f"{name}/scales", spec.scales_shape, (np.dtype(ml_dtypes.bfloat16),))
-        rows = param.contract_size
-        if rows % groups:
-            raise CheckpointError(
-                f"{self._folder}: {name} has {groups} groups of scales, and {rows} rows for them."
-            )
-        return spec
-
-    def check_no_others(self, expected: Collection[str]) -> None:
-        """Raises CheckpointError for an array of a tensor that is not `expected`."""
-        for name in self._stores:
-            if name not in expected and name.rpartition("/")[0] not in expected:
-                raise CheckpointError(
-                    f"{self._folder}: tensor {name} is no parameter of this model."
-                )
-
-    def read(self, name: str, part: Part) -> np.ndarray:
-        """Part of an array."""
-        return self._wait(name, self._stores[name][part].read())
-
-    def layout(self, name: str) -> StorageLayout:
-        """The layout of an array, in the chunks that are read."""
-        store = self._stores[name]
-        order, itemsize = tuple(range(store.rank)), store.dtype.numpy_dtype.itemsize
-        return StorageLayout(order, itemsize, chunk=store.chunk_layout.read_chunk.shape)
-
-    def _store(self, name: str) -> Any:
-        if name not in self._stores:
-            raise CheckpointError(f"{self._folder}: tensor {name} is missing.")
-        return self._stores[name]
-
-    def _check(self, name: str, shape: tuple[int, ...], dtypes: tuple[np.dtype, ...]) -> np.dtype:
-        store = self._store(name)
-        dtype = np.dtype(store.dtype.numpy_dtype)
-        if store.shape != shape:
-            raise CheckpointError(
-                f"{self._folder}: tensor {name} is {store.shape} there and {shape} in the model of "
-                "this config."
-            )
-        if dtype not in dtypes:
-            raise CheckpointError(
-                f"{self._folder}: tensor {name} is {dtype} there; {' or '.join(map(str, dtypes))} "
-                "would be right."
-            )
-        return dtype
-
-    def _wait(self, name: str, future: Any) -> Any:
-        try:
-            return wait(future)
-        except OSError as error:
-            message = f"{self._folder}: tensor {name} cannot be read: {error}."
-            raise CheckpointError(message) from error
-
-
 def step_folder(path: str) -> str:
     """The folder of the newest finished step at `path`; CheckpointError where there is none."""
     present = storage.list_files(path, CheckpointError)
     if "checkpoints" in present:
         return step_folder(storage.join(path, "checkpoints"))
-    if MODEL in present or LORA in present or "_CHECKPOINT_METADATA" in present:
+    if MODEL in present or LORA in present or STEP_METADATA in present or FILES in present:
         if not _is_finished(path):
             raise CheckpointError(f"{path}: is a checkpoint that was not finished.")
         return path
@@ -214,11 +141,10 @@ def step_folder(path: str) -> str:
 
 
 def _is_finished(step: str) -> bool:
-    # Buckets cannot rename folders, so Orbax writes a file last there.
-    if storage.is_remote(step):
-        return storage.exists(storage.join(step, COMMITTED), CheckpointError)
-    trees = (Path(step, name, METADATA) for name in (MODEL, LORA))
-    return UNFINISHED not in Path(step).name and any(tree.is_file() for tree in trees)
+    # Local folders get their names when all is there. Buckets cannot rename them.
+    if not storage.is_remote(step):
+        return UNFINISHED not in Path(step).name
+    return storage.exists(storage.join(step, COMMITTED), CheckpointError)
 
 
 def _config(step: str, meta: dict[str, Any]) -> ModelConfig:

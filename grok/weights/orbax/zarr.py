@@ -1,6 +1,7 @@
-"""Arrays of a checkpoint on disk: uncompressed zarr 3, as TensorStore and Orbax read it. A shard, a
-file, is a matrix of one layer and expert, or some rows of it; a slab is its chunks of the same
-rows. https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed"""
+"""Arrays of a checkpoint on disk: zarr 3, as TensorStore and Orbax read it. Those that are written
+here, by imports, are not compressed: a shard, a file, is a matrix of one layer and expert, or some
+rows of it; a slab is its chunks of the same rows. Each chunk ends with its CRC-32C, which reading
+it checks. https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed"""
 
 import dataclasses
 import functools
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
@@ -23,6 +25,11 @@ from grok.weights.source import Part, TensorSpec
 SHARD_BYTES = 1 << 28
 # Chunks along an axis, by its letter, where they divide it: about as many as large meshes split.
 CHUNKS = {"D": 16, "F": 8, "N": 8, "K": 8, "V": 128}
+CRC_BYTES = 4
+TO_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+CHECKSUM = {"name": "crc32c"}
+# Of TensorStore's errors, those of content that is not as it was written.
+DAMAGE = ("DATA_LOSS:", "FAILED_PRECONDITION:", "OUT_OF_RANGE:", "NOT_FOUND:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +63,13 @@ class ZarrArray:
         """Yields the slabs of a shard in C order, their order in the file. As many together as have
         no more than `limit` bytes, or one."""
         axis = self.slab_axis
-        row_bytes = math.prod(self.shard) * self.dtype.itemsize // self.shard[axis]
-        step = max(1, limit // (self.chunk[axis] * row_bytes)) * self.chunk[axis]
+        slab_bytes = self.shard_bytes * self.chunk[axis] // self.shard[axis]
+        step = max(1, limit // slab_bytes) * self.chunk[axis]
         rows = shard[axis]
         for start in range(rows.start, rows.stop, step):
             cut = slice(start, min(start + step, rows.stop))
             part = (*shard[:axis], cut, *shard[axis + 1 :])
-            yield Slabs(shard, part, (start - rows.start) * row_bytes)
+            yield Slabs(shard, part, (start - rows.start) // self.chunk[axis] * slab_bytes)
 
     @property
     def slab_axis(self) -> int:
@@ -75,23 +82,27 @@ class ZarrArray:
         return folder / self.name / ".".join(["c", *map(str, numbers)])
 
     @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk with its checksum."""
+        return math.prod(self.chunk) * self.dtype.itemsize + CRC_BYTES
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of the chunks of a shard."""
+        return math.prod(self.shard) // math.prod(self.chunk) * self.chunk_bytes
+
+    @property
     def file_bytes(self) -> int:
         """Bytes of a shard's file."""
-        return math.prod(self.shard) * self.dtype.itemsize + len(self.index)
+        return self.shard_bytes + len(self.index)
 
     @functools.cached_property
     def index(self) -> bytes:
         """The end of a shard's file: offset and length of each chunk, and a CRC-32C of these."""
-        nbytes = math.prod(self.chunk) * self.dtype.itemsize
-        offsets = np.arange(0, math.prod(self.shard) * self.dtype.itemsize, nbytes)
-        index = np.stack([offsets, np.full_like(offsets, nbytes)], axis=1).astype("<u8").tobytes()
-        # The CRC of RFC 3720 (Castagnoli's polynomial), a bit at a time.
-        crc = 0xFFFFFFFF
-        for byte in index:
-            crc ^= byte
-            for _ in range(8):
-                crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-        return index + (crc ^ 0xFFFFFFFF).to_bytes(4, "little")
+        offsets = np.arange(0, self.shard_bytes, self.chunk_bytes)
+        lengths = np.full_like(offsets, self.chunk_bytes)
+        index = np.stack([offsets, lengths], axis=1).astype("<u8").tobytes()
+        return index + crc32c(index)
 
 
 def arrays(spec: TensorSpec) -> tuple[ZarrArray, ZarrArray | None]:
@@ -121,12 +132,8 @@ def arrays(spec: TensorSpec) -> tuple[ZarrArray, ZarrArray | None]:
 
 def create(folder: Path, array: ZarrArray) -> None:
     """Makes the array in `folder`, without shards, unless it is there. Raises OSError."""
-    to_bytes = {"name": "bytes", "configuration": {"endian": "little"}}
-    sharding = {
-        "chunk_shape": array.chunk,
-        "codecs": [to_bytes],
-        "index_codecs": [to_bytes, {"name": "crc32c"}],
-    }
+    codecs = [TO_BYTES, CHECKSUM]
+    sharding = {"chunk_shape": array.chunk, "codecs": codecs, "index_codecs": codecs}
     metadata = {
         "shape": array.shape,
         "data_type": array.dtype.name,
@@ -149,27 +156,50 @@ def write_slabs(folder: Path, array: ZarrArray, slabs: Slabs, values: np.ndarray
             cut = zip(slab.shape, array.chunk, strict=True)
             split = slab.reshape([n for size, chunk in cut for n in (size // chunk, chunk)])
             chunks = split.transpose(*range(0, split.ndim, 2), *range(1, split.ndim, 2))
-            file.write(np.ascontiguousarray(chunks).reshape(-1).view(np.uint8))
+            rows = np.ascontiguousarray(chunks).reshape(-1).view(np.uint8)
+            for chunk_bytes in rows.reshape(-1, array.chunk_bytes - CRC_BYTES):
+                file.write(chunk_bytes)
+                file.write(crc32c(chunk_bytes))
         if file.tell() + len(array.index) == array.file_bytes:
             file.write(array.index)
 
 
-def open_array(folder: str, name: str, zarr3: bool, ocdbt: bool) -> ts.Future:
+def crc32c(data: bytes | np.ndarray) -> bytes:
+    """The CRC-32C of bytes, as zarr 3 stores it."""
+    return google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
+
+
+def array_context() -> ts.Context:
+    """The caches of the arrays of one folder: its index in OCDBT may be large."""
+    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
+
+
+def open_array(
+    folder: str, name: str, zarr3: bool, ocdbt: bool, context: ts.Context
+) -> ts.Future:
     """Begins to open an array in `folder`, local or gs://, for reading; `wait` gives it."""
     if ocdbt:
         kvstore: dict[str, Any] = {"driver": "ocdbt", "base": _kvstore(folder), "path": f"{name}/"}
+        kvstore["cache_pool"] = "cache_pool#ocdbt"
     else:
         kvstore = _kvstore(storage.join(folder, name))
-    spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": kvstore}
-    return ts.open(spec | {"fill_missing_data_reads": False}, open=True, read=True)
+    spec: dict[str, Any] = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": kvstore}
+    spec["fill_missing_data_reads"] = False
+    return ts.open(spec, open=True, read=True, context=context)
+
+
+class DamagedArrayError(OSError):
+    """Bytes of an array, or of its metadata, that are not those that were written."""
 
 
 def wait(future: Any) -> Any:
-    """The result of a future of TensorStore. Raises OSError with a short reason."""
+    """The result of a future of TensorStore. Raises OSError with a short reason, a
+    DamagedArrayError where bytes are not as they were written."""
     try:
         return future.result()
     except ValueError as error:
-        raise OSError(reason(error)) from error
+        kind = DamagedArrayError if str(error).startswith(DAMAGE) else OSError
+        raise kind(reason(error)) from error
 
 
 def reason(error: BaseException) -> str:
@@ -178,7 +208,7 @@ def reason(error: BaseException) -> str:
         return storage.reason(error)
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
-    lines = str(error).partition(" [")[0].splitlines()
+    lines = re.sub("^[A-Z_]+: ", "", str(error)).partition(" [")[0].splitlines()
     return lines[0] if lines else type(error).__name__
 
 

@@ -17,9 +17,7 @@ from grok.config import ModelConfig
 from grok.config.load import flatten
 from grok.errors import CheckpointError
 from grok.weights.array_difference import ArrayDifference, array_difference
-from grok.weights.checksums import piece_checksum
 from grok.weights.detect import is_release, open_source
-from grok.weights.orbax.source import OrbaxSource
 from grok.weights.source import (
     ByteCounter,
     OnProgress,
@@ -99,20 +97,6 @@ class BlockValues:
         if len(scales) > 1:
             scales = scales[groups - groups[0]]
         return (values.astype(FLOAT32) * scales).astype(dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class ChecksumResult:
-    """One tensor against its checksums: their number, and the layers (or None) that differ."""
-
-    spec: TensorSpec
-    checksums: int
-    differing: tuple[int | None, ...]
-
-    @property
-    def equal(self) -> bool:
-        """Returns True where every checksum is the stored one."""
-        return not self.differing
 
 
 def open_both(
@@ -247,26 +231,3 @@ def _compare_values(
         return dataclasses.replace(difference, value_squares=float(w @ w))
 
     return sum(pool.map(chunk, range(0, rows, step)), ArrayDifference())
-
-
-def verify_checksums(
-    source: Source, on_progress: OnProgress = no_progress
-) -> Iterator[ChecksumResult]:
-    """Compares each tensor of our own checkpoint with the checksums of its import; raises
-    CheckpointError where there are none, and for files that cannot be read."""
-    if not (isinstance(source, OrbaxSource) and source.checksums):
-        raise CheckpointError(
-            f"{source.path}: keeps no checksums, as checkpoints from `grok import` do; name a "
-            "second checkpoint to compare it with."
-        )
-    counter = ByteCounter(on_progress, source.nbytes)
-    with ThreadPoolExecutor(4) as pool:
-        for name, spec in source.tensors.items():
-            pieces = list(layer_pieces(spec))
-            checksums = pool.map(lambda of, spec=spec: piece_checksum(source, spec, of[1]), pieces)
-            differing = []
-            for (layer, _), checksum in zip(pieces, checksums, strict=True):
-                counter.add(name, spec.nbytes // len(pieces))
-                if checksum != source.checksums.get((name, layer)):
-                    differing.append(layer)
-            yield ChecksumResult(spec, len(pieces), tuple(differing))
