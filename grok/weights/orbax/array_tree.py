@@ -26,9 +26,7 @@ class ArrayTree:
         self.folder = folder
         names, zarr3, ocdbt = read_tree(folder)
         context = array_context()
-        opening = {
-            n.replace(".", "/"): open_array(folder, n, zarr3, ocdbt, context) for n in names
-        }
+        opening = {n.replace(".", "/"): open_array(folder, n, zarr3, ocdbt, context) for n in names}
         self._stores = {name: self._wait(name, future) for name, future in opening.items()}
 
     @property

@@ -174,9 +174,7 @@ def array_context() -> ts.Context:
     return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
 
 
-def open_array(
-    folder: str, name: str, zarr3: bool, ocdbt: bool, context: ts.Context
-) -> ts.Future:
+def open_array(folder: str, name: str, zarr3: bool, ocdbt: bool, context: ts.Context) -> ts.Future:
     """Begins to open an array in `folder`, local or gs://, for reading; `wait` gives it."""
     if ocdbt:
         kvstore: dict[str, Any] = {"driver": "ocdbt", "base": _kvstore(folder), "path": f"{name}/"}
