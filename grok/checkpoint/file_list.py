@@ -32,7 +32,8 @@ READERS = 16  # threads
 
 @dataclasses.dataclass(frozen=True)
 class FileList:
-    """The content of `files.json`: sizes in bytes of all files, checksums of those without chunks."""
+    """The content of `files.json`: sizes in bytes of all files, checksums of those without
+    chunks."""
 
     step: int
     sizes: dict[str, int]
