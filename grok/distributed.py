@@ -21,8 +21,10 @@ from typing import Any, NoReturn
 import jax
 
 # JAX's key-value store has no public name; Orbax uses it likewise.
+from jax._src.clusters import ClusterEnv  # finds the cluster of a TPU VM
 from jax._src.distributed import global_state
 
+from grok import rendezvous
 from grok.config.load import flatten, to_dict
 from grok.errors import RESTART, ConfigError, GrokError, Lost
 from grok.hardware import has_tpu
@@ -36,6 +38,7 @@ FOREVER_MS = 7 * 24 * 3600 * 1000
 _ABORT_KEY = "grok/abort"
 _call_numbers = itertools.count()
 _aborting = threading.Lock()
+_tried = threading.Event()  # to connect
 
 
 def process_index() -> int:
@@ -68,7 +71,8 @@ def exit_together() -> Iterator[None]:
         yield
     except BaseException as error:
         with contextlib.suppress(GrokError):
-            if not _is_connected():
+            # Where connecting is what failed, the others know why or wait for no one.
+            if not _tried.is_set():
                 _connect(heartbeat_timeout_seconds=INITIALIZE_TIMEOUT_SECONDS)
         if not _is_connected():
             raise
@@ -188,7 +192,7 @@ def env_cluster() -> tuple[str, int, int] | None:
             "and one of them counted from 0; 2 and 0, and 2 and 1 on the other host, would work."
         )
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise ConfigError(f"GROK_COORDINATOR={address} is no address; 10.0.0.1:8476 would work.")
     return address, int(count), int(index)
 
@@ -203,31 +207,39 @@ def _store() -> Any:
 
 def _connect(heartbeat_timeout_seconds: int) -> None:
     """Connects to the other processes, if there are any, and starts to listen for an abort."""
-    cluster = env_cluster()
-    if not cluster and not has_tpu():
+    _tried.set()
+    cluster = env_cluster() or _tpu_cluster()
+    if cluster is None:
         return
     # Its signal handler would take SIGTERM away from Python's.
     jax.config.update("jax_enable_preemption_service", False)
-    address, count, index = cluster or (None, None, None)
+    rendezvous.meet(*cluster, INITIALIZE_TIMEOUT_SECONDS)
     try:
         jax.distributed.initialize(
-            address,
-            count,
-            index,
-            cluster_detection_method="deactivate" if cluster else None,
+            *cluster,
+            cluster_detection_method="deactivate",
             initialization_timeout=INITIALIZE_TIMEOUT_SECONDS,
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
         )
-    except ValueError:
-        if cluster:
-            raise
-        return  # a TPU that is part of no cluster
     except jax.errors.JaxRuntimeError as error:
         raise Lost(
             f"not all processes of the run connected within {INITIALIZE_TIMEOUT_SECONDS} s: "
             f"{str(error).splitlines()[0]}"
         ) from error
     threading.Thread(target=_listen_for_abort, daemon=True).start()
+
+
+def _tpu_cluster() -> tuple[str, int, int] | None:
+    """What the TPU's environment says that `env_cluster` would; None where it has no cluster."""
+    if not has_tpu():
+        return None
+    try:
+        address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            *(None,) * 5, INITIALIZE_TIMEOUT_SECONDS
+        )
+    except RuntimeError as error:
+        raise Lost(f"the other hosts of this TPU cannot be found: {error}") from error
+    return None if address is None or count is None or index is None else (address, count, index)
 
 
 def _listen_for_abort() -> None:
