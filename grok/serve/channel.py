@@ -57,6 +57,11 @@ def _receive_bytes(connection: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
+def _shut_down(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 class Peer:
     """The connection to another process, read and kept alive by threads of its own."""
 
@@ -95,8 +100,7 @@ class Peer:
     def close(self) -> None:
         """Ends the connection and its threads."""
         self._closed.set()
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
+        _shut_down(self._connection)
 
     def _read(self) -> None:
         try:
@@ -152,10 +156,13 @@ class PrimaryChannel:
                 self._greet(connection)
 
     def _greet(self, connection: socket.socket) -> None:
-        connection.settimeout(HELLO_SECONDS)
+        # A timeout of the socket would begin anew with each byte.
+        deadline = threading.Timer(HELLO_SECONDS, _shut_down, [connection])
+        deadline.start()
         hello = None
         with contextlib.suppress(OSError, Closed):
             hello = receive(connection, MAX_HELLO_BYTES)
+        deadline.cancel()
         match hello:
             case {"process": int(index), "token": str(token)}:
                 # JSON may have half of a surrogate pair, which UTF-8 has not.
