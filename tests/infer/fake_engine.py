@@ -101,5 +101,5 @@ class _Sequence:
 
 
 def _logprobs(token: int, count: int) -> TokenLogprobs:
-    top = tuple((token + rank, -0.5 - rank) for rank in range(count))
+    top = tuple((max(0, token - rank), -0.5 - rank) for rank in range(count))
     return TokenLogprobs(token, -0.5, top)
