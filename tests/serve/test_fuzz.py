@@ -1,6 +1,6 @@
 """Whatever is sent, the server answers it, and never with a fault of its own. More of it:
 
-    GROK_FUZZ_REQUESTS=100000 pytest -n 0 tests/serve/test_fuzz.py
+GROK_FUZZ_REQUESTS=100000 pytest -n 0 tests/serve/test_fuzz.py
 """
 
 import asyncio
