@@ -1,7 +1,5 @@
 # The commands of a contributor. Each target first updates the environment if it is out of date.
 
-UV_VERSION := 0.13.9
-
 # The system's uv if it runs (a pyenv shim may not) and is recent enough, else our own in .uv/.
 UV := $(shell uv pip compile --help 2>/dev/null | grep -q -e --group && echo uv || echo .uv/bin/uv)
 OWN_UV := $(filter .uv/bin/uv,$(UV))
@@ -25,7 +23,7 @@ FIND_PYTHON = \
 	exit 1
 
 .DEFAULT_GOAL := help
-.PHONY: env lock quickstart test lint format prove clean help
+.PHONY: env lock uv-lock quickstart test lint format prove clean help
 
 env: $(STAMP)  ## make or update .venv from requirements.lock
 
@@ -36,14 +34,21 @@ $(STAMP): requirements.lock pyproject.toml .python-version | $(OWN_UV)
 	$(UV) pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.uv/bin/uv:
+.uv/bin/uv: requirements-uv.lock
 	@python=$$($(FIND_PYTHON)) && "$$python" -m venv .uv
-	.uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	.uv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+	  --requirement requirements-uv.lock
+	@touch $@
 
 lock: | $(OWN_UV)  ## resolve pyproject.toml again into requirements.lock (all platforms, with hashes)
 	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-emit-index-url \
 	  --python-version 3.12 --custom-compile-command "make lock" \
 	  pyproject.toml --group dev --output-file requirements.lock
+
+uv-lock: | $(OWN_UV)  ## pin the newest uv in requirements-uv.lock (all platforms, with hashes)
+	echo uv | $(UV) pip compile --quiet --upgrade --universal --generate-hashes \
+	  --no-emit-index-url --no-annotate --python-version 3.12 --custom-compile-command "make uv-lock" \
+	  --output-file requirements-uv.lock -
 
 quickstart: env  ## train, resume and sample a tiny model on this machine's CPU
 	.venv/bin/grok quickstart
@@ -68,5 +73,5 @@ clean:  ## remove the environment, caches and builds
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | \
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | \
 	  while IFS='|' read -r target text; do printf '%-18s%s\n' "$$target" "$$text"; done

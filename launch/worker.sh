@@ -22,19 +22,20 @@ not_under_a_run() {
   ! run_is_live || failed "a run is live here (pid $(cat "$run/pid")): stop it first"
 }
 
-# setup UV_VERSION PYTHON_VERSION DEVICES [BUCKET]
+# setup PYTHON_VERSION DEVICES [BUCKET]
 setup() {
   not_under_a_run
-  command -v uv >/dev/null || python3 -m pip install --quiet --user "uv==$1"
-  [[ -x $home/.venv/bin/python ]] || uv venv --quiet --python "$2" "$home/.venv"
+  command -v uv >/dev/null ||
+    python3 -m pip install --quiet --user --require-hashes --requirement "$home/requirements-uv.lock"
+  [[ -x $home/.venv/bin/python ]] || uv venv --quiet --python "$1" "$home/.venv"
   uv pip sync --quiet --python "$home/.venv/bin/python" --require-hashes "$home/requirements.lock"
   [[ ! -e $home/src ]] || install_code
-  [[ -z ${4:-} ]] || mount_bucket "$4"
+  [[ -z ${3:-} ]] || mount_bucket "$3"
   # All hosts of a slice do this at once: a TPU starts on all of them or not at all.
   local devices
   devices=$(timeout 300 python -c 'import jax; print(jax.local_device_count())') ||
     failed "JAX devices no TPU here in 300 s; 'stop --now' kills what may hold it"
-  ((devices == $3)) || failed "JAX sees $devices devices here, expected $3"
+  ((devices == $2)) || failed "JAX sees $devices devices here, expected $2"
   report "ok devices=$devices python=$(python -c 'import platform; print(platform.python_version())')"
 }
 

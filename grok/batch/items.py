@@ -2,15 +2,15 @@
 is our own (`prompt` or `messages`, any sampling parameter, an `id` of any type), or one of OpenAI's
 batch files (`custom_id`, `method`, `url`, `body`); its line is of the same kind."""
 
+import contextlib
 import dataclasses
 import hashlib
-import json
 import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from grok.data.prepare.records import BadRecord, parse_json_object
 from grok.data.prepare.sources import RawRecord
+from grok.data.prepare.values import BadRecord, in_json, parse_json_object
 from grok.errors import RequestError
 from grok.infer.openai.requests import CHAT, COMPLETION, CompletionRequest, RequestParser
 from grok.infer.openai.responses import ResponseBuilder, error_response, json_text
@@ -19,6 +19,7 @@ from grok.infer.request import Request
 ENVELOPE = ("custom_id", "method", "url", "body")
 COLUMNS = sorted({"id", *ENVELOPE, *COMPLETION, *CHAT})
 INTERNAL = "internal error"
+EXACT_FLOATS = 2**53
 COMPLETIONS_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"
 
 
@@ -64,13 +65,21 @@ class BatchItem:
         return json_text(line)
 
 
+def id_of(record: RawRecord) -> Any:
+    """The id of a record, None where it has none or cannot be read."""
+    with contextlib.suppress(BadRecord, RecursionError):
+        data = _data(record)
+        return in_json(data.get("custom_id", data.get("id")))
+    return None
+
+
 def read_item(index: int, record: RawRecord, parser: RequestParser) -> BatchItem:
     """The item of a record, whatever is in it: what cannot be parsed is an item with an error."""
     record_id, openai = None, False
     try:
         data = _data(record)
         openai = "custom_id" in data or "body" in data
-        record_id = plain_id(data.get("custom_id" if openai else "id"))
+        record_id = in_json(data.get("custom_id" if openai else "id"))
         return BatchItem(index, record_id, openai, _parse(data, openai, parser))
     except BadRecord as problem:
         error = RequestError("record", f"the record {problem}.")
@@ -80,19 +89,6 @@ def read_item(index: int, record: RawRecord, parser: RequestParser) -> BatchItem
         traceback.print_exception(problem)
         return BatchItem(index, record_id, openai, None, problem)
     return BatchItem(index, record_id, openai, None, error)
-
-
-def plain_id(value: Any) -> Any:
-    """An id as JSON can hold it: as it is, but for what JSON lacks, such as a time of Parquet's or
-    NaN, which becomes text."""
-
-    def text(part: Any) -> str:
-        return part.hex() if isinstance(part, bytes) else str(part)
-
-    try:
-        return json.loads(json.dumps(value, default=text, allow_nan=False))
-    except ValueError:  # NaN
-        return text(value)
 
 
 def failure_key(error: Exception) -> str:
@@ -109,12 +105,16 @@ def _data(record: RawRecord) -> Mapping[str, Any]:
     if isinstance(record.data, bytes):
         return parse_json_object(record.data)
     # Rows of Parquet have every column: null stands for a field that is not there, and pandas
-    # writes integers as floats where the column has nulls.
+    # writes integers as floats where the column has nulls, which are exact up to 2^53.
     return {
-        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        name: int(value) if _is_integer(value) else value
         for name, value in record.data.items()
         if value is not None
     }
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer() and abs(value) <= EXACT_FLOATS
 
 
 def _parse(data: Mapping[str, Any], openai: bool, parser: RequestParser) -> CompletionRequest:

@@ -8,11 +8,13 @@ import glob
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from grok import storage
+from grok.batch.items import id_of
 from grok.config.infer import BatchConfig
 from grok.config.load import to_dict
 from grok.data.prepare import sources
@@ -39,6 +41,8 @@ class Input:
     requests: int  # their number
     sha256: str  # of the records, whatever files they are in
     starts: Sequence[tuple[int, int]]  # of each shard: number of a file, and of a record in it
+    repeated_ids: int  # requests with the id of an earlier one
+    most_bytes: int  # of a record
 
     def size(self, shard: int) -> int:
         """Number of requests of a shard."""
@@ -53,7 +57,7 @@ class Input:
             first = shard * self.shard_size
             if self.starts[shard][0] > file:
                 start, index = self.starts[shard], first
-                records = sources.read_records(self.files, self.columns, start)
+                records = sources.read_records(self.files, self.columns, start, self.most_bytes)
             skipped = first - index
             for record in itertools.islice(records, skipped, skipped + self.size(shard)):
                 file = record.file
@@ -64,7 +68,7 @@ class Input:
 
 def scan_input(config: BatchConfig, columns: Sequence[str]) -> Input:
     """Reads the input once, to count its requests and hash them. Raises DataError where there is
-    none, or a file is of no kind that holds requests, or damaged: it may have had more of them."""
+    none, a file is damaged or of no kind that holds requests, or too many ids are repeated."""
     files = sources.find_files(_expand(config.input), PATTERNS)
     for file in files:
         if file.format == "text":
@@ -72,13 +76,18 @@ def scan_input(config: BatchConfig, columns: Sequence[str]) -> Input:
             problem = f"input {file.name} is neither JSON lines nor Parquet by its name"
             raise DataError(f"{problem}; {kinds}, would work.")
     digest, starts, count = hashlib.sha256(), [], 0
-    for record in sources.read_records(files, columns):
-        if count % config.shard_size == 0:
-            starts.append((record.file, record.number))
+    ids: set[bytes] = set()
+    with_id = 0
+    for record in sources.read_records(files, columns, most_bytes=config.max_record_bytes):
         # What is wrong with a record alone is told in its line.
-        if record.problem and not record.problem.startswith("is "):
+        if record.is_damage:
             problem = f"input {files[record.file].name}: {record.problem}"
             raise DataError(f"{problem}; the whole file would work.")
+        if (record_id := id_of(record)) is not None:
+            with_id += 1
+            ids.add(hashlib.blake2b(json.dumps(record_id).encode(), digest_size=8).digest())
+        if count % config.shard_size == 0:
+            starts.append((record.file, record.number))
         data = record.data
         if not isinstance(data, bytes):
             data = json.dumps([data, record.problem], sort_keys=True, default=repr).encode()
@@ -86,15 +95,32 @@ def scan_input(config: BatchConfig, columns: Sequence[str]) -> Input:
         count += 1
     if not count:
         raise DataError(f"input {', '.join(config.input)} has no requests; one would work.")
-    size, seed = config.shard_size, config.seed
-    return Input(files, columns, size, seed, count, digest.hexdigest(), starts)
+    repeated = with_id - len(ids)
+    if repeated > config.max_repeated_ids * count:
+        enough = math.ceil(100 * repeated / count) / 100
+        problem = f"{repeated:,} of {count:,} requests have the id of an earlier one"
+        limit = f"more than max_repeated_ids={config.max_repeated_ids:g} allows"
+        raise DataError(f"{problem}, {limit}; max_repeated_ids={enough} would work.")
+    return Input(
+        files=files,
+        columns=columns,
+        shard_size=config.shard_size,
+        seed=config.seed,
+        requests=count,
+        sha256=digest.hexdigest(),
+        starts=starts,
+        repeated_ids=repeated,
+        most_bytes=config.max_record_bytes,
+    )
 
 
 def _expand(patterns: Sequence[str]) -> list[str]:
     paths: list[str] = []
     for pattern in patterns:
         matches = [pattern]
-        if glob.has_magic(pattern) and storage.is_remote(pattern):
+        if storage.exists(pattern, DataError):
+            pass  # whatever characters its name has
+        elif glob.has_magic(pattern) and storage.is_remote(pattern):
             with storage.errors(f"input {pattern}", DataError, "cannot be listed"):
                 system, inside = storage.remote(pattern)
                 try:
@@ -165,13 +191,14 @@ class JobDir:
         data = "".join(f"{line}\n" for line in lines).encode()
         storage.write_bytes(storage.join(self._path, ANSWERS_FOLDER, f"{shard:06d}.jsonl"), data)
 
-    def summarise(self, shards: int) -> dict[str, Any]:
-        """Adds up the statistics of so many shards, and writes `summary.json`."""
+    def summarise(self, requests: Input) -> dict[str, Any]:
+        """Adds up the statistics of all shards of these requests, and writes `summary.json`."""
+        shards = len(requests.starts)
         total: collections.Counter[str] = collections.Counter()
         for shard in range(shards):
             path = storage.join(self._path, STATISTICS_FOLDER, f"{shard:06d}.json")
             total.update(json.loads(storage.read_bytes(path)))
-        summary: dict[str, Any] = {"shards": shards}
+        summary: dict[str, Any] = {"shards": shards, "repeated_ids": requests.repeated_ids}
         for name, value in total.items():
             section, _, key = name.rpartition(".")
             (summary.setdefault(section, {}) if section else summary)[key] = value

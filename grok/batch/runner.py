@@ -206,6 +206,8 @@ def _run(config: BatchConfig, replica: Replica) -> None:
     share = range(replica.index, shards, replica.count)
     missing = [shard for shard in share if shard not in done]
     display.log(f"{requests.requests:,} requests; {len(done):,} of {shards:,} shards are done")
+    if requests.repeated_ids:
+        display.log(f"{requests.repeated_ids:,} requests have the id of an earlier one")
     if missing:
         runner = BatchRunner(model.engine(display.log), model, requests, job_dir, replica)
         display.total = sum(requests.size(shard) for shard in share)
@@ -215,7 +217,7 @@ def _run(config: BatchConfig, replica: Replica) -> None:
     if not (replica.writes and len(job_dir.done()) == shards):
         display.log("this share is done; other processes have theirs")
         return
-    summary = job_dir.summarise(shards)
+    summary = job_dir.summarise(requests)
     failures = sorted(summary.get("failures", {}).items(), key=lambda pair: -pair[1])
     reasons = ", ".join(f"{name} {count:,}" for name, count in failures)
     display.log(

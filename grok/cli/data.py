@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 BAR = 40  # characters of the longest bar of a histogram
 MISMATCH = 1  # exit code
+BAD_SHARE = "Share of records that may be bad or repeat an id, and of bytes that may be lost."
+RECORD_SIZE = "Most bytes of a record, decompressed; a longer one is bad."
 SHARD_SIZE = "Most bytes of a shard's records; 1 MB is 10^6 bytes."
 FORMAT, SHARE = click.Choice(["auto", "text", "jsonl", "parquet"]), click.FloatRange(0, 1)
 
@@ -116,8 +118,9 @@ def _field_options(command: Callable) -> Callable:
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
 @_option("--shard-size", default="256MB", callback=size_in_bytes, help=SHARD_SIZE)
 @click.option("--drop-duplicates", is_flag=True, help="Keep the first of documents alike.")
-@_option("--max-bad-share", default=0.01, type=SHARE, help="Share of records that may be bad.")
-def prepare(out, tokenizer, workers, shard_size, **options) -> None:
+@_option("--max-bad-share", default=0.01, type=SHARE, help=BAD_SHARE)
+@_option("--max-record-size", default="256MB", callback=size_in_bytes, help=RECORD_SIZE)
+def prepare(out, tokenizer, workers, shard_size, max_record_size, **options) -> None:
     """Tokenise text of SOURCES into the folder of a dataset.
 
     SOURCES, local or gs://, are files or folders: plain text (a document each), JSON lines or
@@ -140,6 +143,7 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
             raise click.UsageError(f"--{option} is of messages; it needs --messages-field.")
     names["text"] = names["text"] or (None if kinds else "text")
     options |= {"workers": workers or os.cpu_count() or 1, "shard_bytes": shard_size}
+    options["max_record_bytes"] = max_record_size
     job = PrepareOptions(tokenizer=tokenizer, fields=RecordFields(**names), **options)
     note = "SHA-256 of the sources"
     with ProgressDisplay("{share:4.0%}", total=1.0, note=note, stderr=True) as display:
@@ -159,7 +163,11 @@ def prepare(out, tokenizer, workers, shard_size, **options) -> None:
     )
     if counts["rejected"]:
         rejected = Path(out) / "rejected.jsonl"
-        click.echo(f"{_plural(counts['rejected'], 'bad record')} left out: {rejected}")
+        lost = f", {counts['lost_bytes']:,} bytes of files" if counts["lost_bytes"] else ""
+        click.echo(f"{_plural(counts['rejected'], 'bad record')}{lost} left out: {rejected}")
+    if counts["repeated_ids"]:
+        repeated = _plural(counts["repeated_ids"], "document")
+        click.echo(f"{repeated} kept that have the id of an earlier one")
     if counts["duplicates"]:
         click.echo(f"{_plural(counts['duplicates'], 'duplicate')} left out")
     click.echo(f"{out}: complete")

@@ -23,7 +23,7 @@ from grok.errors import require_package
 @click.option(
     "--tasks-folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder with YAML files of more tasks.",
+    help="Folder with YAML files of more tasks; the Python functions they name are run.",
 )
 @click.option("--fewshot", type=click.IntRange(0), help="Examples a question; default: the task's.")
 @click.option("--limit", type=click.IntRange(1), help="Questions of each task.")

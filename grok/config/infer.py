@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from grok.config.mesh import MeshConfig
 from grok.config.run import EngineConfig
 from grok.config.sampling import SamplingConfig
-from grok.config.section import Count, CountOrZero, Positive, Section
+from grok.config.section import Count, CountOrZero, Positive, Section, Share
 from grok.errors import ConfigError
 
 
@@ -49,6 +49,8 @@ class BatchConfig(InferConfig):
     ] = "host"
     shard_size: Annotated[Count, "requests per file of answers"] = 1000
     seed: Annotated[CountOrZero, "seeds the requests that set no seed"] = 0
+    max_record_bytes: Annotated[Count, "longest request in a file, decompressed"] = 256_000_000
+    max_repeated_ids: Annotated[Share, "share of requests that may have an earlier one's id"] = 1.0
 
     def __post_init__(self) -> None:
         if not self.input:

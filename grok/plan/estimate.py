@@ -30,7 +30,7 @@ def price_of(generation: str, file: Path | None) -> Price | None:
     inside = folder / "prices.env"
     file = file or (inside if inside.is_file() else folder.parent / "launch" / "prices.env")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read as prices: {error}.") from None
     date = re.search(r'^PRICES_DATE="?([^"\n]*)', text, re.MULTILINE)

@@ -91,7 +91,7 @@ def read_run(folder: str | Path) -> RecordedRun:
     manifest = read_manifest(str(folder)) or {}
     config = manifest.get("config")
     if config is None and config_file.exists():
-        config = parse_yaml(config_file.read_text(), str, {})
+        config = parse_yaml(config_file.read_text(encoding="utf-8-sig"), str, {})
     return RecordedRun(
         name=folder.resolve().name,
         folder=folder,

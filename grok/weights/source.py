@@ -195,7 +195,7 @@ def read_object(path: str) -> dict[str, Any]:
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
     """The JSON object in `data`. Raises CheckpointError, which begins with `what`, for others."""
     try:
-        content = json.loads(data.decode(), object_pairs_hook=_unique)
+        content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
     except RecursionError:
         raise CheckpointError(f"{what} is nested too deeply.") from None
     except ValueError as error:

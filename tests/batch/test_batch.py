@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+import zstandard
 from pyarrow import parquet
 
 from grok import storage
@@ -404,3 +405,73 @@ def test_refused_configs(tmp_path, override, words):
         ConfigError, match=r"input, output must be set, for example with `input=\.\.\.`"
     ):
         load_config(file, [], BatchConfig)
+
+
+def test_ids_that_python_cannot_hold_come_back(config, tmp_path, monkeypatch):
+    nanoseconds = pyarrow.array([1_234_567_890_123_456_789], pyarrow.timestamp("ns"))
+    far = pyarrow.array([2**55], pyarrow.timestamp("ms"))
+    numbers = (
+        pyarrow.array([2**63 - 1]),
+        pyarrow.array([2**64 - 1], "uint64"),
+        pyarrow.array([1e300]),
+    )
+    files = []
+    for number, ids in enumerate((nanoseconds, far, *numbers)):
+        files.append(str(tmp_path / f"{number}.parquet"))
+        parquet.write_table(pyarrow.table({"id": ids, "prompt": ["The"]}), files[-1])
+    answers = answer(dataclasses.replace(config, input=tuple(files)), monkeypatch)
+    assert [line["id"] for line in answers[::2]] == [
+        *("2009-02-13 23:31:30.123456789", 2**63 - 1, 1e300)
+    ]
+    assert all("choices" in line for line in answers)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "words"),
+    [
+        ("in.jsonl.gz", 20, "the gzip data breaks off before its end"),
+        ("in.jsonl.zst", 5, "the zstd data breaks off before its end"),
+        ("in.parquet", 40, "the file is no Parquet or damaged"),
+    ],
+)
+def test_input_that_is_not_whole_is_refused(config, tmp_path, monkeypatch, name, cut, words):
+    records = [{"id": n, "prompt": f"The number {n}"} for n in range(50)]
+    text = "".join(f"{json.dumps(record)}\n" for record in records).encode()
+    path = tmp_path / name
+    match path.suffix:
+        case ".gz":
+            path.write_bytes(gzip.compress(text))
+        case ".zst":
+            path.write_bytes(zstandard.compress(text))
+        case _:
+            parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(DataError, match=f"{name}: {words}.*; the whole file would work"):
+        answer(dataclasses.replace(config, input=(str(path),)), monkeypatch)
+
+
+def test_repeated_ids_are_counted_and_limited(config, tmp_path, monkeypatch, capsys):
+    ids = [1, "1", None, None, [1], 1, [1]]
+    write_lines(tmp_path / "in.jsonl", [{"id": value, "prompt": "The"} for value in ids])
+    answer(config, monkeypatch)
+    assert json.loads((Path(config.output) / "summary.json").read_text())["repeated_ids"] == 2
+    assert "2 requests have the id of an earlier one" in capsys.readouterr().out
+    strict = dataclasses.replace(config, max_repeated_ids=0.1)
+    with pytest.raises(DataError, match=r"2 of 7 .*; max_repeated_ids=0.29 would work"):
+        answer(strict, monkeypatch)
+
+
+def test_a_request_that_is_too_long_fails_alone(config, tmp_path, monkeypatch):
+    records = [{"prompt": "The"}, {"prompt": "The" * 100}, {"prompt": "A"}]
+    write_lines(tmp_path / "in.jsonl", records)
+    short = dataclasses.replace(config, max_record_bytes=100)
+    first, second, third = answer(short, monkeypatch)
+    assert second["error"]["message"] == "the record has more than 100 bytes."
+    assert "choices" in first and "choices" in third
+
+
+def test_names_with_brackets_blanks_and_stars_are_names(config, tmp_path, monkeypatch):
+    write_lines(tmp_path / "in[1] *.jsonl", [{"id": 7, "prompt": "The"}])
+    write_lines(tmp_path / "in1.jsonl", [{"id": 8, "prompt": "The"}])
+    named = dataclasses.replace(config, input=(str(tmp_path / "in[1] *.jsonl"),))
+    assert [line["id"] for line in answer(named, monkeypatch)] == [7]

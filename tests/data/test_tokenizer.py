@@ -1,5 +1,6 @@
 """Tokenizer: nothing is lost, streams agree with whole decodes, refusals are sentences."""
 
+import codecs
 import inspect
 import random
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 
 from grok.data.tokenizers import StreamDecoder, Tokenizer, load_tokenizer
 from grok.data.tokenizers import sentencepiece as tokenizer_module
+from grok.data.tokenizers.files import read_template
 from grok.data.tokenizers.sentencepiece import train_tokenizer
+from grok.data.tokenizers.tokenizer import read_text
 from grok.errors import DataError
 
 RELEASE = Path(__file__).parents[3] / "shared/tokenizer/grok-1.model"
@@ -167,3 +170,13 @@ def test_train_refuses_impossible_sizes_naming_ones_that_work(tmp_path):
 
 def last_number(refusal) -> int:
     return int(str(refusal.value).split()[-3])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + b"The mill.\r\n")
+    assert read_text(tmp_path / "a.txt") == "The mill.\r\n"
+    (tmp_path / "template.jinja").write_bytes(codecs.BOM_UTF8 + b"{{ messages }}")
+    assert read_template(str(tmp_path / "template.jinja")) == "{{ messages }}"
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8)
+    with pytest.raises(DataError, match=r"a\.txt is empty"):
+        read_text(tmp_path / "a.txt")

@@ -65,7 +65,8 @@ def make_checkout(folder: Path) -> Path:
     shutil.copytree(LAUNCH, folder / "launch", ignore=shutil.ignore_patterns("settings.env"))
     for name in ("Makefile", ".python-version"):
         shutil.copy(ROOT / name, folder)
-    (folder / "requirements.lock").write_text("jax==0\n")
+    for name in ("requirements.lock", "requirements-uv.lock"):
+        (folder / name).write_text("jax==0\n")
     git(folder, "init", "--quiet")
     git(folder, "add", ".")
     git(folder, "commit", "--quiet", "--message", "all")

@@ -1,5 +1,6 @@
 """The JobSet manifests are the worked runs."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,12 @@ def test_a_manifest_keeps_the_contract_of_exit_codes(run: str) -> None:
     assert (job["backoffLimit"], job["template"]["spec"]["restartPolicy"]) == (0, "Never")
 
 
-def test_the_image_has_the_uv_of_the_makefile() -> None:
-    [line] = [
-        line for line in (ROOT / "Makefile").read_text().splitlines() if "UV_VERSION :=" in line
-    ]
-    assert f"uv=={line.split()[-1]}" in (LAUNCH / "gke" / "Dockerfile").read_text()
+def test_uv_is_pinned_by_hash_wherever_it_is_installed() -> None:
+    places = (ROOT / "Makefile", LAUNCH / "worker.sh", LAUNCH / "gke" / "Dockerfile")
+    for text in (path.read_text().replace("\\\n", " ") for path in places):
+        (line,) = (line for line in text.splitlines() if re.search(r"\bpip install\b.*uv", line))
+        assert "--require-hashes" in line and "requirements-uv.lock" in line
+    lock = (ROOT / "requirements-uv.lock").read_text()
+    assert re.search(
+        r"^uv==[\d.]+ \\\n( +--hash=sha256:[0-9a-f]{64}( \\)?\n)+$", lock, re.MULTILINE
+    )

@@ -1,5 +1,6 @@
 """`grok serve` over loopback, asked by OpenAI's client and by others that mean no good."""
 
+import codecs
 import contextlib
 import dataclasses
 import json
@@ -390,6 +391,8 @@ def test_keys_of_the_environment_and_of_a_file(monkeypatch, tmp_path):
     file.write_bytes(b"\xef\xbb\xbf# of the team\r\nthree four\r\n\r\nfive\r\n")
     config = ServeConfig(weights="w", host="0.0.0.0", api_keys_file=str(file))
     assert read_keys(config) == ["one", "two", "three four", "five"]
+    file.write_bytes(codecs.BOM_UTF8 + b"first\r\nsecond\r\n")
+    assert read_keys(config) == ["one", "two", "first", "second"]
 
 
 def test_what_comes_out_is_json_line_by_line(server):

@@ -8,16 +8,16 @@ import datetime
 import functools
 import hashlib
 import itertools
-import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grok import __version__, storage
+from grok import __version__
 from grok.data.chat.encoder import ChatEncoder
 from grok.data.chat.template import ChatTemplate, built_in, find_template
 from grok.data.dataset import MANIFEST_FILE, read_manifest
+from grok.data.prepare.limits import check_bad_share, num_records
 from grok.data.prepare.records import (
     DocumentEncoder,
     RecordFields,
@@ -25,16 +25,20 @@ from grok.data.prepare.records import (
     encode_records,
 )
 from grok.data.prepare.shards import (
-    REJECTED_FILE,
-    ShardEntry,
     ShardJournal,
     ShardWriter,
     describe_sources,
-    rejected_lines,
     sum_counts,
     write_dataset,
 )
-from grok.data.prepare.sources import RawRecord, SourceFile, find_files, hash_files, read_records
+from grok.data.prepare.sources import (
+    RECORD_BYTES,
+    RawRecord,
+    SourceFile,
+    find_files,
+    hash_files,
+    read_records,
+)
 from grok.data.tokenizers import Tokenizer, load_tokenizer, start_ids
 from grok.errors import DataError
 from grok.locks.folder import hold_folder
@@ -60,7 +64,9 @@ class PrepareOptions:
     licence: str | None = None  # of all sources
     shard_bytes: int = 256 * 10**6  # of a shard's records, at most
     drop_duplicates: bool = False
-    max_bad_share: float = 0.01  # of all records, before the job stops
+    # Of records that are bad or repeat an id, and of bytes that are lost, before the job stops.
+    max_bad_share: float = 0.01
+    max_record_bytes: int = RECORD_BYTES  # decompressed; a longer record is bad
     workers: int = 1  # processes that tokenize
     allow_special_tokens: bool = False  # special tokens in a text are read as such
     chat_template: str = ""  # of messages, as `find_template` takes it
@@ -117,9 +123,9 @@ def _prepare(
             )
             _write_shards(options, files, make_encoder, folder, journal, on_progress)
         totals = sum_counts(journal.entries)
-        _check_bad_share(options, folder, totals, journal.entries)
+        check_bad_share(options.max_bad_share, files, folder, totals, journal.entries)
         if not totals["documents"]:
-            sources, records = ", ".join(options.sources), f"{_num_records(totals):,} records"
+            sources, records = ", ".join(options.sources), f"{num_records(totals):,} records"
             raise DataError(f"{sources}: of {records} none is good; text would work.")
         contents = tokenizer.files
         if template is not None:
@@ -162,6 +168,7 @@ def _identity(
     names = [
         *("patterns", "format", "fields", "licence", "shard_bytes", "drop_duplicates"),
         "allow_special_tokens",
+        "max_record_bytes",
     ]
     settings = dataclasses.asdict(options) | {"patterns": list(options.patterns)}
     settings["fields"] = {key: name for key, name in settings["fields"].items() if name}
@@ -200,16 +207,21 @@ def _write_shards(
     on_progress: OnProgress,
 ) -> None:
     digests = {digest for entry in journal.entries for digest in entry.digests}
+    ids = {digest for entry in journal.entries for digest in entry.ids}
     totals = collections.Counter(sum_counts(journal.entries))
     offsets = list(itertools.accumulate((file.bytes for file in files), initial=0))
     shards = ShardWriter(journal, options.shard_bytes)
-    records = read_records(files, options.fields.names(), journal.position)
+    names, most_bytes = options.fields.names(), options.max_record_bytes
+    records = read_records(files, names, journal.position, most_bytes)
     groups = _group_records(records, files, options.licence)
     encoded = encode_records(groups, make_encoder, options.workers)
     try:
         for raw, result in encoded:
-            file, counts = files[raw.file], {"rejected": 1}
+            file = files[raw.file]
             if isinstance(result, str):
+                # A file that is one document is lost with it.
+                lost = file.bytes if raw.line is None else raw.lost_bytes
+                counts = {"rejected": raw.records, "lost_bytes": lost}
                 line = {"file": file.name, "line": raw.line, "reason": result}
                 shards.entry.rejected.append(line)
             elif options.drop_duplicates and result.digest.hex() in digests:
@@ -221,10 +233,13 @@ def _write_shards(
                     shards.entry.digests.append(result.digest.hex())
                 counts = {"documents": 1, "bytes": result.text_bytes, "tokens": result.tokens}
                 counts["loss_tokens"] = result.loss_tokens
+                if result.id_digest is not None:
+                    counts["repeated_ids"] = shards.entry.add_id(result.id_digest.hex(), ids)
             shards.entry.add(file.source, **counts)
             totals.update(counts)
-            if _num_records(totals) % CHECK_RECORDS == 0:
-                _check_bad_share(options, folder, totals, [*journal.entries, shards.entry])
+            if num_records(totals) % CHECK_RECORDS == 0:
+                entries = [*journal.entries, shards.entry]
+                check_bad_share(options.max_bad_share, files, folder, totals, entries)
             on_progress((offsets[raw.file] + raw.offset) / max(1, offsets[-1]), totals)
         shards.finish((len(files), 0), is_last=True)
     finally:
@@ -251,25 +266,3 @@ def _group_records(
             group, size = [], 0
     if group:
         yield group
-
-
-def _num_records(totals: Mapping[str, int]) -> int:
-    return totals["documents"] + totals["duplicates"] + totals["rejected"]
-
-
-def _check_bad_share(
-    options: PrepareOptions, folder: Path, totals: Mapping[str, int], entries: Sequence[ShardEntry]
-) -> None:
-    """Raises DataError, and writes the bad records to a file, where they are too many."""
-    bad, records = totals["rejected"], _num_records(totals)
-    if bad <= options.max_bad_share * records:
-        return
-    storage.write_bytes(folder / REJECTED_FILE, rejected_lines(entries))
-    first = next(line for entry in entries for line in entry.rejected)
-    where = first["file"] if first["line"] is None else f"{first['file']}:{first['line']}"
-    enough = math.ceil(100 * bad / records) / 100
-    raise DataError(
-        f"{bad:,} of {records:,} records are bad, {bad / records:.2%}, more than --max-bad-share "
-        f"{options.max_bad_share:g} allows (all are in {folder / REJECTED_FILE}); the first: "
-        f"{where}: {first['reason']}. The same command with --max-bad-share {enough} continues."
-    )

@@ -23,6 +23,14 @@ from grok.data.chat.renderer import TemplateError
 from grok.data.chat.template import ChatTemplate
 from grok.data.dataset import encode_document
 from grok.data.prepare.sources import RawRecord
+from grok.data.prepare.values import (
+    BadRecord,
+    decode,
+    field,
+    in_json,
+    parse_json_object,
+    type_name,
+)
 from grok.data.tokenizers import Tokenizer, start_ids
 from grok.errors import DataError
 
@@ -55,17 +63,14 @@ class _Encoded(NamedTuple):
 
 
 class EncodedDocument(NamedTuple):
-    """A document as a record, its counts, and the digest of its text."""
+    """A document as a record, its counts, and the digests of its text and its own id."""
 
     record: bytes
     tokens: int
     loss_tokens: int
     text_bytes: int
     digest: bytes
-
-
-class BadRecord(Exception):
-    """The reason why a record has no document, as a predicate: `is not UTF-8 at byte 7`."""
+    id_digest: bytes | None  # of its own id
 
 
 class DocumentEncoder:
@@ -90,33 +95,35 @@ class DocumentEncoder:
         """The document of a record, with `metadata` and its own; BadRecord where it has none."""
         if raw.problem or raw.data is None:
             raise BadRecord(raw.problem)
+        own: dict[str, Any] = {}
         if isinstance(raw.data, bytes) and raw.line is None:
-            tokens, mask, segments = self._tokenize([Segment(_decode(raw.data), True)])
+            tokens, mask, segments = self._tokenize([Segment(decode(raw.data), True)])
         else:
             data = raw.data if isinstance(raw.data, dict) else parse_json_object(raw.data)
             tokens, mask, segments = self._encode(data)
-            metadata = {**metadata, **self._metadata(data)}
+            own = self._metadata(data)
         tokens_S = np.frombuffer(tokens, np.uintc)
         mask_S = np.frombuffer(mask, np.uint8) if self._supervised else None
         texts = [segment.text.encode() for segment in segments]
         return EncodedDocument(
-            record=encode_document(tokens_S, mask_S, metadata),
+            record=encode_document(tokens_S, mask_S, {**metadata, **own}),
             tokens=len(tokens_S),
             loss_tokens=int(mask_S.sum()) if mask_S is not None else len(tokens_S),
             text_bytes=sum(map(len, texts)),
             # UTF-8 has no byte 0xff, so the texts cannot run into each other.
             digest=hashlib.blake2b(b"\xff".join(texts), digest_size=16).digest(),
+            id_digest=_digest(own["id"]) if "id" in own else None,
         )
 
     def _encode(self, data: Mapping[str, Any]) -> _Encoded:
         """The document of a record's fields."""
         if self._chat:
-            return self._conversation(self._chat, _field(data, self._fields.messages or "", list))
+            return self._conversation(self._chat, field(data, self._fields.messages or "", list))
         if self._fields.prompt:
-            prompt = _field(data, self._fields.prompt, str)
-            completion = _field(data, self._fields.completion or "", str)
+            prompt = field(data, self._fields.prompt, str)
+            completion = field(data, self._fields.completion or "", str)
             return self._tokenize([Segment(prompt, False), Segment(completion, True)])
-        return self._tokenize([Segment(_field(data, self._fields.text or "", str), True)])
+        return self._tokenize([Segment(field(data, self._fields.text or "", str), True)])
 
     def _conversation(self, chat: ChatEncoder, messages: list[Any]) -> _Encoded:
         """The document of messages, as the template writes them; loss is on assistants' messages
@@ -163,63 +170,32 @@ class DocumentEncoder:
         names = {key: getattr(self._fields, key) for key in ("id", "language", "licence")}
         return {
             # A surrogate in a name is no reason to lose the text.
-            key: value if isinstance(value, int) else str(value).encode(errors="replace").decode()
+            key: value if isinstance(value, int) else _encodable(str(in_json(value)))
             for key, name in names.items()
             if name and (value := data.get(name)) is not None
         }
 
 
-def parse_json_object(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line; BadRecord where it has none."""
-    text = _decode(line)
-    try:
-        data = json.loads(text)
-    except RecursionError:
-        raise BadRecord("is not JSON: nested too deeply") from None
-    except json.JSONDecodeError as error:
-        message = error.msg.removesuffix(" at")
-        raise BadRecord(f"is not JSON: {message} at column {error.colno}") from None
-    except ValueError as error:
-        raise BadRecord(f"is not JSON: {str(error).partition(';')[0]}") from None
-    if not isinstance(data, dict):
-        raise BadRecord(f"is no JSON object but {_type(data)}")
-    return data
+def _encodable(text: str) -> str:
+    return text.encode(errors="replace").decode()
 
 
-def _decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"is not UTF-8 at byte {error.start} (0x{data[error.start]:02x})") from None
+def _digest(value: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).digest()
 
 
 def _check_message(number: int, message: Any) -> None:
     if not isinstance(message, dict):
-        raise BadRecord(f"message {number} is no object but {_type(message)}")
+        raise BadRecord(f"message {number} is no object but {type_name(message)}")
     try:
         for name in ("role", "content"):
-            _field(message, name, str)
+            field(message, name, str)
     except BadRecord as error:
         raise BadRecord(f"message {number} {error}") from None
 
 
 def _predicate(error: DataError) -> str:
     return str(error).partition(", which")[0].replace("the text has", "has")
-
-
-def _field(data: Mapping[str, Any], name: str, kind: type) -> Any:
-    if name not in data:
-        raise BadRecord(f"has no field `{name}`")
-    if not isinstance(data[name], kind):
-        expected = "text" if kind is str else "a list"
-        raise BadRecord(f"field `{name}` is not {expected} but {_type(data[name])}")
-    return data[name]
-
-
-def _type(value: Any) -> str:
-    names = {type(None): "null", bool: "a truth value", list: "a list", str: "text"}
-    names |= {int: "a number", float: "a number", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
 
 
 # Records with the metadata of their files; and a record with its document, or why it has none.

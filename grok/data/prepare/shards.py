@@ -25,7 +25,10 @@ from grok.storage import StrPath
 
 # Records are read one by one, and their bytes must not depend on a compressor's version.
 WRITER_OPTIONS = "group_size:1,uncompressed"
-COUNTS = ("documents", "bytes", "tokens", "loss_tokens", "rejected", "duplicates")
+COUNTS = (
+    *("documents", "bytes", "tokens", "loss_tokens", "rejected", "duplicates"),
+    *("repeated_ids", "lost_bytes"),  # documents with an earlier one's id; bytes of bad files
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -38,6 +41,7 @@ class ShardEntry:
     is_last: bool = False  # no input is left
     lengths: list[int] = dataclasses.field(default_factory=list)  # tokens of each document
     digests: list[str] = dataclasses.field(default_factory=list)  # of texts, in hexadecimal
+    ids: list[str] = dataclasses.field(default_factory=list)  # digests of ids, in hexadecimal
     counts: dict[int, dict[str, int]] = dataclasses.field(default_factory=dict)  # by source
     rejected: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # bad records
 
@@ -46,6 +50,14 @@ class ShardEntry:
         """The entry of a line of the journal."""
         counts = {int(source): counts for source, counts in data["counts"].items()}
         return cls(**{**data, "counts": counts, "position": tuple(data["position"])})
+
+    def add_id(self, digest: str, ids: set[str]) -> int:
+        """Notes a document's id, also in `ids`, those of all before; returns 1 if it is there."""
+        is_repeated = digest in ids
+        if not is_repeated:
+            ids.add(digest)
+            self.ids.append(digest)
+        return int(is_repeated)
 
     def add(self, source: int, **numbers: int) -> None:
         """Adds to the counts of a source."""

@@ -7,17 +7,17 @@ import hashlib
 import io
 import itertools
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from grok import storage
+from grok.data.prepare import streams
+from grok.data.prepare.parquet_rows import read_parquet
 from grok.errors import DataError
 
-CHUNK_BYTES = 1 << 20
-PARQUET_BATCH_ROWS = 256  # turned into Python objects at once
+RECORD_BYTES = 256 * 10**6  # of a record, decompressed, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,103 +32,72 @@ class SourceFile:
     sha256: str = ""
 
 
-# Line, data, problem, and bytes of the file read so far.
-Row = tuple[int | None, Any, str | None, int]
+class Row(NamedTuple):
+    """A record as a file has it, or the `problem` in its place."""
+
+    line: int | None  # from 1 (row, in Parquet); None where the file is one document
+    data: bytes | dict[str, Any] | None  # a text, a line, or a row
+    problem: str | None
+    offset: int  # bytes of the file read so far
+    lost_bytes: int = 0  # of the file, that cannot be read
+    records: int = 1  # that have the problem
+    is_damage: bool = False  # the rest of the file, or of a row group, is lost
 
 
-class Damaged(Exception):
-    """The reason why the rest of a file cannot be read."""
-
-
-def read_rows(file: BinaryIO, source: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
-    """Rows of a file by its format; `columns` are read of a Parquet file."""
-    number: int | None = None
+def read_rows(
+    file: BinaryIO, source: SourceFile, columns: Sequence[str], most_bytes: int
+) -> Iterator[Row]:
+    """Rows of a file by its format; `columns` are read of a Parquet file. One of more than
+    `most_bytes`, decompressed, is a problem, and not held in memory."""
+    row = Row(0 if source.format == "jsonl" else None, None, None, 0)
     try:
-        if source.format == "jsonl":
-            number, tail = 1, b""
-            for chunk in _chunks(file, source.compression):
-                *lines, tail = (tail + chunk).split(b"\n")
-                offset = file.tell()
-                for line in lines:
-                    if line.strip():
-                        yield number, line, None, offset
-                    number += 1
-            if tail.strip():
-                yield number, tail, None, source.bytes
-            return
-        data = file
-        if source.compression:
-            data = io.BytesIO(b"".join(_chunks(file, source.compression)))
-        if source.format == "parquet":
-            yield from _read_parquet(data, source, columns)
-        else:
-            yield None, data.read(), None, source.bytes
-    except Damaged as error:
-        yield number, None, str(error), source.bytes
+        for row in READERS[source.format](file, source, columns, most_bytes):
+            yield row
+    except streams.Damaged as error:
+        line = None if row.line is None else row.line + 1
+        lost = source.bytes - row.offset
+        yield Row(line, None, str(error), source.bytes, lost, is_damage=True)
+    except streams.TooLong:
+        problem = too_long(most_bytes)
+        yield Row(None, None, problem, source.bytes, source.bytes, is_damage=True)
 
 
-def _chunks(file: BinaryIO, compression: str | None) -> Iterator[bytes]:
-    """Decompressed bytes of a file; raises Damaged after what can be read."""
-    if compression is None:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
-        return
-    from zstandard import ZstdDecompressor, ZstdError
-
-    pending = file.read(CHUNK_BYTES)
-    while pending:
-        # A file may hold several streams, as `cat a.gz b.gz` writes.
-        is_gzip = compression == "gzip"
-        stream: Any = zlib.decompressobj(31) if is_gzip else ZstdDecompressor().decompressobj()
-        while not stream.eof:
-            if not pending:
-                raise Damaged(f"the {compression} data breaks off before its end")
-            try:
-                chunk = stream.decompress(pending)
-            except (zlib.error, ZstdError) as error:
-                raise Damaged(f"the {compression} data is damaged ({error})") from None
-            yield chunk
-            pending = stream.unused_data if stream.eof else file.read(CHUNK_BYTES)
-        pending = pending or file.read(CHUNK_BYTES)
+def too_long(most_bytes: int) -> str:
+    """The problem of a record that has more bytes than it may have."""
+    return f"has more than {most_bytes:,} bytes"
 
 
-def _read_parquet(file: BinaryIO, source: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
-    """Rows as dictionaries of those of `columns` that the file has."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        reader = parquet.ParquetFile(file, page_checksum_verification=True)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise Damaged(f"the file is no Parquet or damaged ({_first_line(error)})") from None
-    names = [name for name in columns if name in reader.schema_arrow.names]
-    first, rows = 1, max(1, reader.metadata.num_rows)
-    for group in range(reader.num_row_groups):
-        line = first
-        try:
-            batches = reader.iter_batches(PARQUET_BATCH_ROWS, [group], names, use_threads=False)
-            for data, problem in itertools.chain.from_iterable(map(_batch_rows, batches)):
-                yield line, data, problem, source.bytes * line // rows
-                line += 1
-        except (pyarrow.ArrowException, OSError) as error:
-            problem = f"the rest of row group {group} is damaged ({_first_line(error)})"
-            yield line, None, problem, source.bytes * line // rows
-        first += reader.metadata.row_group(group).num_rows
+def _read_lines(
+    file: BinaryIO, source: SourceFile, columns: Sequence[str], most_bytes: int
+) -> Iterator[Row]:
+    chunks = streams.chunks(file, source.compression)
+    for number, line in enumerate(streams.lines(chunks, most_bytes), start=1):
+        if line is None:
+            yield Row(number, None, too_long(most_bytes), file.tell())
+        elif line.strip():
+            yield Row(number, line, None, file.tell())
 
 
-def _batch_rows(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
-    for index in range(batch.num_rows):
-        try:
-            # A batch without columns has rows, but to_pylist gives none.
-            yield (batch.slice(index, 1).to_pylist() or [{}])[0], None
-        except UnicodeDecodeError as error:
-            yield None, f"is not UTF-8 at byte {error.start} (0x{error.object[error.start]:02x})"
+def _read_text(
+    file: BinaryIO, source: SourceFile, columns: Sequence[str], most_bytes: int
+) -> Iterator[Row]:
+    text = streams.text(streams.chunks(file, source.compression), most_bytes)
+    yield Row(None, text, None, source.bytes)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+def _read_parquet(
+    file: BinaryIO, source: SourceFile, columns: Sequence[str], most_bytes: int
+) -> Iterator[Row]:
+    if source.compression:
+        file = io.BytesIO(streams.text(streams.chunks(file, source.compression), most_bytes))
+    num_rows, rows = read_parquet(file, columns, most_bytes)
+    for row in rows:
+        offset = source.bytes * row.line // num_rows
+        damage = row.rows, row.is_damage
+        yield Row(row.line, row.data, row.problem, offset, 0, *damage)
 
 
+READERS = {"jsonl": _read_lines, "text": _read_text, "parquet": _read_parquet}
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
@@ -138,10 +107,13 @@ class RawRecord(NamedTuple):
 
     file: int  # number of its file
     number: int  # in the file, from 0
-    line: int | None  # in the file (row, in Parquet), from 1; None where that is one document
-    data: bytes | dict[str, Any] | None  # a text, a line, or a row
+    line: int | None  # and what follows: as of `Row`
+    data: bytes | dict[str, Any] | None
     problem: str | None
-    offset: int  # bytes of the file read so far
+    offset: int
+    lost_bytes: int = 0
+    records: int = 1
+    is_damage: bool = False
 
 
 def find_files(
@@ -170,16 +142,19 @@ def hash_files(files: Sequence[SourceFile]) -> list[SourceFile]:
 
 
 def read_records(
-    files: Sequence[SourceFile], columns: Sequence[str], start: tuple[int, int] = (0, 0)
+    files: Sequence[SourceFile],
+    columns: Sequence[str],
+    start: tuple[int, int] = (0, 0),
+    most_bytes: int = RECORD_BYTES,
 ) -> Iterator[RawRecord]:
     """All records of the files in order, from record start[1] of file start[0] on. `columns` are
-    read of Parquet files. Raises DataError where a file cannot be read at all; damage inside one is
-    a record with a problem."""
+    read of Parquet files. Raises DataError where a file cannot be read at all; damage inside one,
+    or a record of more than `most_bytes`, is a record with a problem."""
     for number in range(start[0], len(files)):
         file = files[number]
         skipped = start[1] if number == start[0] else 0
         with _open(file.name) as opened:
-            rows = read_rows(opened, file, columns)
+            rows = read_rows(opened, file, columns, most_bytes)
             for index, row in enumerate(itertools.islice(rows, skipped, None), start=skipped):
                 yield RawRecord(number, index, *row)
 
@@ -196,12 +171,28 @@ def _list_files(source: str, patterns: Sequence[str]) -> list[tuple[str, int]]:
             return _remote_listing(source, patterns)
         if not os.path.isdir(source):
             return [(source, os.stat(source).st_size)]
-        sizes = []
-        for folder, folders, names in os.walk(source):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            files = [Path(folder, name) for name in names if _is_included(name, patterns)]
-            sizes += [(str(file), file.stat().st_size) for file in files if file.is_file()]
-        return sizes
+        return [
+            (str(file), file.stat().st_size)
+            for folder, names in _walk(source)
+            for file in (Path(folder, name) for name in names if _is_included(name, patterns))
+            # A pipe has no end; a link that leads nowhere is an error.
+            if file.is_symlink() or file.is_file()
+        ]
+
+
+def _walk(source: str) -> Iterator[tuple[str, list[str]]]:
+    """Yields each folder that is not hidden, and the names of its files. Links are followed, each
+    folder once, so that one that leads back does no harm."""
+    walked = set()
+    for folder, folders, names in os.walk(source, followlinks=True):
+        walked.add(os.path.realpath(folder))
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if not name.startswith(".")
+            and os.path.realpath(os.path.join(folder, name)) not in walked
+        ]
+        yield folder, names
 
 
 def _remote_listing(source: str, patterns: Sequence[str]) -> list[tuple[str, int]]:
@@ -235,6 +226,6 @@ def _format_of(name: str, format: str) -> tuple[str, str | None]:
 def _hash(file: SourceFile) -> SourceFile:
     digest = hashlib.sha256()
     with _open(file.name) as opened:
-        while chunk := opened.read(CHUNK_BYTES):
+        while chunk := opened.read(streams.CHUNK_BYTES):
             digest.update(chunk)
     return dataclasses.replace(file, sha256=digest.hexdigest())

@@ -1,5 +1,6 @@
 """The files that a tokenizer consists of: its own, and the settings beside it in a release."""
 
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -159,7 +160,7 @@ def read_template(path: str) -> str:
             return template
         raise DataError(f"{path} has no chat_template; a file with Jinja text would work.")
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         problem = f"{path} is not UTF-8 at byte offset {error.start}"
         raise DataError(f"{problem}; a file with Jinja text would work.") from None
@@ -193,7 +194,7 @@ def _is_folder(path: str) -> bool:
 
 def _kind(data: bytes, path: str) -> str:
     """The canonical name of a file with these bytes."""
-    if data.lstrip()[:1] != b"{":
+    if data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
         return SENTENCEPIECE
     try:
         fields = parse_object(data, path)

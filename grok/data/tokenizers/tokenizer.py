@@ -129,12 +129,13 @@ class StreamDecoder:
 
 
 def read_text(path: str | Path) -> str:
-    """Text of a UTF-8 file, line ends as they are. DataError when the file is missing or empty, or
-    naming its first byte that is not UTF-8."""
-    if not (data := storage.read_bytes(path, DataError)):
-        raise DataError(f"text file {path} is empty; one with text would work.")
+    """Text of a UTF-8 file, without a byte-order mark, line ends as they are. DataError when the
+    file is missing or empty, or naming its first byte that is not UTF-8."""
+    data = storage.read_bytes(path, DataError)
     try:
-        return data.decode()
+        if text := data.decode("utf-8-sig"):
+            return text
+        raise DataError(f"text file {path} is empty; one with text would work.")
     except UnicodeDecodeError as error:
         offset = f"byte offset {error.start} (0x{data[error.start]:02x})"
         problem = f"text file {path} is not UTF-8 at {offset}"
