@@ -10,8 +10,10 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+import xxhash
 
 from grok import storage
 from grok.batch.items import id_of
@@ -24,7 +26,9 @@ from grok.resumable import difference
 
 JOB_FILE, SUMMARY_FILE = "job.json", "summary.json"
 ANSWERS_FOLDER, STATISTICS_FOLDER = "answers", "statistics"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Of the answers, in the statistics of their shard.
+CHECKSUM = "answers_xxh3_128"
 PATTERNS = tuple(f"*{suffix}{ending}" for suffix in SUFFIXES for ending in ("", *COMPRESSIONS))
 # Changing these is allowed: it can only flip near-tied tokens, through rounding.
 NOT_IDENTITY = ("max_num_seqs", "num_pages")
@@ -160,7 +164,7 @@ class JobDir:
         path = storage.join(self._path, JOB_FILE)
         if not storage.exists(path):
             try:
-                if self.done():
+                if self.shards():
                     problem = f"output={self._path} has answers and no {JOB_FILE} that says of what"
                     raise ConfigError(f"{problem}; an empty or new folder would work.")
                 storage.write_bytes(path, _json(job))
@@ -176,7 +180,7 @@ class JobDir:
             problem = f"output={self._path} has answers of another job: {changed}"
             raise ConfigError(f"{problem}; what it was, or another output, would work.")
 
-    def done(self) -> set[int]:
+    def shards(self) -> set[int]:
         """Numbers of the shards that are written."""
         folder = storage.join(self._path, ANSWERS_FOLDER)
         if not storage.exists(folder):
@@ -184,20 +188,43 @@ class JobDir:
         names = [re.fullmatch(r"(\d{6,})\.jsonl", name) for name in storage.list_files(folder)]
         return {int(name[1]) for name in names if name}
 
+    def done(self, log: Callable[[str], object]) -> set[int]:
+        """Numbers of the shards whose answers are as they were written. `log` is called with a
+        sentence for each other one."""
+        damaged = {shard for shard in self.shards() if not self._is_as_written(shard)}
+        for shard in sorted(damaged):
+            log(f"{self._answers(shard)} is not as it was written; it is answered again")
+        return self.shards() - damaged
+
+    def _is_as_written(self, shard: int) -> bool:
+        try:
+            saved = self._read_statistics(shard)[CHECKSUM]
+        except (ValueError, KeyError, TypeError, FileNotFoundError):
+            return False
+        return saved == _checksum(storage.read_bytes(self._answers(shard)))
+
+    def _answers(self, shard: int) -> str:
+        return storage.join(self._path, ANSWERS_FOLDER, f"{shard:06d}.jsonl")
+
+    def _read_statistics(self, shard: int) -> dict[str, Any]:
+        path = storage.join(self._path, STATISTICS_FOLDER, f"{shard:06d}.json")
+        return json.loads(storage.read_bytes(path))
+
     def write(self, shard: int, lines: Sequence[str], statistics: dict[str, Any]) -> None:
         """Writes a shard: its statistics first, so that they are there wherever answers are."""
-        path = storage.join(self._path, STATISTICS_FOLDER, f"{shard:06d}.json")
-        storage.write_bytes(path, _json(statistics))
         data = "".join(f"{line}\n" for line in lines).encode()
-        storage.write_bytes(storage.join(self._path, ANSWERS_FOLDER, f"{shard:06d}.jsonl"), data)
+        path = storage.join(self._path, STATISTICS_FOLDER, f"{shard:06d}.json")
+        storage.write_bytes(path, _json({**statistics, CHECKSUM: _checksum(data)}))
+        storage.write_bytes(self._answers(shard), data)
 
     def summarise(self, requests: Input) -> dict[str, Any]:
         """Adds up the statistics of all shards of these requests, and writes `summary.json`."""
         shards = len(requests.starts)
         total: collections.Counter[str] = collections.Counter()
         for shard in range(shards):
-            path = storage.join(self._path, STATISTICS_FOLDER, f"{shard:06d}.json")
-            total.update(json.loads(storage.read_bytes(path)))
+            statistics = self._read_statistics(shard)
+            del statistics[CHECKSUM]
+            total.update(statistics)
         summary: dict[str, Any] = {"shards": shards, "repeated_ids": requests.repeated_ids}
         for name, value in total.items():
             section, _, key = name.rpartition(".")
@@ -206,6 +233,10 @@ class JobDir:
             summary[f"{name}_per_second"] = round(total[name] / max(total["seconds"], 1e-9), 3)
         storage.write_bytes(storage.join(self._path, SUMMARY_FILE), _json(summary))
         return summary
+
+
+def _checksum(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
 
 
 def _json(data: Any) -> bytes:

@@ -198,7 +198,7 @@ def _run(config: BatchConfig, replica: Replica) -> None:
 
     def open_job() -> list[int]:
         job_dir.open(config, model.identity(), requests)
-        return sorted(job_dir.done())
+        return sorted(job_dir.done(display.log))
 
     together = replica.spans_all_hosts
     done = set(distributed.broadcast_from_primary(open_job) if together else open_job())
@@ -214,7 +214,7 @@ def _run(config: BatchConfig, replica: Replica) -> None:
         display.done = display.total - sum(requests.size(shard) for shard in missing)
         with PreemptionSignal(model.mesh) as stop, display:
             runner.run(missing, stop, display)
-    if not (replica.writes and len(job_dir.done()) == shards):
+    if not (replica.writes and len(job_dir.shards()) == shards):
         display.log("this share is done; other processes have theirs")
         return
     summary = job_dir.summarise(requests)

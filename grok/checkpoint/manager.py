@@ -29,6 +29,8 @@ from grok.weights.orbax.zarr import reason
 TREES = MODEL, LORA, OPTIMIZER, EMA = "model", "lora", "optimizer", "ema"
 META = "meta"
 POLL_SECONDS = 0.05
+# A file that is written and deleted before a save.
+PROBE = ".writable"
 # A host's 119 GB of a training state of 3.8 TB take so long at 17 MB/s.
 SAVE_TIMEOUT_SECONDS = 2 * 3600
 
@@ -123,6 +125,8 @@ class Checkpoints:
         }
         self._saving, self._metrics[step] = step, metrics or {}
         self._failures.clear()
+        # Orbax would wait two hours for a folder that it cannot make.
+        self._try_save(self._check_writable)
         data = meta | ({"metrics": dict(metrics)} if metrics else {})
         args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(data))
         self._try_save(lambda: self._manager.save(step, args=args))
@@ -138,6 +142,21 @@ class Checkpoints:
                 raise self._failures[0]
             time.sleep(POLL_SECONDS)
         self._manager.wait_until_finished()
+
+    def _check_writable(self) -> None:
+        """Raises OSError in every process where process 0 cannot write in the folder."""
+
+        def problem() -> str | None:
+            probe = join(self.folder, PROBE)
+            try:
+                storage.write_bytes(probe, b"")
+                storage.remove(probe)
+            except OSError as error:
+                return storage.reason(error)
+            return None
+
+        if text := broadcast_from_primary(problem):
+            raise OSError(text)
 
     def _try_save(self, do: Callable[[], object]) -> None:
         try:

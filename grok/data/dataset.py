@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from grok import storage
+from grok.data.manifest import FORMAT, MANIFEST_FILE, read_manifest
 from grok.data.remote_records import RemoteRecords
 from grok.errors import DataError
 from grok.storage import StrPath
@@ -25,9 +26,7 @@ HAS_MASK = 1
 _HEADER = struct.Struct("<IB")
 
 CACHE_BYTES = 16 << 30
-MANIFEST_FILE = "manifest.json"
 LENGTHS_FILE = "lengths.npy"
-FORMAT = "grok documents 1"
 COMPARE = "`grok data inspect --check` compares all files with the manifest."
 
 
@@ -161,18 +160,3 @@ class TokenDataset:
         return DataError(
             f"shard {storage.join(self.folder, name)} is damaged ({first_line}); {COMPARE}"
         )
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a dataset; DataError when `folder` has none that can be read."""
-    path = storage.join(folder, MANIFEST_FILE)
-    if not storage.exists(path, DataError):
-        finished = "a folder that `grok data prepare` finished"
-        raise DataError(f"{folder} has no {MANIFEST_FILE}; {finished} would work.")
-    try:
-        manifest = json.loads(storage.read_bytes(path, DataError))
-    except ValueError as error:
-        raise DataError(f"manifest {path} is not JSON ({error}).") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is no manifest of `{FORMAT}`, the format that is read here.")
-    return manifest

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from grok import compiler
 from grok.config import RunConfig
-from grok.data.dataset import MANIFEST_FILE
+from grok.data.manifest import MANIFEST_FILE
 from grok.data.stream_batches import bits_per_byte
 from grok.data.tokenizers import load_tokenizer
 from grok.errors import DataError

@@ -27,6 +27,7 @@ from grok.preemption import PreemptionSignal
 from grok.train import bad_steps
 from grok.train.bad_steps import Skipped, batch_number, raise_if_diverged
 from grok.train.checkpointing import restore, save
+from grok.train.finite import raise_if_not_finite
 from grok.train.init_from import InitialWeights, initial_weights
 from grok.train.loss import eval_step, validate
 from grok.train.run_data import RunData, read_data
@@ -208,13 +209,16 @@ def train_steps(run: Run, start: Start, preemption: PreemptionSignal) -> int:
             check(step, metrics)
         # A checkpoint on the way is of a good step: one to roll back to.
         if run.saves and (is_last or (save_due and not metrics["bad_in_a_row"])):
-            save_state(run, step, state, losses, start.skipped)
+            last_good = step - int(metrics["bad_in_a_row"])
+            raise_if_not_finite(step, last_good, state, losses if is_last else {})
+            save_state(run, step, state, losses, start.skipped, is_last)
             saved_step, save_due = step, False
         if preemption.should_stop():
             break
     if run.saves and saved_step != step:
         check(step, metrics)
-        save_state(run, step, state, {}, start.skipped)
+        raise_if_not_finite(step, step - int(metrics["bad_in_a_row"]), state)
+        save_state(run, step, state, {}, start.skipped, is_last=True)
     return step
 
 
@@ -239,17 +243,19 @@ def validation_losses(run: Run, step: int, state: TrainState) -> dict[str, float
     return losses
 
 
-def save_state(run: Run, step: int, state: TrainState, losses: dict, skipped: Skipped) -> None:
+def save_state(
+    run: Run, step: int, state: TrainState, losses: dict, skipped: Skipped, is_last: bool
+) -> None:
     """Starts a save, which continues in the background. A failed save is reported, and the run goes
-    on: older checkpoints are intact, and the next save may work. With several hosts it ends all:
-    the others wait for this one in the midst of a save."""
+    on: older checkpoints are intact, and the next save may work; where none follows, it ends the
+    run. With several hosts it ends all: the others wait for this one in the midst of a save."""
     begin = functools.partial(save, run, step, state, losses, skipped)
     with run.telemetry.events.during("save", step=step):
         for phase in (run.checkpoints.wait, begin):
             try:
                 phase()
             except SaveError as error:
-                if distributed.process_count() > 1:
+                if distributed.process_count() > 1 or (is_last and phase is begin):
                     raise
                 run.telemetry.log(str(error))
     run.telemetry.saved(step)

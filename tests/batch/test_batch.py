@@ -253,7 +253,7 @@ def job_file(folder: Path, config: BatchConfig) -> Path:
     return file
 
 
-def test_a_shard_that_a_model_does_again_is_the_same(config, tmp_path):
+def test_a_shard_that_a_model_does_again_is_the_same(config, tmp_path, capsys):
     records = [{"prompt": f"The number {n}", "max_tokens": 2 + n % 4} for n in range(7)]
     write_lines(tmp_path / "in.jsonl", [{**record, "logprobs": 1} for record in records])
     one_device = dataclasses.replace(
@@ -262,9 +262,13 @@ def test_a_shard_that_a_model_does_again_is_the_same(config, tmp_path):
     run(one_device, Replica(0, 1, True, False))
     shard = tmp_path / "out" / "answers" / "000001.jsonl"
     before = shard.read_bytes()
-    shard.unlink()
+    shard.write_bytes(before[:-5])
+    (tmp_path / "out" / "statistics" / "000000.json").write_text("[")
     run(one_device, Replica(0, 1, True, False))
     assert shard.read_bytes() == before
+    log = "".join(capsys.readouterr())
+    for damaged in ("000000", "000001"):
+        assert f"answers/{damaged}.jsonl is not as it was written; it is answered again" in log
     assert len({line["choices"][0]["text"] for line in lines(tmp_path / "out")}) == 7
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from grok.data.dataset import FORMAT, Document, encode_document
+from grok.data.dataset import Document, encode_document
+from grok.data.manifest import FORMAT
 from grok.data.prepare.shards import WRITER_OPTIONS
 
 
@@ -51,7 +52,9 @@ def write_prepared(folder: Path, documents, **manifest) -> str:
     np.save(folder / "lengths.npy", lengths_N)
     counts = {"documents": len(documents), "tokens": int(lengths_N.sum())}
     size = (folder / "shard.arrayrecord").stat().st_size
-    shards = [{"name": "shard.arrayrecord", "bytes": size, **counts}]
-    content = {"format": FORMAT, "counts": counts, "shards": shards, **manifest}
+    shards = [{"name": "shard.arrayrecord", "sha256": "0" * 64, "bytes": size, **counts}]
+    tokenizer = {"sha256": "0" * 64, "vocab_size": 256}
+    others = {"counts": counts, "shards": shards, "files": {}, "sources": []}
+    content = {"format": FORMAT, **others, "tokenizer": tokenizer, **manifest}
     (folder / "manifest.json").write_text(json.dumps(content))
     return str(folder)

@@ -1,5 +1,6 @@
 """Records of documents, and random access to a prepared dataset."""
 
+import json
 import pickle
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -98,3 +99,29 @@ def test_a_damaged_folder_is_refused_in_a_sentence(folder, tmp_path, damage, mes
 
 def shard(out, number=0):
     return sorted(out.glob("shard-*"))[number]
+
+
+DOCTORED = {
+    "outside": (lambda m: m["shards"][0].update(name="../x"), r"shards\[0\].name is '../x'"),
+    "a file outside": (lambda m: m["files"].update({"..": "0" * 64}), "the name of a file is '..'"),
+    "negative": (lambda m: m["shards"][0].update(documents=-1), r"shards\[0\].documents is -1"),
+    "a share": (lambda m: m["counts"].update(tokens=1.5), r"counts.tokens is 1.5"),
+    "no number": (lambda m: m["shards"][0].update(bytes="9"), r"shards\[0\].bytes is '9'"),
+    "a truth": (lambda m: m["counts"].update(documents=True), r"counts.documents is True"),
+    "no list": (lambda m: m.update(shards={}), r"shards is {}"),
+    "no shard": (lambda m: m["shards"].append(7), r"shards\[\d+\] is 7"),
+    "one more": (lambda m: m["shards"].append(m["shards"][0]), r"has \d+ documents in its shards"),
+    "no counts": (lambda m: m.pop("counts"), "counts is None"),
+    "no tokenizer": (lambda m: m.update(tokenizer=[]), r"tokenizer is \[\]"),
+    "no hash": (lambda m: m["tokenizer"].update(sha256=None), r"tokenizer.sha256 is None"),
+}
+
+
+@pytest.mark.parametrize("change", DOCTORED)
+def test_a_doctored_manifest_is_refused_by_its_key(folder, tmp_path, change):
+    do, message = DOCTORED[change]
+    manifest = json.loads((folder / "out" / "manifest.json").read_text())
+    do(manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=message):
+        TokenDataset(tmp_path)

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from grok.errors import DIVERGED, DONE, Diverged
 from grok.train import loop
 from grok.train.bad_steps import batch_number, rollback_step, skip_batches
 from grok.train.run_data import read_data
+from grok.train.step import train_step
 from grok.train.telemetry.event_log import read_events
 from grok.train.telemetry.metrics_file import read_metrics
 
@@ -79,6 +81,34 @@ def test_bad_steps_in_a_row_end_the_run_and_name_the_tensors(after_two, monkeypa
     *_, last = read_events(Path(after_two.folder) / "events.jsonl")
     assert (last["event"], last["code"]) == ("ended", DIVERGED)
     assert Checkpoints(Path(after_two.folder) / "checkpoints").steps() == [2, 4]
+
+
+def test_parameters_that_an_update_spoils_are_not_saved(after_two, monkeypatch):
+    """No step after the last is there to notice; the one before is too near to the end."""
+
+    def spoiling(state, batch, **options):
+        state, metrics = train_step(state, batch, **options)
+        spoil = jnp.where(state.step == STEPS - 1, jnp.nan, 0)
+        table_VD = state.model.embed.table_VD
+        table_VD[...] = table_VD[...] + spoil
+        return state, metrics
+
+    monkeypatch.setattr(loop, "train_step", spoiling)
+    with pytest.raises(
+        Diverged, match=r"after step 8 these are not finite.*: model/embed/table_VD"
+    ) as error:
+        loop.run_training(after_two)
+    assert (error.value.first, error.value.last) == (STEPS - 1, STEPS)
+    *_, last = read_events(Path(after_two.folder) / "events.jsonl")
+    assert (last["event"], last["code"]) == ("ended", DIVERGED)
+    assert Checkpoints(Path(after_two.folder) / "checkpoints").steps() == [2, 4, 6]
+
+
+def test_a_run_whose_last_validation_is_not_finite_is_not_done(after_two, monkeypatch):
+    monkeypatch.setattr(loop, "validation_losses", lambda *_: {"validation_loss": np.inf})
+    with pytest.raises(Diverged, match=r"after step 8 these are not finite.*: validation_loss;"):
+        loop.run_training(after_two)
+    assert Checkpoints(Path(after_two.folder) / "checkpoints").steps() == [2, 4, 6]
 
 
 def test_a_run_goes_back_and_leaves_the_bad_batches_out(after_two, healthy, monkeypatch):

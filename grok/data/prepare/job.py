@@ -16,7 +16,7 @@ from typing import Any
 from grok import __version__
 from grok.data.chat.encoder import ChatEncoder
 from grok.data.chat.template import ChatTemplate, built_in, find_template
-from grok.data.dataset import MANIFEST_FILE, read_manifest
+from grok.data.manifest import MANIFEST_FILE, read_manifest
 from grok.data.prepare.limits import check_bad_share, num_records
 from grok.data.prepare.records import (
     DocumentEncoder,

@@ -16,7 +16,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from grok import storage
-from grok.data.dataset import FORMAT, LENGTHS_FILE, MANIFEST_FILE, read_manifest
+from grok.data.dataset import LENGTHS_FILE
+from grok.data.manifest import FORMAT, MANIFEST_FILE, read_manifest
 from grok.data.prepare.records import EncodedDocument
 from grok.data.prepare.sources import SourceFile
 from grok.errors import DataError
