@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from grok.checkpoint import file_list
 from grok.checkpoint.manager import Checkpoints
 from grok.cli.main import main
 from grok.config import CheckpointConfig, LoraConfig, RunConfig
@@ -123,6 +124,7 @@ def test_adapters_of_other_weights_are_refused(tuned: RunConfig, tmp_path):
         initial_weights(moved, checkpoints)
     meta = tmp_path / "run" / "checkpoints" / str(STEPS) / "meta" / "metadata"
     meta.write_text(meta.read_text().replace(str(RELEASE), str(tmp_path / "ckpt-0")))
+    file_list.commit(meta.parents[1], STEPS)
     with pytest.raises(CheckpointError, match=r"and others are there now"):
         open_source(tmp_path / "run")
     shutil.rmtree(tmp_path / "ckpt-0")
