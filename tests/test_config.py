@@ -23,6 +23,7 @@ from grok.config import (
     resolve_mesh,
 )
 from grok.config.load import from_dict, load_config, presets, to_dict
+from grok.config.paths import with_absolute_paths
 from grok.config.schema import describe, schema
 from grok.config.text import to_yaml
 from grok.errors import ConfigError
@@ -285,6 +286,10 @@ def test_sections_of_sections_and_sections_that_may_be_null(write):
         ('train: {steps: "50"}', 'an integer, not "50"; did you mean 50?'),
         ("train: {steps: 5e2}", "an integer, not 500.0; did you mean 500?"),
         ("train: {steps: true}", "train.steps must be an integer, not true"),
+        ("train: {steps: 2147483648}", "train.steps must be at most 2147483647, not 2147483648"),
+        ("train: {steps: 1e20}", "must be an integer, not 1e+20; did you mean 1000"),
+        (f"data: {{batch_size: {9**40}}}", "data.batch_size must be at most 2147483647, not 147"),
+        ("train: {seed: 4294967296}", "train.seed must be at most 4294967295, not 4294967296"),
         ("train: {steps: 0}", "run.yaml:2: train.steps must be more than 0, not 0"),
         ("train: {steps: {a: 1}}", 'train.steps must be an integer, not {"a": 1}'),
         ("train: 5", "train must be a mapping of keys, not 5; its keys are steps, seed,"),
@@ -519,6 +524,24 @@ def test_a_folder_or_a_binary_file_is_no_config(write, tmp_path):
     assert "is a folder, and a config is a YAML file" in refusal(tmp_path)
     Path("run.yaml").write_bytes(b"a: \xff")
     assert "run.yaml cannot be read as UTF-8 text" in refusal("run.yaml")
+
+
+def test_the_config_of_a_run_goes_on_with_it_from_any_folder(write, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    write("run.yaml", "extends: grok-10m\nfolder: runs/mine\ndata: {train: [a.txt]}\n")
+    config = with_absolute_paths(load_config("run.yaml"))
+    assert config.data.train == (str(tmp_path / "a.txt"),)
+    (run / "config.yaml").write_text(to_yaml(config))
+    (run / "run.json").write_text("{}")
+    monkeypatch.chdir("/")
+    assert load_config(run / "config.yaml") == config
+    # A run that was moved, or is seen under another path, is where its config is.
+    moved = run.rename(tmp_path / "moved")
+    assert load_config(moved / "config.yaml").folder == str(moved)
+    assert load_config(moved / "config.yaml", ["folder=other"]).folder == "other"
+    (moved / "run.json").unlink()
+    assert load_config(moved / "config.yaml").folder == config.folder
 
 
 def test_a_cycle_of_extends(write):

@@ -1,7 +1,10 @@
 """`grok`: the group of commands, and how errors leave it. Command modules import what is heavy
 inside their function bodies, so that help is instant."""
 
+import contextlib
 import importlib
+import os
+import sys
 from typing import Any
 
 import click
@@ -18,10 +21,26 @@ COMMANDS = (  # a module each, with a function of that name
 class _Group(click.Group):
     """A group that ends with a sentence, not a stack trace, where the user can mend the error."""
 
+    _has_failed = False
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Runs the command of this process. After an error it ends at once: at its end, Python
+        would wait for threads of libraries that themselves wait for what failed."""
+        try:
+            return super().__call__(*args, **options)
+        except SystemExit as end:
+            if self._has_failed:
+                for stream in (sys.stdout, sys.stderr):
+                    with contextlib.suppress(OSError):
+                        stream.flush()
+                os._exit(end.code if isinstance(end.code, int) else 1)
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (GrokError, OSError) as error:
+            self._has_failed = True
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code if isinstance(error, GrokError) else 1)
         except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grok.config.section import Count, CountOrZero, PositiveOrZero, Section, largest_divisor
+from grok.config.section import Count, CountOrZero, PositiveOrZero, Section, Seed, largest_divisor
 from grok.errors import ConfigError
 
 
@@ -51,7 +51,7 @@ class DataConfig(Section):
     sequence_length: Annotated[Count, "tokens per row (T), at its longest"] = 1024
     batch_size: Annotated[Count, "rows of the global batch (B)"] = 8
     batch_schedule: Annotated[tuple[BatchChange, ...], "changes of the batch's shape"] = ()
-    seed: Annotated[CountOrZero, "seed of the data order"] = 0
+    seed: Annotated[Seed, "seed of the data order"] = 0
     cache_gib: Annotated[
         Count, "GiB of this host's disk for documents of each dataset at gs://"
     ] = 16

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from grok.config.mesh import MeshConfig
 from grok.config.run import EngineConfig
 from grok.config.sampling import SamplingConfig
-from grok.config.section import Count, CountOrZero, Positive, Section, Share
+from grok.config.section import Bytes, Count, CountOrZero, Positive, Section, Seed, Share
 from grok.errors import ConfigError
 
 
@@ -48,8 +48,8 @@ class BatchConfig(InferConfig):
         Literal["host", "all"], "hosts of one mesh: each alone, with its share of shards, or all"
     ] = "host"
     shard_size: Annotated[Count, "requests per file of answers"] = 1000
-    seed: Annotated[CountOrZero, "seeds the requests that set no seed"] = 0
-    max_record_bytes: Annotated[Count, "longest request in a file, decompressed"] = 256_000_000
+    seed: Annotated[Seed, "seeds the requests that set no seed"] = 0
+    max_record_bytes: Annotated[Bytes, "longest request in a file, decompressed"] = 256_000_000
     max_repeated_ids: Annotated[Share, "share of requests that may have an earlier one's id"] = 1.0
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class ServeConfig(InferConfig):
     name: Annotated[str, "the model's name in requests; none: that of the weights' folder"] = ""
     api_keys_file: Annotated[str, "file of keys, one per line, besides those in GROK_API_KEYS"] = ""
     allow_anyone: Annotated[bool, "let other machines in without keys"] = False
-    max_body_bytes: Annotated[Count, "longest body of a request"] = 1 << 20
+    max_body_bytes: Annotated[Bytes, "longest body of a request"] = 1 << 20
     max_prompt_tokens: Annotated[CountOrZero, "longest prompt; 0: the context length"] = 0
     max_choices: Annotated[Count, "answers that one request may ask for"] = 16
     max_queue: Annotated[Count, "live requests; more are refused with 429"] = 256

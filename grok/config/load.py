@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from grok.config.paths import run_folder
 from grok.config.run import RunConfig
 from grok.config.schema import schema
 from grok.config.validate import validate
@@ -31,6 +32,8 @@ def load_config(path: Any, overrides: Any = (), config_type: Any = RunConfig) ->
     `config_type` is the dataclass of the keys. Raises ConfigError when anything cannot work."""
     file = find_config(str(path), Path(), config_type)
     data, locations = _read_file(file, (), config_type)
+    if config_type is RunConfig:
+        data = run_folder(file, data)
     return from_dict(data, str(file), overrides, config_type, locations)
 
 

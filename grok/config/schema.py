@@ -9,6 +9,10 @@ from typing import Any, Literal
 from pydantic.fields import FieldInfo
 
 from grok.config.run import RunConfig
+from grok.config.section import MAX_BYTES, MAX_INTEGER, MAX_SEED
+
+
+LIMITS = (MAX_BYTES, MAX_INTEGER, MAX_SEED)  # of all integers, which no reference lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +115,7 @@ def _values(hint: Any) -> str:
             if isinstance(note, FieldInfo)
             for bound in note.metadata
             for name, words in _BOUNDS.items()
-            if hasattr(bound, name)
+            if hasattr(bound, name) and getattr(bound, name) not in LIMITS
         ]
         return " ".join((_values(kind), " and ".join(bounds))).strip()
     origin, inner = typing.get_origin(hint), typing.get_args(hint)

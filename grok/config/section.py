@@ -5,8 +5,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
-Count = Annotated[int, Field(gt=0)]
-CountOrZero = Annotated[int, Field(ge=0)]
+MAX_INTEGER = 2**31 - 1  # steps and indices are int32 on the devices
+MAX_BYTES = 2**63 - 1
+MAX_SEED = 2**32 - 1  # of which a key of random numbers is made
+Count = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+Bytes = Annotated[int, Field(gt=0, le=MAX_BYTES)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]

@@ -3,7 +3,15 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grok.config.section import Count, CountOrZero, Positive, PositiveOrZero, Section, round_up
+from grok.config.section import (
+    Count,
+    CountOrZero,
+    Positive,
+    PositiveOrZero,
+    Section,
+    Seed,
+    round_up,
+)
 from grok.errors import ConfigError, bad_value
 
 
@@ -12,7 +20,7 @@ class TrainConfig(Section):
     """Length of the run, its losses, and how often it reports."""
 
     steps: Annotated[Count, "optimizer steps of the whole run"] = 1000
-    seed: Annotated[CountOrZero, "seed of the parameter initialisation"] = 0
+    seed: Annotated[Seed, "seed of the parameter initialisation"] = 0
     init_from: Annotated[
         str, "weights to start from: ckpt-0, Hugging Face (hf://ORG/NAME), checkpoint"
     ] = ""

@@ -32,7 +32,7 @@ EXPECTED = {  # pydantic's type of error -> what a value must be
     "finite_number": "a finite number",
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "at least {ge:g}",
-    "less_than_equal": "at most {le:g}",
+    "less_than_equal": "at most {le:.10g}",
 }
 
 

@@ -9,12 +9,19 @@ import jax
 from grok.checkpoint.manager import EMA, LORA, MODEL, OPTIMIZER
 from grok.config import RunConfig
 from grok.config.load import flatten, to_dict
+from grok.config.paths import is_same_path
 from grok.errors import CheckpointError
 from grok.model.params import is_adapter, tensor_specs
 from grok.optim.param_groups import combine, partition
 from grok.train.bad_steps import Skipped
 from grok.train.run_data import check_unchanged
 from grok.train.state import TrainState, abstract_state, init_state, start_state
+
+# Keys whose values name files: a run may be started from another folder.
+PATHS = (
+    *("folder", "compile_cache", "train.init_from", "data.train", "data.validation"),
+    *("data.validation_dataset", "data.tokenizer", "data.datasets"),
+)
 
 if TYPE_CHECKING:
     from grok.train.loop import Run
@@ -69,7 +76,7 @@ def config_changes(saved: dict[str, Any], config: RunConfig, checkpoint: str) ->
     """Lists changed keys, `KEY from OLD to NEW`; CheckpointError for one that may not change."""
     changes = []
     for key, value in flatten(to_dict(config)):
-        if saved.get(key) == value:
+        if saved.get(key) == value or (key in PATHS and is_same_path(saved.get(key), value)):
             continue
         if not is_compatible_change(key, saved.get(key), value):
             raise CheckpointError(

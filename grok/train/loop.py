@@ -16,6 +16,7 @@ from grok import compiler, distributed, sharding, storage
 from grok.checkpoint.manager import Checkpoints
 from grok.checkpoint.retention import RetentionPolicy
 from grok.config import RunConfig, check_trainable
+from grok.config.paths import with_absolute_paths
 from grok.config.text import to_yaml
 from grok.data.device_feed import global_batches
 from grok.data.tokenizers.files import TEMPLATE_FILE, read_tokenizer_files
@@ -136,7 +137,7 @@ def first_state(run: Run) -> Start:
         log("making the initial state")
         start = Start(0, init_state(run.config, run.optimizer, run.mesh, model))
     if distributed.is_primary():
-        files = {"config.yaml": to_yaml(run.config).encode()}
+        files = {"config.yaml": to_yaml(with_absolute_paths(run.config)).encode()}
         if not run.first_step:
             files |= read_tokenizer_files(run.config.data.tokenizer).contents()
             if run.data.template is not None:

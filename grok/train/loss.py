@@ -1,5 +1,6 @@
 """Losses of a batch and of a held-out text. Letters: B batch, T length, D embed, V vocab."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -50,15 +51,19 @@ def count_tokens(batch: dict) -> TokenCounts:
 
 
 def batch_loss(
-    model: Decoder, batch: dict, config: TrainConfig, totals: TokenCounts | None = None
+    model: Decoder,
+    batch: dict,
+    config: TrainConfig,
+    totals: TokenCounts | None = None,
+    load_LE: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
     """The loss that a training step minimises, per token, and the metrics of it (float32).
 
     `batch` holds tokens_BT, targets_BT and mask_BT (1 where a token counts), and where rows are
     packed segment_ids_BT and positions_BT. A batch in which no token counts has no loss. For a
     microbatch, `totals` counts the tokens of its batch: losses and metrics of microbatches then add
-    up to those of the batch, but for the balance loss, which is no sum over tokens and becomes the
-    mean over microbatches, weighted by their real tokens.
+    up to those of the batch. The balance loss, a product of two means, does so with `load_LE`, the
+    sum of `expert_load` over microbatches; without it becomes the mean over microbatches.
 
     Metrics: `loss`, the cross-entropy in nats a token; `z_loss`, the mean squared log-partition,
     where it is minimised; and of a model with experts `router_balance`, 1 when they are used
@@ -73,17 +78,29 @@ def batch_loss(
     metrics = {"loss": entropy}
     total = entropy + config.z_loss * z
     if stats is not None:
-        metrics |= _router_metrics(stats, count_tokens(batch).real / totals.real)
+        metrics |= _router_metrics(stats, count_tokens(batch).real / totals.real, load_LE)
         total += config.router_balance_loss * metrics["router_balance"]
     if config.z_loss:
         metrics["z_loss"] = z
     return total, metrics
 
 
-def _router_metrics(stats: RouterStats, share: jax.Array) -> dict[str, jax.Array]:
-    """Metrics of the routers of a microbatch that has this share of its batch's tokens."""
+def expert_load(model: Decoder, microbatch: dict, totals: TokenCounts) -> jax.Array:
+    """What a microbatch adds to the share of its batch's assignments that go to each expert of each
+    layer, load_LE, float32; `totals` counts the tokens of the batch."""
+    _, stats = hidden(model, microbatch)
+    assert stats is not None
+    return count_tokens(microbatch).real / totals.real * stats.load_E
+
+
+def _router_metrics(
+    stats: RouterStats, share: jax.Array, load_LE: jax.Array | None
+) -> dict[str, jax.Array]:
+    """Metrics of the routers of a microbatch that has this share of its batch's tokens, which went
+    to the experts in shares `load_LE`."""
+    balanced = stats if load_LE is None else dataclasses.replace(stats, load_E=load_LE)
     return {
-        "router_balance": share * jnp.mean(stats.balance_loss()),
+        "router_balance": share * jnp.mean(balanced.balance_loss()),
         "router_entropy": share * jnp.mean(stats.entropy),
         "expert_load": share * jnp.mean(stats.load_E, axis=0),
         "expert_load_layers": share * stats.load_E,

@@ -16,7 +16,7 @@ from grok.optim.optimizer import make_schedule
 from grok.optim.param_groups import combine, map_named, metric_group, names, partition, trainable
 from grok.train import bad_steps, update_cpu
 from grok.train.bad_steps import global_norm, select_if_ok, sums_of_squares
-from grok.train.loss import batch_loss, count_tokens
+from grok.train.loss import batch_loss, count_tokens, expert_load
 from grok.train.state import TrainState, as_float32
 
 
@@ -38,28 +38,36 @@ def train_step(
 def gradients(params, frozen, batch: dict, config: TrainConfig) -> tuple[jax.Array, dict, Any]:
     """Loss, metrics and gradient (float32) of a batch with respect to `params`; `frozen` is the
     rest of the model. With accumulation the batch passes through the model in microbatches, whose
-    gradients, each weighted by its share of the tokens, add up to that of the batch."""
+    gradients, each weighted by its share of the tokens, add up to that of the batch. The balance
+    loss needs the experts' loads of the whole batch first, from a forward pass of its own."""
     slots = grad_slots(params, frozen.config) if hardware.platform() == "tpu" else params
 
     def loss(slots, microbatch):
         model = with_grad_slots(combine(params, frozen), slots)
-        return batch_loss(model, microbatch, config, totals)
+        return batch_loss(model, microbatch, config, totals, load_LE)
 
     def value_and_grad(microbatch):
         (total, metrics), grads = jax.value_and_grad(loss, has_aux=True)(slots, microbatch)
         return total, metrics, as_float32(grads)
 
-    totals = count_tokens(batch)
+    totals, load_LE = count_tokens(batch), None
     if config.grad_accum_steps == 1:
         return value_and_grad(batch)
 
-    def add(sums, microbatch):
-        return jax.tree.map(jnp.add, sums, value_and_grad(microbatch)), None
+    def sum_over(f):
+        """The sum of `f` over microbatches."""
+
+        def add(sums, microbatch):
+            return jax.tree.map(jnp.add, sums, f(microbatch)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(f, first))
+        return jax.lax.scan(add, zeros, batch_nBT)[0]
 
     batch_nBT = {name: microbatches(x_BT, config.grad_accum_steps) for name, x_BT in batch.items()}
     first = {name: x_nBT[0] for name, x_nBT in batch_nBT.items()}
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, first))
-    return jax.lax.scan(add, zeros, batch_nBT)[0]
+    if config.router_balance_loss:
+        load_LE = sum_over(lambda part: expert_load(combine(params, frozen), part, totals))
+    return sum_over(value_and_grad)
 
 
 def grad_slots(params, config: ModelConfig):
