@@ -230,7 +230,7 @@ def _connect(heartbeat_timeout_seconds: int) -> None:
 
 
 def _tpu_cluster() -> tuple[str, int, int] | None:
-    """What the TPU's environment says that `env_cluster` would; None where it has no cluster."""
+    """The same from the environment of a TPU; None where that is of no cluster."""
     if not has_tpu():
         return None
     try:

@@ -11,7 +11,6 @@ from pydantic.fields import FieldInfo
 from grok.config.run import RunConfig
 from grok.config.section import MAX_BYTES, MAX_INTEGER, MAX_SEED
 
-
 LIMITS = (MAX_BYTES, MAX_INTEGER, MAX_SEED)  # of all integers, which no reference lists
 
 

@@ -86,7 +86,7 @@ def batch_loss(
 
 
 def expert_load(model: Decoder, microbatch: dict, totals: TokenCounts) -> jax.Array:
-    """What a microbatch adds to the share of its batch's assignments that go to each expert of each
+    """Part of a microbatch in the share of its batch's assignments that go to each expert of each
     layer, load_LE, float32; `totals` counts the tokens of the batch."""
     _, stats = hidden(model, microbatch)
     assert stats is not None
