@@ -25,13 +25,25 @@ FIND_PYTHON = \
 .DEFAULT_GOAL := help
 .PHONY: env lock uv-lock quickstart test lint format prove clean help
 
-env: $(STAMP)  ## make or update .venv from requirements.lock
+env: $(STAMP)  ## make or update .venv from requirements.lock; EXTRAS=eval,cuda adds extras for good
+	$(if $(EXTRAS),@$(CHECK_EXTRAS) && $(call INSTALL,$(EXTRAS)) && echo '$(EXTRAS)' >>.venv/.extras)
+
+# uv would only warn.
+CHECK_EXTRAS = .venv/bin/python -c 'import sys, tomllib; \
+	known = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	bad = [name for name in "$(EXTRAS)".split(",") if name not in known]; \
+	bad and sys.exit(f"make: there is no extra {bad[0]!r}; the extras are {", ".join(known)}.")'
+
+# Installs this package with extras, in the versions of requirements.lock where that has them.
+INSTALL = $(UV) pip install --quiet --python .venv/bin/python --constraint requirements.lock \
+	  --no-build-isolation-package grok-jax --editable ".[$(1)]"
 
 $(STAMP): requirements.lock pyproject.toml .python-version | $(OWN_UV)
 	@test -x .venv/bin/python || \
 	  { python=$$($(FIND_PYTHON)) && rm -rf .venv && $(UV) venv --quiet --python "$$python" .venv; }
 	$(UV) pip sync --quiet --python .venv/bin/python --require-hashes requirements.lock
 	$(UV) pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
+	@test ! -s .venv/.extras || $(call INSTALL,$$(paste -sd, .venv/.extras))
 	@touch $@
 
 .uv/bin/uv: requirements-uv.lock

@@ -6,6 +6,8 @@ that escapes is a bug and keeps its stack trace.
 
 import importlib.util
 
+DISTRIBUTION = "grok-jax"  # this package's name in package indexes
+
 # What a run's exit code tells whoever started it; anything else is unexpected, and worth another
 # start. docs/train.md has the table.
 DONE = 0
@@ -96,6 +98,10 @@ class Lost(GrokError):
 def require_package(package: str, key: str, extra: str) -> None:
     """Raises ConfigError if the package that `key` needs, of this extra, is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(
-            f"{key} needs {package}, not installed here; `pip install 'grok[{extra}]'` would do."
-        )
+        raise ConfigError(f"{key} needs {package}, not installed here; {how_to_install(extra)}.")
+
+
+def how_to_install(extra: str) -> str:
+    """The clause that says how to add an extra of this package to an environment."""
+    pip = f"`pip install '{DISTRIBUTION}[{extra}]'`"
+    return f"`make env EXTRAS={extra}` in a clone, or {pip} elsewhere, installs it"

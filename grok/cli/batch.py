@@ -2,10 +2,12 @@
 
 import click
 
+from grok.cli.completion import complete_config, overrides_argument
+
 
 @click.command()
-@click.argument("config")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("config", shell_complete=complete_config("batch"))
+@overrides_argument("batch")
 def batch(config: str, overrides: tuple[str, ...]) -> None:
     """Answer the requests in files of JSON lines or Parquet, as CONFIG says.
 

@@ -4,12 +4,14 @@ import sys
 
 import click
 
+from grok.cli.completion import complete_config, overrides_argument
+
 PARTS = ("kernels", "rates", "steps")
 
 
 @click.command()
-@click.argument("config", required=False)
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("config", required=False, shell_complete=complete_config("train"))
+@overrides_argument("train")
 @click.option("--out", metavar="FILE", help="JSON file to write, here or at gs://.")
 @click.option(
     "--only",

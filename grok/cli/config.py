@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from grok.cli.completion import complete_config, overrides_argument
+
 
 def _print_reference(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked:
@@ -17,8 +19,8 @@ def _print_reference(ctx: click.Context, _: click.Parameter, asked: bool) -> Non
 
 
 @click.command()
-@click.argument("config")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("config", shell_complete=complete_config("train"))
+@overrides_argument("train")
 @click.option(
     "--of",
     "command",

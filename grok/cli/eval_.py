@@ -6,13 +6,14 @@ from typing import Any
 
 import click
 
+from grok.cli.completion import overrides_argument
 from grok.cli.tables import make_console, make_table
 from grok.errors import require_package
 
 
 @click.command("eval")
 @click.argument("checkpoint")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@overrides_argument("train")
 @click.option(
     "--data",
     multiple=True,

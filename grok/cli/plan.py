@@ -6,12 +6,14 @@ from typing import Any
 
 import click
 
+from grok.cli.completion import complete_config, overrides_argument
+
 FILE, COUNT = click.Path(path_type=Path), click.IntRange(1)
 
 
 @click.command()
-@click.argument("config")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("config", shell_complete=complete_config("train"))
+@overrides_argument("train")
 @click.option(
     "--topology",
     metavar="SLICE",

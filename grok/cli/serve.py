@@ -5,14 +5,15 @@ import sys
 
 import click
 
-from grok.errors import ConfigError
+from grok.cli.completion import complete_config, overrides_argument
+from grok.errors import ConfigError, how_to_install
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 
 
 @click.command()
-@click.argument("run_or_config")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("run_or_config", shell_complete=complete_config("serve"))
+@overrides_argument("serve")
 def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
     """Answer over HTTP, in the words of OpenAI's completions interface.
 
@@ -27,8 +28,8 @@ def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
 
     with distributed.exit_together():
         if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-            extra = "the package's extra `serve` (pip install 'grok[serve]') has it"
-            raise ConfigError(f"`grok serve` needs {', '.join(missing)}; {extra}.")
+            problem = f"`grok serve` needs {', '.join(missing)}, not installed here"
+            raise ConfigError(f"{problem}; {how_to_install('serve')}.")
         config = load_serve_config(run_or_config, overrides)
         # JAX's heartbeat comes after the channel's, whose exit code says to start again.
         distributed.initialize(config, 60 + 3 * config.heartbeat_timeout_seconds)

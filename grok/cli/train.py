@@ -4,10 +4,12 @@ import sys
 
 import click
 
+from grok.cli.completion import complete_config, overrides_argument
+
 
 @click.command()
-@click.argument("config")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("config", shell_complete=complete_config("train"))
+@overrides_argument("train")
 def train(config: str, overrides: tuple[str, ...]) -> None:
     """Train as CONFIG says: from scratch, or on from the newest checkpoint in its folder.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from grok.config import RunConfig
 from grok.config.load import to_dict
-from grok.errors import ConfigError, GrokError
+from grok.errors import ConfigError, GrokError, how_to_install
 from grok.plan.calibration import Calibration, with_ratio
 from grok.plan.compile_errors import crash_error
 from grok.plan.estimate import Plan, Price, make_plan
@@ -50,8 +50,9 @@ def compile_plan(
     if calibration is not None:
         calibration.check_slice(slice_)
     if importlib.util.find_spec("libtpu") is None:
-        extra = "`pip install 'grok[tpu]'` brings it to Linux on x86-64, with or without a TPU"
-        raise ConfigError(f"libtpu, which compiles for TPUs, is not installed; {extra}.")
+        problem = "libtpu, which compiles for TPUs, with or without one, is not installed"
+        where = "on Linux on x86-64"
+        raise ConfigError(f"{problem}; {where} {how_to_install('tpu')}.")
     for file in (dump, save):
         if file is not None and not file.parent.is_dir():
             raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}.")

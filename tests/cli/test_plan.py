@@ -54,7 +54,7 @@ def test_libtpu_is_asked_for_where_it_is_missing(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = run("grok-10m", "--topology", "v5e:2x2")
     assert result.exit_code == 2
-    assert "`pip install 'grok[tpu]'` brings it" in result.stderr
+    assert "`pip install 'grok-jax[tpu]'` elsewhere, installs it" in result.stderr
 
 
 @pytest.fixture

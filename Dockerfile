@@ -1,5 +1,7 @@
-# The image of the manifests in this folder; build it from the top of the repository:
-#   docker build --file launch/gke/Dockerfile --tag us-docker.pkg.dev/my-project/grok/grok:latest .
+# The image for CPUs and TPUs, which launch/gke/ runs too:
+#   docker build --tag grok .
+#   docker run --rm grok quickstart
+#   docker build --tag us-docker.pkg.dev/my-project/grok/grok:latest .
 FROM python:3.12-slim
 WORKDIR /grok
 COPY requirements.lock requirements-uv.lock ./
@@ -7,3 +9,4 @@ RUN pip install --no-cache-dir --require-hashes --requirement requirements-uv.lo
 RUN uv pip sync --system --no-cache --require-hashes requirements.lock
 COPY . .
 RUN uv pip install --system --no-cache --no-deps --no-build-isolation --editable .
+ENTRYPOINT ["grok"]
