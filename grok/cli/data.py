@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grok.cli.export import size_in_bytes
+from grok.cli.groups import Group
 from grok.cli.tables import make_console, make_table
 from grok.errors import DataError
 
@@ -34,7 +35,7 @@ DATE = "Date, as 2026-01-31, for a template that asks for one.  [default: today]
 _option = functools.partial(click.option, show_default=True)
 
 
-@click.group()
+@click.group(cls=Group)
 def data() -> None:
     """Train tokenizers, and make and inspect datasets of tokens."""
 

@@ -4,12 +4,13 @@ import re
 
 import click
 
+from grok.cli.groups import Group
 from grok.cli.import_ import print_import, tokenizer_of
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-@click.group()
+@click.group(cls=Group)
 def export() -> None:
     """Write weights in a format of other programs."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from grok.cli.groups import Group
 from grok.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ NAMED_FILES = 5  # in a message
 DTYPES = click.Choice(["int8", "bfloat16", "float32"])
 
 
-@click.group("import")
+@click.group("import", cls=Group)
 def import_() -> None:
     """Bring weights into a checkpoint of grok."""
 

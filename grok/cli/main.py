@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from grok import __version__
+from grok.cli.groups import Group
 from grok.errors import GrokError
 
 COMMANDS = (  # a module each, with a function of that name
@@ -18,7 +19,7 @@ COMMANDS = (  # a module each, with a function of that name
 )
 
 
-class _Group(click.Group):
+class _Group(Group):
     """A group that ends with a sentence, not a stack trace, where the user can mend the error."""
 
     _has_failed = False
@@ -51,7 +52,9 @@ class _Group(click.Group):
 @click.group(cls=_Group, name="grok", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="grok")
 def main() -> None:
-    """Grok-1 on TPUs: training and inference."""
+    """Train and serve Grok-1 and the open models of its kind, on TPUs, GPUs and CPUs.
+
+    `grok COMMAND --help` has options and an example."""
 
 
 for name in COMMANDS.split():
