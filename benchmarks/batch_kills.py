@@ -21,23 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from grok.config import AttentionConfig, ModelConfig, MoEConfig
-from grok.data.tokenizers.sentencepiece import train_tokenizer
 from grok.distributed import CLUSTER_VARIABLES
-from grok.weights.huggingface.export import export_huggingface
-from tests.fixtures.random_weights import RandomSource
+from tests.serve.hosts import TEXT, write_model
 
-MODEL = ModelConfig(
-    vocab_size=320,
-    num_layers=1,
-    embed_dim=32,
-    moe=MoEConfig(dim=64),
-    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
-    context_length=128,
-    compute_dtype="float32",
-)
 CONFIG = """
-weights: {folder}/weights
+weights: {folder}/tiny
 input: [{folder}/prompts.jsonl]
 output: {folder}/answers
 mesh: {{data: 1, simulated_devices: 1}}
@@ -79,10 +67,8 @@ def main() -> None:
 
 def prepare(folder: Path, prompts: int, seed: int) -> None:
     """Writes model, tokenizer, prompts and config."""
-    lines = [f"{i} comes after {i - 1}, and {i * i} is its square.\n" for i in range(400)]
-    (folder / "text.txt").write_text("".join(lines))
-    export_huggingface(RandomSource(MODEL, dtype="float32"), folder / "weights", "float32")
-    train_tokenizer([folder / "text.txt"], folder / "weights" / "tokenizer.model", 320)
+    write_model(folder)
+    lines = TEXT.splitlines(keepends=True)
     draw = random.Random(seed)
     with (folder / "prompts.jsonl").open("w") as file:
         for number in range(prompts):

@@ -22,15 +22,14 @@ MODEL = ModelConfig(
     context_length=512,
     compute_dtype="float32",
 )
+TEXT = "".join(f"{i} comes after {i - 1}, its square is {i * i}.\n" for i in range(400))
 MESH = "mesh={data: 2, expert: 2, tensor: 2, simulated_devices: 8}"
 
 
 def write_model(folder: Path) -> Path:
     """Writes weights and tokenizer in `folder`/tiny, and returns it."""
     weights, text = folder / "tiny", folder / "text.txt"
-    text.write_text(
-        "".join(f"{i} comes after {i - 1}, its square is {i * i}.\n" for i in range(400))
-    )
+    text.write_text(TEXT)
     export_huggingface(RandomSource(MODEL, dtype="float32"), weights, "float32")
     train_tokenizer([text], weights / "tokenizer.model", 320)
     return weights
