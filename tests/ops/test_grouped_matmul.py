@@ -192,12 +192,12 @@ def test_a_large_memory_has_wider_blocks_of_weights_and_lower_tiles(monkeypatch)
 
 
 def test_experts_are_split_as_often_as_their_width_allows(monkeypatch):
-    """Those of Grok-1 and of Mixtral 8x7B over eight chips, where HBM is scarce in four parts or
-    two, in both passes."""
-    widths = (4096, 1792, 896)
-    assert [tiling.mlp_splits(F, 128) for F in widths] == [(1, 2), (1, 2), (1, 1)]
+    """Those of Grok-1 over four and eight chips, of Mixtral 8x7B over eight; where HBM is scarce in
+    four parts or two, and wide parts in the forward pass as well."""
+    widths = (8192, 4096, 1792, 896)
+    assert [tiling.mlp_splits(F, 128) for F in widths] == [(1, 2), (1, 2), (1, 2), (1, 1)]
     monkeypatch.setattr(hardware, "device_kind", lambda: "TPU v6 lite")
-    assert [tiling.mlp_splits(F, 128) for F in widths] == [(4, 4), (2, 2), (1, 1)]
+    assert [tiling.mlp_splits(F, 128) for F in widths] == [(4, 4), (2, 4), (1, 2), (1, 1)]
 
 
 def test_blocks_of_the_widest_experts_leave_the_compiler_room(monkeypatch):

@@ -108,31 +108,32 @@ def experts_pallas_split_mlp(
 ) -> jax.Array:
     """As `experts_pallas` of the matrices `unshard(shards)`; every shard has all of its F.
 
-    One of `splits` parts of the width is after the other, with memory for one part of the matrices,
-    of their gradients and of the intermediates, and ordered so that collectives run beside
-    products. No residuals are stored: the backward pass computes the hidden layer again.
+    With gradients, one of `splits` parts of the width is after the other, in memory for one part
+    of the matrices, their gradients and the intermediates, ordered so that collectives run beside
+    products. Nothing is kept: the backward pass computes the hidden layer again.
     """
+    rows = x_RD, topk_weights_RC, expert_ids_RC
+    return experts_pallas(*rows, *unshard(shards), down_is_column_major, interpret, activation)
+
+
+def _forward_split_mlp(
+    x_RD, topk_weights_RC, expert_ids_RC, shards, unshard, splits, column_major, interpret, act
+):
     layout, kernel_args = _group(expert_ids_RC, shards[0], interpret)
     x_PD, y_PD = _dispatch(x_RD, layout), None
     for part in range(splits.forward):
         w_gate_EDF, w_up_EDF, w_down_EFD = unshard(_mlp_part(shards, part, splits.forward))
-        hidden_PF, *_ = _hidden(x_PD, w_gate_EDF, w_up_EDF, False, activation, kernel_args)
-        options = down_is_column_major, kernel_args | {"start": y_PD}
-        y_PD = _matmul_down(hidden_PF, w_down_EFD, False, *options)
+        hidden_PF, *_ = _hidden(x_PD, w_gate_EDF, w_up_EDF, False, act, kernel_args)
+        args = kernel_args | {"start": y_PD}
+        y_PD = _matmul_down(hidden_PF, w_down_EFD, False, column_major, args)
         if part < splits.forward - 1:  # Several parts at once would need their memory.
             x_PD, y_PD = jax.lax.optimization_barrier((x_PD, y_PD))
-    return _combine(y_PD, layout, topk_weights_RC).astype(x_RD.dtype)
-
-
-def _forward_split_mlp(x_RD, topk_weights_RC, expert_ids_RC, shards, unshard, splits, *options):
-    rows = x_RD, topk_weights_RC, expert_ids_RC
-    y_RD = experts_pallas_split_mlp(*rows, shards, unshard, splits, *options)
-    return y_RD, (*rows, shards)
+    y_RD = _combine(y_PD, layout, topk_weights_RC).astype(x_RD.dtype)
+    return y_RD, (x_RD, topk_weights_RC, expert_ids_RC, shards)
 
 
 def _backward_split_mlp(unshard, splits, column_major, interpret, activation, residuals, dy_RD):
-    x_RD, topk_weights_RC, expert_ids_RC, shards = residuals
-    splits = splits.backward
+    (x_RD, topk_weights_RC, expert_ids_RC, shards), splits = residuals, splits.backward
     layout, kernel_args = _group(expert_ids_RC, shards[0], interpret)
     dy_PD = _dispatch(dy_RD.astype(x_RD.dtype), layout)
     weight_P = _weights_of_slots(topk_weights_RC, layout)

@@ -28,6 +28,9 @@ VMEM, LARGE_VMEM = (
 MIN_VMEM_LIMIT_BYTES, LARGE_BLOCK_BYTES = 16 * 2**20, 40 * 2**20
 RESERVED_SHARE = 64  # of the vector memory, that no kernel gets
 STACK_BYTES = 2**19  # of what the compiler keeps beside blocks, sums and rows
+# Least columns of one of several parts in the forward pass: below some 1100, a v6e reads and writes
+# the rows' sum over parts for longer than it multiplies.
+MIN_FORWARD_WIDTH = 2048
 HALVINGS = 8  # of the budgets, until blocks fit: the last are a tile or two
 
 
@@ -169,5 +172,6 @@ def mlp_splits(F: int, multiple: int) -> MlpSplits:
     """Parts that are multiples of `multiple` for the devices that are traced for: more where HBM is
     scarce, there in both passes; 1 where none go into the width."""
     numbers = (4, 2) if has_little_hbm() else (2,)
-    parts = next((n for n in numbers if F % (n * multiple) == 0), 1)
-    return MlpSplits(parts if has_little_hbm() else 1, parts)
+    parts = [n for n in numbers if F % (n * multiple) == 0] + [1]
+    wide = (n for n in parts if F // n >= MIN_FORWARD_WIDTH and has_little_hbm())
+    return MlpSplits(next(wide, 1), parts[0])
