@@ -22,6 +22,7 @@ from grok.config import (
     RunConfig,
     resolve_mesh,
 )
+from grok.config.infer import BatchConfig
 from grok.config.load import from_dict, load_config, presets, to_dict
 from grok.config.paths import with_absolute_paths
 from grok.config.schema import describe, schema
@@ -804,3 +805,33 @@ def test_a_proposal_keeps_what_it_can_of_the_wish():
     with pytest.raises(ConfigError) as caught:
         resolve_mesh(MeshConfig(slice=2, data=1, expert=2, tensor=4), 32)
     assert proposed(str(caught.value)) == {"slice": 2, "data": 2, "expert": 2, "tensor": 4}
+
+
+@pytest.mark.parametrize(
+    "number", ["9" * 20, "-" + "9" * 20, "0x" + "f" * 100_000, "1" + "0" * 5000, "0o" + "7" * 999]
+)
+def test_integers_that_are_too_large_are_refused_in_a_sentence(tmp_path, number):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"extends: quickstart\ntrain: {{steps: {number}}}\n")
+    for override in ([], [f"data.batch_schedule=[{{from_step: {number}}}]"]):
+        with pytest.raises(
+            ConfigError, match=r"must be|is larger than any|cannot be read"
+        ) as error:
+            load_config(file, override)
+        assert len(str(error.value)) < 300
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "run.yaml"
+    file.write_text("extends: quickstart\nfolder: ~/run\ndata: {tokenizer: ~/t.model}\n")
+    config = load_config(file, ["data.train=[~/a.txt, ./~/b.txt, 'c ~ [1].txt']"])
+    assert (config.folder, config.data.tokenizer) == ("/home/me/run", "/home/me/t.model")
+    assert config.data.train == ("/home/me/a.txt", "./~/b.txt", "c ~ [1].txt")
+    job = {"weights": "~/w", "input": ["~/*.jsonl"], "output": "~/out"}
+    batch = from_dict(job, "job", (), BatchConfig)
+    assert (batch.weights, *batch.input, batch.output) == (
+        *("/home/me/w", "/home/me/*.jsonl", "/home/me/out"),
+    )
+    with pytest.raises(ConfigError, match=r"~nobody-here/run is of no user's home; ./~nobody-here"):
+        load_config(file, ["folder=~nobody-here/run"])

@@ -5,6 +5,7 @@ import sys
 import click
 
 from grok.cli.completion import complete_config, overrides_argument
+from grok.cli.options import PATH
 
 PARTS = ("kernels", "rates", "steps")
 
@@ -12,7 +13,7 @@ PARTS = ("kernels", "rates", "steps")
 @click.command()
 @click.argument("config", required=False, shell_complete=complete_config("train"))
 @overrides_argument("train")
-@click.option("--out", metavar="FILE", help="JSON file to write, here or at gs://.")
+@click.option("--out", type=PATH, metavar="FILE", help="JSON file to write, here or at gs://.")
 @click.option(
     "--only",
     type=click.Choice(PARTS),

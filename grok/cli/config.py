@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from grok.cli.completion import complete_config, overrides_argument
+from grok.cli.options import COUNT
 
 
 def _print_reference(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -31,7 +32,7 @@ def _print_reference(ctx: click.Context, _: click.Parameter, asked: bool) -> Non
 )
 @click.option(
     "--devices",
-    type=click.IntRange(1),
+    type=COUNT,
     help="Check that a run fits so many devices, as on a slice.",
 )
 @click.option(

@@ -12,6 +12,7 @@ import click
 
 from grok.cli.export import size_in_bytes
 from grok.cli.groups import Group
+from grok.cli.options import COUNT, COUNT_OR_ZERO, PATH
 from grok.cli.tables import make_console, make_table
 from grok.errors import DataError
 
@@ -41,11 +42,11 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("files", nargs=-1)
-@click.option("--out", metavar="FILE", help="Where the trained model is written.")
-@click.option("--vocab-size", type=click.IntRange(1), help="Pieces, all of them.")
+@click.argument("files", type=PATH, nargs=-1)
+@click.option("--out", type=PATH, metavar="FILE", help="Where the trained model is written.")
+@click.option("--vocab-size", type=COUNT, help="Pieces, all of them.")
 @click.option("--special", multiple=True, help="Text that is always one piece, as <|end|>.")
-@click.option("--check", metavar="FILE", help="Compare this model with --config instead.")
+@click.option("--check", type=PATH, metavar="FILE", help="Compare it with --config instead.")
 @click.option("--config", metavar="CONFIG", help="Preset or YAML file for --check.")
 def tokenizer(files, out, vocab_size, special, check, config) -> None:
     """Train a SentencePiece tokenizer on text FILES, or check one against a config.
@@ -104,19 +105,19 @@ def _field_options(command: Callable) -> Callable:
 
 
 @data.command()
-@click.argument("sources", nargs=-1, required=True)
-@click.option("--out", required=True, metavar="DIR", help="Folder of the dataset.")
-@click.option("--tokenizer", required=True, metavar="FILE", help="Tokenizer, or its folder.")
+@click.argument("sources", type=PATH, nargs=-1, required=True)
+@click.option("--out", required=True, type=PATH, metavar="DIR", help="Folder of the dataset.")
+@click.option("--tokenizer", required=True, type=PATH, metavar="FILE", help="It, or its folder.")
 @click.option(
     "--allow-special-tokens", is_flag=True, help="Read special tokens in the texts as such."
 )
 @click.option("--glob", "patterns", multiple=True, help="Names to take in folders, as *.md.")
 @_option("--format", default="auto", type=FORMAT, help="What all files are; auto: by their names.")
 @_field_options
-@click.option("--chat-template", default="", metavar="NAME", help=TEMPLATE)
+@click.option("--chat-template", default="", type=PATH, metavar="NAME", help=TEMPLATE)
 @click.option("--chat-date", default="", metavar="DATE", help=DATE)
 @click.option("--licence", help="Licence of all sources.")
-@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one a core]")
+@click.option("--workers", type=COUNT, help="Processes.  [default: one a core]")
 @_option("--shard-size", default="256MB", callback=size_in_bytes, help=SHARD_SIZE)
 @click.option("--drop-duplicates", is_flag=True, help="Keep the first of documents alike.")
 @_option("--max-bad-share", default=0.01, type=SHARE, help=BAD_SHARE)
@@ -175,10 +176,12 @@ def prepare(out, tokenizer, workers, shard_size, max_record_size, **options) -> 
 
 
 @data.command()
-@click.argument("folder", metavar="DIR")
-@_option("--length", default=2048, type=click.IntRange(1), help="Tokens of a row, for the packing.")
-@_option("--samples", default=2, type=click.IntRange(0), help="To show.")
-@click.option("--tokenizer", metavar="FILE", help="For the samples.  [default: the dataset's]")
+@click.argument("folder", type=PATH, metavar="DIR")
+@_option("--length", default=2048, type=COUNT, help="Tokens of a row, for the packing.")
+@_option("--samples", default=2, type=COUNT_OR_ZERO, help="To show.")
+@click.option(
+    "--tokenizer", type=PATH, metavar="FILE", help="For samples.  [default: the dataset's]"
+)
 @click.option("--check", "verify", is_flag=True, help="Compare all files with the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context

@@ -7,29 +7,33 @@ from typing import Any
 import click
 
 from grok.cli.completion import overrides_argument
+from grok.cli.options import COUNT, COUNT_OR_ZERO, PATH, HomePath
 from grok.cli.tables import make_console, make_table
 from grok.errors import require_package
 
 
 @click.command("eval")
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=PATH)
 @overrides_argument("train")
 @click.option(
     "--data",
     multiple=True,
+    type=PATH,
     metavar="PATH",
     help="Text file, or dataset of `grok data prepare`; may be given several times.",
 )
 @click.option("--tasks", multiple=True, metavar="TASK", help="Task of lm-eval; may be repeated.")
 @click.option(
     "--tasks-folder",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=HomePath(exists=True, file_okay=False, path_type=Path),
     help="Folder with YAML files of more tasks; the Python functions they name are run.",
 )
-@click.option("--fewshot", type=click.IntRange(0), help="Examples a question; default: the task's.")
-@click.option("--limit", type=click.IntRange(1), help="Questions of each task.")
+@click.option("--fewshot", type=COUNT_OR_ZERO, help="Examples a question; default: the task's.")
+@click.option("--limit", type=COUNT, help="Questions of each task.")
 @click.option("--config", metavar="CONFIG", help="Preset or YAML file of CHECKPOINT's model.")
-@click.option("--tokenizer", metavar="FILE", help="Tokenizer of these weights, or its folder.")
+@click.option(
+    "--tokenizer", type=PATH, metavar="FILE", help="The weights' tokenizer, or its folder."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def eval_(
     checkpoint, overrides, data, tasks, tasks_folder, fewshot, limit, config, tokenizer, as_json

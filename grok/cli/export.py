@@ -6,6 +6,7 @@ import click
 
 from grok.cli.groups import Group
 from grok.cli.import_ import print_import, tokenizer_of
+from grok.cli.options import PATH
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -19,15 +20,17 @@ def size_in_bytes(ctx: click.Context, param: click.Parameter, text: str | None) 
     """The value of an option such as 500MB; 1 MB is 10^6 bytes."""
     if text is None:
         return None
-    size = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", text.strip().upper())
+    size = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) *([KMGT]?)B?", text.strip().upper())
     if not size:
         raise click.BadParameter(f"{text} is no size such as 5GB or 500MB.")
-    return int(float(size[1]) * UNITS[size[2]])
+    if (nbytes := int(float(size[1]) * UNITS[size[2]])) >= 2**63:
+        raise click.BadParameter(f"{text} is more than any file has; 500MB would do.")
+    return nbytes
 
 
 @export.command()
-@click.argument("src")
-@click.argument("dst")
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
 @click.option("--config", metavar="CONFIG", help="Preset or YAML file of the model that SRC holds.")
 @click.option(
     "--dtype",
@@ -49,9 +52,10 @@ def size_in_bytes(ctx: click.Context, param: click.Parameter, text: str | None) 
     "[default: 5GB]",
 )
 @click.option("--base-weights", metavar="TEXT", help="Where the weights came from, for README.md.")
-@click.option("--data-manifest", metavar="FILE", help="File on the training data, to be copied.")
+@click.option("--data-manifest", type=PATH, metavar="FILE", help="File on the data, to be copied.")
 @click.option(
     "--tokenizer",
+    type=PATH,
     metavar="FILE",
     help="Tokenizer to go with the weights, or a folder with one.  [default: SRC's]",
 )
@@ -114,8 +118,8 @@ def _export_hf(source, dst, pieces, dtype, family, shard_size, base_weights, dat
 
 
 @export.command()
-@click.argument("src")
-@click.argument("dst")
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32", "int8"]),

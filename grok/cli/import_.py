@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grok.cli.groups import Group
+from grok.cli.options import PATH
 from grok.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ def import_() -> None:
 
 def _options(dtype: str) -> Callable:
     decorators = (
-        click.argument("src"),
-        click.argument("dst"),
+        click.argument("src", type=PATH),
+        click.argument("dst", type=PATH),
         click.option("--config", metavar="CONFIG", help="Preset or YAML file of SRC's model."),
         click.option(
             "--dtype",
@@ -46,6 +47,7 @@ def _options(dtype: str) -> Callable:
         ),
         click.option(
             "--tokenizer",
+            type=PATH,
             metavar="FILE",
             help="Tokenizer to go with the weights, or a folder with one.  [default: SRC's]",
         ),

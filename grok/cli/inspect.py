@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from grok.cli.options import PATH
 from grok.cli.tables import make_console, make_table
 from grok.errors import CheckpointError
 
@@ -22,7 +23,7 @@ FORMATS = {
 
 
 @click.command()
-@click.argument("path")
+@click.argument("path", type=PATH)
 @click.option("--config", metavar="CONFIG", help="Preset or YAML file of the model that it holds.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context

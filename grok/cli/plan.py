@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from grok.cli.completion import complete_config, overrides_argument
+from grok.cli.options import COUNT, HomePath
 
-FILE, COUNT = click.Path(path_type=Path), click.IntRange(1)
+FILE = HomePath(path_type=Path)
 
 
 @click.command()

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import click
 
+from grok.cli.options import HomePath
+
 
 @click.command()
 @click.option(
     "--folder",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=HomePath(path_type=Path, file_okay=False),
     default=Path("runs/quickstart"),
     show_default=True,
     help="Folder for everything.",

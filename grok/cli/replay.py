@@ -5,11 +5,13 @@ from pathlib import Path
 
 import click
 
+from grok.cli.options import COUNT, COUNT_OR_ZERO, HomePath
+
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--from", "first", type=click.IntRange(0), help="Checkpoint to begin from (0: none).")
-@click.option("--steps", type=click.IntRange(1), help="Steps to repeat; default: all that can be.")
+@click.argument("run", type=HomePath(path_type=Path))
+@click.option("--from", "first", type=COUNT_OR_ZERO, help="Checkpoint to begin from (0: none).")
+@click.option("--steps", type=COUNT, help="Steps to repeat; default: all that can be.")
 def replay(run: Path, first: int | None, steps: int | None) -> None:
     """Repeat steps of the run in folder RUN and compare them bit for bit.
 

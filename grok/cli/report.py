@@ -5,12 +5,14 @@ from pathlib import Path
 
 import click
 
+from grok.cli.options import PATH, HomePath
+
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=HomePath(dir_okay=False, path_type=Path),
     help="The page to write; its picture gets the same name. Default: report.html in RUN, or of "
     "several runs compare.html in this folder.",
 )

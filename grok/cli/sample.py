@@ -7,6 +7,7 @@ import sys
 import click
 
 from grok.cli.completion import overrides_argument
+from grok.cli.options import PATH
 from grok.errors import ConfigError
 
 # A conversation reads better a little below the model's own distribution.
@@ -39,7 +40,7 @@ class _SampleCommand(click.Command):
 
 
 @click.command(cls=_SampleCommand)
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=PATH)
 @overrides_argument("train")
 @click.option(
     "--prompt",

@@ -6,13 +6,14 @@ import sys
 import click
 
 from grok.cli.completion import complete_config, overrides_argument
+from grok.cli.options import PATH
 from grok.errors import ConfigError, how_to_install
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 
 
 @click.command()
-@click.argument("run_or_config", shell_complete=complete_config("serve"))
+@click.argument("run_or_config", type=PATH, shell_complete=complete_config("serve"))
 @overrides_argument("serve")
 def serve(run_or_config: str, overrides: tuple[str, ...]) -> None:
     """Answer over HTTP, in the words of OpenAI's completions interface.

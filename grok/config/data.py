@@ -3,7 +3,15 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from grok.config.section import Count, CountOrZero, PositiveOrZero, Section, Seed, largest_divisor
+from grok.config.section import (
+    Count,
+    CountOrZero,
+    PathText,
+    PositiveOrZero,
+    Section,
+    Seed,
+    largest_divisor,
+)
 from grok.errors import ConfigError
 
 
@@ -11,7 +19,7 @@ from grok.errors import ConfigError
 class DatasetConfig(Section):
     """A dataset of the mixture."""
 
-    path: Annotated[str, "folder written by `grok data prepare`, here or at gs://"]
+    path: Annotated[PathText, "folder written by `grok data prepare`, here or at gs://"]
     weight: Annotated[PositiveOrZero, "rows drawn from it, relative to the other datasets"] = 1.0
 
 
@@ -38,16 +46,16 @@ class BatchChange(Section):
 class DataConfig(Section):
     """Data to read, and the shape of a batch."""
 
-    train: Annotated[tuple[str, ...], "UTF-8 text files to train on"] = ()
-    validation: Annotated[tuple[str, ...], "UTF-8 text files held out for validation"] = ()
+    train: Annotated[tuple[PathText, ...], "UTF-8 text files to train on"] = ()
+    validation: Annotated[tuple[PathText, ...], "UTF-8 text files held out for validation"] = ()
     datasets: Annotated[tuple[DatasetConfig, ...], "prepared datasets, instead of text files"] = ()
     mixture_schedule: Annotated[tuple[MixtureChange, ...], "changes of the datasets' weights"] = ()
-    validation_dataset: Annotated[str, "prepared dataset for validation, instead of text"] = ""
+    validation_dataset: Annotated[PathText, "prepared dataset for validation, instead of text"] = ""
     packing: Annotated[
         Literal["concat_then_split", "best_fit"], "documents longer than a row: split, or truncated"
     ] = "concat_then_split"
     allow_data_change: Annotated[bool, "resume though datasets differ from a checkpoint's"] = False
-    tokenizer: Annotated[str, "tokenizer file, or a folder with one"] = ""
+    tokenizer: Annotated[PathText, "tokenizer file, or a folder with one"] = ""
     sequence_length: Annotated[Count, "tokens per row (T), at its longest"] = 1024
     batch_size: Annotated[Count, "rows of the global batch (B)"] = 8
     batch_schedule: Annotated[tuple[BatchChange, ...], "changes of the batch's shape"] = ()

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from grok.config.mesh import MeshConfig
 from grok.config.run import EngineConfig
 from grok.config.sampling import SamplingConfig
-from grok.config.section import Bytes, Count, CountOrZero, Positive, Section, Seed, Share
+from grok.config.section import Bytes, Count, CountOrZero, PathText, Positive, Section, Seed, Share
 from grok.errors import ConfigError
 
 
@@ -15,9 +15,11 @@ from grok.errors import ConfigError
 class InferConfig(Section):
     """A served model: weights, sharding, and defaults for requests."""
 
-    weights: Annotated[str, "run, import, ckpt-0, Hugging Face folder or hf://ORG/NAME, checkpoint"]
-    model: Annotated[str, "preset or YAML file of that model; none: what the weights say"] = ""
-    tokenizer: Annotated[str, "tokenizer file or its folder; none: beside the weights"] = ""
+    weights: Annotated[
+        PathText, "run, import, ckpt-0, Hugging Face folder or hf://ORG/NAME, checkpoint"
+    ]
+    model: Annotated[PathText, "preset or YAML file of that model; none: what the weights say"] = ""
+    tokenizer: Annotated[PathText, "tokenizer file or its folder; none: beside the weights"] = ""
     allow_special_tokens: Annotated[bool, "read special tokens in prompts' text as such"] = False
     param_dtype: Annotated[
         Literal["", "float32", "bfloat16", "int8"], "dtype of matrices; none: as stored"
@@ -29,10 +31,10 @@ class InferConfig(Section):
     engine: Annotated[EngineConfig, "concurrent sequences, paged cache"] = EngineConfig()
     sampling: Annotated[SamplingConfig, "defaults for requests"] = SamplingConfig()
     chat_template: Annotated[
-        str, "grok-1, grok-2, file or Jinja text; none: the one beside the tokenizer"
+        PathText, "grok-1, grok-2, file or Jinja text; none: the one beside the tokenizer"
     ] = ""
     compile_cache: Annotated[
-        str,
+        PathText,
         "folder of compiled programs that all hosts share, or gs://; none: `compiled` in a job's "
         "output where that is at gs:// or hosts are several, else the user's cache",
     ] = ""
@@ -42,8 +44,10 @@ class InferConfig(Section):
 class BatchConfig(InferConfig):
     """A job: requests in files, and where their answers go."""
 
-    input: Annotated[tuple[str, ...], "files, folders or globs of JSON lines or Parquet; or gs://"]
-    output: Annotated[str, "folder that the answers go to, here or at gs://"]
+    input: Annotated[
+        tuple[PathText, ...], "files, folders or globs of JSON lines or Parquet; or gs://"
+    ]
+    output: Annotated[PathText, "folder that the answers go to, here or at gs://"]
     replica: Annotated[
         Literal["host", "all"], "hosts of one mesh: each alone, with its share of shards, or all"
     ] = "host"
@@ -79,7 +83,9 @@ class ServeConfig(InferConfig):
     host: Annotated[str, "address to listen on"] = "127.0.0.1"
     port: Annotated[CountOrZero, "port to listen on; 0: any that is free"] = 8000
     name: Annotated[str, "the model's name in requests; none: that of the weights' folder"] = ""
-    api_keys_file: Annotated[str, "file of keys, one per line, besides those in GROK_API_KEYS"] = ""
+    api_keys_file: Annotated[
+        PathText, "file of keys, one per line, besides those in GROK_API_KEYS"
+    ] = ""
     allow_anyone: Annotated[bool, "let other machines in without keys"] = False
     max_body_bytes: Annotated[Bytes, "longest body of a request"] = 1 << 20
     max_prompt_tokens: Annotated[CountOrZero, "longest prompt; 0: the context length"] = 0

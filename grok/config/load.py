@@ -140,7 +140,7 @@ def _read_override(override: str, locations: Locations) -> dict[str, Any]:
     if not equals or not all(key):
         problem = f"override `{override}` is not of the form section.key=value"
         raise ConfigError(f"{problem}, such as train.steps=50.")
-    location = f"override `{override}`"
+    location = f"override `{override if len(override) <= 100 else f'{override:.97}...'}`"
     locations.update({key[:depth]: location for depth in range(1, len(key))})
     return nest({".".join(key): parse_yaml(text, lambda _: location, locations, key)})
 

@@ -7,7 +7,7 @@ from grok.config.data import DataConfig
 from grok.config.mesh import MeshConfig
 from grok.config.model import ModelConfig
 from grok.config.optimizer import OptimizerConfig
-from grok.config.section import Count, CountOrZero, Section, round_up
+from grok.config.section import Count, CountOrZero, PathText, Section, round_up
 from grok.config.train import CheckpointConfig, LoraConfig, TrainConfig
 from grok.errors import ConfigError, bad_value
 
@@ -52,9 +52,9 @@ class RunConfig(Section):
     """A whole run: the config of `grok train`, `grok plan` and `grok.load_config`."""
 
     model: Annotated[ModelConfig, "the decoder: dimensions, arithmetic, dtypes"]
-    folder: Annotated[str, "folder of checkpoints, metrics and config"] = "runs/default"
+    folder: Annotated[PathText, "folder of checkpoints, metrics and config"] = "runs/default"
     compile_cache: Annotated[
-        str,
+        PathText,
         "folder of compiled programs that all hosts share, or gs://; none: `compiled` in the "
         "run's folder where that is at gs:// or hosts are several, else the user's cache",
     ] = ""

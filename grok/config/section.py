@@ -1,9 +1,12 @@
 """The base of config sections, with keys as `name: Annotated[TYPE, "meaning"] = default`; types of
 numbers, and the nearest number that would work."""
 
+import os
 from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
+
+from grok.errors import ConfigError
 
 MAX_INTEGER = 2**31 - 1  # steps and indices are int32 on the devices
 MAX_BYTES = 2**63 - 1
@@ -23,6 +26,18 @@ PositiveOrZeroFloat32 = Annotated[float, Field(ge=0, le=MAX_FLOAT32)]
 Float32 = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 Count32 = Annotated[int, Field(gt=0, le=MAX_INT32)]
 CountOrZero32 = Annotated[int, Field(ge=0, le=MAX_INT32)]
+
+
+def expand_home(path: str) -> str:
+    """The path with the home folder for a ~ that it begins with. Raises ConfigError where it
+    names a user who is not there."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(f"{path} is of no user's home; ./{path} would be a name here.")
+    return expanded
+
+
+PathText = Annotated[str, AfterValidator(expand_home)]
 
 
 class Section:

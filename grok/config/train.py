@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from grok.config.section import (
     Count,
     CountOrZero,
+    PathText,
     Positive,
     PositiveOrZero,
     Section,
@@ -22,7 +23,7 @@ class TrainConfig(Section):
     steps: Annotated[Count, "optimizer steps of the whole run"] = 1000
     seed: Annotated[Seed, "seed of the parameter initialisation"] = 0
     init_from: Annotated[
-        str, "weights to start from: ckpt-0, Hugging Face (hf://ORG/NAME), checkpoint"
+        PathText, "weights to start from: ckpt-0, Hugging Face (hf://ORG/NAME), checkpoint"
     ] = ""
     z_loss: Annotated[PositiveOrZero, "weight of log(Z)^2 of the output softmax in the loss"] = 0.0
     router_balance_loss: Annotated[PositiveOrZero, "weight of the load-balancing loss"] = 0.0

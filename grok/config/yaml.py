@@ -14,6 +14,8 @@ from grok.errors import ConfigError
 Key = tuple[str, ...]
 Locations = dict[Key, str]  # where keys were set: `run.yaml:7`, "override `train.steps=50`"
 
+# Of an integer; larger ones are no floats either, and the largest could not be printed.
+MOST_BITS = 1023
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
@@ -60,9 +62,12 @@ class _Reader:
             self.locations.update({inner: self._location(item) for item, inner in items})
             return [self.data(item, inner) for item, inner in items]
         try:
-            return self.yaml.constructor.construct_object(node)
+            value = self.yaml.constructor.construct_object(node)
         except ValueError:  # such as an integer too long to read
             raise ConfigError(f"{location}: {node.value[:20]}... cannot be read.") from None
+        if isinstance(value, int) and value.bit_length() > MOST_BITS:
+            raise ConfigError(f"{location}: {node.value[:20]}... is larger than any number here.")
+        return value
 
     def _mapping(self, node: MappingNode, key: Key) -> dict[str, Any]:
         data: dict[str, Any] = {}

@@ -141,3 +141,16 @@ def test_checking_a_tokenizer(home):
 @pytest.mark.parametrize("arguments", [[], ["x.txt"], ["--check", "x"], ["--vocab-size", "9"]])
 def test_half_a_tokenizer_command(arguments):
     assert "Usage" in run("tokenizer", *arguments, code=2)
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("The number one. " * 20)
+    words = ["data", "tokenizer", "~/a.txt", "--out=~/t.model", "--vocab-size", "280"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "t.model").exists() and not (tmp_path / "~").exists()
+    done = CliRunner().invoke(main, ["data", "inspect", "~nobody-here/data"])
+    assert done.exit_code == 2
+    assert "./~nobody-here/data would be a name here" in done.output
