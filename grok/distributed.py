@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -129,6 +130,21 @@ def first_of_any(value: Any) -> Any:
         return next((value for value in values if value is not None), None)
 
     return broadcast_from_primary(first)
+
+
+def all_gather(value: Any) -> list[Any]:
+    """Returns, in every process, the `value`, plain data, of each process. A collective."""
+    if process_count() == 1:
+        return [value]
+    prefix = f"grok/gather/{next(_call_numbers)}"
+    _store().key_value_set(f"{prefix}/{process_index()}", json.dumps(value))
+    keys = (f"{prefix}/{index}" for index in range(process_count()))
+    return [json.loads(_store().blocking_key_value_get(key, FOREVER_MS)) for key in keys]
+
+
+def host_name() -> str:
+    """Name of this machine."""
+    return socket.gethostname()
 
 
 def compile_in_lockstep(jitted: Any, *arguments: Any) -> None:

@@ -89,6 +89,17 @@ class EngineError(GrokError):
     exit_code = RESTART
 
 
+class SilentCorruption(GrokError):
+    """Devices that should have the same bits after `step` do not: one of them computes wrongly. The
+    same devices would do so again."""
+
+    exit_code = DIVERGED
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
 class Lost(GrokError):
     """Another process of the run is gone, or never came; all of them start again."""
 

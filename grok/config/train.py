@@ -33,6 +33,12 @@ class TrainConfig(Section):
     ] = 0.0
     max_bad_steps: Annotated[Count, "consecutive bad steps after which the run ends"] = 10
     rollback_on_divergence: Annotated[bool, "return to a good checkpoint, skip the batches"] = False
+    sdc_check: Annotated[
+        Literal["off", "stop", "rollback"],
+        "when devices differ that should have the same bits: end the run, or return to a good "
+        "checkpoint once; off: they are not compared",
+    ] = "off"
+    sdc_check_every: Annotated[Count, "steps between two such comparisons"] = 500
     log_every: Annotated[Count, "steps between lines of metrics.jsonl"] = 10
     eval_every: Annotated[CountOrZero, "steps between validation passes; 0: only at the end"] = 0
     start_timeout_seconds: Annotated[
@@ -51,6 +57,10 @@ class TrainConfig(Section):
             near = [start, min(start + 2, self.steps)]
             problem = f"is no first and last of {self.steps} steps"
             raise bad_value("train.profile", list(self.profile), problem, near)
+        default = self.default("sdc_check_every")
+        if self.sdc_check == "off" and self.sdc_check_every != default:
+            problem = "has no effect with train.sdc_check=off; train.sdc_check=stop"
+            raise ConfigError(f"train.sdc_check_every={self.sdc_check_every} {problem} would work.")
         if 0 < self.grad_spike_factor <= 1:
             problem = "would skip usual steps"
             raise bad_value("train.grad_spike_factor", self.grad_spike_factor, problem, 10)

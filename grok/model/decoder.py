@@ -77,16 +77,16 @@ class Decoder(nnx.Module):
         return _logits(self, tokens_BT, segment_ids, positions)
 
     def hidden(
-        self, tokens_BT, segment_ids=None, positions=None
+        self, tokens_BT, segment_ids=None, positions=None, offset_BTD=None
     ) -> tuple[jax.Array, RouterStats | None]:
         """x_BTD after the final norm, in the compute type, and router statistics of L layers; None
-        without experts."""
+        without experts. `offset_BTD` is added to the token embeddings, to be differentiated by."""
         with sharding.use_mesh_of(self.embed.table_VD[...]):
-            inputs = _inputs(tokens_BT, segment_ids, positions)
+            inputs = (*_inputs(tokens_BT, segment_ids, positions), offset_BTD)
             x_BTD, stats = sharding.without_trivial_mesh(Decoder._hidden)(self, *inputs)
             return sharding.constrain(x_BTD, "batch", "length", None), stats
 
-    def _hidden(self, tokens_BT, segment_ids_BT, positions_BT):
+    def _hidden(self, tokens_BT, segment_ids_BT, positions_BT, offset_BTD):
         attend = PackedRows(segment_ids_BT, positions_BT)
 
         def block(x_BTD, layer):
@@ -97,7 +97,10 @@ class Decoder(nnx.Module):
             policy = REMAT_POLICIES[self.config.remat]
             # Inside scan nothing can be merged with the forward pass: the guard is not needed.
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-        x_BTD = sharding.constrain(self._embed(tokens_BT), *attend.stream_axes(tokens_BT.shape[1]))
+        x_BTD = self._embed(tokens_BT)
+        if offset_BTD is not None:
+            x_BTD += offset_BTD
+        x_BTD = sharding.constrain(x_BTD, *attend.stream_axes(tokens_BT.shape[1]))
         x_BTD, stats = jax.lax.scan(block, x_BTD, self._scan_inputs(in_place=False))
         return self.final_norm(x_BTD), stats
 

@@ -24,6 +24,7 @@ TIME_KINDS = {
     "restore": ("reading a checkpoint", "s4"),
     "compile": ("compiling (with its first step)", "s6"),
     "validate": ("validation", "s0"),
+    "sdc_check": ("comparing devices (SDC check)", "muted"),
     "save": ("saving (while the loop waited)", "s3"),
     "profile": ("profiling", "s5"),
     "down": ("between processes", "muted"),

@@ -6,7 +6,6 @@ import functools
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import jax
 import optax
@@ -20,32 +19,24 @@ from grok.config.paths import with_absolute_paths
 from grok.config.text import to_yaml
 from grok.data.device_feed import global_batches
 from grok.data.tokenizers.files import TEMPLATE_FILE, read_tokenizer_files
-from grok.errors import DONE, SAVED, CheckpointError, DamageError, Diverged, SaveError
+from grok.errors import DONE, SAVED, CheckpointError, Diverged, SaveError, SilentCorruption
 from grok.model.mesh_fit import check_fits
 from grok.optim.optimizer import make_optimizer
 from grok.optim.param_groups import combine, names
 from grok.preemption import PreemptionSignal
-from grok.train import bad_steps
 from grok.train.bad_steps import Skipped, batch_number, raise_if_diverged
-from grok.train.checkpointing import restore, save
+from grok.train.checkpointing import save
 from grok.train.finite import raise_if_not_finite
 from grok.train.init_from import InitialWeights, initial_weights
 from grok.train.loss import eval_step, validate
+from grok.train.recovery import Start, from_newest, retry, roll_back
 from grok.train.run_data import RunData, read_data
+from grok.train.sdc import SdcCheck
 from grok.train.state import TrainState, init_state
 from grok.train.step import train_step
 from grok.train.telemetry.run_manifest import describe_run
 from grok.train.telemetry.telemetry import Telemetry
 from grok.train.watchdog import Watchdog
-
-
-class Start(NamedTuple):
-    """The point at which the steps begin."""
-
-    step: int  # steps done
-    state: TrainState
-    skipped: Skipped = ()  # batches skipped before
-    rolled_back: bool = False  # True: the run was rolled back to here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +49,7 @@ class Run:
     optimizer: optax.GradientTransformation
     train_step: Callable  # jitted; donates the state
     eval_step: Callable  # jitted
+    sdc_check: SdcCheck | None  # None: train.sdc_check=off
     checkpoints: Checkpoints
     initial: InitialWeights | None  # of train.init_from; None: initialised from the seed
     telemetry: Telemetry
@@ -83,6 +75,8 @@ def run_training(config: RunConfig, replay_to: int | None = None) -> int:
                     step = train_steps(run, start, preemption)
                 except Diverged as error:
                     start = roll_back(run, start, error)
+                except SilentCorruption as error:
+                    start = retry(run, start, error)
             watchdog.rest()
             with run.telemetry.events.during("save"):
                 run.checkpoints.close()
@@ -110,6 +104,7 @@ def open_run(config: RunConfig, replay_to: int | None, watchdog: Watchdog) -> Ru
         optimizer=optimizer,
         train_step=compiler.jit(step, donate_argnums=0),
         eval_step=compiler.jit(eval_step),
+        sdc_check=None if config.train.sdc_check == "off" else SdcCheck(config.train, mesh),
         checkpoints=checkpoints,
         initial=initial_weights(config, checkpoints),
         telemetry=Telemetry(config, mesh, data, first_step, began),
@@ -148,30 +143,10 @@ def first_state(run: Run) -> Start:
     return start
 
 
-def from_newest(run: Run, step: int) -> Start:
-    """Restores the checkpoint of `step`, the newest, or the newest before it that is as it was
-    saved."""
-    while True:
-        run.telemetry.log(f"resuming from the checkpoint of step {step}")
-        try:
-            return from_checkpoint(run, step)
-        except DamageError as error:
-            step = run.checkpoints.set_aside(step, error, run.telemetry.log)
-            run.telemetry.back_to(step)
-
-
-def from_checkpoint(run: Run, step: int) -> Start:
-    """Restores the checkpoint of `step`; logs the config keys that have changed since."""
-    with run.telemetry.events.during("restore", step=step):
-        state, skipped, changes = restore(run, step)
-    for change in changes:
-        run.telemetry.log(f"changed since then: {change}")
-    return Start(step, state, skipped)
-
-
 def train_steps(run: Run, start: Start, preemption: PreemptionSignal) -> int:
     """Steps, reports, validates and saves, to the last step or until asked to stop. Returns the
-    last step done, which is saved. Raises Diverged after too many bad steps."""
+    last step done, which is saved. Raises Diverged after too many bad steps, and SilentCorruption
+    where devices differ."""
     config, telemetry = run.config, run.telemetry
     limit, tensors = config.train.max_bad_steps, names(start.state.model)
     check = functools.partial(raise_if_diverged, names=tensors, limit=limit)
@@ -209,7 +184,10 @@ def train_steps(run: Run, start: Start, preemption: PreemptionSignal) -> int:
         if is_last:
             check(step, metrics)
         # A checkpoint on the way is of a good step: one to roll back to.
-        if run.saves and (is_last or (save_due and not metrics["bad_in_a_row"])):
+        is_saving = run.saves and (is_last or (save_due and not metrics["bad_in_a_row"]))
+        if is_saving or step % config.train.sdc_check_every == 0:
+            compare_devices(run, step, state, batch)
+        if is_saving:
             last_good = step - int(metrics["bad_in_a_row"])
             raise_if_not_finite(step, last_good, state, losses if is_last else {})
             save_state(run, step, state, losses, start.skipped, is_last)
@@ -218,9 +196,17 @@ def train_steps(run: Run, start: Start, preemption: PreemptionSignal) -> int:
             break
     if run.saves and saved_step != step:
         check(step, metrics)
+        compare_devices(run, step, state, batch)
         raise_if_not_finite(step, step - int(metrics["bad_in_a_row"]), state)
         save_state(run, step, state, {}, start.skipped, is_last=True)
     return step
+
+
+def compare_devices(run: Run, step: int, state: TrainState, batch: dict) -> None:
+    """Raises SilentCorruption where devices differ after `step`, if the config asks for that."""
+    if run.sdc_check is not None:
+        with run.telemetry.events.during("sdc_check", step=step):
+            run.sdc_check.check(step, state, batch)
 
 
 def log_step(run: Run, step: int, metrics: dict[str, jax.Array], skipped: Skipped) -> None:
@@ -260,30 +246,6 @@ def save_state(
                     raise
                 run.telemetry.log(str(error))
     run.telemetry.saved(step)
-
-
-def roll_back(run: Run, start: Start, error: Diverged) -> Start:
-    """Restores the last good checkpoint and skips the batches from there up to the bad ones. Raises
-    `error` again where the config does not ask for that, or no such checkpoint is left."""
-    run.watchdog.starting("a step after the rollback")
-    run.checkpoints.wait()
-    if not (run.config.train.rollback_on_divergence and run.saves):
-        raise error
-    good = None
-    while good is None:
-        saved = run.checkpoints.steps()
-        step = bad_steps.rollback_step(saved, error, start.step, start.rolled_back)
-        try:
-            good = from_checkpoint(run, step)
-        except DamageError as damage:
-            run.checkpoints.set_aside(step, damage, run.telemetry.log)
-    run.checkpoints.delete_after(step)
-    skipped = bad_steps.skip_batches(good.skipped, step, error, start.skipped)
-    first, last = skipped[-1]
-    run.telemetry.rolled_back(step, skipped_batches=[first, last], reason=str(error))
-    resumed = f"Back to the checkpoint of step {step}, and on without batches {first} to {last}."
-    run.telemetry.log(f"{error} {resumed}")
-    return Start(step, good.state, skipped, rolled_back=True)
 
 
 def finish(run: Run, step: int) -> int:

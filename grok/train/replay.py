@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from grok import storage
-from grok.config import RunConfig
+from grok.config import RunConfig, TrainConfig
 from grok.config.load import from_dict, load_config
 from grok.data.tokenizers import tokenizer_file
 from grok.errors import DONE, CheckpointError
@@ -156,5 +156,7 @@ def _replay_config(segment: Segment, folder: Path) -> RunConfig:
     config, tokenizer = segment.config, tokenizer_file(segment.folder)
     no_text: dict[str, Any] = {"validation": (), "validation_dataset": ""}
     data = dataclasses.replace(config.data, **no_text, tokenizer=tokenizer)
-    train = dataclasses.replace(config.train, tensorboard=False, wandb="", profile=(), eval_every=0)
+    off = TrainConfig.default("sdc_check_every")
+    unwatched: dict[str, Any] = {"tensorboard": False, "wandb": "", "profile": (), "eval_every": 0}
+    train = dataclasses.replace(config.train, **unwatched, sdc_check="off", sdc_check_every=off)
     return dataclasses.replace(config, folder=str(folder), data=data, train=train)

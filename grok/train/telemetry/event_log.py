@@ -1,12 +1,12 @@
 """`events.jsonl`: the log of how a run spent its time, a JSON object a line with `time` (its start,
 seconds since 1970), `event` and, for a span of `during`, `seconds`, without the spans inside it.
 
-Spans: start, restore, compile, validate, save, profile. Other events: `began`, a process started to
-work on the run; `resumed`, it continues after `step` steps, 0 at the very beginning; `steps`,
-training steps `first` + 1 to `last`, without spans; `data`, seconds that the loop waited for
-batches since the line before; `rolled_back`, to an earlier `step`, within one process; `ended`, the
-process exited by itself after `step`, with exit `code`. Lines are appended, each by one write, so a
-kill costs at most the line being written. `measure_goodput` adds them up."""
+Spans: start, restore, compile, validate, sdc_check, save, profile. Others: `began`, a process
+started to work on the run; `resumed`, it continues after `step` steps, 0 at the very beginning;
+`steps`, training steps `first` + 1 to `last`, without spans; `data`, seconds that the loop waited
+for batches since the line before; `rolled_back`, to an earlier `step`, within one process; `ended`,
+the process exited by itself after `step`, with exit `code`. Lines are appended, each by one write,
+so a kill costs at most the line being written. `measure_goodput` adds them up."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from typing import Any
 LAP_SECONDS = 30  # longest time between two lines of steps
 # Events that set the step from which the run continues; steps beyond it are repeated.
 REWINDS = ("resumed", "rolled_back")
-SPANS = ("start", "restore", "compile", "data", "validate", "save", "profile")
+SPANS = ("start", "restore", "compile", "data", "validate", "sdc_check", "save", "profile")
 KINDS = ("useful", "lost", *SPANS, "down", "other")
 
 
