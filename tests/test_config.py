@@ -59,7 +59,8 @@ optimizer.muon_momentum optimizer.moments_dtype optimizer.offload optimizer.weig
 optimizer.max_grad_norm optimizer.param_groups optimizer.ema_decay
 train train.steps train.seed train.init_from train.z_loss train.router_balance_loss
 train.grad_accum_steps train.grad_spike_factor train.max_bad_steps train.rollback_on_divergence
-train.sdc_check train.sdc_check_every train.log_every train.eval_every train.start_timeout_seconds train.hang_timeout_seconds
+train.sdc_check train.sdc_check_every train.log_every train.eval_every
+train.start_timeout_seconds train.hang_timeout_seconds
 train.heartbeat_timeout_seconds train.tensorboard train.wandb train.profile
 lora lora.rank lora.alpha lora.targets
 checkpoint checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best
