@@ -15,7 +15,8 @@ SUBJECTS = {
         "replay": "Repeat steps of a run and compare them bit for bit.",
     },
     "Use": {
-        "sample": "Continue text, or chat, in this terminal.",
+        "sample": "Continue text in this terminal.",
+        "chat": "Chat in this terminal.",
         "batch": "Answer files of prompts.",
         "serve": "Answer over HTTP as OpenAI's API does.",
         "eval": "Measure weights on texts and on tasks of lm-eval.",
@@ -41,6 +42,7 @@ EXAMPLES = {
     "report": "grok report runs/first runs/second",
     "replay": "grok replay runs/quickstart",
     "sample": "grok sample runs/quickstart --prompt 'The assignment' --max-tokens 64",
+    "chat": "grok chat runs/tuned --temperature 0.5",
     "batch": "grok batch grok-1-v6e input=[prompts.jsonl] output=answers",
     "serve": "grok serve runs/quickstart port=8000",
     "eval": "grok eval runs/quickstart --data runs/quickstart/heldout.txt",

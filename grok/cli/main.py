@@ -14,8 +14,8 @@ from grok.cli.groups import Group
 from grok.errors import GrokError
 
 COMMANDS = (  # a module each, with a function of that name
-    "quickstart config train plan calibrate replay report sample batch serve eval_ data import_ "
-    "export inspect verify"
+    "quickstart config train plan calibrate replay report sample chat batch serve eval_ data "
+    "import_ export inspect verify"
 )
 
 

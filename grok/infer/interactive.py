@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -57,14 +58,22 @@ class TextTurns:
         return bool(text)
 
 
+CHAT_COMMANDS = """/help     lists these commands
+/reset    begins a new conversation
+/history  shows all messages
+/exit     ends; so does Ctrl-D
+//...     sends a line that begins with /"""
+
+
 class ChatTurns:
-    """`Turns` as messages that a chat template writes."""
+    """`Turns` as messages that a chat template writes, after the message `system`, if any."""
 
     separator = "\n"
 
-    def __init__(self, chat: ChatEncoder):
+    def __init__(self, chat: ChatEncoder, system: str = ""):
         self._chat = chat
-        self._messages: list[dict[str, str]] = []
+        self._system = [{"role": "system", "content": system}] if system else []
+        self._messages = [*self._system]
 
     def prompt(self, line: str) -> Sequence[int]:
         """The tokens of all messages, `line` being the last."""
@@ -82,8 +91,40 @@ class ChatTurns:
 
     def forget(self) -> bool:
         """Begins anew; False where there was nothing to forget."""
-        messages, self._messages = self._messages, []
-        return bool(messages)
+        messages, self._messages = self._messages, [*self._system]
+        return len(messages) > len(self._system)
+
+    @property
+    def messages(self) -> Sequence[dict[str, str]]:
+        """All messages so far, each with `role` and `content`."""
+        return self._messages
+
+
+def with_commands(ask: Ask, turns: ChatTurns, echo: Echo) -> Ask:
+    """`ask`, but for lines that begin with /, which are commands and run here."""
+
+    def ask_for_message() -> str | None:
+        while (line := ask()) is not None:
+            if not line.startswith("/"):
+                return line
+            if line.startswith("//"):
+                return line[1:]
+            match line.strip():
+                case "/exit":
+                    return None
+                case "/help":
+                    echo(CHAT_COMMANDS)
+                case "/reset":
+                    turns.forget()
+                    echo("A new conversation begins.")
+                case "/history":
+                    for message in turns.messages:
+                        echo(f"{message['role']}: {message['content']}")
+                case unknown:
+                    echo(f"There is no command {unknown}; /help lists those that are.")
+        return None
+
+    return ask_for_message
 
 
 def stream(
@@ -115,25 +156,35 @@ def stream(
     return [text[len(prompts[i // params.n]) :] for i, text in enumerate(texts)]
 
 
-def chat_loop(engine: Engine, turns: Turns, params: SamplingParams, ask: Ask, echo: Echo) -> None:
+def chat_loop(
+    engine: Engine,
+    turns: Turns,
+    params: SamplingParams,
+    ask: Ask,
+    echo: Echo,
+    on_answer: Callable[[int, float], object] = lambda tokens, seconds: None,
+) -> None:
     """Continues each line that `ask` returns, conditioned on the whole conversation, until None.
     Ctrl-C ends an answer early. Pages of earlier turns are not computed again; once the context
-    window is full, the conversation is forgotten."""
+    window is full, the conversation is forgotten. `on_answer` gets the tokens of each answer and
+    the seconds that they took."""
     interrupts: list[int] = []  # read between two steps: an exception in one would lose the cache
 
     def write_answer(prompt: Sequence[int]) -> str:
         interrupts.clear()
         before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
-        answer = ""
+        answer, tokens, began = "", 0, time.monotonic()
         try:
             outputs = engine.generate([_request(prompt, params)])
             for output in itertools.takewhile(lambda _: not interrupts, outputs):
                 echo(output.text, nl=False)
                 answer += output.text
+                tokens += len(output.token_ids)
             outputs.close()
         finally:
             signal.signal(signal.SIGINT, before)
         echo("")
+        on_answer(tokens, time.monotonic() - began)
         return answer
 
     line = ask()

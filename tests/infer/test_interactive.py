@@ -9,7 +9,7 @@ from grok.data.chat.encoder import ChatEncoder
 from grok.data.chat.template import ChatTemplate, built_in
 from grok.data.tokenizers import load_tokenizer
 from grok.errors import RequestError
-from grok.infer.interactive import ChatTurns, TextTurns, chat_loop, stream
+from grok.infer.interactive import ChatTurns, TextTurns, chat_loop, stream, with_commands
 from grok.infer.request import Output, with_answer_ends
 from tests.fixtures.chat_templates import LLAMA_3, make_release
 
@@ -130,6 +130,31 @@ def test_a_chat_is_written_by_its_template(grok):
     # The blank that begins an answer is the template's.
     assert engine.prompts == [first, f"{first} <1>{end}\n\nHuman: Two{end}\n\nAssistant:"]
     assert "".join(shown) == " <1> <2>"
+
+
+def test_lines_that_begin_with_a_slash_are_commands(grok):
+    engine, shown = Echo(grok), []
+    typed = iter(["One", "/history", "/reset", "//Two", "/what", "/help", "/exit", "Three"])
+    turns = ChatTurns(ChatEncoder(built_in("grok-1"), grok), system="Be brief.")
+
+    def echo(text, nl=True):
+        shown.append(text)
+
+    ask = with_commands(lambda: next(typed), turns, echo)
+    answers = []
+    chat_loop(engine, turns, SamplingParams(), ask, echo, lambda *answer: answers.append(answer))
+    assert len(engine.prompts) == len(answers) == 2
+    assert "Be brief." in engine.prompts[1] and "One" not in engine.prompts[1]
+    assert "Human: /Two" in engine.prompts[1]
+    assert shown[2:7] == [
+        "system: Be brief.",
+        "user: One",
+        "assistant: <1>",
+        "A new conversation begins.",
+        " <2>",
+    ]
+    assert "There is no command /what; /help lists those that are." in shown
+    assert any("/reset" in line for line in shown)
 
 
 def test_prompts_of_a_chat_are_conversations_of_their_own(grok):
