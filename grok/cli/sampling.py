@@ -1,4 +1,4 @@
-"""What `grok sample` and `grok chat` share: options of sampling, the engine, and lines typed."""
+"""Options of sampling, the engine and the lines typed, for `grok sample` and `grok chat`."""
 
 import contextlib
 import io
