@@ -24,6 +24,8 @@ MAX_LOGPROBS = 20  # of likeliest tokens a position
 # Each token is compared with all of them, while every other request waits.
 MAX_STOP_TEXTS, MAX_STOP_LENGTH = 64, 1000
 
+TOKEN_LISTS = ("stop_token_ids", "allowed_token_ids", "banned_token_ids")
+
 Text = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Texts = Annotated[tuple[Text, ...], Field(max_length=MAX_STOP_TEXTS, fail_fast=True)]
 Tokens = Annotated[tuple[CountOrZero32, ...], Field(fail_fast=True)]
@@ -78,6 +80,9 @@ class SamplingParams(SamplingConfig):
 
     def __post_init__(self) -> None:
         _check(self)
+        for name in TOKEN_LISTS:
+            # Once each: the engine goes through them while other requests wait.
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         if self.max_tokens == 0 and self.prompt_logprobs is None:
             raise RequestError("max_tokens", "max_tokens=0 must be more than 0.")
         if self.best_of is not None and self.best_of < self.n:

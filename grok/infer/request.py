@@ -5,13 +5,11 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from grok.config.sampling import SamplingParams
+from grok.config.sampling import TOKEN_LISTS, SamplingParams
 from grok.data.chat.encoder import Answers
 from grok.data.tokenizers import StreamDecoder, Tokenizer
 from grok.errors import RequestError
 from grok.infer.page_pool import PageLayout
-
-TOKEN_LISTS = ("stop_token_ids", "allowed_token_ids", "banned_token_ids")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -173,3 +173,8 @@ def test_the_same_prompt_given_twice_is_drawn_twice(engine, tokenizer):
     assert len({first, second, third}) == 3
     (alone,) = stream(engine, TextTurns(tokenizer), ["The number"], params, lambda *_, **__: None)
     assert alone == first
+
+
+def test_each_token_of_a_list_counts_once(engine):
+    params = SamplingParams(banned_token_ids=[5, 6] * 100_000, stop_token_ids=(7, 7))
+    assert (params.banned_token_ids, params.stop_token_ids) == ((5, 6), (7,))
