@@ -4,6 +4,8 @@ that headers take, or a client that does not read its answer."""
 import contextlib
 import os
 import resource
+import socket
+import struct
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -13,6 +15,7 @@ from grok.infer.openai.responses import error_response, json_text
 
 # Files, devices and pipes that a server may open after its start.
 SPARE_DESCRIPTORS = 64
+NO_LINGER = struct.pack("ii", 1, 0)
 FULL_MESSAGE = "there are too many connections; try again in a moment."
 FULL_BODY = json_text(error_response(None, FULL_MESSAGE, "server_error")).encode()
 FULL = (
@@ -89,6 +92,14 @@ class Connection(H11Protocol):
         self._unread = unread
         limits = self.config.limits
         owes_headers = self._has_begun and not self.busy
-        is_late = owes_headers and now - self.waits_since > limits.header_timeout_seconds
-        if is_late or (unread and now - self._read_at > limits.write_timeout_seconds):
+        if owes_headers and now - self.waits_since > limits.header_timeout_seconds:
             self.transport.abort()
+        elif unread and now - self._read_at > limits.write_timeout_seconds:
+            self._reset()
+
+    def _reset(self) -> None:
+        """Ends the connection, and drops what the system would still send to the client."""
+        if (connection := self.transport.get_extra_info("socket")) is not None:
+            with contextlib.suppress(OSError):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+        self.transport.abort()

@@ -64,6 +64,7 @@ def to_response(request: Request, error: Exception) -> Response:
             pass
         case _:
             status, message = 500, "the server failed at this request."
+            headers = {"connection": "close"}  # uvicorn does, and logs the error
     error_type = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     body = error_response(parameter, message, error_type)
     return Json(body, status, {**HEADERS.get(status, {}), **(headers or {})})

@@ -175,6 +175,6 @@ def test_the_same_prompt_given_twice_is_drawn_twice(engine, tokenizer):
     assert alone == first
 
 
-def test_each_token_of_a_list_counts_once(engine):
+def test_each_token_of_a_list_counts_once():
     params = SamplingParams(banned_token_ids=[5, 6] * 100_000, stop_token_ids=(7, 7))
     assert (params.banned_token_ids, params.stop_token_ids) == ((5, 6), (7,))

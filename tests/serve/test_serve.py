@@ -6,6 +6,8 @@ import dataclasses
 import json
 import re
 import signal
+import threading
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -15,13 +17,15 @@ from grok.config.infer import HttpConfig, ServeConfig
 from grok.config.load import from_dict
 from grok.config.sampling import SamplingConfig
 from grok.data.tokenizers import Tokenizer, load_tokenizer
-from grok.errors import ConfigError, RequestError
+from grok.errors import RESTART, ConfigError, EngineError, RequestError
 from grok.infer.loader import find_chat
 from grok.infer.openai.requests import RequestParser
 from grok.infer.openai.responses import ResponseBuilder
 from grok.infer.request import Output, TokenLogprobs
-from grok.serve.server import bind, make_server, read_keys
+from grok.serve.server import HttpFront, bind, make_server, read_keys
+from grok.serve.watchdog import Watchdog
 from tests.fixtures.chat_templates import make_release
+from tests.infer.fake_engine import FakeEngine
 from tests.serve.served import KEY, serving, wait_until
 
 
@@ -466,3 +470,19 @@ def test_a_fault_of_the_server_is_a_response_and_not_the_end(server, monkeypatch
     monkeypatch.undo()
     assert server.http.post("/v1/completions", json=GOOD).status_code == 200
     assert server.engine_thread.live == 0
+
+
+def test_a_server_whose_engine_breaks_down_ends_to_be_started_again(tokenizer, capfd):
+    class Broken(FakeEngine):
+        unfinished = 1
+
+        def step(self):
+            raise RuntimeError("out of memory")
+
+    config = ServeConfig(weights="runs/tiny", port=0)
+    parser = RequestParser(tokenizer, config.sampling, 128)
+    model = SimpleNamespace(parser=lambda max_choices: parser)
+    with pytest.raises(EngineError, match="the engine broke down: out of memory") as caught:
+        HttpFront(config).serve(model, Broken(tokenizer), Watchdog(config), threading.Event())
+    assert caught.value.exit_code == RESTART
+    assert "RuntimeError: out of memory" in capfd.readouterr().err
