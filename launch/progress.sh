@@ -3,13 +3,14 @@
 # was healthy. Sourced on this machine and on the workers, never run.
 # shellcheck disable=SC2034 # the scripts that source this use the variables that it sets
 
-# Sets progress (the newest step) and loss from the end of metrics.jsonl.
+# Sets progress (the newest step), loss, and the host that has been slow for long, from the end of metrics.jsonl.
 read_metrics() {
   local line
-  progress=- loss=- total=-
+  progress=- loss=- total=- slow=-
   line=$(grep '"loss"' <<<"$1" | tail -n 1 || true)
   if [[ $line =~ \"step\":\ ?([0-9]+) ]]; then progress=${BASH_REMATCH[1]}; fi
   if [[ $line =~ \"loss\":\ ?([-+.0-9eE]+|NaN) ]]; then loss=${BASH_REMATCH[1]}; fi
+  if [[ $line =~ \"slow_host\":\ ?\"([^\"\ ]+)\" ]]; then slow=${BASH_REMATCH[1]}; fi
 }
 
 # Sets progress (finished shards) and total from the names of answers and from job.json.

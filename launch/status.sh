@@ -56,5 +56,6 @@ elif [[ $unit == serve ]]; then
   if [[ $progress == - ]]; then health="does not answer at /health (yet)"; else health="is healthy"; fi
   line run "the server${where/, in/ at} of the first worker $health; $(verb_path tunnel) reaches it"
 else
-  line run "step $progress, loss $loss$where"
+  if [[ $slow == - ]]; then held_up=""; else held_up=", held up by host $slow"; fi
+  line run "step $progress, loss $loss$held_up$where"
 fi

@@ -118,7 +118,7 @@ code_stamp() { basename "$(readlink "$home/src" 2>/dev/null || echo none)"; }
 
 # state is running, exited (with a code), lost (gone without a code) or idle.
 status() {
-  local state=idle code=- pid=- unit folder progress=- total=- loss=-
+  local state=idle code=- pid=- unit folder progress=- total=- loss=- slow=-
   if [[ -e $run/pid ]]; then
     pid=$(cat "$run/pid")
     state=lost
@@ -137,7 +137,7 @@ status() {
       read_metrics "$(tail -n 100 "$folder/metrics.jsonl" 2>/dev/null)"
     fi
   fi
-  report "state=$state code=$code pid=$pid progress=$progress total=$total loss=$loss stamp=$(code_stamp) ${1:-}"
+  report "state=$state code=$code pid=$pid progress=$progress total=$total loss=$loss slow=$slow stamp=$(code_stamp) ${1:-}"
 }
 
 # logs LINES [follow]

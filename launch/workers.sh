@@ -43,11 +43,11 @@ value_of() {
   if [[ " $2 " =~ \ $1=([^ ]*)\  ]]; then echo "${BASH_REMATCH[1]}"; else echo -; fi
 }
 
-# Sets unit (step, shard or serve), progress, total and loss of the run: from gs://, or from the worker that has
-# come farthest.
+# Sets unit (step, shard or serve), progress, total, loss and slow (the host that is slow for long) of the run: from
+# gs://, or from the worker that has come farthest.
 read_progress() {
   local report folder at
-  unit=step progress=- total=- loss=-
+  unit=step progress=- total=- loss=- slow=-
   [[ -f $state_dir/progress ]] || return 0
   read -r unit folder <"$state_dir/progress"
   if [[ $folder == gs://* && $unit == shard ]]; then
@@ -59,6 +59,7 @@ read_progress() {
       at=$(value_of progress "$report")
       if [[ $at == - ]] || ((at <= ${progress/-/-1})); then continue; fi
       progress=$at total=$(value_of total "$report") loss=$(value_of loss "$report")
+      slow=$(value_of slow "$report")
     done
   fi
 }

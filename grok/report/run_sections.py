@@ -12,6 +12,7 @@ from grok.errors import DONE, SAVED
 from grok.progress import duration
 from grok.report import page, plots
 from grok.report.recorded_run import RecordedRun, final_points
+from grok.train.telemetry.host_times import slow_host
 from grok.train.telemetry.run_manifest import describe_commit
 
 SMALL, BROAD = (470, 280), (1000, 340)  # pixels
@@ -179,6 +180,8 @@ def processes_section(run: RecordedRun) -> page.Section | None:
         paragraphs.append(f"{len(bad_steps)} updates skipped or not finite, at the steps {steps}.")
     elif run.training:
         paragraphs.append("No update was skipped at a logged step.")
+    if sentence := slow_host(run.training[-1] if run.training else {}):
+        paragraphs.append(f"At step {run.training[-1]['step']}, {sentence}.")
     for event in run.events:
         if event["event"] == "rolled_back":
             paragraphs.append(f"The run went back to the checkpoint of step {event['step']}.")

@@ -158,7 +158,7 @@ def train_steps(run: Run, start: Start, preemption: PreemptionSignal) -> int:
     save_due = False
     while step < run.last_step:
         previous_metrics = metrics
-        with telemetry.events.waiting():
+        with telemetry.waiting():
             batch = next(batches)
         step += 1
         preemption.exchange(run.checkpoints.saving())

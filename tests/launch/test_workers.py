@@ -217,6 +217,11 @@ def test_metrics_are_read_from_the_bucket(cloud: Cloud) -> None:
     metrics.parent.mkdir(parents=True)
     metrics.write_text('{"step": 120, "loss": 2.5}\n{"step": 130, "validation": 1}\n')
     assert "run      step 120, loss 2.5, in gs://b/runs/x" in cloud.launch("status").stdout
+    metrics.write_text(
+        '{"step": 140, "loss": 2.5, "slow_host": "w-7", "slow_host_reason": "a b"}\n'
+    )
+    held_up = "run      step 140, loss 2.5, held up by host w-7, in gs://b/runs/x"
+    assert held_up in cloud.launch("status").stdout
 
 
 @pytest.mark.parametrize("where", ["the workers", "the bucket"])

@@ -19,6 +19,7 @@ from grok.model.flops import flops_per_token
 from grok.progress import ProgressDisplay
 from grok.train.run_data import RunData
 from grok.train.telemetry.event_log import EventLog
+from grok.train.telemetry.host_times import HostTimes, slow_host
 from grok.train.telemetry.metrics_file import MetricsFile, to_plain
 from grok.train.telemetry.run_manifest import RunDir, RunManifest
 from grok.train.telemetry.trackers import Tracker, open_trackers
@@ -54,6 +55,8 @@ class Telemetry:
         self._figures: list[str] = []
         self._loss_sum = self._loss_weight = 0.0
         self._shapes: set[tuple[int, int]] = set()
+        self._hosts = HostTimes(mesh)
+        self._slow_host: str | None = None
 
     def __enter__(self) -> "Telemetry":
         with contextlib.ExitStack() as exits:
@@ -105,6 +108,12 @@ class Telemetry:
             self.metrics.write(step, event="resumed")
 
     @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Times a wait for data."""
+        with self.events.waiting(), self._hosts.busy():
+            yield
+
+    @contextlib.contextmanager
     def step(self, step: int, batch: Mapping[str, jax.Array]) -> Iterator[Dispatch]:
         """Times and profiles the block, which dispatches `step`. The first step of each shape of
         batches compiles: it is waited for, as an event of its own, and is part of no speed."""
@@ -119,7 +128,9 @@ class Telemetry:
                     yield dispatch
                     jax.block_until_ready(dispatch.outputs)
             else:
-                yield dispatch
+                with self._hosts.busy():
+                    yield dispatch
+                self._hosts.count_step()
                 self.rates.count(B, T)
         if self._profiler.after(step, dispatch.outputs[1]):
             self.log(f"profile of the steps up to {step} in {self._folder}/profile")
@@ -127,7 +138,11 @@ class Telemetry:
 
     def log_metrics(self, step: int, metrics: Mapping[str, jax.Array], **more: Any) -> None:
         """Waits for the metrics of a step; writes them, and `more`, and shows the main ones."""
-        values = to_plain(metrics) | more | self.rates.take()
+        values = to_plain(metrics) | more | self.rates.take() | self._hosts.exchange()
+        sentence = slow_host(values)
+        if sentence and values["slow_host"] != self._slow_host:
+            self.log(f"step {step}  {sentence}")
+        self._slow_host = values.get("slow_host")
         self._write(step, values)
         loss = values["loss"]
         self._figures = [f"loss {loss:.3f}", f"smoothed {self._smooth(loss):.3f}"]
