@@ -13,6 +13,8 @@ from grok.errors import DataError
 
 # Documents of a dataset in memory: one that fills several rows is read once for all of them.
 CACHED_DOCUMENTS = 64
+# Rows of a dataset by which is judged whether its rows bear loss.
+SAMPLED_ROWS = 64
 # Documents fetched at a time where all are read in order.
 PREFETCHED_DOCUMENTS = 4096
 
@@ -66,6 +68,18 @@ class PackedBatches:
         for row, name in enumerate(names):
             fill_row(batch, row, slices[row], self._read[name])
         return self._schedule.split(step, rows, batch)
+
+    def share_without_loss(self, name: str) -> float:
+        """Share of a dataset's rows, by a sample over its first epoch, that train nothing: none of
+        their tokens bears loss."""
+        packer, length = self._packers[name], self._schedule.sequence_length
+        count = min(SAMPLED_ROWS, packer.rows_per_epoch)
+        slices = [packer.slices(row * packer.rows_per_epoch // count) for row in range(count)]
+        self._datasets[name].prefetch(_documents(slices))
+        batch = empty_batch(count, length)
+        for row, documents in enumerate(slices):
+            fill_row(batch, row, documents, self._read[name])
+        return 1 - float(batch["mask_BT"].any(axis=1).mean())
 
     def tokens_seen(self, step: int) -> dict[str, int]:
         """Tokens of each dataset, without padding, in all batches before `step`."""

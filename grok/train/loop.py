@@ -56,7 +56,7 @@ class Run:
     watchdog: Watchdog
     first_step: int  # steps done in the checkpoint that this process resumes from
     last_step: int
-    notices: tuple[str, ...]  # defects of later checkpoints
+    notices: tuple[str, ...]  # on the data, and defects of later checkpoints
     saves: bool  # False: writes no checkpoints
 
 
@@ -111,7 +111,7 @@ def open_run(config: RunConfig, replay_to: int | None, watchdog: Watchdog) -> Ru
         watchdog=watchdog,
         first_step=first_step,
         last_step=config.train.steps if replay_to is None else replay_to,
-        notices=tuple(notices),
+        notices=(*data.notices, *notices),
         saves=replay_to is None,
     )
 

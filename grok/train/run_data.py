@@ -1,6 +1,6 @@
 """The data of a run, and the check that a resumed run has the same."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from grok import storage
@@ -14,17 +14,22 @@ from grok.data.tokenizers import Tokenizer, load_tokenizer, start_ids, token_byt
 from grok.data.tokenizers.files import TEMPLATE_FILE
 from grok.errors import CheckpointError, DataError
 
+# Of a dataset's rows, without a word.
+MAX_SHARE_WITHOUT_LOSS = 0.01
+
 
 class RunData(NamedTuple):
     """The data of a run. train: batches by step. validation: the batches of a pass, and num_bytes:
     the UTF-8 bytes that it predicts; None without validation data. hashes: path and manifest hash
-    of each prepared dataset that is trained on, in order. template: of the datasets' chats."""
+    of each prepared dataset that is trained on, in order. template: of the datasets' chats.
+    notices: sentences on what may be amiss."""
 
     train: TrainBatches
     validation: Iterable[Batch] | None
     num_bytes: int | None
     hashes: list[dict[str, str]]
     template: bytes | None = None
+    notices: tuple[str, ...] = ()
 
 
 def read_data(config: RunConfig) -> RunData:
@@ -38,6 +43,7 @@ def read_data(config: RunConfig) -> RunData:
     schedule = BatchSchedule(data.sequence_length, data.batch_size, data.shapes()[1:])
     train: TrainBatches
     hashes, template = [], None
+    notices: tuple[str, ...] = ()
     if data.datasets:
         datasets = {d.path: open_dataset(d.path, tokenizer, config) for d in data.datasets}
         hashes = [{"path": path, "hash": dataset.hash} for path, dataset in datasets.items()]
@@ -45,13 +51,33 @@ def read_data(config: RunConfig) -> RunData:
         changes = [(schedule.first_row(m.from_step), m.weights) for m in data.mixture_schedule]
         mixture = Mixture([dataset.weight for dataset in data.datasets], changes)
         train = PackedBatches(datasets, mixture, schedule, seed=data.seed, packing=data.packing)
+        notices = tuple(loss_notices(datasets, train, config))
     else:
         stream = read_stream(data.train, tokenizer, config.model.vocab_size)
         train = StreamBatches(stream, schedule, seed=data.seed)
     if not data.validation_dataset and not data.validation:
-        return RunData(train, None, None, hashes, template)
+        return RunData(train, None, None, hashes, template, notices)
     held_out = open_held_out(data.validation, data.validation_dataset, tokenizer, config)
-    return RunData(train, *held_out, hashes, template)
+    return RunData(train, *held_out, hashes, template, notices)
+
+
+def loss_notices(
+    datasets: Mapping[str, TokenDataset], train: PackedBatches, config: RunConfig
+) -> Iterator[str]:
+    """Yields a sentence on each dataset of which some rows train nothing; DataError where none of
+    its rows bears loss."""
+    for path, dataset in datasets.items():
+        counts = dataset.manifest["counts"]
+        if counts["loss_tokens"] == counts["tokens"]:
+            continue
+        share, data = train.share_without_loss(path), config.data
+        rows = f"rows of data.sequence_length={data.sequence_length} (data.packing={data.packing})"
+        if share == 1:
+            problem = f"dataset {path} has no token that bears loss in its {rows}"
+            right = "a longer one, with room for the completions, would work"
+            raise DataError(f"{problem}; {right}.")
+        if share > MAX_SHARE_WITHOUT_LOSS:
+            yield f"dataset {path}: {share:.0%} of its {rows} have no token that bears loss"
 
 
 def chat_template(datasets: Iterable[TokenDataset]) -> bytes | None:
@@ -79,7 +105,9 @@ def open_held_out(
     if dataset:
         packed = PackedValidation(open_dataset(dataset, tokenizer, config), **shape)
         first = token_bytes(tokenizer, first=True) if tokenizer.adds_bos else None
-        return packed, packed.num_bytes(token_bytes(tokenizer), first)
+        if not (num_bytes := packed.num_bytes(token_bytes(tokenizer), first)):
+            raise DataError(f"dataset {dataset} has no text to predict; one with text would work.")
+        return packed, num_bytes
     stream = read_stream(texts, tokenizer, config.model.vocab_size)
     return StreamValidation(stream, **shape), stream.num_bytes
 
