@@ -1,7 +1,9 @@
-"""Ranges of a remote file, and the requests that bring them."""
+"""Ranges of a file, and the requests that bring them of a remote one."""
 
+import os
 from collections.abc import Iterator, Sequence
 
+TRUNCATED = "it became shorter while it was read"
 # Bytes of one request for values, of which several are under way; and of gaps that are not worth
 # another request.
 REQUEST_BYTES, GAP_BYTES = 1 << 24, 1 << 16
@@ -25,3 +27,13 @@ def _joined(starts: Sequence[int], length: int, longest_gap: int) -> Iterator[tu
             begin = start
         end = start + length
     yield begin, end
+
+
+def read_exactly(descriptor: int, row: memoryview, offset: int) -> None:
+    """Fills a row with the bytes of a local file from `offset` on; OSError where it is shorter."""
+    while row:
+        # One call reads at most 2 GiB.
+        count = os.preadv(descriptor, [row[: 1 << 30]], offset)
+        if not count:
+            raise OSError(TRUNCATED)
+        row, offset = row[count:], offset + count

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,9 +20,9 @@ from grok import byte_ranges, hub
 from grok.errors import GrokError
 
 StrPath = str | os.PathLike[str]
-TRUNCATED = "it became shorter while it was read"
 # Bytes to fetch at a time of a remote file of which only the header is read.
 HEADER_BLOCK = 1 << 16
+CONNECTIONS = 32
 
 # Else the client would first request each bucket's layout by gRPC, for minutes without an answer.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -123,7 +124,7 @@ def read_ranges(
             return
         with open(path, "rb", buffering=0) as file:
             for row, start in zip(rows, starts, strict=True):
-                _read_exactly(file.fileno(), row, start)
+                byte_ranges.read_exactly(file.fileno(), row, start)
 
 
 def _read_remote_ranges(
@@ -135,7 +136,7 @@ def _read_remote_ranges(
     index = 0
     for begin, end, data in zip(begins, ends, answers, strict=True):
         if len(data) != end - begin:
-            raise OSError(TRUNCATED)
+            raise OSError(byte_ranges.TRUNCATED)
         while index < len(starts) and starts[index] < end:
             start, stop = starts[index], starts[index] + length
             first, last = max(start, begin), min(stop, end)
@@ -143,15 +144,6 @@ def _read_remote_ranges(
             if stop > end:
                 break  # the next answer has the rest
             index += 1
-
-
-def _read_exactly(descriptor: int, row: memoryview, offset: int) -> None:
-    while row:
-        # One call reads at most 2 GiB.
-        count = os.preadv(descriptor, [row[: 1 << 30]], offset)
-        if not count:
-            raise OSError(TRUNCATED)
-        row, offset = row[count:], offset + count
 
 
 def prefetch(folder: StrPath, names: Sequence[str], error: type[Exception] = OSError) -> None:
@@ -210,7 +202,7 @@ def move(source: StrPath, target: StrPath) -> None:
         # The client's own `mv` uses a request that emulators lack.
         for name in list_tree(source):
             system.cp_file(f"{inside}/{name}", f"{remote(target)[1]}/{name}")
-        system.rm(inside, recursive=True)
+    remove(source)
 
 
 def remove(path: StrPath) -> None:
@@ -218,7 +210,10 @@ def remove(path: StrPath) -> None:
     if is_remote(path):
         with errors(path):
             system, inside = remote(path)
-            system.rm(inside, recursive=True)
+            names = [name for name in system.find(inside) if f"{name}/".startswith(f"{inside}/")]
+            # One by one: for the client's `rm` a name with brackets or a star is a pattern.
+            with ThreadPoolExecutor(CONNECTIONS) as pool:
+                list(pool.map(system.rm_file, names or [inside]))
     elif Path(path).is_dir():
         shutil.rmtree(path)
     else:

@@ -37,6 +37,37 @@ def test_files_are_written_listed_copied_moved_and_deleted(folder):
     assert not storage.exists(storage.join(run, "aside", "b", "one"))
 
 
+NAMES = (
+    "run[1]",
+    "run1",
+    "run *",
+    "run x",
+    "run?",
+    "runx",
+    "run#1",
+    "run%20",
+    "run'",
+    "~run",
+    "ü&+",
+)
+
+
+def test_any_character_of_a_name_is_only_itself(folder):
+    for name in NAMES:
+        storage.write_bytes(storage.join(folder, name, f"file {name}"), name.encode())
+    for name in NAMES:
+        file = storage.join(folder, name, f"file {name}")
+        assert storage.read_bytes(file) == name.encode()
+        assert storage.list_files(storage.join(folder, name)) == {
+            f"file {name}": len(name.encode())
+        }
+        storage.move(storage.join(folder, name), storage.join(folder, "moved", name))
+        assert not storage.exists(file)
+    for count, name in enumerate(NAMES):
+        assert len(storage.list_tree(folder)) == len(NAMES) - count
+        storage.remove(storage.join(folder, "moved", name))
+
+
 def test_what_is_not_there(folder):
     missing = storage.join(folder, "missing")
     for act in (storage.read_bytes, storage.list_files, storage.remove):
