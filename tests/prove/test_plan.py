@@ -52,7 +52,7 @@ def test_the_training_step_of_grok_1_on_256_small_chips():
     assert answer["fits"]
     assert answer["hbm_gib_per_chip"]["total"] < 31
     assert answer["async_collective_share"] > 0.6
-    assert answer["mfu"]["scheduled"] > 0.52
+    assert answer["mfu"]["scheduled"] > 0.54
     # What blocks keep, their inputs and what experts gave, goes to the hosts once and comes back.
     model = load_config("grok-1").model
     kept = 2 * model.num_layers * 2 * 8192 * model.embed_dim * 2
