@@ -17,12 +17,16 @@ read. Exit code 1 where one was silent.
 import argparse
 import collections
 import contextlib
+import logging
 import os
 import random
 import subprocess
 import sys
 import tempfile
+import time
+from http.server import HTTPServer
 from typing import Any
+from unittest import mock
 
 import jax
 
@@ -73,6 +77,9 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         if arguments.bucket:
+            # It reports each file that is looked for and not there, and clients that have enough.
+            logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+            stack.enter_context(mock.patch.object(HTTPServer, "handle_error"))
             stack.enter_context(bucket())
             folder = "gs://bucket/run"
         address, hosts = free_address(), str(arguments.hosts)
@@ -101,7 +108,9 @@ def flip_bits(folder: str, flips: int, seed: int) -> list[str]:
         expected = state_trees(abstract_state(CONFIG, optimizer, mesh))
         counts: collections.Counter[tuple[str, str]] = collections.Counter()
         silent = []
-        for name, bit in _bits(folder, flips, seed):
+        for number, (name, bit) in enumerate(_bits(folder, flips, seed)):
+            if distributed.is_primary() and number % 20 == 0:
+                print(f"{time.strftime('%X')}  {number} of {flips}", file=sys.stderr, flush=True)
             original = _flip(folder, name, bit)
             noticed_by = _restore(folder, expected)
             _put_right(folder, name, original)

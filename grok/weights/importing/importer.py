@@ -111,7 +111,13 @@ def _copy(
     source: Source, pieces: list[Piece], folder: Path, journal: Journal, on_progress: OnProgress
 ) -> int:
     """Writes the unfinished pieces into `folder`; returns the bytes written."""
-    finished = {(entry["name"], entry["layer"]) for entry in journal.entries}
+    if not all(
+        isinstance(entry.get("name"), str) and isinstance(entry.get("checksum"), str)
+        for entry in journal.entries
+    ):
+        remedy = f"delete {journal.path.parent}, or name another folder"
+        raise CheckpointError(f"{journal.path}: is no journal of an import; {remedy}.")
+    finished = {(entry["name"], entry.get("layer")) for entry in journal.entries}
     todo = [piece for piece in pieces if not (piece.key in finished and piece.is_in(folder))]
     total, remaining = (sum(piece.nbytes for piece in group) for group in (pieces, todo))
     folder.mkdir(parents=True, exist_ok=True)
