@@ -113,6 +113,12 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grok" / "compiled"
 
 
+def is_one_of_several() -> bool:
+    """True where this process may be one of several of a job: the environment numbers it, or it is
+    on a TPU, which may be part of a slice."""
+    return bool(os.environ.get("GROK_NUM_PROCESSES")) or has_tpu()
+
+
 def has_tpu() -> bool:
     """True if this machine shows a TPU: v2 to v4 as /dev/accel*, later ones through VFIO."""
     devices = Path("/dev")

@@ -16,8 +16,12 @@ def batch(config: str, overrides: tuple[str, ...]) -> None:
     """
     from grok.config.infer import BatchConfig
     from grok.config.load import load_config
+    from grok.hardware import is_one_of_several
+    from grok.locks.folder import check_free
 
     checked = load_config(config, overrides, BatchConfig)
+    if not is_one_of_several():
+        check_free(checked.output)
 
     click.echo("loading JAX", err=True)
     from grok.batch.runner import join_replica

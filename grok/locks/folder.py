@@ -38,12 +38,26 @@ def hold_folder(
             problem = f"{folder} cannot be written: {storage.reason(error)}"
             raise unwritable(f"{problem}; a folder that can be would work.") from None
         if owner is not None:
-            problem = f"{folder}: another process is writing here ({owner})"
-            raise in_use(f"{problem}; wait for its end, or name another folder.")
+            raise in_use(_refusal(folder, owner))
         lock.keep(on_lost)
         yield
     finally:
         lock.release()
+
+
+def check_free(folder: storage.StrPath) -> None:
+    """Raises FolderInUse where another process holds the lock of a folder. A command that works
+    alone asks this before it loads what takes long; it takes the lock later."""
+    owner = None
+    with contextlib.suppress(OSError):  # of which taking the lock tells
+        owner = _lock(storage.join(folder, LOCK_FILE)).owner()
+    if owner is not None:
+        raise FolderInUse(_refusal(folder, owner))
+
+
+def _refusal(folder: storage.StrPath, owner: Owner) -> str:
+    problem = f"{folder}: another process is writing here ({owner})"
+    return f"{problem}; wait for its end, or name another folder."
 
 
 def _lock(path: str) -> LocalLock | ObjectLock:

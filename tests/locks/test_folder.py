@@ -12,7 +12,7 @@ import pytest
 from grok import storage
 from grok.errors import RESTART, ConfigError, FolderInUse
 from grok.locks import local, object
-from grok.locks.folder import LOCK_FILE, hold_folder
+from grok.locks.folder import LOCK_FILE, check_free, hold_folder
 from grok.locks.object import ObjectLock
 from grok.locks.owner import Owner
 from tests.emulator import bucket
@@ -62,8 +62,11 @@ def test_the_second_is_refused_with_the_name_of_the_first_until_that_ends(folder
         str(refusal.value),
     )
     assert refusal.value.exit_code == RESTART
+    with pytest.raises(FolderInUse, match=f"process {holder.pid} on"):
+        check_free(folder)
     holder.stdin.close()
     assert holder.wait() == 0
+    check_free(folder)
     with hold_folder(folder):
         assert LOCK_FILE in storage.list_files(folder)
 
