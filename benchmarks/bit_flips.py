@@ -98,8 +98,8 @@ def flip_bits(folder: str, flips: int, seed: int) -> list[str]:
     """Saves, flips, restores and prints, as one of the processes; returns the silent flips."""
     configure_devices(DEVICES // int(os.environ["GROK_NUM_PROCESSES"]))
     distributed.initialize(CONFIG)
-    sizes = {"data": CONFIG.mesh.data, "expert": CONFIG.mesh.expert}
-    mesh, optimizer = sharding.make_mesh(**sizes), make_optimizer(CONFIG)
+    mesh = sharding.make_mesh(data=CONFIG.mesh.data, expert=CONFIG.mesh.expert)
+    optimizer = make_optimizer(CONFIG)
     with jax.set_mesh(mesh):
         state = init_state(CONFIG, optimizer, mesh)
         # Zeros would take next to no bytes.
