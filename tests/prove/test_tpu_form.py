@@ -276,8 +276,9 @@ def other_scale():
 
 @pytest.mark.parametrize("mistake", [next_rows, no_zeros])
 def test_a_mistake_in_training_is_found(mistake):
+    expected = portable("remat: full")
     with mistake(), tpu_form():
-        errors = differences(loss_and_gradients(CASES["remat: full"]), portable("remat: full"))
+        errors = differences(loss_and_gradients(CASES["remat: full"]), expected)
     print(f"\n{mistake.__doc__} Worst difference {max(errors.values()):.1e}")
     assert not all(error < GRADIENT_TOLERANCE for error in errors.values())
 
