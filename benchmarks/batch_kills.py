@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from grok.distributed import CLUSTER_VARIABLES
+from grok.cluster import CLUSTER_VARIABLES
 from tests.serve.hosts import TEXT, write_model
 
 CONFIG = """

@@ -22,17 +22,14 @@ from typing import Any, NoReturn
 import jax
 
 # JAX's key-value store has no public name; Orbax uses it likewise.
-from jax._src.clusters import ClusterEnv  # finds the cluster of a TPU VM
 from jax._src.distributed import global_state
 
 from grok import rendezvous
+from grok.cluster import INITIALIZE_TIMEOUT_SECONDS, env_cluster, tpu_cluster
 from grok.config.load import flatten, to_dict
 from grok.errors import RESTART, ConfigError, GrokError, Lost
-from grok.hardware import has_tpu
 from grok.locks import folder as locks
 
-CLUSTER_VARIABLES = ("GROK_COORDINATOR", "GROK_NUM_PROCESSES", "GROK_PROCESS_ID")
-INITIALIZE_TIMEOUT_SECONDS = 300
 SHUTDOWN_TIMEOUT_SECONDS = 10
 FOREVER_MS = 7 * 24 * 3600 * 1000
 
@@ -189,30 +186,6 @@ def lost_contact(error: BaseException) -> Lost | None:
     return None
 
 
-def env_cluster() -> tuple[str, int, int] | None:
-    """Coordinator address, process count and process index from the environment, or None. Raises
-    ConfigError where the variables are incomplete or make no sense."""
-    values = [os.environ.get(name, "") for name in CLUSTER_VARIABLES]
-    if not any(values):
-        return None
-    address, count, index = values
-    if not all(values):
-        missing = ", ".join(name for name in CLUSTER_VARIABLES if not os.environ.get(name))
-        raise ConfigError(
-            f"the environment has only some of {', '.join(CLUSTER_VARIABLES)}; with {missing} as "
-            "well, or with none of them, it would work."
-        )
-    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
-        raise ConfigError(
-            f"GROK_NUM_PROCESSES={count} and GROK_PROCESS_ID={index} are no number of processes "
-            "and one of them counted from 0; 2 and 0, and 2 and 1 on the other host, would work."
-        )
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise ConfigError(f"GROK_COORDINATOR={address} is no address; 10.0.0.1:8476 would work.")
-    return address, int(count), int(index)
-
-
 def _is_connected() -> bool:
     return global_state.client is not None
 
@@ -224,7 +197,7 @@ def _store() -> Any:
 def _connect(heartbeat_timeout_seconds: int) -> None:
     """Connects to the other processes, if there are any, and starts to listen for an abort."""
     _tried.set()
-    cluster = env_cluster() or _tpu_cluster()
+    cluster = env_cluster() or tpu_cluster()
     if cluster is None:
         return
     # Its signal handler would take SIGTERM away from Python's.
@@ -243,19 +216,6 @@ def _connect(heartbeat_timeout_seconds: int) -> None:
             f"{str(error).splitlines()[0]}"
         ) from error
     threading.Thread(target=_listen_for_abort, daemon=True).start()
-
-
-def _tpu_cluster() -> tuple[str, int, int] | None:
-    """The same from the environment of a TPU; None where that is of no cluster."""
-    if not has_tpu():
-        return None
-    try:
-        address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
-            *(None,) * 5, INITIALIZE_TIMEOUT_SECONDS
-        )
-    except RuntimeError as error:
-        raise Lost(f"the other hosts of this TPU cannot be found: {error}") from error
-    return None if address is None or count is None or index is None else (address, count, index)
 
 
 def _listen_for_abort() -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = ("errors", "config", "hub", "byte_ranges", "storage", "locks", "progress", "resumable")
 MODEL = (*BASE, "hardware", "compiler", "sharding", "ops", "model")
 WEIGHTS = (*MODEL, "distributed", "weights", "checkpoint")
-RUNS = (*WEIGHTS, "compile_cache", "preemption", "data", "optim")
+RUNS = (*WEIGHTS, "cluster", "compile_cache", "preemption", "data", "optim")
 RUNNERS = (*RUNS, "train", "infer", "plan")
 ALLOWED = {
     "__init__": (),
@@ -33,7 +33,8 @@ ALLOWED = {
     "hardware": (),
     "compiler": ("hardware",),
     "rendezvous": ("errors",),
-    "distributed": (*BASE, "hardware", "rendezvous"),
+    "cluster": ("errors", "hardware"),
+    "distributed": (*BASE, "cluster", "rendezvous"),
     "compile_cache": (*BASE, "hardware", "distributed"),
     "preemption": (*BASE, "distributed", "sharding"),
     "sharding": (*BASE, "hardware"),

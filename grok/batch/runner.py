@@ -12,6 +12,7 @@ from typing import Any
 from grok import compile_cache, distributed
 from grok.batch.items import COLUMNS, INTERNAL, BatchItem, failure_key, read_item
 from grok.batch.job_dir import Input, JobDir, scan_input
+from grok.cluster import env_cluster
 from grok.config.infer import BatchConfig
 from grok.data.prepare.sources import RawRecord
 from grok.errors import SAVED, EngineError, GrokError
@@ -38,7 +39,7 @@ def join_replica(config: BatchConfig) -> Iterator[Replica]:
     """Gives the replica of this process. Replicas of one host each are independent: they do not
     connect, and one that fails leaves the others to their shares. Hosts of one TPU slice start and
     end together, as its runtime demands, and so do hosts that one mesh spans."""
-    cluster, simulated = distributed.env_cluster(), config.mesh.simulated_devices
+    cluster, simulated = env_cluster(), config.mesh.simulated_devices
     if config.replica == "host" and (cluster or not has_tpu()):
         configure_devices(simulated)
         _share_programs(config)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from grok.distributed import CLUSTER_VARIABLES
+from grok.cluster import CLUSTER_VARIABLES
 from grok.errors import DIVERGED
 from tests.fixtures.network import free_address
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import jax
 
 from grok import distributed, sharding
+from grok.cluster import CLUSTER_VARIABLES
 from grok.config import RunConfig
 from grok.config.load import load_config
 from grok.data.device_feed import global_batches
-from grok.distributed import CLUSTER_VARIABLES
 from grok.errors import SilentCorruption
 from grok.hardware import configure_devices
 from grok.optim.optimizer import make_optimizer

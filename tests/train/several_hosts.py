@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from grok.distributed import CLUSTER_VARIABLES
+from grok.cluster import CLUSTER_VARIABLES
 from tests.fixtures.network import free_address
 
 # Half of the time of a start would be optimisation of code that runs for seconds.

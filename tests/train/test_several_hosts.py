@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grok import distributed
+from grok import cluster, distributed
 from grok.config import RunConfig
 from grok.config.text import to_yaml
 from grok.errors import DONE, REFUSED, RESTART, SAVED, ConfigError
@@ -103,7 +103,7 @@ def test_one_host_that_cannot_save_ends_both_at_once(config: RunConfig, tmp_path
     ],
 )
 def test_an_environment_that_makes_no_sense(config, monkeypatch, values, sentence):
-    for name, value in zip(distributed.CLUSTER_VARIABLES, values, strict=True):
+    for name, value in zip(cluster.CLUSTER_VARIABLES, values, strict=True):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=sentence):
         distributed.initialize(config)
