@@ -49,7 +49,8 @@ def _values(manifest: dict[str, Any]) -> Iterator[tuple[str, Any, Callable[[Any]
         yield key, manifest.get(key), _is_list
     for name, value in manifest["counts"].items():
         yield f"counts.{name}", value, _is_count
-    yield "counts.documents", manifest["counts"].get("documents"), _is_count
+    for name in ("documents", "tokens", "loss_tokens"):
+        yield f"counts.{name}", manifest["counts"].get(name), _is_count
     for name, value in manifest["files"].items():
         yield "the name of a file", name, _is_name
         yield f"files.{name}", value, _is_sha256

@@ -51,6 +51,7 @@ def write_prepared(folder: Path, documents, **manifest) -> str:
     lengths_N = np.array([len(tokens) for tokens in documents], np.uint32)
     np.save(folder / "lengths.npy", lengths_N)
     counts = {"documents": len(documents), "tokens": int(lengths_N.sum())}
+    counts["loss_tokens"] = counts["tokens"]
     size = (folder / "shard.arrayrecord").stat().st_size
     shards = [{"name": "shard.arrayrecord", "sha256": "0" * 64, "bytes": size, **counts}]
     tokenizer = {"sha256": "0" * 64, "vocab_size": 256}

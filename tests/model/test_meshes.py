@@ -21,6 +21,7 @@ from grok.model.build import from_arrays, to_arrays
 from grok.model.param_spec import ParamSpec
 from grok.train.loss import batch_loss
 from tests.fixtures.models import replace_keys
+from tests.fixtures.prove import in_suite
 
 # Two kv heads: split at tensor=2, and each on two devices at tensor=4.
 CONFIG = ModelConfig(
@@ -44,11 +45,7 @@ ARCHITECTURES = {
 # Data, expert, tensor, slice: those that split every axis, and in `make prove` all others.
 SIZES = [(8, 1, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2)]
 MORE_SIZES = [(1, 8, 1, 1), (4, 1, 2, 1), (1, 4, 2, 1), (1, 2, 4, 1), (2, 1, 4, 1)]
-each_mesh = pytest.mark.parametrize(
-    "sizes",
-    [*SIZES, *(pytest.param(sizes, marks=pytest.mark.prove) for sizes in MORE_SIZES)],
-    ids=str,
-)
+each_mesh = pytest.mark.parametrize("sizes", in_suite([*SIZES, *MORE_SIZES], *SIZES), ids=str)
 
 # A gradient sums over the 128 tokens of the batch and over every path through two layers; each
 # mesh sums in an order of its own, and each order is off by some units of 2^-24 = 6e-8.
@@ -93,7 +90,9 @@ def test_losses_and_gradients_are_those_of_one_device(sizes):
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 1)], ids=str)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", in_suite(ARCHITECTURES, "mlp and experts", "window and temperature")
+)
 def test_so_are_those_of_other_architectures(name, sizes):
     assert_equal_on_one_device(sizes, replace_keys(CONFIG, ARCHITECTURES[name]))
 

@@ -145,11 +145,13 @@ def test_a_conversation_says_what_takes_time_and_goes_on_after_a_stray_byte(home
     )
     control = re.compile(r"\x1b\[[^a-zA-Z]*[a-zA-Z]")
     first, second, bar, *rest = control.sub("", os.read(terminal, 4096).decode()).split("\r\n")
-    assert (first, second, rest) == (
+    assert (first, second, rest[0]) == (
         "loading JAX",
         "reading the weights at runs/quickstart, float32",
-        ["compiling", ""],
+        "compiling",
     )
+    assert all(re.fullmatch(r"\d tokens, [\d.]+ a second", line) for line in rest[1:-1])
+    assert (len(rest), rest[-1]) == (5, "")
     assert bar.rpartition("\r")[2].startswith("100% of 9,908,736 bytes")
     assert (done.returncode, done.stdout.decode().count("> ")) == (0, 4)
 

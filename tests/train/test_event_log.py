@@ -91,6 +91,7 @@ def test_goodput_counts_steps_done_again_once_and_gaps_as_down():
         "validate": 0.0,
         "save": 4.0,
         "profile": 0.0,
+        "sdc_check": 0.0,
         "down": 40.0,
         "other": 0.0,
     }

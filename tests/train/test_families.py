@@ -13,10 +13,10 @@ from grok.errors import DONE
 from grok.train.loop import run_training
 from grok.train.telemetry.metrics_file import read_metrics
 from grok.weights.detect import open_source
+from tests.fixtures.prove import in_suite
 from tests.model import families
 
 EXPERTS = {"router_balance", "router_entropy", "expert_load", "expert_load_layers"}
-each_family = pytest.mark.parametrize("family", families.TOLERANCE)
 
 
 def run_of(tiny_run: RunConfig, family: str, folder: Path, init_from: str, **sections) -> RunConfig:
@@ -40,7 +40,7 @@ def run_command(*words) -> None:
     assert done.exit_code == 0, done.output
 
 
-@each_family
+@pytest.mark.parametrize("family", in_suite(families.TOLERANCE, "grok2", "mistral"))
 def test_a_continued_run_is_exported_and_read_back(tiny_run, tmp_path, family):
     config = run_of(tiny_run, family, tmp_path / "run", str(families.FOLDER / family))
     assert run_training(config) == DONE
@@ -61,7 +61,7 @@ def test_a_continued_run_is_exported_and_read_back(tiny_run, tmp_path, family):
     assert ("no experts" in page) == (config.model.moe is None)
 
 
-@pytest.mark.parametrize("family", ["grok2", "llama2"])
+@pytest.mark.parametrize("family", in_suite(["grok2", "llama2"], "grok2"))
 def test_adapters_on_released_weights(tiny_run, tmp_path, family):
     lora = LoraConfig(rank=2, alpha=4, targets=("query", "gate", "down"))
     path = str(families.FOLDER / family)

@@ -73,7 +73,11 @@ def test_curves_are_made_of_numbers_and_lists_of_them():
     ("train", "package", "sentence"),
     [
         ({"tensorboard": True}, "tensorboardX", r"train\.tensorboard=true needs tensorboardX.*"),
-        ({"wandb": "mine"}, "wandb", r"train\.wandb=mine needs wandb.* 'grok\[wandb\]'` would"),
+        (
+            {"wandb": "mine"},
+            "wandb",
+            r"train\.wandb=mine needs wandb.* 'grok-jax\[wandb\]'` elsewhere",
+        ),
     ],
 )
 def test_a_missing_extra_is_said_before_anything_starts(

@@ -65,6 +65,7 @@ def test_a_device_that_lies_is_found_and_named(config: RunConfig):
             assert f"{named} {mesh.devices.flat[6].id} of host" in str(caught.value)
 
 
+@pytest.mark.prove
 def test_the_check_changes_no_bit_of_a_run(config: RunConfig, tmp_path):
     plain, checked = (
         with_train(in_folder(config, tmp_path / name), steps=6, **train)

@@ -76,6 +76,7 @@ def test_what_one_host_refuses_ends_all_of_them(config: RunConfig, tmp_path):
     assert "Traceback" not in both.output(0) + both.output(1)
 
 
+@pytest.mark.prove
 def test_one_host_that_cannot_save_ends_both_at_once(config: RunConfig, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(config))
