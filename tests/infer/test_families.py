@@ -43,7 +43,7 @@ def greedy(family: str, name: str = "", count: int = 16) -> list[Request]:
     return [Request(f"{name}{i}", tuple(p.tolist()), params) for i, p in enumerate(prompts)]
 
 
-@each_family
+@pytest.mark.parametrize("family", in_suite(families.TOLERANCE, "grok2", "mixtral", "mistral"))
 @pytest.mark.parametrize("sizes", [(1, 1, 1), *MESHES], ids=str)
 def test_greedy_tokens_are_the_goldens_and_prefixes_are_reused(family, sizes):
     here = engine(family, sizes)

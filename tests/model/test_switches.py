@@ -11,6 +11,7 @@ from grok.config import ModelConfig
 from grok.model.attend import PagedBatch, init_cache
 from grok.model.decoder import Decoder
 from tests.fixtures.models import model_config, replace_keys
+from tests.fixtures.prove import in_suite
 
 CONFIG = model_config(
     {
@@ -49,29 +50,30 @@ def paged_logits(config: ModelConfig) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"norm.sandwich": False},
-        {"norm.eps": 0.1},
-        {"attention.logit_softcap": None},
-        {"attention.rope.theta": 100.0},
-        {"attention.rope.scaling": SCALING},
-        {"attention.window": 3},
-        {"attention.window": 9},
-        {"attention.temperature_length": 2},
-        {"attention.temperature_length": 8, "attention.window": 6},
-        {"moe.activation": "silu"},
-        {"moe.logit_softcap": 0.5},
-        {"moe.normalize": True, "norm.sandwich": False},
-        {"mlp.dim": 24},
-        {"mlp.dim": 24, "mlp.activation": "gelu"},
-        {"mlp.dim": 24, "moe": None},
-        {"tie_embeddings": False},
-        {"logit_softcap": 1.0},
-    ],
-    ids=str,
-)
+SWITCHES = [
+    {"norm.sandwich": False},
+    {"attention.rope.scaling": SCALING},
+    {"attention.temperature_length": 8, "attention.window": 6},
+    {"mlp.dim": 24},
+    {"mlp.dim": 24, "moe": None},
+    {"tie_embeddings": False},
+]
+MORE_SWITCHES = [
+    {"norm.eps": 0.1},
+    {"attention.logit_softcap": None},
+    {"attention.rope.theta": 100.0},
+    {"attention.window": 3},
+    {"attention.window": 9},
+    {"attention.temperature_length": 2},
+    {"moe.activation": "silu"},
+    {"moe.logit_softcap": 0.5},
+    {"moe.normalize": True, "norm.sandwich": False},
+    {"mlp.dim": 24, "mlp.activation": "gelu"},
+    {"logit_softcap": 1.0},
+]
+
+
+@pytest.mark.parametrize("keys", in_suite([*SWITCHES, *MORE_SWITCHES], *SWITCHES), ids=str)
 def test_a_switch_holds_in_training_and_decoding(keys):
     config = replace_keys(CONFIG, keys)
     full, largest = np.asarray(model(config)(TOKENS)), np.abs(model(CONFIG)(TOKENS)).max()
