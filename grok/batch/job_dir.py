@@ -83,10 +83,10 @@ def scan_input(config: BatchConfig, columns: Sequence[str]) -> Input:
     ids: set[bytes] = set()
     with_id = 0
     for record in sources.read_records(files, columns, most_bytes=config.max_record_bytes):
-        # What is wrong with a record alone is told in its line.
+        # A bad record gets a line of its own with the error; damage to the file stops the job.
         if record.is_damage:
             problem = f"input {files[record.file].name}: {record.problem}"
-            raise DataError(f"{problem}; the whole file would work.")
+            raise DataError(f"{problem}; an undamaged copy of the file would work.")
         if (record_id := id_of(record)) is not None:
             with_id += 1
             ids.add(hashlib.blake2b(json.dumps(record_id).encode(), digest_size=8).digest())

@@ -450,7 +450,9 @@ def test_input_that_is_not_whole_is_refused(config, tmp_path, monkeypatch, name,
         case _:
             parquet.write_table(pyarrow.Table.from_pylist(records), path)
     path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(DataError, match=f"{name}: {words}.*; the whole file would work"):
+    with pytest.raises(
+        DataError, match=f"{name}: {words}.*; an undamaged copy of the file would work"
+    ):
         answer(dataclasses.replace(config, input=(str(path),)), monkeypatch)
 
 
