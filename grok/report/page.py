@@ -38,14 +38,14 @@ class Table(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A heading with paragraphs, a stacked bar (name, percent and colour of each segment), figures
-    and tables; `heat_scale`: its figures need one."""
+    """A heading with paragraphs, stacked bars (by label; name, percent and colour of each segment),
+    figures and tables; `heat_scale`: its figures need one."""
 
     title: str
     paragraphs: Sequence[str] = ()
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
-    bar: Sequence[tuple[str, float, str]] = ()
+    bars: Mapping[str, Sequence[tuple[str, float, str]]] = MappingProxyType({})
     heat_scale: bool = False
 
 

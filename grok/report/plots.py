@@ -1,5 +1,6 @@
 """Plots of a run, as PNG or SVG with the page's CSS colours. P points, L layers, E experts."""
 
+import html
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from grok.report import tips
+from grok.report.tips import Tip, short
 
 # Name of the CSS variable, and its colour on a white page. The series are Okabe and Ito's palette,
 # which readers with any form of colour blindness can tell apart.
@@ -36,6 +40,8 @@ RESTART_STYLE: dict[str, Any] = {"color": COLORS["ink"], "linestyle": "--", "lin
 LESS_RGB, MORE_RGB = (42, 120, 214), (232, 89, 12)
 MIN_SMOOTHED_POINTS = 20
 DPI = 100
+# A drawing on given axes; it returns what shows under the pointer.
+Draw = Callable[[Axes], Sequence[Tip]]
 
 
 class Series(NamedTuple):
@@ -116,10 +122,18 @@ def draw_marks(axes: Axes, steps: Sequence[float], label: str, **style: Any) -> 
 
 
 def draw_curves(
-    axes: Axes, series: Sequence[Series], x_label: str, y_label: str, marks: Marks = NO_MARKS
-) -> None:
-    """Curves and marks over one axis, with a legend where there are several."""
+    axes: Axes,
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    marks: Marks = NO_MARKS,
+    log: bool = False,
+) -> list[Tip]:
+    """Curves and marks over one axis, with a legend where there are several; `log`: the scale of
+    values. Returns the values under the pointer."""
     draw_series(axes, series, marks)
+    if log:
+        axes.set_yscale("log")
     style_axes(axes, x_label, y_label)
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
@@ -127,9 +141,15 @@ def draw_curves(
             handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False,
             fontsize=9, labelcolor=COLORS["ink"], handlelength=1.4, columnspacing=1.2,
         )  # fmt: skip
+    named = [
+        tips.Curve(curve.name or y_label, *thin(curve.x_P, curve.y_P), curve.kind == "dots")
+        for curve in series
+        if curve.kind != "faint"
+    ]
+    return tips.of_curves(named, x_label)
 
 
-def draw_load(axes: Axes, load_LE: np.ndarray) -> None:
+def draw_load(axes: Axes, load_LE: np.ndarray) -> list[Tip]:
     """Share of each expert in each layer, as a multiple of an even share: colours and numbers."""
     L, E = load_LE.shape
     relative_LE = load_LE * E
@@ -144,9 +164,10 @@ def draw_load(axes: Axes, load_LE: np.ndarray) -> None:
         style: Any = {"ha": "center", "va": "center", "fontsize": 8, "color": COLORS["ink"]}
         for (layer, expert), value in np.ndenumerate(relative_LE):
             axes.text(expert, layer, f"{value:.2f}", **style)
+    return tips.of_loads(relative_LE)
 
 
-def draw_load_over_time(axes: Axes, steps_P: np.ndarray, load_PLE: np.ndarray) -> None:
+def draw_load_over_time(axes: Axes, steps_P: np.ndarray, load_PLE: np.ndarray) -> list[Tip]:
     """The same over steps: a band for each layer, from the first down, a row for each expert."""
     P, L, E = load_PLE.shape
     stretches = np.array_split(np.arange(P), min(P, 240))
@@ -162,6 +183,7 @@ def draw_load_over_time(axes: Axes, steps_P: np.ndarray, load_PLE: np.ndarray) -
     labelled = range(0, L, -(-L // 16)) if L > 1 else range(E)
     middles = [layer * E + (E - 1) / 2 for layer in labelled] if L > 1 else list(labelled)
     axes.set_yticks(middles, [str(number) for number in labelled])
+    return tips.of_loads_over_time(steps_P, load_PLE, half)
 
 
 def draw_load_stack(axes: Axes, steps_P: np.ndarray, load_PE: np.ndarray) -> None:
@@ -193,7 +215,8 @@ def style_axes(
     axes.set_ylabel(y_label, color=text)
     axes.grid(axis="y", color=COLORS["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=text, labelsize=9, length=3)
+    axes.tick_params(which="both", colors=text, labelsize=9, length=3)
+    axes.tick_params(which="minor", length=2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(frame)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
@@ -202,13 +225,14 @@ def style_axes(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
-def svg(width: float, height: float, draw: Callable[[Axes], None], label: str) -> str:
-    """A figure of `width` x `height` pixels as inline SVG; `label` describes it to screen readers
-    and keeps its identifiers apart from those of other figures."""
+def svg(width: float, height: float, draw: Draw, label: str) -> str:
+    """A figure of `width` x `height` pixels as inline SVG, with values under the pointer; `label`
+    describes it to screen readers and keeps its identifiers apart from those of other figures."""
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 10}
     with matplotlib.rc_context(settings):
         figure = make_figure(width, height)
-        draw(figure.subplots())
+        axes = figure.subplots()
+        tips_of_figure = draw(axes)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
@@ -221,10 +245,12 @@ def svg(width: float, height: float, draw: Callable[[Axes], None], label: str) -
     text = re.sub(r"font-family: [^;\"]*;?", "", text)
     for name, color in COLORS.items():
         text = text.replace(color, f"var(--{name})")
-    return text.replace("<svg ", f'<svg aria-label="{label}" ', 1)
+    head, _, end = text.rpartition("</svg>")
+    text = f"{head}{tips.rectangles(axes, tips_of_figure)}</svg>{end}"
+    return text.replace("<svg ", f'<svg aria-label="{html.escape(label)}" ', 1)
 
 
-def png(drawings: Mapping[str, Callable[[Axes], None]]) -> bytes:
+def png(drawings: Mapping[str, Draw]) -> bytes:
     """Several plots, by title, on white, two in a row."""
     rows = -(-len(drawings) // 2)
     figure = make_figure(1200, 380 * rows)
@@ -243,14 +269,6 @@ def make_figure(width: float, height: float, pad: float = 0.06) -> Figure:
     """An empty figure of so many pixels, `pad` inches around each plot."""
     layout = ConstrainedLayoutEngine(w_pad=pad, h_pad=pad)
     return Figure(figsize=(width / DPI, height / DPI), dpi=DPI, layout=layout)
-
-
-def short(value: float) -> str:
-    """`950`, `1.5k`, `20M`, `3.2B`."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 def _heat(relative: np.ndarray) -> np.ndarray:

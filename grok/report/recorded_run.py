@@ -119,3 +119,10 @@ def drop_redone_steps(lines: Sequence[dict[str, Any]]) -> tuple[list[dict[str, A
 def final_points(points: int) -> int:
     """Number of the last points, a tenth of all, that count as a run's end."""
     return max(1, round(0.1 * points))
+
+
+def imbalance(load_PLE: np.ndarray) -> np.ndarray:
+    """Load of the busiest expert over the mean (P,), averaged over layers: 1 where all have the
+    same, E where one has all."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (load_PLE.max(axis=2) / load_PLE.mean(axis=2)).mean(axis=1)

@@ -2,16 +2,16 @@
 
 import datetime
 import functools
-from collections.abc import Callable, Sequence
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
 
 from grok.errors import DONE, SAVED
 from grok.progress import duration
 from grok.report import page, plots
-from grok.report.recorded_run import RecordedRun, final_points
+from grok.report.plots import Draw
+from grok.report.recorded_run import RecordedRun, final_points, imbalance
+from grok.train.telemetry.event_log import Goodput
 from grok.train.telemetry.host_times import slow_host
 from grok.train.telemetry.run_manifest import describe_commit
 
@@ -31,7 +31,6 @@ TIME_KINDS = {
     "down": ("between processes", "muted"),
     "other": ("other", "grid"),
 }
-Draw = Callable[[Axes], None]
 
 
 def draw_metric(run: RecordedRun, key: str, unit: str, marks: plots.Marks) -> Draw | None:
@@ -54,8 +53,8 @@ def _held_out(run: RecordedRun, key: str) -> plots.Series:
 
 def svg_figure(title: str, draw: Draw, size: tuple[int, int] = SMALL) -> page.Figure:
     """A figure of the page; one of the page's width has a second form for phones."""
-    if size == SMALL:
-        return page.Figure(title, Markup(plots.svg(*SMALL, draw, title)))
+    if size[0] == SMALL[0]:
+        return page.Figure(title, Markup(plots.svg(*size, draw, title)))
     narrow = plots.svg(SMALL[0], max(120, min(SMALL[1], size[1])), draw, f"{title}, narrow")
     return page.Figure(title, Markup(plots.svg(*size, draw, title)), Markup(narrow))
 
@@ -83,8 +82,9 @@ def curves_section(run: RecordedRun, marks: plots.Marks) -> page.Section | None:
         ]
         if series:
             drawings[f"{title} of each group of parameters"] = functools.partial(
-                _draw_log_curves, series=series, marks=marks
-            )
+                plots.draw_curves, series=series, x_label="step", y_label="", marks=marks,
+                log=any(np.any(curve.y_P > 0) for curve in series),
+            )  # fmt: skip
     for key, title, unit in (
         ("learning_rate", "Learning rate", ""),
         ("grad_norm", "Gradient norm", "before clipping"),
@@ -98,12 +98,6 @@ def curves_section(run: RecordedRun, marks: plots.Marks) -> page.Section | None:
     figures = [svg_figure(title, draw) for title, draw in drawings.items() if draw is not None]
     title = "Held-out text, optimizer, router, speed"
     return page.Section(title, figures=figures) if figures else None
-
-
-def _draw_log_curves(axes: Axes, series: Sequence[plots.Series], marks: plots.Marks) -> None:
-    plots.draw_curves(axes, series, "step", "", marks)
-    if any(np.any(curve.y_P > 0) for curve in series):
-        axes.set_yscale("log")
 
 
 def load_section(run: RecordedRun) -> page.Section | None:
@@ -127,7 +121,7 @@ def load_section(run: RecordedRun) -> page.Section | None:
             (BROAD[0], height),
         ),
     ]
-    imbalance_P = (load_PLE.max(axis=2) / load_PLE.mean(axis=2)).mean(axis=1)
+    imbalance_P = imbalance(load_PLE)
     finite_P = imbalance_P[np.isfinite(imbalance_P)]
     paragraphs = [f"Multiples of an even share, 1/{E} of the tokens that were routed."]
     if len(finite_P):
@@ -144,20 +138,26 @@ def goodput_section(run: RecordedRun) -> page.Section | None:
     goodput = run.goodput
     if goodput is None or not goodput.total:
         return None
-    bar, rows = [], []
-    for kind, seconds in goodput.seconds.items():
-        share = seconds / goodput.total
-        if share >= 0.0005:
-            name, color = TIME_KINDS[kind]
-            bar.append((name, round(100 * share, 3), color))
-            rows.append((name, duration(seconds), f"{share:.1%}"))
+    bar, rows = goodput_bar(goodput), []
+    for name, percent, _ in bar:
+        rows.append((name, duration(percent / 100 * goodput.total), f"{percent:.1f}%"))
     paragraph = (
         f"Goodput {goodput.share:.1%}: of {duration(goodput.total)} of wall time, over all "
         "processes and the gaps between them, that share was spent on steps that are part of the "
         "result."
     )
     table = page.Table(rows, ("", "time", "share"), (1, 2), colors=[color for *_, color in bar])
-    return page.Section("Goodput", [paragraph], tables=[table], bar=bar)
+    return page.Section("Goodput", [paragraph], tables=[table], bars={"": bar})
+
+
+def goodput_bar(goodput: Goodput) -> list[tuple[str, float, str]]:
+    """Name, percent and colour of each kind of time that counts for something."""
+    shares = {kind: seconds / goodput.total for kind, seconds in goodput.seconds.items()}
+    return [
+        (TIME_KINDS[kind][0], round(100 * share, 3), TIME_KINDS[kind][1])
+        for kind, share in shares.items()
+        if share >= 0.0005
+    ]
 
 
 def processes_section(run: RecordedRun) -> page.Section | None:

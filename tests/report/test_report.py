@@ -1,5 +1,6 @@
 """Reports of runs that went well, badly, or hardly at all."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from grok.cli.report import write_report
 from grok.errors import GrokError
 from grok.report.plots import smooth, thin
 from grok.report.recorded_run import read_run
+from grok.report.tips import Curve, of_curves
 
 
 def line(step: int, **more) -> dict:
@@ -80,6 +82,11 @@ def test_a_page_says_what_there_is(name, tmp_path):
     for text in texts:
         assert text in page
     assert ("var(--s0)" in page) == bool(lines)
+    # Every colour of a figure is one of the page's, for light and for dark; text has one, too.
+    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        assert not re.findall(r"#[0-9a-f]{6}", re.sub(r"data:image[^\"]*", "", svg))
+        for style in re.findall(r'<text style="([^"]*)"', svg):
+            assert "fill: var(" in style
     # Nothing from elsewhere: no address but the names of SVG's own elements.
     assert not re.findall(r'(?:src|href)="(?!#|data:image/png)[^"]*"', page)
     assert "<script" not in page
@@ -94,13 +101,55 @@ def test_text_of_a_run_is_no_part_of_the_page(tmp_path):
 
 
 def test_runs_are_compared_by_tokens(tmp_path):
-    one = folder_of(tmp_path / "dense", LONG)
-    other = folder_of(tmp_path / "moe", [line(step) for step in range(1, 30)])
-    page, picture = write_report([str(one), str(other)], tmp_path / "compare.html")
-    assert "Loss by tokens seen" in page.read_text()
+    slow = "optimizer: {peak_lr: 0.001, name: adamw}\nfolder: a\n"
+    fast = "optimizer: {peak_lr: 0.004, name: adamw}\nfolder: b\nlora: {rank: 8}\n"
+    one = folder_of(tmp_path / "dense", LONG, config=slow)
+    other = folder_of(tmp_path / "moe", [line(step) for step in range(1, 30)], config=fast)
+    path, picture = write_report([str(one), str(other)])
+    # Beside the first run.
+    assert (path, picture) == (
+        tmp_path / "compare-dense-moe.html",
+        tmp_path / "compare-dense-moe.png",
+    )
     assert picture.read_bytes().startswith(b"\x89PNG")
+    page = path.read_text()
+    # It begins with the keys that differ, and no others.
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert headings[:2] == ["What differs", "Loss by tokens seen"]
+    differences = page[: page.index("Loss by tokens seen")]
+    assert re.findall(r"<code>([a-z_.]+)</code>", differences) == [
+        *("optimizer.peak_lr", "lora.rank", "null"),
+    ]
+    for text in ("Router entropy", "Busiest expert over the mean", "Speed", "dense, last tenth"):
+        assert text in page
+    assert "dense: 75.0% of 80 s" in page
     young = folder_of(tmp_path / "young", [])
     assert len(write_report([str(young), str(young)], tmp_path / "both.html")) == 1
+    assert "No key of the configs differs" in (tmp_path / "both.html").read_text()
+
+
+def test_values_are_shown_under_the_pointer(tmp_path):
+    folder = folder_of(tmp_path / "run", LONG)
+    page = write_report([str(folder)])[0].read_text()
+    titles = re.findall(r"<rect [^>]*><title>(.*?)</title></rect>", page, flags=re.DOTALL)
+    loss = line(300)["loss"]
+    assert f"step 300\ntraining (smoothed): {loss:.4g}\nheld-out: 4" in titles
+    assert any(re.match(r"layer 1, expert 3: \d\.\d{3} of an even share", t) for t in titles)
+    assert any(re.match(r"step 2( to \d+)?, layer 0, expert 0: ", t) for t in titles)
+
+
+def test_strips_have_the_values_of_all_curves():
+    steps_P = np.arange(1000.0)
+    dense = Curve("dense", steps_P, steps_P)
+    few = Curve("few", np.array([500.0]), np.array([7.0]), is_sparse=True)
+    short_run = Curve("short", steps_P[:100], steps_P[:100] * 2)
+    tips = of_curves([dense, few, short_run], "step")
+    assert len(tips) <= 120
+    assert all(a.x[1] == b.x[0] for a, b in itertools.pairwise(tips))
+    assert next(tip.text for tip in tips if "few: 7" in tip.text).startswith("step 50")
+    assert "short" in tips[3].text and "short" not in tips[-1].text
+    assert of_curves([], "step") == []
+    assert of_curves([few], "step")[0].text == "step 500\nfew: 7"
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
