@@ -95,6 +95,12 @@ def shapes() -> Iterator[Kind]:
     yield Kind("200,000 banned tokens", post(field("banned_token_ids", [5] * 200_000)), (200,))
     yield Kind("an allowed token that is none", post(field("allowed_token_ids", f"[{LONG}]")))
     yield Kind("200,000 tokens of wrong type", post(field("banned_token_ids", ["a"] * 200_000)))
+    biases = {str(token): 1 for token in range(50_000)}
+    yield Kind("50,000 biases", post(field("logit_bias", biases)))
+    yield Kind("a bias of 401 digits", post(field("logit_bias", f'{{"5": {LONG}}}')))
+    yield Kind("a bias that is no number", post(field("logit_bias", '{"5": NaN}')))
+    yield Kind("a bias of a token that is none", post(field("logit_bias", f'{{"{LONG}": 1}}')))
+    yield Kind("biases at both limits", post(field("logit_bias", {"5": -100, "6": 1e2})), (200,))
     yield Kind("stream_options of wrong type", post(field("stream_options", [1])))
     yield Kind("true for a number", post(field("temperature", "true")))
     many = json.dumps({"messages": [{"role": "user", "content": ""}] * 20_000})

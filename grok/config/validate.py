@@ -26,6 +26,7 @@ EXPECTED = {  # pydantic's type of error -> what a value must be
     "string_too_long": "text of {max_length} characters at most",
     "string_unicode": "valid Unicode, without half of a surrogate pair",
     "too_long": "a list of {max_length} at most",
+    "dict_type": "an object of keys and values",
     "tuple_type": "a list, such as [a.txt, b.txt]",
     "dataclass_type": "a mapping of keys",
     "literal_error": "{expected}",

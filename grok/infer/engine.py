@@ -17,7 +17,6 @@ from grok.errors import GrokError, RequestError
 from grok.infer.request import Completion, Limits, Output, Request, TokenLogprobs, best_outputs
 from grok.infer.scheduler import Chunk, ScheduledStep, Scheduler, SequenceState
 from grok.infer.shapes import EngineShapes
-from grok.infer.slot_state import set_banned, set_history
 from grok.infer.stats import EngineStats
 from grok.infer.step import StepResult, clear_cache, forward_and_sample, score_prompt
 from grok.infer.step_inputs import StepInputs
@@ -148,10 +147,9 @@ class Engine:
 
     def warm_up(self) -> None:
         """Answers once, so that all programs are compiled before anyone waits for them: those of
-        steps, of a prompt's scores, and of penalties and bans."""
-        params = SamplingParams(
-            max_tokens=2, ignore_eos=True, prompt_logprobs=0, presence_penalty=1.0, min_tokens=1
-        )
+        steps, of a prompt's scores, and of penalties, biases and bans."""
+        asked = {"presence_penalty": 1.0, "logit_bias": {0: 1.0}, "min_tokens": 1}
+        params = SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=0, **asked)
         list(self.generate([Request("warm-up", (0,), params)]))
 
     def _end(self, request_id: str, error: str | None = None) -> list[Output]:
@@ -169,10 +167,8 @@ class Engine:
     def _dispatch(self, step: ScheduledStep) -> DispatchedStep:
         inputs, scored, scores = self._inputs, [], ()
         with jax.set_mesh(self._mesh):
-            for slot, tokens_N in inputs.histories(step):
-                self._slots = set_history(self._slots, *slot, tokens_N)
-            for slot, banned_W in inputs.bans(step):
-                self._slots = set_banned(self._slots, *slot, banned_W)
+            for update, slot, row in inputs.slot_updates(step):
+                self._slots = update(self._slots, *slot, row)
             result, self._cache, self._slots = forward_and_sample(
                 self._model, self._cache, self._slots, inputs.words(step)
             )

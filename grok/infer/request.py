@@ -41,7 +41,7 @@ class Limits:
         prompt, length = len(request.prompt), len(request.prompt) + params.max_tokens
         if not prompt:
             yield "prompt", "the prompt is empty; one token at least is needed to continue from."
-        lists = {name: getattr(params, name) for name in TOKEN_LISTS}
+        lists = {name: getattr(params, name) for name in (*TOKEN_LISTS, "logit_bias")}
         for name, ids in {"prompt": request.prompt, **lists}.items():
             bounds = (min(ids), max(ids)) if ids else ()
             for token in bounds:

@@ -1,6 +1,7 @@
-"""From logits to the next token: penalties, bans, temperature, filters, log-probabilities. Work
-that few requests ask for is a branch, taken when any row asks; other rows stay as they are. B rows,
-V vocab, N tokens of a sequence, W bytes of V bits, X likeliest tokens."""
+"""From logits to the next token: biases, penalties, bans, temperature, filters, and
+log-probabilities. Work that few requests ask for is a branch, taken when any row asks; other rows
+stay as they are. B rows, V vocab, N tokens of a sequence, W bytes of V bits, K tokens with biases,
+X likeliest tokens, or words of biases."""
 
 import dataclasses
 from typing import Any
@@ -101,6 +102,8 @@ class SamplingBatch:
     top_logprobs_B: Any  # true where the likeliest tokens are asked for
     tokens_BN: Any  # prompt and answer of rows with penalties, up to position
     banned_BW: Any  # a bit for each token of the vocabulary, the lowest first
+    biased_B: Any  # true where there are biases
+    bias_BX: Any  # tokens, V where there are no more, and after them the bits of their biases
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +121,7 @@ def sample_tokens(logits_BV: jax.Array, s: SamplingBatch, top: int) -> Sampled:
     """The next token of every row, drawn by (seed, choice, position), and log-probabilities by the
     unchanged logits: of it and, where any row asks, of the `top` likeliest."""
     keys_B = jax.vmap(_key)(s.seed_B2, s.choice_B, s.position_B)
-    scores_BV = penalized(logits_BV, s)
+    scores_BV = penalized(biased(logits_BV, s), s)
     V = logits_BV.shape[-1]
     bits_BW8 = (s.banned_BW[:, :, None] >> jnp.arange(8, dtype=jnp.uint8)[None, None, :]) & 1
     banned_BV = bits_BW8.reshape(len(bits_BW8), -1)[:, :V] > 0
@@ -141,6 +144,20 @@ def logprobs(logits_BV: jax.Array, token_B: jax.Array, with_top, top: int):
         return jnp.zeros((1, top), jnp.int32) * token_B[:, None], zero_BX
 
     return target_B - log_z_B, *jax.lax.cond(with_top, likeliest, zeros)
+
+
+def biased(logits_BV: jax.Array, s: SamplingBatch) -> jax.Array:
+    """Logits with the biases of some tokens added, before penalties, as vLLM does it. Tokens with
+    the bias that bans are among `banned_BW` too."""
+
+    def change(logits_BV):
+        row_B1 = jnp.arange(len(logits_BV))[:, None]
+        tokens_BK, words_BK = jnp.split(s.bias_BX, 2, axis=1)
+        tokens_BK = jnp.where(s.biased_B[:, None], tokens_BK, logits_BV.shape[-1])
+        biases_BK = jax.lax.bitcast_convert_type(words_BK, jnp.float32).astype(logits_BV.dtype)
+        return logits_BV.at[row_B1, tokens_BK].add(biases_BK, mode="drop")
+
+    return _where_any(s.biased_B, change, logits_BV)
 
 
 def penalized(logits_BV: jax.Array, s: SamplingBatch) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from grok import hardware, sharding
 from grok.config import EngineConfig, ModelConfig
+from grok.config.sampling import MAX_LOGIT_BIAS
 from grok.config.section import round_up
 from grok.infer.page_pool import PageLayout
 from grok.infer.slot_state import NUM_WORDS, DecodeInputs, PrefillInputs, SlotState
@@ -91,6 +92,7 @@ class EngineShapes:
             zeros(NUM_WORDS),
             zeros(self.config.context_length),
             sharding.constrain(banned_BSW, "batch", None, None),
+            zeros(2 * MAX_LOGIT_BIAS),
         )
 
     def abstract_decode(self) -> DecodeInputs:

@@ -3,12 +3,12 @@ sent little and the next can begin before the host has seen its tokens.
 
 B groups of devices, each with S slots; U chunks of a step of Q tokens (a decode: one of each slot),
 M pages of the longest sequence, N tokens of it, W bytes of V bits of the vocabulary, F words of
-sampling parameters. Inside `map_groups` arrays are those of one group and have no B.
+sampling parameters, X of biases. Inside `map_groups` arrays are those of one group and have no B.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from grok import sharding
-from grok.config.sampling import SamplingParams
+from grok.config.sampling import MAX_LOGIT_BIAS, SamplingParams
 from grok.infer.sampling import SamplingBatch, has_penalties
 
 # Sampling parameters as words of 32 bits, with the values that change no logits.
 INTS = {"seed_low": 0, "seed_high": 0, "choice": 0, "top_k": 0, "prompt_length": 0}
-INTS |= {"top_logprobs": 0}
+INTS |= {"top_logprobs": 0, "biased": 0}
 FLOATS = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0}
 PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 FLOATS |= PENALTIES
@@ -46,8 +46,17 @@ def sampling_words(
         "top_k": min(params.top_k, vocab_size),
         "prompt_length": prompt_length,
         "top_logprobs": int(bool(params.logprobs)),
+        "biased": int(bool(params.logit_bias)),
     }
     return pack_words(ints, {name: getattr(params, name) for name in FLOATS})
+
+
+def bias_words(biases: Mapping[int, float], vocab_size: int) -> np.ndarray:
+    """Tokens, `vocab_size` where there are no more, and after them the bits of their biases, int32
+    (X,)."""
+    tokens, values = np.full(MAX_LOGIT_BIAS, vocab_size, np.int32), np.zeros(MAX_LOGIT_BIAS)
+    tokens[: len(biases)], values[: len(biases)] = list(biases), list(biases.values())
+    return np.concatenate([tokens, values.astype(np.float32).view(np.int32)])
 
 
 NEUTRAL_WORDS = pack_words(INTS, FLOATS)
@@ -76,6 +85,7 @@ class SlotState:
     words_BSF: Any  # sampling parameters
     history_BSN: Any  # prompt and answer of sequences with penalties
     banned_BSW: Any  # a bit for each token of the vocabulary, the lowest first
+    bias_BSX: Any  # of sequences with logit_bias, as `bias_words`
 
 
 class StepRows(NamedTuple):
@@ -88,6 +98,7 @@ class StepRows(NamedTuple):
     words_UF: Any
     history_UN: Any
     banned_UW: Any
+    bias_UX: Any
 
     def sampling(self) -> SamplingBatch:
         """Sampling parameters for the token after each chunk."""
@@ -99,6 +110,8 @@ class StepRows(NamedTuple):
             top_logprobs_B=values.pop("top_logprobs") > 0,
             tokens_BN=self.history_UN,
             banned_BW=self.banned_UW,
+            biased_B=values.pop("biased") > 0,
+            bias_BX=self.bias_UX,
             **{f"{name}_B": value for name, value in values.items()},
         )
 
@@ -133,7 +146,7 @@ class DecodeInputs:
         )
         slots = dataclasses.replace(slots, table_BSM=table_SM, history_BSN=history_SN)
         rows = (token_S[:, None], table_SM, start_S, count_S, words_SF, history_SN)
-        return StepRows(*rows, slots.banned_BSW), slots
+        return StepRows(*rows, slots.banned_BSW, slots.bias_BSX), slots
 
     def store(self, slots: SlotState, token_S: jax.Array) -> SlotState:
         """The slots with the tokens that were sampled."""
@@ -161,7 +174,8 @@ class PrefillInputs:
             words_BSF=slots.words_BSF.at[slot_U].set(words_UF, mode="drop"),
         )
         rows_of_slots = (
-            state.at[slot_U].get(mode="clip") for state in (slots.history_BSN, slots.banned_BSW)
+            state.at[slot_U].get(mode="clip")
+            for state in (slots.history_BSN, slots.banned_BSW, slots.bias_BSX)
         )
         tokens_UQ = self.words[:, head + F + M :]
         return StepRows(tokens_UQ, table_UM, start_U, count_U, words_UF, *rows_of_slots), slots
@@ -189,6 +203,12 @@ def set_history(slots: SlotState, group, slot, tokens_N) -> SlotState:
 def set_banned(slots: SlotState, group, slot, banned_W) -> SlotState:
     """The slots with the tokens that are not to be chosen in one of them."""
     return dataclasses.replace(slots, banned_BSW=_set_slot(slots.banned_BSW, group, slot, banned_W))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def set_bias(slots: SlotState, group, slot, bias_X) -> SlotState:
+    """The slots with the biases of a sequence with logit_bias in one of them."""
+    return dataclasses.replace(slots, bias_BSX=_set_slot(slots.bias_BSX, group, slot, bias_X))
 
 
 def _set_slot(state_BSX: jax.Array, group, slot, row_X) -> jax.Array:

@@ -2,7 +2,7 @@
 of devices, U chunks of a step, Q tokens of a chunk, S slots, M pages of the longest sequence, N
 tokens of it, V vocab, W bytes of V bits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -10,10 +10,21 @@ from grok.config import ModelConfig
 from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import Tokenizer
 from grok.errors import RequestError
+from grok.infer.request import Request
 from grok.infer.sampling import has_penalties
 from grok.infer.scheduler import Chunk, ScheduledStep
 from grok.infer.shapes import EngineShapes
-from grok.infer.slot_state import NEUTRAL_WORDS, DecodeInputs, PrefillInputs, sampling_words
+from grok.infer.slot_state import (
+    NEUTRAL_WORDS,
+    DecodeInputs,
+    PrefillInputs,
+    SlotState,
+    bias_words,
+    sampling_words,
+    set_banned,
+    set_bias,
+    set_history,
+)
 
 Slot = tuple[int, int]  # group, and slot in it, or chunk of a step
 
@@ -84,18 +95,33 @@ class StepInputs:
             next_BUQ[row][: len(targets)] = targets
         return next_BUQ
 
-    def histories(self, step: ScheduledStep) -> Iterator[tuple[Slot, np.ndarray]]:
-        """Slots of sequences with penalties whose prompts end in this step, with those, (N,). The
-        devices append what is decoded."""
+    def slot_updates(
+        self, step: ScheduledStep
+    ) -> Iterator[tuple[Callable[..., SlotState], Slot, np.ndarray]]:
+        """Programs that change a slot before this step, the slot, and its new row."""
         for chunk, (group, _) in step.chunks() if step.prefill else ():
-            sequence, params = chunk.sequence, chunk.sequence.request.params
-            penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
-            if chunk.start + chunk.count == sequence.prompt_length and has_penalties(*penalties):
-                tokens_N = np.zeros(self._config.context_length, np.int32)
-                tokens_N[: sequence.prompt_length] = sequence.request.prompt
-                yield (group, sequence.slot), tokens_N
+            sequence = chunk.sequence
+            if chunk.start + chunk.count == sequence.prompt_length:
+                slot, request = (group, sequence.slot), sequence.request
+                yield from ((update, slot, row) for update, row in self._first_rows(request))
+        yield from ((set_banned, slot, banned_W) for slot, banned_W in self._bans(step))
 
-    def bans(self, step: ScheduledStep) -> Iterator[tuple[Slot, np.ndarray]]:
+    def _first_rows(
+        self, request: Request
+    ) -> Iterator[tuple[Callable[..., SlotState], np.ndarray]]:
+        """What the devices are to know of a request when its prompt ends, if it has penalties or
+        biases: the prompt, (N,), to which they append what is decoded, and the biases, (X,)."""
+        params = request.params
+        if has_penalties(
+            params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        ):
+            tokens_N = np.zeros(self._config.context_length, np.int32)
+            tokens_N[: len(request.prompt)] = request.prompt
+            yield set_history, tokens_N
+        if params.logit_bias:
+            yield set_bias, bias_words(params.logit_bias, self._config.vocab_size)
+
+    def _bans(self, step: ScheduledStep) -> Iterator[tuple[Slot, np.ndarray]]:
         """Slots whose tokens that may not be chosen differ from the last step's, with those as
         bits, (W,)."""
         for chunk, (group, _) in step.chunks():
@@ -104,7 +130,8 @@ class StepInputs:
             if end < sequence.prompt_length:
                 continue
             early = end - sequence.prompt_length < params.min_tokens
-            if params.allowed_token_ids or params.banned_token_ids or early:
+            bans = params.allowed_token_ids or params.banned_token_ids or params.logit_bias
+            if bans or early:
                 if self._banned.get(slot) != (params, early):
                     self._banned[slot] = params, early
                     yield slot, _bits(self.banned(params, early))
@@ -114,7 +141,8 @@ class StepInputs:
     def check_bans(self, params: SamplingParams) -> None:
         """Raises RequestError where a request may get no token at all."""
         if self.banned(params, early=params.min_tokens > 0).all():
-            name = "allowed_token_ids" if params.allowed_token_ids else "banned_token_ids"
+            names = ("allowed_token_ids", "banned_token_ids", "logit_bias")
+            name = next(name for name in names if getattr(params, name))
             message = f"{name} leaves no token that may be chosen; one such token would work."
             raise RequestError(name, message)
 
@@ -124,7 +152,7 @@ class StepInputs:
         if params.allowed_token_ids:
             banned_V[:] = True
             banned_V[list(params.allowed_token_ids)] = False
-        banned_V[list(params.banned_token_ids)] = True
+        banned_V[list(params.never_chosen)] = True
         if early:
             banned_V[list(params.stop_token_ids)] = True
             if not params.ignore_eos:

@@ -87,6 +87,7 @@ def test_a_step_is_dispatched_before_the_one_before_is_looked_at(engine, recorde
 def test_what_is_asked_of_a_warm_engine_compiles_nothing(engine, caplog):
     everything = SamplingParams(
         max_tokens=4, min_tokens=2, stop_token_ids=(1,), banned_token_ids=(2,), logprobs=3,
+        logit_bias={3: 1.5},
         prompt_logprobs=3, repetition_penalty=1.5, top_k=5, top_p=0.5, n=2
     )  # fmt: skip
     engine.warm_up()

@@ -22,7 +22,12 @@ KINDS = [
     {},
     {"top_k": 5, "n": 2},
     {"top_p": 0.7, "min_p": 0.1, "temperature": 1.5},
-    {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+    {
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.2,
+        "logit_bias": {token: (-1) ** token * 3.5 for token in range(20, 320)},
+    },
     {"allowed_token_ids": (5, 6, 7, 8), "prompt_logprobs": 1},
     {"min_tokens": 3, "stop_token_ids": tuple(range(4, 160)), "logprobs": 2},
 ]
@@ -119,6 +124,26 @@ def test_log_probabilities_are_those_of_the_full_forward(engine):
             [value for _, value in reported.top], scores[position][likeliest], atol=1e-4
         )
         assert len(reported.top) == (2 if position < 39 else 3)
+
+
+def test_biases_are_added_to_logits(engine):
+    def greedy(biases: dict | None, **params) -> tuple:
+        params = {"temperature": 0, "logit_bias": biases, "logprobs": 2} | params
+        request = Request("a", SHARED, SamplingParams(max_tokens=1, **params))
+        return next(iter(answers(engine, [request]).values()))
+
+    (first,), (scores,), *_ = greedy(None)
+    (_, best), (second, less) = scores.top
+    gap = best - less
+    assert greedy({second: gap + 1e-3})[0] == (second,)
+    assert greedy({second: gap - 1e-3})[0] == (first,)
+    # Log-probabilities are the model's own, whatever is added.
+    assert greedy({second: gap + 1e-3})[1][0].top == scores.top
+    assert greedy({str(first): -gap - 1e-3})[0] == (second,)
+    # The least bias bans, whatever the temperature; and a request after it has none.
+    hot = greedy(dict.fromkeys(range(300), -100), temperature=1e30)
+    assert hot[0][0] >= 300
+    assert greedy(None)[0] == (first,)
 
 
 def test_experts_of_an_answer_are_those_of_the_full_forward(engine):
@@ -242,6 +267,8 @@ def test_a_step_writes_into_the_cache_that_it_was_given(engine):
         ((1,), {"stop": ("x",)}, "stop", "need a tokenizer"),
         ((1,), {"allowed_token_ids": (5,), "banned_token_ids": (5,)}, "allowed_token_ids", "leav"),
         ((1,), {"banned_token_ids": tuple(range(320))}, "banned_token_ids", "leaves no token"),
+        ((1,), {"logit_bias": {320: 1}}, "logit_bias", "token 320 and the model's vocabulary 320"),
+        ((1,), {"allowed_token_ids": (5,), "logit_bias": {5: -100}}, "allowed_token_ids", "leav"),
     ],
 )
 def test_requests_that_cannot_work_are_refused(engine, prompt, params, parameter, words):
@@ -265,6 +292,16 @@ def test_requests_that_cannot_work_are_refused(engine, prompt, params, parameter
         ("logprobs", 21),
         ("seed", -1),
         ("min_tokens", 500),
+        ("logit_bias", [5]),
+        ("logit_bias", {5: 101}),
+        ("logit_bias", {5: float("nan")}),
+        ("logit_bias", {5: "1"}),
+        ("logit_bias", {5: True}),
+        ("logit_bias", {-1: 1}),
+        ("logit_bias", {"05": 1}),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {5: 1, "5": 2}),
+        ("logit_bias", dict.fromkeys(range(301), 1)),
     ],
 )
 def test_parameters_that_cannot_be_are_refused(parameter, value):

@@ -222,7 +222,12 @@ def test_an_engine_that_differs_is_found(connected, tokenizer):
 
 def test_a_request_survives_the_way_as_json():
     params = SamplingParams(
-        temperature=1 / 3, stop=("a", "ä\n"), seed=2**64 - 1, banned_token_ids=(1, 2), logprobs=0
+        temperature=1 / 3,
+        stop=("a", "ä\n"),
+        seed=2**64 - 1,
+        banned_token_ids=(1, 2),
+        logprobs=0,
+        logit_bias={7: -1 / 3},
     )
     request = Request("key/0", (1, 2, 3), params)
     data = {"id": request.id, "prompt": request.prompt, "params": vars(params)}
