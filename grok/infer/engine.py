@@ -148,8 +148,14 @@ class Engine:
     def warm_up(self) -> None:
         """Answers once, so that all programs are compiled before anyone waits for them: those of
         steps, of a prompt's scores, and of penalties, biases and bans."""
-        asked = {"presence_penalty": 1.0, "logit_bias": {0: 1.0}, "min_tokens": 1}
-        params = SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=0, **asked)
+        params = SamplingParams(
+            max_tokens=2,
+            min_tokens=1,
+            ignore_eos=True,
+            presence_penalty=1.0,
+            logit_bias={0: 1.0},
+            prompt_logprobs=0,
+        )
         list(self.generate([Request("warm-up", (0,), params)]))
 
     def _end(self, request_id: str, error: str | None = None) -> list[Output]:
