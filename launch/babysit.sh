@@ -44,7 +44,7 @@ resolve_command() {
   local before
   before=$(cat "$state_dir/command" 2>/dev/null || true)
   if ((${#command[@]} == 0)); then
-    [[ $before ]] || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b"
+    [[ $before ]] || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b folder=gs://my-bucket/runs/first"
     eval "command=($before)" # written by `quoted`, below
   elif [[ $(quoted "${command[@]}") != "$before" ]]; then
     [[ ! -f $state_dir/babysit ]] ||
@@ -228,12 +228,13 @@ babysit() {
 }
 
 parse_common "$@"
-((${#args[@]} == 0)) || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b"
+((${#args[@]} == 0)) || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b folder=gs://my-bucket/runs/first"
 load_settings
 refuse_example_settings
 if [[ $dry_run ]]; then
-  ((${#command[@]})) || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b"
+  ((${#command[@]})) || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b folder=gs://my-bucket/runs/first"
   check_command
+  check_folder
   cost=$(price) || exit
   printf '# %s\n' "$cost"
   for step in up setup sync; do call_verb "$step"; done
@@ -247,5 +248,6 @@ trap 'rm -f "$state_dir/babysit.pid"' EXIT
 [[ ! -e $state_dir/stopped ]] || rm -f "$state_dir/stopped" "$state_dir/babysit"
 resolve_command
 check_command
+check_folder
 load_state
 babysit

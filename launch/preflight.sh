@@ -21,15 +21,23 @@ refuse_example_settings() {
 check_command() {
   checked_config=
   local grok=$root/.venv/bin/grok of=${command[1]:-}
-  local -a options=(--of "$of")
+  local -a options=(--of "$of") words=()
+  local word
   [[ ${command[0]} == grok && $of =~ ^(train|batch|serve)$ ]] || return 0
   [[ -x $grok ]] || grok=$(type -P grok) || {
     log "the command's config was not checked: 'make env' in $root installs what checks it"
     return 0
   }
   [[ $of != train ]] || options+=(--devices "$((chips * LAUNCH_NODE_COUNT))")
-  checked_config=$(cd "$root" && JAX_PLATFORMS=cpu "$grok" config "${options[@]}" "${command[@]:2}" 2>&1) ||
+  for word in "${command[@]:2}"; do [[ $word == --resume ]] || words+=("$word"); done
+  checked_config=$(cd "$root" && JAX_PLATFORMS=cpu "$grok" config "${options[@]}" "${words[@]}" 2>&1) ||
     refuse "nothing was started: $(quoted "${command[@]:0:3}"): $(tail -n 1 <<<"${checked_config#error: }")"
+}
+
+# Refuses a `grok train` without a folder: each restart would begin another run.
+check_folder() {
+  [[ $checked_config && "${command[*]:0:2}" == 'grok train' && ! $(checked_value folder '') ]] || return 0
+  refuse "nothing was started: the command names no folder, where a restart resumes: folder=$LAUNCH_BUCKET/runs/NAME would work"
 }
 
 # Prints the value of a top-level key of the checked config, or what stands for it if nothing was checked.

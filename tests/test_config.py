@@ -24,7 +24,7 @@ from grok.config import (
 )
 from grok.config.infer import BatchConfig
 from grok.config.load import from_dict, load_config, presets, to_dict
-from grok.config.paths import with_absolute_paths
+from grok.config.paths import new_folder, with_absolute_paths
 from grok.config.schema import describe, schema
 from grok.config.text import to_yaml
 from grok.errors import ConfigError
@@ -523,7 +523,7 @@ def test_a_missing_file_names_the_presets(write):
 
 
 def test_a_folder_or_a_binary_file_is_no_config(write, tmp_path):
-    assert "is a folder, and a config is a YAML file" in refusal(tmp_path)
+    assert "is a folder without a config.yaml" in refusal(tmp_path)
     Path("run.yaml").write_bytes(b"a: \xff")
     assert "run.yaml cannot be read as UTF-8 text" in refusal("run.yaml")
 
@@ -541,9 +541,19 @@ def test_the_config_of_a_run_goes_on_with_it_from_any_folder(write, tmp_path, mo
     # A run that was moved, or is seen under another path, is where its config is.
     moved = run.rename(tmp_path / "moved")
     assert load_config(moved / "config.yaml").folder == str(moved)
+    assert load_config(moved) == load_config(moved / "config.yaml")
     assert load_config(moved / "config.yaml", ["folder=other"]).folder == "other"
     (moved / "run.json").unlink()
     assert load_config(moved / "config.yaml").folder == config.folder
+
+
+def test_a_run_without_a_folder_gets_a_new_one(write):
+    assert load_config("grok-10m").folder == ""
+    folder = new_folder("configs/my.run.yaml")
+    assert re.fullmatch(r"runs/my\.run-\d{8}-\d{6}", folder)
+    for _ in range(2):
+        Path(new_folder("grok-10m")).mkdir(parents=True)
+    assert len(list(Path("runs").iterdir())) == 2  # in the same second, too
 
 
 def test_a_cycle_of_extends(write):

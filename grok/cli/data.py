@@ -49,7 +49,8 @@ def data() -> None:
 @click.option("--check", type=PATH, metavar="FILE", help="Compare it with --config instead.")
 @click.option("--config", metavar="CONFIG", help="Preset or YAML file for --check.")
 def tokenizer(files, out, vocab_size, special, check, config) -> None:
-    """Train a SentencePiece tokenizer on text FILES, or check one against a config.
+    """Train a SentencePiece tokenizer on text FILES (folders and patterns, too), or check one
+    against a config.
 
     Trained ones are BPE with byte fallback; ids 0 to 3 are padding, begin, end and unknown."""
     if check:
@@ -59,9 +60,10 @@ def tokenizer(files, out, vocab_size, special, check, config) -> None:
         return
     if not out or not vocab_size:
         raise click.UsageError("training needs --out FILE and --vocab-size N.")
+    from grok.data.text_files import text_files
     from grok.data.tokenizers.sentencepiece import train_tokenizer
 
-    trained = train_tokenizer(files, out, vocab_size, special)
+    trained = train_tokenizer(text_files(files), out, vocab_size, special)
     click.echo(f"{out}: {trained.vocab_size:,} pieces, end of sequence is {trained.eos_id}")
 
 

@@ -46,8 +46,12 @@ class BatchChange(Section):
 class DataConfig(Section):
     """Data to read, and the shape of a batch."""
 
-    train: Annotated[tuple[PathText, ...], "UTF-8 text files to train on"] = ()
-    validation: Annotated[tuple[PathText, ...], "UTF-8 text files held out for validation"] = ()
+    train: Annotated[
+        tuple[PathText, ...], "UTF-8 text to train on: files, folders, patterns such as text/*.txt"
+    ] = ()
+    validation: Annotated[
+        tuple[PathText, ...], "UTF-8 text held out for validation: files, folders, patterns"
+    ] = ()
     datasets: Annotated[tuple[DatasetConfig, ...], "prepared datasets, instead of text files"] = ()
     mixture_schedule: Annotated[tuple[MixtureChange, ...], "changes of the datasets' weights"] = ()
     validation_dataset: Annotated[PathText, "prepared dataset for validation, instead of text"] = ""

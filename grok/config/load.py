@@ -90,14 +90,18 @@ def presets(config_type: type = RunConfig) -> dict[str, Path]:
 
 
 def find_config(name: str, beside: Path, config_type: type) -> Path:
-    """The file `name`, relative to `beside`, or else the preset called `name`."""
+    """The file `name`, relative to `beside`, or that of the run in this folder, or else the preset
+    called `name`."""
     file = beside / name
     if file.is_file():
         return file
+    if (of_run := file / "config.yaml").is_file():
+        return of_run
     if name in (known := presets(config_type)):
         return known[name]
     if file.is_dir():
-        raise ConfigError(f"{file} is a folder, and a config is a YAML file.")
+        problem = f"{file} is a folder without a config.yaml"
+        raise ConfigError(f"{problem}; a YAML file, or the folder of a run, would work.")
     names = f"the presets are {', '.join(known)}" if known else "one would work"
     raise ConfigError(f"there is no config file {file}; {names}.")
 

@@ -1,6 +1,8 @@
 """Paths in a run's config, which stays the same run from whatever folder it is started."""
 
 import dataclasses
+import datetime
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +46,15 @@ def is_same_path(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(is_same_path(one[k], other[k]) for k in one)
     return one == other
+
+
+def new_folder(config_name: str) -> str:
+    """A folder that is not there yet, for a run whose config names none: by the config's name, a
+    file or a preset, and the time, as in `runs/grok-10m-20261129-141502`."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = os.path.join("runs", f"{Path(config_name).stem}-{now}")
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(folder for folder in names if not os.path.exists(folder))
 
 
 def run_folder(file: Path, data: Mapping[str, Any]) -> dict[str, Any]:

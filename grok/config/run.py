@@ -52,7 +52,9 @@ class RunConfig(Section):
     """A whole run: the config of `grok train`, `grok plan` and `grok.load_config`."""
 
     model: Annotated[ModelConfig, "the decoder: dimensions, arithmetic, dtypes"]
-    folder: Annotated[PathText, "folder of checkpoints, metrics and config"] = "runs/default"
+    folder: Annotated[
+        PathText, "folder of checkpoints, metrics and config; none: a new one, runs/CONFIG-TIME"
+    ] = ""
     compile_cache: Annotated[
         PathText,
         "folder of compiled programs that all hosts share, or gs://; none: `compiled` in the "

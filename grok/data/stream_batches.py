@@ -10,6 +10,7 @@ import grain
 import numpy as np
 
 from grok.data.batch_schedule import Batch, BatchSchedule
+from grok.data.text_files import text_files
 from grok.data.tokenizers.tokenizer import Tokenizer, read_text, start_ids
 from grok.errors import DataError
 
@@ -24,16 +25,16 @@ class TokenStream:
 
 
 def read_stream(paths: Sequence[str | Path], tokenizer: Tokenizer, vocab_size: int) -> TokenStream:
-    """Tokenizes text files, a document each, for a model of `vocab_size` tokens. DataError when
-    there are no files, a file cannot be read, the tokenizer has no end-of-sequence token, or a
-    token is not below `vocab_size`."""
+    """Tokenizes text files, a document each, for a model of `vocab_size` tokens; `paths` may be
+    folders and patterns. DataError when there are no files, a file cannot be read, the tokenizer
+    has no end-of-sequence token, or a token is not below `vocab_size`."""
     if not paths:
         raise DataError("no text files were given (data.train, data.validation); one would work.")
     if tokenizer.eos_id < 0:
         problem = "the tokenizer has no end-of-sequence token to end documents with"
         raise DataError(f"{problem}; one that `grok data tokenizer` trained would work.")
     documents, num_bytes = [], 0
-    for path in paths:
+    for path in text_files([str(path) for path in paths]):
         text = read_text(path)
         try:
             ids = [*start_ids(tokenizer), *tokenizer.encode(text), tokenizer.eos_id]

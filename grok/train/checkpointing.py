@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from grok.checkpoint.manager import EMA, LORA, MODEL, OPTIMIZER
+from grok.checkpoint.manager import EMA, LORA, MODEL, OPTIMIZER, Checkpoints
 from grok.config import RunConfig
 from grok.config.load import flatten, to_dict
 from grok.config.paths import is_same_path
@@ -85,6 +85,22 @@ def config_changes(saved: dict[str, Any], config: RunConfig, checkpoint: str) ->
             )
         changes.append(f"{key} from {saved.get(key)} to {value}")
     return changes
+
+
+def check_optimizer_unchanged(checkpoints: Checkpoints, step: int, config: RunConfig) -> None:
+    """Raises CheckpointError where keys of the optimizer are others than when the checkpoint of
+    `step` was saved: the rest of the run would be one with another learning rate."""
+    saved = dict(flatten(checkpoints.meta(step)["config"]))
+    for key, value in flatten(to_dict(config)):
+        if not key.startswith("optimizer.") or key == "optimizer.offload":  # moves, and no more
+            continue
+        before = saved.get(key, value)
+        if before != value and is_compatible_change(key, before, value):
+            raise CheckpointError(
+                f"{checkpoints.path(step)} was saved with {key}={before}, and the config says "
+                f"{value}; --resume goes on with that, folder=NEW begins another run, and "
+                f"{key}={before} goes on as before."
+            )
 
 
 def is_compatible_change(key: str, before: Any, now: Any) -> bool:

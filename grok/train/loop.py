@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,7 +26,7 @@ from grok.optim.optimizer import make_optimizer
 from grok.optim.param_groups import combine, names
 from grok.preemption import PreemptionSignal
 from grok.train.bad_steps import Skipped, batch_number, raise_if_diverged
-from grok.train.checkpointing import save
+from grok.train.checkpointing import check_optimizer_unchanged, save
 from grok.train.finite import raise_if_not_finite
 from grok.train.init_from import InitialWeights, initial_weights
 from grok.train.loss import eval_step, validate
@@ -60,12 +61,15 @@ class Run:
     saves: bool  # False: writes no checkpoints
 
 
-def run_training(config: RunConfig, replay_to: int | None = None) -> int:
+def run_training(
+    config: RunConfig, replay_to: int | None = None, resume_changed: bool = False
+) -> int:
     """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop. With
-    `replay_to`, runs only the steps up to that one and saves nothing."""
+    `replay_to`, runs only the steps up to that one and saves nothing. Unless `resume_changed`, a
+    run whose optimizer keys have changed since its newest checkpoint is refused."""
     lock = distributed.hold_folder(config.folder) if distributed.is_primary() else nullcontext()
     with lock, Watchdog(config.train, config.folder) as watchdog:
-        run = open_run(config, replay_to, watchdog)
+        run = open_run(config, replay_to, watchdog, resume_changed)
         with jax.set_mesh(run.mesh), PreemptionSignal(run.mesh) as preemption, run.telemetry:
             with run.telemetry.events.during("start"):
                 start = first_state(run)
@@ -83,7 +87,9 @@ def run_training(config: RunConfig, replay_to: int | None = None) -> int:
             return finish(run, step)
 
 
-def open_run(config: RunConfig, replay_to: int | None, watchdog: Watchdog) -> Run:
+def open_run(
+    config: RunConfig, replay_to: int | None, watchdog: Watchdog, resume_changed: bool
+) -> Run:
     """Opens devices, data and files, so that every mistake is found before anything compiles."""
     began = time.time()
     check_trainable(config)
@@ -97,6 +103,8 @@ def open_run(config: RunConfig, replay_to: int | None, watchdog: Watchdog) -> Ru
     checkpoints = Checkpoints(storage.join(config.folder, "checkpoints"), policy)
     notices: list[str] = []
     first_step = checkpoints.newest_good(notices.append) or 0
+    if first_step and not resume_changed:
+        check_optimizer_unchanged(checkpoints, first_step, config)
     return Run(
         config=config,
         mesh=mesh,
@@ -119,6 +127,7 @@ def open_run(config: RunConfig, replay_to: int | None, watchdog: Watchdog) -> Ru
 def first_state(run: Run) -> Start:
     """Returns the newest checkpoint's state, or a fresh one; writes config and tokenizer."""
     log = run.telemetry.log
+    log(f"run folder: {run.config.folder}")
     log(describe_run(run.config, run.mesh))
     for notice in run.notices:
         log(notice)
@@ -252,7 +261,10 @@ def finish(run: Run, step: int) -> int:
     """Logs how the run ended after `step`; returns the exit code."""
     code = SAVED if step < run.last_step else DONE
     if code == SAVED:
-        run.telemetry.log(f"stopped at step {step}, all saved; the same command goes on from there")
+        again = f"`grok train {shlex.quote(run.config.folder)}`"
+        if storage.is_remote(run.config.folder) or distributed.process_count() > 1:
+            again = "the same command"
+        run.telemetry.log(f"stopped at step {step}, all saved; {again} goes on from there")
     elif run.saves:
         run.telemetry.log(f"done: {step} steps, in {run.config.folder}")
     run.telemetry.ended(step, code)

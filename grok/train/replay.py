@@ -13,6 +13,7 @@ import numpy as np
 from grok import storage
 from grok.config import RunConfig, TrainConfig
 from grok.config.load import from_dict, load_config
+from grok.data.text_files import text_files
 from grok.data.tokenizers import tokenizer_file
 from grok.errors import DONE, CheckpointError
 from grok.train.loop import run_training
@@ -140,9 +141,10 @@ def _check_same_machine_and_text(segment: Segment) -> None:
             f"{segment.folder} ran on {describe_devices(then)}, and here are "
             f"{describe_devices(now)}; only the same devices give the same bits."
         )
+    texts = text_files(segment.config.data.train)
     for source in (read_manifest(str(segment.folder)) or {}).get("data", ()):
         path = source.get("file")
-        if path not in segment.config.data.train:
+        if path not in texts:
             continue
         if hashlib.sha256(storage.read_bytes(path)).hexdigest() != source["sha256"]:
             raise CheckpointError(

@@ -1,5 +1,6 @@
 """The data of a run, and the check that a resumed run has the same."""
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -36,9 +37,10 @@ def read_data(config: RunConfig) -> RunData:
     """Opens the config's data. DataError when it is missing or of another tokenizer."""
     data = config.data
     if not data.train and not data.datasets:
-        raise DataError("data.train names no files, data.datasets nothing; set data.train=[a.txt].")
+        problem = "data.train names no files, and data.datasets nothing"
+        raise DataError(f"{problem}; a file, folder or pattern as in data.train=[text] would work.")
     if not data.tokenizer:
-        raise DataError("data.tokenizer names no tokenizer; set it to its file or folder.")
+        raise DataError(f"data.tokenizer names no tokenizer; {_way_to_tokenizer(config)}.")
     tokenizer = load_tokenizer(data.tokenizer)
     schedule = BatchSchedule(data.sequence_length, data.batch_size, data.shapes()[1:])
     train: TrainBatches
@@ -59,6 +61,15 @@ def read_data(config: RunConfig) -> RunData:
         return RunData(train, None, None, hashes, template, notices)
     held_out = open_held_out(data.validation, data.validation_dataset, tokenizer, config)
     return RunData(train, *held_out, hashes, template, notices)
+
+
+def _way_to_tokenizer(config: RunConfig) -> str:
+    """The clause that says how to come by a tokenizer for the run's data."""
+    if config.data.datasets:
+        return f"data.tokenizer={config.data.datasets[0].path} has the one of that dataset"
+    files = shlex.join(config.data.train)
+    make = f"grok data tokenizer {files} --vocab-size {config.model.vocab_size} --out text.model"
+    return f"`{make}` makes one of this text, and data.tokenizer=text.model names it"
 
 
 def loss_notices(

@@ -7,7 +7,9 @@ import pytest
 from click.testing import CliRunner
 
 from grok.cli.main import main
+from grok.cli.train import with_folder
 from grok.config.text import to_yaml
+from grok.errors import ConfigError
 
 
 def refusal(*arguments: str) -> str:
@@ -43,6 +45,27 @@ def test_a_batch_that_cannot_be_split(config_file):
     sentence = refusal("train", str(config_file), "data.batch_size=6")
     assert "data.batch_size=6" in sentence
     assert "data.batch_size=8 would work" in sentence
+
+
+def test_training_without_data_or_tokenizer_leaves_nothing(config_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    sentence = refusal(
+        "train", str(config_file), "folder=''", "data.tokenizer=''", "data.train=[text]"
+    )
+    make = "`grok data tokenizer text --vocab-size 320 --out text.model` makes one"
+    assert make in sentence
+    sentence = refusal("train", str(config_file), "folder=''", "data.train=[]")
+    assert "a file, folder or pattern as in data.train=[text] would work" in sentence
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_several_processes_want_a_folder(tiny_run):
+    without = dataclasses.replace(tiny_run, folder="")
+    with pytest.raises(ConfigError, match=r"2 processes of the run share .* folder=runs/NAME on"):
+        with_folder(without, "grok-10m", 2)
+    assert with_folder(without, "grok-10m", 1).folder.startswith("runs/grok-10m-")
+    assert with_folder(tiny_run, "grok-10m", 2) == tiny_run
 
 
 def test_sampling_from_what_is_no_run(tmp_path):

@@ -164,6 +164,27 @@ def test_another_model_is_refused_by_name(straight: RunConfig, tmp_path):
         run_training(other)
 
 
+def test_another_learning_rate_is_asked_for(straight: RunConfig, tmp_path, capsys):
+    other = dataclasses.replace(
+        in_folder(straight, tmp_path / "run"),
+        optimizer=dataclasses.replace(straight.optimizer, peak_lr=2e-2),
+    )
+    shutil.copytree(straight.folder, other.folder)
+    with pytest.raises(CheckpointError, match=r"peak_lr=0\.01, .* says 0\.02; --resume goes on"):
+        run_training(other)
+    assert run_training(other, resume_changed=True) == DONE
+    said = capsys.readouterr().out
+    assert f"run folder: {other.folder}" in said
+    assert "changed since then: optimizer.peak_lr from 0.01 to 0.02" in said
+    # What cannot change is refused as such.
+    lion = dataclasses.replace(
+        other, optimizer=dataclasses.replace(straight.optimizer, name="lion")
+    )
+    for resume_changed in (False, True):
+        with pytest.raises(CheckpointError, match=r"optimizer\.name=adamw and the config"):
+            run_training(lion, resume_changed=resume_changed)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_a_run_saves_and_goes_on_later(tiny_run, straight, tmp_path, number):
     config = dataclasses.replace(
@@ -180,7 +201,7 @@ def test_asked_to_stop_a_run_saves_and_goes_on_later(tiny_run, straight, tmp_pat
                 break
         rest = process.stdout.read()
     assert process.returncode == SAVED
-    assert "all saved" in rest
+    assert f"all saved; `grok train {config.folder}` goes on from there" in rest
     assert run_training(config) == DONE
     assert steps_of(config) == steps_of(straight)
 
@@ -202,7 +223,8 @@ def test_what_is_missing_is_named(tiny_run: RunConfig, tmp_path):
     with pytest.raises(DataError, match=r"data\.train names no files"):
         run_training(without)
     without = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=""))
-    with pytest.raises(DataError, match=r"data\.tokenizer names no"):
+    make = r"data\.tokenizer names no .*`grok data tokenizer \S+ --vocab-size 320 --out text\.m"
+    with pytest.raises(DataError, match=make):
         run_training(without)
     mesh = MeshConfig(data=3, expert=1, tensor=1)
     with pytest.raises(ConfigError, match=r"needs 3 devices, and there are 8"):

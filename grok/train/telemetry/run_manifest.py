@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from grok import __version__, storage
 from grok.config import RunConfig
 from grok.config.load import to_dict
+from grok.data.text_files import text_files
 from grok.data.tokenizers import tokenizer_file
 from grok.errors import CheckpointError
 from grok.model.params import num_active_parameters, num_parameters
@@ -198,7 +199,7 @@ def describe_data(config: RunConfig, data: RunData) -> list[dict[str, str]]:
     tokenizer = tokenizer_file(config.data.tokenizer)
     return [{"dataset": d["path"], "manifest": d["hash"]} for d in data.hashes] + [
         {"file": path, "sha256": hashlib.sha256(storage.read_bytes(path)).hexdigest()}
-        for path in (*config.data.train, *config.data.validation, tokenizer)
+        for path in (*text_files(config.data.train), *text_files(config.data.validation), tokenizer)
     ]
 
 
