@@ -274,6 +274,15 @@ def test_a_config_that_does_not_hold_is_refused_before_anything_is_called(
     assert words == "config --of train --devices 8 grok-1b mesh.data=3 folder=a b\n"
 
 
+def test_a_run_that_could_not_resume_is_refused(cloud: Cloud) -> None:
+    cloud.program("bin/grok", 'echo "$*" >"$STUB/checked"; echo \'folder: ""  # of checkpoints\'')
+    done = cloud.launch("babysit", "--", "grok", "train", "grok-1b", "--resume")
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert "the command names no folder, where a restart resumes: folder=" in done.stderr
+    # An option of `grok train` that `grok config` does not have.
+    assert (cloud.stub / "checked").read_text() == "config --of train --devices 8 grok-1b\n"
+
+
 def test_the_settings_of_the_example_are_refused(cloud: Cloud) -> None:
     example = str(LAUNCH / "settings.env.example")
     for verb, words in (("up", []), ("babysit", ["--", "grok", "train", "grok-1b"])):
