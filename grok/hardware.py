@@ -94,6 +94,13 @@ def has_little_hbm() -> bool:
 def configure_devices(simulated: int) -> None:
     """Simulates `simulated` CPU devices (0: uses the real ones), and keeps compiled programs in the
     user's cache folder. Call it before JAX's backend starts."""
+    choose_platform(simulated)
+    keep_programs()
+
+
+def choose_platform(simulated: int) -> None:
+    """Simulates `simulated` CPU devices; 0: uses the real ones. RuntimeError where the number can
+    no longer change, as JAX's backend has started."""
     import jax
 
     if simulated:
@@ -104,6 +111,12 @@ def configure_devices(simulated: int) -> None:
         # complain, before it took what the machine has.
         cuda = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
         jax.config.update("jax_platforms", "cuda,cpu" if cuda else "cpu")
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs in the user's cache folder."""
+    import jax
+
     jax.config.update("jax_compilation_cache_dir", str(user_cache()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
 

@@ -46,6 +46,7 @@ ALLOWED = {
     "weights": (*MODEL, "checkpoint"),
     "train": RUNS,
     "infer": RUNS,
+    "api": (*RUNS, "train", "infer"),
     "plan": (*RUNS, "train", "infer"),
     "calibrate": (*RUNS, "train", "infer", "plan"),
     "report": (*BASE, "train"),

@@ -21,6 +21,7 @@ from grok.data.tokenizers import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from grok.data.tokenizers.files import find_tokenizer_file, folders_beside
 from grok.errors import CheckpointError, ConfigError, DataError
 from grok.infer.openai.requests import RequestParser
+from grok.model.decoder import Decoder
 from grok.model.mesh_fit import fit_mesh
 from grok.progress import byte_progress
 from grok.weights.checksums import sample_checksum
@@ -85,8 +86,9 @@ def find_chat(
 
 
 class ServedModel:
-    """A model that a config names: `config` (a ModelConfig), `tokenizer`, `mesh`. Its weights are
-    read when `engine` is called."""
+    """A model that a config names: `config` (a ModelConfig), `tokenizer`, `mesh`; `notices` are
+    sentences on what may be amiss with its chat template. Its weights are read when `load` or
+    `engine` is called."""
 
     def __init__(self, config: InferConfig, spans_all_hosts: bool = False):
         """On the devices of this host, or those of all hosts. Raises ConfigError, DataError and
@@ -108,7 +110,7 @@ class ServedModel:
             problem = f"tokenizer={file} has {pieces} knows {self.config.vocab_size}"
             raise ConfigError(f"{problem}; {right}.")
         self.mesh = make_mesh(config.mesh, self.config, spans_all_hosts)
-        self._chat, self._notices = self._find_chat(config)
+        self._chat, self.notices = self._find_chat(config)
 
     def _find_chat(self, config: InferConfig) -> tuple[ChatEncoder | None, list[str]]:
         """The encoder of conversations, and what may be amiss with it."""
@@ -142,15 +144,19 @@ class ServedModel:
             self.tokenizer, defaults, context_length, self._chat, max_choices, allow_special
         )
 
+    def load(self, log: Callable[[str], None]) -> Decoder:
+        """Reads the weights onto the mesh; `log` gets a line before."""
+        path, dtype = self._settings.weights, self.config.param_dtype
+        log(f"reading the weights at {path}, {dtype}")
+        with byte_progress(quiet=not distributed.is_primary()) as on_progress:
+            return load(path, self.config, self.mesh, dtype, on_progress)
+
     def engine(self, log: Callable[[str], None]) -> Any:
         """Reads the weights and makes the engine; `log` gets a line before each slow part."""
         from grok.infer.engine import Engine
 
-        for notice in self._notices:
+        for notice in self.notices:
             log(notice)
-        path, dtype = self._settings.weights, self.config.param_dtype
-        log(f"reading the weights at {path}, {dtype}")
-        with byte_progress(quiet=not distributed.is_primary()) as on_progress:
-            model = load(path, self.config, self.mesh, dtype, on_progress)
+        model = self.load(log)
         log(f"compiling for the mesh {dict(self.mesh.shape)}")
         return Engine(model, self.tokenizer, self.mesh, self._settings.engine)

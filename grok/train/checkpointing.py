@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the trees they hold, and how a run resumes from one."""
+"""Checkpoints of a run: the trees they hold, the files beside them, and how a run resumes."""
 
 import dataclasses
 import functools
@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from grok import distributed, storage
 from grok.checkpoint.manager import EMA, LORA, MODEL, OPTIMIZER, Checkpoints
+from grok.checkpoint.retention import RetentionPolicy
 from grok.config import RunConfig
 from grok.config.load import flatten, to_dict
-from grok.config.paths import is_same_path
+from grok.config.paths import is_same_path, with_absolute_paths
+from grok.config.text import to_yaml
+from grok.data.tokenizers.files import TEMPLATE_FILE, read_tokenizer_files
 from grok.errors import CheckpointError
 from grok.model.params import is_adapter, tensor_specs
 from grok.optim.param_groups import combine, partition
@@ -27,14 +31,46 @@ if TYPE_CHECKING:
     from grok.train.loop import Run
 
 
+def open_checkpoints(config: RunConfig) -> Checkpoints:
+    """The checkpoints of a run, to save as its config says."""
+    c = config.checkpoint
+    policy = RetentionPolicy(c.keep, c.keep_every, c.keep_best, c.best_metric)
+    return Checkpoints(storage.join(config.folder, "checkpoints"), policy)
+
+
+def write_run_files(config: RunConfig, template: bytes | None, is_new: bool = True) -> None:
+    """Writes into a run's folder its config, and in a new run the tokenizer and the chat template,
+    so that the folder alone can be sampled from. Process 0 does, for all."""
+    if not distributed.is_primary():
+        return
+    files = {"config.yaml": to_yaml(with_absolute_paths(config)).encode()}
+    if is_new:
+        files |= read_tokenizer_files(config.data.tokenizer).contents()
+        if template is not None:
+            files[TEMPLATE_FILE] = template
+    for name, data in files.items():
+        with storage.errors(config.folder, CheckpointError, f"{name} cannot be written"):
+            storage.write_bytes(storage.join(config.folder, name), data)
+
+
 def save(run: "Run", step: int, state: TrainState, losses: dict, skipped: Skipped = ()) -> None:
     """Starts saving all that a resumed run needs; `losses`: of a validation pass, or {}."""
     config, initial = run.config, run.initial
-    meta = {"config": to_dict(config), "data": run.data.hashes, "skipped_batches": skipped}
-    if initial is not None:
-        meta["init_from"] = initial.identity
+    meta = run_meta(config, run.data.hashes, initial.identity if initial else None, skipped)
     specs = tensor_specs(config.model, config.lora)
     run.checkpoints.save(step, state_trees(state), meta, losses, specs)
+
+
+def run_meta(
+    config: RunConfig,
+    hashes: list[dict[str, str]],
+    initial: dict[str, str] | None,
+    skipped: Skipped = (),
+) -> dict[str, Any]:
+    """The plain data of a checkpoint: the config, the prepared datasets, the identity of the
+    weights that the run started from, if any, and the batches that were skipped."""
+    meta = {"config": to_dict(config), "data": hashes, "skipped_batches": skipped}
+    return meta if initial is None else meta | {"init_from": initial}
 
 
 def state_trees(state: TrainState) -> dict:

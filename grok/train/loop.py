@@ -12,21 +12,22 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from grok import compiler, distributed, sharding, storage
+from grok import compiler, distributed, sharding
 from grok.checkpoint.manager import Checkpoints
-from grok.checkpoint.retention import RetentionPolicy
 from grok.config import RunConfig, check_trainable
-from grok.config.paths import with_absolute_paths
-from grok.config.text import to_yaml
 from grok.data.device_feed import global_batches
-from grok.data.tokenizers.files import TEMPLATE_FILE, read_tokenizer_files
-from grok.errors import DONE, SAVED, CheckpointError, Diverged, SaveError, SilentCorruption
+from grok.errors import DONE, SAVED, Diverged, SaveError, SilentCorruption
 from grok.model.mesh_fit import check_fits
 from grok.optim.optimizer import make_optimizer
 from grok.optim.param_groups import combine, names
 from grok.preemption import PreemptionSignal
 from grok.train.bad_steps import Skipped, batch_number, raise_if_diverged
-from grok.train.checkpointing import check_optimizer_unchanged, save
+from grok.train.checkpointing import (
+    check_optimizer_unchanged,
+    open_checkpoints,
+    save,
+    write_run_files,
+)
 from grok.train.finite import raise_if_not_finite
 from grok.train.init_from import InitialWeights, initial_weights
 from grok.train.loss import eval_step, validate
@@ -98,9 +99,7 @@ def open_run(
     data = read_data(config)
     optimizer = make_optimizer(config)
     step = functools.partial(train_step, config=config, optimizer=optimizer)
-    c = config.checkpoint
-    policy = RetentionPolicy(c.keep, c.keep_every, c.keep_best, c.best_metric)
-    checkpoints = Checkpoints(storage.join(config.folder, "checkpoints"), policy)
+    checkpoints = open_checkpoints(config)
     notices: list[str] = []
     first_step = checkpoints.newest_good(notices.append) or 0
     if first_step and not resume_changed:
@@ -140,15 +139,7 @@ def first_state(run: Run) -> Start:
             model = run.initial.load(run.mesh)
         log("making the initial state")
         start = Start(0, init_state(run.config, run.optimizer, run.mesh, model))
-    if distributed.is_primary():
-        files = {"config.yaml": to_yaml(with_absolute_paths(run.config)).encode()}
-        if not run.first_step:
-            files |= read_tokenizer_files(run.config.data.tokenizer).contents()
-            if run.data.template is not None:
-                files[TEMPLATE_FILE] = run.data.template
-        for name, data in files.items():
-            with storage.errors(run.config.folder, CheckpointError, f"{name} cannot be written"):
-                storage.write_bytes(storage.join(run.config.folder, name), data)
+    write_run_files(run.config, run.data.template, is_new=not run.first_step)
     return start
 
 

@@ -47,9 +47,8 @@ def read_data(config: RunConfig) -> RunData:
     hashes, template = [], None
     notices: tuple[str, ...] = ()
     if data.datasets:
-        datasets = {d.path: open_dataset(d.path, tokenizer, config) for d in data.datasets}
-        hashes = [{"path": path, "hash": dataset.hash} for path, dataset in datasets.items()]
-        template = chat_template(datasets.values())
+        datasets = open_datasets(config, tokenizer)
+        hashes, template = dataset_hashes(datasets), chat_template(datasets.values())
         changes = [(schedule.first_row(m.from_step), m.weights) for m in data.mixture_schedule]
         mixture = Mixture([dataset.weight for dataset in data.datasets], changes)
         train = PackedBatches(datasets, mixture, schedule, seed=data.seed, packing=data.packing)
@@ -121,6 +120,16 @@ def open_held_out(
         return packed, num_bytes
     stream = read_stream(texts, tokenizer, config.model.vocab_size)
     return StreamValidation(stream, **shape), stream.num_bytes
+
+
+def open_datasets(config: RunConfig, tokenizer: Tokenizer) -> dict[str, TokenDataset]:
+    """The prepared datasets that a run is trained on, by path. DataError as of `open_dataset`."""
+    return {d.path: open_dataset(d.path, tokenizer, config) for d in config.data.datasets}
+
+
+def dataset_hashes(datasets: Mapping[str, TokenDataset]) -> list[dict[str, str]]:
+    """The path of each dataset and the hash of its manifest, for the meta of checkpoints."""
+    return [{"path": path, "hash": dataset.hash} for path, dataset in datasets.items()]
 
 
 def open_dataset(path: str, tokenizer: Tokenizer, config: RunConfig) -> TokenDataset:

@@ -32,6 +32,20 @@ class TextOffsets:
         return offset
 
 
+class LeadStripper:
+    """Takes the blanks, `lead`, that a chat template has before answers from where they begin."""
+
+    def __init__(self, lead: str):
+        self._lead, self._begun = lead, set[int]()
+
+    def strip(self, index: int, output: Output) -> Output:
+        """The next output of answer `index`, without the blanks if its text begins here."""
+        if not output.text or index in self._begun:
+            return output
+        self._begun.add(index)
+        return dataclasses.replace(output, text=output.text.removeprefix(self._lead))
+
+
 class ResponseBuilder:
     """Puts the answers to a request together from Outputs. `tokens` is the number of new tokens so
     far, `finish_reasons` has one for each answer."""
@@ -45,7 +59,7 @@ class ResponseBuilder:
         self._prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = {}
         self._offsets: dict[int, TextOffsets] = {}
         self._pending: dict[int, list[Output]] = {}
-        self._begun: set[int] = set()
+        self._leads = LeadStripper(request.lead)
 
     def add(self, output: Output) -> list[dict[str, Any]]:
         """Takes an output of one of the engine's requests; returns choices of a stream event. That
@@ -58,9 +72,7 @@ class ResponseBuilder:
         index = prompt * params.n + output.choice
         if output.prompt_logprobs is not None:
             self._prompt_logprobs[prompt] = output.prompt_logprobs
-        if output.text and index not in self._begun:
-            self._begun.add(index)
-            output = dataclasses.replace(output, text=output.text.removeprefix(self.request.lead))
+        output = self._leads.strip(index, output)
         self.tokens += len(output.token_ids)
         self.finish_reasons[index] = output.finish_reason
         self._answers[index].append(output)
