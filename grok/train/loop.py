@@ -12,7 +12,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from grok import compiler, distributed, sharding
+from grok import compiler, distributed, sharding, storage
 from grok.checkpoint.manager import Checkpoints
 from grok.config import RunConfig, check_trainable
 from grok.data.device_feed import global_batches
