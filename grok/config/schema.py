@@ -122,6 +122,8 @@ def _values(hint: Any) -> str:
         return ", ".join(f"`{value}`" for value in inner if value)
     if origin is tuple:
         return f"list of {_values(inner[0])}"
+    if origin is dict:
+        return f"mapping of {_values(inner[0])}, to {_values(inner[1])}"
     if origin in (types.UnionType, typing.Union):
         return " or ".join(map(_values, inner))
     if _is_section(hint):
