@@ -51,7 +51,7 @@ model.compute_dtype model.remat
 folder compile_cache
 mesh mesh.slice mesh.data mesh.expert mesh.tensor mesh.simulated_devices
 data data.train data.validation data.datasets data.mixture_schedule data.validation_dataset
-data.packing data.allow_data_change data.tokenizer data.sequence_length data.batch_size
+data.domains data.packing data.allow_data_change data.tokenizer data.sequence_length data.batch_size
 data.batch_schedule data.seed data.cache_gib data.prefetch
 optimizer optimizer.name optimizer.peak_lr optimizer.schedule optimizer.min_lr_ratio
 optimizer.warmup_steps optimizer.decay_steps optimizer.beta1 optimizer.beta2 optimizer.epsilon
@@ -60,7 +60,8 @@ optimizer.max_grad_norm optimizer.param_groups optimizer.ema_decay
 train train.steps train.seed train.init_from train.z_loss train.router_balance_loss
 train.grad_accum_steps train.grad_spike_factor train.max_bad_steps train.rollback_on_divergence
 train.sdc_check train.sdc_check_every train.log_every train.eval_every
-train.start_timeout_seconds train.hang_timeout_seconds
+train.eval_tasks train.eval_tasks_folder train.eval_tasks_limit train.start_timeout_seconds
+train.hang_timeout_seconds
 train.heartbeat_timeout_seconds train.tensorboard train.wandb train.profile
 lora lora.rank lora.alpha lora.targets
 checkpoint checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best

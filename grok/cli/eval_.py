@@ -82,10 +82,10 @@ def _tasks(model, mesh, tasks, tokenizer, run, folder, fewshot, limit, as_json) 
     if not tasks:
         return {}
     from grok.data.tokenizers import load_tokenizer
-    from grok.evaluate.harness import LmEvalModel, run_tasks
+    from grok.evaluate.harness import LmEvalModel, Tasks
 
     harness = LmEvalModel(model, load_tokenizer(tokenizer), mesh, run.data.batch_size)
-    results = run_tasks(harness, tasks, folder, fewshot, limit)
+    results = Tasks(tasks, folder, fewshot, limit).run(harness)
     if not as_json:
         table = make_table("task", "metric", "value", right=1)
         for task, metrics in results.items():

@@ -45,9 +45,11 @@ def train(config: str, overrides: tuple[str, ...], resume_changed: bool) -> None
         configure_devices(checked.mesh.simulated_devices // distributed.process_count())
         compile_cache.share(compile_cache.folder_for(checked.compile_cache, checked.folder))
 
-        from grok.train.loop import run_training
+        from grok.evaluate.in_training import open_tasks
+        from grok.train.loop import StartOptions, run_training
 
-        code = run_training(checked, resume_changed=resume_changed)
+        options = StartOptions(resume_changed=resume_changed, open_tasks=open_tasks)
+        code = run_training(checked, options)
     sys.exit(code)
 
 

@@ -1,6 +1,7 @@
 """Training and validation data, and the shape of batches."""
 
 import dataclasses
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 from grok.config.section import (
@@ -55,6 +56,10 @@ class DataConfig(Section):
     datasets: Annotated[tuple[DatasetConfig, ...], "prepared datasets, instead of text files"] = ()
     mixture_schedule: Annotated[tuple[MixtureChange, ...], "changes of the datasets' weights"] = ()
     validation_dataset: Annotated[PathText, "prepared dataset for validation, instead of text"] = ""
+    domains: Annotated[
+        tuple[PathText, ...],
+        "held-out text files or prepared datasets, each measured alone in every validation pass",
+    ] = ()
     packing: Annotated[
         Literal["concat_then_split", "best_fit"], "documents longer than a row: split, or truncated"
     ] = "concat_then_split"
@@ -74,6 +79,13 @@ class DataConfig(Section):
             if getattr(self, text) and getattr(self, datasets):
                 one = f"a run reads text files or prepared datasets; data.{text}=[] would work"
                 raise ConfigError(f"data.{text} and data.{datasets} are both set, and {one}.")
+        names = self.domain_names()
+        for path, name in zip(self.domains, names, strict=True):
+            if names.count(name) > 1:
+                problem = f"data.domains={list(self.domains)} has two of the name {name!r}"
+                raise ConfigError(f"{problem}; files of different names would work.")
+            if not name:
+                raise ConfigError(f"data.domains has {path!r}; a file's name would work.")
         paths = [dataset.path for dataset in self.datasets]
         for path in paths:
             if paths.count(path) > 1:
@@ -94,6 +106,10 @@ class DataConfig(Section):
                     problem = f"data.{key} has from_step={change.from_step} after {before}"
                     raise ConfigError(f"{problem}; steps that increase would work.")
                 before = change.from_step
+
+    def domain_names(self) -> list[str]:
+        """The names of `domains` in metrics: those of the files or folders, without their ends."""
+        return [PurePath(path.rstrip("/")).stem for path in self.domains]
 
     def shapes(self) -> list[tuple[int, int, int]]:
         """Every shape of a batch: the first step that has it, B and T."""

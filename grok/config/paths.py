@@ -17,6 +17,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     named_files: dict[str, Any] = {
         "train": tuple(map(absolute, data.train)),
         "validation": tuple(map(absolute, data.validation)),
+        "domains": tuple(map(absolute, data.domains)),
         "validation_dataset": absolute(data.validation_dataset),
         "tokenizer": absolute(data.tokenizer),
         "datasets": tuple(
@@ -28,7 +29,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         folder=absolute(config.folder),
         compile_cache=absolute(config.compile_cache),
         data=dataclasses.replace(data, **named_files),
-        train=dataclasses.replace(config.train, init_from=absolute(config.train.init_from)),
+        train=dataclasses.replace(
+            config.train,
+            init_from=absolute(config.train.init_from),
+            eval_tasks_folder=absolute(config.train.eval_tasks_folder),
+        ),
     )
 
 

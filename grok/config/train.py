@@ -41,6 +41,13 @@ class TrainConfig(Section):
     sdc_check_every: Annotated[Count, "steps between two such comparisons"] = 500
     log_every: Annotated[Count, "steps between lines of metrics.jsonl"] = 10
     eval_every: Annotated[CountOrZero, "steps between validation passes; 0: only at the end"] = 0
+    eval_tasks: Annotated[
+        tuple[str, ...], "tasks of lm-eval (extra `eval`) to run after each validation pass"
+    ] = ()
+    eval_tasks_folder: Annotated[
+        PathText, "YAML files of more tasks; the Python functions that they name are run"
+    ] = ""
+    eval_tasks_limit: Annotated[CountOrZero, "examples of each of these tasks; 0: all"] = 0
     start_timeout_seconds: Annotated[
         CountOrZero, "abort when the first step does not begin so long after the start; 0: never"
     ] = 3600
@@ -57,6 +64,10 @@ class TrainConfig(Section):
             near = [start, min(start + 2, self.steps)]
             problem = f"is no first and last of {self.steps} steps"
             raise bad_value("train.profile", list(self.profile), problem, near)
+        for key in ("eval_tasks_folder", "eval_tasks_limit"):
+            if (value := getattr(self, key)) and not self.eval_tasks:
+                problem = "has no effect without train.eval_tasks; train.eval_tasks=[TASK]"
+                raise ConfigError(f"train.{key}={value} {problem} would work.")
         default = self.default("sdc_check_every")
         if self.sdc_check == "off" and self.sdc_check_every != default:
             problem = "has no effect with train.sdc_check=off; train.sdc_check=stop"

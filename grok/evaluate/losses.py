@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,12 +9,11 @@ from jax.sharding import Mesh
 
 from grok import compiler
 from grok.config import RunConfig
-from grok.data.manifest import MANIFEST_FILE
 from grok.data.stream_batches import bits_per_byte
 from grok.data.tokenizers import load_tokenizer
 from grok.model.decoder import Decoder
 from grok.train.loss import eval_step, total_loss
-from grok.train.run_data import open_held_out
+from grok.train.run_data import open_path
 
 
 class TextLoss(NamedTuple):
@@ -39,9 +37,7 @@ def evaluate_texts(
     tokenizer = load_tokenizer(tokenizer_file)
     held_out = []
     for path in paths:
-        is_dataset = (Path(path) / MANIFEST_FILE).exists()
-        batches, num_bytes = open_held_out([path], path if is_dataset else "", tokenizer, config)
-        held_out.append((path, batches, num_bytes))
+        held_out.append((path, *open_path(path, tokenizer, config)))
     eval_function = compiler.jit(eval_step)
     for path, batches, num_bytes in held_out:
         with jax.set_mesh(mesh):

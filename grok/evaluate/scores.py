@@ -25,11 +25,12 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """Scores continuations under a model on its mesh, `rows` at a time. Lengths are rounded up to
-    powers of two, so that requests of all lengths share a few programs."""
+    """Scores continuations under `model`, which may be exchanged for another of the same form, on
+    its mesh, `rows` at a time. Lengths are rounded up to powers of two, so that requests of all
+    lengths share a few programs."""
 
     def __init__(self, model: Decoder, mesh: Mesh, rows: int):
-        self._model, self._mesh, self._rows = model, mesh, rows
+        self.model, self._mesh, self.rows = model, mesh, rows
         self._score_rows = compiler.jit(_score_rows)
         self.context_length = model.config.context_length
 
@@ -43,11 +44,11 @@ class Scorer:
             buckets.setdefault(size, []).append(index)
         scores: dict[int, Score] = {}
         for size in sorted(buckets, reverse=True):
-            for first in range(0, len(buckets[size]), self._rows):
-                indices = buckets[size][first : first + self._rows]
+            for first in range(0, len(buckets[size]), self.rows):
+                indices = buckets[size][first : first + self.rows]
                 batch = self._batch([pairs[index] for index in indices], size)
                 with jax.set_mesh(self._mesh):
-                    scored = self._score_rows(self._model, shard_batch(batch, self._mesh))
+                    scored = self._score_rows(self.model, shard_batch(batch, self._mesh))
                 for index, log_p, is_greedy in zip(indices, *jax.device_get(scored), strict=False):
                     scores[index] = Score(float(log_p), bool(is_greedy))
         return [scores[index] for index in range(len(pairs))]
@@ -55,8 +56,8 @@ class Scorer:
     def _batch(self, pairs, size: int) -> dict[str, np.ndarray]:
         """Rows of pairs, with padding behind each and rows of padding at the end."""
         names = ("tokens_BT", "targets_BT", "segment_ids_BT")
-        batch: dict = {name: np.zeros((self._rows, size), np.int32) for name in names}
-        batch["mask_BT"] = np.zeros((self._rows, size), np.float32)
+        batch: dict = {name: np.zeros((self.rows, size), np.int32) for name in names}
+        batch["mask_BT"] = np.zeros((self.rows, size), np.float32)
         for row, (context, continuation) in enumerate(pairs):
             tokens = np.array([*context, *continuation], np.int32)[-size - 1 :]
             length = len(tokens) - 1

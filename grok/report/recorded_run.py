@@ -14,6 +14,9 @@ from grok.train.telemetry.event_log import Goodput, measure_goodput, read_events
 from grok.train.telemetry.metrics_file import read_metrics
 from grok.train.telemetry.run_manifest import read_manifest
 
+# Beginnings of the metrics of validation passes.
+MEASURED = ("validation_", "tasks/")
+
 
 @dataclasses.dataclass(frozen=True)
 class RecordedRun:
@@ -52,10 +55,10 @@ class RecordedRun:
         counts = (line.get("tokens_seen") for line in self.training)
         return np.array([sum(c.values()) if isinstance(c, dict) else np.nan for c in counts])
 
-    def groups(self, prefix: str) -> list[str]:
-        """Names of the parameter groups that have values under `prefix/NAME`, in order."""
-        start = f"{prefix}/"
-        keys = dict.fromkeys(key for line in self.training for key in line if key.startswith(start))
+    def groups(self, prefix: str, kind: str = "training") -> list[str]:
+        """Names that have values under `prefix/NAME` in training or validation lines, in order."""
+        start, lines = f"{prefix}/", getattr(self, kind)
+        keys = dict.fromkeys(key for line in lines for key in line if key.startswith(start))
         return [key.removeprefix(start) for key in keys]
 
     def loads(self) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +99,7 @@ def read_run(folder: str | Path) -> RecordedRun:
         name=folder.resolve().name,
         folder=folder,
         training=[line for line in lines if "loss" in line],
-        validation=[line for line in lines if "validation_loss" in line],
+        validation=[line for line in lines if any(key.startswith(MEASURED) for key in line)],
         restarts=restarts,
         events=read_events(events) if events.exists() else [],
         manifest=manifest,

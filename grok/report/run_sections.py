@@ -31,6 +31,7 @@ TIME_KINDS = {
     "down": ("between processes", "muted"),
     "other": ("other", "grid"),
 }
+HELD_OUT_DOMAIN = "validation_bits_per_byte"  # and the name of the domain, in metrics
 
 
 def draw_metric(run: RecordedRun, key: str, unit: str, marks: plots.Marks) -> Draw | None:
@@ -49,6 +50,14 @@ def draw_metric(run: RecordedRun, key: str, unit: str, marks: plots.Marks) -> Dr
 
 def _held_out(run: RecordedRun, key: str) -> plots.Series:
     return plots.Series("held-out", *run.series(key, "validation"), plots.HELD_OUT_COLOR, "dots")
+
+
+def _measured(run: RecordedRun, prefix: str) -> list[plots.Series]:
+    """A curve of each metric `prefix/NAME` of validation passes."""
+    return [
+        plots.Series(name, *run.series(f"{prefix}/{name}", "validation"), number, "dots")
+        for number, name in enumerate(run.groups(prefix, "validation"))
+    ]
 
 
 def svg_figure(title: str, draw: Draw, size: tuple[int, int] = SMALL) -> page.Figure:
@@ -71,10 +80,13 @@ def loss_section(run: RecordedRun, marks: plots.Marks) -> page.Section:
 def curves_section(run: RecordedRun, marks: plots.Marks) -> page.Section | None:
     """Held-out bits per byte, norms, learning rate, router, speed."""
     drawings: dict[str, Draw | None] = {}
-    held_out = _held_out(run, "validation_bits_per_byte")
-    if len(held_out.x_P):
+    held_out = [_held_out(run, "validation_bits_per_byte"), *_measured(run, HELD_OUT_DOMAIN)]
+    held_out = [curve for curve in held_out if len(curve.x_P)]
+    if held_out:
         labels = ("step", "bits per byte", marks)
-        drawings["Held-out text"] = lambda axes: plots.draw_curves(axes, [held_out], *labels)
+        drawings["Held-out text"] = lambda axes: plots.draw_curves(axes, held_out, *labels)
+    if scores := _measured(run, "tasks"):
+        drawings["Tasks"] = lambda axes: plots.draw_curves(axes, scores, "step", "", marks)
     for prefix, title in (("grad_norm", "Gradient norm"), ("update_norm", "Update norm")):
         series = [
             plots.Series(name, *run.series(f"{prefix}/{name}"), number)

@@ -24,7 +24,8 @@ from grok.train.state import TrainState, abstract_state, init_state, start_state
 # Keys whose values name files: a run may be started from another folder.
 PATHS = (
     *("folder", "compile_cache", "train.init_from", "data.train", "data.validation"),
-    *("data.validation_dataset", "data.tokenizer", "data.datasets"),
+    *("data.validation_dataset", "data.domains", "data.tokenizer", "data.datasets"),
+    "train.eval_tasks_folder",
 )
 
 if TYPE_CHECKING:

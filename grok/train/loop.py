@@ -17,6 +17,7 @@ from grok.checkpoint.manager import Checkpoints
 from grok.config import RunConfig, check_trainable
 from grok.data.device_feed import global_batches
 from grok.errors import DONE, SAVED, Diverged, SaveError, SilentCorruption
+from grok.model.decoder import Decoder
 from grok.model.mesh_fit import check_fits
 from grok.optim.optimizer import make_optimizer
 from grok.optim.param_groups import combine, names
@@ -40,6 +41,9 @@ from grok.train.telemetry.run_manifest import describe_run
 from grok.train.telemetry.telemetry import Telemetry
 from grok.train.watchdog import Watchdog
 
+# Scores weights on tasks: numbers by the name of a metric.
+ScoreTasks = Callable[[Decoder], dict[str, float]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -51,6 +55,7 @@ class Run:
     optimizer: optax.GradientTransformation
     train_step: Callable  # jitted; donates the state
     eval_step: Callable  # jitted
+    score_tasks: ScoreTasks | None  # None: train.eval_tasks names none
     sdc_check: SdcCheck | None  # None: train.sdc_check=off
     checkpoints: Checkpoints
     initial: InitialWeights | None  # of train.init_from; None: initialised from the seed
@@ -62,15 +67,22 @@ class Run:
     saves: bool  # False: writes no checkpoints
 
 
-def run_training(
-    config: RunConfig, replay_to: int | None = None, resume_changed: bool = False
-) -> int:
-    """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop. With
-    `replay_to`, runs only the steps up to that one and saves nothing. Unless `resume_changed`, a
-    run whose optimizer keys have changed since its newest checkpoint is refused."""
+@dataclasses.dataclass(frozen=True)
+class StartOptions:
+    """The way to start a run, which its config does not say. replay_to: run only the steps up to
+    that one and save nothing. resume_changed: accept a run whose optimizer keys have changed since
+    its newest checkpoint. open_tasks: makes what scores weights on train.eval_tasks."""
+
+    replay_to: int | None = None
+    resume_changed: bool = False
+    open_tasks: Callable[[RunConfig, Mesh], ScoreTasks] | None = None
+
+
+def run_training(config: RunConfig, options: StartOptions = StartOptions()) -> int:
+    """Trains as `config` says and returns the exit code: DONE, or SAVED when asked to stop."""
     lock = distributed.hold_folder(config.folder) if distributed.is_primary() else nullcontext()
     with lock, Watchdog(config.train, config.folder) as watchdog:
-        run = open_run(config, replay_to, watchdog, resume_changed)
+        run = open_run(config, options, watchdog)
         with jax.set_mesh(run.mesh), PreemptionSignal(run.mesh) as preemption, run.telemetry:
             with run.telemetry.events.during("start"):
                 start = first_state(run)
@@ -88,11 +100,9 @@ def run_training(
             return finish(run, step)
 
 
-def open_run(
-    config: RunConfig, replay_to: int | None, watchdog: Watchdog, resume_changed: bool
-) -> Run:
+def open_run(config: RunConfig, options: StartOptions, watchdog: Watchdog) -> Run:
     """Opens devices, data and files, so that every mistake is found before anything compiles."""
-    began = time.time()
+    began, replay_to, open_tasks = time.time(), options.replay_to, options.open_tasks
     check_trainable(config)
     sizes = check_fits(config, jax.device_count())
     mesh = sharding.make_mesh(sizes["data"], sizes["expert"], sizes["tensor"], sizes["slice"])
@@ -102,7 +112,7 @@ def open_run(
     checkpoints = open_checkpoints(config)
     notices: list[str] = []
     first_step = checkpoints.newest_good(notices.append) or 0
-    if first_step and not resume_changed:
+    if first_step and not options.resume_changed:
         check_optimizer_unchanged(checkpoints, first_step, config)
     return Run(
         config=config,
@@ -111,6 +121,7 @@ def open_run(
         optimizer=optimizer,
         train_step=compiler.jit(step, donate_argnums=0),
         eval_step=compiler.jit(eval_step),
+        score_tasks=open_tasks(config, mesh) if open_tasks and config.train.eval_tasks else None,
         sdc_check=None if config.train.sdc_check == "off" else SdcCheck(config.train, mesh),
         checkpoints=checkpoints,
         initial=initial_weights(config, checkpoints),
@@ -217,16 +228,29 @@ def log_step(run: Run, step: int, metrics: dict[str, jax.Array], skipped: Skippe
 
 
 def validation_losses(run: Run, step: int, state: TrainState) -> dict[str, float]:
-    """Runs and reports a validation pass, if there is data, also of averaged weights."""
-    if run.data.validation is None:
-        return {}
-    data = (run.data.validation, run.data.num_bytes, run.mesh)
+    """Runs and reports a validation pass, if there is data, also of averaged weights, and scores
+    the tasks; returns the losses."""
+    losses, scores = {}, {}
     with run.telemetry.events.during("validate", step=step):
-        losses = validate(run.eval_step, state.model, *data)
+        losses = held_out_losses(run, state.model)
         if state.ema is not None:
-            ema_losses = validate(run.eval_step, combine(state.ema, state.model), *data)
+            ema_losses = held_out_losses(run, combine(state.ema, state.model))
             losses |= {f"ema_{name}": value for name, value in ema_losses.items()}
-    run.telemetry.log_validation(step, losses)
+        if run.score_tasks is not None:
+            scores = run.score_tasks(state.model)
+    if losses or scores:
+        run.telemetry.log_validation(step, losses | scores)
+    return losses
+
+
+def held_out_losses(run: Run, model: Decoder) -> dict[str, float]:
+    """Losses of a model on the validation data and on each domain, by the name of the metric."""
+    data, losses = run.data, {}
+    if data.validation is not None:
+        losses = validate(run.eval_step, model, data.validation, data.num_bytes, run.mesh)
+    for name, held_out in data.domains.items():
+        domain = validate(run.eval_step, model, *held_out, run.mesh)
+        losses |= {f"{metric}/{name}": value for metric, value in domain.items()}
     return losses
 
 

@@ -16,7 +16,7 @@ from grok.config.load import from_dict, load_config
 from grok.data.text_files import text_files
 from grok.data.tokenizers import tokenizer_file
 from grok.errors import DONE, CheckpointError
-from grok.train.loop import run_training
+from grok.train.loop import StartOptions, run_training
 from grok.train.telemetry.metrics_file import read_metrics
 from grok.train.telemetry.run_manifest import describe_devices, device_facts, read_manifest
 
@@ -83,7 +83,10 @@ def replay(segment: Segment) -> list[Comparison]:
             (folder / "checkpoints").mkdir()
             saved = segment.folder / "checkpoints" / str(segment.first)
             (folder / "checkpoints" / saved.name).symlink_to(saved.absolute())
-        if run_training(_replay_config(segment, folder), replay_to=segment.last) != DONE:
+        if (
+            run_training(_replay_config(segment, folder), StartOptions(replay_to=segment.last))
+            != DONE
+        ):
             raise CheckpointError("the replay was stopped before its end.")
         replayed = {line["step"]: line for line in _logged_steps(folder / "metrics.jsonl")}
     return [
@@ -156,9 +159,10 @@ def _check_same_machine_and_text(segment: Segment) -> None:
 def _replay_config(segment: Segment, folder: Path) -> RunConfig:
     """The segment's config in another folder, without what does not affect the numbers."""
     config, tokenizer = segment.config, tokenizer_file(segment.folder)
-    no_text: dict[str, Any] = {"validation": (), "validation_dataset": ""}
+    no_text: dict[str, Any] = {"validation": (), "validation_dataset": "", "domains": ()}
     data = dataclasses.replace(config.data, **no_text, tokenizer=tokenizer)
     off = TrainConfig.default("sdc_check_every")
     unwatched: dict[str, Any] = {"tensorboard": False, "wandb": "", "profile": (), "eval_every": 0}
+    unwatched |= {"eval_tasks": (), "eval_tasks_folder": "", "eval_tasks_limit": 0}
     train = dataclasses.replace(config.train, **unwatched, sdc_check="off", sdc_check_every=off)
     return dataclasses.replace(config, folder=str(folder), data=data, train=train)

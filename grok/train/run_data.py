@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from grok import storage
@@ -9,6 +10,7 @@ from grok.config import RunConfig
 from grok.data.batch_schedule import Batch, BatchSchedule, Mixture
 from grok.data.dataset import TokenDataset
 from grok.data.device_feed import TrainBatches
+from grok.data.manifest import MANIFEST_FILE
 from grok.data.packed_batches import PackedBatches, PackedValidation
 from grok.data.stream_batches import StreamBatches, StreamValidation, read_stream
 from grok.data.tokenizers import Tokenizer, load_tokenizer, start_ids, token_bytes
@@ -19,11 +21,18 @@ from grok.errors import CheckpointError, DataError
 MAX_SHARE_WITHOUT_LOSS = 0.01
 
 
+class HeldOut(NamedTuple):
+    """Data that is not trained on: the batches of a pass, and the UTF-8 bytes that it predicts."""
+
+    batches: Iterable[Batch]
+    num_bytes: int
+
+
 class RunData(NamedTuple):
     """The data of a run. train: batches by step. validation: the batches of a pass, and num_bytes:
     the UTF-8 bytes that it predicts; None without validation data. hashes: path and manifest hash
     of each prepared dataset that is trained on, in order. template: of the datasets' chats.
-    notices: sentences on what may be amiss."""
+    notices: sentences on what may be amiss. domains: more held-out data by name."""
 
     train: TrainBatches
     validation: Iterable[Batch] | None
@@ -31,6 +40,7 @@ class RunData(NamedTuple):
     hashes: list[dict[str, str]]
     template: bytes | None = None
     notices: tuple[str, ...] = ()
+    domains: Mapping[str, HeldOut] = MappingProxyType({})
 
 
 def read_data(config: RunConfig) -> RunData:
@@ -56,10 +66,14 @@ def read_data(config: RunConfig) -> RunData:
     else:
         stream = read_stream(data.train, tokenizer, config.model.vocab_size)
         train = StreamBatches(stream, schedule, seed=data.seed)
+    domains = {
+        name: open_path(path, tokenizer, config)
+        for name, path in zip(data.domain_names(), data.domains, strict=True)
+    }
     if not data.validation_dataset and not data.validation:
-        return RunData(train, None, None, hashes, template, notices)
+        return RunData(train, None, None, hashes, template, notices, domains)
     held_out = open_held_out(data.validation, data.validation_dataset, tokenizer, config)
-    return RunData(train, *held_out, hashes, template, notices)
+    return RunData(train, *held_out, hashes, template, notices, domains)
 
 
 def _way_to_tokenizer(config: RunConfig) -> str:
@@ -109,17 +123,23 @@ def chat_template(datasets: Iterable[TokenDataset]) -> bytes | None:
 
 def open_held_out(
     texts: Sequence[str], dataset: str, tokenizer: Tokenizer, config: RunConfig
-) -> tuple[Iterable[Batch], int]:
-    """The batches of a pass over a dataset or else text files, and the UTF-8 bytes it predicts."""
+) -> HeldOut:
+    """Opens a dataset or else text files."""
     shape = {"sequence_length": config.data.sequence_length, "batch_size": config.data.batch_size}
     if dataset:
         packed = PackedValidation(open_dataset(dataset, tokenizer, config), **shape)
         first = token_bytes(tokenizer, first=True) if tokenizer.adds_bos else None
         if not (num_bytes := packed.num_bytes(token_bytes(tokenizer), first)):
             raise DataError(f"dataset {dataset} has no text to predict; one with text would work.")
-        return packed, num_bytes
+        return HeldOut(packed, num_bytes)
     stream = read_stream(texts, tokenizer, config.model.vocab_size)
-    return StreamValidation(stream, **shape), stream.num_bytes
+    return HeldOut(StreamValidation(stream, **shape), stream.num_bytes)
+
+
+def open_path(path: str, tokenizer: Tokenizer, config: RunConfig) -> HeldOut:
+    """Opens a text file or a prepared dataset."""
+    is_dataset = storage.exists(storage.join(path, MANIFEST_FILE))
+    return open_held_out([path], path if is_dataset else "", tokenizer, config)
 
 
 def open_datasets(config: RunConfig, tokenizer: Tokenizer) -> dict[str, TokenDataset]:

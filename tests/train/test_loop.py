@@ -19,7 +19,7 @@ from grok.config.text import to_yaml
 from grok.errors import DONE, SAVED, CheckpointError, ConfigError, DataError
 from grok.optim.offload import is_on_host
 from grok.optim.optimizer import make_optimizer
-from grok.train.loop import run_training
+from grok.train.loop import StartOptions, run_training
 from grok.train.state import abstract_state
 from grok.train.telemetry.event_log import read_events
 from grok.train.telemetry.metrics_file import MetricsFile, read_metrics
@@ -59,6 +59,8 @@ def steps_of(config: RunConfig) -> dict[int, dict]:
 def straight(tiny_run: RunConfig, tmp_path_factory) -> RunConfig:
     """Twenty steps without a stop, checkpoints at 10 and 20."""
     config = in_folder(tiny_run, tmp_path_factory.mktemp("straight") / "run")
+    domains = (*config.data.validation, *config.data.train)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, domains=domains))
     assert run_training(config) == DONE
     return config
 
@@ -72,6 +74,9 @@ def test_a_run_learns_and_leaves_what_it_promises(straight: RunConfig):
     (validation,) = [line for line in lines if "validation_loss" in line]
     assert validation["step"] == 20
     assert 0 < validation["validation_bits_per_byte"] < 8
+    for metric in ("validation_loss", "validation_bits_per_byte"):
+        assert validation[f"{metric}/held_out"] == validation[metric]
+        assert 0 < validation[f"{metric}/{Path(straight.data.train[0]).stem}"] < 8
     assert {"grad_norm", "learning_rate", "expert_load"} <= lines[0].keys()
     assert sum(lines[0]["expert_load"]) == pytest.approx(1, abs=1e-5)
     assert (folder / "config.yaml").read_text() == to_yaml(straight)
@@ -172,7 +177,7 @@ def test_another_learning_rate_is_asked_for(straight: RunConfig, tmp_path, capsy
     shutil.copytree(straight.folder, other.folder)
     with pytest.raises(CheckpointError, match=r"peak_lr=0\.01, .* says 0\.02; --resume goes on"):
         run_training(other)
-    assert run_training(other, resume_changed=True) == DONE
+    assert run_training(other, StartOptions(resume_changed=True)) == DONE
     said = capsys.readouterr().out
     assert f"run folder: {other.folder}" in said
     assert "changed since then: optimizer.peak_lr from 0.01 to 0.02" in said
@@ -182,7 +187,7 @@ def test_another_learning_rate_is_asked_for(straight: RunConfig, tmp_path, capsy
     )
     for resume_changed in (False, True):
         with pytest.raises(CheckpointError, match=r"optimizer\.name=adamw and the config"):
-            run_training(lion, resume_changed=resume_changed)
+            run_training(lion, StartOptions(resume_changed=resume_changed))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

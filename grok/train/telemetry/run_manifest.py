@@ -197,9 +197,10 @@ def describe_devices(facts: dict[str, Any]) -> str:
 def describe_data(config: RunConfig, data: RunData) -> list[dict[str, str]]:
     """The training and validation data and the tokenizer, with hashes."""
     tokenizer = tokenizer_file(config.data.tokenizer)
+    texts = [*text_files(config.data.train), *text_files(config.data.validation), tokenizer]
     return [{"dataset": d["path"], "manifest": d["hash"]} for d in data.hashes] + [
         {"file": path, "sha256": hashlib.sha256(storage.read_bytes(path)).hexdigest()}
-        for path in (*text_files(config.data.train), *text_files(config.data.validation), tokenizer)
+        for path in texts
     ]
 
 
