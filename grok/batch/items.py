@@ -12,7 +12,8 @@ from typing import Any
 from grok.data.prepare.sources import RawRecord
 from grok.data.prepare.values import BadRecord, in_json, parse_json_object
 from grok.errors import RequestError
-from grok.infer.openai.requests import CHAT, COMPLETION, CompletionRequest, RequestParser
+from grok.infer.openai.fields import CHAT, COMPLETION
+from grok.infer.openai.requests import CompletionRequest, RequestParser
 from grok.infer.openai.responses import ResponseBuilder, error_response, json_text
 from grok.infer.request import Request
 

@@ -129,7 +129,7 @@ def _check(params: SamplingConfig) -> None:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             expected = expectation(first) or first["msg"]
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and first["loc"]:
                 _refuse_bias(name, first, expected)
             raise RequestError(name, f"{name}={_brief(value)} must be {expected}.") from None
     if params.min_tokens > params.max_tokens:

@@ -139,7 +139,7 @@ def test_batch_files_of_openai(config, tmp_path, monkeypatch):
         [
             envelope("a", "/v1/completions", {"model": "grok", "prompt": "The", "logprobs": 2}),
             envelope("b", "/v1/chat/completions", message),
-            envelope("c", "/v1/completions", {"prompt": "The", "logit_bias": {}}),
+            envelope("c", "/v1/completions", {"prompt": "The", "suffix": "x"}),
         ],
     )
     first, second, third = answer(config, monkeypatch)
@@ -149,7 +149,7 @@ def test_batch_files_of_openai(config, tmp_path, monkeypatch):
     assert (completion["object"], completion["model"]) == ("text_completion", "grok")
     assert len(completion["choices"][0]["logprobs"]["top_logprobs"][0]) == 2
     assert len(second["response"]["body"]["choices"]) == 2
-    assert third["response"]["body"]["error"]["param"] == "logit_bias"
+    assert third["response"]["body"]["error"]["param"] == "suffix"
 
 
 def envelope(name: str, url: str, body: dict) -> dict:

@@ -387,9 +387,10 @@ def test_prompts_are_those_of_transformers(family):
     assert len(chats) >= 2
     for chat in chats:
         template = encoder(tokenizer, GOLDEN["templates"][chat["template"]])
-        ids, text = template.prompt(chat["messages"])
+        ids, text = template.prompt(chat["messages"], chat.get("tools"))
         assert text == chat["text"]
         assert ids == chat["ids"]
+        assert template.reads_tools == chat["template"].startswith("tools")
 
 
 def test_a_system_message_that_only_prompts_have_cannot_be_learnt_from(llama):

@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from grok.infer.openai.requests import CHAT, COMPLETION
+from grok.infer.openai.fields import CHAT, COMPLETION
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
 GOOD: list[dict[str, Any]] = [

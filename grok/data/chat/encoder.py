@@ -32,6 +32,7 @@ CONTROL = re.compile(r"<\|[^\s<>|]+\|>")
 ANSWER = "An answer."
 
 Messages = Sequence[Mapping[str, Any]]
+Tools = Messages | None
 
 
 class Segment(NamedTuple):
@@ -90,10 +91,18 @@ class ChatEncoder:
         self.notices: list[str] = []
         self.answers = self._probe()
 
-    def prompt(self, messages: Messages) -> tuple[list[int], str]:
-        """The tokens and the text of a prompt for an assistant's next message. DataError where the
-        template does not write these messages."""
-        text, spans, _ = self._render(messages, add_generation_prompt=True)
+    @property
+    def reads_tools(self) -> bool:
+        """True where the template writes tools."""
+        return self._renderer.reads_tools
+
+    def prompt(
+        self, messages: Messages, tools: Tools = None, add_generation_prompt: bool = True
+    ) -> tuple[list[int], str]:
+        """The tokens and the text of a prompt for an assistant's next message, or, without
+        `add_generation_prompt`, of the messages alone. DataError where the template does not write
+        them."""
+        text, spans, _ = self._render(messages, add_generation_prompt, tools)
         ids, _ = self._encode(text, spans)
         return ids, text.replace(BREAK, "")
 
@@ -113,26 +122,30 @@ class ChatEncoder:
             mask.append(bool(mask) and mask[-1])
         return Conversation(ids, mask, list(_segments(text, spans)))
 
-    def _render(self, messages: Messages, add_generation_prompt: bool) -> Rendering:
+    def _render(
+        self, messages: Messages, add_generation_prompt: bool, tools: Tools = None
+    ) -> Rendering:
         try:
             protected = [self._protected(message) for message in messages]
-            text, spans, lost = self._renderer.render(protected, add_generation_prompt)
+            tools = tools and [self._protected(tool, with_nulls=True) for tool in tools]
+            text, spans, lost = self._renderer.render(protected, add_generation_prompt, tools)
         except RecursionError:
             raise DataError("the messages are nested too deeply") from None
         return Rendering(text, [self._trimmed(text, span) for span in spans], lost)
 
-    def _protected(self, value: Any) -> Any:
-        """A message, or part of it, with its texts of special tokens cut in two."""
+    def _protected(self, value: Any, with_nulls: bool = False) -> Any:
+        """A message or a tool, or part of it, with its texts of special tokens cut in two. In rows
+        of Parquet, which have every field, null stands for one that is not there."""
         if isinstance(value, str):
             return self._cut(value)
         if isinstance(value, Mapping):
             return {
-                self._cut(str(key)): self._protected(item)
+                self._cut(str(key)): self._protected(item, with_nulls)
                 for key, item in value.items()
-                if item is not None
+                if with_nulls or item is not None
             }
         if isinstance(value, list | tuple):
-            return [self._protected(item) for item in value]
+            return [self._protected(item, with_nulls) for item in value]
         # Parquet has types that JSON lacks, such as times.
         return value if value is None or isinstance(value, int | float) else str(value)
 

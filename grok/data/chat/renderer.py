@@ -72,15 +72,20 @@ class Renderer:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stop: Callable[[], Any]
+        self.reads_tools = False
         with self._lock:
             self._start()
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Rendering:
         """The text of the messages, with what precedes an assistant's next one or without. Raises
         TemplateError where the template does not write them."""
         request = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        request["tools"] = tools
         with self._lock:
             if self._process is None:
                 self._start()
@@ -110,6 +115,7 @@ class Renderer:
         if "failed" in answer:
             self._stop()
             raise TemplateError(answer["failed"])
+        self.reads_tools = answer["reads_tools"]
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         process = self._process

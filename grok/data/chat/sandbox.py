@@ -58,14 +58,16 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (settings["max_bytes"], settings["max_bytes"]))
     seconds = settings["seconds"]
     try:
-        template = limited(seconds, lambda: compile_template(settings["template"], settings["now"]))
+        template, names = limited(
+            seconds, lambda: compile_template(settings["template"], settings["now"])
+        )
     except jinja2.TemplateSyntaxError as error:
         answer({"failed": f"{error.message} in line {error.lineno}"})
         return
     except Exception as error:
         answer({"failed": describe(error)})
         return
-    answer({})
+    answer({"reads_tools": "tools" in names})
     for line in sys.stdin.buffer:
         try:
             conversation = Conversation(template, settings, json.loads(line))
@@ -80,7 +82,9 @@ class Conversation:
     """Messages, and a template that writes them."""
 
     def __init__(self, template: jinja2.Template, settings: dict[str, Any], line: dict[str, Any]):
-        self._template, self._fields = template, settings["fields"]
+        self._template = template
+        # As transformers' apply_chat_template: tools are there, none where they are not.
+        self._fields = settings["fields"] | {"tools": line["tools"]}
         self._max_characters = settings["max_characters"]
         self._marked = "endgeneration" in settings["template"]
         self._messages, self._prompt = line["messages"], line["add_generation_prompt"]
@@ -150,8 +154,8 @@ def without_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(pieces), spans
 
 
-def compile_template(text: str, now: str | None) -> jinja2.Template:
-    """The template, with what transformers offers to one."""
+def compile_template(text: str, now: str | None) -> tuple[jinja2.Template, set[str]]:
+    """The template, with what transformers offers to one, and the names that it reads."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
@@ -169,7 +173,8 @@ def compile_template(text: str, now: str | None) -> jinja2.Template:
 
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    return environment.from_string(text)
+    names = environment.parse(text).find_all(jinja2.nodes.Name)
+    return environment.from_string(text), {name.name for name in names if name.ctx == "load"}
 
 
 def limited(seconds: float, work: Callable[[], Any]) -> Any:

@@ -2,23 +2,16 @@
 requests to the engine."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grok.config.sampling import SamplingConfig, SamplingParams
 from grok.data.chat.encoder import ChatEncoder
-from grok.data.chat.renderer import TemplateError
 from grok.data.tokenizers import StreamDecoder, Tokenizer, encode_prompt
 from grok.errors import DataError, RequestError
+from grok.infer.openai.fields import CHAT, COMPLETION, SAMPLING, known_fields
+from grok.infer.openai.messages import chat_prompt
 from grok.infer.request import Request, prompt_seed, with_answer_ends
-
-# A body may set any sampling parameter but this one, which `echo` stands for.
-PARAMETERS = {field.name for field in dataclasses.fields(SamplingParams)} - {"prompt_logprobs"}
-# Allowed in both kinds of body; `user` and `metadata` are the client's own notes.
-COMMON = PARAMETERS | {"model", "stream", "stream_options", "user", "metadata"}
-COMPLETION = COMMON | {"prompt", "echo"}
-CHAT = (COMMON - {"best_of"}) | {"messages", "max_completion_tokens", "top_logprobs"}
 
 Prompts = list[tuple[tuple[int, ...], str]]  # tokens and text of each
 
@@ -71,9 +64,10 @@ class RequestParser:
 
     def completion(self, body: Mapping[str, Any]) -> CompletionRequest:
         """Parses a body of /v1/completions."""
-        fields, params = _known_fields(body, COMPLETION)
-        prompts = self._prompts(fields.get("prompt"))
-        if echo := _flag(fields, "echo"):
+        fields = known_fields(body, COMPLETION)
+        params = _sampling_fields(fields)
+        prompts = self._prompts(fields["prompt"])
+        if echo := fields.get("echo", False):
             # Scores are all that the engine has to do for an answer without tokens.
             least = 0 if params.get("max_tokens") == 0 else None
             params["prompt_logprobs"] = params.get("logprobs", least)
@@ -81,22 +75,20 @@ class RequestParser:
 
     def chat(self, body: Mapping[str, Any]) -> CompletionRequest:
         """Parses a body of /v1/chat/completions."""
-        fields, params = _known_fields(body, CHAT)
-        chat = self.chat_encoder
-        if chat is None:
-            problem = "chat needs a template, and there is none beside the tokenizer"
-            right = "`prompt`, or chat_template in the config, would work"
-            raise RequestError("messages", f"{problem}; {right}.")
-        prompt = _chat_prompt(chat, _messages(fields.get("messages")))
+        fields = known_fields(body, CHAT)
+        params = _sampling_fields(fields)
+        prompt = chat_prompt(self.chat_encoder, fields)
+        assert self.chat_encoder is not None
+        answers = self.chat_encoder.answers
         if "max_completion_tokens" in fields:
             params["max_tokens"] = fields["max_completion_tokens"]
-        logprobs = _flag(params, "logprobs")
+        logprobs = params.get("logprobs", False)
         params["logprobs"] = fields.get("top_logprobs", 0) if logprobs else None
         if "top_logprobs" in fields and not logprobs:
             raise RequestError("top_logprobs", "top_logprobs goes with logprobs=true alone.")
         request = self._request(fields, params, [prompt], chat=True)
-        ended = with_answer_ends(request.params, chat.answers)
-        return dataclasses.replace(request, params=ended, lead=chat.answers.lead)
+        ended = with_answer_ends(request.params, answers)
+        return dataclasses.replace(request, params=ended, lead=answers.lead)
 
     def _request(
         self, fields: Mapping[str, Any], params: dict[str, Any], prompts: Prompts, **flags: Any
@@ -109,17 +101,13 @@ class RequestParser:
             params["max_tokens"] = max(1, min(self.defaults.max_tokens, room))
         sampling = self.defaults.params(**params)
         self._check_choices(len(prompts) * max(sampling.n, sampling.best_of or 1))
-        stream = _flag(fields, "stream")
+        stream = fields.get("stream", False)
         if stream and sampling.best_of is not None and sampling.best_of > sampling.n:
             raise RequestError("stream", "the best of several answers cannot be streamed.")
-        options = fields.get("stream_options", {})
-        if not isinstance(options, dict) or options.keys() - {"include_usage"}:
-            raise RequestError("stream_options", "stream_options may have include_usage alone.")
-        model = fields.get("model", "")
-        if not isinstance(model, str):
-            raise RequestError("model", "model should be text.")
-        flags |= {"stream": stream, "include_usage": _flag(options, "include_usage")}
+        include_usage = fields.get("stream_options", {}).get("include_usage", False)
+        flags |= {"stream": stream, "include_usage": include_usage}
         tokens, texts = zip(*prompts, strict=True)
+        model = fields.get("model", "")
         return CompletionRequest(tokens, texts, sampling, model, "seed" in params, **flags)
 
     def _check_choices(self, choices: int) -> None:
@@ -130,9 +118,6 @@ class RequestParser:
     def _prompts(self, prompt: Any) -> Prompts:
         """Tokens and text of the prompts: one as a text or as tokens, or a list of either."""
         prompts = [prompt] if isinstance(prompt, str) or _is_tokens(prompt) else prompt
-        if not _is_list(prompts) or not all(isinstance(p, str) or _is_tokens(p) for p in prompts):
-            message = "prompt should be a text, a list of tokens, or a list of these."
-            raise RequestError("prompt", message)
         self._check_choices(len(prompts))
         return [(self._encode(p), p if isinstance(p, str) else self._text(p)) for p in prompts]
 
@@ -158,56 +143,9 @@ class RequestParser:
         return tuple(ids)
 
 
-def _chat_prompt(chat: ChatEncoder, messages: list[dict[str, Any]]) -> tuple[tuple[int, ...], str]:
-    try:
-        ids, text = chat.prompt(messages)
-    except TemplateError as error:
-        start = "" if error.refused else "the chat template cannot write these messages: "
-        raise RequestError("messages", f"{start}{str(error).rstrip('.')}.") from None
-    except DataError as error:
-        raise RequestError("messages", f"{str(error).rstrip('.')}.") from None
-    return tuple(ids), text
-
-
-def _known_fields(body: Mapping[str, Any], known: set[str]) -> tuple[dict, dict]:
-    """The fields that are set (clients send null for others), and those that sampling has."""
-    fields = {name: value for name, value in body.items() if value is not None}
-    for name in [name for name in fields if name not in known]:
-        near = difflib.get_close_matches(name, known, 1, cutoff=0.8)
-        right = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}."
-        raise RequestError(f"{name:.60}", f"there is no parameter {name!r:.60} here; {right}")
-    return fields, {name: fields[name] for name in PARAMETERS & fields.keys()}
-
-
-def _messages(messages: Any) -> list[dict[str, Any]]:
-    if not (_is_list(messages) and messages and all(isinstance(m, dict) for m in messages)):
-        message = "messages should be a list of objects with role and content, one at least."
-        raise RequestError("messages", message)
-    return [{**message, "content": _content(message.get("content"))} for message in messages]
-
-
-def _content(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    texts = []
-    for part in content if _is_list(content) else [None]:
-        text = part.get("text") if isinstance(part, dict) else None
-        if not isinstance(text, str):
-            raise RequestError("messages", "the content of a message should be text.")
-        texts.append(text)
-    return "".join(texts)
-
-
-def _flag(fields: Mapping[str, Any], name: str) -> bool:
-    value = fields.get(name, False)
-    if not isinstance(value, bool):
-        raise RequestError(name, f"{name} should be true or false.")
-    return value
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
+def _sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in SAMPLING if name in fields}
 
 
 def _is_tokens(value: Any) -> bool:
-    return _is_list(value) and all(type(token) is int for token in value)
+    return isinstance(value, list) and all(type(token) is int for token in value)
