@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 ZEROS = "0" * 400
 LONG = f"1{ZEROS}"  # digits of an integer that no float can hold
 TLS_HELLO = bytes.fromhex("16030100a5010000a10303") + bytes(160)
@@ -110,6 +111,42 @@ def shapes() -> Iterator[Kind]:
     yield Kind("messages that are numbers", post('{"messages": [1, 2]}', CHAT))
 
 
+def tools() -> Iterator[Kind]:
+    """Functions for templates, most of which write none."""
+    talk = [{"role": "user", "content": "The"}]
+
+    def chat(**fields: Any) -> bytes:
+        return post(json.dumps({"messages": talk, "max_tokens": 2, **fields}), CHAT)
+
+    tool = {"type": "function", "function": {"name": "f"}}
+    nested: Any = 1
+    for _ in range(400):
+        nested = {"properties": nested}
+    yield Kind("10,000 tools", chat(tools=[tool] * 10_000))
+    yield Kind("a tool of 900 kB", chat(tools=[tool | {"x": "a" * 900_000}]))
+    yield Kind("a tool 400 deep", chat(tools=[tool | {"x": nested}]), (200, 400))
+    yield Kind("a tool that is no function", chat(tools=[{"type": "mcp"}]))
+    yield Kind("a tool that must be called", chat(tools=[tool], tool_choice="required"))
+    call = {"function": {"name": "f", "arguments": "[" * 100_000}}
+    answer = {"role": "assistant", "tool_calls": [call]}
+    yield Kind("arguments 100,000 deep", chat(messages=[answer]))
+
+
+def tokens() -> Iterator[Kind]:
+    """Texts to tokens and back."""
+    yield Kind(
+        "a megabyte to tokens", post(json.dumps({"prompt": "a" * 1_000_000}), TOKENIZE), (200,)
+    )
+    yield Kind("half a surrogate pair to tokens", post('{"prompt": "\\ud83d"}', TOKENIZE))
+    yield Kind("tokens to tokens", post('{"prompt": [1, 2]}', TOKENIZE))
+    yield Kind(
+        "300,000 tokens to text", post(json.dumps({"tokens": [5] * 300_000}), DETOKENIZE), (200,)
+    )
+    yield Kind("a token of 401 digits to text", post(f'{{"tokens": [{LONG}]}}', DETOKENIZE))
+    yield Kind("tokens that are texts", post(json.dumps({"tokens": ["a"] * 200_000}), DETOKENIZE))
+    yield Kind("tokens of another model", post('{"tokens": [5], "model": "x"}', DETOKENIZE), (404,))
+
+
 def protocol() -> Iterator[Kind]:
     """What is no HTTP, or not quite."""
     get = "GET /health HTTP/1.1\r\nhost: localhost\r\n"
@@ -146,4 +183,4 @@ def protocol() -> Iterator[Kind]:
     yield Kind("an answer that is not awaited", gone, (0, 200), True)
 
 
-KINDS = [*numbers(), *texts(), *shapes(), *protocol()]
+KINDS = [*numbers(), *texts(), *shapes(), *tools(), *tokens(), *protocol()]

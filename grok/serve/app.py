@@ -1,4 +1,4 @@
-"""The routes: OpenAI's completions, models, health, metrics, and a page to try it."""
+"""The routes: OpenAI's completions, tokens, models, health, metrics, and pages to read and try."""
 
 import asyncio
 import contextlib
@@ -20,6 +20,8 @@ from starlette.routing import Route
 from grok.config.infer import ServeConfig
 from grok.infer.openai.requests import CompletionRequest, RequestParser
 from grok.infer.openai.responses import AnswerFailed, ResponseBuilder, error_response
+from grok.infer.openai.tokenization import detokenize, tokenize
+from grok.serve import openapi
 from grok.serve.body import BodyParser
 from grok.serve.engine_thread import EngineFailed, EngineThread, Metrics, RequestHandle
 from grok.serve.responses import ENGINE_FAILED, HANDLED, HttpError, Json, to_response
@@ -29,7 +31,7 @@ PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 )
-CHAT_PATH = "/v1/chat/completions"
+CHAT_PATH, DETOKENIZE_PATH = "/v1/chat/completions", "/detokenize"
 
 
 class _Stream(StreamingResponse):
@@ -62,15 +64,24 @@ class App:
         self._timeout_message = f"the answer took more than the {config.max_seconds:g} s allowed."
         self._metrics = Metrics(engine)
         self._created = int(time.time())
-        self._page = resources.files("grok.serve").joinpath("page.html").read_text()
+        self._document = openapi.document(parser, bool(self._keys))
+        page = resources.files("grok.serve").joinpath("page.html").read_text()
+        pages = {"/": page, "/docs": openapi.page(self._document)}
+        self._pages = {
+            path: HTMLResponse(text, headers={"content-security-policy": PAGE_POLICY})
+            for path, text in pages.items()
+        }
         routes = [
-            Route("/", self._show_page),
+            *(Route(path, self._show_page) for path in pages),
+            Route("/openapi.json", self._describe),
             Route("/health", self._health),
             Route("/metrics", self._show_metrics),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._models),
             Route("/v1/completions", self._complete, methods=["POST"]),
             Route(CHAT_PATH, self._complete, methods=["POST"]),
+            Route("/tokenize", self._convert, methods=["POST"]),
+            Route(DETOKENIZE_PATH, self._convert, methods=["POST"]),
         ]
         # Against DNS rebinding: a browser here must not reach this server under another name.
         hosts = ["localhost", "127.0.0.1", "[::1]", config.host] if config.local else ["*"]
@@ -90,8 +101,11 @@ class App:
 
     # ---- small routes
 
-    async def _show_page(self, _: Request) -> Response:
-        return HTMLResponse(self._page, headers={"content-security-policy": PAGE_POLICY})
+    async def _show_page(self, request: Request) -> Response:
+        return self._pages[request.scope["path"]]
+
+    async def _describe(self, _: Request) -> Response:
+        return Json(self._document)
 
     async def _health(self, _: Request) -> Response:
         status = "failed" if self._engine.failed else "ok"
@@ -104,19 +118,40 @@ class App:
     async def _models(self, request: Request) -> Response:
         self._check_key(request)
         card = {"id": self._name, "object": "model", "created": self._created, "owned_by": "grok"}
+        chat = self._parser.chat_encoder
+        card["max_model_len"] = self._parser.context_length
+        card["capabilities"] = {
+            "completion_chat": chat is not None,
+            "function_calling": chat is not None and chat.reads_tools,
+        }
         if "name" not in request.path_params:
             return Json({"object": "list", "data": [card]})
         self._check_model(request.path_params["name"])
         return Json(card)
 
+    # ---- tokens
+
+    async def _convert(self, request: Request) -> Response:
+        to_text = request.scope["path"] == DETOKENIZE_PATH
+        body = await self._read(request)
+        # Beside chats, whose templates are read here as well.
+        answer = await self._bodies.apply(detokenize if to_text else tokenize, body, not to_text)
+        self._check_model(answer.model or self._name)
+        return self._counted(request, Response(answer.body, media_type="application/json"))
+
     # ---- completions
 
-    async def _complete(self, request: Request) -> Response:
-        began = asyncio.get_running_loop().time()
+    async def _read(self, request: Request) -> bytes:
+        """The body of a request that is let in."""
         self._check_key(request)
         body = await self._bodies.read(request)
         if self._engine.live + self._bodies.parsing >= self._config.max_queue:
             raise HttpError(429, "too many requests are under way; try again in a moment.")
+        return body
+
+    async def _complete(self, request: Request) -> Response:
+        began = asyncio.get_running_loop().time()
+        body = await self._read(request)
         parsed = await self._bodies.parse(body, chat=request.scope["path"] == CHAT_PATH)
         self._check_limits(parsed)
         key = secrets.token_hex(12)

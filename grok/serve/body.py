@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -46,12 +47,19 @@ class BodyParser:
 
     async def parse(self, data: bytes, chat: bool) -> CompletionRequest:
         """The request in a body. Raises HttpError and RequestError for what cannot be read."""
+        return await self.apply(
+            RequestParser.chat if chat else RequestParser.completion, data, chat
+        )
+
+    async def apply[T](
+        self, parse: Callable[[RequestParser, dict[str, Any]], T], data: bytes, chat: bool
+    ) -> T:
+        """The result of `parse` of a body. Raises HttpError, and whatever `parse` does."""
         pool = self._chats if chat else self._completions
-        parse = self._parser.chat if chat else self._parser.completion
         self.parsing += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(pool, lambda: parse(_json_object(data)))
+            return await loop.run_in_executor(pool, lambda: parse(self._parser, _json_object(data)))
         finally:
             self.parsing -= 1
 

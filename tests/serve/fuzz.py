@@ -7,8 +7,11 @@ from typing import Any
 from hypothesis import strategies as st
 
 from grok.infer.openai.fields import CHAT, COMPLETION
+from grok.infer.openai.tokenization import DETOKENIZE, TOKENIZE, TOKENIZE_CHAT
 
-PATHS = ("/v1/completions", "/v1/chat/completions")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+CALL = {"id": "c", "type": "function", "function": {"name": "now", "arguments": '{"a": 1}'}}
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
 GOOD: list[dict[str, Any]] = [
     {"prompt": "The number", "max_tokens": 2},
     {"prompt": ["The", [40, 41]], "max_tokens": 2, "n": 2, "logprobs": 2, "echo": True},
@@ -25,6 +28,19 @@ GOOD: list[dict[str, Any]] = [
         "top_logprobs": 3,
     },
     {"prompt": "B", "max_tokens": 4, "temperature": 0.7, "top_p": 0.9, "stop": ["x"], "seed": 3},
+    {"prompt": "B", "max_tokens": 2, "logit_bias": {"5": -100, "40": 1.5}},
+    {
+        "messages": [
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "c", "content": "12:00"},
+        ],
+        "tools": [TOOL],
+        "tool_choice": "auto",
+        "max_tokens": 2,
+    },
+    {"prompt": "The number", "add_special_tokens": False, "return_token_strs": True},
+    {"messages": [{"role": "user", "content": "4?"}], "tools": [TOOL], "model": "tiny"},
+    {"tokens": [40, 41, 1]},
 ]
 ODD_TEXTS = ["", "\ud83d", "\x00", "a\u2028b", "\ufeff", "é" * 300, "</s>", "[INST]", "x" * 5000]
 ODD_NUMBERS = [0, -1, 1e308, -1e-320, 5e-324, 2**31, 2**63, 2**64, 10**400, -(10**4000), 0.5, 1e39]
@@ -47,7 +63,8 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
     max_leaves=8,
 )
-names = st.sampled_from(sorted(COMPLETION | CHAT)) | texts
+FIELDS = COMPLETION | CHAT | TOKENIZE | TOKENIZE_CHAT | DETOKENIZE
+names = st.sampled_from(sorted(FIELDS)) | texts
 
 
 @st.composite
@@ -95,6 +112,7 @@ def requests(draw) -> dict[str, Any]:
     ):
         headers[name] = draw(header_text)
     odd_paths = ["/", "/metrics", "/health", "/v1/models", "/v1/models/%ff/..", "/v1/completions/"]
+    odd_paths += ["/docs", "/openapi.json", "/tokenize/"]
     odd_paths += ["//[", "/\ud800", "/%00", "/v1/models/\ufeff"]
     return {
         "method": draw(st.sampled_from(["POST"] * 8 + ["GET", "PUT", "HEAD", "OPTIONS", "X"])),

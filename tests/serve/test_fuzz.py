@@ -22,7 +22,8 @@ from tests.infer.fake_engine import FakeEngine
 from tests.serve.fuzz import requests
 from tests.serve.served import TEMPLATE
 
-FEW = 200  # always the same ones
+FEW = 250  # always the same ones
+WITH_TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}" + TEMPLATE
 EXAMPLES = int(os.environ.get("GROK_FUZZ_REQUESTS", FEW))
 
 
@@ -84,7 +85,7 @@ def client(tiny_run):
     tokenizer = load_tokenizer(tiny_run.data.tokenizer)
     config = ServeConfig(weights="runs/tiny", max_body_bytes=20_000)
     thread = EngineThread(FakeEngine(tokenizer), lambda error: None)
-    chat = ChatEncoder(ChatTemplate(TEMPLATE, "chat_template"), tokenizer)
+    chat = ChatEncoder(ChatTemplate(WITH_TOOLS, "chat_template"), tokenizer)
     parser = RequestParser(tokenizer, config.sampling, 128, chat, config.max_choices)
     client = Client(App(config, "tiny", thread, parser, []), thread)
     yield client

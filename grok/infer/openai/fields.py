@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import pydantic
 
-from grok.config.sampling import SamplingParams, Texts
+from grok.config.sampling import MAX_LOGPROBS, SamplingParams, Texts
 from grok.errors import RequestError
 
 OPEN = pydantic.with_config(pydantic.ConfigDict(extra="allow"))
@@ -112,9 +112,8 @@ def _sampling_fields() -> dict[str, Field]:
     fields = {}
     hints = typing.get_type_hints(SamplingParams, include_extras=True)
     for name in [field.name for field in dataclasses.fields(SamplingParams)]:
-        kind, *notes = typing.get_args(hints[name])
-        meaning = next(note for note in notes if isinstance(note, str))
-        fields[name] = Field(Annotated[kind, *[n for n in notes if n != meaning], ""], meaning)
+        meaning = next(note for note in typing.get_args(hints[name]) if isinstance(note, str))
+        fields[name] = Field(hints[name], meaning)
     del fields["prompt_logprobs"]
     return fields | {"stop": Field(Texts | Text, fields["stop"].meaning)}
 
@@ -168,9 +167,15 @@ CHAT = {name: field for name, field in COMMON.items() if name != "best_of"} | {
     "messages": MESSAGES,
     "tools": TOOLS,
     "tool_choice": TOOL_CHOICE,
-    "max_completion_tokens": Field(SAMPLING["max_tokens"].type, "another name of max_tokens"),
+    "max_completion_tokens": Field(
+        SAMPLING["max_tokens"].type, "another name of max_tokens", "an integer, at least 0"
+    ),
     "logprobs": Field(bool, "return the log-probability of each token", FLAG),
-    "top_logprobs": Field(SAMPLING["logprobs"].type, "the same of the k likeliest tokens"),
+    "top_logprobs": Field(
+        SAMPLING["logprobs"].type,
+        "the same of the k likeliest tokens",
+        f"an integer from 0 to {MAX_LOGPROBS}",
+    ),
 }
 
 

@@ -10,6 +10,7 @@ from grok.errors import DataError, RequestError
 from grok.infer.openai.fields import FLAG, MESSAGES, MODEL, TOOLS, Field, Text, Tokens, known_fields
 from grok.infer.openai.messages import chat_prompt
 from grok.infer.openai.requests import RequestParser
+from grok.infer.openai.responses import json_text
 
 STRINGS = Field(bool, "return the name of each token in the vocabulary as token_strs", FLAG)
 TOKENIZE = {
@@ -34,10 +35,10 @@ DETOKENIZE = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenizationAnswer:
-    """The body of an answer, and the model that was asked for."""
+    """The body of an answer, in JSON, and the model that was asked for."""
 
     model: str
-    body: dict[str, Any]
+    body: str
 
 
 def tokenize(parser: RequestParser, body: Mapping[str, Any]) -> TokenizationAnswer:
@@ -52,7 +53,7 @@ def tokenize(parser: RequestParser, body: Mapping[str, Any]) -> TokenizationAnsw
         "tokens": list(ids),
         "token_strs": names and list(names),
     }
-    return TokenizationAnswer(fields.get("model", ""), answer)
+    return TokenizationAnswer(fields.get("model", ""), json_text(answer))
 
 
 def _text_ids(parser: RequestParser, fields: Mapping[str, Any]) -> Sequence[int]:
@@ -80,7 +81,7 @@ def detokenize(parser: RequestParser, body: Mapping[str, Any]) -> TokenizationAn
     if ids and not 0 <= min(ids) <= max(ids) <= last:
         raise RequestError("tokens", f"tokens has an id that is not from 0 to {last}.")
     text = "".join(_pieces(parser.tokenizer, ids))
-    return TokenizationAnswer(fields.get("model", ""), {"prompt": text})
+    return TokenizationAnswer(fields.get("model", ""), json_text({"prompt": text}))
 
 
 def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[str]:
