@@ -109,7 +109,7 @@ class StepInputs:
     def _first_rows(
         self, request: Request
     ) -> Iterator[tuple[Callable[..., SlotState], np.ndarray]]:
-        """What the devices are to know of a request when its prompt ends, if it has penalties or
+        """Rows that the devices get of a request when its prompt ends, if it has penalties or
         biases: the prompt, (N,), to which they append what is decoded, and the biases, (X,)."""
         params = request.params
         if has_penalties(

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-import grok
+from grok import __version__
 from grok.config.sampling import SamplingConfig
 from grok.infer.openai.fields import CHAT, COMPLETION, Field
 from grok.infer.openai.requests import RequestParser
@@ -87,7 +87,7 @@ def document(parser: RequestParser, wants_key: bool) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "grok serve",
-            "version": grok.__version__,
+            "version": __version__,
             "description": "OpenAI's completions and chat, and vLLM's tokenize and detokenize. In "
             "a body, null stands for a field that is not there; a field that is not listed is "
             "refused.",

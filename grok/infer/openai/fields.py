@@ -73,7 +73,7 @@ class Tool(TypedDict):
 
 @CLOSED
 class StreamOptions(TypedDict):
-    """What a stream has besides the answer."""
+    """Options of a stream."""
 
     include_usage: NotRequired[bool]
 
