@@ -13,6 +13,7 @@ _PUBLIC = {
     "LLM": "grok.api.llm.LLM",
     "SamplingParams": "grok.config.sampling.SamplingParams",
     "CompletionOutput": "grok.api.llm.CompletionOutput",
+    "TokenLogprobs": "grok.infer.request.TokenLogprobs",
     "TextScore": "grok.api.llm.TextScore",
     "Tokenizer": "grok.data.tokenizers.Tokenizer",
     "load_tokenizer": "grok.data.tokenizers.load_tokenizer",

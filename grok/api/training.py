@@ -12,6 +12,7 @@ from grok.api.devices import prepare_devices
 from grok.config import RunConfig, check_trainable
 from grok.data.device_feed import global_batches
 from grok.data.tokenizers import load_tokenizer
+from grok.errors import ConfigError
 from grok.model.mesh_fit import check_fits
 from grok.model.params import tensor_specs
 from grok.train import state as states
@@ -51,7 +52,10 @@ def batches(config: RunConfig, mesh: Mesh, first_step: int = 0) -> Iterator[dict
 def save_checkpoint(config: RunConfig, state: TrainState) -> None:
     """Saves a run in `config.folder` as `grok train` does: a checkpoint of the step that `state` is
     at, the config, the tokenizer and the chat template of the data. The folder can be sampled from,
-    served, exported, and gone on with by `grok train`. Raises SaveError and CheckpointError."""
+    served, exported, and gone on with by `grok train`. Raises ConfigError where the config names no
+    folder, SaveError and CheckpointError."""
+    if not config.folder:
+        raise ConfigError("folder names none to save in; folder=runs/mine would work.")
     datasets = open_datasets(config, load_tokenizer(config.data.tokenizer))
     path = config.train.init_from
     initial = open_initial(path, config.model).identity if path else None

@@ -25,10 +25,11 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """One optimizer step. Returns the new state and the step's metrics, float32 unless said.
 
-    Those of `batch_loss`, and: `learning_rate`; `grad_norm` before clipping, `update_norm` and
-    `param_norm`, global norms of what is trained, the first two also of each group as
-    `grad_norm/GROUP`; `skipped`, 1 when the step was bad and changed nothing; `bad_in_a_row`, up to
-    this step; `bad_tensors`, bool in the order of `names(model)`: the tensors to blame."""
+    Those of `batch_loss`, `loss` first, and: `learning_rate`; `grad_norm` before clipping,
+    `update_norm` and `param_norm`, global norms of what is trained, the first two also of each
+    group as `grad_norm/GROUP`; `skipped`, 1 when the step was bad and changed nothing;
+    `bad_in_a_row`, up to this step; `bad_tensors`, bool in the order of `names(model)`: the tensors
+    to blame."""
     params, frozen = partition(state.model, trainable(config))
     loss, metrics, grads = gradients(params, frozen, batch, config.train)
     state, update_metrics = update(state, params, loss, grads, config, optimizer)

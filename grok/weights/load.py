@@ -37,8 +37,9 @@ def load(
 ) -> Decoder:
     """The model at `path` on `mesh` (default: one device), ready to be called.
 
-    `path` and `config`, the expected model, are as for `open_source`. Matrices are converted to
-    `dtype`, if given: "int8" (with scales, all else float32), "bfloat16" or "float32".
+    `path` is the folder of a run, an import, a `ckpt-0`, a Hugging Face folder, local or at gs://,
+    or hf://ORG/NAME; `config` the expected model, where the files do not say. Matrices are
+    converted to `dtype`, if given: "int8" (with scales, all else float32), "bfloat16" or "float32".
     `on_progress` is called with bytes of the model that are on the devices, of all processes
     together. With several processes, all call this.
 

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import grok
+from docs import api_reference
 from grok.cli.main import main
 from grok.data.chat.template import built_in
 from grok.errors import DONE, CheckpointError, ConfigError, EngineError, RequestError
@@ -19,6 +20,7 @@ from grok.infer.engine import Engine
 from grok.train.loop import run_training
 from grok.train.telemetry.metrics_file import read_metrics
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
 TALK = [{"role": "user", "content": "What comes after 3?"}]
 
@@ -174,10 +176,22 @@ def test_refusals_are_sentences(own_run, llm, tmp_path):
         llm.score("")
     with pytest.raises(RequestError, match="messages should be a list of objects"):
         llm.chat("hello")
+    with pytest.raises(ConfigError, match="folder names none to save in"):
+        grok.save_checkpoint(dataclasses.replace(own_run[0], folder=""), None)
     simulated = dataclasses.replace(own_run[0].mesh, data=1, expert=1, tensor=4)
+    with pytest.raises(ConfigError, match="folder names none to save in"):
+        grok.save_checkpoint(dataclasses.replace(own_run[0], folder=""), None)
     simulated = dataclasses.replace(simulated, simulated_devices=4)
     with pytest.raises(ConfigError, match="simulated_devices=4 comes too late: JAX runs on 8"):
         grok.mesh_for(dataclasses.replace(own_run[0], mesh=simulated))
+
+
+def test_the_reference_is_current_and_complete():
+    assert (ROOT / "docs" / "api.md").read_text() == api_reference.page(), (
+        "run `python docs/api_reference.py > docs/api.md`"
+    )
+    listed = {name for names in api_reference.SECTIONS.values() for name in names}
+    assert listed == set(dir(grok)) - {"__version__"}
 
 
 def test_importing_is_light_and_every_name_is_there():

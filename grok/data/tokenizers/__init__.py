@@ -45,8 +45,9 @@ KINDS: dict[str, Callable[[TokenizerFiles], Tokenizer]] = {
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer's file, or that of a release's folder, with the settings beside it, local
-    or at gs://. DataError where it is missing, damaged, or of a kind that cannot be expressed."""
+    """Reads a tokenizer's file, or that of a run's or a release's folder, with the settings beside
+    it, local, at gs:// or of hf://ORG/NAME. DataError where it is missing, damaged, or of a kind
+    that cannot be expressed."""
     return make_tokenizer(read_tokenizer_files(path))
 
 

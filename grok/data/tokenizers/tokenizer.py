@@ -13,7 +13,9 @@ from grok.errors import DataError
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back; picklable, so that worker processes get a copy."""
+    """Text to token ids and back, made by `load_tokenizer`; picklable, so that worker processes get
+    a copy. `vocab_size` is more than any id, `eos_ids` end a completion, the first of them,
+    `eos_id`, a document; ids of padding and of the begin of a text are -1 where there is none."""
 
     vocab_size: int  # every id is below it
     pad_id: int  # ids of padding, and of the begin and end of a text; -1 where there is none
