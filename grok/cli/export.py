@@ -120,6 +120,66 @@ def _export_hf(source, dst, pieces, dtype, family, shard_size, base_weights, dat
 @export.command()
 @click.argument("src", type=PATH)
 @click.argument("dst", type=PATH)
+@click.option("--config", metavar="CONFIG", help="Preset or YAML file of the model that SRC holds.")
+@click.option(
+    "--dtype",
+    default="bfloat16",
+    show_default=True,
+    type=click.Choice(["bfloat16", "float16", "float32", "q8_0"]),
+    help="Type of the matrices; q8_0 is int8 with a scale for every 32 values.",
+)
+@click.option("--family", metavar="NAME", help="Family to write it as, as of `grok export hf`.")
+@click.option("--base-weights", metavar="TEXT", help="Where the weights came from.")
+@click.option(
+    "--tokenizer",
+    type=PATH,
+    metavar="FILE",
+    help="Tokenizer to go with the weights, or a folder with one.  [default: SRC's]",
+)
+@click.option(
+    "--without-tokenizer", is_flag=True, help="Leave it out: programs then need token ids."
+)
+def gguf(src, dst, config, tokenizer, without_tokenizer, **options) -> None:
+    """Write the weights at SRC to the file DST in llama.cpp's format, GGUF.
+
+    Grok-1, Llama, Mistral and Mixtral are architectures that llama.cpp computes as grok does; a
+    model of another form is refused. The tokenizer and its chat template are in the file.
+    """
+    if without_tokenizer and tokenizer:
+        raise click.UsageError("--without-tokenizer leaves out what --tokenizer names; drop one.")
+    from grok.config.load import load_config
+    from grok.data.tokenizers.files import folders_beside
+    from grok.data.tokenizers.gguf import gguf_keys
+    from grok.progress import byte_progress
+    from grok.weights.detect import open_source
+    from grok.weights.gguf.export import NO_TOKENIZER, export_gguf
+
+    source = open_source(src, load_config(config).model if config else None)
+    vocab_size, keys = source.config.vocab_size, NO_TOKENIZER
+    pieces = None
+    if not without_tokenizer:
+        pieces = tokenizer_of(tokenizer, folders_beside(src), vocab_size)
+    if pieces:
+        keys = gguf_keys(pieces, vocab_size)
+    with byte_progress() as on_progress:
+        exported = export_gguf(source, dst, tokenizer=keys, on_progress=on_progress, **options)
+    click.echo(
+        f"{exported.tensors:,} tensors, {exported.nbytes:,} bytes, written in "
+        f"{exported.seconds:.1f} s as llama.cpp's {exported.architecture} ({exported.family})"
+    )
+    if exported.context_length < source.config.context_length:
+        click.echo(
+            f"the file states a context of {exported.context_length:,} tokens, the model's sliding "
+            "window, beyond which llama.cpp would attend to everything"
+        )
+    if pieces is None:
+        click.echo("there is no tokenizer in the file; programs need token ids")
+    click.echo(f"{dst}: complete")
+
+
+@export.command()
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32", "int8"]),

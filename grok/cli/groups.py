@@ -49,6 +49,7 @@ EXAMPLES = {
     "import xai": "grok import xai ckpt-0 grok-1 --dtype bfloat16",
     "import hf": "grok import hf hf://mistralai/Mistral-7B-v0.3 mistral",
     "export hf": "grok export hf runs/quickstart quickstart-hf",
+    "export gguf": "grok export gguf runs/quickstart quickstart.gguf --dtype q8_0",
     "export params": "grok export params runs/quickstart quickstart-params",
     "inspect": "grok inspect runs/quickstart",
     "verify": "grok verify runs/quickstart quickstart-hf",

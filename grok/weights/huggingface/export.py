@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
@@ -18,20 +18,15 @@ from grok import storage
 from grok.errors import CheckpointError
 from grok.locks.folder import hold_folder
 from grok.resumable import Journal, check_destination, check_space, continuable
-from grok.weights.cast import FloatSource
 from grok.weights.checksums import sample_checksum
 from grok.weights.huggingface import card as huggingface_card
 from grok.weights.huggingface.adapters import adapter_for_export
-from grok.weights.huggingface.adapters.adapter import Adapter, HuggingFaceTensor
+from grok.weights.huggingface.adapters.adapter import Adapter
 from grok.weights.huggingface.files import CONFIG, INDEX, UNFINISHED
+from grok.weights.huggingface.rows import num_workers, row_blocks
 from grok.weights.huggingface.shards import DTYPES, Shard, index_data, plan
 from grok.weights.huggingface.source import HuggingFaceSource
-from grok.weights.source import ByteCounter, OnProgress, Source, blocks, no_progress, scales_part
-from grok.weights.transpose import strips
-
-# Most tensors that are read, converted and written at a time, each with one matrix in memory, and
-# most bytes of these matrices, which a source may need twice while it reads them.
-WORKERS, MATRIX_BYTES = 4, 1 << 31
+from grok.weights.source import ByteCounter, OnProgress, Source, no_progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,12 +131,7 @@ def _small_files(
 
 
 def _write_shards(source: Source, path: Path, todo: list[Shard], counter: ByteCounter) -> None:
-    sizes = (
-        spec.param.contract_size * spec.param.output_size * spec.dtype.itemsize
-        for spec in source.tensors.values()
-        if spec.param.is_matmul
-    )
-    workers = max(1, min(WORKERS, MATRIX_BYTES // max(sizes)))
+    workers = num_workers(source)
     with ThreadPoolExecutor(workers, thread_name_prefix="grok-export") as pool:
         previous: tuple[Path, list[Future]] | None = None
         try:
@@ -175,34 +165,9 @@ def _write_tensor(
 ) -> None:
     with file.open("r+b") as out:
         out.seek(offset)
-        for values in _row_blocks(source, tensor, dtype):
-            if dtype == np.float16 and not np.isfinite(values).all():
-                raise CheckpointError(
-                    f"{source.path}: {tensor.name} has values that are not finite in float16; "
-                    "bfloat16 or float32 would work."
-                )
+        for values in row_blocks(source, tensor, dtype):
             out.write(values.view(np.uint8).data)
             counter.add(tensor.name, values.nbytes)
-
-
-def _row_blocks(source: Source, tensor: HuggingFaceTensor, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Yields the values of a tensor in `dtype` in order, in arrays of some rows each."""
-    name, part = tensor.param.name, tensor.part
-    spec = source.tensors[name]
-    with np.errstate(over="ignore"):
-        if not tensor.transposed:
-            for block in blocks(spec, part):
-                yield np.ascontiguousarray(source.read(name, block), dtype)
-            return
-        scales_GC = None
-        columns, rows = tensor.shape
-        if spec.groups is not None and tensor.num_ranks > 1:
-            # A rank's rows may begin inside of a group of scales.
-            source = FloatSource(source, dtype)
-        elif spec.groups is not None:
-            scales = source.read_scales(name, scales_part(spec, part))
-            scales_GC = scales.reshape(-1, columns).astype(np.float32)
-        yield from strips(source.read(name, part).reshape(rows, columns), dtype, scales_GC)
 
 
 def json_text(data: dict[str, Any]) -> bytes:
