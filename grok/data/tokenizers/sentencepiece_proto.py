@@ -1,4 +1,4 @@
-"""What a SentencePiece model file says that the library has no function for: pieces with their
+"""The parts of a SentencePiece model file that its library has no function for: pieces with their
 kinds, and the settings of its training and normalizer.
 https://protobuf.dev/programming-guides/encoding, with the fields of sentencepiece_model.proto."""
 

@@ -151,8 +151,8 @@ def _tensor(
 
 
 def rope_divisors(config: ModelConfig) -> np.ndarray:
-    """What llama.cpp divides the plain frequencies of a scaled rotary embedding by, float32
-    (head_dim/2,)."""
+    """Divisors that make the frequencies of a scaled rotary embedding of plain ones in llama.cpp,
+    float32 (head_dim/2,)."""
     rope, head_dim = config.attention.rope, config.attention.head_dim
     plain = dataclasses.replace(rope, scaling=None)
     return np.asarray(rope_frequencies(head_dim, plain) / rope_frequencies(head_dim, rope))

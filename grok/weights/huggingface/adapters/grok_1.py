@@ -122,16 +122,19 @@ CONFIG = ConfigJson(
 def reading_notes(config: ModelConfig) -> str:
     """Text of the model card on the programs that can read an export."""
     text = (
-        "A generic decoder cannot read this folder. Its tensors are named and laid out as in "
-        f"[{HPCAI}](https://huggingface.co/{HPCAI}), whose model code it needs: copy "
+        f"Tensors are named and laid out as in [{HPCAI}](https://huggingface.co/{HPCAI}). "
+        "transformers has no code of the architecture: copy "
         f"{', '.join(f'`{file}`' for file in CODE_FILES)} from there to here, read them, since "
-        "they will be executed, and load the folder with `trust_remote_code=True`. The code of "
-        f"[{KEYFAN}](https://huggingface.co/{KEYFAN}) expects other names."
+        "they will be executed, and load the folder with `trust_remote_code=True`. vLLM has code "
+        f"of its own up to release 0.24, and needs `{CODE_FILES[0]}` alone; it caps the router's "
+        "logits at 30 and takes GELU by the error function, where this model does neither. The "
+        f"code of [{KEYFAN}](https://huggingface.co/{KEYFAN}), and sglang's, expect other names. "
+        "llama.cpp reads the file that `grok export gguf` writes."
     )
     c = config.attention
     if c.num_heads * c.head_dim != config.embed_dim or c.rope.theta != 10000:
         text += (
-            "\n\nThat code takes the width of a head to be hidden_size / num_attention_heads "
+            "\n\nAll that code takes the width of a head to be hidden_size / num_attention_heads "
             "and the base of the rotary embedding to be 10000. This model differs (see "
             "head_dim and rope_theta below), so the code must be changed accordingly."
         )
