@@ -8,6 +8,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from grok.terminal import wrap
+
 LINE_SECONDS = 10  # between two lines where there is no terminal
 BAR_SECONDS = 0.1  # between two updates of a bar
 
@@ -81,7 +83,8 @@ class ProgressDisplay:
         return note
 
     def log(self, text: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Prints a line, above the bar where there is one; on a terminal wrapped by words."""
+        text = wrap(text, self._console.width) if self.is_terminal else text
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _move(self, **fields: Any) -> None:

@@ -393,7 +393,7 @@ def test_sections_of_sections_and_sections_that_may_be_null(write):
         ("optimizer: {schedule: wsd}", "optimizer.decay_steps=100 would work."),
         ("optimizer: {decay_steps: 5}", "optimizer.schedule=wsd would work."),
         (
-            "optimizer: {schedule: wsd, decay_steps: 950}",
+            "optimizer: {schedule: wsd, decay_steps: 950}\ntrain: {steps: 1000}",
             "is more than the 900 steps of train.steps=1000 after optimizer.warmup_steps=100; "
             "optimizer.decay_steps=900 would work.",
         ),
@@ -593,7 +593,7 @@ def test_a_block_without_any_feed_forward_part_is_refused():
 
 def test_a_balance_loss_without_experts_is_refused():
     dense = ["model.moe=null", "model.mlp.dim=256"]
-    assert load_config("grok-10m", dense).model.moe is None
+    assert load_config("grok-10m", [*dense, "train.router_balance_loss=0"]).model.moe is None
     with pytest.raises(
         ConfigError, match=r"router_balance_loss=0\.1 .*model\.moe is null.*=0 would"
     ):

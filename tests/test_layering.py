@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What each layer may import of grok, itself always included. The longest name that fits a module
 # is its layer.
-BASE = ("errors", "config", "hub", "byte_ranges", "storage", "locks", "progress", "resumable")
+BASE = (
+    *("errors", "terminal", "config", "hub", "byte_ranges", "storage", "locks", "progress"),
+    "resumable",
+)
 MODEL = (*BASE, "hardware", "compiler", "sharding", "ops", "model")
 WEIGHTS = (*MODEL, "distributed", "weights", "checkpoint")
 RUNS = (*WEIGHTS, "cluster", "compile_cache", "preemption", "data", "optim")
@@ -23,13 +26,14 @@ RUNNERS = (*RUNS, "train", "infer", "plan")
 ALLOWED = {
     "__init__": (),
     "errors": (),
+    "terminal": (),
     "config": ("errors",),
     "hub": (),
     "byte_ranges": (),
     "storage": ("errors", "hub", "byte_ranges"),
     "locks": ("errors", "storage"),
     "resumable": ("errors", "storage"),
-    "progress": ("errors",),
+    "progress": ("errors", "terminal"),
     "hardware": (),
     "compiler": ("hardware",),
     "rendezvous": ("errors",),
@@ -63,7 +67,7 @@ ONE_IMPORTER = {"orbax": "checkpoint"}
 
 # What a command may import before it runs, besides the standard library and other commands: its
 # help must answer at once.
-CLI_AT_ONCE = ("click", "grok.errors")
+CLI_AT_ONCE = ("click", "grok.errors", "grok.terminal")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ SUBJECTS = {
 }
 EXAMPLES = {
     "quickstart": "grok quickstart",
-    "config": "grok config grok-10m train.steps=50",
+    "config": "grok config grok-10m train.steps=500",
     "data tokenizer": "grok data tokenizer text/*.txt --vocab-size 8192 --out text.model",
     "data prepare": "grok data prepare text --tokenizer text.model --out data",
     "data inspect": "grok data inspect data --check",

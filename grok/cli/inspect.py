@@ -90,6 +90,9 @@ def _summary(inspection: "Inspection") -> Iterator[tuple[str, str]]:
         yield "", f"shapes are those of preset {name} (--config {name})"
     if inspection.step is not None:
         yield "step", str(inspection.step)
+    for label, text in (("origin", inspection.origin), ("LoRA", inspection.adapters)):
+        if text is not None:
+            yield label, text
     if inspection.imported_from is not None:
         yield "imported", f"from {inspection.imported_from}, {inspection.checksums} checksums"
     if not inspection.problems:

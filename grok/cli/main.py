@@ -12,6 +12,7 @@ import click
 from grok import __version__
 from grok.cli.groups import Group
 from grok.errors import GrokError
+from grok.terminal import for_stream
 
 COMMANDS = (  # a module each, with a function of that name
     "quickstart config train plan calibrate replay report sample chat batch serve eval_ data "
@@ -42,7 +43,7 @@ class _Group(Group):
             return super().invoke(ctx)
         except (GrokError, OSError) as error:
             self._has_failed = True
-            click.echo(f"error: {error}", err=True)
+            click.echo(for_stream(f"error: {error}", sys.stderr), err=True)
             ctx.exit(error.exit_code if isinstance(error, GrokError) else 1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)

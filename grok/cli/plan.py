@@ -70,6 +70,7 @@ def plan(
     from grok.plan.calibration import read_calibration
     from grok.plan.compile import compile_plan
     from grok.plan.estimate import Price, price_of
+    from grok.plan.presets import slice_presets
     from grok.plan.saves import saves_of
     from grok.plan.search import candidates, ranking
     from grok.plan.topology import parse_slice
@@ -94,8 +95,10 @@ def plan(
         _print_plan(ctx, local, None, as_json)
         return
     if not topology:
+        made = [f"{name} ({of.plan.topology})" for name, of in slice_presets(run).items()]
+        right = " would work" + (f", and so would {', '.join(made)}" if made else "")
         problem = f"{config} names no slice in plan.topology"
-        raise ConfigError(f"{problem}; --topology v5p:4x4x8 would work.")
+        raise ConfigError(f"{problem}; --topology v5p:4x4x8{right}.")
     slice_ = parse_slice(topology, max(1, run.mesh.slice))
     chip_price = price_of(slice_.generation, prices) if price is None else Price(price, "--price")
 

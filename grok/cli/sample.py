@@ -53,4 +53,5 @@ def sample(checkpoint, overrides, prompts, chat, chat_template, allow_special, *
         converse(engine, turns, params)
         return
     note("compiling")
-    stream(engine, turns, prompts, params, click.echo)
+    # Styles are dropped where the output is no terminal.
+    stream(engine, turns, prompts, params, click.echo, lambda text: click.style(text, bold=True))

@@ -128,32 +128,39 @@ def with_commands(ask: Ask, turns: ChatTurns, echo: Echo) -> Ask:
 
 
 def stream(
-    engine: Engine, turns: Turns, prompts: Sequence[str], params: SamplingParams, echo: Echo
+    engine: Engine,
+    turns: Turns,
+    prompts: Sequence[str],
+    params: SamplingParams,
+    echo: Echo,
+    mark: Callable[[str], str] = str,
 ) -> list[str]:
     """Writes each prompt, the beginning of a conversation, and its completions through
     `echo(text, nl=...)`; returns the latter. All prompts run at once. The first completion is
-    written as its tokens come, each other one as soon as those before it are written."""
+    written as its tokens come, each other one as soon as those before it are written. `mark` sets
+    a prompt apart from its completion."""
     requests = [
         _request(turns.prompt(prompt), params.with_seed(prompt_seed(params.seed, i)))
         for i, prompt in enumerate(prompts)
     ]
-    prompts = [prompt + turns.separator for prompt in prompts]
     index = {request.id: i * params.n for i, request in enumerate(requests)}
-    texts = [prompt for prompt in prompts for _ in range(params.n)]
-    finished, written, current = set(), 0, 0
+    texts = [""] * (params.n * len(prompts))
+    finished, written, current = set(), None, 0
     for output in engine.generate(requests):
         completion = index[output.request_id] + output.choice
         texts[completion] += output.text
         if output.finish_reason is not None:
             finished.add(completion)
         while current < len(texts):
-            echo(texts[current][written:], nl=False)
+            if written is None:
+                echo(mark(prompts[current // params.n]) + turns.separator, nl=False)
+            echo(texts[current][written or 0 :], nl=False)
             written = len(texts[current])
             if current not in finished:
                 break
             echo("\n")
-            current, written = current + 1, 0
-    return [text[len(prompts[i // params.n]) :] for i, text in enumerate(texts)]
+            current, written = current + 1, None
+    return texts
 
 
 def chat_loop(

@@ -7,6 +7,7 @@ letters at the end of a name leave out.
 
 import dataclasses
 import functools
+import math
 import types
 from collections.abc import Iterator, Mapping
 
@@ -56,6 +57,25 @@ def lora_targets(config: ModelConfig, lora: LoraConfig) -> dict[str, ParamSpec]:
                 f"{', '.join(dict.fromkeys(words))}."
             )
     return {name: spec for name, spec in matrices.items() if spec.short_name in lora.targets}
+
+
+def num_adapter_parameters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Number of parameters of the adapters, all that a run with them trains."""
+    return sum(
+        math.prod(shape)
+        for spec in lora_targets(config, lora).values()
+        for shape in spec.lora_shapes(lora.rank)
+    )
+
+
+def describe_lora(config: ModelConfig, lora: LoraConfig) -> str:
+    """The adapters in words: parameters, rank, targets."""
+    count, total = num_adapter_parameters(config, lora), num_parameters(config)
+    targets = ", ".join(lora.targets)
+    return (
+        f"{count:,} trainable parameters ({count / total:.2%} of {total:,}), rank {lora.rank} "
+        f"(alpha {lora.alpha:g}) on {targets}"
+    )
 
 
 def is_adapter(config: ModelConfig, name: str) -> bool:

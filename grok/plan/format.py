@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from grok.hardware import GIB
 from grok.model.params import num_parameters
 from grok.plan.estimate import Plan, recomputed_flops
+from grok.plan.presets import filling_batch, made_for
 from grok.plan.published import describe, published_runs
 from grok.plan.saves import Saves, describe_saves
 from grok.plan.suggestions import suggestions
@@ -36,6 +37,10 @@ def _rows(plan: Plan, saves: Saves | None) -> Iterator[tuple[str, str]]:
             price = plan.price and plan.price.usd_per_hour * plan.slice.num_chips
             yield from _labelled("checkpoints", describe_saves(saves, price))
         yield from _labelled("published", map(describe, published_runs(plan)))
+        if batch := filling_batch(plan):
+            yield "would fill", batch
+    if preset := made_for(plan):
+        yield "preset", preset
     yield "", ""
     yield from _labelled("assuming", _assumptions(plan))
 

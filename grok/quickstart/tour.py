@@ -153,11 +153,26 @@ def compare(config: RunConfig, metrics: Sequence[Mapping]) -> dict[str, float]:
 
 
 def next_steps(folder: Path, config_path: Path) -> str:
-    """Four commands to try, as they work in the user's shell."""
+    """Commands to try, as they work in the user's shell, each below its sentence."""
     grok = "grok" if shutil.which("grok") else os.path.relpath(Path(sys.executable).parent / "grok")
-    return (
-        f'{grok} sample {folder} --prompt "Python is" --temperature 1\n'
-        f"{grok} report {folder}\n"
-        f"{grok} train {config_path} train.steps=1200 folder={folder}-longer\n"
-        f"{grok} config grok-1"
-    )
+    steps = {
+        "Continue a text of your own:": [f'sample {folder} --prompt "Python is" --temperature 1'],
+        "Serve the model; http://localhost:8000 is a page to try it:": [
+            f"serve {folder} port=8000"
+        ],
+        "Write a page about the run, with curves and the load of each expert:": [
+            f"report {folder}"
+        ],
+        "Train a longer run, and compare the two:": [
+            f"train {config_path} train.steps=1200 folder={folder}-longer",
+            f"report {folder} {folder}-longer",
+        ],
+        "See every setting of the released model; docs/own-text.md trains on your text:": [
+            "config grok-1"
+        ],
+    }
+    lines = []
+    for sentence, commands in steps.items():
+        lines.append(sentence)
+        lines += [f"  {grok} {command}" for command in commands]
+    return "\n".join(lines)

@@ -72,6 +72,7 @@ def facts(run: RecordedRun) -> list[str]:
             f"{get('model.num_layers')} layers, width {get('model.embed_dim')}, {router}; "
             f"{get('data.batch_size')} rows of {get('data.sequence_length')} tokens a step"
         )
+    lines += [run.manifest["adapters"]] if "adapters" in run.manifest else []
     for start in run.manifest.get("starts", ())[-1:]:
         axes = " x ".join(f"{axis} {size}" for axis, size in start["mesh"].items())
         lines.append(

@@ -37,7 +37,7 @@ from grok.train.run_data import RunData, read_data
 from grok.train.sdc import SdcCheck
 from grok.train.state import TrainState, init_state
 from grok.train.step import train_step
-from grok.train.telemetry.run_manifest import describe_run
+from grok.train.telemetry.run_manifest import describe_adapters, describe_run
 from grok.train.telemetry.telemetry import Telemetry
 from grok.train.watchdog import Watchdog
 
@@ -139,6 +139,8 @@ def first_state(run: Run) -> Start:
     log = run.telemetry.log
     log(f"run folder: {run.config.folder}")
     log(describe_run(run.config, run.mesh))
+    if adapters := describe_adapters(run.config):
+        log(adapters)
     for notice in run.notices:
         log(notice)
     if run.first_step:

@@ -20,6 +20,8 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
     checkpoint of ours (a run's folder, its `checkpoints`, or one step of it). `config` is the
     expected model, by default what the files state or imply. Raises CheckpointError where `path` is
     none of these, or holds another model."""
+    if not storage.is_remote(path) and os.path.isfile(path):
+        raise CheckpointError(_of_file(os.fspath(path)))
     present = storage.list_files(path, CheckpointError)
     if is_release(present):
         return ReleaseSource(path, config or implied_config(path))
@@ -39,6 +41,20 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
     raise CheckpointError(
         f"{path}: is neither a ckpt-0 folder (tensor00000_000, ...), nor a Hugging Face folder "
         "(config.json, *.safetensors), nor a checkpoint of grok (checkpoints/)."
+    )
+
+
+def _of_file(path: str) -> str:
+    """The refusal of a file in place of a folder of weights."""
+    folder = os.path.dirname(path) or "."
+    names = os.listdir(folder)
+    if is_release(names) or is_huggingface(names) or "checkpoints" in names:
+        return (
+            f"{path}: is a file, and weights are a folder; {folder}, in which it lies, would work."
+        )
+    return (
+        f"{path}: is a file, and weights are a folder: that of a run, a ckpt-0 folder, or a "
+        "Hugging Face folder."
     )
 
 

@@ -78,6 +78,18 @@ def test_the_answer_is_text_or_json_and_progress_goes_elsewhere(compiled):
     assert answer["fits"] is True
 
 
+def test_a_plan_points_at_the_preset_for_its_slice(compiled):
+    mine = ("grok-1b", "--topology", "v5e:2x4", "data.batch_size=8", "data.sequence_length=1024")
+    text = run(*mine).stdout
+    made = "train-1b-v5e-2x4 has a mesh and 32 x 4096 tokens for this slice"
+    assert f"preset        {made}: grok plan train-1b-v5e-2x4" in text
+    own = run("train-1b-v5e-2x4").stdout
+    assert "\npreset" not in own
+    named = run("grok-1b")
+    assert named.exit_code == 2
+    assert "v5p:4x4x8 would work, and so would train-1b-v5e-2x4 (v5e:2x4)." in named.stderr
+
+
 def test_slices_are_counted_by_the_option_or_the_config(compiled):
     option = run("grok-10m", "--topology", "v5p:4x4x4", "--slices", "2")
     config = run("grok-10m", "--topology", "v5p:4x4x4", "mesh.slice=2")

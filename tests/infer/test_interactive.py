@@ -97,6 +97,10 @@ def test_prompts_are_written_in_their_order():
     )
     assert texts == ["<3>", "<1>"]
     assert "".join(shown) == "abc<3>\nd<1>\n"
+    shown.clear()
+    marked = (SamplingParams(n=2), lambda t, nl=True: shown.append(t), lambda prompt: f"[{prompt}]")
+    stream(Lengths(), TextTurns(Letters()), ["abc"], *marked)
+    assert "".join(shown).startswith("[abc]<3>\n")
 
 
 class Echo:

@@ -14,7 +14,7 @@ from grok.checkpoint.manager import Checkpoints
 from grok.cli.main import main
 from grok.config import CheckpointConfig, LoraConfig, RunConfig
 from grok.errors import DONE, CheckpointError, ConfigError
-from grok.model.params import num_parameters
+from grok.model.params import num_adapter_parameters, num_parameters, tensor_specs
 from grok.train.init_from import initial_weights
 from grok.train.loop import run_training
 from grok.train.telemetry.metrics_file import read_metrics
@@ -84,6 +84,22 @@ def test_checkpoints_hold_adapters_and_their_moments_alone(tuned: RunConfig):
     assert whole < num_parameters(tuned.model)
 
 
+def test_a_run_says_what_it_trains(tuned: RunConfig, capsys):
+    assert run_training(tuned) == DONE  # it is at its end
+    count = num_adapter_parameters(tuned.model, LORA)
+    facts = f"{count:,} trainable parameters ("
+    rank = "rank 4 (alpha 8) on query, value, out, gate, down; base "
+    said = capsys.readouterr().out
+    assert f"LoRA: {facts}" in said and rank in said
+    text = CliRunner().invoke(main, ["inspect", tuned.folder]).stdout
+    assert f"step        {STEPS}\n" in text
+    assert f"origin      a run of {STEPS} steps from the weights at {RELEASE} (xai), on " in text
+    assert f"LoRA        {facts}" in text and rank in text
+    assert facts in json.loads((Path(tuned.folder) / "run.json").read_text())["adapters"]
+    specs = tensor_specs(tuned.model, LORA).values()
+    assert count == sum(spec.size for spec in specs if spec.use == "adapter")
+
+
 def test_resumed_every_bit_is_the_same(tuned: RunConfig, tmp_path):
     shutil.copytree(tuned.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
@@ -104,6 +120,9 @@ def test_merged_weights_have_the_loss_of_the_adapters(tuned: RunConfig, tmp_path
     for command in commands:
         done = CliRunner().invoke(main, [str(word) for word in command])
         assert done.exit_code == 0, done.output
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert f"The weights at `{RELEASE}`." in card
+    assert "rank 4 (alpha 8) on query, value, out, gate, down." in card
     assert validation_loss(tmp_path / "back", tuned) == merged
     assert validation_loss(tmp_path / "params", tuned) == merged
 

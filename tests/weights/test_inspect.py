@@ -29,7 +29,8 @@ CONFIG = golden.config("pub_b", "float32")
 RUN = RunConfig(model=CONFIG, data=DataConfig(sequence_length=32))
 KEYS = [
     *("path", "format", "dtype", "complete", "problems", "tensors", "parameters", "bytes"),
-    *("config", "assumed", "preset", "step", "checksums", "imported_from"),
+    *("config", "assumed", "preset", "step", "checksums", "imported_from", "origin"),
+    "adapters",
 ]
 # Heads as wide as the release's, so that the files alone tell all sizes.
 WIDE = ModelConfig(
@@ -301,6 +302,16 @@ def test_a_checkpoint_that_is_damaged(formats, tmp_path):
     found = as_json(tmp_path / "run", code=2)
     assert found["format"] == "orbax"
     assert "lacks the file model/layers.moe.router_DE/zarr.json" in found["problems"][0]
+
+
+def test_a_file_in_place_of_a_folder(formats, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    file = next((formats / "huggingface").glob("*.safetensors"))
+    for path, right in ((tmp_path / "notes.txt", "that of a run, a ckpt-0 folder"), (file, "lies")):
+        result = inspect(path)
+        assert result.exit_code == 2
+        assert f"{path}: is a file, and weights are a folder" in result.stderr
+        assert right in result.stderr
 
 
 def test_nothing_at_all(tmp_path):

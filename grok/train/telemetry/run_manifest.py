@@ -2,6 +2,7 @@
 
 `id` of this run, made at its first start; `config` as of the last start; `data`: each prepared
 dataset with the SHA-256 of its manifest, each text file and the tokenizer with that of their bytes;
+`adapters` of a LoRA run, in words;
 `starts`: an entry for each process (the first of its hosts) that worked on the run: when it `began`
 and `ended`, its steps, exit code (null: killed, or still running), code, packages, devices, mesh,
 config if it was another; `checkpoints`: every one that was written, by step: number of files,
@@ -29,7 +30,7 @@ from grok.config.load import to_dict
 from grok.data.text_files import text_files
 from grok.data.tokenizers import tokenizer_file
 from grok.errors import CheckpointError
-from grok.model.params import num_active_parameters, num_parameters
+from grok.model.params import describe_lora, num_active_parameters, num_parameters
 from grok.train.run_data import RunData
 
 PACKAGES = (
@@ -86,6 +87,8 @@ class RunManifest:
         checkpoints = self._facts.get("checkpoints", {})
         config_before = self._facts.get("config")
         self._facts |= {"config": to_dict(config), "data": describe_data(config, data)}
+        if adapters := describe_adapters(config):
+            self._facts["adapters"] = adapters
         self._facts["checkpoints"] = checkpoints
         self._process: dict[str, Any] = {"began": _now(), "ended": None}
         self._process |= {"first_step": None, "last_step": None, "exit_code": None}
@@ -144,6 +147,13 @@ def describe_run(config: RunConfig, mesh: Mesh) -> str:
         shapes += f", {batch_size} of {length} from step {step}"
     a_token = f" ({num_active_parameters(model):,} a token)" if model.moe else ""
     return f"{num_parameters(model):,} parameters{a_token} on mesh {axes}; {shapes}"
+
+
+def describe_adapters(config: RunConfig) -> str | None:
+    """One line about the adapters and the weights that they belong to; None without any."""
+    if not config.lora.rank:
+        return None
+    return f"LoRA: {describe_lora(config.model, config.lora)}; base {config.train.init_from}"
 
 
 def describe_program() -> dict[str, Any]:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 
 from grok.config.load import flatten
-from grok.model.params import num_active_parameters, num_parameters
+from grok.model.params import describe_lora, num_active_parameters, num_parameters
 from grok.weights.huggingface.adapters.adapter import Adapter
+from grok.weights.orbax.source import LoraSource
 from grok.weights.source import Source
 
 FILE = "README.md"
@@ -68,6 +69,10 @@ def model_card(
 def _base(source: Source, dtype: str, base_weights: str | None) -> str:
     origin = ORIGINS.get(source.format, source.path)
     text = base_weights or f"Not stated. They were exported from {origin}."
+    if isinstance(source, LoraSource):
+        text = base_weights or f"The weights at `{source.base.path}`."
+        described = describe_lora(source.run.model, source.run.lora)
+        text += f"\n\nLoRA adapters are merged into them: {described}."
     if source.dtype == "int8":
         text += (
             "\n\nThe matrices were int8 with bfloat16 scales. Here they are the products, "

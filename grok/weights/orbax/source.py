@@ -77,10 +77,10 @@ class OrbaxSource(Source):
 
 
 class LoraSource(FloatSource):
-    """`base` with the adapters of the LoRA run `run` added, all in float32. Its checkpoint, the
-    folder `step`, has their factors alone (`lora/layers.attention.w_query_DNH.a`). Raises
-    CheckpointError where `base` is other weights than those that the adapters were trained on, and
-    as OrbaxSource does."""
+    """`base` with the adapters of the LoRA run `run` (its config) added, all in float32. Its
+    checkpoint, the folder `step`, has their factors alone
+    (`lora/layers.attention.w_query_DNH.a`). Raises CheckpointError where `base` is other weights
+    than those that the adapters were trained on, and as OrbaxSource does."""
 
     def __init__(self, step: str, run: RunConfig, base: Source, checksum: str):
         if sample_checksum(base) != checksum:
@@ -90,6 +90,7 @@ class LoraSource(FloatSource):
             )
         super().__init__(converted(base, run.model.param_dtype), np.dtype(np.float32))
         self.format, self.path, self.step = "orbax", step, step
+        self.run, self.base = run, base
         self._rank, self._scale = run.lora.rank, run.lora.scale
         self._arrays = ArrayTree(storage.join(step, LORA))
         self._adapted = set(lora_targets(base.config, run.lora))

@@ -18,9 +18,9 @@ from grok.weights.detect import is_huggingface, is_release, open_source
 from grok.weights.huggingface.files import INDEX, read_config_json
 from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.importing.importer import JOURNAL, STAGING
-from grok.weights.orbax.metadata import read_meta
-from grok.weights.orbax.source import OrbaxSource
+from grok.weights.orbax.source import LoraSource, OrbaxSource
 from grok.weights.source import Source, read_object
+from grok.weights.tools.origin import checkpoint_facts
 from grok.weights.tools.verify import config_values, differing_key
 from grok.weights.xai.objects import StoredTensor
 from grok.weights.xai.source import file_shape, tensor_names
@@ -37,7 +37,7 @@ IN_RELEASE = {
 }
 JSON_KEYS = (
     *("path", "format", "dtype", "complete", "problems", "tensors", "parameters", "bytes"),
-    *("config", "assumed", "preset", "step", "checksums", "imported_from"),
+    *("config", "assumed", "preset", "step", "checksums", "imported_from", "origin", "adapters"),
 )
 # Missing files named in a message.
 NAMED_FILES = 5
@@ -58,7 +58,8 @@ class TensorSummary:
 class Inspection:
     """The weights at `path`. `problems` are sentences, none where everything is complete. `origins`
     are those of config values; `fitting` presets have the shapes of a release. `step`, `checksums`
-    (their number) and `imported_from` are of our own checkpoints only."""
+    (their number), `imported_from`, `origin` and `adapters` (of LoRA), both in words, are of our
+    own checkpoints only."""
 
     path: str
     format: str | None
@@ -71,6 +72,8 @@ class Inspection:
     step: int | None = None
     checksums: int | None = None
     imported_from: str | None = None
+    origin: str | None = None
+    adapters: str | None = None
 
     @property
     def dtype(self) -> str | None:
@@ -122,10 +125,8 @@ def inspect(path: str | os.PathLike[str], config: ModelConfig | None = None) -> 
         problems = tuple(dict.fromkeys((str(error), *described.problems)))
         return dataclasses.replace(described, problems=problems)
     facts: dict[str, Any] = {}
-    if isinstance(source, OrbaxSource):
-        facts["step"] = int(source.step.rstrip("/").rpartition("/")[2])
-        facts["checksums"] = len(source.checksums)
-        facts["imported_from"] = read_meta(source.step).get("import", {}).get("path")
+    if isinstance(source, OrbaxSource | LoraSource):
+        facts = checkpoint_facts(source)
     return Inspection(
         source.path,
         source.format,
