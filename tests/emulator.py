@@ -43,8 +43,10 @@ def bucket() -> Iterator[Any]:
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
         patch.setenv("GCE_METADATA_ROOT", "127.0.0.1:1")
-        yield remote("gs://bucket")[0]
-    server.stop()
+        try:
+            yield remote("gs://bucket")[0]
+        finally:  # its thread would outlive a command that fails
+            server.stop()
 
 
 def _download(request, response, storage, download=objects.download) -> None:

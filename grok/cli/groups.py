@@ -12,6 +12,7 @@ SUBJECTS = {
         "data": "Train tokenizers, and make and inspect datasets of tokens.",
         "train": "Train from scratch, or on from weights or a checkpoint.",
         "report": "Draw a run, or compare several, on one page.",
+        "profile": "Profile steps of a run while it goes on.",
         "replay": "Repeat steps of a run and compare them bit for bit.",
     },
     "Use": {
@@ -40,6 +41,7 @@ EXAMPLES = {
     "data inspect": "grok data inspect data --check",
     "train": "grok train grok-10m data.tokenizer=text.model data.train=[text.txt]",
     "report": "grok report runs/first runs/second",
+    "profile": "grok profile runs/first --steps 3",
     "replay": "grok replay runs/quickstart",
     "sample": "grok sample runs/quickstart --prompt 'The assignment' --max-tokens 64",
     "chat": "grok chat runs/tuned --temperature 0.5",

@@ -15,8 +15,8 @@ from grok.errors import GrokError
 from grok.terminal import for_stream
 
 COMMANDS = (  # a module each, with a function of that name
-    "quickstart config train plan calibrate replay report sample chat batch serve eval_ data "
-    "import_ export inspect verify"
+    "quickstart config train plan calibrate replay report profile sample chat batch serve "
+    "eval_ data import_ export inspect verify"
 )
 
 

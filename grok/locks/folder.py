@@ -45,13 +45,18 @@ def hold_folder(
         lock.release()
 
 
+def find_owner(folder: storage.StrPath) -> Owner | None:
+    """The process that holds the lock of a folder, None where none is known to."""
+    with contextlib.suppress(OSError):
+        return _lock(storage.join(folder, LOCK_FILE)).owner()
+    return None
+
+
 def check_free(folder: storage.StrPath) -> None:
     """Raises FolderInUse where another process holds the lock of a folder. A command that works
-    alone asks this before it loads what takes long; it takes the lock later."""
-    owner = None
-    with contextlib.suppress(OSError):  # of which taking the lock tells
-        owner = _lock(storage.join(folder, LOCK_FILE)).owner()
-    if owner is not None:
+    alone asks this before it loads what takes long; it takes the lock later, which tells of a
+    folder that cannot be read."""
+    if (owner := find_owner(folder)) is not None:
         raise FolderInUse(_refusal(folder, owner))
 
 

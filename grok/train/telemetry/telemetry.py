@@ -21,6 +21,7 @@ from grok.train.run_data import RunData
 from grok.train.telemetry.event_log import EventLog
 from grok.train.telemetry.host_times import HostTimes, slow_host
 from grok.train.telemetry.metrics_file import MetricsFile, to_plain
+from grok.train.telemetry.profiler import PROFILE_FOLDER, Profiler
 from grok.train.telemetry.run_manifest import RunDir, RunManifest
 from grok.train.telemetry.trackers import Tracker, open_trackers
 
@@ -83,8 +84,8 @@ class Telemetry:
             self._trackers = open_trackers(config, folder, self._manifest.run_id, self._step)
         for tracker in self._trackers:
             exits.callback(tracker.close)
-        self._profiler = Profiler(self._path("profile"), config.train.profile, self.events)
-        exits.callback(self._profiler.close)
+        profiler = Profiler(self._run_dir, config.folder, config.train.profile, self.events)
+        self._profiler = exits.enter_context(profiler)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if error is not None:
@@ -133,7 +134,8 @@ class Telemetry:
                 self._hosts.count_step()
                 self.rates.count(B, T)
         if self._profiler.after(step, dispatch.outputs[1]):
-            self.log(f"profile of the steps up to {step} in {self._folder}/profile")
+            where = storage.join(self._config.folder, PROFILE_FOLDER)
+            self.log(f"profile of the steps up to {step} in {where}")
         self._step = step
 
     def log_metrics(self, step: int, metrics: Mapping[str, jax.Array], **more: Any) -> None:
@@ -232,36 +234,3 @@ class Rates:
         self._tokens = self._flops = 0
         self._since = self._clock()
         return rates
-
-
-class Profiler:
-    """Profiles the steps of `train.profile` into a folder, for XProf and TensorBoard."""
-
-    def __init__(self, folder: Path | None, steps: tuple[int, ...], events: EventLog):
-        """`steps`: first and last, () for none. Without a folder nothing is profiled."""
-        self._folder, self._events = folder, events
-        self._first, self._last = steps if steps and folder is not None else (0, 0)
-        self._running = False
-
-    def before(self, step: int) -> None:
-        """Call it before `step` is dispatched."""
-        # A run that resumes in the middle records the rest.
-        if self._first <= step <= self._last and not self._running:
-            with self._events.during("profile"):
-                jax.profiler.start_trace(str(self._folder))
-            self._running = True
-
-    def after(self, step: int, metrics: dict[str, jax.Array]) -> bool:
-        """Call it with the metrics of `step`; returns whether that ended the profile."""
-        if not self._running or step < self._last:
-            return False
-        jax.block_until_ready(metrics)
-        self.close()
-        return True
-
-    def close(self) -> None:
-        """Ends the profile, if one is being recorded."""
-        if self._running:
-            with self._events.during("profile"):
-                jax.profiler.stop_trace()
-            self._running = False
