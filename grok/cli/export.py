@@ -54,6 +54,12 @@ def size_in_bytes(ctx: click.Context, param: click.Parameter, text: str | None) 
 @click.option("--base-weights", metavar="TEXT", help="Where the weights came from, for README.md.")
 @click.option("--data-manifest", type=PATH, metavar="FILE", help="File on the data, to be copied.")
 @click.option(
+    "--licence",
+    metavar="ID",
+    help="Licence of the weights, as the hub calls it, such as mit.  [default: that of a known "
+    "release they came from]",
+)
+@click.option(
     "--tokenizer",
     type=PATH,
     metavar="FILE",
@@ -88,14 +94,17 @@ def hf(src, dst, repo, public, tokenizer, **options) -> None:
         click.echo(f"{push(dst, repo, public)}: uploaded")
 
 
-def _export_hf(source, dst, pieces, dtype, family, shard_size, base_weights, data_manifest) -> None:
+def _export_hf(
+    source, dst, pieces, dtype, family, shard_size, base_weights, data_manifest, licence
+) -> None:
     from grok.data.tokenizers import config_ids
     from grok.progress import byte_progress
     from grok.weights.huggingface.export import ExportedTokenizer, export_huggingface
 
     tokenizer = ExportedTokenizer()
     if pieces:
-        tokenizer = ExportedTokenizer(pieces.files.contents(), config_ids(pieces))
+        contents = _hub_files(pieces, source.config.context_length)
+        tokenizer = ExportedTokenizer(contents, config_ids(pieces))
     with byte_progress() as on_progress:
         exported = export_huggingface(
             source,
@@ -107,6 +116,7 @@ def _export_hf(source, dst, pieces, dtype, family, shard_size, base_weights, dat
             on_progress,
             family,
             tokenizer,
+            licence,
         )
     files = f"{exported.files:,} file{'' if exported.files == 1 else 's'}"
     if exported.files_resumed:
@@ -115,6 +125,19 @@ def _export_hf(source, dst, pieces, dtype, family, shard_size, base_weights, dat
     rate = exported.written / exported.seconds / 1e9
     written = f"{exported.written:,} bytes written in {exported.seconds:.1f} s, {rate:.2f} GB/s"
     click.echo(f"{written}, in the layout of {exported.family}")
+
+
+def _hub_files(pieces, context_length: int) -> dict[str, bytes]:
+    """The files of a tokenizer, with the chat template that commands use with it."""
+    from grok.data.chat.encoder import ChatEncoder
+    from grok.data.chat.template import find_template
+    from grok.data.tokenizers.hub_files import hub_files
+
+    template = find_template("", pieces)
+    if template is None:
+        return hub_files(pieces, context_length)
+    ends = ChatEncoder(template, pieces).answers.end_ids
+    return hub_files(pieces, context_length, template.text, ends)
 
 
 @export.command()
@@ -174,6 +197,39 @@ def gguf(src, dst, config, tokenizer, without_tokenizer, **options) -> None:
         )
     if pieces is None:
         click.echo("there is no tokenizer in the file; programs need token ids")
+    click.echo(f"{dst}: complete")
+
+
+@export.command()
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Type of the adapters.",
+)
+@click.option("--family", metavar="NAME", help="Family whose names are used, as in export hf.")
+@click.option(
+    "--base-weights",
+    metavar="NAME",
+    help="Weights that readers are to load, such as ORG/NAME.  [default: those of the run]",
+)
+def peft(src, dst, dtype, family, base_weights) -> None:
+    """Write the adapters of the LoRA run at SRC, without its base weights, to the new folder DST.
+
+    DST has adapter_config.json and adapter_model.safetensors, which the peft library adds to a
+    model of the family. SRC, local or gs://, is a run's folder, of which the newest checkpoint is
+    taken, or a step in its `checkpoints`.
+    """
+    from grok.weights.huggingface.peft import export_peft
+
+    exported = export_peft(src, dst, dtype, base_weights, family)
+    click.echo(
+        f"{exported.tensors:,} tensors, {exported.parameters:,} parameters, "
+        f"{exported.nbytes:,} bytes, under the names of {exported.family}"
+    )
     click.echo(f"{dst}: complete")
 
 

@@ -52,6 +52,7 @@ EXAMPLES = {
     "import hf": "grok import hf hf://mistralai/Mistral-7B-v0.3 mistral",
     "export hf": "grok export hf runs/quickstart quickstart-hf",
     "export gguf": "grok export gguf runs/quickstart quickstart.gguf --dtype q8_0",
+    "export peft": "grok export peft runs/adapted adapters --base-weights xai-org/grok-1",
     "export params": "grok export params runs/quickstart quickstart-params",
     "inspect": "grok inspect runs/quickstart",
     "verify": "grok verify runs/quickstart quickstart-hf",

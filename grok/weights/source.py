@@ -8,6 +8,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -66,12 +67,15 @@ class TensorSpec:
 class Source(abc.ABC):
     """Weights of a model that can be read part by part, by several threads at a time. `format` is
     "xai", "orbax" or "huggingface"; `tensors` holds exactly the names of `param_specs(config)`, in
-    order. Methods raise CheckpointError, with the file, for what cannot be read."""
+    order; `step` and `meta` are folder and plain data of a checkpoint of ours. Methods raise
+    CheckpointError, with the file, for what cannot be read."""
 
     format: str
     path: str
     config: ModelConfig
     tensors: Mapping[str, TensorSpec]
+    step: str = ""
+    meta: Mapping[str, Any] = MappingProxyType({})
 
     @abc.abstractmethod
     def read(self, name: str, part: Part) -> np.ndarray:

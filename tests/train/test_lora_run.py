@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file
 
 from grok.checkpoint import file_list
 from grok.checkpoint.manager import Checkpoints
@@ -18,7 +20,10 @@ from grok.model.params import num_adapter_parameters, num_parameters, tensor_spe
 from grok.train.init_from import initial_weights
 from grok.train.loop import run_training
 from grok.train.telemetry.metrics_file import read_metrics
+from grok.weights.cast import converted
 from grok.weights.detect import open_source
+from grok.weights.huggingface.export import export_huggingface
+from grok.weights.huggingface.peft import export_peft
 from tests.fixtures.random_weights import RandomSource
 from tests.fixtures.release_writer import write_release
 from tests.train.test_init_from import RELEASE, golden_run, validation_loss
@@ -125,6 +130,45 @@ def test_merged_weights_have_the_loss_of_the_adapters(tuned: RunConfig, tmp_path
     assert "rank 4 (alpha 8) on query, value, out, gate, down." in card
     assert validation_loss(tmp_path / "back", tuned) == merged
     assert validation_loss(tmp_path / "params", tuned) == merged
+
+
+def test_adapters_alone_as_the_peft_library_has_them(tuned: RunConfig, tmp_path):
+    words = ("export", "peft", tuned.folder, tmp_path / "peft", "--base-weights", "xai-org/grok-1")
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", "xai-org/grok-1")
+    assert (config["r"], config["lora_alpha"]) == (LORA.rank, LORA.alpha)
+    assert config["target_modules"] == ["q_proj", "v_proj", "o_proj", "linear", "linear_1"]
+    adapters = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    base, merged = open_source(RELEASE, tuned.model), open_source(tuned.folder)
+    export_huggingface(converted(base, "float32"), tmp_path / "base", "float32")
+    export_huggingface(merged, tmp_path / "merged", "float32")
+    before, after = (
+        load_file(tmp_path / name / "model-00001-of-00001.safetensors")
+        for name in ("base", "merged")
+    )
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in adapters}
+    assert {f"{module}.weight" for module in modules} == changed
+    for module in modules:
+        a, b = (adapters[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+        product = config["lora_alpha"] / config["r"] * (b @ a)
+        weight = before[f"{module}.weight"] + product
+        np.testing.assert_allclose(weight, after[f"{module}.weight"], atol=1e-6)
+
+    card = (tmp_path / "merged" / "README.md").read_text()
+    count = sum(array.size for array in adapters.values())
+    assert f"LoRA adapters: {count:,} trainable parameters" in card
+    assert "rank 4 (alpha 8) on query, value, out, gate, down. They are added" in card
+    assert re.search(
+        r"`ckpt-0`, a folder in .*checksum of a sample of its values `[0-9a-f]{32}`", card
+    )
+    assert f"{STEPS} steps by the grok codebase." in card
+    full = CliRunner().invoke(main, ["export", "params", tuned.folder, str(tmp_path / "full")])
+    assert full.exit_code == 0, full.output
+    with pytest.raises(CheckpointError, match=r"no adapters on others; `grok export hf` writes"):
+        export_peft(tmp_path / "full", tmp_path / "none")
 
 
 def test_adapters_of_other_weights_are_refused(tuned: RunConfig, tmp_path):

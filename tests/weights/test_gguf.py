@@ -58,7 +58,7 @@ def test_values_of_grok_1s_form(tmp_path, dtype):
     np.testing.assert_array_equal(tensors["token_embd.weight"].data, full(floats, "embed/table_VD"))
     assert "output.weight" not in tensors
     expected = {
-        "general.base_model.0.name": "xai-org/grok-1",
+        "general.base_model.0.repo_url": "https://huggingface.co/xai-org/grok-1",
         "general.license": "apache-2.0",
         "grok.attention.output_scale": 0.25,
         "grok.attn_logit_softcapping": 30.0,

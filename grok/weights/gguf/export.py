@@ -20,6 +20,7 @@ from grok.resumable import check_space
 from grok.weights.gguf import layout
 from grok.weights.gguf.layout import GGUFTensor
 from grok.weights.huggingface.rows import num_workers, row_blocks
+from grok.weights.provenance import Provenance, provenance
 from grok.weights.source import ByteCounter, OnProgress, Source, no_progress
 
 
@@ -84,7 +85,7 @@ def export_gguf(
     writer = _Writer(source, dtype, tensors)
     partial = path.with_name(f"{path.name}.partial")
     with _removing(partial):
-        begin = _write_head(partial, writer, arch, tokenizer, adapter.licence, base_weights)
+        begin = _write_head(partial, writer, arch, tokenizer, provenance(source, base_weights))
         check_space(path.parent, writer.data_bytes, CheckpointError)
         writer.write(partial, begin, on_progress)
         partial.rename(path)
@@ -187,8 +188,7 @@ def _write_head(
     writer: _Writer,
     arch: str,
     tokenizer: Mapping[str, Any],
-    licence: str | None,
-    base_weights: str | None,
+    origin: Provenance,
 ) -> int:
     """Writes everything before the values, and returns the byte at which these begin."""
     import gguf
@@ -197,11 +197,14 @@ def _write_head(
     out.add_name(path.stem.removesuffix(".gguf"))
     out.add_file_type(TYPES[writer.dtype].file_type)
     out.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    if licence is not None:
-        out.add_license(licence)
-    if base_weights is not None:
+    if origin.licence is not None:
+        out.add_license(origin.licence)
+    if origin.repository is not None:
+        organization, _, name = origin.repository.partition("/")
         out.add_base_model_count(1)
-        out.add_base_model_name(0, base_weights)
+        out.add_base_model_name(0, name)
+        out.add_base_model_organization(0, organization)
+        out.add_base_model_repo_url(0, f"https://huggingface.co/{origin.repository}")
     sizes = layout.metadata(writer.source.config, arch)
     prefixed = {f"{arch}.{key}": value for key, value in sizes.items()}
     for key, value in {**prefixed, **tokenizer}.items():

@@ -1,22 +1,23 @@
-"""README.md of an exported folder, its model card: the weights, and programs that can read them."""
+"""README.md of an exported folder, its model card: the weights, their origin, and programs that can
+read them."""
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 
 from grok.config.load import flatten
-from grok.model.params import describe_lora, num_active_parameters, num_parameters
+from grok.model.params import num_active_parameters, num_parameters
 from grok.weights.huggingface.adapters.adapter import Adapter
-from grok.weights.orbax.source import LoraSource
+from grok.weights.provenance import Provenance, provenance
 from grok.weights.source import Source
 
 FILE = "README.md"
-# By the format that the weights were exported from.
-ORIGINS = {
-    "xai": "a folder in the release's format (`ckpt-0`)",
-    "orbax": "a checkpoint of the grok codebase",
-    "huggingface": "another Hugging Face folder",
+# What the hub wants of a licence that it has no word for, by repository.
+OTHER_LICENCES = {
+    "xai-org/grok-2": (
+        "license_name: grok-2-community",
+        "license_link: https://huggingface.co/xai-org/grok-2/blob/main/LICENSE",
+    )
 }
 
 
@@ -27,52 +28,57 @@ def model_card(
     base_weights: str | None = None,
     manifest: tuple[str, bytes] | None = None,
     tokenizer_files: Sequence[str] = (),
+    licence: str | None = None,
 ) -> str:
     """The card of `source` exported in `dtype`, as Markdown with a YAML head. `base_weights` names
-    the origin, by default the release for weights in its format and of its size; `manifest` is the
-    name and content of the folder's file on the training data; `tokenizer_files` are there, too."""
-    parameters = num_parameters(source.config)
-    if base_weights is None and source.format == "xai" and adapter.release:
-        base_weights = adapter.release[0] if parameters == adapter.release[1] else None
-    licence = [f"license: {adapter.licence}"] if adapter.licence else []
-    head = ["---", *licence, "pipeline_tag: text-generation"]
-    # The hub links models by names of this form; anything else it would refuse.
-    if base_weights and re.fullmatch(r"[\w.-]+/[\w.-]+", base_weights):
-        head.append(f"base_model: {base_weights}")
-    experts = ["- mixture-of-experts"] if source.config.moe else []
-    head += ["tags:", f"- {adapter.name}", *experts, "---"]
+    the origin, by default what the files say of it; `manifest` is the name and content of the
+    folder's file on the training data; `tokenizer_files` are there, too. `licence` stands before
+    that of the origin."""
+    origin = provenance(source, base_weights)
+    experts = ("- mixture-of-experts",) if source.config.moe else ()
+    lora, adapters = (), []
+    if origin.adapters is not None:
+        lora = ("- lora",)
+        merged = "They are added to the base weights here."
+        adapters = [("Adapters", f"LoRA adapters: {origin.adapters}. {merged}")]
+    tags = ("tags:", f"- {adapter.name}", *experts, *lora)
+    head = ("---", *_head(origin, licence), *tags, "---")
     numbers = dict(flatten(adapter.config_numbers(source.config)))
     rows = [f"| {key} | {json.dumps(value)} |" for key, value in numbers.items()]
     active = f"| parameters that a token uses | {num_active_parameters(source.config):,} |"
     table = ["| key | value |", "|---|---|", *rows, active]
-    data = "No data manifest came with this export."
-    if manifest is not None:
-        name, content = manifest
-        digest = hashlib.sha256(content).hexdigest()
-        data = (
-            f"[{name}]({name}) is the data manifest ({len(content):,} bytes, SHA-256 `{digest}`)."
-        )
     tokenizer = ", ".join(f"`{name}`" for name in tokenizer_files)
     sections = (
         ("Reading it", adapter.reading_notes(source.config)),
         ("Tokenizer", f"{tokenizer}." if tokenizer else adapter.tokenizer_note),
-        ("Base weights", _base(source, dtype, base_weights)),
+        ("Base weights", _base(source, dtype, origin)),
+        *adapters,
         ("Config", "\n".join(table)),
-        ("Training data", data),
-        ("Licence", _licence(adapter)),
+        ("Training", _training(origin, manifest)),
+        ("Licence", _licence(origin, licence)),
     )
+    parameters = num_parameters(source.config)
     title = f"# A {adapter.family} model of {parameters:,} parameters, in {dtype}"
     body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections)
     return "\n".join(head) + f"\n\n{title}\n\n{body}\n"
 
 
-def _base(source: Source, dtype: str, base_weights: str | None) -> str:
-    origin = ORIGINS.get(source.format, source.path)
-    text = base_weights or f"Not stated. They were exported from {origin}."
-    if isinstance(source, LoraSource):
-        text = base_weights or f"The weights at `{source.base.path}`."
-        described = describe_lora(source.run.model, source.run.lora)
-        text += f"\n\nLoRA adapters are merged into them: {described}."
+def _head(origin: Provenance, licence: str | None) -> list[str]:
+    """Lines of the YAML head: licence, task and base."""
+    lines = []
+    if known := licence or origin.licence:
+        lines.append(f"license: {known}")
+    if known == "other":
+        lines += OTHER_LICENCES.get(origin.repository or "", ())
+    lines.append("pipeline_tag: text-generation")
+    # The hub links models by names of this form; anything else it would refuse.
+    if origin.repository:
+        lines.append(f"base_model: {origin.repository}")
+    return lines
+
+
+def _base(source: Source, dtype: str, origin: Provenance) -> str:
+    text = origin.base
     if source.dtype == "int8":
         text += (
             "\n\nThe matrices were int8 with bfloat16 scales. Here they are the products, "
@@ -80,10 +86,34 @@ def _base(source: Source, dtype: str, base_weights: str | None) -> str:
         )
     elif source.dtype != dtype:
         text += f"\n\nThe matrices were {source.dtype} and were converted to {dtype}."
-    return text
+    return f"{text}\n\nChecksum of a sample of the values that were exported: `{origin.checksum}`."
 
 
-def _licence(adapter: Adapter) -> str:
-    if adapter.licence is None:
-        return "Not stated. That of the base weights holds for weights that were made from them."
-    return f"{adapter.licence.capitalize()}, as the release of {adapter.family} has it."
+def _training(origin: Provenance, manifest: tuple[str, bytes] | None) -> str:
+    lines = []
+    if origin.step is not None:
+        lines.append(f"{origin.step:,} steps by the grok codebase.")
+    if origin.data:
+        lines.append(f"Trained on {', '.join(origin.data)}.")
+    if manifest is None:
+        lines.append("No data manifest came with this export.")
+    else:
+        name, content = manifest
+        digest = hashlib.sha256(content).hexdigest()
+        size = f"{len(content):,} bytes, SHA-256 `{digest}`"
+        lines.append(f"[{name}]({name}) is the data manifest ({size}).")
+    if origin.metrics:
+        rows = [f"| {name} | {value:.4g} |" for name, value in origin.metrics.items()]
+        lines.append("\n".join(["| measured at the end | value |", "|---|---|", *rows]))
+    return "\n\n".join(lines)
+
+
+def _licence(origin: Provenance, licence: str | None) -> str:
+    """The section on the licence, `licence` if given, else that of the origin."""
+    if licence is not None:
+        return f"{licence}, as stated by who exported these weights."
+    if origin.licence == "other":
+        return f"That of [{origin.repository}](https://huggingface.co/{origin.repository})."
+    if origin.licence is not None:
+        return f"{origin.licence.capitalize()}, as the release of {origin.repository} has it."
+    return "Not stated. That of the base weights holds for weights that were made from them."

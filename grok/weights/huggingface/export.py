@@ -64,14 +64,15 @@ def export_huggingface(
     on_progress: OnProgress = no_progress,
     family: str | None = None,
     tokenizer: ExportedTokenizer = NO_TOKENIZER,
+    licence: str | None = None,
 ) -> Exported:
     """Writes `source` to the local `folder` in "bfloat16", "float16" or "float32".
 
     The layout is that of `family`, by default the family of a Hugging Face folder or else the first
     that can hold the model. No file is larger than `shard_bytes`, by default 5 GB, but where the
     layout says which tensors a file has, as Grok-2's does. The model card names `base_weights` as
-    the origin; `data_manifest`, a file on the training data, and `tokenizer` are copied. After an
-    interruption the same call keeps the files that were finished.
+    the origin and `licence` in place of its own; `data_manifest`, a file on the training data, and
+    `tokenizer` are copied. After an interruption the same call keeps the files that were finished.
 
     Raises CheckpointError where `folder` is remote, holds anything else or an interrupted export of
     other weights or settings, and for what cannot be read or written; ConfigError where a tensor
@@ -82,7 +83,9 @@ def export_huggingface(
         family = source.adapter.name
     adapter = adapter_for_export(source.config, family)
     shards = plan(adapter, source.config, DTYPES[dtype], shard_bytes)
-    small_files = _small_files(source, adapter, dtype, base_weights, data_manifest, tokenizer)
+    small_files = _small_files(
+        source, adapter, dtype, base_weights, data_manifest, tokenizer, licence
+    )
     if adapter.num_ranks is None:
         small_files[INDEX] = json_text(index_data(shards))
     check_destination(folder, UNFINISHED, CheckpointError)
@@ -114,6 +117,7 @@ def _small_files(
     base_weights: str | None,
     data_manifest: str | os.PathLike[str] | None,
     tokenizer: ExportedTokenizer,
+    licence: str | None,
 ) -> dict[str, bytes]:
     """All files without weights but the index, by name."""
     config = adapter.config_data(source.config, dtype)
@@ -125,7 +129,7 @@ def _small_files(
         manifest = name, storage.read_bytes(data_manifest, CheckpointError)
         files[name] = manifest[1]
     card = huggingface_card.model_card(
-        source, adapter, dtype, base_weights, manifest, tuple(tokenizer.contents)
+        source, adapter, dtype, base_weights, manifest, tuple(tokenizer.contents), licence
     )
     return files | {huggingface_card.FILE: card.encode()}
 

@@ -41,7 +41,7 @@ class OrbaxSource(Source):
         self.path = os.fspath(path)
         self.step = step_folder(self.path)
         check_files(self.step, NO_WEIGHTS)
-        meta = read_meta(self.step)
+        self.meta = meta = read_meta(self.step)
         self.config = config or _config(self.step, meta)
         checksums = meta.get("import", {}).get("checksums", {})
         self.checksums: dict[tuple[str, int | None], str] = {
@@ -90,7 +90,7 @@ class LoraSource(FloatSource):
             )
         super().__init__(converted(base, run.model.param_dtype), np.dtype(np.float32))
         self.format, self.path, self.step = "orbax", step, step
-        self.run, self.base = run, base
+        self.run, self.base, self.meta = run, base, read_meta(step)
         self._rank, self._scale = run.lora.rank, run.lora.scale
         self._arrays = ArrayTree(storage.join(step, LORA))
         self._adapted = set(lora_targets(base.config, run.lora))

@@ -87,8 +87,6 @@ class Adapter:
     config_json: ConfigJson
     reading_notes: Callable[[ModelConfig], str]
     tokenizer_note: str
-    licence: str | None = None
-    release: tuple[str, int] | None = None
     ignored: re.Pattern[str] | None = None
     copies_tied_head: bool = False
     num_ranks: int | None = None

@@ -150,7 +150,5 @@ GROK_1 = Adapter(
     config_json=CONFIG,
     reading_notes=reading_notes,
     tokenizer_note="None is here; Grok-1's is the file `tokenizer.model` of xAI's repository.",
-    licence="apache-2.0",
-    release=("xai-org/grok-1", 315_684_820_992),
     copies_tied_head=True,
 )
