@@ -35,7 +35,7 @@ FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where weights came from: `base` is their origin in a sentence, `repository` its name on the
+    """Origin of weights: `base` says it in a sentence, `repository` its name on the
     hub, if it is there, `checksum` that of a sample of their own values. `step` and `metrics` are
     those of a run's checkpoint, `data` names what it was trained on,
     and `adapters` says which it trained, in words."""

@@ -36,7 +36,8 @@ def model_card(
     that of the origin."""
     origin = provenance(source, base_weights)
     experts = ("- mixture-of-experts",) if source.config.moe else ()
-    lora, adapters = (), []
+    lora: tuple[str, ...] = ()
+    adapters: list[tuple[str, str]] = []
     if origin.adapters is not None:
         lora = ("- lora",)
         merged = "They are added to the base weights here."
