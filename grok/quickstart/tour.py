@@ -43,7 +43,7 @@ def run(folder: Path) -> int:
         if code := subprocess.run([*GROK, "sample", str(folder), *options], check=False).returncode:
             return code
     console.rule("next")
-    console.print(next_steps(folder, config_path), soft_wrap=True)
+    console.print(next_steps(folder), soft_wrap=True)
     console.print(f"Took {time.monotonic() - started:.0f} s.")
     return DONE
 
@@ -152,7 +152,7 @@ def compare(config: RunConfig, metrics: Sequence[Mapping]) -> dict[str, float]:
     }
 
 
-def next_steps(folder: Path, config_path: Path) -> str:
+def next_steps(folder: Path) -> str:
     """Commands to try, as they work in the user's shell, each below its sentence."""
     grok = "grok" if shutil.which("grok") else os.path.relpath(Path(sys.executable).parent / "grok")
     steps = {
@@ -164,7 +164,7 @@ def next_steps(folder: Path, config_path: Path) -> str:
             f"report {folder}"
         ],
         "Train a longer run, and compare the two:": [
-            f"train {config_path} train.steps=1200 folder={folder}-longer",
+            f"train {folder} train.steps=1200 folder={folder}-longer",
             f"report {folder} {folder}-longer",
         ],
         "See every setting of the released model; docs/own-text.md trains on your text:": [
