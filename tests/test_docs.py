@@ -1,6 +1,7 @@
 """README and docs/ say what is there: links, commands, options, config keys, presets."""
 
 import ast
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -208,6 +209,19 @@ def test_table_of_presets_is_right() -> None:
         assert (layers, embed) == (str(model.num_layers), str(model.embed_dim))
         head = (ROOT / f"configs/models/{preset}.yaml").read_text()  # held by tests/test_config.py
         assert f"{total} parameters, {active} active per token" in head
+
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name)
+def test_notebooks_hold_no_outputs(notebook: Path) -> None:
+    """Outputs are of one machine, and hide what changed; tests/prove/ runs the cells."""
+    cells = json.loads(notebook.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 8
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    assert f"notebooks/{notebook.name}" in (ROOT / "docs" / "python.md").read_text()
 
 
 def test_docstrings_begin_with_a_verb_or_noun() -> None:
