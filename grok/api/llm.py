@@ -216,8 +216,11 @@ def _infer_config(weights: str, settings: Mapping[str, Any]) -> InferConfig:
 
 
 def _body(prompts: Prompts) -> dict[str, Any]:
-    is_text = isinstance(prompts, str) or not isinstance(prompts, Iterable)
-    return {"prompt": prompts if is_text else list(prompts)}
+    """A body with these prompts, as the parser of requests takes them: lists, where they are any
+    sequences."""
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        return {"prompt": prompts}
+    return {"prompt": [list(item) if isinstance(item, tuple) else item for item in prompts]}
 
 
 def _joined(stream: Iterable[CompletionOutput]) -> list[CompletionOutput]:
