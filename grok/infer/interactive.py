@@ -20,9 +20,11 @@ _numbers = itertools.count()
 
 
 class Turns(Protocol):
-    """The lines of a conversation. `separator` is shown between a line and its answer."""
+    """The lines of a conversation. `separator` is shown between a line and its answer, which begins
+    with `lead`, that is not shown."""
 
     separator: str
+    lead: str
 
     def prompt(self, line: str) -> Sequence[int]:
         """The tokens of all before, and of `line`."""
@@ -38,7 +40,7 @@ class Turns(Protocol):
 class TextTurns:
     """`Turns` as one text that goes on, with special tokens read as such if `allow_special`."""
 
-    separator = ""
+    separator = lead = ""
 
     def __init__(self, tokenizer: Tokenizer, allow_special: bool = False):
         self._tokenizer, self._allow_special, self._text = tokenizer, allow_special, ""
@@ -71,7 +73,7 @@ class ChatTurns:
     separator = "\n"
 
     def __init__(self, chat: ChatEncoder, system: str = ""):
-        self._chat = chat
+        self._chat, self.lead = chat, chat.answers.lead
         self._system = [{"role": "system", "content": system}] if system else []
         self._messages = [*self._system]
 
@@ -85,7 +87,7 @@ class ChatTurns:
 
     def add(self, line: str, answer: str) -> None:
         """Takes a message and its answer."""
-        answer = answer.removeprefix(self._chat.answers.lead)
+        answer = answer.removeprefix(self.lead)
         self._messages.append({"role": "user", "content": line})
         self._messages.append({"role": "assistant", "content": answer})
 
@@ -184,7 +186,7 @@ def chat_loop(
         try:
             outputs = engine.generate([_request(prompt, params)])
             for output in itertools.takewhile(lambda _: not interrupts, outputs):
-                echo(output.text, nl=False)
+                echo(output.text if answer else output.text.removeprefix(turns.lead), nl=False)
                 answer += output.text
                 tokens += len(output.token_ids)
             outputs.close()

@@ -7,7 +7,6 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from importlib import resources
 from typing import Any
 
 from starlette.applications import Starlette
@@ -21,7 +20,7 @@ from grok.config.infer import ServeConfig
 from grok.infer.openai.requests import CompletionRequest, RequestParser
 from grok.infer.openai.responses import AnswerFailed, ResponseBuilder, error_response
 from grok.infer.openai.tokenization import detokenize, tokenize
-from grok.serve import openapi
+from grok.serve import openapi, pages
 from grok.serve.body import BodyParser
 from grok.serve.engine_thread import EngineFailed, EngineThread, Metrics, RequestHandle
 from grok.serve.responses import ENGINE_FAILED, HANDLED, HttpError, Json, to_response
@@ -65,14 +64,13 @@ class App:
         self._metrics = Metrics(engine)
         self._created = int(time.time())
         self._document = openapi.document(parser, bool(self._keys))
-        page = resources.files("grok.serve").joinpath("page.html").read_text()
-        pages = {"/": page, "/docs": openapi.page(self._document)}
+        texts = {"/": pages.model_page(), "/docs": pages.interface_page(self._document)}
         self._pages = {
             path: HTMLResponse(text, headers={"content-security-policy": PAGE_POLICY})
-            for path, text in pages.items()
+            for path, text in texts.items()
         }
         routes = [
-            *(Route(path, self._show_page) for path in pages),
+            *(Route(path, self._show_page) for path in texts),
             Route("/openapi.json", self._describe),
             Route("/health", self._health),
             Route("/metrics", self._show_metrics),

@@ -1,15 +1,13 @@
-"""The interface of a server as an OpenAPI document, and as a page. Fields of bodies come from the
+"""The interface of a server as an OpenAPI document. Fields of bodies come from the
 tables that bodies are checked by, so what is described is what is read."""
 
 import dataclasses
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
 
 from grok import __version__
 from grok.config.sampling import SamplingConfig
+from grok.config.section import MAX_INT32
 from grok.infer.openai.fields import CHAT, COMPLETION, Field
 from grok.infer.openai.requests import RequestParser
 from grok.infer.openai.tokenization import DETOKENIZE, TOKENIZE, TOKENIZE_CHAT
@@ -97,15 +95,6 @@ def document(parser: RequestParser, wants_key: bool) -> dict[str, Any]:
     }
 
 
-def page(document: Mapping[str, Any]) -> str:
-    """The document as a page of HTML, which loads nothing."""
-    text = resources.files("grok.serve").joinpath("docs.html").read_text()
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    schemas = document["components"]["schemas"]
-    environment.filters["words"] = lambda schema: words(schema)
-    return environment.from_string(text).render(document=document, bodies=_bodies, schemas=schemas)
-
-
 def _operation(
     path: str, operation: Operation, parser: RequestParser, schemas: dict[str, Any]
 ) -> dict[str, Any]:
@@ -144,7 +133,7 @@ def _body_schema(
 ) -> dict[str, Any]:
     """The schema of a body; schemas that it refers to are put among the others."""
     properties = {}
-    for name, field in table.items():
+    for name, field in sorted(table.items(), key=lambda item: not item[1].required):
         template = "#/components/schemas/{model}"
         schema = field.adapter.json_schema(ref_template=template)
         schemas |= schema.pop("$defs", {})
@@ -162,7 +151,7 @@ def _body_schema(
 DEFAULTS = {field.name for field in dataclasses.fields(SamplingConfig)} - {"stop"}
 
 
-def _bodies(operation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def body_schemas(operation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The schemas that an operation's body may have."""
     if "requestBody" not in operation:
         return []
@@ -190,8 +179,8 @@ def words(schema: Mapping[str, Any]) -> str:
     if "const" in schema:
         return f'"{schema["const"]}"'
     if "anyOf" in schema:
-        kinds = [kind for kind in schema["anyOf"] if kind.get("type") != "null"]
-        return " or ".join(dict.fromkeys(map(words, kinds)))
+        kinds = [words(kind) for kind in schema["anyOf"] if kind.get("type") != "null"]
+        return " or ".join(sorted(set(kinds), key=len))
     kind = schema.get("type")
     text = NAMES.get(str(kind), "anything")
     if kind == "array":
@@ -199,5 +188,9 @@ def words(schema: Mapping[str, Any]) -> str:
     elif kind == "object":
         inner = schema.get("additionalProperties")
         text = f"object of {words(inner)}" if isinstance(inner, dict) else "object"
-    bounds = [form.format(schema[name]) for name, form in BOUNDS.items() if name in schema]
+    bounds = [
+        form.format(schema[name])
+        for name, form in BOUNDS.items()
+        if name in schema and abs(schema[name]) < MAX_INT32  # more is a limit of all numbers
+    ]
     return ", ".join([text, *bounds])

@@ -1,5 +1,7 @@
 """From a path to a source of weights, whatever format is there."""
 
+import difflib
+import itertools
 import os
 from collections.abc import Iterable
 
@@ -14,6 +16,8 @@ from grok.weights.orbax.source import NO_WEIGHTS, LoraSource, OrbaxSource, step_
 from grok.weights.source import Source
 from grok.weights.xai.source import ReleaseSource, implied_config
 
+MAX_RUNS, MAX_LISTED = 3, 1000  # that a message names, and that are looked at
+
 
 def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None) -> Source:
     """The weights at `path`, local or gs://: a `ckpt-0` folder, a Hugging Face folder, or a
@@ -22,7 +26,7 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
     none of these, or holds another model."""
     if not storage.is_remote(path) and os.path.isfile(path):
         raise CheckpointError(_of_file(os.fspath(path)))
-    present = storage.list_files(path, CheckpointError)
+    present = list_files(path)
     if is_release(present):
         return ReleaseSource(path, config or implied_config(path))
     if is_huggingface(present):
@@ -38,9 +42,11 @@ def open_source(path: str | os.PathLike[str], config: ModelConfig | None = None)
         raise CheckpointError(
             f"{path}: has no weights itself; {storage.join(path, 'ckpt-0')} may be what you mean."
         )
+    runs = [] if storage.is_remote(path) else _runs_in(path)
+    hint = f" It has {' and '.join(runs)}, which may be what you mean." if runs else ""
     raise CheckpointError(
         f"{path}: is neither a ckpt-0 folder (tensor00000_000, ...), nor a Hugging Face folder "
-        "(config.json, *.safetensors), nor a checkpoint of grok (checkpoints/)."
+        f"(config.json, *.safetensors), nor a checkpoint of grok (checkpoints/).{hint}"
     )
 
 
@@ -56,6 +62,35 @@ def _of_file(path: str) -> str:
         f"{path}: is a file, and weights are a folder: that of a run, a ckpt-0 folder, or a "
         "Hugging Face folder."
     )
+
+
+def list_files(path: str | os.PathLike[str]) -> dict[str, int | None]:
+    """The files at `path`, as `storage.list_files` has them. Raises CheckpointError, which names
+    runs beside a path that is not there."""
+    if not storage.is_remote(path) and not os.path.exists(path):
+        raise CheckpointError(f"{path}: cannot be read: No such file or directory; {_right(path)}.")
+    return storage.list_files(path, CheckpointError)
+
+
+def _right(path: str | os.PathLike[str]) -> str:
+    """A sentence's end on what would work in place of a path that is not there: runs beside it."""
+    folder, name = os.path.split(os.fspath(path).rstrip("/"))
+    runs = {os.path.basename(run): run for run in _runs_in(folder, MAX_LISTED)}
+    near = difflib.get_close_matches(name, runs, MAX_RUNS, cutoff=0.3) or [*runs][:MAX_RUNS]
+    if near:
+        return f"{' or '.join(runs[name] for name in near)} would work"
+    return "the folder of a run, ckpt-0, a Hugging Face folder or hf://ORG/NAME would work"
+
+
+def _runs_in(folder: str | os.PathLike[str], count: int = MAX_RUNS) -> list[str]:
+    """Folders of runs in a local folder, the first ones of so many."""
+    try:
+        names = sorted(os.listdir(folder or "."))[:MAX_LISTED]
+    except OSError:
+        return []
+    paths = (os.path.join(folder, name) for name in names)
+    runs = (path for path in paths if os.path.isdir(os.path.join(path, "checkpoints")))
+    return list(itertools.islice(runs, count))
 
 
 def is_release(present: Iterable[str]) -> bool:

@@ -133,7 +133,7 @@ def test_a_chat_is_written_by_its_template(grok):
     first = f"Human: One{end}\n\nAssistant:"
     # The blank that begins an answer is the template's.
     assert engine.prompts == [first, f"{first} <1>{end}\n\nHuman: Two{end}\n\nAssistant:"]
-    assert "".join(shown) == " <1> <2>"
+    assert "".join(shown) == "<1><2>"
 
 
 def test_lines_that_begin_with_a_slash_are_commands(grok):
@@ -155,7 +155,7 @@ def test_lines_that_begin_with_a_slash_are_commands(grok):
         "user: One",
         "assistant: <1>",
         "A new conversation begins.",
-        " <2>",
+        "<2>",
     ]
     assert "There is no command /what; /help lists those that are." in shown
     assert any("/reset" in line for line in shown)

@@ -43,6 +43,8 @@ def home(tmp_path_factory) -> Path:
         assert run(folder) == DONE
     for name in ("README.md", "CONTRIBUTING.md"):  # the commands of docs/ prepare these two
         shutil.copy(ROOT / name, home)
+    for name in ("chats.jsonl", "chat.jinja"):
+        shutil.copy(ROOT / "docs" / name, home)
     return home
 
 
@@ -82,6 +84,7 @@ PAGES = (
     "docs/own-text.md",
     "docs/train.md",
     "docs/fine-tune.md",
+    "docs/chat.md",
     "docs/data.md",
     "docs/evaluate.md",
     "docs/weights.md",

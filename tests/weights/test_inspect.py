@@ -314,11 +314,22 @@ def test_a_file_in_place_of_a_folder(formats, tmp_path):
         assert right in result.stderr
 
 
+def test_runs_beside_a_path_that_is_not_there_are_named(tmp_path):
+    for name in ("quickstart", "tuned"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    problem = "cannot be read: No such file or directory"
+    assert f"{problem}; {tmp_path}/tuned would work." in inspect(tmp_path / "tunned").stderr
+    here = f"{tmp_path}/quickstart and {tmp_path}/tuned, which may be what you mean."
+    assert here in inspect(tmp_path).stderr
+
+
 def test_nothing_at_all(tmp_path):
     result = inspect(tmp_path / "nowhere")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert (
-        result.stderr == f"error: {tmp_path}/nowhere: cannot be read: No such file or directory.\n"
+    assert result.stderr == (
+        f"error: {tmp_path}/nowhere: cannot be read: No such file or directory; the folder of a "
+        "run, ckpt-0, a Hugging Face folder or hf://ORG/NAME would work.\n"
     )
     found = as_json(tmp_path / "nowhere", code=2)
     assert found["format"] is None

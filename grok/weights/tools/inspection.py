@@ -14,7 +14,7 @@ from grok.config.load import load_config, presets
 from grok.errors import CheckpointError, ConfigError
 from grok.model.params import num_active_parameters, num_parameters, param_specs
 from grok.resumable import journal_lines
-from grok.weights.detect import is_huggingface, is_release, open_source
+from grok.weights.detect import is_huggingface, is_release, list_files, open_source
 from grok.weights.huggingface.files import INDEX, read_config_json
 from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.importing.importer import JOURNAL, STAGING
@@ -173,7 +173,7 @@ def _origins(source: Source, config: ModelConfig | None) -> dict[str, str]:
 def _diagnose(path: str, config: ModelConfig | None = None) -> Inspection:
     """Describes the weights at `path`, which `open_source` refused; raises nothing."""
     try:
-        present = set(storage.list_files(path, CheckpointError))
+        present = set(list_files(path))
         if is_release(present):
             return _release(path, present, config)
         if is_huggingface(present):
