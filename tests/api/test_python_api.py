@@ -98,6 +98,16 @@ def test_completions_are_those_of_grok_sample(own_run, llm):
     assert {len(output.token_ids) for output in outputs} == {7}
 
 
+@pytest.mark.prove
+def test_an_export_and_one_checkpoint_answer_as_the_run(own_run, llm, tmp_path):
+    run, out = Path(own_run[0].folder), tmp_path / "hf"
+    CliRunner().invoke(main, ["export", "hf", str(run), str(out)], catch_exceptions=False)
+    params = grok.SamplingParams(max_tokens=5, temperature=0)
+    expected = llm.generate("The number 3", params)
+    for weights in (out, run / "checkpoints" / str(STEPS)):
+        assert grok.LLM(weights).generate("The number 3", params) == expected
+
+
 def test_streams_add_up_whatever_is_asked_meanwhile(llm):
     params = grok.SamplingParams(max_tokens=6, seed=1, logprobs=2, prompt_logprobs=0, experts=True)
     (whole,) = llm.generate("The number 7", params)
