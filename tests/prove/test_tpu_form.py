@@ -285,14 +285,17 @@ def test_a_mistake_in_training_is_found(mistake):
 
 @pytest.mark.parametrize(
     ("mistake", "name"),
-    [(no_window, "window"), (no_wait, "int8 cache"), (other_scale, "int8 cache")],
+    # The last one may leave the interpreter's threads in the midst of something.
+    [(no_window, "window"), (other_scale, "int8 cache"), (no_wait, "int8 cache")],
 )
 def test_a_mistake_in_the_engine_is_found(mistake, name):
     right, right_logprobs = portable_answers(name)
     found = "the interpreter stops"
     with mistake(), tpu_form(), contextlib.suppress(jax.errors.JaxRuntimeError):
         tokens, logprobs = answers(name)
-        worst = np.abs(logprobs - right_logprobs).max()
-        found = "" if tokens == right and worst < LOGPROB_TOLERANCE else f"{worst:.1e}"
+        # An answer with what is no number ends there.
+        worst = np.nan if tokens != right else np.abs(logprobs - right_logprobs).max()
+        found = "other tokens" if np.isnan(worst) else f"{worst:.1e}"
+        found = "" if worst < LOGPROB_TOLERANCE else found
     print(f"\n{mistake.__doc__} Found by: {found}")
     assert found
