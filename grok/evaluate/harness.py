@@ -84,8 +84,10 @@ class LmEvalModel(TemplateLM):
         return texts
 
     def _request(self, name: str, context: str, options: dict[str, Any]) -> Request:
-        limit = int(options.get("max_gen_toks", 256))
-        room = self.scorer.context_length - limit
+        limit, length = int(options.get("max_gen_toks", 256)), self.scorer.context_length
+        # A task made for longer contexts leaves the prompt half of this one.
+        limit = limit if limit < length else length // 2
+        room = length - limit
         prompt = (self.tok_encode(context) or [self.prefix_token_id])[-room:]
         until = options.get("until") or []
         stop = (until,) if isinstance(until, str) else tuple(filter(None, until))
