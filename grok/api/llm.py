@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ class LLM:
         for notice in served.notices:
             LOGGER.warning(notice)
         self.tokenizer, self.mesh, self._settings = served.tokenizer, served.mesh, config.engine
-        self._parser = served.parser(max_choices=served.config.vocab_size << 20)
+        self._parser = served.parser(max_choices=sys.maxsize)
         self.model = served.load(LOGGER.info)
         self._engine: Engine | None = None
         self._inboxes: dict[str, collections.deque[Output]] = {}
