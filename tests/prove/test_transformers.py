@@ -1,6 +1,7 @@
-"""Exported folders in the transformers library, which loads them and gives our logits; and folders
-that it saved itself, read here. Each version is installed into an environment of its own, from the
-package index: some 5 GB of disk with torch, on the CPU.
+"""Exported folders in the transformers library, which loads them, gives our logits and splits texts
+alike; folders that it saved itself, read here; and adapters in the peft library. Each version is
+installed into an environment of its own, from the package index: some 5 GB of disk with torch, on
+the CPU.
 
 pytest -n 0 -m prove -s tests/prove/test_transformers.py
 """
@@ -16,13 +17,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grok.config import LoraConfig
+from grok.data.chat.encoder import ChatEncoder
+from grok.data.chat.template import built_in
+from grok.data.tokenizers.hub_files import hub_files
+from grok.data.tokenizers.sentencepiece import train_tokenizer
+from grok.errors import DONE
+from grok.train.loop import run_training
 from grok.weights.detect import open_source
 from grok.weights.huggingface.export import export_huggingface
+from grok.weights.huggingface.peft import export_peft
 from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.load import load
 from tests.fixtures.families import FOLDER, tree
 from tests.fixtures.models import replace_keys
 from tests.fixtures.random_weights import RandomSource
+from tests.train.test_families import run_of
 
 pytestmark = pytest.mark.prove
 ROOT = Path(__file__).parents[2]
@@ -40,7 +50,7 @@ def python(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("transformers")
     python = folder / "bin" / "python"
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
-    packages = ["torch", request.param]
+    packages = ["torch", "peft", "sentencepiece", "protobuf", request.param]
     subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *packages], check=True)
     yield python
     shutil.rmtree(folder)
@@ -123,3 +133,92 @@ def test_a_tied_head(python, tmp_path):
             ours = our_logits(tmp_path / "hf", prompt)
             np.testing.assert_allclose(ours, theirs[name], atol=TOLERANCE, rtol=0)
     assert HuggingFaceSource(tmp_path / "out" / "saved").config == config
+
+
+PEFT_SCRIPT = """
+import sys, warnings
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base, adapters, prompts, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(
+    base, dtype=torch.float32, attn_implementation="eager"
+)
+with warnings.catch_warnings():
+    warnings.simplefilter("error", UserWarning)  # such as of missing adapter keys
+    model = PeftModel.from_pretrained(model, adapters)
+model.eval()
+with torch.no_grad(), np.load(prompts) as tokens:
+    rows = torch.from_numpy(tokens["prompt_0"][None].astype(np.int64))
+    np.savez(out, prompt_0=model(rows).logits[0].numpy())
+"""
+# Version 5 of transformers keeps experts in one tensor, which adapters of single ones do not fit.
+TARGETS = {"llama31": ("query", "value", "out", "gate", "down"), "mixtral": ("query", "out")}
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_adapters_alone(python, tiny_run, tmp_path, family):
+    lora = LoraConfig(rank=3, alpha=6, targets=TARGETS[family])
+    config = run_of(tiny_run, family, tmp_path / "run", str(FOLDER / family), lora=lora)
+    config = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, peak_lr=1e-1)
+    )
+    assert run_training(config) == DONE
+    export_huggingface(HuggingFaceSource(FOLDER / family), tmp_path / "base", "float32")
+    export_huggingface(open_source(config.folder), tmp_path / "merged", "float32")
+    export_peft(config.folder, tmp_path / "peft")
+    prompts, out = FOLDER / family / "inputs.npz", tmp_path / "out.npz"
+    words = [python, "-c", PEFT_SCRIPT, tmp_path / "base", tmp_path / "peft", prompts, out]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with np.load(prompts) as tokens, np.load(out) as logits:
+        prompt, theirs = tokens["prompt_0"], logits["prompt_0"]
+    without, merged = (our_logits(tmp_path / name, prompt) for name in ("base", "merged"))
+    difference = np.abs(merged - theirs).max()
+    moved = np.abs(merged - without).max()
+    print(
+        f"\n{family}: adapters in peft, largest difference {difference:.1e}; they move {moved:.1f}"
+    )
+    assert difference < TOLERANCE < 0.1 < moved
+
+
+TOKENIZER_SCRIPT = """
+import json, sys
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+texts, messages = json.load(sys.stdin)
+print(json.dumps({
+    "ids": [tokenizer.encode(text, add_special_tokens=False) for text in texts],
+    "chat": tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
+    "eos": tokenizer.eos_token_id,
+}))
+"""
+TEXTS = (
+    "Hello world", "", "  two spaces and   three\n\n\n\n\nnewlines\n x",
+    "x = 12345\n    return y\t\ttabs", "na\u00efve caf\u00e9 \u4f60\u597d",
+    "def f(a):\n        if a:\n                b()\n\n\n    c",
+)  # fmt: skip
+
+
+def test_a_tokenizer_of_our_own(python, tmp_path):
+    """It comes without a tokenizer_config.json, which the export writes."""
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS) * 50 + (ROOT / "README.md").read_text())
+    special = ("<|separator|>",)
+    tokenizer = train_tokenizer([tmp_path / "text.txt"], tmp_path / "t.model", 700, special)
+    template = built_in("grok-1")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, data in hub_files(tokenizer, 512, template.text).items():
+        (folder / name).write_bytes(data)
+    messages = [{"role": "user", "content": "A question."}]
+    words = [python, "-c", TOKENIZER_SCRIPT, folder]
+    given = json.dumps([TEXTS, messages])
+    done = subprocess.run(words, input=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["ids"] == [tokenizer.encode(text) for text in TEXTS]
+    assert report["chat"] == ChatEncoder(template, tokenizer).prompt(messages)[1]
+    assert report["eos"] == tokenizer.eos_id

@@ -32,7 +32,7 @@ def test_a_run_from_random_weights(tiny_run):
         metrics={"validation_loss": 2.5},
     )
     weights.step = "/home/me/runs/x/checkpoints/350"
-    card = model_card(weights, GROK_1, "float32", licence="mit")
+    card = model_card(weights, GROK_1, "float32", provenance(weights), licence="mit")
     assert "license: mit\n" in card
     assert "mit, as stated by who exported these weights." in card
     assert "None: trained from random weights." in card
@@ -43,7 +43,7 @@ def test_a_run_from_random_weights(tiny_run):
     assert "/home/me" not in card
     assert str(tiny_run.folder) not in card
     assert "base_model" not in card
-    assert "license" not in model_card(weights, GROK_1, "float32")
+    assert "license" not in model_card(weights, GROK_1, "float32", provenance(weights))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_licence_and_base_by_origin(tiny_run, path, repository, licence):
     origin = provenance(weights)
     assert (origin.repository, origin.licence) == (repository, licence)
     assert "checksum of a sample of its values `c0ffee`" in origin.base
-    card = model_card(weights, GROK_1, "float32")
+    card = model_card(weights, GROK_1, "float32", origin)
     assert (f"base_model: {repository}" in card) == (repository is not None)
     assert (f"license: {licence}\n" in card) == (licence is not None)
     assert ("license_name: grok-2-community" in card) == (licence == "other")

@@ -323,6 +323,7 @@ def test_config_and_model_card(tmp_path):
     assert {"license: apache-2.0", "base_model: xai-org/grok-1"} <= set(head.splitlines())
     assert "transformers has no code of the architecture" in body
     assert "vLLM has code of its own up to release 0.24" in body
+    assert (config["router_logit_softcapping"], config["attn_logit_softcapping"]) == (0, 30)
     assert "https://huggingface.co/hpcai-tech/grok-1" in body
     assert "`modeling_grok1.py`" in body
     assert "## Base weights\n\nxai-org/grok-1\n\nThe matrices were int8" in body

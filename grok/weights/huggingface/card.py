@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from grok.config.load import flatten
 from grok.model.params import num_active_parameters, num_parameters
 from grok.weights.huggingface.adapters.adapter import Adapter
-from grok.weights.provenance import Provenance, provenance
+from grok.weights.provenance import Provenance
 from grok.weights.source import Source
 
 FILE = "README.md"
@@ -25,16 +25,14 @@ def model_card(
     source: Source,
     adapter: Adapter,
     dtype: str,
-    base_weights: str | None = None,
+    origin: Provenance,
     manifest: tuple[str, bytes] | None = None,
     tokenizer_files: Sequence[str] = (),
     licence: str | None = None,
 ) -> str:
-    """The card of `source` exported in `dtype`, as Markdown with a YAML head. `base_weights` names
-    the origin, by default what the files say of it; `manifest` is the name and content of the
-    folder's file on the training data; `tokenizer_files` are there, too. `licence` stands before
-    that of the origin."""
-    origin = provenance(source, base_weights)
+    """The card of `source` exported in `dtype`, as Markdown with a YAML head. `manifest` is
+    the name and content of the folder's file on the training data; `tokenizer_files` are there,
+    too. `licence` stands before that of the `origin`."""
     experts = ("- mixture-of-experts",) if source.config.moe else ()
     lora: tuple[str, ...] = ()
     adapters: list[tuple[str, str]] = []

@@ -18,7 +18,6 @@ from grok import storage
 from grok.errors import CheckpointError
 from grok.locks.folder import hold_folder
 from grok.resumable import Journal, check_destination, check_space, continuable
-from grok.weights.checksums import sample_checksum
 from grok.weights.huggingface import card as huggingface_card
 from grok.weights.huggingface.adapters import adapter_for_export
 from grok.weights.huggingface.adapters.adapter import Adapter
@@ -26,6 +25,7 @@ from grok.weights.huggingface.files import CONFIG, INDEX, UNFINISHED
 from grok.weights.huggingface.rows import num_workers, row_blocks
 from grok.weights.huggingface.shards import DTYPES, Shard, index_data, plan
 from grok.weights.huggingface.source import HuggingFaceSource
+from grok.weights.provenance import Provenance, provenance
 from grok.weights.source import ByteCounter, OnProgress, Source, no_progress
 
 
@@ -83,9 +83,8 @@ def export_huggingface(
         family = source.adapter.name
     adapter = adapter_for_export(source.config, family)
     shards = plan(adapter, source.config, DTYPES[dtype], shard_bytes)
-    small_files = _small_files(
-        source, adapter, dtype, base_weights, data_manifest, tokenizer, licence
-    )
+    origin = provenance(source, base_weights)
+    small_files = _small_files(source, adapter, dtype, origin, data_manifest, tokenizer, licence)
     if adapter.num_ranks is None:
         small_files[INDEX] = json_text(index_data(shards))
     check_destination(folder, UNFINISHED, CheckpointError)
@@ -99,7 +98,7 @@ def export_huggingface(
         nbytes, written = (sum(s.data_bytes for s in group) for group in (shards, todo))
         check_space(path, sum(shard.file_bytes for shard in todo), CheckpointError)
         files = {shard.file: shard.file_bytes for shard in shards}
-        identity = {"dtype": dtype, "values": sample_checksum(source), "files": files}
+        identity = {"dtype": dtype, "values": origin.checksum, "files": files}
         with Journal(path / UNFINISHED, identity, CheckpointError):
             _write_shards(source, path, todo, ByteCounter(on_progress, nbytes, nbytes - written))
             for name, contents in small_files.items():
@@ -114,7 +113,7 @@ def _small_files(
     source: Source,
     adapter: Adapter,
     dtype: str,
-    base_weights: str | None,
+    origin: Provenance,
     data_manifest: str | os.PathLike[str] | None,
     tokenizer: ExportedTokenizer,
     licence: str | None,
@@ -129,7 +128,7 @@ def _small_files(
         manifest = name, storage.read_bytes(data_manifest, CheckpointError)
         files[name] = manifest[1]
     card = huggingface_card.model_card(
-        source, adapter, dtype, base_weights, manifest, tuple(tokenizer.contents), licence
+        source, adapter, dtype, origin, manifest, tuple(tokenizer.contents), licence
     )
     return files | {huggingface_card.FILE: card.encode()}
 

@@ -84,7 +84,9 @@ CONFIG = ConfigJson(
         Field("embedding_multiplier", ("embedding_multiplier_scale",), FACTOR, OURS),
         Field("logit_multiplier", ("output_multiplier_scale",), FACTOR, OURS),
         Field("attention.logit_scale", ("attn_output_multiplier",), FACTOR, OURS),
-        Field("attention.logit_softcap", ("max_attn_value",), FACTOR, OURS),
+        Field(
+            "attention.logit_softcap", ("max_attn_value", "attn_logit_softcapping"), FACTOR, OURS
+        ),
         Field("attention.rope.theta", ("rope_theta",), FACTOR, OURS),
     ),
     fixed={
@@ -101,6 +103,8 @@ CONFIG = ConfigJson(
     },
     harmless={
         "auto_map": ANY,
+        "router_logit_softcapping": (0,),
+        "moe_router_renormalize": (False,),
         "router_aux_loss_coef": ANY,
         "output_router_logits": ANY,
         "tie_word_embeddings": (True,),
@@ -110,6 +114,10 @@ CONFIG = ConfigJson(
         "resid_dropout": (0,),
     },
     written={
+        # What vLLM would take to be otherwise.
+        "attn_logit_softcapping": lambda config: config.attention.logit_softcap,
+        "router_logit_softcapping": 0.0,
+        "moe_router_renormalize": False,
         "tie_word_embeddings": True,
         "pad_token_id": 0,
         "bos_token_id": 1,
@@ -126,9 +134,9 @@ def reading_notes(config: ModelConfig) -> str:
         "transformers has no code of the architecture: copy "
         f"{', '.join(f'`{file}`' for file in CODE_FILES)} from there to here, read them, since "
         "they will be executed, and load the folder with `trust_remote_code=True`. vLLM has code "
-        f"of its own up to release 0.24, and needs `{CODE_FILES[0]}` alone; it caps the router's "
-        "logits at 30 and takes GELU by the error function, where this model does neither. The "
-        f"code of [{KEYFAN}](https://huggingface.co/{KEYFAN}), and sglang's, expect other names. "
+        f"of its own up to release 0.24, and needs `{CODE_FILES[0]}` alone; it takes GELU by the "
+        "error function, where this model has the tanh form. The code of "
+        f"[{KEYFAN}](https://huggingface.co/{KEYFAN}), and sglang's, expect other names. "
         "llama.cpp reads the file that `grok export gguf` writes."
     )
     c = config.attention
