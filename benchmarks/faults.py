@@ -243,7 +243,7 @@ def disk(workplace: Workplace, run: Path) -> Outcome:
 
 def nan(workplace: Workplace, run: Path) -> Outcome:
     """A learning rate that takes every parameter out of float32's range."""
-    hosts = workplace.start(run, "optimizer.peak_lr=1e38")
+    hosts = workplace.start(run, "optimizer.peak_lr=1e38", "--resume")
     codes = ended(hosts)
     named = "layers/" in hosts.output(0)
     return outcome(workplace, run, codes, 0, "tensors named" if named else "tensors NOT named")

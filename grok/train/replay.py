@@ -83,10 +83,9 @@ def replay(segment: Segment) -> list[Comparison]:
             (folder / "checkpoints").mkdir()
             saved = segment.folder / "checkpoints" / str(segment.first)
             (folder / "checkpoints" / saved.name).symlink_to(saved.absolute())
-        if (
-            run_training(_replay_config(segment, folder), StartOptions(replay_to=segment.last))
-            != DONE
-        ):
+        # The optimizer's keys may have changed at the segment's checkpoint.
+        options = StartOptions(replay_to=segment.last, resume_changed=True)
+        if run_training(_replay_config(segment, folder), options) != DONE:
             raise CheckpointError("the replay was stopped before its end.")
         replayed = {line["step"]: line for line in _logged_steps(folder / "metrics.jsonl")}
     return [
