@@ -14,7 +14,7 @@ DONE = 0
 REFUSED = 2  # config, data or checkpoint must be changed first: do not restart
 DIVERGED = 65  # the numbers went bad: do not restart (EX_DATAERR)
 RESTART = 69  # it hung, or lost another process: restart (EX_UNAVAILABLE)
-SAVED = 75  # asked to stop, everything saved, the same command goes on (EX_TEMPFAIL)
+SAVED = 75  # asked to stop, everything saved, it goes on when started again (EX_TEMPFAIL)
 
 
 class GrokError(Exception):

@@ -39,7 +39,7 @@ EXAMPLES = {
     "data tokenizer": "grok data tokenizer text/*.txt --vocab-size 8192 --out text.model",
     "data prepare": "grok data prepare text --tokenizer text.model --out data",
     "data inspect": "grok data inspect data --check",
-    "train": "grok train grok-10m data.tokenizer=text.model data.train=[text.txt]",
+    "train": "grok train grok-10m data.tokenizer=text.model data.train=[text]",
     "report": "grok report runs/first runs/second",
     "profile": "grok profile runs/first --steps 3",
     "replay": "grok replay runs/quickstart",
