@@ -1,7 +1,9 @@
 """The public names of `grok`: a loop of one's own, and what comes of its weights."""
 
+import ast
 import dataclasses
 import functools
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +204,15 @@ def test_the_reference_is_current_and_complete():
     )
     listed = {name for names in api_reference.SECTIONS.values() for name in names}
     assert listed == set(dir(grok)) - {"__version__"}
+
+
+def test_editors_see_the_same_names():
+    tree = ast.parse((ROOT / "grok" / "__init__.pyi").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    typed = {i.names[0].asname: (i.module, i.names[0].name) for i in imports}
+    assert typed.keys() == set(dir(grok)) - {"__version__"}
+    for name, (module, original) in typed.items():
+        assert getattr(importlib.import_module(module), original) is getattr(grok, name)
 
 
 def test_importing_is_light_and_every_name_is_there():
