@@ -139,9 +139,7 @@ def tokens() -> Iterator[Kind]:
     )
     yield Kind("half a surrogate pair to tokens", post('{"prompt": "\\ud83d"}', TOKENIZE))
     yield Kind("tokens to tokens", post('{"prompt": [1, 2]}', TOKENIZE))
-    yield Kind(
-        "300,000 tokens to text", post(json.dumps({"tokens": [5] * 300_000}), DETOKENIZE), (200,)
-    )
+    yield Kind("300,000 tokens to text", post(json.dumps({"tokens": [5] * 300_000}), DETOKENIZE))
     yield Kind("a token of 401 digits to text", post(f'{{"tokens": [{LONG}]}}', DETOKENIZE))
     yield Kind("tokens that are texts", post(json.dumps({"tokens": ["a"] * 200_000}), DETOKENIZE))
     yield Kind("tokens of another model", post('{"tokens": [5], "model": "x"}', DETOKENIZE), (404,))

@@ -181,6 +181,7 @@ def test_text_of_tokens(parser, tokenizer):
         (detokenize, {"tokens": "a"}, "tokens", "should be a list of ids"),
         (detokenize, {"tokens": [True]}, "tokens", "should be a list of ids"),
         (detokenize, {"tokens": [-1]}, "tokens", "not from 0 to"),
+        (detokenize, {"tokens": [5] * 4097}, "tokens", "4096 would work"),
         (detokenize, {"tokens": [10**400]}, "tokens", "not from 0 to"),
     ],
 )

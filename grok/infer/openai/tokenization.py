@@ -77,7 +77,10 @@ def _chat_ids(parser: RequestParser, fields: Mapping[str, Any]) -> Sequence[int]
 def detokenize(parser: RequestParser, body: Mapping[str, Any]) -> TokenizationAnswer:
     """The text of tokens, with the names of special ones."""
     fields, last = known_fields(body, DETOKENIZE), parser.tokenizer.vocab_size - 1
-    ids = fields["tokens"]
+    ids, longest = fields["tokens"], parser.context_length
+    if len(ids) > longest:  # each takes its time, while other requests wait
+        message = f"{len(ids)} tokens are more than the model's context; {longest} would work."
+        raise RequestError("tokens", message)
     if ids and not 0 <= min(ids) <= max(ids) <= last:
         raise RequestError("tokens", f"tokens has an id that is not from 0 to {last}.")
     text = "".join(_pieces(parser.tokenizer, ids))
