@@ -47,8 +47,8 @@ def filling_batch(plan: Plan) -> str | None:
         return None
     most = 1 << (filling.bit_length() - 1)
     return (
-        f"data.batch_size={most * unit}, {most} in place of {rows} rows a device, would about fill "
-        "the memory (and is another run: its learning rate with it)"
+        f"data.batch_size={most * unit}, {most} in place of {rows} rows a device, most of memory "
+        "(another run, with another learning rate)"
     )
 
 
