@@ -69,10 +69,10 @@ def export_huggingface(
     """Writes `source` to the local `folder` in "bfloat16", "float16" or "float32".
 
     The layout is that of `family`, by default the family of a Hugging Face folder or else the first
-    that can hold the model. No file is larger than `shard_bytes`, by default 5 GB, but where the
-    layout says which tensors a file has, as Grok-2's does. The model card names `base_weights` as
-    the origin and `licence` in place of its own; `data_manifest`, a file on the training data, and
-    `tokenizer` are copied. After an interruption the same call keeps the files that were finished.
+    that can hold the model. No file is larger than `shard_bytes`, by default 5 GB, but for Grok-2.
+    The model card names `base_weights` as the origin and `licence` in place of its own;
+    `data_manifest`, a file on the training data, and `tokenizer` are copied. After an interruption
+    the same call keeps the files that were finished.
 
     Raises CheckpointError where `folder` is remote, holds anything else or an interrupted export of
     other weights or settings, and for what cannot be read or written; ConfigError where a tensor
@@ -85,8 +85,7 @@ def export_huggingface(
     shards = plan(adapter, source.config, DTYPES[dtype], shard_bytes)
     origin = provenance(source, base_weights)
     small_files = _small_files(source, adapter, dtype, origin, data_manifest, tokenizer, licence)
-    if adapter.num_ranks is None:
-        small_files[INDEX] = json_text(index_data(shards))
+    small_files |= _index(adapter, shards)
     check_destination(folder, UNFINISHED, CheckpointError)
     path = Path(folder)
     with (
@@ -107,6 +106,11 @@ def export_huggingface(
     tensors, resumed = sum(len(shard.tensors) for shard in shards), len(shards) - len(todo)
     seconds = time.monotonic() - start
     return Exported(adapter.family, tensors, nbytes, len(shards), resumed, written, seconds)
+
+
+def _index(adapter: Adapter, shards: list[Shard]) -> dict[str, bytes]:
+    """The index, of a layout that has one, by its name."""
+    return {} if adapter.num_ranks is not None else {INDEX: json_text(index_data(shards))}
 
 
 def _small_files(
