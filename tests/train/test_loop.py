@@ -24,6 +24,7 @@ from grok.train.state import abstract_state
 from grok.train.telemetry.event_log import read_events
 from grok.train.telemetry.metrics_file import MetricsFile, read_metrics
 from tests.emulator import bucket
+from tests.fixtures.prove import in_suite
 
 
 def in_folder(config: RunConfig, folder: Path | str) -> RunConfig:
@@ -190,7 +191,7 @@ def test_another_learning_rate_is_asked_for(straight: RunConfig, tmp_path, capsy
             run_training(lion, StartOptions(resume_changed=resume_changed))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", in_suite([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_asked_to_stop_a_run_saves_and_goes_on_later(tiny_run, straight, tmp_path, number):
     config = dataclasses.replace(
         in_folder(tiny_run, tmp_path / "run"),

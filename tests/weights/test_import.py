@@ -458,7 +458,7 @@ def test_the_command_converts(tmp_path, config_file):
         ),
         (("xai", "{ckpt}", "{out}", "--config", "{yaml}", "--scales", "per-channel"), "--scales"),
         (("xai", "{ckpt}", "{out}"), "head_dim"),
-        (("xai", "{yaml}", "{out}"), "Not a directory"),
+        (("xai", "{yaml}", "{out}"), "is a file, and weights are a folder"),
     ],
 )
 def test_the_command_refuses(tmp_path, config_file, args, message):
