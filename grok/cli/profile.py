@@ -15,7 +15,7 @@ def profile(run: str, steps: int) -> None:
     and the run goes on as it would have: its numbers stay the same. Ctrl-C gives up waiting."""
     from grok.train.telemetry.profile_request import request_profile
 
-    click.echo(f"waiting until {steps} steps are profiled", err=True)
+    click.echo(f"asking the job in {run} for a profile of its next {steps} steps", err=True)
     answer = request_profile(run, steps)
     folder = f"{run.rstrip('/')}/profile"
     click.echo(f"steps {answer.first} to {answer.last} are in {folder}")
