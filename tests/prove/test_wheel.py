@@ -22,7 +22,7 @@ def test_the_quickstart_runs_from_a_wheel(tmp_path):
     run([*uv, "pip", "install", "--python", python, *lock, wheel], home)
     grok = python.with_name("grok")
     run([grok, "quickstart"], home)
-    assert (home / "runs" / "quickstart" / "report.html").is_file()
+    assert (home / "runs" / "quickstart" / "quickstart.png").is_file()
     assert "moe" in run([grok, "config", "grok-1"], home)
     missing = subprocess.run([grok, "serve", "runs/quickstart"], cwd=home, capture_output=True)
     assert b"`pip install 'grok-jax[serve]'` elsewhere, installs it" in missing.stderr
