@@ -32,6 +32,7 @@ from grok.model import moe
 from grok.model.params import num_parameters
 from grok.ops.moe.experts_xla import experts_reference, experts_xla
 from grok.ops.moe.tiling import serving_tile_rows
+from grok.ops.weights import weight
 
 Clock = Callable[[], float]
 PROMPT = 256  # tokens, in chunks of half as many
@@ -100,7 +101,9 @@ def main() -> None:
 
 def plain(x_RD, topk_weights_RC, expert_ids_RC, *rest):
     """Every expert on every row, of weights that are an array of their own."""
-    return experts_reference(x_RD, topk_weights_RC, expert_ids_RC, *(w.sliced() for w in rest[:3]))
+    return experts_reference(
+        x_RD, topk_weights_RC, expert_ids_RC, *map(weight.materialize, rest[:3])
+    )
 
 
 def in_place(x_RD, topk_weights_RC, expert_ids_RC, *rest):

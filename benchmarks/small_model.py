@@ -24,7 +24,8 @@ from pathlib import Path
 
 from grok.train.telemetry.metrics_file import read_metrics
 
-PRESET, LICENCE, REPLAYED = "grok-10m", "PSF-2.0", 10
+PRESET, LICENCE = "grok-10m", "PSF-2.0"
+EVERY = 10  # steps between checkpoints, and at most so many are replayed
 HELD_OUT = 50  # one document of so many
 MAX_FILE_BYTES = 200_000  # longer files are tables
 SKIPPED = {"test", "tests", "idlelib", "site-packages", "pydoc_data"}
@@ -56,12 +57,11 @@ def main() -> None:
     grok(
         *("train", PRESET, f"folder={run}", f"data.datasets=[{{path: {data / 'train'}}}]"),
         *(f"data.validation_dataset={data / 'held-out'}", f"data.tokenizer={tokenizer}"),
-        *("train.eval_every=500", "mesh.data=1", f"checkpoint.every={REPLAYED}"),
+        *("train.eval_every=500", "mesh.data=1", f"checkpoint.every={EVERY}"),
         *steps,
     )
     grok("report", run)
-    first = last_step(run) - REPLAYED
-    grok("replay", run, "--from", first, "--steps", REPLAYED)
+    grok("replay", run, "--from", (last_step(run) - 1) // EVERY * EVERY)
     origin = f"none: trained from scratch, by `python -m benchmarks.small_model` ({PRESET})"
     manifest = ["--data-manifest", data / "train" / "manifest.json", "--licence", "psf-2.0"]
     grok("export", "hf", run, model, "--dtype", "float32", "--base-weights", origin, *manifest)

@@ -137,7 +137,8 @@ def reading_notes(config: ModelConfig) -> str:
         f"of its own up to release 0.24, and needs `{CODE_FILES[0]}` alone; it takes GELU by the "
         "error function, where this model has the tanh form. The code of "
         f"[{KEYFAN}](https://huggingface.co/{KEYFAN}), and sglang's, expect other names. "
-        "llama.cpp reads the file that `grok export gguf` writes."
+        "llama.cpp reads the file that `grok export gguf` writes of a model whose heads make up "
+        "its width."
     )
     c = config.attention
     if c.num_heads * c.head_dim != config.embed_dim or c.rope.theta != 10000:
