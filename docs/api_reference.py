@@ -39,7 +39,7 @@ KEYS = "Its keys: [configuration.md](configuration.md)."
 
 
 def page() -> str:
-    """The whole page."""
+    """The page as Markdown."""
     lines = [HEAD]
     for title, names in SECTIONS.items():
         lines += [f"## {title}", ""]

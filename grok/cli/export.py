@@ -1,6 +1,7 @@
 """`grok export`."""
 
 import re
+from collections.abc import Callable
 
 import click
 
@@ -28,10 +29,20 @@ def size_in_bytes(ctx: click.Context, param: click.Parameter, text: str | None) 
     return nbytes
 
 
+def paths_and_config(command: Callable) -> Callable:
+    """Adds SRC, DST and --config to an export of weights."""
+    config_help = "Preset or YAML file of the model that SRC holds."
+    for decorate in (
+        click.option("--config", metavar="CONFIG", help=config_help),
+        click.argument("dst", type=PATH),
+        click.argument("src", type=PATH),
+    ):
+        command = decorate(command)
+    return command
+
+
 @export.command()
-@click.argument("src", type=PATH)
-@click.argument("dst", type=PATH)
-@click.option("--config", metavar="CONFIG", help="Preset or YAML file of the model that SRC holds.")
+@paths_and_config
 @click.option(
     "--dtype",
     default="bfloat16",
@@ -141,9 +152,7 @@ def _hub_files(pieces, context_length: int) -> dict[str, bytes]:
 
 
 @export.command()
-@click.argument("src", type=PATH)
-@click.argument("dst", type=PATH)
-@click.option("--config", metavar="CONFIG", help="Preset or YAML file of the model that SRC holds.")
+@paths_and_config
 @click.option(
     "--dtype",
     default="bfloat16",

@@ -6,15 +6,14 @@ pytest -n 0 -m prove -s tests/prove/test_eval_tasks.py
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from grok.config.text import to_yaml
 from grok.train.telemetry.metrics_file import read_metrics
+from tests.fixtures.environments import make_environment
 
 pytestmark = pytest.mark.prove
 ROOT = Path(__file__).parents[2]
@@ -32,15 +31,10 @@ doc_to_target: {target}
 @pytest.fixture(scope="module")
 def grok(tmp_path_factory) -> Path:
     """The command of an environment with the extra."""
-    uv = shutil.which("uv", path=f"{os.environ['PATH']}:{ROOT / '.uv' / 'bin'}")
-    if uv is None:
-        pytest.skip("uv is not there; `make env` puts it into .uv/")
-    folder = tmp_path_factory.mktemp("eval")
-    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
-    install = [uv, "pip", "install", "--quiet", "--python", folder / "bin" / "python"]
     lock = ["--constraint", ROOT / "requirements.lock"]
-    subprocess.run([*install, *lock, "--editable", f"{ROOT}[eval]"], check=True)
-    return folder / "bin" / "grok"
+    project = ["--editable", f"{ROOT}[eval]"]
+    python = make_environment(tmp_path_factory.mktemp("eval"), *lock, *project)
+    return python.with_name("grok")
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ pytest -n 0 -m prove -s tests/prove/test_llama_cpp.py
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -25,6 +23,7 @@ from grok.weights.gguf.export import NO_TOKENIZER, export_gguf
 from grok.weights.huggingface.export import export_huggingface
 from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.load import load
+from tests.fixtures.environments import make_environment
 from tests.fixtures.families import FOLDER
 from tests.fixtures.random_weights import RandomSource
 from tests.fixtures.tokenizers import make_release
@@ -54,16 +53,9 @@ TEXTS = (
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> Path:
     """The interpreter of an environment with llama.cpp."""
-    uv = shutil.which("uv", path=f"{os.environ['PATH']}:{ROOT / '.uv' / 'bin'}")
-    if uv is None:
-        pytest.skip("uv is not there; `make env` puts it into .uv/")
     folder = tmp_path_factory.mktemp("llama_cpp")
-    python = folder / "bin" / "python"
-    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
-    install = [uv, "pip", "install", "--quiet", "--python", python]
     # A release whose layout of parameters the script knows, and checks.
-    subprocess.run([*install, "numpy", "xllamacpp==2026.10.11549"], check=True)
-    yield python
+    yield make_environment(folder, "numpy", "xllamacpp==2026.10.11549")
     shutil.rmtree(folder)
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from grok.weights.huggingface.export import export_huggingface
 from grok.weights.huggingface.peft import export_peft
 from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.load import load
+from tests.fixtures.environments import make_environment
 from tests.fixtures.families import FOLDER, tree
 from tests.fixtures.models import replace_keys
 from tests.fixtures.random_weights import RandomSource
@@ -44,15 +44,8 @@ TOLERANCE = 2e-4
 @pytest.fixture(scope="module", params=["transformers<5", "transformers>=5"])
 def python(request, tmp_path_factory) -> Path:
     """The interpreter of an environment with this version of transformers."""
-    uv = shutil.which("uv", path=f"{os.environ['PATH']}:{ROOT / '.uv' / 'bin'}")
-    if uv is None:
-        pytest.skip("uv is not there; `make env` puts it into .uv/")
     folder = tmp_path_factory.mktemp("transformers")
-    python = folder / "bin" / "python"
-    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
-    packages = ["torch", "peft", "sentencepiece", "protobuf", request.param]
-    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *packages], check=True)
-    yield python
+    yield make_environment(folder, "torch", "peft", "sentencepiece", "protobuf", request.param)
     shutil.rmtree(folder)
 
 
