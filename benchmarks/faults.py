@@ -148,8 +148,8 @@ def newest_step(run: Path) -> int:
 
 def result_of(run: Path) -> tuple:
     """Returns the figures of all steps and a hash of the parameters, which must be equal."""
-    clock = ("tokens_per_second", "mfu", "host_seconds", "chip_seconds", "slow_host")
-    clock += ("slow_host_reason",)
+    clock = ("tokens_per_second", "mfu", "host_seconds", "wait_seconds", "chip_seconds")
+    clock += ("slow_host", "slow_host_reason")
     lines = [
         {key: value for key, value in line.items() if key not in clock}
         for line in read_metrics(run / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""A whole run: all sections, and checks of keys across them."""
+"""The config of a run: all sections, and checks of keys across them."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -49,7 +49,7 @@ class PlanConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
-    """A whole run: the config of `grok train`, `grok plan` and `grok.load_config`."""
+    """The config of a run, as `grok train`, `grok plan` and `grok.load_config` read it."""
 
     model: Annotated[ModelConfig, "the decoder: dimensions, arithmetic, dtypes"]
     folder: Annotated[

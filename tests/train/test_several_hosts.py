@@ -52,7 +52,7 @@ def test_a_signal_to_one_stops_both_and_one_host_goes_on(config: RunConfig, tmp_
     (stopped,) = [line["step"] for line in events if line["event"] == "ended"]
     assert stopped >= 3
     lines = read_metrics(Path(config.folder) / "metrics.jsonl")
-    for key in ("host_seconds", "chip_seconds"):
+    for key in ("host_seconds", "wait_seconds", "chip_seconds"):
         assert [len(line[key]) for line in lines if "loss" in line] == [2] * stopped
     assert run_training(config) == DONE
     # The same sums in the same order, by other means of exchange.

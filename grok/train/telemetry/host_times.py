@@ -2,12 +2,14 @@
 
 In a synchronous step all wait for the slowest, so the time from step to step is the same on all
 hosts. What differs is measured: the seconds of a step that a host spends on data and dispatch, in
-which it does not wait for its chips; and the seconds that its slowest chip takes for a fixed
+which it does not wait for its chips; those in which its threads wait for a processor, as in a
+container that has used up its share; and the seconds that its slowest chip takes for a fixed
 product of matrices, with all other chips left out."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +36,7 @@ class HostTimes:
     def __init__(self, mesh: Mesh):
         self._is_alone = distributed.process_count() == 1
         self._busy, self._steps, self._since = 0.0, 0, time.perf_counter()
+        self._waiting = WaitingThreads(Path("/proc/self/task"))
         self._streak = Streak()
         if self._is_alone:
             return
@@ -55,22 +58,27 @@ class HostTimes:
         self._steps += 1
 
     def exchange(self) -> dict[str, Any]:
-        """Fields of a line of metrics, written when the chips have nothing to do: `host_seconds` of
-        a step since the line before, and `chip_seconds`, of each process; and, where one has been
-        the slowest for long, `slow_host` and `slow_host_reason`."""
+        """Fields of a line of metrics, written when the chips have nothing to do: `host_seconds`
+        and `wait_seconds` of a step since the line before, and `chip_seconds`, of each process;
+        and, where one has been the slowest for long, `slow_host` and `slow_host_reason`."""
         if self._is_alone:
             return {}
         steps, now = max(1, self._steps), time.perf_counter()
         step_seconds = (now - self._since) / steps
-        local = np.asarray([[self._busy / steps, self._probe.seconds()]], np.float32)
+        waited = self._waiting.seconds() / steps
+        local = np.asarray([[self._busy / steps, self._probe.seconds(), waited]], np.float32)
         self._busy, self._steps, self._since = 0.0, 0, now
-        shape = (len(self._processes), 2)
+        shape = (len(self._processes), local.shape[1])
         array = jax.make_array_from_callback(shape, self._sharding, lambda _: local)
         rows = np.asarray(self._replicate(array)).astype(float)
         times = dict(zip(self._processes, rows.tolist(), strict=True))
-        host_s, chip_s = ([round(times[i][k], 6) for i in sorted(times)] for k in (0, 1))
-        fields: dict[str, Any] = {"host_seconds": host_s, "chip_seconds": chip_s}
-        slowest = self._streak.add(find_slowest(host_s, chip_s, step_seconds))
+        host_s, chip_s, wait_s = ([round(times[i][k], 6) for i in sorted(times)] for k in range(3))
+        fields: dict[str, Any] = {
+            "host_seconds": host_s,
+            "wait_seconds": wait_s,
+            "chip_seconds": chip_s,
+        }
+        slowest = self._streak.add(find_slowest(host_s, chip_s, wait_s, step_seconds))
         if slowest is not None:
             fields["slow_host"] = self._names[slowest.process]
             fields["slow_host_reason"] = f"process {slowest.process}: {slowest.reason}"
@@ -99,24 +107,62 @@ class Streak:
         return slowest if self._lines >= LINES else None
 
 
-def find_slowest(host_s: list[float], chip_s: list[float], step_seconds: float) -> Slowest | None:
-    """The process whose chips, or else whose host, take far longer than those of the others; None
-    where all are about as fast, or a busy host keeps no chip waiting."""
+def find_slowest(
+    host_s: list[float], chip_s: list[float], wait_s: list[float], step_seconds: float
+) -> Slowest | None:
+    """The process whose host lacks processors, or whose chips, or else whose host, take far longer
+    than those of the others; None where all are about as fast, or a host keeps no chip waiting."""
+    process, share = _share_of_step(wait_s, step_seconds)
+    if share is not None:
+        return Slowest(process, f"its threads wait for a processor for {share:.0%} of each step")
     process, ratio = _ratio_to_others(chip_s)
     if ratio >= SLOW_CHIP:
         return Slowest(process, f"its chips take {ratio:.2f} times as long for the same work")
-    process, ratio = _ratio_to_others(host_s)
-    if ratio >= SLOW_HOST and host_s[process] >= BUSY_SHARE * step_seconds:
-        share = min(1.0, host_s[process] / step_seconds)
+    process, share = _share_of_step(host_s, step_seconds)
+    if share is not None:
         return Slowest(process, f"data and dispatch take {share:.0%} of each step on the host")
     return None
+
+
+def _share_of_step(seconds: list[float], step_seconds: float) -> tuple[int, float | None]:
+    """The process with the largest of the values, and its share of a step where that is large, and
+    far more than that of the others."""
+    process, ratio = _ratio_to_others(seconds)
+    is_slow = ratio >= SLOW_HOST and seconds[process] >= BUSY_SHARE * step_seconds
+    return process, min(1.0, seconds[process] / step_seconds) if is_slow else None
 
 
 def _ratio_to_others(seconds: list[float]) -> tuple[int, float]:
     """The largest of the values, and its ratio to the median of the others."""
     process = int(np.argmax(seconds))
     others = float(np.median(np.delete(seconds, process)))
-    return process, seconds[process] / others if others > 0 else 1.0
+    if others > 0:
+        return process, seconds[process] / others
+    return process, np.inf if seconds[process] > 0 else 1.0
+
+
+class WaitingThreads:
+    """How long threads were ready to run and had no processor, by Linux's count in `tasks`, a
+    folder such as /proc/self/task."""
+
+    def __init__(self, tasks: Path):
+        self._tasks = tasks
+        self._before = self._read()
+
+    def seconds(self) -> float:
+        """Seconds since the call before of the thread that waited longest; 0 on other systems."""
+        now, before = self._read(), self._before
+        self._before = now
+        return max((now[task] - before.get(task, 0) for task in now), default=0) / 1e9
+
+    def _read(self) -> dict[str, int]:
+        """Nanoseconds by thread: https://docs.kernel.org/scheduler/sched-stats.html"""
+        waits = {}
+        for file in self._tasks.glob("*/schedstat"):
+            # A thread may end meanwhile, and a kernel count nothing.
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                waits[file.parent.name] = int(file.read_text().split()[1])
+        return waits
 
 
 class Probe:
