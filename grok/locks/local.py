@@ -22,11 +22,11 @@ class LocalLock:
     def __init__(self, path: str) -> None:
         self._path = Path(path)
         self._file: IO[bytes] | None = None
-        self._new_folder = False
+        self._new_folders: list[Path] = []
 
     def acquire(self, owner: Owner) -> Owner | None:
         """Takes the lock; returns the owner where another has it."""
-        self._new_folder = not self._path.parent.exists()
+        self._new_folders = [p for p in self._path.parents if not p.exists()]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             file = self._path.open("a+b")
@@ -70,11 +70,11 @@ class LocalLock:
         """Does nothing: nobody can take it over."""
 
     def release(self) -> None:
-        """Gives the lock up; a folder that was made for it and is empty goes, too."""
+        """Gives the lock up; folders that were made for it and are empty go, too."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._path.unlink()
             self._file.close()
-        if self._new_folder:
-            with contextlib.suppress(OSError):
-                self._path.parent.rmdir()
+        with contextlib.suppress(OSError):
+            for folder in self._new_folders:
+                folder.rmdir()

@@ -86,7 +86,7 @@ def test_a_stopped_process_of_this_machine_keeps_it_however_silent(folder, holde
 
 
 def test_nothing_is_left_of_a_lock(folder, tmp_path):
-    with hold_folder(folder):
+    with hold_folder(storage.join(folder, "also", "new")):
         pass
     assert not storage.exists(folder)
     with hold_folder(folder):

@@ -11,6 +11,7 @@ import pytest
 
 from grok import storage
 from grok.config import BatchChange, CheckpointConfig, DatasetConfig, RunConfig, TrainConfig
+from grok.data.dataset import TokenDataset
 from grok.errors import DONE, CheckpointError, DataError
 from grok.train.loop import run_training
 from grok.train.run_data import read_data
@@ -70,6 +71,14 @@ def halfway(straight: RunConfig, tmp_path) -> RunConfig:
     shutil.copytree(straight.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     return dataclasses.replace(straight, folder=str(tmp_path / "run"))
+
+
+def test_run_json_names_all_data_with_hashes(straight: RunConfig):
+    facts = json.loads((Path(straight.folder) / "run.json").read_text())["data"]
+    datasets = [dataset.path for dataset in straight.data.datasets]
+    paths = [*datasets, straight.data.validation_dataset]
+    assert facts[:3] == [{"dataset": p, "manifest": TokenDataset(p).hash} for p in paths]
+    assert [file["file"] for file in facts[3:]] == [straight.data.tokenizer]
 
 
 def test_tokens_of_each_dataset_are_metrics(straight: RunConfig):

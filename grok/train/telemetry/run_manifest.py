@@ -27,6 +27,8 @@ from jax.sharding import Mesh
 from grok import __version__, storage
 from grok.config import RunConfig
 from grok.config.load import to_dict
+from grok.data.dataset import TokenDataset
+from grok.data.manifest import MANIFEST_FILE
 from grok.data.text_files import text_files
 from grok.data.tokenizers import tokenizer_file
 from grok.errors import CheckpointError
@@ -205,12 +207,18 @@ def describe_devices(facts: dict[str, Any]) -> str:
 
 
 def describe_data(config: RunConfig, data: RunData) -> list[dict[str, str]]:
-    """The training and validation data and the tokenizer, with hashes."""
+    """The training and validation data, that of the domains, and the tokenizer, with hashes."""
     tokenizer = tokenizer_file(config.data.tokenizer)
     texts = [*text_files(config.data.train), *text_files(config.data.validation), tokenizer]
-    return [{"dataset": d["path"], "manifest": d["hash"]} for d in data.hashes] + [
+    hashes = {dataset["path"]: dataset["hash"] for dataset in data.hashes}
+    for path in filter(None, (config.data.validation_dataset, *config.data.domains)):
+        if storage.exists(storage.join(path, MANIFEST_FILE)):
+            hashes[path] = TokenDataset(path).hash
+        else:
+            texts.append(path)
+    return [{"dataset": path, "manifest": digest} for path, digest in hashes.items()] + [
         {"file": path, "sha256": hashlib.sha256(storage.read_bytes(path)).hexdigest()}
-        for path in texts
+        for path in dict.fromkeys(texts)
     ]
 
 
