@@ -23,7 +23,7 @@ FIND_PYTHON = \
 	exit 1
 
 .DEFAULT_GOAL := help
-.PHONY: env lock uv-lock quickstart test lint format prove clean help
+.PHONY: env lock uv-lock quickstart test lint format prove wheel clean help
 
 env: $(STAMP)  ## make or update .venv from requirements.lock; EXTRAS=eval,cuda adds extras for good
 	$(if $(EXTRAS),@$(CHECK_EXTRAS) && $(call INSTALL,$(EXTRAS)) && echo '$(EXTRAS)' >>.venv/.extras)
@@ -75,6 +75,9 @@ test: lint  ## lint, then run the tests on eight simulated devices
 
 prove: env  ## run the full-size proofs: compile for TPUs and load real sizes, without a TPU
 	.venv/bin/pytest -m prove -n 0 -s
+
+wheel: | $(OWN_UV)  ## build dist/grok_jax-VERSION-py3-none-any.whl, to install elsewhere
+	$(UV) build --quiet --wheel
 
 format: env  ## format the code and apply safe fixes
 	.venv/bin/ruff format

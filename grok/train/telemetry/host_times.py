@@ -142,7 +142,7 @@ def _ratio_to_others(seconds: list[float]) -> tuple[int, float]:
 
 
 class WaitingThreads:
-    """How long threads were ready to run and had no processor, by Linux's count in `tasks`, a
+    """The time that threads were ready to run and had no processor, by Linux's count in `tasks`, a
     folder such as /proc/self/task."""
 
     def __init__(self, tasks: Path):
