@@ -39,6 +39,7 @@ def test_a_run_from_random_weights(tiny_run):
     assert "350 steps by the grok codebase." in card
     assert "`gs://bucket/books` (manifest `1f`)" in card
     assert "| validation_loss | 2.5 |" in card
+    assert "No data manifest" not in card
     # Folders of whoever trained it are nobody's business.
     assert "/home/me" not in card
     assert str(tiny_run.folder) not in card

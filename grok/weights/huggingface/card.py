@@ -94,9 +94,9 @@ def _training(origin: Provenance, manifest: tuple[str, bytes] | None) -> str:
         lines.append(f"{origin.step:,} steps by the grok codebase.")
     if origin.data:
         lines.append(f"Trained on {', '.join(origin.data)}.")
-    if manifest is None:
+    elif manifest is None:
         lines.append("No data manifest came with this export.")
-    else:
+    if manifest is not None:
         name, content = manifest
         digest = hashlib.sha256(content).hexdigest()
         size = f"{len(content):,} bytes, SHA-256 `{digest}`"
