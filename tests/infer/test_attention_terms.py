@@ -119,6 +119,7 @@ def test_preempted_sequences_get_the_same_tokens():
     assert served.stats.preempted > 0
 
 
+@pytest.mark.prove
 def test_an_int8_cache_gives_the_same_tokens_in_few_pages():
     """As each request gets alone with pages for all its tokens: what others left in a page that was
     freed changes nothing."""

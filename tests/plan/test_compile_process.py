@@ -13,6 +13,7 @@ import pytest
 from grok.config.load import load_config, to_dict
 from grok.plan.compile import ENVIRONMENT
 from grok.plan.rates import published_rates
+from tests.fixtures.prove import in_suite
 
 # A parent that asks, says the number of the process that compiles, and waits.
 PARENT = """
@@ -27,7 +28,7 @@ child.wait()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", in_suite([signal.SIGTERM, signal.SIGKILL], signal.SIGKILL))
 def test_no_compiler_is_left_behind(number):
     request = {"config": to_dict(load_config("grok-1b")), "topology": "v5e:2x4", "slices": 1}
     request["rates"] = dataclasses.asdict(published_rates("v5e"))
