@@ -10,6 +10,8 @@ from grok.errors import ConfigError, Lost
 from grok.hardware import has_tpu
 
 CLUSTER_VARIABLES = ("GROK_COORDINATOR", "GROK_NUM_PROCESSES", "GROK_PROCESS_ID")
+# JAX's own names for the same, which it would read where it makes the connection.
+JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 INITIALIZE_TIMEOUT_SECONDS = 300
 
 
@@ -18,6 +20,11 @@ def env_cluster() -> tuple[str, int, int] | None:
     ConfigError where the variables are incomplete or make no sense."""
     values = [os.environ.get(name, "") for name in CLUSTER_VARIABLES]
     if not any(values):
+        if other := next((name for name in JAX_VARIABLES if os.environ.get(name)), None):
+            raise ConfigError(
+                f"the environment has {other}, and several processes are told here by "
+                f"{', '.join(CLUSTER_VARIABLES)}; these names in place of JAX's would work."
+            )
         return None
     address, count, index = values
     if not all(values):

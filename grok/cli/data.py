@@ -162,8 +162,8 @@ def prepare(out, tokenizer, workers, shard_size, max_record_size, **options) -> 
         manifest = prepare_dataset(job, out, on_progress, display.log)
     counts = manifest["counts"]
     click.echo(
-        f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of {counts['bytes']:,} "
-        f"bytes, in {_plural(len(manifest['shards']), 'shard')}"
+        f"{_plural(counts['documents'], 'document')}, {_plural(counts['tokens'], 'token')} of "
+        f"{_plural(counts['bytes'], 'byte')}, in {_plural(len(manifest['shards']), 'shard')}"
     )
     if counts["rejected"]:
         rejected = Path(out) / "rejected.jsonl"

@@ -110,6 +110,12 @@ def test_an_environment_that_makes_no_sense(config, monkeypatch, values, sentenc
         distributed.initialize(config)
 
 
+def test_the_names_that_jax_has_for_them_are_not_passed_over(config, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(ConfigError, match=r"has JAX_NUM_PROCESSES, and several .* in place of"):
+        distributed.initialize(config)
+
+
 def test_alone_a_process_has_everything_to_itself(config):
     distributed.initialize(config)
     assert (
