@@ -135,8 +135,8 @@ class DocumentEncoder:
         except TemplateError as error:
             # The words of a template of ours are a predicate already.
             refusal = "" if chat.template.is_built_in else "is refused by the chat template: "
-            start = refusal if error.refused else "cannot be written by the chat template: "
-            raise BadRecord(f"{start}{str(error).rstrip('.')}") from None
+            problem = f"cannot be written by the chat template: {str(error).removesuffix('.')}"
+            raise BadRecord(f"{refusal}{error}" if error.refused else problem) from None
         except DataError as error:
             raise BadRecord(_predicate(error)) from None
         if not any(conversation.mask):
