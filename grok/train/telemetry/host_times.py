@@ -25,6 +25,7 @@ LINES = 5  # logged lines in a row in which a host is the slowest before it is n
 SLOW_CHIP = 1.25  # times the median of the others
 SLOW_HOST = 2.0  # likewise, where that is also
 BUSY_SHARE = 0.5  # of the time of a step
+WAIT_SHARE = 0.2  # likewise: it makes a step 1.25 times as long
 PROBE_SIZE = {"cpu": 128}  # rows of the matrices
 PROBE_PRODUCTS = 4
 
@@ -112,23 +113,25 @@ def find_slowest(
 ) -> Slowest | None:
     """The process whose host lacks processors, or whose chips, or else whose host, take far longer
     than those of the others; None where all are about as fast, or a host keeps no chip waiting."""
-    process, share = _share_of_step(wait_s, step_seconds)
+    process, share = _share_of_step(wait_s, step_seconds, WAIT_SHARE)
     if share is not None:
         return Slowest(process, f"its threads wait for a processor for {share:.0%} of each step")
     process, ratio = _ratio_to_others(chip_s)
     if ratio >= SLOW_CHIP:
         return Slowest(process, f"its chips take {ratio:.2f} times as long for the same work")
-    process, share = _share_of_step(host_s, step_seconds)
+    process, share = _share_of_step(host_s, step_seconds, BUSY_SHARE)
     if share is not None:
         return Slowest(process, f"data and dispatch take {share:.0%} of each step on the host")
     return None
 
 
-def _share_of_step(seconds: list[float], step_seconds: float) -> tuple[int, float | None]:
-    """The process with the largest of the values, and its share of a step where that is large, and
-    far more than that of the others."""
+def _share_of_step(
+    seconds: list[float], step_seconds: float, share: float
+) -> tuple[int, float | None]:
+    """The process with the largest of the values, and its share of a step where that is at least
+    `share`, and far more than that of the others."""
     process, ratio = _ratio_to_others(seconds)
-    is_slow = ratio >= SLOW_HOST and seconds[process] >= BUSY_SHARE * step_seconds
+    is_slow = ratio >= SLOW_HOST and seconds[process] >= share * step_seconds
     return process, min(1.0, seconds[process] / step_seconds) if is_slow else None
 
 
