@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,21 @@ optimizer: {warmup_steps: 1}
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A folder in which `grok quickstart` has run, shortened as a user would: in its config."""
-    home = tmp_path_factory.mktemp("home")
+    """A folder in which `grok quickstart` has run from the wheel, shortened as a user would: in its
+    config."""
+    home, wheels = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("wheels")
+    build = ["hatchling", "build", "--target", "wheel", "--directory", str(wheels)]
+    subprocess.run([sys.executable, "-m", *build], cwd=ROOT, check=True, capture_output=True)
+    [wheel] = wheels.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(wheels / "installed")
     folder = home / "runs" / "quickstart"
     config_path = prepare_folder(folder, Console())
     config_path.write_text(config_path.read_text() + FEWER_STEPS)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("XLA_FLAGS")  # compiled as users' are
+        patch.setenv("PYTHONPATH", str(wheels / "installed"))
+        patch.chdir(home)
         assert run(folder) == DONE
     for name in ("README.md", "CONTRIBUTING.md"):  # the commands of docs/ prepare these two
         shutil.copy(ROOT / name, home)
@@ -55,6 +64,9 @@ def test_it_trains_stops_resumes_and_draws(home: Path):
     (resumed,) = [line for line in lines if line.get("event") == "resumed"]
     assert 3 <= resumed["step"] <= 6
     assert (folder / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    # Not from this clone, whose commit the run would have written down.
+    starts = json.loads((folder / "run.json").read_text())["starts"]
+    assert [start["commit"] for start in starts] == [None, None]
 
 
 def test_interrupted_it_goes_on_and_finished_it_starts_anew(home: Path, tmp_path):
