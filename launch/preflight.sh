@@ -16,8 +16,8 @@ refuse_example_settings() {
   done
 }
 
-# Refuses a `grok train`, `batch` or `serve` whose config does not hold, and a `grok train` whose mesh does
-# not fit the slice. Sets `checked_config` to all its keys, as YAML.
+# Refuses a `grok train`, `batch` or `serve` whose config does not hold, or whose mesh does not fit the slice.
+# Sets `checked_config` to all its keys, as YAML.
 check_command() {
   checked_config=
   local grok=$root/.venv/bin/grok of=${command[1]:-}
@@ -28,7 +28,8 @@ check_command() {
     log "the command's config was not checked: 'make env' in $root installs what checks it"
     return 0
   }
-  [[ $of != train ]] || options+=(--devices "$((chips * LAUNCH_NODE_COUNT))")
+  options+=(--devices "$((chips * LAUNCH_NODE_COUNT))")
+  [[ $of != batch ]] || options+=(--hosts "$workers")
   for word in "${command[@]:2}"; do [[ $word == --resume ]] || words+=("$word"); done
   checked_config=$(cd "$root" && JAX_PLATFORMS=cpu "$grok" config "${options[@]}" "${words[@]}" 2>&1) ||
     refuse "nothing was started: $(quoted "${command[@]:0:3}"): $(tail -n 1 <<<"${checked_config#error: }")"

@@ -33,7 +33,12 @@ def _print_reference(ctx: click.Context, _: click.Parameter, asked: bool) -> Non
 @click.option(
     "--devices",
     type=COUNT,
-    help="Check that a run fits so many devices, as on a slice.",
+    help="Check that the mesh fits so many devices, as on a slice.",
+)
+@click.option(
+    "--hosts",
+    type=COUNT,
+    help="Hosts that --devices belong to: of a batch job each has a mesh, unless replica=all.",
 )
 @click.option(
     "--reference",
@@ -43,7 +48,13 @@ def _print_reference(ctx: click.Context, _: click.Parameter, asked: bool) -> Non
     callback=_print_reference,
     help="Print every key of all commands with values, default and meaning, as Markdown.",
 )
-def config(config: str, overrides: tuple[str, ...], command: str, devices: int | None) -> None:
+def config(
+    config: str,
+    overrides: tuple[str, ...],
+    command: str,
+    devices: int | None,
+    hosts: int | None,
+) -> None:
     """Print every setting of CONFIG, a YAML file or a preset's name, as YAML.
 
     KEY=VALUE sets one key, as in train.steps=50. The output is itself a config file."""
@@ -52,8 +63,8 @@ def config(config: str, overrides: tuple[str, ...], command: str, devices: int |
     from grok.config.serve import load_serve_config
     from grok.config.text import to_yaml
 
-    if devices and command != "train":
-        raise click.UsageError("--devices is of runs: --of train.")
+    if hosts and not (devices and command == "batch"):
+        raise click.UsageError("--hosts is of batch jobs, beside --of batch --devices N.")
     load_batch = partial(load_config, config_type=BatchConfig)
     load: dict[str, Any] = {"batch": load_batch, "serve": load_serve_config}
     resolved: Any = load.get(command, load_config)(config, overrides)
@@ -66,6 +77,16 @@ def config(config: str, overrides: tuple[str, ...], command: str, devices: int |
             check_fits(resolved, devices)
         total, active = num_parameters(resolved.model), num_active_parameters(resolved.model)
         text += f"# {total:,} parameters, {active:,} active per token\n"
+    elif devices:
+        from grok.config.mesh import num_devices_of, resolve_mesh
+        from grok.model.mesh_fit import fit_mesh
+
+        if command == "batch" and resolved.replica == "host":
+            devices = num_devices_of(resolved.mesh, devices // (hosts or 1))
+        if resolved.model:
+            fit_mesh(resolved.mesh, devices, load_config(resolved.model).model)
+        else:  # the weights say what the model is
+            resolve_mesh(resolved.mesh, devices)
     dimmed = re.sub(r"# .*$", lambda comment: click.style(comment[0], dim=True), text, flags=re.M)
     # Styles are dropped where the output is no terminal.
     click.echo(dimmed, nl=False, color=False if os.environ.get("NO_COLOR") else None)

@@ -50,6 +50,12 @@ def resolve_mesh(
     return sizes
 
 
+def num_devices_of(mesh: MeshConfig, on_host: int) -> int:
+    """Devices of a host that a mesh takes: as many as it needs, and all where an axis is -1."""
+    sizes = [getattr(mesh, axis) for axis in MESH_AXES]
+    return on_host if -1 in sizes else min(on_host, math.prod(sizes))
+
+
 def batch_shards(sizes: dict[str, int]) -> int:
     """Number of shards of a batch on a mesh of these sizes."""
     return sizes["slice"] * sizes["data"] * sizes["expert"]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from grok import distributed, sharding, storage
 from grok.config import MESH_AXES, DataConfig, MeshConfig, ModelConfig, RunConfig
 from grok.config.infer import InferConfig
 from grok.config.load import from_dict, load_config, to_dict
+from grok.config.mesh import num_devices_of
 from grok.data.chat.encoder import ChatEncoder
 from grok.data.chat.renderer import TemplateError
 from grok.data.chat.template import find_template
@@ -70,9 +70,8 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, spans_all_hosts: bool = Fals
     """The mesh over this host's devices, as many as it needs, or over those of all hosts. Raises
     ConfigError where it fits neither them nor the model."""
     devices = jax.devices() if spans_all_hosts else jax.local_devices()
-    sizes = [getattr(mesh, axis) for axis in MESH_AXES]
-    if -1 not in sizes and not spans_all_hosts:
-        devices = devices[: math.prod(sizes)]
+    if not spans_all_hosts:
+        devices = devices[: num_devices_of(mesh, len(devices))]
     return sharding.make_mesh(**fit_mesh(mesh, len(devices), model), devices=devices)
 
 

@@ -113,3 +113,30 @@ def test_a_mesh_that_does_not_fit_the_devices_of_a_slice_is_refused():
     result = grok_config("grok-1b", "mesh.data=3", "--devices", "8")
     assert result.exit_code == 2
     assert "would work" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "mesh", "options", "problem"),
+    [
+        ("serve", "mesh.tensor=8", "--devices 16", ""),
+        ("serve", "mesh.tensor=3", "--devices 16", "needs a multiple of 3 devices, and there are"),
+        ("batch", "mesh={data: 1, expert: 2, tensor: 2}", "--devices 16 --hosts 4", ""),
+        ("batch", "mesh={data: 1, tensor: 2}", "--devices 16 --hosts 4", ""),
+        (
+            "batch",
+            "mesh={data: 1, tensor: 8}",
+            "--devices 16 --hosts 4",
+            "needs 8 devices, and the",
+        ),
+        ("batch", "mesh={data: 1, tensor: 5}", "--devices 16 --hosts 2 replica=all", "needs 5 dev"),
+    ],
+)
+def test_so_are_those_of_jobs_that_answer(command, mesh, options, problem, tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text("weights: w\n" + ("input: [a]\noutput: b\n" if command == "batch" else ""))
+    result = grok_config("--of", command, str(file), mesh, *options.split())
+    assert (result.exit_code, problem in result.stderr) == (2 if problem else 0, True)
+    modelled = grok_config(
+        "--of", command, str(file), "mesh.tensor=16", "model=grok-10m", "--devices", "16"
+    )
+    assert "model.attention.num_heads=8 cannot be split over mesh.tensor=16" in modelled.stderr

@@ -274,6 +274,16 @@ def test_a_config_that_does_not_hold_is_refused_before_anything_is_called(
     assert words == "config --of train --devices 8 grok-1b mesh.data=3 folder=a b\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "options"), [("serve", "--devices 8"), ("batch", "--devices 8 --hosts 1")]
+)
+def test_so_is_one_that_answers(cloud: Cloud, command: str, options: str) -> None:
+    cloud.program("bin/grok", 'echo "$*" >"$STUB/checked"; echo "error: mesh 3 needs" >&2; exit 2')
+    done = cloud.launch("run", "--", "grok", command, "job.yaml")
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert (cloud.stub / "checked").read_text() == f"config --of {command} {options} job.yaml\n"
+
+
 def test_a_run_that_could_not_resume_is_refused(cloud: Cloud) -> None:
     cloud.program("bin/grok", 'echo "$*" >"$STUB/checked"; echo \'folder: ""  # of checkpoints\'')
     done = cloud.launch("babysit", "--", "grok", "train", "grok-1b", "--resume")
