@@ -519,6 +519,8 @@ def test_a_missing_file_names_the_presets(write):
     assert "grok-1, grok-100m" in sentence
     write("run.yaml", "folder: x\nextends: nope")
     assert "run.yaml:2: there is no config file nope; the presets are" in refusal("run.yaml")
+    misspelt = "there is no config file decode-v6e-4x5; did you mean decode-v6e-4x4?"
+    assert refusal("decode-v6e-4x5") == misspelt
     write("run.yaml", "extends: [a, b]")
     assert "run.yaml:1: extends must name one file or preset" in refusal("run.yaml")
 

@@ -15,7 +15,7 @@ from grok.config import MESH_AXES
 from grok.config.infer import InferConfig
 from grok.config.load import from_dict
 from grok.config.sampling import SamplingParams
-from grok.errors import ConfigError, EngineError, GrokError
+from grok.errors import ConfigError, EngineError, GrokError, RequestError
 from grok.infer.engine import Engine
 from grok.infer.loader import ServedModel
 from grok.infer.openai.requests import CompletionRequest
@@ -152,6 +152,9 @@ class LLM:
     def _run(
         self, request: CompletionRequest, params: SamplingParams
     ) -> Iterator[CompletionOutput]:
+        if not isinstance(params, SamplingParams):
+            problem = f"params is a {type(params).__name__}"
+            raise RequestError(f"{problem}; one grok.SamplingParams for all prompts would work.")
         request = dataclasses.replace(request, params=params, seeded=True)
         leads = LeadStripper(request.lead)
         for output in self._outputs(request.requests(f"llm-{next(self._numbers)}", params.seed)):

@@ -3,6 +3,7 @@ file `extends` go underneath, overrides on top, and pydantic checks the result. 
 `ConfigError`, one sentence: where, which key, what is wrong, what would work."""
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -102,8 +103,11 @@ def find_config(name: str, beside: Path, config_type: type) -> Path:
     if file.is_dir():
         problem = f"{file} is a folder without a config.yaml"
         raise ConfigError(f"{problem}; a YAML file, or the folder of a run, would work.")
+    problem = f"there is no config file {file}"
+    if near := difflib.get_close_matches(name, known, cutoff=0.8):
+        raise ConfigError(f"{problem}; did you mean {' or '.join(near)}?")
     names = f"the presets are {', '.join(known)}" if known else "one would work"
-    raise ConfigError(f"there is no config file {file}; {names}.")
+    raise ConfigError(f"{problem}; {names}.")
 
 
 def _read_file(
