@@ -153,8 +153,9 @@ class LLM:
         self, request: CompletionRequest, params: SamplingParams
     ) -> Iterator[CompletionOutput]:
         if not isinstance(params, SamplingParams):
-            problem = f"params is a {type(params).__name__}"
-            raise RequestError(f"{problem}; one grok.SamplingParams for all prompts would work.")
+            kind = type(params).__name__
+            problem = f"params is a {kind}; one grok.SamplingParams for all prompts would work."
+            raise RequestError("params", problem)
         request = dataclasses.replace(request, params=params, seeded=True)
         leads = LeadStripper(request.lead)
         for output in self._outputs(request.requests(f"llm-{next(self._numbers)}", params.seed)):

@@ -185,7 +185,7 @@ def test_refusals_are_sentences(own_run, llm, tmp_path):
     with pytest.raises(RequestError, match="at most 127 new tokens fit"):
         llm.generate("a", grok.SamplingParams(max_tokens=500))
     with pytest.raises(RequestError, match=r"params is a list; one grok\.SamplingParams for all"):
-        llm.generate("a", [grok.SamplingParams()])
+        llm.generate("a", [grok.SamplingParams(max_tokens=2)])
     with pytest.raises(RequestError, match="the prompt is empty"):
         llm.score("")
     with pytest.raises(RequestError, match="messages should be a list of objects"):
