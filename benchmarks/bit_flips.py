@@ -50,7 +50,7 @@ DEVICES, OLDER, NEWER = 4, 1, 2
 CONFIG = RunConfig(
     model=ModelConfig(
         # Chunks of the embedding are large, and have other checksums than the rest.
-        vocab_size=32_768,
+        vocab_size=8192,
         num_layers=2,
         embed_dim=128,
         moe=MoEConfig(dim=256, num_experts=4),
