@@ -35,7 +35,7 @@ from grok.ops.mlp import gated_activation
 from grok.ops.moe.grouped_hidden import grouped_hidden
 from grok.ops.moe.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from grok.ops.moe.tiling import kernel_tile_rows
-from grok.ops.weights.int8 import QuantizedArray
+from grok.ops.weights.quantized import QuantizedArray
 from grok.plan.compile_process import topology_devices
 from grok.plan.topology import Slice
 

@@ -5,6 +5,7 @@ tile, K contracted axis and N columns of a product.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ from grok.ops.mlp import gated_activation
 from grok.ops.moe import experts_pallas, grouped_hidden, grouped_matmul
 from grok.ops.moe.experts_xla import experts_reference, experts_xla
 from grok.ops.moe.tiling import MlpSplits, serving_tile_rows, xla_tile_rows
-from grok.ops.weights.int8 import QuantizedArray, quantize
 from grok.ops.weights.layer_slice import LayerSlice
 from grok.ops.weights.lora import LoraArray
+from grok.ops.weights.quantized import QuantizedArray, quantize
 
 CHOSEN = 2  # experts of a row
 
@@ -48,11 +49,15 @@ def _used(y_PN, tiles_E, tile_M) -> jax.Array:
     return jnp.where(is_used_P[:, None], y_PN, 0)
 
 
-def _int8(w) -> QuantizedArray:
+def _int8(w, dtype: Any = jnp.int8) -> QuantizedArray:
     """The matrices as layer 1 of two, as serving has them, two groups of rows each."""
-    values, scales = quantize(w, 2)
+    values, scales = quantize(w, 2, dtype=dtype)
     stack = jnp.stack([jnp.zeros_like(values), values]), jnp.stack([scales, scales])
     return QuantizedArray(*stack, layer=jnp.int32(1))
+
+
+def _int4(w) -> QuantizedArray:
+    return _int8(w, jnp.int4)
 
 
 def _matmul(x_PK, dy_PN, w_EKN, tiles_E, tile_M, interpret, *, transposed=False, store=None):
@@ -221,6 +226,7 @@ _GROUPED: tuple[Check, ...] = (
         transposed=True,
     ),
     with_terms("grouped_matmul, int8", _grouped_inputs, _matmul, _matmul_reference, store=_int8),
+    with_terms("grouped_matmul, int4", _grouped_inputs, _matmul, _matmul_reference, store=_int4),
     Check("grouped_hidden", _grouped_inputs, _hidden, _hidden_reference),
     Check("grouped_weight_gradient", _grouped_inputs, _weight_gradient, _weight_gradient_reference),
 )

@@ -22,7 +22,7 @@ class InferConfig(Section):
     tokenizer: Annotated[PathText, "tokenizer file or its folder; none: beside the weights"] = ""
     allow_special_tokens: Annotated[bool, "read special tokens in prompts' text as such"] = False
     param_dtype: Annotated[
-        Literal["", "float32", "bfloat16", "int8"], "dtype of matrices; none: as stored"
+        Literal["", "float32", "bfloat16", "int8", "int4"], "dtype of matrices; none: as stored"
     ] = ""
     compute_dtype: Annotated[
         Literal["", "float32", "bfloat16"], "dtype of activations; none: as the model's config says"

@@ -143,7 +143,8 @@ class ModelConfig(Section):
     ] = None
     moe: Annotated[MoEConfig | None, "experts of every block; null: none"] = None
     param_dtype: Annotated[
-        Literal["float32", "bfloat16", "int8"], "type of parameters; int8: matrices, to infer only"
+        Literal["float32", "bfloat16", "int8", "int4"],
+        "type of parameters; int8: matrices, to infer only; int4: those of MLP and experts",
     ] = "float32"
     compute_dtype: Annotated[Literal["float32", "bfloat16"], "type of activations"] = "bfloat16"
     remat: Annotated[
@@ -165,8 +166,14 @@ class ModelConfig(Section):
 
     @property
     def float_dtype(self) -> str:
-        """Type of the parameters that are not int8, and of those that int8 ones are made from."""
-        return "float32" if self.param_dtype == "int8" else self.param_dtype
+        """Type of parameters that are not quantised, and of those that quantised ones are made
+        from."""
+        return "float32" if self.is_quantized else self.param_dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        """True where matrices are int8 or int4."""
+        return self.param_dtype in ("int8", "int4")
 
     @property
     def saves_experts(self) -> bool:

@@ -126,6 +126,6 @@ class RunConfig(Section):
 
 def check_trainable(config: RunConfig) -> None:
     """Refuses, as ConfigError, to train a model that cannot be trained."""
-    if config.model.param_dtype == "int8":
-        problem = "is for inference, and int8 matrices have no gradient"
-        raise bad_value("model.param_dtype", "int8", problem, "float32")
+    if config.model.is_quantized:
+        problem = "is for inference, and its matrices have no gradient"
+        raise bad_value("model.param_dtype", config.model.param_dtype, problem, "float32")

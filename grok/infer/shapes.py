@@ -29,7 +29,7 @@ def prefill_chunk_size(config: ModelConfig, options: EngineConfig) -> int:
         return options.prefill_chunk_size
     tokens = 0.0
     if (chip := hardware.chip_of(hardware.device_kind())) is not None:
-        weight_bytes = jnp.dtype(config.param_dtype).itemsize
+        weight_bytes = jax.dtypes.itemsize_bits(jnp.dtype(config.param_dtype)) / 8
         tokens = chip.flops / chip.bandwidth * weight_bytes / 2
         if (moe := config.moe) is not None:
             per_token = sharding.axis_size("expert_group") * moe.num_selected / moe.num_experts

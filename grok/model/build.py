@@ -2,7 +2,8 @@
 arrays.
 
 A parameter's name is its path in the tree, as in `layers/moe/w_gate_EDF`; arrays of `layers/` have
-the layers stacked on a leading axis. An int8 matrix is two arrays, `NAME/values` and `NAME/scales`.
+the layers stacked on a leading axis. A quantised matrix is two arrays, `NAME/values` and
+`NAME/scales`.
 """
 
 import functools
@@ -24,7 +25,7 @@ from grok.model.decoder import Decoder
 from grok.model.mesh_fit import fit_mesh
 from grok.model.param_spec import ParamSpec, map_params, name_of
 from grok.model.params import param_specs
-from grok.ops.weights.int8 import QuantizedArray
+from grok.ops.weights.quantized import QuantizedArray
 
 
 def quick_to_compile() -> dict[str, int]:
@@ -44,13 +45,12 @@ def init(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Decod
     """A model with fresh parameters, each made on the devices of `mesh` that will hold it.
 
     The values depend on `key` alone, not on the mesh. Raises ConfigError when the model cannot be
-    split over the mesh, or should be int8, which is made from trained floats only.
+    split over the mesh, or should be int8 or int4, which is made from trained floats only.
     """
-    if config.param_dtype == "int8":
-        raise ConfigError(
-            "model.param_dtype=int8 is for weights that are loaded, and fresh ones are floats; "
-            "model.param_dtype=float32 would work."
-        )
+    if config.is_quantized:
+        problem = f"model.param_dtype={config.param_dtype} is for weights that are loaded"
+        right = "model.param_dtype=float32 would work"
+        raise ConfigError(f"{problem}, and fresh ones are floats; {right}.")
     if mesh is None:
         return _init()(config, key)
     check_mesh(config, mesh)
@@ -100,7 +100,7 @@ def from_arrays(
 
 
 def to_arrays(model: Decoder) -> dict[str, Any]:
-    """The parameters by name, where and as they are; of int8 ones `values` and `scales`."""
+    """The parameters by name, where and as they are; of quantised ones `values` and `scales`."""
     return {name_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
 
 
@@ -109,9 +109,10 @@ def abstract(
 ) -> Decoder:
     """The model of `config` as shapes, types and, on a mesh, placements.
 
-    Matrices named in `groups` are int8, with that many groups of rows; on a mesh that splits the
-    rows, groups are divided further until each device has whole ones (`sharded_scale_groups`).
-    Raises ConfigError when the model cannot be split over the mesh.
+    Matrices named in `groups` are int8, or int4 as `ParamSpec.quantized_dtype` says, with that many
+    groups of rows; on a mesh that splits the rows, groups are divided further until each device has
+    whole ones (`sharded_scale_groups`). Raises ConfigError when the model cannot be split over the
+    mesh.
     """
 
     def make() -> Decoder:
@@ -131,12 +132,15 @@ def abstract(
         name = name_of(path)
         if name not in groups:
             return param
-        return param.replace(_abstract_int8(specs[name], param.get_value(), groups[name]))
+        dtype = specs[name].quantized_dtype(config.param_dtype)
+        return param.replace(
+            _abstract_quantized(specs[name], param.get_value(), groups[name], dtype)
+        )
 
     return map_params(quantized, model)
 
 
-def _abstract_int8(spec: ParamSpec, w, num_groups: int) -> QuantizedArray:
+def _abstract_quantized(spec: ParamSpec, w, num_groups: int, dtype: str) -> QuantizedArray:
     values_sharding = scales_sharding = None
     if w.sharding is not None:
         values_sharding, mesh = w.sharding, w.sharding.mesh
@@ -147,7 +151,7 @@ def _abstract_int8(spec: ParamSpec, w, num_groups: int) -> QuantizedArray:
         scales_sharding = NamedSharding(mesh, split)
         num_groups = sharded_scale_groups(num_groups, row_shards)
     return QuantizedArray(
-        jax.ShapeDtypeStruct(w.shape, jnp.int8, sharding=values_sharding),
+        jax.ShapeDtypeStruct(w.shape, jnp.dtype(dtype), sharding=values_sharding),
         jax.ShapeDtypeStruct(spec.scales_shape(num_groups), jnp.bfloat16, sharding=scales_sharding),
         spec.contract_dims,
         spec.output_dims,

@@ -152,11 +152,11 @@ class Decoder(nnx.Module):
     def _scan_inputs(self, in_place: bool):
         """Inputs of `_layer` that a scan slices by layer: parameters, and the layer's number.
 
-        With `in_place`, as for an int8 model, it is the number alone: a layer then reads its MLP
-        and the experts that it needs where they lie; sliced by the scan all would be copied.
+        With `in_place`, as for a quantised model, it is the number alone: a layer then reads its
+        MLP and the experts that it needs where they lie; sliced by the scan all would be copied.
         """
         numbers = jnp.arange(self.config.num_layers)
-        in_place = in_place or self.config.param_dtype == "int8"
+        in_place = in_place or self.config.is_quantized
         return (None if in_place else self.layers), numbers
 
     def _layer(self, layer: Block | None, number: jax.Array) -> Block:

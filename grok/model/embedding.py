@@ -39,7 +39,7 @@ class Embedding(nnx.Module):
     def embed(self, tokens_BT: jax.Array, dtype: str) -> jax.Array:
         """Rows of the table, x_BTD. Each device looks up the part of the vocabulary it has."""
         table_VD, table_axes = self.table_VD[...], self._axes()
-        if self.config.param_dtype != "int8":  # whose table does not travel: rows alone are cast
+        if not self.config.is_quantized:  # whose table does not travel: rows alone are cast
             table_VD = table_VD.astype(dtype)
 
         def local(tokens_BT, table_VD):

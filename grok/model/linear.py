@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from grok import sharding
-from grok.ops.weights.int8 import QuantizedArray
+from grok.ops.weights.quantized import QuantizedArray
 from grok.ops.weights.weight import Weight, adapter, base, cast, leaf_axes, materialize
 from grok.sharding import Axes
 

@@ -92,8 +92,12 @@ class ParamSpec:
 
     @property
     def is_matmul(self) -> bool:
-        """True of matrices that may be int8 and have adapters."""
+        """True of matrices that may be int8 or int4, and have adapters."""
         return self.use == "matmul"
+
+    def quantized_dtype(self, param_dtype: str) -> Literal["int8", "int4"]:
+        """Type of the values of a matrix in a quantised model: int4 leaves attention's in int8."""
+        return "int4" if param_dtype == "int4" and self.is_wide else "int8"
 
     @property
     def is_row_parallel(self) -> bool:
@@ -151,7 +155,7 @@ class ParamSpec:
         return (*self.shape[: self.lead_dims], self.contract_size, self.output_size)
 
     def scales_shape(self, num_groups: int) -> tuple[int, ...]:
-        """Shape of int8 scales: one for each column and group of consecutive rows."""
+        """Shape of scales: one for each column and group of consecutive rows."""
         columns = (self.shape[axis] for axis in self.output_axes)
         return (*self.shape[: self.lead_dims], num_groups, *columns)
 
@@ -167,7 +171,7 @@ class ParamSpec:
     def storage_axes(self, param_dtype: str) -> Axes:
         """Logical axes that the weight is stored in, on the ambient mesh, ZeRO-3 where it pays.
 
-        Beside int8 matrices, which only serve, nothing is gathered for each token.
+        Beside quantised matrices, which only serve, nothing is gathered for each token.
         """
         return sharding.storage_axes(self.axes, self.shape, param_dtype)
 

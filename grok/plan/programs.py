@@ -20,7 +20,7 @@ from grok.optim.optimizer import make_optimizer
 from grok.plan.estimate import batch_of
 from grok.train.state import abstract_state
 from grok.train.step import train_step
-from grok.weights.cast import release_groups
+from grok.weights.cast import scale_groups
 
 
 class Program(NamedTuple):
@@ -64,9 +64,11 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
     pages_of_row = shapes.layout.max_pages(S) if decodes else shapes.table_length
     shapes = dataclasses.replace(shapes, pages=B // shapes.groups * pages_of_row)
     specs = params.param_specs(config.model)
-    scale_groups = {name: release_groups(spec) for name, spec in specs.items() if spec.is_matmul}
-    is_int8 = config.model.param_dtype == "int8"
-    model = build.abstract(config.model, mesh, scale_groups if is_int8 else None)
+    groups: dict[str, int] = {}
+    if config.model.is_quantized:
+        matrices = (spec for spec in specs.values() if spec.is_matmul)
+        groups = {spec.name: scale_groups(spec, config.model.param_dtype) for spec in matrices}
+    model = build.abstract(config.model, mesh, groups)
     unused_W = functools.partial(jnp.zeros, -(-config.model.vocab_size // 8), jnp.uint8)
     inputs = shapes.abstract_decode() if decodes else shapes.abstract_prefill(shapes.pages)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -81,16 +83,19 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
 
 def total_bytes(tree: Any) -> int:
     """Bytes of all arrays of a tree, each counted once however many devices hold it."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
 def bytes_per_device(arguments: dict[str, Any]) -> dict[str, int]:
     """Bytes that each abstract array of the arguments takes on one device, by its path; none where
     it stays in the hosts' memory."""
     return {
-        name + jax.tree_util.keystr(path): math.prod(leaf.sharding.shard_shape(leaf.shape))
-        * leaf.dtype.itemsize
+        name + jax.tree_util.keystr(path): _bytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
         for name, argument in arguments.items()
         for path, leaf in jax.tree_util.tree_flatten_with_path(argument)[0]
         if not is_on_host(leaf)
     }
+
+
+def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    return math.prod(shape) * jax.dtypes.itemsize_bits(dtype) // 8

@@ -13,7 +13,7 @@ from grok.plan.topology import grown
 
 # Largest state that is suggested where the rest is unknown, as a share of HBM.
 MAX_STATE_SHARE = 0.6
-BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
 # Moments of each parameter, in optimizer.moments_dtype; adafactor's needs a beta1.
 MOMENTS = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 1}
 # Config keys that `state_bytes` depends on.
@@ -27,12 +27,13 @@ SMALLER_STATES: tuple[dict[str, Any], ...] = (
     {"optimizer.name": "adafactor", "optimizer.beta1": 0.0},
     {"optimizer.moments_dtype": "bfloat16", "model.param_dtype": "bfloat16"},
 )
+SMALLER_WEIGHTS = ({"model.param_dtype": "int8"}, {"model.param_dtype": "int4"})
 
 
 def suggestions(plan: Plan) -> Iterator[str]:
     """Changes each of which would make the program fit, in words."""
     config, training = plan.config, plan.config.plan.program == "train"
-    for overrides in SMALLER_STATES if training else ({"model.param_dtype": "int8"},):
+    for overrides in SMALLER_STATES if training else SMALLER_WEIGHTS:
         try:
             change = state_bytes(replace_keys(config, overrides)) / state_bytes(config)
         except ConfigError:  # other keys do not go with these

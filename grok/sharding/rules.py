@@ -113,8 +113,8 @@ def storage_axes(axes: Axes, shape: tuple[int, ...], param_dtype: str) -> Axes:
 
     The devices that see other tokens, along data and expert, share it: by vocabulary or heads if
     these divide, else by the width of the model. Weights with neither vocabulary, heads nor the
-    width of an MLP are small, and whole on every device. An int8 model only serves, and every token
-    would unshard vocabulary and heads again, so there few devices share them.
+    width of an MLP are small, and whole on every device. A quantised model only serves, and every
+    token would unshard vocabulary and heads again, so there few devices share them.
     """
     if "mlp" in axes:
         return _renamed(axes, {"embed": "fsdp_embed"})
@@ -123,7 +123,7 @@ def storage_axes(axes: Axes, shape: tuple[int, ...], param_dtype: str) -> Axes:
         return (None,) * len(axes)
     size = shape[axes.index(shared)]
     used = kv_axis(size) if shared == "kv_heads" else shared
-    if param_dtype == "int8":
+    if param_dtype in ("int8", "int4"):
         return _renamed(axes, {"embed": "fsdp_embed", shared: used})
     if used is None or size % axis_size(f"fsdp_{shared}"):
         return _renamed(axes, {"embed": "fsdp_embed_only", shared: used})

@@ -11,7 +11,7 @@ import numpy as np
 
 from grok.errors import CheckpointError
 from grok.model.param_spec import ParamSpec
-from grok.ops.weights.int8 import dequantize, quantize
+from grok.ops.weights.quantized import dequantize, quantize
 from grok.weights.array_difference import ArrayDifference
 from grok.weights.source import Source, TensorSpec
 from grok.weights.storage_layout import Part, StorageLayout
@@ -19,6 +19,8 @@ from grok.weights.storage_layout import Part, StorageLayout
 ScaleGroups = Callable[[ParamSpec], int]
 # Threads quantise a matrix in stripes of columns of this size, which fits a core's cache.
 STRIPE_BYTES = 1 << 21
+# Rows that share a scale in a matrix of int4: as those of other 4-bit formats (AWQ, GPTQ).
+INT4_GROUP = 128
 THREADS = 8
 
 
@@ -32,16 +34,28 @@ def per_channel(spec: ParamSpec) -> int:
     return 1
 
 
+def scale_groups(spec: ParamSpec, dtype: str, groups: ScaleGroups = release_groups) -> int:
+    """Groups of scales of a matrix in a model of `dtype`: `groups` where it is int8; where it is
+    int4, those of INT4_GROUP rows. Of numbers up to these the largest that divides its rows."""
+    rows, is_int4 = spec.contract_size, spec.quantized_dtype(dtype) == "int4"
+    most = max(1, rows // INT4_GROUP) if is_int4 else groups(spec)
+    return max(count for count in range(1, most + 1) if rows % count == 0)
+
+
 def converted(
     source: Source, dtype: str, groups: ScaleGroups = release_groups, measure: bool = False
 ) -> Source:
-    """`source` with its matrices in `dtype`: "int8", "bfloat16" or "float32". All else is in the
-    same float type, or beside int8 in float32. `groups` gives the number of row groups of a matrix
-    that becomes int8, of which the largest that divides its rows is taken. With `measure`, that is
-    a MeasuredQuantizedSource."""
-    if dtype == "int8":
+    """`source` with its matrices in `dtype`: "int4", "int8", "bfloat16" or "float32". All else is
+    in the same float type, or beside quantised ones in float32. `groups` gives the number of row
+    groups of a matrix that becomes int8, of which the largest that divides its rows is taken. With
+    `measure`, that is a MeasuredQuantizedSource."""
+    if dtype in ("int8", "int4"):
         quantized = MeasuredQuantizedSource if measure else QuantizedSource
-        return source if source.dtype == "int8" else quantized(source, groups)
+        if source.dtype == dtype:
+            return source
+        if source.dtype in ("int8", "int4"):
+            source = FloatSource(source, np.dtype(np.float32))
+        return quantized(source, groups, dtype)
     return FloatSource(source, np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
 
 
@@ -69,15 +83,14 @@ class FloatSource(Source):
 
 
 class QuantizedSource(FloatSource):
-    """A source of floats with its matrices as int8 and all else in float32."""
+    """A source of floats with its matrices quantised and all else in float32."""
 
-    def __init__(self, source: Source, groups: ScaleGroups = release_groups):
+    def __init__(self, source: Source, groups: ScaleGroups = release_groups, dtype: str = "int8"):
         super().__init__(source, np.dtype(np.float32))
-        int8 = np.dtype(np.int8)
         for param in (spec.param for spec in source.tensors.values() if spec.param.is_matmul):
-            most, rows = groups(param), param.contract_size
-            count = max(g for g in range(1, most + 1) if rows % g == 0)
-            self.tensors[param.name] = TensorSpec(param, int8, count)
+            values = np.dtype(param.quantized_dtype(dtype))
+            count = scale_groups(param, dtype, groups)
+            self.tensors[param.name] = TensorSpec(param, values, count)
 
     def read(self, name: str, part: Part) -> np.ndarray:
         """Values of a part. Its columns are read with all their rows, since a scale needs them."""
@@ -114,7 +127,8 @@ class QuantizedSource(FloatSource):
             raise CheckpointError(f"{self.path}: {name} has values that are not finite.")
         spec = self.tensors[name]
         assert spec.groups is not None
-        return quantize(values, spec.groups, spec.param.contract_dims, spec.param.output_dims)
+        row_dims, col_dims = spec.param.contract_dims, spec.param.output_dims
+        return quantize(values, spec.groups, row_dims, col_dims, spec.dtype)
 
 
 class MeasuredQuantizedSource(QuantizedSource):
@@ -122,8 +136,8 @@ class MeasuredQuantizedSource(QuantizedSource):
     `errors` holds the rounding error of what was read, by name and layer: its difference from the
     values before."""
 
-    def __init__(self, source: Source, groups: ScaleGroups = release_groups):
-        super().__init__(source, groups)
+    def __init__(self, source: Source, groups: ScaleGroups = release_groups, dtype: str = "int8"):
+        super().__init__(source, groups, dtype)
         self.errors: dict[tuple[str, int | None], ArrayDifference] = {}
         self._lock = threading.Lock()
         # The same thread reads scales right after the values.
@@ -139,11 +153,13 @@ class MeasuredQuantizedSource(QuantizedSource):
 
     def _measured(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
         w = self._source.read(name, part)
-        param, groups = self.tensors[name].param, self.tensors[name].groups
+        param, groups, dtype = (
+            getattr(self.tensors[name], k) for k in ("param", "groups", "dtype")
+        )
         assert groups is not None
         row_dims, col_dims = param.contract_dims, param.output_dims
         columns = w.ndim - col_dims
-        values = np.empty(w.shape, np.int8)
+        values = np.empty(w.shape, dtype)
         lead, _, column_sizes = param.split(w.shape)
         scales = np.empty((*lead, groups, *column_sizes), ml_dtypes.bfloat16)
         width = max(1, STRIPE_BYTES * w.shape[columns] // (w.size * 4))
@@ -154,7 +170,7 @@ class MeasuredQuantizedSource(QuantizedSource):
             stripe = w[cut].astype(np.float32)
             if not np.isfinite(stripe).all():
                 raise CheckpointError(f"{self.path}: {name} has values that are not finite.")
-            q, s = quantize(stripe, groups, row_dims, col_dims)
+            q, s = quantize(stripe, groups, row_dims, col_dims, dtype)
             values[cut], scales[cut] = q, s
             error = dequantize(q, s, np.float32, row_dims, col_dims)
             error -= stripe

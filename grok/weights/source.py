@@ -29,8 +29,8 @@ def no_progress(name: str, done: int, total: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of a source: its parameter in our tree, and its stored type, a float or int8. int8
-    values have `groups` groups of rows, each with a bfloat16 scale per column, others None."""
+    """A tensor of a source: its parameter in our tree, and its stored type, a float, int8 or int4.
+    The latter have `groups` groups of rows, each with a bfloat16 scale per column, others None."""
 
     param: ParamSpec
     dtype: np.dtype
@@ -54,9 +54,10 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values and, of int8 values, their scales."""
+        """Bytes of the values, two int4 to a byte, and of their scales."""
         scales = 0 if self.groups is None else 2 * math.prod(self.scales_shape)
-        return math.prod(self.shape) * self.dtype.itemsize + scales
+        bits = 4 if self.dtype.name == "int4" else 8 * self.dtype.itemsize
+        return math.prod(self.shape) * bits // 8 + scales
 
     @property
     def full_part(self) -> Part:
@@ -106,8 +107,9 @@ class Source(abc.ABC):
 
     @property
     def dtype(self) -> str:
-        """The type of the matrices."""
-        return str(next(spec.dtype for spec in self.tensors.values() if spec.param.is_matmul))
+        """The type of the matrices; int4 where some are, and others int8."""
+        dtypes = [str(spec.dtype) for spec in self.tensors.values() if spec.param.is_matmul]
+        return "int4" if "int4" in dtypes else dtypes[0]
 
 
 class ByteCounter:

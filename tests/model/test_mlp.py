@@ -18,8 +18,8 @@ from grok.model.mlp import _one_expert
 from grok.model.params import param_specs
 from grok.ops.mlp import gated_mlp, gelu
 from grok.ops.moe.experts_pallas import experts_pallas
-from grok.ops.weights.int8 import QuantizedArray, quantize
 from grok.ops.weights.lora import LoraArray, merge_adapter
+from grok.ops.weights.quantized import QuantizedArray, quantize
 from grok.weights.cast import converted
 from grok.weights.load import put_on_mesh
 from tests.fixtures.models import model_config

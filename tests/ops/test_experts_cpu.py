@@ -8,8 +8,8 @@ import pytest
 from grok.ops.moe.cpu import ExpertSlice, matvec_in_place
 from grok.ops.moe.experts_xla import experts_xla
 from grok.ops.moe.tiling import MAX_MATVEC_ROWS, serving_tile_rows
-from grok.ops.weights.int8 import QuantizedArray, dequantize, quantize
 from grok.ops.weights.layer_slice import LayerSlice
+from grok.ops.weights.quantized import QuantizedArray, dequantize, quantize
 
 L, E, D, F, M, C = 3, 4, 12, 42, 5, 2
 RANDOM = np.random.default_rng(0)
@@ -18,18 +18,18 @@ RANDOM = np.random.default_rng(0)
 def matrices(kind: str, rows: int, columns: int):
     """Experts' matrices of layer 2 among others, and the same as an array of their own."""
     w = RANDOM.standard_normal((L, E, rows, columns)).astype(np.float32)
-    if kind == "int8":
-        values, scales = quantize(w, 3)
+    if kind in ("int8", "int4"):
+        values, scales = quantize(w, 3, dtype=jnp.dtype(kind))
         dense = dequantize(values, scales, np.float32)[2]
         return QuantizedArray(jnp.asarray(values), jnp.asarray(scales), layer=2), dense
     w = w.astype(kind)
     return LayerSlice(jnp.asarray(w), 2), w[2].astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 def test_the_product_is_that_of_the_matrix_taken_out(kind):
     stack, dense = matrices(kind, D, F)
-    x_MD = RANDOM.standard_normal((M, D)).astype(np.float32 if kind == "int8" else kind)
+    x_MD = RANDOM.standard_normal((M, D)).astype(np.float32 if kind[:3] == "int" else kind)
     multiply = jax.jit(lambda x, stack, e: matvec_in_place(ExpertSlice(stack, e), x))
     actual = np.asarray(multiply(x_MD, stack, 3))
     expected = x_MD.astype(np.float32) @ dense[3]
@@ -38,7 +38,7 @@ def test_the_product_is_that_of_the_matrix_taken_out(kind):
     np.testing.assert_array_equal(np.asarray(multiply(x_MD[::-1], stack, 3))[::-1], actual)
 
 
-@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
 def test_experts_of_a_layer_among_others_are_those_of_the_layer(kind):
     pairs = [matrices(kind, *shape) for shape in ((D, F), (D, F), (F, D))]
     x_RD = RANDOM.standard_normal((M, D)).astype(np.float32)

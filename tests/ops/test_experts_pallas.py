@@ -24,8 +24,8 @@ from grok.ops.moe.experts_xla import experts_reference
 from grok.ops.moe.grouped_hidden import grouped_hidden_reference
 from grok.ops.moe.grouped_matmul import grouped_matmul_reference, weight_gradient_reference
 from grok.ops.moe.tiling import MlpSplits
-from grok.ops.weights.int8 import QuantizedArray, quantize
 from grok.ops.weights.lora import LoraArray
+from grok.ops.weights.quantized import QuantizedArray, quantize
 from tests.model import test_meshes
 from tests.ops.test_experts_xla import (
     TOLERANCE,
@@ -122,15 +122,16 @@ def test_one_expert_a_row_and_all_rows_on_one_expert():
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
 
 
-def test_int8_weights():
+@pytest.mark.parametrize(("integer", "groups"), [(jnp.int8, 2), (jnp.int4, 4)])
+def test_quantized_weights(integer, groups):
     x, topk_weights, *weights = arrays(R)
-    int8 = [QuantizedArray(*quantize(w, 2)) for w in weights]
+    quantized = [QuantizedArray(*quantize(w, groups, dtype=integer)) for w in weights]
     expert_ids = jnp.asarray(routing("random"), jnp.int32)
     actual = jax.jit(experts_pallas, static_argnums=(6, 7))(
-        x, topk_weights, expert_ids, *int8, False, RACES
+        x, topk_weights, expert_ids, *quantized, False, RACES
     )
     expected = experts_reference(
-        x, topk_weights, expert_ids, *(w.dequantize(jnp.float32) for w in int8)
+        x, topk_weights, expert_ids, *(w.dequantize(jnp.float32) for w in quantized)
     )
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
 

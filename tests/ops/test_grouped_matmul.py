@@ -20,7 +20,7 @@ from grok.ops.moe import tiling
 from grok.ops.moe.grouped_hidden import grouped_hidden, grouped_hidden_reference
 from grok.ops.moe.routing import group_by_expert, tile_schedule
 from grok.ops.moe.tiling import KernelBytes
-from grok.ops.weights.int8 import QuantizedArray, quantize
+from grok.ops.weights.quantized import QuantizedArray, quantize
 
 R, C, E, K, N, M = 40, 2, 4, 32, 24, 48
 WIDTHS = 1024, 2048, 4096, 8192, 14336, 16384, 32768  # of an expert on one chip

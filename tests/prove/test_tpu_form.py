@@ -37,6 +37,7 @@ from grok.ops.attention import page_reader, ragged_kernel
 from grok.ops.moe import grouped_blocks, grouped_hidden
 from grok.optim.param_groups import names, partition, trainable
 from grok.train.step import gradients
+from grok.weights.cast import converted
 from grok.weights.load import put_on_mesh
 from tests.fixtures.models import model_config, replace_keys
 from tests.fixtures.random_weights import RandomSource
@@ -176,6 +177,7 @@ def test_a_training_step(name):
 ENGINES = {
     "float32": ({}, "compute", {"ragged_paged_attention_kernel"}),
     "int8 weights": ({"param_dtype": "int8"}, "compute", {"ragged_paged_attention_kernel"}),
+    "int4 weights": ({"param_dtype": "int4"}, "compute", {"ragged_paged_attention_kernel"}),
     "int8 cache": ({}, "int8", {"paged_attention_int8"}),
     "window": ({"attention.window": 40}, "compute", {"paged_attention_with_window"}),
 }
@@ -188,8 +190,11 @@ def answers(name: str) -> tuple[list, np.ndarray]:
     options = EngineConfig(
         max_num_seqs=4, page_size=32, prefill_chunk_size=64, num_pages=32, cache_dtype=cache_dtype
     )
-    source = RandomSource(replace_keys(CONFIG, model), dtype=model.get("param_dtype", "float32"))
-    engine = Engine(put_on_mesh(source, mesh), None, mesh, options)
+    dtype = model.get("param_dtype", "float32")
+    random_source = RandomSource(
+        replace_keys(CONFIG, model), dtype="int8" if "int" in dtype else dtype
+    )
+    engine = Engine(put_on_mesh(converted(random_source, dtype), mesh), None, mesh, options)
     random, requests = np.random.default_rng(1), []
     for i, length in enumerate((5, 70, 33)):
         params = SamplingParams(max_tokens=4, seed=i, temperature=float(i % 2), logprobs=1)

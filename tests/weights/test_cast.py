@@ -8,7 +8,8 @@ import pytest
 
 from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.errors import CheckpointError
-from grok.ops.weights.int8 import dequantize, quantize
+from grok.ops.weights.quantized import dequantize, quantize
+from grok.weights import cast
 from grok.weights.cast import converted, per_channel
 from grok.weights.source import TensorSpec
 from tests.fixtures.array_source import ArraySource
@@ -24,9 +25,15 @@ CONFIG = ModelConfig(
     attention=AttentionConfig(num_heads=12, num_kv_heads=4, head_dim=6),
 )
 GROUPS = {"layers/attention/w_out_NHD": 8, "layers/moe/w_down_EFD": 8, "layers/moe/w_up_EDF": 3}
-BF16 = np.dtype(ml_dtypes.bfloat16)
+BF16, INT4 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.int4)
 FROM = ("int8", "float32", "bfloat16", "float16")
 TO = ("int8", "bfloat16", "float32")
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Groups of 8 rows in int4, so that matrices have several."""
+    monkeypatch.setattr(cast, "INT4_GROUP", 8)
 
 
 def groups_of(spec) -> int:
@@ -55,9 +62,9 @@ def whole_scales(spec: TensorSpec) -> tuple[slice, ...]:
     return tuple(slice(0, size) for size in spec.scales_shape)
 
 
-@pytest.mark.parametrize("to", TO)
+@pytest.mark.parametrize("to", ["int4", *TO])
 @pytest.mark.parametrize("kind", FROM)
-def test_any_part_is_the_part_of_the_whole(kind, to):
+def test_any_part_is_the_part_of_the_whole(kind, to, small_groups):
     source = converted(source_of(kind), to, groups_of)
     rng = np.random.default_rng(5)
     for name, spec in source.tensors.items():
@@ -100,9 +107,33 @@ def test_the_whole_by_definition(kind, to):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_nothing_is_done_where_nothing_is_asked():
-    source = source_of("int8")
-    assert converted(source, "int8") is source
+@pytest.mark.parametrize("kind", FROM)
+def test_int4_is_for_the_matrices_of_the_experts(kind, small_groups):
+    source, floats = (converted(source_of(kind), to, groups_of) for to in ("int4", "float32"))
+    assert source.dtype == "int4"
+    for name, spec in source.tensors.items():
+        if name not in MATRICES:
+            assert (spec.dtype, spec.groups) == (np.float32, None)
+            continue
+        dims = MATRICES[name].contract_dims, MATRICES[name].output_dims
+        is_wide = "/moe/" in name
+        groups = spec.param.contract_size // 8 if is_wide else GROUPS.get(name, 1)
+        assert (spec.dtype, spec.groups) == (INT4 if is_wide else np.int8, groups)
+        w = floats.read(name, spec.full_part)
+        values, scales = quantize(w, groups, *dims, spec.dtype)
+        np.testing.assert_array_equal(source.read(name, spec.full_part), values)
+        np.testing.assert_array_equal(source.read_scales(name, whole_scales(spec)), scales)
+        assert spec.nbytes == w.size // (2 if is_wide else 1) + 2 * scales.size
+    back = converted(source, "float32")
+    name = "layers/moe/w_up_EDF"
+    again = converted(back, "int4").read(name, source.tensors[name].full_part)
+    np.testing.assert_array_equal(again, source.read(name, source.tensors[name].full_part))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_nothing_is_done_where_nothing_is_asked(dtype):
+    source = converted(source_of("int8"), dtype)
+    assert converted(source, dtype) is source
 
 
 def test_groups_of_the_release_where_they_divide_the_rows():

@@ -18,7 +18,7 @@ from grok.config.load import load_config
 from grok.errors import CheckpointError, ConfigError
 from grok.model.build import to_arrays
 from grok.model.params import num_parameters, param_specs
-from grok.ops.weights.int8 import dequantize
+from grok.ops.weights.quantized import dequantize
 from grok.weights.cast import converted
 from grok.weights.detect import open_source
 from grok.weights.huggingface.adapters import ADAPTERS, adapter_for_export

@@ -23,7 +23,7 @@ from grok.config.load import flatten, from_dict, load_config, nest, to_dict
 from grok.config.schema import schema
 from grok.errors import CheckpointError, ConfigError
 from grok.model.params import num_parameters
-from grok.ops.weights.int8 import dequantize
+from grok.ops.weights.quantized import dequantize
 from grok.weights.cast import converted
 from grok.weights.huggingface.adapters import BY_NAME
 from grok.weights.huggingface.adapters.grok_1 import GROK_1

@@ -15,6 +15,7 @@ import grok
 from grok.config import AttentionConfig, DataConfig, ModelConfig, MoEConfig, RunConfig
 from grok.errors import CheckpointError, ConfigError
 from grok.model.build import to_arrays
+from grok.weights import cast
 from grok.weights.cast import converted, per_channel, release_groups
 from grok.weights.importing.importer import import_weights
 from grok.weights.load import put_on_mesh
@@ -162,7 +163,7 @@ def bits(array) -> np.ndarray:
     return values.view(f"u{values.itemsize}")
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float32", "float32 to int8"])
+@pytest.mark.parametrize("dtype", ["int8", "float32", "float32 to int8", "int8 to int4"])
 @pytest.mark.parametrize(
     ("sizes", "devices", "batch_bytes"),
     [((1, 4, 2), 4, 1 << 26), ((2, 1, 2, 2), 2, 1 << 26), ((4, 1, 2), 1, 5000)],
@@ -183,10 +184,12 @@ def test_what_processes_read_is_exchanged_bit_for_bit(
         np.testing.assert_array_equal(bits(array), bits(expected[name]), name)
 
 
-def test_floats_become_int8_on_a_mesh():
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_floats_are_quantised_on_a_mesh(dtype, monkeypatch):
+    monkeypatch.setattr(cast, "INT4_GROUP", 8)
     source = RandomSource(ODD, dtype="float32")
     for groups in (release_groups, per_channel):
-        quantized = converted(source, "int8", groups)
+        quantized = converted(source, dtype, groups)
         here, there = put_on_mesh(quantized), put_on_mesh(quantized, grok.make_mesh(1, 4, 2))
         for name, array in to_arrays(here).items():
             if not name.endswith("scales"):
@@ -200,8 +203,8 @@ def test_config_of_another_model_is_refused():
 
 
 def test_unknown_dtype_is_refused():
-    with pytest.raises(ConfigError, match="dtype='int4' is none of int8, bfloat16, float32"):
-        grok.load(golden.FOLDER / "pub_a/ckpt-0", dtype="int4")
+    with pytest.raises(ConfigError, match="dtype='int3' is none of int4, int8, bfloat16, float32"):
+        grok.load(golden.FOLDER / "pub_a/ckpt-0", dtype="int3")
 
 
 def test_mesh_that_does_not_fit_is_refused():
@@ -209,10 +212,11 @@ def test_mesh_that_does_not_fit_is_refused():
         put_on_mesh(RandomSource(ODD), grok.make_mesh(1, 1, 8))
 
 
-def test_fresh_int8_parameters_are_refused():
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_fresh_quantised_parameters_are_refused(dtype):
     config = golden.config("pub_a", "float32")
-    with pytest.raises(ConfigError, match="int8 is for weights that are loaded"):
-        grok.init(dataclasses.replace(config, param_dtype="int8"), jax.random.key(0))
+    with pytest.raises(ConfigError, match=f"{dtype} is for weights that are loaded"):
+        grok.init(dataclasses.replace(config, param_dtype=dtype), jax.random.key(0))
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="/proc/self/io is Linux's")

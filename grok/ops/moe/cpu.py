@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from grok import hardware
 from grok.ops.moe.tiling import MAX_MATVEC_ROWS
-from grok.ops.weights.int8 import QuantizedArray
 from grok.ops.weights.layer_slice import LayerSlice
+from grok.ops.weights.quantized import QuantizedArray
 from grok.ops.weights.weight import is_stacked, matmul
 
 # Rows of the matrix that one iteration adds: more would leave the nearest cache.

@@ -53,7 +53,7 @@ class Blocks:
         return pl.CostEstimate(
             flops=2 * products * tiles * M * K * N,
             bytes_accessed=tiles * M * K * self.size.rows * (N // self.tn)
-            + K * N * self.size.weights * weight_reads
+            + int(K * N * self.size.weights) * weight_reads
             + tiles * M * N * self.size.results,
             transcendentals=transcendentals * tiles * M * N,
         )

@@ -1,7 +1,8 @@
 """Products of tiles of rows with the matrix of each tile's expert: TPU kernels.
 
-Weights are stationary: a block of an expert's matrix is read once for all its tiles, and as int8
-where it is int8. Letters as in `grok.ops.moe.grouped_blocks`, and G groups of scales, L layers.
+Weights are stationary: a block of an expert's matrix is read once for all its tiles, and as int8 or
+int4 where it is that. Letters as in `grok.ops.moe.grouped_blocks`, and G groups of scales, L
+layers.
 """
 
 import dataclasses
@@ -99,7 +100,8 @@ def grouped_matmul(
 
 def _kernel_bytes(xs, values, scales, results: int) -> KernelBytes:
     """Bytes of the arrays, `results` of them of results."""
-    rows, weights = (sum(a.dtype.itemsize for a in arrays) for arrays in (xs, values))
+    rows = sum(x.dtype.itemsize for x in xs)
+    weights = sum(jax.dtypes.itemsize_bits(w.dtype) for w in values) / 8
     row = max(x.dtype.itemsize for x in xs)
     if not scales:
         return KernelBytes(rows, weights, results, row=row)
@@ -147,7 +149,7 @@ def _matmul_kernel(b: Blocks, products: int, transposed: bool, scaled: bool, sta
 
     for x_ref, w_ref in zip(refs, refs[products : 2 * products], strict=False):
         if scaled:
-            sum_ref[...] += _dot_int8(x_ref, w_ref, refs[2], k * b.tk, b.K)
+            sum_ref[...] += _dot_quantized(x_ref, w_ref, refs[2], k * b.tk, b.K)
         else:
             sum_ref[...] += dot(x_ref[...], w_ref[...], 1 if transposed else 0)
 
@@ -156,10 +158,11 @@ def _matmul_kernel(b: Blocks, products: int, transposed: bool, scaled: bool, sta
         y_ref[...] = sum_ref[...].astype(y_ref.dtype)
 
 
-def _dot_int8(x_ref, w_ref, scale_ref, row, K: int) -> jax.Array:
-    """x w of a block of an int8 matrix of K rows that begins at `row`; its scales are all of them.
+def _dot_quantized(x_ref, w_ref, scale_ref, row, K: int) -> jax.Array:
+    """x w of a block of a quantised matrix of K rows that begins at `row`; its scales are all of
+    them.
 
-    Scales multiply the sum of their group: an int8 is exact in the type of x, so that nothing is
+    Scales multiply the sum of their group: an integer is exact in the type of x, so that nothing is
     rounded but what a product with floats rounds.
     """
     rows = w_ref.shape[0]
@@ -169,9 +172,12 @@ def _dot_int8(x_ref, w_ref, scale_ref, row, K: int) -> jax.Array:
     index_GN = jax.lax.broadcasted_iota(jnp.int32, scale_GN.shape, 0)
     for start in range(0, rows, min(group, rows)):
         part = slice(start, start + min(group, rows))
-        is_group_GN = index_GN == (row + start) // group
-        scale_N = jnp.sum(jnp.where(is_group_GN, scale_GN, 0), axis=0, keepdims=True)
-        y_MN += dot(x_ref[:, part], w_ref[part, :].astype(x_ref.dtype), 0) * scale_N
+        if rows == K:
+            scale_1N = scale_GN[start // group : start // group + 1]
+        else:  # a part of the rows that only the grid knows
+            is_group_GN = index_GN == (row + start) // group
+            scale_1N = jnp.sum(jnp.where(is_group_GN, scale_GN, 0), axis=0, keepdims=True)
+        y_MN += dot(x_ref[:, part], w_ref[part, :].astype(x_ref.dtype), 0) * scale_1N
     return y_MN
 
 

@@ -39,7 +39,7 @@ class KernelBytes(NamedTuple):
     rows, in blocks (M, tk), by blocks of weights (tk, tn)."""
 
     rows: int
-    weights: int
+    weights: float
     results: int  # with what they start from
     sums: int = 4
     row: int = 2  # of one array of rows
@@ -48,13 +48,13 @@ class KernelBytes(NamedTuple):
     def of_blocks(self, M: int, tk: int, tn: int, buffers: int) -> int:
         """Bytes of all blocks, and of a sum and a product, or two sums, in float32."""
         rows = M * (2 * tk * self.rows + tn * (2 * self.results + 8))
-        return rows + buffers * tk * tn * self.weights
+        return rows + int(buffers * tk * tn * self.weights)
 
     def required(self, M: int, tk: int, tn: int, buffers: int) -> int:
         """Bytes that the compiler takes: all blocks and sums, a copy of one block of rows, and
         some more."""
         rows = M * (tk * (2 * self.rows + self.row) + tn * (2 * self.results + self.sums))
-        return rows + buffers * tk * tn * self.weights + tn * self.column + STACK_BYTES
+        return rows + int(buffers * tk * tn * self.weights) + tn * self.column + STACK_BYTES
 
 
 def kernel_tile_rows(R: int, C: int, E: int) -> int:
@@ -104,7 +104,7 @@ def weight_blocks(
     return next(fitting, candidates[-1])
 
 
-def _weight_blocks(K: int, N: int, itemsize: int, many_tiles: bool) -> Iterator[tuple]:
+def _weight_blocks(K: int, N: int, itemsize: float, many_tiles: bool) -> Iterator[tuple]:
     """Blocks by falling size."""
     budget = _budget()
     for halving in range(HALVINGS):
@@ -147,10 +147,10 @@ def _budget() -> VmemBudget:
     return LARGE_VMEM if has_large_vmem() else VMEM
 
 
-def _block_sides(K: int, N: int, itemsize: int, block_bytes: int) -> tuple[int, int]:
+def _block_sides(K: int, N: int, itemsize: float, block_bytes: int) -> tuple[int, int]:
     """Sides of a block of `block_bytes`: all of K, if that leaves some 512 columns."""
-    tk = _lane_divisor(K, block_bytes // (4 * LANES * itemsize))
-    return tk, _lane_divisor(N, max(LANES, block_bytes // (tk * itemsize)))
+    tk = _lane_divisor(K, int(block_bytes / (4 * LANES * itemsize)))
+    return tk, _lane_divisor(N, max(LANES, int(block_bytes / (tk * itemsize))))
 
 
 def _lane_divisor(size: int, largest: int) -> int:

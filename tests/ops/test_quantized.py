@@ -1,4 +1,4 @@
-"""int8 with scales: bounded error, the release's numbers back again, exact dequantising."""
+"""int8 and int4 with scales: bounded error, the release's numbers back, exact dequantising."""
 
 import functools
 import math
@@ -9,11 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok.ops.weights.int8 import QuantizedArray, dequantize, quantize
+from grok.ops.weights.quantized import QuantizedArray, dequantize, quantize
 from grok.weights.xai.source import ReleaseSource
 from tests.model import golden
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
+INT8, INT4 = np.dtype(np.int8), np.dtype(ml_dtypes.int4)
+LARGEST = {INT8: 127, INT4: 7}
+each_type = pytest.mark.parametrize("integer", [INT8, INT4], ids=str)
 # Shape, row axes, column axes, groups. A head of w_out (N H D) has 6 rows.
 KINDS = {
     "w_gate, per channel": ((3, 24, 10), 1, 1, 1),
@@ -43,11 +46,12 @@ def in_groups(array, groups, contract_dims, output_dims) -> np.ndarray:
     return array.reshape(lead, groups, -1, columns)
 
 
+@each_type
 @kinds
-def test_scales_and_values_by_definition(shape, contract_dims, output_dims, groups):
-    w = matrix(shape)
-    values, scales = quantize(w, groups, contract_dims, output_dims)
-    assert (values.dtype, scales.dtype, values.shape) == (np.int8, BF16, shape)
+def test_scales_and_values_by_definition(shape, contract_dims, output_dims, groups, integer):
+    w, largest = matrix(shape), LARGEST[integer]
+    values, scales = quantize(w, groups, contract_dims, output_dims, integer)
+    assert (values.dtype, scales.dtype, values.shape) == (integer, BF16, shape)
     lead, columns = (
         shape[: len(shape) - contract_dims - output_dims],
         shape[len(shape) - output_dims :],
@@ -58,16 +62,17 @@ def test_scales_and_values_by_definition(shape, contract_dims, output_dims, grou
     scales = scales.reshape(len(w_grouped), groups, -1)
     for i, g, column in np.ndindex(scales.shape):
         rows = w_grouped[i, g, :, column]
-        scale = BF16.type(np.abs(rows).max() / np.float32(127))
+        scale = BF16.type(np.abs(rows).max() / np.float32(largest))
         assert scales[i, g, column] == scale
-        expected = np.clip(np.rint(rows / np.float32(scale)), -127, 127)
-        np.testing.assert_array_equal(values[i, g, :, column], expected)
+        expected = np.clip(np.rint(rows / np.float32(scale)), -largest, largest)
+        np.testing.assert_array_equal(values[i, g, :, column].astype(np.float32), expected)
 
 
+@each_type
 @kinds
-def test_error_is_at_most_half_a_scale(shape, contract_dims, output_dims, groups):
+def test_error_is_at_most_half_a_scale(shape, contract_dims, output_dims, groups, integer):
     w = matrix(shape)
-    values, scales = quantize(w, groups, contract_dims, output_dims)
+    values, scales = quantize(w, groups, contract_dims, output_dims, integer)
     error = in_groups(
         dequantize(values, scales, np.float64, contract_dims, output_dims) - w,
         groups,
@@ -92,13 +97,15 @@ def test_dequantising_is_exact_in_float32():
     np.testing.assert_array_equal(dequantize(values, scales, BF16), exact.astype(BF16))
 
 
+@each_type
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), BF16], ids=str)
-def test_every_scale_comes_back(dtype):
-    """A column of all 255 values, for each mantissa of a scale; columns of both signs."""
-    values = np.arange(-127, 128, dtype=np.int8)[:, None].repeat(3 * 128, 1)
+def test_every_scale_comes_back(dtype, integer):
+    """A column of all values, for each mantissa of a scale; columns of both signs."""
+    largest = LARGEST[integer]
+    values = np.arange(-largest, largest + 1).astype(integer)[:, None].repeat(3 * 128, 1)
     mantissas = 1 + np.arange(128) / 128
     scales = np.outer([2.0**-40, 2.0**-9, 2.0**30], mantissas).reshape(1, -1).astype(BF16)
-    again = quantize(dequantize(values, scales, dtype), 1)
+    again = quantize(dequantize(values, scales, dtype), 1, dtype=integer)
     np.testing.assert_array_equal(again[0], values)
     np.testing.assert_array_equal(again[1], scales)
 
@@ -126,14 +133,19 @@ def test_requantising_a_release_gives_it_back(name, dtype):
         np.testing.assert_array_equal(after[rows], before[rows])
 
 
+@each_type
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), BF16], ids=str)
 @pytest.mark.parametrize("kind", ["w_down, grouped", "w_out, groups straddle heads"])
-def test_jax_gives_the_bits_of_numpy(kind, dtype, jit):
+def test_jax_gives_the_bits_of_numpy(kind, dtype, jit, integer):
     shape, contract_dims, output_dims, groups = KINDS[kind]
     w = matrix(shape).astype(dtype)
     run = functools.partial(
-        quantize, num_scale_groups=groups, contract_dims=contract_dims, output_dims=output_dims
+        quantize,
+        num_scale_groups=groups,
+        contract_dims=contract_dims,
+        output_dims=output_dims,
+        dtype=integer,
     )
     values, scales = run(w)
     ours, own_scales = (jax.jit(run) if jit else run)(jnp.asarray(w))

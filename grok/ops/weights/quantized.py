@@ -1,8 +1,8 @@
-"""int8 matrices with scales: values * scales, a scale for each column and group of rows.
+"""int8 and int4 matrices with scales: values * scales, a scale for each column and group of rows.
 
-A matrix (..., rows, columns) has int8 values and scales
+A matrix (..., rows, columns) has int8 or int4 values and scales
 (..., groups, columns); a group is rows/groups consecutive rows, the contracted axis. Rows or
-columns may be several axes, as in (N, H, D).
+columns may be several axes, as in (N, H, D). On devices two int4 values share a byte.
 
 `quantize` and `dequantize` take NumPy or JAX arrays and give the same kind.
 """
@@ -19,8 +19,6 @@ import numpy as np
 from grok.ops.weights import weight
 from grok.ops.weights.layer_slice import row_of
 
-MAX_INT8 = 127
-
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -29,7 +27,7 @@ MAX_INT8 = 127
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
-    """A matrix as int8 `values` (..., rows, columns) and `scales` (..., groups, columns).
+    """A matrix as int8 or int4 `values` (..., rows, columns) and `scales` (..., groups, columns).
 
     With `layer`, an index, both still have all layers in front, and the matrix is that layer's:
     taking one expert then reads no other, where a slice of the layer would copy them all.
@@ -126,7 +124,7 @@ def _(w_EDF: QuantizedArray):
 def dequantize(values, scales, dtype, contract_dims: int = 1, output_dims: int = 1):
     """values * scales, as `values` in shape; exact in float32, rounded once to another `dtype`.
 
-    An int8 has 7 bits and a bfloat16 scale 8: their product fits in float32's 24.
+    An int8 has 7 bits, an int4 3 and a bfloat16 scale 8: their product fits in float32's 24.
     """
     num_scale_groups = scales.shape[scales.ndim - output_dims - 1]
     split = _split(values.shape, num_scale_groups, contract_dims, output_dims)
@@ -135,28 +133,31 @@ def dequantize(values, scales, dtype, contract_dims: int = 1, output_dims: int =
     return product.astype(dtype).reshape(values.shape)
 
 
-def quantize(w, num_scale_groups: int, contract_dims: int = 1, output_dims: int = 1):
-    """int8 values and bfloat16 scales of a float matrix `w` (..., rows, columns).
+def quantize(
+    w, num_scale_groups: int, contract_dims: int = 1, output_dims: int = 1, dtype: Any = np.int8
+):
+    """Values in `dtype`, int8 or int4, and bfloat16 scales of a float matrix `w` (..., rows,
+    columns).
 
-    A scale is its group's largest magnitude / 127, rounded; values are rounded to the nearest. A
-    group of zeros has scale 0. Requantising a result of `dequantize`, in float32 or bfloat16, gives
-    the same values for every group whose largest one has magnitude 127. (Where bfloat16 rounded
-    that largest product, the division may miss the scale by one unit in the last place; of the
-    scale and its neighbours the one is taken that reproduces `w` exactly, if any does.)
+    A scale is its group's largest magnitude / 127 (int4: 7), rounded; values are rounded to the
+    nearest. A group of zeros has scale 0. Requantising a result of `dequantize`, in float32 or
+    bfloat16, gives the same for every group whose largest has magnitude 127 or 7. (Where bfloat16
+    rounded that largest product, the division may miss the scale by one unit in the last place; of
+    the scale and its neighbours the one is taken that reproduces `w` exactly, if any does.)
     """
     xp = jnp if isinstance(w, jax.Array) else np
     split = _split(w.shape, num_scale_groups, contract_dims, output_dims)
     axis = len(split) - output_dims - 1
     w_split = w.reshape(split)
     largest = xp.max(xp.abs(w_split), axis=axis, keepdims=True).astype(np.float32)
-    scales = (largest / np.float32(MAX_INT8)).astype(jnp.bfloat16)
-    values = _rounded(xp, w_split, scales)
+    scales = (largest / np.float32(jnp.iinfo(dtype).max)).astype(jnp.bfloat16)
+    values = _rounded(xp, w_split, scales, dtype)
     if w.dtype == jnp.bfloat16:
         is_exact = _reproduces(w_split, values, scales, axis)
         for step in (1, -1):
             bits = xp.maximum(scales.view(np.uint16).astype(np.int32) + step, 0)
             neighbour = bits.astype(np.uint16).view(jnp.bfloat16)
-            new_values = _rounded(xp, w_split, neighbour)
+            new_values = _rounded(xp, w_split, neighbour, dtype)
             is_better = ~is_exact & _reproduces(w_split, new_values, neighbour, axis)
             scales = xp.where(is_better, neighbour, scales)
             values = xp.where(is_better, new_values, values)
@@ -164,12 +165,13 @@ def quantize(w, num_scale_groups: int, contract_dims: int = 1, output_dims: int 
     return values.reshape(w.shape), scales.reshape((*split[:axis], *split[axis + 1 :]))
 
 
-def _rounded(xp, w_split, scales):
-    """The int8 values nearest to w / scale."""
+def _rounded(xp, w_split, scales, dtype):
+    """The values in `dtype` nearest to w / scale."""
     divisor = scales.astype(np.float32)
     divisor = xp.where(divisor == 0, np.float32(1), divisor)
     quotient = w_split.astype(np.float32) / divisor
-    return xp.clip(xp.rint(quotient), -MAX_INT8, MAX_INT8).astype(np.int8)
+    largest = jnp.iinfo(dtype).max
+    return xp.clip(xp.rint(quotient), -largest, largest).astype(dtype)
 
 
 def _reproduces(w_split, values, scales, axis: int):
