@@ -57,6 +57,22 @@ def test_inference_programs_are_the_engine_s_with_its_sampling(tiny_run, program
     assert slots.token_BS.shape == (4, 2)
 
 
+def test_int4_halves_the_experts_of_a_decode(tiny_run):
+    def parts(dtype: str) -> dict[str, int]:
+        config = planned(tiny_run, program="decode", batch_size=8, tokens=16)
+        model = dataclasses.replace(config.model, param_dtype=dtype)
+        mesh = grok.make_mesh(**MESH)
+        with jax.set_mesh(mesh):
+            program = make_program(dataclasses.replace(config, model=model), mesh)
+        return bytes_per_device(program.arguments)
+
+    int8, int4 = parts("int8"), parts("int4")
+    smaller = {name.removeprefix("model.layers.moe.") for name in int8 if int4[name] < int8[name]}
+    assert smaller == {f"{w}.value.values" for w in ("w_gate_EDF", "w_up_EDF", "w_down_EFD")}
+    for name in smaller:
+        assert int4[f"model.layers.moe.{name}"] == int8[f"model.layers.moe.{name}"] / 2
+
+
 def test_a_window_bounds_the_cache_of_a_decode(tiny_run):
     """A row of 120 tokens, 4 pages of 32: of 40 keys of them, and a prefill of 32 at a time, 3."""
     model = replace_keys(tiny_run.model, {"attention.window": 40})
