@@ -22,8 +22,8 @@ def env_cluster() -> tuple[str, int, int] | None:
     if not any(values):
         if other := next((name for name in JAX_VARIABLES if os.environ.get(name)), None):
             raise ConfigError(
-                f"the environment has {other}, and several processes are told here by "
-                f"{', '.join(CLUSTER_VARIABLES)}; these names in place of JAX's would work."
+                f"the environment has {other}, which is not read here; "
+                f"{', '.join(CLUSTER_VARIABLES)} in place of JAX's names would work."
             )
         return None
     address, count, index = values

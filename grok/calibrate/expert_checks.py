@@ -4,6 +4,7 @@ Letters: R rows (tokens), C chosen experts of a row, D embed, F mlp, E experts, 
 tile, K contracted axis and N columns of a product.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,15 +50,15 @@ def _used(y_PN, tiles_E, tile_M) -> jax.Array:
     return jnp.where(is_used_P[:, None], y_PN, 0)
 
 
-def _int8(w, dtype: Any = jnp.int8) -> QuantizedArray:
+def _quantized(w, dtype: Any) -> QuantizedArray:
     """The matrices as layer 1 of two, as serving has them, two groups of rows each."""
     values, scales = quantize(w, 2, dtype=dtype)
     stack = jnp.stack([jnp.zeros_like(values), values]), jnp.stack([scales, scales])
     return QuantizedArray(*stack, layer=jnp.int32(1))
 
 
-def _int4(w) -> QuantizedArray:
-    return _int8(w, jnp.int4)
+_int8 = functools.partial(_quantized, dtype=jnp.int8)
+_int4 = functools.partial(_quantized, dtype=jnp.int4)
 
 
 def _matmul(x_PK, dy_PN, w_EKN, tiles_E, tile_M, interpret, *, transposed=False, store=None):

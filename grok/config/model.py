@@ -9,6 +9,8 @@ from pydantic import Field
 from grok.config.section import Count, Positive, Section, largest_divisor
 from grok.errors import ConfigError, bad_value
 
+QUANTIZED_DTYPES = ("int8", "int4")  # of matrices, with scales
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormConfig(Section):
@@ -173,7 +175,7 @@ class ModelConfig(Section):
     @property
     def is_quantized(self) -> bool:
         """True where matrices are int8 or int4."""
-        return self.param_dtype in ("int8", "int4")
+        return self.param_dtype in QUANTIZED_DTYPES
 
     @property
     def saves_experts(self) -> bool:

@@ -110,9 +110,9 @@ def abstract(
     """The model of `config` as shapes, types and, on a mesh, placements.
 
     Matrices named in `groups` are int8, or int4 as `ParamSpec.quantized_dtype` says, with that many
-    groups of rows; on a mesh that splits the rows, groups are divided further until each device has
-    whole ones (`sharded_scale_groups`). Raises ConfigError when the model cannot be split over the
-    mesh.
+    groups of rows; on a mesh that splits the rows, groups are divided further until none is split
+    over devices (`sharded_scale_groups`). Raises ConfigError when the model cannot be split over
+    the mesh.
     """
 
     def make() -> Decoder:

@@ -113,7 +113,7 @@ def storage_axes(axes: Axes, shape: tuple[int, ...], param_dtype: str) -> Axes:
 
     The devices that see other tokens, along data and expert, share it: by vocabulary or heads if
     these divide, else by the width of the model. Weights with neither vocabulary, heads nor the
-    width of an MLP are small, and whole on every device. A quantised model only serves, and every
+    width of an MLP are small, and replicated. A quantised model only serves, and every
     token would unshard vocabulary and heads again, so there few devices share them.
     """
     if "mlp" in axes:

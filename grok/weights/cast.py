@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from grok.config.model import QUANTIZED_DTYPES
 from grok.errors import CheckpointError
 from grok.model.param_spec import ParamSpec
 from grok.ops.weights.quantized import dequantize, quantize
@@ -49,11 +50,11 @@ def converted(
     in the same float type, or beside quantised ones in float32. `groups` gives the number of row
     groups of a matrix that becomes int8, of which the largest that divides its rows is taken. With
     `measure`, that is a MeasuredQuantizedSource."""
-    if dtype in ("int8", "int4"):
+    if dtype in QUANTIZED_DTYPES:
         quantized = MeasuredQuantizedSource if measure else QuantizedSource
         if source.dtype == dtype:
             return source
-        if source.dtype in ("int8", "int4"):
+        if source.dtype in QUANTIZED_DTYPES:
             source = FloatSource(source, np.dtype(np.float32))
         return quantized(source, groups, dtype)
     return FloatSource(source, np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))

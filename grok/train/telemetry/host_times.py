@@ -37,10 +37,10 @@ class HostTimes:
     def __init__(self, mesh: Mesh):
         self._is_alone = distributed.process_count() == 1
         self._busy, self._steps, self._since = 0.0, 0, time.perf_counter()
-        self._waiting = WaitingThreads(Path("/proc/self/task"))
         self._streak = Streak()
         if self._is_alone:
             return
+        self._waiting = WaitingThreads(Path("/proc/self/task"))
         self._names = distributed.all_gather(distributed.host_name())
         self._processes = [device.process_index for device in mesh.devices.flat]
         self._sharding = NamedSharding(mesh, P(MESH_AXES, None))
