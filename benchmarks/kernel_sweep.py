@@ -4,10 +4,10 @@
     python benchmarks/kernel_sweep.py --chip v5p --embed 6144 --width 14336
 
 It needs libtpu, no TPU: seconds a kernel. Kernels are those of a training step, forward and
-backward in bfloat16, and of a serving step with int8 weights, for 64 rows and for 16384. Kernels
-of equal blocks are compiled once. The table says how many compile, and which do not, with the
-compiler's words. Results are kept beside `--out` as JSON lines, and what is there is not compiled
-again. Exits with 1 if a kernel is refused.
+backward in bfloat16, and of a serving step with int8 and int4 weights, for 64 and for 16384 rows.
+Kernels of equal blocks are compiled once. The table says how many compile, and which do not, with
+the compiler's words. Results are kept beside `--out` as JSON lines, and what is there is not
+compiled again. Exits with 1 if a kernel is refused.
 """
 
 import os
@@ -42,7 +42,8 @@ from grok.plan.topology import Slice
 WIDTHS = (1024, 2048, 4096, 8192, 14336, 16384, 32768)  # of an expert on one chip
 EMBEDS = (2048, 4096, 6144, 8192)
 ROWS = (64, 16384)  # of a decode step, and of training: enough for tiles of the largest height
-EXPERTS, CHOSEN, SCALE_GROUPS = 8, 2, 8
+EXPERTS, CHOSEN = 8, 2
+INT8_GROUPS, INT4_GROUP_ROWS = 8, 128  # groups of rows with a scale, and rows of one
 VERDICTS: dict[tuple, str] = {}  # by chip and blocks
 
 
@@ -156,22 +157,28 @@ def kernels(case: Case) -> dict[str, tuple[Callable, tuple]]:
 
         return run
 
-    def int8(x, values, scales, tiles_E):
+    def scaled(x, values, scales, tiles_E):
         w = QuantizedArray(values, scales)
         return grouped_matmul((x,), (w,), tiles_E, dtype=jnp.bfloat16, **args)
 
     def gradient(x, dy, tiles_E):
         return grouped_weight_gradient(x, dy, tiles_E, M, dtype=jnp.bfloat16)
 
-    def quantized(K: int, N: int) -> Iterator[jax.ShapeDtypeStruct]:
+    def int8(K: int, N: int) -> Iterator[jax.ShapeDtypeStruct]:
         yield jax.ShapeDtypeStruct((E, K, N), jnp.int8)
-        yield jax.ShapeDtypeStruct((E, SCALE_GROUPS, N), jnp.float32)
+        yield jax.ShapeDtypeStruct((E, INT8_GROUPS, N), jnp.float32)
+
+    def int4(K: int, N: int) -> Iterator[jax.ShapeDtypeStruct]:
+        yield jax.ShapeDtypeStruct((E, K, N), jnp.int4)
+        yield jax.ShapeDtypeStruct((E, K // INT4_GROUP_ROWS, N), jnp.bfloat16)
 
     serving = {
         "hidden": (hidden(False), (x_PD, up_EDF, up_EDF, tiles_E)),
         "down": (matmul(1), (tiles_E, x_PF, down_EFD)),
-        "int8 gate": (int8, (x_PD, *quantized(D, F), tiles_E)),
-        "int8 down": (int8, (x_PF, *quantized(F, D), tiles_E)),
+        "int8 gate": (scaled, (x_PD, *int8(D, F), tiles_E)),
+        "int8 down": (scaled, (x_PF, *int8(F, D), tiles_E)),
+        "int4 gate": (scaled, (x_PD, *int4(D, F), tiles_E)),
+        "int4 down": (scaled, (x_PF, *int4(F, D), tiles_E)),
     }
     if min(ROWS) == R:
         return serving
@@ -192,8 +199,8 @@ def table(results: dict[Case, dict[str, str]]) -> str:
         "",
         f"Chips that were tried: {', '.join(name for name in CHIPS if name in chips)}. No others.",
         "Kernels that compile ahead of time, each alone, of those tried:",
-        f"for {ROWS[0]} rows those of serving, in bfloat16 and int8, for {ROWS[1]} also those of",
-        f"training. jax {jax.__version__}; made by",
+        f"for {ROWS[0]} rows those of serving, in bfloat16, int8 and int4, for {ROWS[1]} also",
+        f"those of training. jax {jax.__version__}; made by",
         "`python benchmarks/kernel_sweep.py --out benchmarks/results/kernel-widths.md`.",
         "",
         "| chip | width | " + " | ".join(f"embed {embed}" for embed in embeds) + " |",

@@ -27,4 +27,4 @@ def test_kernels_compile(chip, embed, width):
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     print(done.stdout)
     assert done.returncode == 0
-    assert "9 of 9" in done.stdout
+    assert "11 of 11" in done.stdout
