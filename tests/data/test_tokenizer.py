@@ -158,6 +158,8 @@ def test_encode_and_decode_refuse_what_cannot_be(tokenizer):
 def test_train_refuses_impossible_sizes_naming_ones_that_work(tmp_path):
     text, out = tmp_path / "short.txt", tmp_path / "t.model"
     text.write_text("a few words and no more\n" * 3)
+    with pytest.raises(DataError, match=r"short\.txt and 2 more is too short for"):
+        train_tokenizer([text] * 5, out, 5000)
     with pytest.raises(DataError, match=r"short\.txt is too short for .* 5000 pieces") as refusal:
         train_tokenizer([text], out, 5000)
     assert train_tokenizer([text], out, last_number(refusal)).decode([5]) == "\n\n"

@@ -18,6 +18,7 @@ SPACE = "\u2581"
 GUARD = "\U0010fffd"
 # Runs of newlines that are one piece in our own tokenizers, as they are in the release's.
 NEWLINE_RUNS = ["\n" * length for length in (1, 2, 3, 4)]
+NAMED_FILES = 3  # of those in a message
 
 
 class SentencePieceTokenizer:
@@ -172,7 +173,9 @@ def train_tokenizer(
 
 def _refusal(message: str, files: Sequence[str | Path], vocab_size: int) -> DataError:
     """SentencePiece's refusal of a vocabulary size, as a sentence with a size that would work."""
-    names = ", ".join(str(path) for path in files)
+    names = ", ".join(map(str, files[:NAMED_FILES]))
+    if len(files) > NAMED_FILES:
+        names += f" and {len(files) - NAMED_FILES} more"
     vocabulary = f"a vocabulary of {vocab_size} pieces"
     problem = f"SentencePiece cannot train a tokenizer on {names}: {message}"
     if match := re.search(r"Please set it to a value <= (\d+)", message):
