@@ -23,10 +23,20 @@ while (($#)); do
 done
 load_settings
 ssh_command bash grok-launch/worker.sh logs "$lines" $follow
+
+# Without the worker's verdict, of which a failure's reason is printed alone. Each line at once: awk
+# and sed wait for more of a stream, each system's in its own way.
+lines_only() {
+  local line
+  while IFS= read -r line; do
+    [[ $line == '['*'] @ ok' ]] || printf '%s\n' "${line/ @ failed=/ }"
+  done
+}
+
 if [[ $dry_run ]]; then
   quoted "${gcloud[@]}"
 elif [[ $follow ]]; then
-  exec "${gcloud[@]}" 2> >(filter_errors)
+  exec "${gcloud[@]}" 2> >(filter_errors) > >(lines_only)
 else
-  limited "${gcloud[@]}" 2> >(filter_errors) | sed '/^\[[^]]*\] @ ok$/d; s/ @ failed=/ /'
+  limited "${gcloud[@]}" 2> >(filter_errors) | lines_only
 fi

@@ -191,7 +191,8 @@ def test_stop_ends_who_holds_the_tpu_and_removes_the_lock(cloud: Cloud) -> None:
 
 def test_logs_where_nothing_ran_say_so(cloud: Cloud) -> None:
     cloud.ready()
-    assert "[t1v-t-w-0] no run has been started here" in cloud.launch("logs").stdout
+    for words in ([], ["--follow"]):
+        assert "[t1v-t-w-0] no run has been started here" in cloud.launch("logs", *words).stdout
 
 
 def test_following_logs_streams_lines_as_they_come(cloud: Cloud) -> None:
