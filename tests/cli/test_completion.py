@@ -1,5 +1,10 @@
 """Words that a shell completes."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from click.shell_completion import ShellComplete
 
@@ -25,3 +30,21 @@ def test_presets_keys_and_values_are_completed(words, begun, expected):
     values = [item.value for item in items if item.type == "plain"]
     assert [value.removeprefix("data.allow_data_change=") for value in values] == expected
     assert any(item.type == "file" for item in items) == (len(words) == 1)
+
+
+def test_bash_completes_a_line_as_it_is_typed():
+    script = """
+        compopt() { printf '%s ' "$@"; }
+        eval "$(_GROK_COMPLETE=bash_source grok)"
+        for line in 'train grok-10' 'train a train.grad_acc' 'plan a model.remat=s'; do
+            COMP_LINE="grok $line" COMP_POINT=$((${#line} + 5)) COMPREPLY=()
+            _grok_completion grok && echo "${COMPREPLY[@]}"
+        done
+    """
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "-o default grok-100m grok-10m",
+        "-o nospace train.grad_accum_steps=",
+        "selective",
+    ], done.stderr
