@@ -47,8 +47,9 @@ def paths_and_config(command: Callable) -> Callable:
     "--dtype",
     default="bfloat16",
     show_default=True,
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="Type of all tensors.",
+    type=click.Choice(["bfloat16", "float16", "float32", "int4"]),
+    help="Type of all tensors; with int4, of the matrices of MLP and experts, as vLLM and "
+    "compressed-tensors read them, and all else is bfloat16.",
 )
 @click.option(
     "--family",
@@ -157,8 +158,9 @@ def _hub_files(pieces, context_length: int) -> dict[str, bytes]:
     "--dtype",
     default="bfloat16",
     show_default=True,
-    type=click.Choice(["bfloat16", "float16", "float32", "q8_0"]),
-    help="Type of the matrices; q8_0 is int8 with a scale for every 32 values.",
+    type=click.Choice(["bfloat16", "float16", "float32", "q8_0", "q4_0"]),
+    help="Type of the matrices; q8_0 is int8 with a scale for every 32 values; with q4_0 those of "
+    "MLP and experts are int4, all others q8_0.",
 )
 @click.option("--family", metavar="NAME", help="Family to write it as, as of `grok export hf`.")
 @click.option("--base-weights", metavar="TEXT", help="Where the weights came from.")
@@ -247,8 +249,9 @@ def peft(src, dst, dtype, family, base_weights) -> None:
 @click.argument("dst", type=PATH)
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float32", "int8"]),
-    help="Type of the matrices; with int8 all else is float32.  [default: as they are]",
+    type=click.Choice(["bfloat16", "float32", "int8", "int4"]),
+    help="Type of the matrices; with int8 all else is float32, and with int4 those of attention "
+    "are int8.  [default: as they are]",
 )
 def params(src, dst, dtype) -> None:
     """Write the parameters of the run at SRC, without the optimizer's state, to the new folder DST.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FORMATS = {"xai": "the release's (ckpt-0)", "huggingface": "Hugging Face's", "orbax": "grok's own"}
 COMMANDS = {"xai": "xai", "huggingface": "hf"}
 NAMED_FILES = 5  # in a message
-DTYPES = click.Choice(["int8", "bfloat16", "float32"])
+DTYPES = click.Choice(["int4", "int8", "bfloat16", "float32"])
 
 
 @click.group("import", cls=Group)
@@ -37,7 +37,8 @@ def _options(dtype: str) -> Callable:
             default=dtype,
             show_default=True,
             type=DTYPES,
-            help="Type of the matrices; with int8 all else is float32.",
+            help="Type of the matrices; with int8 all else is float32, and with int4 those of "
+            "attention are int8.",
         ),
         click.option(
             "--scales",
@@ -67,8 +68,8 @@ def _options(dtype: str) -> Callable:
 def xai(src, dst, config, dtype, scales, tokenizer, checksums) -> None:
     """Import xAI's release, the ckpt-0 folder SRC, local or gs://, into the new folder DST.
 
-    int8 matrices stay as they are, bit for bit, or become floats. After an interruption the same
-    command continues with the unfinished tensors.
+    int8 matrices stay as they are, bit for bit, or become floats or int4. After an interruption the
+    same command continues with the unfinished tensors.
     """
     _import("xai", src, dst, config, dtype, scales, tokenizer, checksums)
 
@@ -88,6 +89,7 @@ def hf(src, dst, config, dtype, scales, tokenizer, checksums) -> None:
 def _import(expected_format, src, dst, config, dtype, scales, tokenizer, checksums) -> None:
     from grok.config import DataConfig, RunConfig
     from grok.config.load import load_config
+    from grok.config.model import QUANTIZED_DTYPES
     from grok.progress import byte_progress
     from grok.weights.cast import converted, per_channel, release_groups
     from grok.weights.detect import open_source
@@ -105,7 +107,8 @@ def _import(expected_format, src, dst, config, dtype, scales, tokenizer, checksu
         length = min(DataConfig.sequence_length, source.config.context_length)
         run = RunConfig(model=source.config, data=DataConfig(sequence_length=length))
     pieces = tokenizer_of(tokenizer, [src], source.config.vocab_size)
-    if scales is not None and (dtype != "int8" or source.dtype == "int8"):
+    quantises = dtype in QUANTIZED_DTYPES and source.dtype not in QUANTIZED_DTYPES
+    if scales is not None and not quantises:
         raise ConfigError(
             f"--scales {scales} is for floats that become int8; {source.path} holds "
             f"{source.dtype} and --dtype is {dtype}."
@@ -168,7 +171,8 @@ def print_import(imported: "Imported") -> None:
         f"{imported.written / imported.seconds / 1e9:.2f} GB/s; peak memory {peak / 1e9:.2f} GB"
     )
     if summary["rounding_errors"]:
-        click.echo("rounding to int8, against largest and root mean square value:")
+        kinds = "int4, or int8 of attention" if summary["dtype"] == "int4" else "int8"
+        click.echo(f"rounding to {kinds}, against largest and root mean square value:")
     for name, error in summary["rounding_errors"].items():
         click.echo(f"  {name:29} {error['relative']:.2e}  {error['relative_rms']:.2e}")
     checksum = summary["checksum"]

@@ -146,7 +146,8 @@ class ModelConfig(Section):
     moe: Annotated[MoEConfig | None, "experts of every block; null: none"] = None
     param_dtype: Annotated[
         Literal["float32", "bfloat16", "int8", "int4"],
-        "type of parameters; int8: matrices, to infer only; int4: those of MLP and experts",
+        "type of parameters; int8: matrices, to infer or below adapters; int4: those of MLP and "
+        "experts",
     ] = "float32"
     compute_dtype: Annotated[Literal["float32", "bfloat16"], "type of activations"] = "bfloat16"
     remat: Annotated[

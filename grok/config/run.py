@@ -126,6 +126,6 @@ class RunConfig(Section):
 
 def check_trainable(config: RunConfig) -> None:
     """Refuses, as ConfigError, to train a model that cannot be trained."""
-    if config.model.is_quantized:
-        problem = "is for inference, and its matrices have no gradient"
+    if config.model.is_quantized and not config.lora.rank:
+        problem = "is for inference or below adapters (lora.rank=16), and has no gradient"
         raise bad_value("model.param_dtype", config.model.param_dtype, problem, "float32")

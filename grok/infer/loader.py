@@ -33,12 +33,18 @@ ONE_DEVICE = (*(f"mesh.{axis}=1" for axis in MESH_AXES), "mesh.simulated_devices
 
 def config_of(path: str, config: str | None, overrides: Sequence[str]) -> RunConfig:
     """The config for the weights at `path`, on one device unless overrides say otherwise: `config`
-    (a preset or file), a run's config.yaml, or what the files say of their model and type. Raises
+    (a preset or file), a run's config.yaml, or what the files say of their model and type. A run
+    with adapters over quantised weights has their sum in the type of computation. Raises
     ConfigError and CheckpointError."""
     changes = (*ONE_DEVICE, *overrides)
     file = Path(path) / "config.yaml"
     if config or file.is_file():
-        return load_config(config or file, changes)
+        run = load_config(config or file, changes)
+        if config or not (run.lora.rank and run.model.is_quantized):
+            return run
+        # Quantised again, the sum would lose much of what the adapters add.
+        sum_dtype = f"model.param_dtype={run.model.compute_dtype}"
+        return load_config(file, (sum_dtype, *changes))
     source = open_source(path)
     dtype: Any = source.dtype if source.dtype in DTYPES else "float32"
     model = dataclasses.replace(source.config, param_dtype=dtype)

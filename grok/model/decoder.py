@@ -20,7 +20,7 @@ from grok.model.norm import RMSNorm
 from grok.model.param_spec import ParamSpec, map_params, name_of, prefixed
 from grok.ops.softcap import apply_softcap
 from grok.ops.weights.layer_slice import LayerSlice
-from grok.ops.weights.weight import is_plain, take_layer
+from grok.ops.weights.weight import adapter, is_plain, take_layer
 
 REMAT_POLICIES = {
     "selective": jax.checkpoint_policies.save_only_these_names(
@@ -154,10 +154,15 @@ class Decoder(nnx.Module):
 
         With `in_place`, as for a quantised model, it is the number alone: a layer then reads its
         MLP and the experts that it needs where they lie; sliced by the scan all would be copied.
+        Adapters are sliced, with what they adapt: else each layer would add to the gradient of all.
         """
         numbers = jnp.arange(self.config.num_layers)
-        in_place = in_place or self.config.is_quantized
+        in_place = in_place or (self.config.is_quantized and not self._has_adapters())
         return (None if in_place else self.layers), numbers
+
+    def _has_adapters(self) -> bool:
+        params = jax.tree.leaves(self.layers, is_leaf=lambda node: isinstance(node, nnx.Param))
+        return any(adapter(param.get_value()) is not None for param in params)
 
     def _layer(self, layer: Block | None, number: jax.Array) -> Block:
         """The block of one layer: `layer` itself, or the one of this number among all."""

@@ -13,7 +13,7 @@ from flax import nnx
 from grok import sharding
 from grok.config import ModelConfig
 from grok.model.param_spec import ParamSpec
-from grok.ops.weights.weight import Weight, cast, leaf_axes, materialize
+from grok.ops.weights.weight import Weight, as_trained, cast, leaf_axes, materialize
 
 
 class GroupWork(NamedTuple):
@@ -74,7 +74,7 @@ def _weight(param: nnx.Param, dtype) -> Weight:
 def _unshard_of(structure, axes: list[sharding.Axes]) -> Callable:
     def unshard(leaves) -> list[Weight]:
         whole = map(sharding.unshard_local, leaves, axes)
-        return jax.tree.unflatten(structure, list(whole))
+        return list(map(as_trained, jax.tree.unflatten(structure, list(whole))))
 
     return unshard
 

@@ -49,7 +49,7 @@ def product(subscripts: str, x: jax.Array, param: nnx.Param, w_axes: Axes, axes:
     rows = "".join(letter for letter in w_letters if letter not in out)
     columns = w_letters.removeprefix(rows)
     lead = out.removesuffix(columns)
-    w_base = sharding.unshard(base(w), *w_axes)
+    w_base = unshard(base(w), w_axes, x.dtype)
     a = sharding.unshard(factors[0], *w_axes[: len(rows)], None)
     b = sharding.unshard(factors[1], None, *w_axes[len(rows) :])
     low = sharding.einsum(f"{x_letters},{rows}r->{lead}r", x, a, axes=(*axes[: len(lead)], None))

@@ -12,7 +12,8 @@ from grok.config import LoraConfig
 from grok.model.decoder import Decoder
 from grok.model.param_spec import ParamSpec, map_params, name_of
 from grok.model.params import lora_targets, param_specs
-from grok.ops.weights.lora import LoraArray
+from grok.ops.weights.lora import FrozenArray, LoraArray
+from grok.ops.weights.weight import Weight, is_plain
 
 
 def adapted(model: Decoder, config: LoraConfig, key: jax.Array) -> Decoder:
@@ -20,25 +21,28 @@ def adapted(model: Decoder, config: LoraConfig, key: jax.Array) -> Decoder:
 
     a is drawn from a normal of standard deviation 1/sqrt(rows), b is zeros, so that nothing is
     added at first. Both are float32, and split over the mesh as the matrix's rows and columns are.
+    Quantised matrices of MLP and experts that get none become FrozenArrays.
     """
-    targets = lora_targets(model.config, config)
-    matrices = [name for name, spec in param_specs(model.config).items() if spec.is_matmul]
+    targets, specs = lora_targets(model.config, config), param_specs(model.config)
+    matrices = [name for name, spec in specs.items() if spec.is_matmul]
 
     def adapt(path, param: nnx.Param) -> nnx.Variable:
-        name = name_of(path)
+        name, w = name_of(path), param.get_value()
         if name not in targets:
-            return param
+            is_float = is_plain(w) or not specs[name].is_wide
+            return param if is_float else param.replace(FrozenArray(w))
         adapter_key = jax.random.fold_in(key, matrices.index(name))
-        return param.replace(_fresh(param.get_value(), targets[name], config, adapter_key))
+        return param.replace(_fresh(w, targets[name], config, adapter_key))
 
     return map_params(adapt, model)
 
 
-def _fresh(w: jax.Array, spec: ParamSpec, config: LoraConfig, key: jax.Array) -> LoraArray:
+def _fresh(w: Weight, spec: ParamSpec, config: LoraConfig, key: jax.Array) -> LoraArray:
+    values = jax.tree.leaves(w)[0]  # also of a quantised matrix
     a_shape, b_shape = spec.lora_shapes(config.rank)
     a_split = b_split = None
     if sharding.ambient_mesh() is not None:
-        axes = (*jax.typeof(w).sharding.spec, *[None] * w.ndim)[: w.ndim]
+        axes = (*jax.typeof(values).sharding.spec, *[None] * values.ndim)[: values.ndim]
         lead, rows, columns = spec.split(axes)
         a_split, b_split = P(*lead, *rows, None), P(*lead, None, *columns)
     a = jax.random.normal(key, a_shape, jnp.float32, out_sharding=a_split)

@@ -14,13 +14,13 @@ from grok import compiler, sharding
 from grok.config import RunConfig
 from grok.infer.shapes import EngineShapes
 from grok.infer.step import forward_and_sample
-from grok.model import build, params
+from grok.model import build
 from grok.optim.offload import is_on_host
 from grok.optim.optimizer import make_optimizer
 from grok.plan.estimate import batch_of
 from grok.train.state import abstract_state
 from grok.train.step import train_step
-from grok.weights.cast import scale_groups
+from grok.weights.cast import quantized_groups
 
 
 class Program(NamedTuple):
@@ -63,11 +63,7 @@ def inference_program(config: RunConfig, mesh: Mesh) -> Program:
     # Pages of a prompt that was read in one step are all there, whatever the window.
     pages_of_row = shapes.layout.max_pages(S) if decodes else shapes.table_length
     shapes = dataclasses.replace(shapes, pages=B // shapes.groups * pages_of_row)
-    specs = params.param_specs(config.model)
-    groups: dict[str, int] = {}
-    if config.model.is_quantized:
-        matrices = (spec for spec in specs.values() if spec.is_matmul)
-        groups = {spec.name: scale_groups(spec, config.model.param_dtype) for spec in matrices}
+    groups = quantized_groups(config.model) if config.model.is_quantized else None
     model = build.abstract(config.model, mesh, groups)
     unused_W = functools.partial(jnp.zeros, -(-config.model.vocab_size // 8), jnp.uint8)
     inputs = shapes.abstract_decode() if decodes else shapes.abstract_prefill(shapes.pages)

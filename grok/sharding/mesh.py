@@ -87,9 +87,9 @@ def without_trivial_mesh(f: Callable) -> Callable:
     return jax.sharding.auto_axes(f, out_sharding=PartitionSpec())
 
 
-def abstract_arrays(make: Callable, mesh: Mesh):
-    """Shapes, types and shardings on `mesh`, which may be abstract, of the arrays that `make()`
-    would return."""
+def abstract_arrays(make: Callable, mesh: Mesh, *args):
+    """Shapes, types and shardings on `mesh`, which may be abstract, of the arrays that
+    `make(*args)` would return."""
 
     def with_sharding(leaf):
         # An array without a sharding, such as a scalar, is replicated.
@@ -98,4 +98,4 @@ def abstract_arrays(make: Callable, mesh: Mesh):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.tree.map(with_sharding, jax.eval_shape(make))
+        return jax.tree.map(with_sharding, jax.eval_shape(make, *args))

@@ -208,7 +208,7 @@ def digest(shard: jax.Array) -> jax.Array:
 def _bits(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
-    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    unsigned = jnp.dtype(f"uint{jax.dtypes.itemsize_bits(x.dtype)}")
     return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 

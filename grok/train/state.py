@@ -11,12 +11,14 @@ from optax import GradientTransformation, OptState
 
 from grok import sharding
 from grok.config import RunConfig
+from grok.model import build
 from grok.model.build import quick_to_compile
 from grok.model.decoder import Decoder
 from grok.model.lora import adapted
 from grok.optim.offload import placed_on_host
 from grok.optim.param_groups import partition, trainable
 from grok.train.bad_steps import Guard, init_guard
+from grok.weights.cast import quantized_groups
 
 
 @jax.tree_util.register_dataclass
@@ -37,15 +39,22 @@ def init_state(
     """Returns a fresh TrainState, every array made on the devices that hold it: parameters of
     `model`, which is donated, or else drawn from the seed; adapters are new."""
     make = _make(config, optimizer)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+    abstract = abstract_state(config, optimizer, mesh, model)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     jit = functools.partial(jax.jit, out_shardings=shardings, compiler_options=quick_to_compile())
     with jax.set_mesh(mesh):
         return jit(make)() if model is None else jit(make, donate_argnums=0)(model)
 
 
-def abstract_state(config: RunConfig, optimizer: GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of `init_state`'s result, with nothing computed."""
-    state = sharding.abstract_arrays(_make(config, optimizer), mesh)
+def abstract_state(
+    config: RunConfig, optimizer: GradientTransformation, mesh: Mesh, model: Decoder | None = None
+) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`'s result, with nothing computed. Without `model`
+    a quantised one has scales as when it is made from floats."""
+    args = ()
+    if config.model.is_quantized:
+        args = (model or build.abstract(config.model, mesh, quantized_groups(config.model)),)
+    state = sharding.abstract_arrays(_make(config, optimizer), mesh, *args)
     if config.optimizer.offload:
         state.opt_state = placed_on_host(state.opt_state)
     return state

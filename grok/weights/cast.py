@@ -9,12 +9,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from grok.config import ModelConfig
 from grok.config.model import QUANTIZED_DTYPES
 from grok.errors import CheckpointError
 from grok.model.param_spec import ParamSpec
+from grok.model.params import param_specs
 from grok.ops.weights.quantized import dequantize, quantize
 from grok.weights.array_difference import ArrayDifference
-from grok.weights.source import Source, TensorSpec
+from grok.weights.source import Source, TensorSpec, scales_part
 from grok.weights.storage_layout import Part, StorageLayout
 
 ScaleGroups = Callable[[ParamSpec], int]
@@ -43,19 +45,25 @@ def scale_groups(spec: ParamSpec, dtype: str, groups: ScaleGroups = release_grou
     return max(count for count in range(1, most + 1) if rows % count == 0)
 
 
+def quantized_groups(config: ModelConfig) -> dict[str, int]:
+    """Groups of scales of each matrix, by name, of a quantised model that was made from floats."""
+    matrices = (spec for spec in param_specs(config).values() if spec.is_matmul)
+    return {spec.name: scale_groups(spec, config.param_dtype) for spec in matrices}
+
+
 def converted(
     source: Source, dtype: str, groups: ScaleGroups = release_groups, measure: bool = False
 ) -> Source:
     """`source` with its matrices in `dtype`: "int4", "int8", "bfloat16" or "float32". All else is
     in the same float type, or beside quantised ones in float32. `groups` gives the number of row
-    groups of a matrix that becomes int8, of which the largest that divides its rows is taken. With
-    `measure`, that is a MeasuredQuantizedSource."""
+    groups of a matrix that becomes int8, of which the largest that divides its rows is taken.
+    Matrices that are of the type already stay as they are, bit for bit. With `measure`, what is
+    quantised is a MeasuredQuantizedSource."""
     if dtype in QUANTIZED_DTYPES:
         quantized = MeasuredQuantizedSource if measure else QuantizedSource
-        if source.dtype == dtype:
+        matrices = (spec for spec in source.tensors.values() if spec.param.is_matmul)
+        if all(spec.dtype == spec.param.quantized_dtype(dtype) for spec in matrices):
             return source
-        if source.dtype in QUANTIZED_DTYPES:
-            source = FloatSource(source, np.dtype(np.float32))
         return quantized(source, groups, dtype)
     return FloatSource(source, np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
 
@@ -71,7 +79,7 @@ class FloatSource(Source):
         }
 
     def read(self, name: str, part: Part) -> np.ndarray:
-        """Values of a part; int8 times scale, exact in float32."""
+        """Values of a part; int8 or int4 times scale, exact in float32."""
         spec = self._source.tensors[name]
         values = self._source.read(name, part)
         if spec.groups is None:
@@ -79,23 +87,35 @@ class FloatSource(Source):
         return _dequantize_part(self._source, spec, part, values, self._dtype)
 
     def layout(self, name: str) -> StorageLayout:
-        """That of the source."""
-        return self._source.layout(name)
+        """That of the source; quantised values are multiplied by their scales in float32."""
+        layout = self._source.layout(name)
+        if self._source.tensors[name].groups is None:
+            return layout
+        return dataclasses.replace(layout, converted_itemsize=np.dtype(np.float32).itemsize)
 
 
 class QuantizedSource(FloatSource):
-    """A source of floats with its matrices quantised and all else in float32."""
+    """A source with its matrices quantised and all else in float32. Matrices that are of their type
+    already stay as they are."""
 
     def __init__(self, source: Source, groups: ScaleGroups = release_groups, dtype: str = "int8"):
         super().__init__(source, np.dtype(np.float32))
-        for param in (spec.param for spec in source.tensors.values() if spec.param.is_matmul):
-            values = np.dtype(param.quantized_dtype(dtype))
-            count = scale_groups(param, dtype, groups)
-            self.tensors[param.name] = TensorSpec(param, values, count)
+        for name, spec in source.tensors.items():
+            if not spec.param.is_matmul:
+                continue
+            values = np.dtype(spec.param.quantized_dtype(dtype))
+            count = scale_groups(spec.param, dtype, groups)
+            is_stored = spec.dtype == values
+            self.tensors[name] = spec if is_stored else TensorSpec(spec.param, values, count)
+
+    def _is_stored(self, name: str) -> bool:
+        return self.tensors[name] == self._source.tensors[name]
 
     def read(self, name: str, part: Part) -> np.ndarray:
         """Values of a part. Its columns are read with all their rows, since a scale needs them."""
         spec = self.tensors[name]
+        if self._is_stored(name):
+            return self._source.read(name, part)
         if spec.groups is None:
             return super().read(name, part)
         rows = spec.param.contract_axes
@@ -107,23 +127,37 @@ class QuantizedSource(FloatSource):
     def read_scales(self, name: str, part: Part) -> np.ndarray:
         """Scales of a part."""
         spec = self.tensors[name]
+        if self._is_stored(name):
+            return self._source.read_scales(name, part)
         at, rows = spec.param.lead_dims, spec.param.split(spec.full_part)[1]
         _, scales = self._quantize(name, (*part[:at], *rows, *part[at + 1 :]))
         return scales[(*(slice(None),) * at, part[at])]
 
     def read_quantized(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
         """Values and scales of a part with all rows, which are read once."""
+        if self._is_stored(name):
+            return self._source.read_quantized(name, part)
         return self._quantize(name, part)
 
     def layout(self, name: str) -> StorageLayout:
-        """That of the source, with rows that are never cut, since a scale needs all of them."""
-        layout, spec = super().layout(name), self.tensors[name]
-        if spec.groups is None:
+        """That of the source; rows of a matrix that is quantised here, from float32, are never cut,
+        since a scale needs all of them."""
+        layout, spec = self._source.layout(name), self.tensors[name]
+        if self._is_stored(name) or spec.groups is None:
             return layout
-        return dataclasses.replace(layout, uncut=tuple(spec.param.contract_axes))
+        rows, itemsize = tuple(spec.param.contract_axes), np.dtype(np.float32).itemsize
+        return dataclasses.replace(layout, uncut=rows, converted_itemsize=itemsize)
+
+    def scales_layout(self, name: str) -> StorageLayout:
+        """That of the source, where the scales are its own."""
+        source = self._source if self._is_stored(name) else super()
+        return source.scales_layout(name)
 
     def _quantize(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
-        values = self._source.read(name, part)
+        values, stored = self._source.read(name, part), self._source.tensors[name]
+        if stored.groups is not None:
+            float32 = np.dtype(np.float32)
+            values = _dequantize_part(self._source, stored, part, values, float32)
         if not np.isfinite(values).all():
             raise CheckpointError(f"{self.path}: {name} has values that are not finite.")
         spec = self.tensors[name]
@@ -153,7 +187,8 @@ class MeasuredQuantizedSource(QuantizedSource):
         return quantized
 
     def _measured(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
-        w = self._source.read(name, part)
+        matrix = _Matrix(self._source, name, part)
+        w = matrix.values
         param, groups, dtype = (
             getattr(self.tensors[name], k) for k in ("param", "groups", "dtype")
         )
@@ -168,7 +203,7 @@ class MeasuredQuantizedSource(QuantizedSource):
         def quantize_stripe(start: int) -> ArrayDifference:
             after = (slice(None),) * (col_dims - 1)
             cut: Any = (..., slice(start, start + width), *after)
-            stripe = w[cut].astype(np.float32)
+            stripe = matrix.floats(cut)
             if not np.isfinite(stripe).all():
                 raise CheckpointError(f"{self.path}: {name} has values that are not finite.")
             q, s = quantize(stripe, groups, row_dims, col_dims, dtype)
@@ -190,6 +225,23 @@ class MeasuredQuantizedSource(QuantizedSource):
         with self._lock:
             self.errors[key] = self.errors.get(key, ArrayDifference()) + error
         return values, scales
+
+
+class _Matrix:
+    """Matrices of a source, all rows of a `part`, as they are stored: `values`, and the scales."""
+
+    def __init__(self, source: Source, name: str, part: Part):
+        self._spec = spec = source.tensors[name]
+        self.values, self._scales = source.read(name, part), None
+        if spec.groups is not None:
+            self._scales = source.read_scales(name, scales_part(spec, part))
+
+    def floats(self, cut: Any) -> np.ndarray:
+        """Some columns in float32, a new array."""
+        if self._scales is None:
+            return self.values[cut].astype(np.float32)
+        rows, columns = self._spec.param.contract_dims, self._spec.param.output_dims
+        return dequantize(self.values[cut], self._scales[cut], np.float32, rows, columns)
 
 
 def _dequantize_part(

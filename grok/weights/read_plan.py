@@ -209,7 +209,7 @@ class _Planner:
     def __init__(self, leaf: Any, layout: StorageLayout, mesh: MeshProcesses):
         self._shape, self._layout, self._mesh = leaf.shape, layout, mesh
         # On the host a value takes the larger of both forms.
-        self._itemsize = max(np.dtype(leaf.dtype).itemsize, layout.itemsize)
+        self._itemsize = max(np.dtype(leaf.dtype).itemsize, layout.host_itemsize)
         self._target = split_axes(spec_of(leaf), len(leaf.shape))
         self._steps = tuple(layout.step(dim) for dim in range(len(leaf.shape)))
         # Dimensions that reads may cut, the slowest first, and then the others.

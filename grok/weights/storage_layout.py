@@ -14,12 +14,14 @@ SEQUENTIAL_BYTES = 2 << 20
 @dataclasses.dataclass(frozen=True)
 class StorageLayout:
     """Layout of a tensor: its `axes`, the slowest first, and the stored `itemsize`. A reader needs
-    all of the `uncut` axes. Arrays in chunks are read by multiples of `chunk`."""
+    all of the `uncut` axes. Arrays in chunks are read by multiples of `chunk`. While it is read, a
+    value takes `converted_itemsize` on the host, where that is more."""
 
     axes: tuple[int, ...]
     itemsize: int
     uncut: tuple[int, ...] = ()
     chunk: tuple[int, ...] | None = None
+    converted_itemsize: int = dataclasses.field(default=0, compare=False)
 
     @classmethod
     def c_order(cls, ndim: int, itemsize: int) -> "StorageLayout":
@@ -30,6 +32,11 @@ class StorageLayout:
     def is_c_order(self) -> bool:
         """True where any rows of the tensor follow each other in storage."""
         return self == self.c_order(len(self.axes), self.itemsize)
+
+    @property
+    def host_itemsize(self) -> int:
+        """Bytes of a value on the host while it is read."""
+        return max(self.itemsize, self.converted_itemsize)
 
     def step(self, axis: int) -> int:
         """The length of which parts should be multiples along `axis`."""

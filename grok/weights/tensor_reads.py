@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from grok.weights.read_plan import MeshProcesses, ReadPlan, plan_reads
@@ -50,7 +51,7 @@ def tensor_reads(
 
     def one(name: str, layout: StorageLayout, read: Callable[[Part], np.ndarray]) -> TensorReads:
         plan = plan_reads(leaves[name], layout, mesh)
-        itemsize = max(np.dtype(leaves[name].dtype).itemsize, layout.itemsize)
+        itemsize = max(np.dtype(leaves[name].dtype).itemsize, layout.host_itemsize)
         return TensorReads((name,), (plan,), lambda part: ((part, read(part)),), itemsize)
 
     for name, spec in source.tensors.items():
@@ -97,5 +98,5 @@ def _read_quantized(
 
 
 def nbytes_of(leaf: Any) -> int:
-    """Bytes of an array that may be abstract."""
-    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    """Bytes of an array that may be abstract, two int4 to a byte."""
+    return math.prod(leaf.shape) * jax.dtypes.itemsize_bits(leaf.dtype) // 8

@@ -10,7 +10,7 @@ import pytest
 from tests.launch.cloud import LAUNCH, Cloud, git
 
 GOLDEN = Path(__file__).parent / "golden"
-RUNS = ("continue-v5p", "pretrain-v5e", "batch-v6e", "serve-v6e", "calibrate")
+RUNS = ("continue-v5p", "pretrain-v5e", "batch-v6e", "serve-v6e", "serve-v6e-int4", "calibrate")
 VERBS = ("up", "setup", "sync", "status", "logs", "tunnel", "stop", "down", "cost", "doctor")
 
 

@@ -4,6 +4,7 @@ Letters: B rows, T tokens.
 """
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,15 @@ import numpy as np
 import pytest
 
 import grok
-from grok.config import AttentionConfig, LoraConfig, ModelConfig, MoEConfig
+from grok.config import (
+    AttentionConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    MoEConfig,
+    RunConfig,
+    TrainConfig,
+)
 from grok.errors import ConfigError
 from grok.model.build import from_arrays, to_arrays
 from grok.model.decoder import Decoder
@@ -20,6 +29,10 @@ from grok.model.lora import adapted
 from grok.model.params import is_adapter, param_specs, tensor_specs
 from grok.ops.moe.experts_xla import experts_reference, experts_xla
 from grok.ops.weights.lora import LoraArray, merge_adapter
+from grok.optim.param_groups import partition, trainable
+from grok.train.step import gradients
+from grok.weights import cast
+from grok.weights.cast import converted
 from grok.weights.load import put_on_mesh
 from tests.fixtures.random_weights import RandomSource
 
@@ -126,6 +139,46 @@ def test_gradients_of_experts_are_those_through_the_merged_weights():
     assert len(ours) == 8
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(("dtype", "sizes"), [("int8", None), ("int4", (2, 2, 2))], ids=str)
+def test_adapters_below_which_weights_are_quantised(dtype, sizes, monkeypatch):
+    """Loss and gradients are those of the same weights as floats, and the matrices stay integers;
+    of the experts, two have adapters and one has none."""
+    monkeypatch.setattr(cast, "INT4_GROUP", 8)
+    quantized = converted(RandomSource(CONFIG, dtype="float32"), dtype)
+    mesh = grok.make_mesh(*sizes) if sizes else grok.make_mesh()
+    lora = dataclasses.replace(LORA, targets=("query", "out", "up", "down"))
+    tokens = jnp.asarray(TOKENS, jnp.int32)
+    batch = {"tokens_BT": tokens, "targets_BT": tokens, "mask_BT": jnp.ones((8, 16))}
+
+    def loss_and_gradients(source, dtype):
+        model_config = dataclasses.replace(CONFIG, param_dtype=dtype)
+        train = TrainConfig(init_from="weights")
+        data = DataConfig(sequence_length=16)
+        config = RunConfig(model=model_config, lora=lora, train=train, data=data)
+        with jax.set_mesh(mesh):
+            model = put_on_mesh(source, mesh)
+            model = jax.jit(lambda base: adapted(base, lora, jax.random.key(1)))(model)
+            params, frozen = partition(model, trainable(config))
+            params = jax.tree.map(
+                lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size)).reshape(w.shape), params
+            )
+            loss, _, grads = jax.jit(functools.partial(gradients, config=train))(
+                params, frozen, batch
+            )
+        return frozen, {"loss": loss} | to_arrays(grads)
+
+    frozen, ours = loss_and_gradients(quantized, dtype)
+    _, expected = loss_and_gradients(converted(quantized, "float32"), "float32")
+    kinds = {name: array.dtype.name for name, array in to_arrays(frozen).items()}
+    for name in ("w_gate_EDF/base", "w_up_EDF/base"):
+        assert kinds[f"layers/moe/{name}/values"] == dtype
+    assert kinds["layers/attention/w_key_DKH/values"] == "int8"
+    assert ours.keys() == expected.keys() and len(ours) == 9
+    for name, value in expected.items():
+        error = np.abs(np.asarray(ours[name]) - np.asarray(value)).max()
+        assert error <= 2e-5 * np.abs(np.asarray(value)).max(), name
 
 
 def test_tensors_have_the_names_that_configs_match():

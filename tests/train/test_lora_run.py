@@ -16,6 +16,7 @@ from grok.checkpoint.manager import Checkpoints
 from grok.cli.main import main
 from grok.config import CheckpointConfig, LoraConfig, RunConfig
 from grok.errors import DONE, CheckpointError, ConfigError
+from grok.infer.loader import config_of
 from grok.model.params import num_adapter_parameters, num_parameters, tensor_specs
 from grok.train.init_from import initial_weights
 from grok.train.loop import run_training
@@ -111,6 +112,24 @@ def test_resumed_every_bit_is_the_same(tuned: RunConfig, tmp_path):
     again = dataclasses.replace(tuned, folder=str(tmp_path / "run"))
     assert run_training(again) == DONE
     assert lines_of(again) == lines_of(tuned)
+
+
+def test_a_run_over_int4(tuned: RunConfig, tmp_path):
+    """QLoRA: resumed it has every bit, and merged weights have its loss, in floats by default."""
+    model = dataclasses.replace(tuned.model, param_dtype="int4")
+    run = dataclasses.replace(tuned, model=model, folder=str(tmp_path / "run"))
+    assert run_training(run) == DONE
+    losses = [line["loss"] for line in lines_of(run) if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5
+    assert config_of(run.folder, None, ()).model.param_dtype == run.model.compute_dtype
+    merged = open_source(run.folder)
+    assert (merged.dtype, merged.config.param_dtype) == ("float32", "int4")
+    assert validation_loss(Path(run.folder), tuned) == pytest.approx(logged_loss(run), rel=1e-5)
+    again = dataclasses.replace(run, folder=str(tmp_path / "again"))
+    shutil.copytree(run.folder, again.folder)
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / str(STEPS))
+    assert run_training(again) == DONE
+    assert lines_of(again) == lines_of(run)
 
 
 def test_merged_weights_have_the_loss_of_the_adapters(tuned: RunConfig, tmp_path):

@@ -43,6 +43,7 @@ from tests.fixtures.random_weights import RandomSource
 from tests.model import golden
 
 DTYPES = ("int8", "bfloat16", "float32")
+STORED = ("int4", *DTYPES)
 TINY = ModelConfig(
     vocab_size=96,
     num_layers=2,
@@ -110,7 +111,7 @@ def same_weights(a: Source, b: Source) -> None:
             assert (x.dtype, x.tobytes()) == (y.dtype, y.tobytes()), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_every_bit_arrives(tmp_path, name, dtype):
     source = golden_source(name, dtype)
@@ -126,7 +127,7 @@ def test_every_bit_arrives(tmp_path, name, dtype):
     ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", STORED)
 def test_large_matrices_are_cut(tmp_path, monkeypatch, dtype):
     """Several shards a matrix, several slabs a shard; read by rows, and whole, of any format."""
     monkeypatch.setattr("grok.weights.orbax.zarr.SHARD_BYTES", 1500)
@@ -135,8 +136,10 @@ def test_large_matrices_are_cut(tmp_path, monkeypatch, dtype):
     for step, name in enumerate(("by rows", "whole")):
         import_weights(source, tmp_path / name, run_of(TINY))
         gate = tmp_path / name / "checkpoints" / "0" / "model" / "layers.moe.w_gate_EDF"
-        shards = len(list(gate.glob("c.*"))) if dtype != "int8" else 2 * TINY.moe.num_experts
-        assert shards == 2 * TINY.moe.num_experts * {"int8": 1, "bfloat16": 4, "float32": 8}[dtype]
+        matrices = 2 * TINY.moe.num_experts
+        is_float = dtype not in ("int8", "int4")
+        shards = len(list(gate.glob("c.*"))) if is_float else matrices
+        assert shards == matrices * {"bfloat16": 4, "float32": 8}.get(dtype, 1)
         assert source.format == ("random", "orbax")[step]
         same_weights(OrbaxSource(tmp_path / name), converted(RandomSource(TINY), dtype))
         source = OrbaxSource(tmp_path / name)
@@ -153,7 +156,7 @@ def test_int8_is_the_files_own(tmp_path):
     assert sum(values.tobytes() in file for file in files) == 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", STORED)
 def test_checksums_are_kept(tmp_path, dtype):
     source = golden_source("pub_a", dtype)
     imported = import_weights(source, tmp_path / "run", run_of(source.config))

@@ -3,6 +3,9 @@
 The product with A B is computed beside that with W, never in it: a bfloat16 W would round away
 what small A B add to it, and the gradient of a sum of both would first be made as large as W.
 
+W may be quantised (QLoRA, Dettmers et al. 2023): devices gather a layer's matrices as they are
+stored, and make floats of them to multiply.
+
 Letters as of the matrix: rows are its contracted axes, r is the rank.
 """
 
@@ -26,7 +29,7 @@ class LoraArray:
     """A frozen matrix `base` (..., rows, columns) and its adapter: `a` (..., rows, r) times `b`
     (..., r, columns) times `scale`. Rows or columns may be several axes, as in (N, H, D)."""
 
-    base: Any  # jax.Array, or its shape and type
+    base: Any  # jax.Array or QuantizedArray, or its shape and type
     a: Any
     b: Any
     scale: float = 1.0
@@ -45,7 +48,7 @@ class LoraArray:
 def _(w: LoraArray, dtype):
     # With the scale in `b`, as products take it.
     b = (w.b.astype(jnp.float32) * w.scale).astype(dtype)
-    return LoraArray(w.base.astype(dtype), w.a.astype(dtype), b)
+    return LoraArray(weight.cast(w.base, dtype), w.a.astype(dtype), b)
 
 
 @weight.take_layer.register
@@ -56,7 +59,7 @@ def _(w: LoraArray, layer):
 @weight.leaf_axes.register
 def _(w: LoraArray, axes):
     *lead, row, column = axes
-    return axes, (*lead, row, None), (*lead, None, column)
+    return *weight.leaf_axes(w.base, axes), (*lead, row, None), (*lead, None, column)
 
 
 @weight.base.register
@@ -94,6 +97,48 @@ def _(w_DF: LoraArray, x_RD, dy_RF):
 @weight.trainable_part.register
 def _(w: LoraArray):
     return dataclasses.replace(w, base=None)
+
+
+@weight.as_trained.register
+def _(w: LoraArray):
+    if weight.is_plain(w.base):
+        return w
+    return dataclasses.replace(w, base=w.base.dequantize(w.a.dtype))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["base"], meta_fields=["dtype"])
+@dataclasses.dataclass(frozen=True)
+class FrozenArray:
+    """A frozen quantised matrix without an adapter, of a model that trains others'; used in
+    `dtype`, that of computation."""
+
+    base: Any  # QuantizedArray, of arrays or of their shapes and types
+    dtype: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix."""
+        return self.base.shape
+
+
+@weight.cast.register
+def _(w: FrozenArray, dtype):
+    return dataclasses.replace(w, dtype=jnp.dtype(dtype))
+
+
+@weight.leaf_axes.register
+def _(w: FrozenArray, axes):
+    return weight.leaf_axes(w.base, axes)
+
+
+@weight.is_plain.register
+def _(w: FrozenArray):
+    return False
+
+
+@weight.as_trained.register
+def _(w: FrozenArray):
+    return w.base.dequantize(w.dtype)
 
 
 def merge_adapter(w: LoraArray, contract_dims: int, output_dims: int):

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Weight = Any  # jax.Array, QuantizedArray, LoraArray, LayerSlice, LowPrecisionGrad or ExpertSlice
+# jax.Array, QuantizedArray, LoraArray, FrozenArray, LayerSlice, LowPrecisionGrad or ExpertSlice
+Weight = Any
 LogicalAxes = tuple[str | None, ...]
 
 
@@ -75,6 +76,13 @@ def adapter(w: Weight) -> tuple[jax.Array, jax.Array] | None:
 def is_plain(w: Weight) -> bool:
     """True of a plain array."""
     return True
+
+
+@functools.singledispatch
+def as_trained(w: Weight) -> Weight:
+    """The weight as a training step multiplies it: with floats in place of a frozen quantised
+    matrix. Those that serve, without adapters, stay."""
+    return w
 
 
 @functools.singledispatch

@@ -18,6 +18,7 @@ from grok import storage
 from grok.errors import CheckpointError, require_package
 from grok.resumable import check_space
 from grok.weights.gguf import layout
+from grok.weights.gguf.blocks import row_blocks_of
 from grok.weights.gguf.layout import GGUFTensor
 from grok.weights.huggingface.rows import num_workers, row_blocks
 from grok.weights.provenance import Provenance, provenance
@@ -41,8 +42,11 @@ TYPES = {
     "float32": StoredType("F32", 0, np.dtype(np.float32)),
     "float16": StoredType("F16", 1, np.dtype(np.float16), block_bytes=2),
     "q8_0": StoredType("Q8_0", 7, np.dtype(np.float32), block=32, block_bytes=34),
+    "q4_0": StoredType("Q4_0", 2, np.dtype(np.float32), block=32, block_bytes=18),
     "bfloat16": StoredType("BF16", 32, np.dtype(ml_dtypes.bfloat16), block_bytes=2),
 }
+# Types of the matrices that are not of MLP or experts, where they have another.
+OTHERS = {"q4_0": "q8_0"}
 # Of a file without a tokenizer.
 NO_TOKENIZER: Mapping[str, Any] = {"tokenizer.ggml.model": "none"}
 ALIGNMENT = 32  # bytes; every tensor begins at a multiple
@@ -70,8 +74,9 @@ def export_gguf(
     family: str | None = None,
     on_progress: OnProgress = no_progress,
 ) -> Exported:
-    """Writes `source` to the local `file`, with matrices in `dtype`, a key of TYPES; norms and the
-    router are float32. `tokenizer` has its keys in the file.
+    """Writes `source` to the local `file`, with matrices in `dtype`, a key of TYPES, or those of
+    OTHERS; norms and the router are float32. `tokenizer` has its keys in the file. int8 and int4
+    matrices become q8_0 and q4_0 without another rounding, where a block lies in a group of theirs.
 
     Raises ConfigError, with the key, for a model that llama.cpp computes in another way or not at
     all, and where the gguf package is missing; CheckpointError where `file` is there already or
@@ -131,7 +136,9 @@ class _Writer:
 
     def type_of(self, tensor: GGUFTensor) -> StoredType:
         """The type of a tensor in the file."""
-        stored = TYPES["float32" if tensor.small else self.dtype]
+        is_wide = any(part.param.is_wide for part in tensor.parts)
+        dtype = self.dtype if is_wide else OTHERS.get(self.dtype, self.dtype)
+        stored = TYPES["float32" if tensor.small else dtype]
         # As llama.cpp's own converter has rows that no blocks fill.
         return TYPES["float16"] if tensor.shape[-1] % stored.block else stored
 
@@ -167,16 +174,13 @@ class _Writer:
             if tensor.values is not None:
                 file.write(tensor.values.data)
             for part in tensor.parts:
-                for values in row_blocks(self.source, part, stored.dtype, tensor.order):
-                    data = _quantized(values) if stored.block > 1 else values
+                if stored.block > 1:
+                    blocks = row_blocks_of(stored.name, self.source, part, tensor.order)
+                else:
+                    blocks = row_blocks(self.source, part, stored.dtype, tensor.order)
+                for data in blocks:
                     file.write(data.view(np.uint8).data)
                     counter.add(tensor.name, data.nbytes)
-
-
-def _quantized(values: np.ndarray) -> np.ndarray:
-    import gguf
-
-    return gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
 
 
 def _aligned(nbytes: int) -> int:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from grok.config.load import flatten
+from grok.config.model import QUANTIZED_DTYPES
 from grok.model.params import num_active_parameters, num_parameters
 from grok.weights.huggingface.adapters.adapter import Adapter
 from grok.weights.provenance import Provenance
@@ -78,10 +79,16 @@ def _head(origin: Provenance, licence: str | None) -> list[str]:
 
 def _base(source: Source, dtype: str, origin: Provenance) -> str:
     text = origin.base
-    if source.dtype == "int8":
+    if dtype == "int4":
         text += (
-            "\n\nThe matrices were int8 with bfloat16 scales. Here they are the products, "
-            f"{'exact' if dtype == 'float32' else 'each rounded once'} in {dtype}."
+            f"\n\nThe matrices were {source.dtype}. Those of MLP and experts are int4 here, with a "
+            "bfloat16 scale for every 128 inputs of an output, packed as compressed-tensors has "
+            "them; all else is bfloat16."
+        )
+    elif source.dtype in QUANTIZED_DTYPES:
+        text += (
+            f"\n\nThe matrices were {source.dtype} with bfloat16 scales. Here they are the "
+            f"products, {'exact' if dtype == 'float32' else 'each rounded once'} in {dtype}."
         )
     elif source.dtype != dtype:
         text += f"\n\nThe matrices were {source.dtype} and were converted to {dtype}."

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
@@ -18,12 +18,15 @@ from grok import storage
 from grok.errors import CheckpointError
 from grok.locks.folder import hold_folder
 from grok.resumable import Journal, check_destination, check_space, continuable
+from grok.weights.cast import FloatSource
 from grok.weights.huggingface import card as huggingface_card
+from grok.weights.huggingface import compressed
 from grok.weights.huggingface.adapters import adapter_for_export
-from grok.weights.huggingface.adapters.adapter import Adapter
+from grok.weights.huggingface.adapters.adapter import Adapter, HuggingFaceTensor
+from grok.weights.huggingface.compressed import Int4Source
 from grok.weights.huggingface.files import CONFIG, INDEX, UNFINISHED
-from grok.weights.huggingface.rows import num_workers, row_blocks
-from grok.weights.huggingface.shards import DTYPES, Shard, index_data, plan
+from grok.weights.huggingface.rows import num_workers, quantized_row_blocks, row_blocks
+from grok.weights.huggingface.shards import DTYPES, PACKED, Shard, index_data, plan
 from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.provenance import Provenance, provenance
 from grok.weights.source import ByteCounter, OnProgress, Source, no_progress
@@ -66,7 +69,8 @@ def export_huggingface(
     tokenizer: ExportedTokenizer = NO_TOKENIZER,
     licence: str | None = None,
 ) -> Exported:
-    """Writes `source` to the local `folder` in "bfloat16", "float16" or "float32".
+    """Writes `source` to the local `folder` in "bfloat16", "float16", "float32" or "int4", with
+    matrices of MLP and experts as `compressed.py` says, and all else in bfloat16.
 
     The layout is that of `family`, by default the family of a Hugging Face folder or else the first
     that can hold the model. No file is larger than `shard_bytes`, by default 5 GB, but for Grok-2.
@@ -82,10 +86,11 @@ def export_huggingface(
     if family is None and isinstance(source, HuggingFaceSource):
         family = source.adapter.name
     adapter = adapter_for_export(source.config, family)
-    shards = plan(adapter, source.config, DTYPES[dtype], shard_bytes)
+    shards = plan(adapter, source.config, dtype, shard_bytes)
     origin = provenance(source, base_weights)
     small_files = _small_files(source, adapter, dtype, origin, data_manifest, tokenizer, licence)
     small_files |= _index(adapter, shards)
+    values = as_exported(source, dtype) if dtype == PACKED else source
     check_destination(folder, UNFINISHED, CheckpointError)
     path = Path(folder)
     with (
@@ -99,13 +104,19 @@ def export_huggingface(
         files = {shard.file: shard.file_bytes for shard in shards}
         identity = {"dtype": dtype, "values": origin.checksum, "files": files}
         with Journal(path / UNFINISHED, identity, CheckpointError):
-            _write_shards(source, path, todo, ByteCounter(on_progress, nbytes, nbytes - written))
+            _write_shards(values, path, todo, ByteCounter(on_progress, nbytes, nbytes - written))
             for name, contents in small_files.items():
                 storage.write_bytes(path / name, contents)
             (path / UNFINISHED).unlink()
     tensors, resumed = sum(len(shard.tensors) for shard in shards), len(shards) - len(todo)
     seconds = time.monotonic() - start
     return Exported(adapter.family, tensors, nbytes, len(shards), resumed, written, seconds)
+
+
+def as_exported(source: Source, dtype: str) -> Source:
+    """`source` in the types that an export in `dtype` has. Raises ConfigError where int4 has no
+    place for its groups of rows."""
+    return Int4Source(source) if dtype == PACKED else FloatSource(source, DTYPES[dtype])
 
 
 def _index(adapter: Adapter, shards: list[Shard]) -> dict[str, bytes]:
@@ -123,7 +134,9 @@ def _small_files(
     licence: str | None,
 ) -> dict[str, bytes]:
     """All files without weights but the index, by name."""
-    config = adapter.config_data(source.config, dtype)
+    config = adapter.config_data(source.config, "bfloat16" if dtype == PACKED else dtype)
+    if dtype == PACKED:
+        config[compressed.KEY] = compressed.quantization_config(adapter, source.config)
     config |= {key: value for key, value in tokenizer.ids.items() if key in config}
     files = {CONFIG: json_text(config), **tokenizer.contents}
     manifest = None
@@ -145,7 +158,7 @@ def _write_shards(source: Source, path: Path, todo: list[Shard], counter: ByteCo
             for shard in todo:
                 partial = path / f"{shard.file}.partial"
                 partial.write_bytes(shard.header)
-                write = functools.partial(_write_tensor, source, shard.dtype, partial, counter)
+                write = functools.partial(_write_tensor, source, shard, partial, counter)
                 tensors = zip(shard.tensors, shard.offsets, strict=True)
                 futures = [pool.submit(write, tensor, offset) for tensor, offset in tensors]
                 # Tensors of this file are converted while the previous one goes to disk.
@@ -168,13 +181,31 @@ def _finish(partial: Path, futures: list[Future]) -> None:
 
 
 def _write_tensor(
-    source: Source, dtype: np.dtype, file: Path, counter: ByteCounter, tensor, offset: int
+    source: Source,
+    shard: Shard,
+    file: Path,
+    counter: ByteCounter,
+    tensor: HuggingFaceTensor,
+    offset: int,
 ) -> None:
+    arrays = row_blocks(source, tensor, shard.float_dtype)
+    if shard.packs(tensor):
+        arrays = _packed(source, tensor)
     with file.open("r+b") as out:
         out.seek(offset)
-        for values in row_blocks(source, tensor, dtype):
-            out.write(values.view(np.uint8).data)
+        for values in arrays:
+            out.write(np.ascontiguousarray(values).view(np.uint8).data)
             counter.add(tensor.name, values.nbytes)
+
+
+def _packed(source: Source, tensor: HuggingFaceTensor) -> Iterator[np.ndarray]:
+    """Yields the arrays of `compressed.packed_arrays`, some rows at a time."""
+    all_scales = []
+    for values, scales in quantized_row_blocks(source, tensor):
+        all_scales.append(scales)
+        yield compressed.pack(values)
+    yield from all_scales
+    yield np.array(tensor.shape, np.int64)
 
 
 def json_text(data: dict[str, Any]) -> bytes:

@@ -4,8 +4,8 @@ import os
 
 from grok import hub, storage
 from grok.errors import CheckpointError
-from grok.weights.cast import converted
 from grok.weights.checksums import sample_checksum
+from grok.weights.huggingface.export import as_exported
 from grok.weights.huggingface.files import CONFIG
 from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.source import Source
@@ -31,7 +31,7 @@ def is_exported(
         return False  # unfinished, or of another model
     if family not in (None, stored.adapter.name):
         return False
-    return sample_checksum(stored) == sample_checksum(converted(source, dtype))
+    return sample_checksum(stored) == sample_checksum(as_exported(source, dtype))
 
 
 def push(folder: str | os.PathLike[str], repo: str, public: bool) -> str:

@@ -1,5 +1,5 @@
 """Values of a tensor as other programs store it, some rows at a time: a matrix is the transpose of
-ours, in another type, with int8 times its scales."""
+ours, in another type, with int8 and int4 times their scales."""
 
 from collections.abc import Iterator
 
@@ -8,6 +8,7 @@ import numpy as np
 from grok.errors import CheckpointError
 from grok.weights.cast import FloatSource
 from grok.weights.huggingface.adapters.adapter import HuggingFaceTensor
+from grok.weights.int4 import INT4
 from grok.weights.source import Source, blocks, scales_part
 from grok.weights.transpose import strips
 
@@ -60,7 +61,24 @@ def _blocks(
         scales = _ordered(source.read_scales(name, scales_part(spec, part)), order)
         scales_GC = scales.reshape(-1, columns).astype(np.float32)
     values_RC = _ordered(source.read(name, part), order).reshape(rows, columns)
+    if values_RC.dtype == INT4:
+        values_RC = values_RC.astype(np.int8)  # which NumPy multiplies
     yield from strips(values_RC, dtype, scales_GC)
+
+
+def quantized_row_blocks(
+    source: Source, tensor: HuggingFaceTensor, order: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields a quantised matrix as `row_blocks` does floats: values as int8 (n, in), whose memory
+    the next ones take, and their scales, bfloat16 (n, groups)."""
+    name, part, (columns, rows) = tensor.param.name, tensor.part, tensor.shape
+    scales = source.read_scales(name, scales_part(source.tensors[name], part))
+    scales_GC = _ordered(scales, order).reshape(-1, columns)
+    values = _ordered(source.read(name, part), order).reshape(rows, columns)
+    first = 0
+    for strip in strips(values.astype(np.int8, copy=False), np.dtype(np.int8)):
+        yield strip, np.ascontiguousarray(scales_GC[:, first : first + len(strip)].T)
+        first += len(strip)
 
 
 def _ordered(values: np.ndarray, order: np.ndarray | None) -> np.ndarray:

@@ -18,6 +18,9 @@ from grok.weights.source import parse_object, quoted
 
 TYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 DTYPES = {code: np.dtype(kind) for code, kind in TYPES.items()}
+# Of weights that are packed, and of their shapes.
+INTEGERS = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+PACKED_ENDINGS = ("_packed", "_shape")
 # Largest header that the format's own library accepts.
 LARGEST_HEADER = 100_000_000
 METADATA = "__metadata__"
@@ -52,7 +55,8 @@ def read_headers(
 
 def read_header(path: str, size: int) -> dict[str, TensorInfo]:
     """The tensors of a file of `size` bytes, local or at gs://, by name; no data is read. Raises
-    CheckpointError, with file and tensor, unless all are of DTYPES and fill the file."""
+    CheckpointError, with file and tensor, unless all are of DTYPES, or INTEGERS where the name has
+    one of PACKED_ENDINGS, and fill the file."""
     with storage.open_file(path, CheckpointError, storage.HEADER_BLOCK) as file:
         start = file.read(8)
         if start == b"version ":
@@ -76,7 +80,7 @@ def read_header(path: str, size: int) -> dict[str, TensorInfo]:
 
 def header_bytes(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> bytes:
     """The beginning of a file whose data are these tensors, in this order."""
-    codes = {dtype: code for code, dtype in DTYPES.items()}
+    codes = {dtype: code for code, dtype in (DTYPES | INTEGERS).items()}
     # Readers need the framework whose conventions the names follow.
     header: dict[str, Any] = {METADATA: {"format": "pt"}}
     at = 0
@@ -102,10 +106,11 @@ def _tensor(path: str, name: str, begin: int, entry: Any) -> TensorInfo:
             "data_offsets the bytes where it begins and ends."
         )
     code, nbytes = entry["dtype"], offsets[1] - offsets[0]
-    if not isinstance(code, str) or code not in DTYPES:
-        right = f"it should be one of {', '.join(DTYPES)}"
+    dtypes = INTEGERS if name.endswith(PACKED_ENDINGS) else DTYPES
+    if not isinstance(code, str) or code not in dtypes:
+        right = f"it should be one of {', '.join(dtypes)}"
         raise CheckpointError(f"{subject} has dtype {code!r:.40}; {right}.")
-    tensor = TensorInfo(path, DTYPES[code], tuple(shape), begin + offsets[0])
+    tensor = TensorInfo(path, dtypes[code], tuple(shape), begin + offsets[0])
     if nbytes != tensor.nbytes:
         right = f"{code} of shape {shape!s:.100} takes {tensor.nbytes}"
         raise CheckpointError(f"{subject} has {nbytes} bytes, and {right}.")

@@ -17,6 +17,7 @@ from grok.weights.huggingface.adapters.adapter import (
     Adapter,
     HuggingFaceTensor,
 )
+from grok.weights.huggingface.compressed import Array, is_packed, packed_arrays
 from grok.weights.huggingface.ranks import file_name
 from grok.weights.huggingface.safetensors import header_bytes
 
@@ -25,16 +26,34 @@ SHARD_BYTES = 5_000_000_000
 HEADER_OVERHEAD = 128
 TYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}
 DTYPES = {name: np.dtype(kind) for name, kind in TYPES.items()}
+# Of an export's matrices of MLP and experts; its other tensors are in bfloat16.
+PACKED = "int4"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file of an export: its name, the bytes it begins with, its tensors in order."""
+    """One file of an export in `dtype`, of TYPES or PACKED: its name, the bytes it begins with, its
+    tensors in order."""
 
     file: str
     header: bytes
     tensors: tuple[HuggingFaceTensor, ...]
-    dtype: np.dtype
+    dtype: str
+
+    @property
+    def names(self) -> list[str]:
+        """Names of its arrays."""
+        arrays = (arrays_of(tensor, self.dtype) for tensor in self.tensors)
+        return [name for name, _, _ in itertools.chain.from_iterable(arrays)]
+
+    @property
+    def float_dtype(self) -> np.dtype:
+        """Type of the tensors that are not packed."""
+        return DTYPES["bfloat16" if self.dtype == PACKED else self.dtype]
+
+    def packs(self, tensor: HuggingFaceTensor) -> bool:
+        """True of a tensor that is packed."""
+        return self.dtype == PACKED and is_packed(tensor.param)
 
     @property
     def data_bytes(self) -> int:
@@ -54,12 +73,17 @@ class Shard:
 
 
 def plan(
-    adapter: Adapter, config: ModelConfig, dtype: np.dtype, shard_bytes: int | None = None
+    adapter: Adapter, config: ModelConfig, dtype: str, shard_bytes: int | None = None
 ) -> list[Shard]:
     """The files of an export, each of at most `shard_bytes` (default SHARD_BYTES) with all that is
-    in it. Raises ConfigError where one tensor alone would take more, and for a size where the
-    layout says which tensors a file has."""
+    in it. Raises ConfigError where one tensor alone would take more, for a size where the layout
+    says which tensors a file has, and for int4 where ranks split them."""
     if adapter.num_ranks is not None:
+        if dtype == PACKED:
+            raise ConfigError(
+                f"{adapter.family}'s files are split over ranks, and int4 has no form for them; "
+                "--dtype bfloat16 would work."
+            )
         if shard_bytes is not None:
             raise ConfigError(
                 f"a size of files was given, and {adapter.family} has one kind of tensor in each; "
@@ -70,7 +94,8 @@ def plan(
     groups: list[list[HuggingFaceTensor]] = []
     size = 0
     for tensor in _all_tensors(adapter, config):
-        nbytes = _nbytes(tensor, dtype) + len(tensor.name) + HEADER_OVERHEAD
+        arrays = arrays_of(tensor, dtype)
+        nbytes = _nbytes(tensor, dtype) + sum(len(name) + HEADER_OVERHEAD for name, _, _ in arrays)
         if nbytes + HEADER_OVERHEAD > shard_bytes:
             raise ConfigError(
                 f"a file of {shard_bytes:,} bytes is too small for {tensor.name}, which is not "
@@ -118,8 +143,18 @@ def _ranked_files(
             yield file_name(number, rank), parts
 
 
-def _shard(file: str, dtype: np.dtype, tensors: list[HuggingFaceTensor]) -> Shard:
-    header = header_bytes((tensor.name, dtype, tensor.shape) for tensor in tensors)
+def arrays_of(tensor: HuggingFaceTensor, dtype: str) -> list[Array]:
+    """Name, type and shape of the arrays of a tensor in an export in `dtype`, one or several."""
+    if dtype != PACKED:
+        return [(tensor.name, DTYPES[dtype], tensor.shape)]
+    if is_packed(tensor.param):
+        return packed_arrays(tensor)
+    return [(tensor.name, DTYPES["bfloat16"], tensor.shape)]
+
+
+def _shard(file: str, dtype: str, tensors: list[HuggingFaceTensor]) -> Shard:
+    arrays = (arrays_of(tensor, dtype) for tensor in tensors)
+    header = header_bytes(itertools.chain.from_iterable(arrays))
     return Shard(file, header, tuple(tensors), dtype)
 
 
@@ -127,9 +162,10 @@ def index_data(shards: list[Shard]) -> dict[str, Any]:
     """The content of model.safetensors.index.json."""
     return {
         "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},
-        "weight_map": {tensor.name: shard.file for shard in shards for tensor in shard.tensors},
+        "weight_map": {name: shard.file for shard in shards for name in shard.names},
     }
 
 
-def _nbytes(tensor: HuggingFaceTensor, dtype: np.dtype) -> int:
-    return math.prod(tensor.shape) * dtype.itemsize
+def _nbytes(tensor: HuggingFaceTensor, dtype: str) -> int:
+    arrays = arrays_of(tensor, dtype)
+    return sum(math.prod(shape) * kind.itemsize for _, kind, shape in arrays)

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 
+import ml_dtypes
 import numpy as np
 
 from grok import storage
@@ -17,6 +18,12 @@ from grok.weights.huggingface.adapters.adapter import (
     TOKEN_TABLE,
     HuggingFaceTensor,
     split_axes,
+)
+from grok.weights.huggingface.compressed import (
+    PackedTensor,
+    find_packed,
+    packed_names,
+    without_quantization,
 )
 from grok.weights.huggingface.files import CONFIG, find_tensors, read_config_json
 from grok.weights.huggingface.ranks import FILE, file_name
@@ -39,6 +46,8 @@ class HuggingFaceSource(Source):
         self.path = os.fspath(path)
         present = storage.list_files(self.path, CheckpointError)
         config_json = read_config_json(self.path) if CONFIG in present else None
+        if config_json:
+            config_json = config_json[0], without_quantization(*config_json)
         adapter = adapter_of_config(*config_json) if config_json else None
         entries = find_tensors(self.path, present)
         adapter, layout = layout_of(self.path, entries, adapter, config)
@@ -54,9 +63,9 @@ class HuggingFaceSource(Source):
         self._whose = "this model's config" if config else f"this folder's {CONFIG}"
         self._entries = self._arrange(layout, entries)
         self._tied_head = self._find_tied_head(entries) if self.config.tie_embeddings else None
-        dtypes = {tree_name: entry.dtype for (tree_name, _), entry in self._entries.items()}
+        kinds = {name: (entry.dtype, entry.groups) for (name, _), entry in self._entries.items()}
         self.tensors = {
-            name: TensorSpec(spec, dtypes[name]) for name, spec in param_specs(self.config).items()
+            name: TensorSpec(spec, *kinds[name]) for name, spec in param_specs(self.config).items()
         }
 
     def read(self, name: str, part: Part) -> np.ndarray:
@@ -71,6 +80,24 @@ class HuggingFaceSource(Source):
             self._check_tied(self._tied_head, part, out)
         return out
 
+    def read_scales(self, name: str, part: Part) -> np.ndarray:
+        """Scales of a part of an int4 matrix."""
+        param = self.tensors[name].param
+        lead, (groups,), columns = part[: param.lead_dims], part[param.lead_dims :][:1], ()
+        columns, sizes = part[param.lead_dims + 1 :], param.split(param.shape)[2]
+        out = np.empty(part_shape(part), np.dtype(ml_dtypes.bfloat16))
+        indices = itertools.product(*(range(s.start, s.stop) for s in lead))
+        for one, index in zip(out.reshape(-1, *out.shape[len(lead) :]), indices, strict=True):
+            entry = self._entries[name, index]
+            assert isinstance(entry, PackedTensor)
+            one[...] = entry.read_scales(sizes, columns, groups).reshape(one.shape)
+        return out
+
+    def scales_layout(self, name: str) -> StorageLayout:
+        """The files have scales of int4 transposed, as the matrices."""
+        ndim, lead = len(self.tensors[name].scales_shape), self.tensors[name].param.lead_dims
+        return StorageLayout((*range(lead), *range(lead + 1, ndim), lead), 2)
+
     def layout(self, name: str) -> StorageLayout:
         """The files have matrices transposed, columns before rows."""
         spec = self.tensors[name]
@@ -79,26 +106,28 @@ class HuggingFaceSource(Source):
 
     def _arrange(
         self, layout: str, entries: dict[str, tuple[TensorInfo, ...]]
-    ) -> dict[tuple[str, tuple[int, ...]], StoredTensor]:
+    ) -> dict[tuple[str, tuple[int, ...]], StoredTensor | PackedTensor]:
         """The tensor of each parameter's layer and expert, with its shape and type checked."""
-        arranged: dict[tuple[str, tuple[int, ...]], StoredTensor] = {}
-        firsts: dict[str, str] = {}
+        arranged: dict[tuple[str, tuple[int, ...]], StoredTensor | PackedTensor] = {}
+        firsts: dict[str, tuple[str, StoredTensor | PackedTensor]] = {}
         expected = {HEAD_NAME}
         for tensor in self.adapter.tensors(layout, self.config):
-            if tensor.name not in entries:
+            packed = None
+            if tensor.name not in entries and tensor.param.is_matmul:
+                packed = find_packed(tensor.name, tensor.shape, entries)
+            if tensor.name not in entries and packed is None:
                 why = "its output layer is not the token table" if tensor.name == HEAD_NAME else ""
                 problem = f"{tensor.name} is missing; {why or self._size()}"
                 raise CheckpointError(f"{self.path}: {problem}.")
-            entry = self._joined(tensor, entries[tensor.name])
-            first = firsts.setdefault(tensor.param.name, tensor.name)
-            first_dtype = entries[first][0].dtype
-            if entry.dtype != first_dtype:
+            entry = packed or self._joined(tensor, entries[tensor.name])
+            name, first = firsts.setdefault(tensor.param.name, (tensor.name, entry))
+            if (entry.dtype, entry.groups) != (first.dtype, first.groups):
                 raise CheckpointError(
-                    f"{entry.path}: {tensor.name} is {entry.dtype}, and {first} is "
-                    f"{first_dtype}; all layers and experts should have one type."
+                    f"{entry.path}: {tensor.name} is {entry.dtype}, and {name} is "
+                    f"{first.dtype}; all layers and experts should have one type."
                 )
             arranged[tensor.param.name, tensor.lead] = entry
-            expected.add(tensor.name)
+            expected |= packed_names(tensor.name) if packed else {tensor.name}
         extra = min(entries.keys() - expected, default=None)
         if extra is not None:
             path = entries[extra][0].path

@@ -27,6 +27,11 @@ class StoredTensor:
         return self.parts[0].dtype
 
     @property
+    def groups(self) -> None:
+        """None: floats have no scales."""
+        return None
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of all parts together."""
         shape = list(self.parts[0].shape)

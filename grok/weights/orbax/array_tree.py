@@ -1,7 +1,7 @@
 """The arrays of an item of a checkpoint, such as `model`, read in parts."""
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -9,6 +9,7 @@ import numpy as np
 
 from grok.errors import CheckpointError, DamageError
 from grok.model.param_spec import ParamSpec
+from grok.weights.int4 import INT4, unpack
 from grok.weights.orbax.metadata import read_tree
 from grok.weights.orbax.zarr import DamagedArrayError, array_context, open_array, wait
 from grok.weights.source import Part, TensorSpec
@@ -19,8 +20,9 @@ FLOATS = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.fl
 
 class ArrayTree:
     """The arrays of a tree in `folder`, by names with slashes, opened at once. What is read is
-    compared with its checksums. Raises CheckpointError, naming folder and tensor, for what cannot
-    be read, and DamageError where it is not as it was written."""
+    compared with its checksums. Arrays of uint8 are int4, two values along the last axis to a byte.
+    Raises CheckpointError, naming folder and tensor, for what cannot be read, and DamageError where
+    it is not as it was written."""
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -32,7 +34,7 @@ class ArrayTree:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each array."""
-        return {name: tuple(store.shape) for name, store in self._stores.items()}
+        return {name: self._shape(name) for name in self._stores}
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +44,7 @@ class ArrayTree:
 
     def chunks(self, name: str) -> Iterator[Part]:
         """Yields the parts of an array that have a checksum each."""
-        shape = self._stores[name].shape
+        shape = self._shape(name)
         steps = self.layout(name).chunk or (1,) * len(shape)
         starts = [range(0, size, step) for size, step in zip(shape, steps, strict=True)]
         for corner in itertools.product(*starts):
@@ -54,7 +56,7 @@ class ArrayTree:
         name, shape = param.name, param.shape
         if f"{name}/values" not in self._stores:
             return TensorSpec(param, self._check(name, shape, FLOATS))
-        dtype = self._check(f"{name}/values", shape, (np.dtype(np.int8),))
+        dtype = self._check(f"{name}/values", shape, (np.dtype(np.int8), INT4))
         scales_shape = self._store(f"{name}/scales").shape
         axis = param.lead_dims if param.is_matmul else 0
         groups = scales_shape[axis] if axis < len(scales_shape) else 1
@@ -77,13 +79,27 @@ class ArrayTree:
 
     def read(self, name: str, part: Part) -> np.ndarray:
         """Part of an array."""
-        return self._wait(name, self._stores[name][part].read())
+        store = self._stores[name]
+        if self._dtype(name) != INT4:
+            return self._wait(name, store[part].read())
+        *others, last = part
+        pairs = slice(last.start // 2, -(-last.stop // 2))
+        values = unpack(self._wait(name, store[(*others, pairs)].read()))
+        first = last.start % 2
+        return values[..., first : first + last.stop - last.start]
 
     def layout(self, name: str) -> StorageLayout:
         """The layout of an array, in the chunks that are read."""
-        store = self._stores[name]
-        order, itemsize = tuple(range(store.rank)), store.dtype.numpy_dtype.itemsize
-        return StorageLayout(order, itemsize, chunk=store.chunk_layout.read_chunk.shape)
+        store, dtype = self._stores[name], self._dtype(name)
+        chunk = _unpacked(store.chunk_layout.read_chunk.shape, dtype)
+        return StorageLayout(tuple(range(store.rank)), dtype.itemsize, chunk=chunk)
+
+    def _dtype(self, name: str) -> np.dtype:
+        dtype = np.dtype(self._stores[name].dtype.numpy_dtype)
+        return INT4 if dtype == np.uint8 else dtype
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return _unpacked(self._stores[name].shape, self._dtype(name))
 
     def _store(self, name: str) -> Any:
         if name not in self._stores:
@@ -91,11 +107,11 @@ class ArrayTree:
         return self._stores[name]
 
     def _check(self, name: str, shape: tuple[int, ...], dtypes: tuple[np.dtype, ...]) -> np.dtype:
-        store = self._store(name)
-        dtype = np.dtype(store.dtype.numpy_dtype)
-        if store.shape != shape:
+        self._store(name)
+        dtype, stored = self._dtype(name), self._shape(name)
+        if stored != shape:
             raise CheckpointError(
-                f"{self.folder}: tensor {name} is {store.shape} there and {shape} in the model of "
+                f"{self.folder}: tensor {name} is {stored} there and {shape} in the model of "
                 "this config."
             )
         if dtype not in dtypes:
@@ -114,3 +130,9 @@ class ArrayTree:
         except OSError as error:
             message = f"{self.folder}: tensor {name} cannot be read: {error}."
             raise CheckpointError(message) from error
+
+
+def _unpacked(shape: Iterable[int], dtype: np.dtype) -> tuple[int, ...]:
+    """The shape of values of which the stored array has this one."""
+    sizes = tuple(shape)
+    return (*sizes[:-1], 2 * sizes[-1]) if dtype == INT4 else sizes

@@ -33,7 +33,7 @@ def write_files(step: Path, arrays: Iterable[ZarrArray], meta: dict[str, Any]) -
             "value_metadata": {
                 "value_type": "jax.Array",
                 "skip_deserialize": False,
-                "write_shape": array.shard,
+                "write_shape": array.stored_shape(array.shard),
             },
         }
         for array in arrays

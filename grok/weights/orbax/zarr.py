@@ -20,6 +20,7 @@ import tensorstore as ts
 
 from grok import storage
 from grok.errors import CheckpointError
+from grok.weights.int4 import INT4, pack
 from grok.weights.source import Part, TensorSpec
 
 SHARD_BYTES = 1 << 28
@@ -43,7 +44,8 @@ class Slabs:
 
 @dataclasses.dataclass(frozen=True)
 class ZarrArray:
-    """One array of a checkpoint, its shards and chunks; its `name` has the dots of Orbax."""
+    """One array of a checkpoint, its shards and chunks; its `name` has the dots of Orbax. int4 is
+    stored as uint8, two values along the last axis to a byte."""
 
     name: str
     shape: tuple[int, ...]
@@ -82,9 +84,18 @@ class ZarrArray:
         return folder / self.name / ".".join(["c", *map(str, numbers)])
 
     @property
+    def stored_dtype(self) -> np.dtype:
+        """Type of the stored array."""
+        return np.dtype(np.uint8) if self.dtype == INT4 else self.dtype
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the array, a shard or a chunk as it is stored."""
+        return (*shape[:-1], shape[-1] // 2) if self.dtype == INT4 else shape
+
+    @property
     def chunk_bytes(self) -> int:
         """Bytes of a chunk with its checksum."""
-        return math.prod(self.chunk) * self.dtype.itemsize + CRC_BYTES
+        return math.prod(self.stored_shape(self.chunk)) * self.dtype.itemsize + CRC_BYTES
 
     @property
     def shard_bytes(self) -> int:
@@ -106,7 +117,8 @@ class ZarrArray:
 
 
 def arrays(spec: TensorSpec) -> tuple[ZarrArray, ZarrArray | None]:
-    """The arrays of a tensor: of values and, for int8, of scales."""
+    """The arrays of a tensor: of values and, for int8 and int4, of scales. Raises CheckpointError
+    for int4 with an odd number of columns."""
     name = spec.name.replace("/", ".")
     lead = spec.param.lead_dims if spec.param.is_matmul else int(spec.param.is_stacked)
     matrix, ones = spec.shape[lead:], (1,) * lead
@@ -116,13 +128,20 @@ def arrays(spec: TensorSpec) -> tuple[ZarrArray, ZarrArray | None]:
         size // math.gcd(size, CHUNKS.get(letter, 1))
         for size, letter in zip(matrix, letters, strict=True)
     ]
+    if spec.dtype == INT4:
+        if matrix[-1] % 2:
+            raise CheckpointError(
+                f"{spec.name} has {matrix[-1]} columns, and a checkpoint stores int4 in pairs; "
+                "int8 would work."
+            )
+        chunk[-1] = matrix[-1] // math.gcd(matrix[-1] // 2, CHUNKS.get(letters[-1], 1))
     if spec.groups is None:
         slab_bytes = chunk[0] * math.prod(matrix[1:]) * spec.dtype.itemsize
         slabs, most = matrix[0] // chunk[0], max(1, SHARD_BYTES // slab_bytes)
         rows = chunk[0] * next(n for n in range(min(slabs, most), 0, -1) if slabs % n == 0)
         shard = (*ones, rows, *matrix[1:])
         return ZarrArray(name, spec.shape, spec.dtype, shard, (*ones, *chunk)), None
-    # Scales belong to whole matrices, so an int8 matrix is not cut into several shards.
+    # Scales belong to whole matrices, so a quantised matrix is not cut into several shards.
     values = ZarrArray(f"{name}.values", spec.shape, spec.dtype, (*ones, *matrix), (*ones, *chunk))
     shape = spec.scales_shape
     # Scales are few: those of a layer are one file.
@@ -133,11 +152,12 @@ def arrays(spec: TensorSpec) -> tuple[ZarrArray, ZarrArray | None]:
 def create(folder: Path, array: ZarrArray) -> None:
     """Makes the array in `folder`, without shards, unless it is there. Raises OSError."""
     codecs = [TO_BYTES, CHECKSUM]
-    sharding = {"chunk_shape": array.chunk, "codecs": codecs, "index_codecs": codecs}
+    chunk, shard = array.stored_shape(array.chunk), array.stored_shape(array.shard)
+    sharding = {"chunk_shape": chunk, "codecs": codecs, "index_codecs": codecs}
     metadata = {
-        "shape": array.shape,
-        "data_type": array.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": array.shard}},
+        "shape": array.stored_shape(array.shape),
+        "data_type": array.stored_dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
@@ -149,12 +169,13 @@ def write_slabs(folder: Path, array: ZarrArray, slabs: Slabs, values: np.ndarray
     """Writes the values of slabs into their shard's file, in order: the first makes the file, and
     the last gives it its full size. Raises OSError."""
     count = values.shape[array.slab_axis] // array.chunk[array.slab_axis]
+    values, chunk = pack(values) if array.dtype == INT4 else values, array.stored_shape(array.chunk)
     with open(array.file(folder, slabs.shard), "r+b" if slabs.offset else "wb") as file:
         file.seek(slabs.offset)
         for slab in np.split(values, count, array.slab_axis):
             # Every axis as (chunks, size in a chunk), then the chunks first.
-            cut = zip(slab.shape, array.chunk, strict=True)
-            split = slab.reshape([n for size, chunk in cut for n in (size // chunk, chunk)])
+            cut = zip(slab.shape, chunk, strict=True)
+            split = slab.reshape([n for size, step in cut for n in (size // step, step)])
             chunks = split.transpose(*range(0, split.ndim, 2), *range(1, split.ndim, 2))
             rows = np.ascontiguousarray(chunks).reshape(-1).view(np.uint8)
             for chunk_bytes in rows.reshape(-1, array.chunk_bytes - CRC_BYTES):

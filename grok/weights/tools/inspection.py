@@ -77,12 +77,12 @@ class Inspection:
 
     @property
     def dtype(self) -> str | None:
-        """The type of the matrices."""
+        """The type of the matrices; int4 where some are, and others int8."""
         specs = param_specs(self.config) if self.config else {}
-        matrices = (
-            t for t in self.tensors if t.groups or ((s := specs.get(t.name)) and s.is_matmul)
-        )
-        return next((tensor.dtype for tensor in matrices), None)
+        dtypes = [
+            t.dtype for t in self.tensors if t.groups or ((s := specs.get(t.name)) and s.is_matmul)
+        ]
+        return "int4" if "int4" in dtypes else next(iter(dtypes), None)
 
     @property
     def bytes(self) -> int:

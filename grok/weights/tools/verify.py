@@ -43,8 +43,8 @@ HOW_IT_RUNS = ("context_length", "param_dtype", "compute_dtype", "remat")
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """The comparison of two tensors, both converted to `dtype` (int8: as stored, with scales);
-    `words` describe it, and `quantization` marks int8 against floats."""
+    """The comparison of two tensors, both converted to `dtype` (int8: as stored, int8 or int4, with
+    scales); `words` describe it, and `quantization` marks quantised values against floats."""
 
     dtype: np.dtype
     words: str
@@ -53,7 +53,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One tensor of two sources; only int8 compared as stored has `scales`."""
+    """One tensor of two sources; only quantised ones compared as stored have `scales`."""
 
     spec: TensorSpec
     method: Method
@@ -88,7 +88,7 @@ class BlockValues:
         return self.values.nbytes + self.scales.nbytes
 
     def rows(self, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
-        """Some rows in `dtype`: a float type, or int8 for the values as they are."""
+        """Some rows in `dtype`: a float type, or int8 for quantised values without scales."""
         values = self.values[start:stop]
         if dtype == INT8 or not len(self.scales):
             return values.astype(dtype, copy=False)
@@ -148,13 +148,15 @@ def differing_key(a: ModelConfig, b: ModelConfig) -> str | None:
 
 
 def choose_method(a: TensorSpec, b: TensorSpec) -> Method:
-    """The method to compare two tensors: in the coarser type, int8 dequantised to the other's
-    float; int8 with int8 as stored, but with other groups of scales exactly, in float32."""
+    """The method to compare two tensors: in the coarser type, int8 and int4 dequantised to the
+    other's float; two of one type as stored, but with other groups of scales, and int8 with int4,
+    exactly, in float32."""
     kinds = f"{a.dtype} with {b.dtype}"
-    if a.groups is not None and a.groups == b.groups:
+    if a.groups is not None and (a.groups, a.dtype) == (b.groups, b.dtype):
         return Method(INT8, f"{kinds}: values (in steps) and scales, bit for bit")
     if a.groups is not None and b.groups is not None:
-        return Method(FLOAT32, f"{kinds} in other groups: dequantised to float32")
+        where = " in other groups" if a.dtype == b.dtype else ""
+        return Method(FLOAT32, f"{kinds}{where}: dequantised to float32")
     if a.groups is not None or b.groups is not None:
         dtype = b.dtype if a.groups is not None else a.dtype
         return Method(dtype, f"{kinds}: dequantised to {dtype}", quantization=True)
