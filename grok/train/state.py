@@ -51,7 +51,7 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`'s result, with nothing computed. Without `model`
     a quantised one has scales as when it is made from floats."""
-    args = ()
+    args: tuple[Decoder, ...] = ()
     if config.model.is_quantized:
         args = (model or build.abstract(config.model, mesh, quantized_groups(config.model)),)
     state = sharding.abstract_arrays(_make(config, optimizer), mesh, *args)

@@ -150,8 +150,9 @@ class QuantizedSource(FloatSource):
 
     def scales_layout(self, name: str) -> StorageLayout:
         """That of the source, where the scales are its own."""
-        source = self._source if self._is_stored(name) else super()
-        return source.scales_layout(name)
+        if self._is_stored(name):
+            return self._source.scales_layout(name)
+        return super().scales_layout(name)
 
     def _quantize(self, name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
         values, stored = self._source.read(name, part), self._source.tensors[name]

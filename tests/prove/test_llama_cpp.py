@@ -19,10 +19,11 @@ from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.data.tokenizers import load_tokenizer
 from grok.data.tokenizers.gguf import gguf_keys
 from grok.data.tokenizers.sentencepiece import train_tokenizer
+from grok.weights.cast import converted
 from grok.weights.gguf.export import NO_TOKENIZER, export_gguf
 from grok.weights.huggingface.export import export_huggingface
 from grok.weights.huggingface.source import HuggingFaceSource
-from grok.weights.load import load
+from grok.weights.load import load, put_on_mesh
 from tests.fixtures.environments import make_environment
 from tests.fixtures.families import FOLDER
 from tests.fixtures.random_weights import RandomSource
@@ -85,7 +86,7 @@ def test_an_exported_file_gives_our_logits(python, tmp_path, family):
         window = source.config.attention.window or 1 << 20
         prompts = {name: tokens[:window] for name, tokens in inputs.items()}
     ours = {name: our_logits(FOLDER / family, tokens) for name, tokens in prompts.items()}
-    for dtype, most in (("float32", TOLERANCE), ("q8_0", None)):
+    for dtype, most in (("float32", TOLERANCE), ("q8_0", None), ("q4_0", None)):
         done = export_gguf(source, tmp_path / f"{dtype}.gguf", dtype)
         theirs, _ = run_llama_cpp(python, tmp_path / f"{dtype}.gguf", prompts)
         largest, relative = differences(ours, theirs)
@@ -116,7 +117,7 @@ def test_grok_1s_form(python, tmp_path, monkeypatch):
     monkeypatch.setattr(jax.nn, "gelu", from_table)
     jax.clear_caches()
     with_table = {"prompt": our_logits(tmp_path / "hf", prompts["prompt"])}
-    for dtype in ("float32", "bfloat16", "q8_0"):
+    for dtype in ("float32", "bfloat16", "q8_0", "q4_0"):
         export_gguf(source, tmp_path / f"{dtype}.gguf", dtype)
         theirs, _ = run_llama_cpp(python, tmp_path / f"{dtype}.gguf", prompts)
         largest, relative = differences(ours, theirs)
@@ -128,6 +129,24 @@ def test_grok_1s_form(python, tmp_path, monkeypatch):
             assert largest < 1e-3
             assert relative < 1e-4
     jax.clear_caches()
+
+
+def test_int4_of_a_checkpoint_is_q4_0(python, tmp_path):
+    """With the same int4 values there and here, no more is left than what rounding the rows of each
+    product to int8 makes, which llama.cpp does for q8_0 too."""
+    config = dataclasses.replace(GROK, compute_dtype="float32")
+    floats = RandomSource(config, dtype="float32")
+    prompts = {"prompt": np.random.default_rng(0).integers(0, GROK.vocab_size, 48)}
+    errors = {}
+    for dtype, kind in (("int8", "q8_0"), ("int4", "q4_0")):
+        source = converted(floats, dtype)
+        export_gguf(source, tmp_path / f"{kind}.gguf", kind)
+        theirs, _ = run_llama_cpp(python, tmp_path / f"{kind}.gguf", prompts)
+        model = put_on_mesh(converted(source, "float32"))
+        ours = {"prompt": np.asarray(model(prompts["prompt"][None]))[0]}
+        _, errors[kind] = differences(ours, theirs)
+    print(f"\nr.m.s. of logits, of the same values: {errors}")
+    assert errors["q4_0"] < 1.5 * errors["q8_0"] + 0.01
 
 
 @pytest.mark.parametrize("family", ["llama31", "llama2", "mixtral", "grok-1", "own"])

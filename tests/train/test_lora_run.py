@@ -114,6 +114,7 @@ def test_resumed_every_bit_is_the_same(tuned: RunConfig, tmp_path):
     assert lines_of(again) == lines_of(tuned)
 
 
+@pytest.mark.prove
 def test_a_run_over_int4(tuned: RunConfig, tmp_path):
     """QLoRA: resumed it has every bit, and merged weights have its loss, in floats by default."""
     model = dataclasses.replace(tuned.model, param_dtype="int4")

@@ -19,7 +19,7 @@ from grok.weights.cast import INT4_GROUP, QuantizedSource
 from grok.weights.huggingface.adapters.adapter import HEAD_NAME, Adapter, HuggingFaceTensor
 from grok.weights.huggingface.safetensors import TensorInfo
 from grok.weights.int4 import INT4
-from grok.weights.source import Part, Source, TensorSpec, part_shape, quoted, read_part
+from grok.weights.source import Part, Source, TensorSpec, part_shape, read_part
 
 KEY, METHOD, FORMAT = "quantization_config", "compressed-tensors", "pack-quantized"
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
@@ -80,7 +80,7 @@ def quantization_config(adapter: Adapter, config: ModelConfig) -> dict[str, Any]
         "observer": "minmax",
         "observer_kwargs": {},
     }
-    group = {"targets": ["Linear"], "weights": weights}
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
     group |= {"input_activations": None, "output_activations": None}
     return {
         "quant_method": METHOD,
@@ -101,7 +101,7 @@ def without_quantization(path: str, data: Mapping[str, Any]) -> dict[str, Any]:
         return dict(data)
     problem = None
     if stated.get("format") != FORMAT:
-        problem = f"format is {quoted(stated.get('format'))}"
+        problem = f"format is {stated.get('format')!r:.40}"
     elif stated.get("kv_cache_scheme") or stated.get("sparsity_config"):
         problem = "it has a kv_cache_scheme or a sparsity_config"
     groups = stated.get("config_groups")

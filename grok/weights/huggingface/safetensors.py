@@ -17,9 +17,9 @@ from grok.errors import CheckpointError
 from grok.weights.source import parse_object, quoted
 
 TYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
-DTYPES = {code: np.dtype(kind) for code, kind in TYPES.items()}
+DTYPES: dict[str, np.dtype] = {code: np.dtype(kind) for code, kind in TYPES.items()}
 # Of weights that are packed, and of their shapes.
-INTEGERS = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+INTEGERS: dict[str, np.dtype] = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 PACKED_ENDINGS = ("_packed", "_shape")
 # Largest header that the format's own library accepts.
 LARGEST_HEADER = 100_000_000

@@ -83,7 +83,7 @@ class HuggingFaceSource(Source):
     def read_scales(self, name: str, part: Part) -> np.ndarray:
         """Scales of a part of an int4 matrix."""
         param = self.tensors[name].param
-        lead, (groups,), columns = part[: param.lead_dims], part[param.lead_dims :][:1], ()
+        lead, groups = part[: param.lead_dims], part[param.lead_dims]
         columns, sizes = part[param.lead_dims + 1 :], param.split(param.shape)[2]
         out = np.empty(part_shape(part), np.dtype(ml_dtypes.bfloat16))
         indices = itertools.product(*(range(s.start, s.stop) for s in lead))

@@ -1,7 +1,7 @@
 """The arrays of an item of a checkpoint, such as `model`, read in parts."""
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -132,7 +132,7 @@ class ArrayTree:
             raise CheckpointError(message) from error
 
 
-def _unpacked(shape: Iterable[int], dtype: np.dtype) -> tuple[int, ...]:
-    """The shape of values of which the stored array has this one."""
-    sizes = tuple(shape)
-    return (*sizes[:-1], 2 * sizes[-1]) if dtype == INT4 else sizes
+def _unpacked(shape: Any, dtype: np.dtype) -> Any:
+    """The shape of values of which the stored array, or a chunk of it, has this one; a scalar has
+    no chunks, None."""
+    return (*shape[:-1], 2 * shape[-1]) if dtype == INT4 else shape

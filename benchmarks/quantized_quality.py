@@ -1,0 +1,73 @@
+"""Bits per byte of trained models in every type that they are served in.
+
+    python -m benchmarks.quantized_quality RUN [RUN ...] --data TEXT
+
+Each RUN, the folder of a run, is measured on TEXT, a file that it was not trained on, by `grok
+eval` in float32, bfloat16, int8 and int4, computing in float32. Prints, for each type, the bits per
+byte of each run, the mean, and its increase over float32; then the relative r.m.s. error that
+quantising made in the matrices; and a line of JSON.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import numpy as np
+
+from grok.config.model import QUANTIZED_DTYPES
+from grok.weights.array_difference import ArrayDifference
+from grok.weights.cast import MeasuredQuantizedSource, converted
+from grok.weights.detect import open_source
+from grok.weights.source import blocks, layer_pieces
+
+DTYPES = ("float32", "bfloat16", "int8", "int4")
+
+
+def main() -> None:
+    """Measures the runs and prints what came of them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--data", required=True)
+    options = parser.parse_args()
+    bits = {dtype: [measure(run, dtype, options.data) for run in options.runs] for dtype in DTYPES}
+    print("| type | bits per byte of each run | mean | increase |\n|---|---|---|---|")
+    for dtype, values in bits.items():
+        mean = float(np.mean(values))
+        increase = mean / float(np.mean(bits["float32"])) - 1
+        each = ", ".join(f"{value:.4f}" for value in values)
+        print(f"| {dtype} | {each} | {mean:.4f} | {increase:+.2%} |")
+    errors = {dtype: rounding_errors(options.runs[0], dtype) for dtype in QUANTIZED_DTYPES}
+    print("\n| matrix | int8 | int4 |\n|---|---|---|")
+    for name, error in errors["int8"].items():
+        print(f"| {name} | {error:.2%} | {errors['int4'][name]:.2%} |")
+    print(json.dumps({"bits_per_byte": bits, "relative_rms": errors}))
+
+
+def measure(run: str, dtype: str, data: str) -> float:
+    """Bits per byte of a run's newest checkpoint in a type."""
+    keys = [f"model.param_dtype={dtype}", "model.compute_dtype=float32"]
+    command = [sys.executable, "-m", "grok", "eval", run, *keys, "--data", data, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)["data"][0]["bits_per_byte"]
+
+
+def rounding_errors(run: str, dtype: str) -> dict[str, float]:
+    """Relative r.m.s. error of each matrix in a type."""
+    source = converted(open_source(run), dtype, measure=True)
+    assert isinstance(source, MeasuredQuantizedSource)
+    errors = {}
+    for name, spec in source.tensors.items():
+        if spec.groups is not None:
+            for _, piece in layer_pieces(spec):
+                for part in blocks(spec, piece):
+                    source.read(name, part)
+            pieces = (error for (of, _), error in source.errors.items() if of == name)
+            errors[name] = sum(pieces, ArrayDifference()).relative_rms
+    return errors
+
+
+if __name__ == "__main__":
+    main()
