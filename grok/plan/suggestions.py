@@ -27,13 +27,15 @@ SMALLER_STATES: tuple[dict[str, Any], ...] = (
     {"optimizer.name": "adafactor", "optimizer.beta1": 0.0},
     {"optimizer.moments_dtype": "bfloat16", "model.param_dtype": "bfloat16"},
 )
+# Of weights that are served, or frozen below adapters.
 SMALLER_WEIGHTS = ({"model.param_dtype": "int8"}, {"model.param_dtype": "int4"})
 
 
 def suggestions(plan: Plan) -> Iterator[str]:
     """Changes each of which would make the program fit, in words."""
     config, training = plan.config, plan.config.plan.program == "train"
-    for overrides in SMALLER_STATES if training else SMALLER_WEIGHTS:
+    trains_weights = training and not config.lora.rank
+    for overrides in SMALLER_STATES if trains_weights else SMALLER_WEIGHTS:
         try:
             change = state_bytes(replace_keys(config, overrides)) / state_bytes(config)
         except ConfigError:  # other keys do not go with these

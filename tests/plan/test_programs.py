@@ -7,7 +7,7 @@ import pytest
 
 import grok
 from grok import hardware
-from grok.config import PlanConfig
+from grok.config import LoraConfig, PlanConfig
 from grok.config.load import load_config
 from grok.errors import ConfigError
 from grok.infer.step import forward_and_sample
@@ -71,6 +71,22 @@ def test_int4_halves_the_experts_of_a_decode(tiny_run):
     assert len(matrices) == 7
     for name in matrices:
         assert int4[name] == int8[name] / (2 if ".moe." in name else 1)
+
+
+def test_adapters_over_int4_take_less(tiny_run):
+    def experts(dtype: str) -> int:
+        """Bytes of the experts' matrices on a device."""
+        model = dataclasses.replace(tiny_run.model, param_dtype=dtype)
+        train = dataclasses.replace(tiny_run.train, init_from="weights")
+        run = dataclasses.replace(tiny_run, model=model, train=train, lora=LoraConfig(rank=2))
+        mesh = grok.make_mesh(**MESH)
+        with jax.set_mesh(mesh):
+            parts = bytes_per_device(make_program(run, mesh).arguments)
+        assert any(name.endswith("w_query_DNH.value.a") for name in parts)
+        names = (name for name in parts if ".moe.w_" in name and "scales" not in name)
+        return sum(parts[name] for name in names)
+
+    assert experts("int4") == experts("bfloat16") / 4
 
 
 def test_a_window_bounds_the_cache_of_a_decode(tiny_run):
