@@ -16,7 +16,7 @@ from grok.cli.main import main
     [
         (["train"], "grok-100", ["grok-100m"]),
         (["batch"], "grok", ["grok-1-v6e"]),
-        (["serve"], "decode-v5p", ["decode-v5p-2x2x2"]),
+        (["serve"], "decode-v5p", ["decode-v5p-2x2x1-int4", "decode-v5p-2x2x2"]),
         (["train", "grok-1"], "train.grad_acc", ["train.grad_accum_steps="]),
         (["plan", "grok-1"], "model.remat=s", ["model.remat=selective"]),
         (["train", "grok-1"], "data.allow_data_change=", ["true", "false"]),

@@ -63,7 +63,7 @@ def packed_arrays(tensor: HuggingFaceTensor) -> list[Array]:
 
 
 def quantization_config(adapter: Adapter, config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of an export in int4. Linear layers that are not packed are named by
+    """The `quantization_config` of an export in int4. Linear layers that are not packed are named by
     patterns, and the output layer by its name."""
     layout = adapter.layouts[adapter.export_layout]
     plain = []
