@@ -63,8 +63,8 @@ def packed_arrays(tensor: HuggingFaceTensor) -> list[Array]:
 
 
 def quantization_config(adapter: Adapter, config: ModelConfig) -> dict[str, Any]:
-    """The `quantization_config` of an export in int4. Linear layers that are not packed are named by
-    patterns, and the output layer by its name."""
+    """The `quantization_config` of an export in int4. Linear layers that are not packed are named
+    by patterns, and the output layer by its name."""
     layout = adapter.layouts[adapter.export_layout]
     plain = []
     for tensor in adapter.tensors(adapter.export_layout, config):
