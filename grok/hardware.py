@@ -20,19 +20,39 @@ class Chip(NamedTuple):
     ring: int  # a side of the grid whose length is a multiple of this closes to a ring
     network: float  # a chip's share of its host's way to other slices, bytes/s
     vmem: int  # vector memory of a core, bytes
+    # Peak of products in 8 bits, by type, OP/s; only of those faster than bfloat16.
+    flops_8bit: dict[str, float]
 
 
 GIB, MIB = 2**30, 2**20
 LANES = 128  # elements of a TPU's vector register along the last axis of an array
 
-_V5E, _V6E = ("TPU v5 lite", "TPU v5e"), ("TPU v6 lite", "TPU v6e")
+_V5E, _V5P, _V6E = ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"), ("TPU v6 lite", "TPU v6e")
 
+# The published rates of int8 on v5e, v5p and v6e, and of float8 on the seventh, are twice those of
+# bfloat16; of int8 on the seventh and of float8 on the others nothing is published.
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1200e9, 1, ("TPU v4",), 45e9, 3, 4, 6.25e9, 16 * MIB),
-    "v5e": Chip(197e12, 16 * GIB, 810e9, 1, _V5E, 45e9, 2, 16, 3.125e9, 128 * MIB),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1, ("TPU v5", "TPU v5p"), 90e9, 3, 4, 6.25e9, 64 * MIB),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 1, _V6E, 90e9, 2, 16, 12.5e9, 128 * MIB),
-    "7x": Chip(2307e12, 192 * GIB, 7300e9, 2, ("TPU7x",), 100e9, 3, 4, 12.5e9, 64 * MIB),
+    "v4": Chip(275e12, 32 * GIB, 1200e9, 1, ("TPU v4",), 45e9, 3, 4, 6.25e9, 16 * MIB, {}),
+    "v5e": Chip(
+        197e12, 16 * GIB, 810e9, 1, _V5E, 45e9, 2, 16, 3.125e9, 128 * MIB, {"int8": 393e12}
+    ),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1, _V5P, 90e9, 3, 4, 6.25e9, 64 * MIB, {"int8": 918e12}),
+    "v6e": Chip(
+        918e12, 32 * GIB, 1638e9, 1, _V6E, 90e9, 2, 16, 12.5e9, 128 * MIB, {"int8": 1836e12}
+    ),
+    "7x": Chip(
+        2307e12,
+        192 * GIB,
+        7300e9,
+        2,
+        ("TPU7x",),
+        100e9,
+        3,
+        4,
+        12.5e9,
+        64 * MIB,
+        {"float8": 4614e12},
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from grok.config import RunConfig, check_trainable
 from grok.data.device_feed import global_batches
 from grok.data.tokenizers import load_tokenizer
 from grok.errors import ConfigError
-from grok.model.mesh_fit import check_fits
+from grok.model.mesh_fit import check_fits, check_matmul_dtype
 from grok.model.params import tensor_specs
 from grok.train import state as states
 from grok.train.checkpointing import open_checkpoints, run_meta, state_trees, write_run_files
@@ -27,6 +27,7 @@ def mesh_for(config: RunConfig) -> Mesh:
     config says so. Raises ConfigError, with a value that would work, where it cannot be."""
     check_trainable(config)
     prepare_devices(config.mesh.simulated_devices)
+    check_matmul_dtype(config.model, jax.devices()[0].device_kind)
     sizes = check_fits(config, jax.device_count())
     return sharding.make_mesh(sizes["data"], sizes["expert"], sizes["tensor"], sizes["slice"])
 

@@ -150,6 +150,11 @@ class ModelConfig(Section):
         "experts",
     ] = "float32"
     compute_dtype: Annotated[Literal["float32", "bfloat16"], "type of activations"] = "bfloat16"
+    matmul_dtype: Annotated[
+        Literal["compute", "int8", "float8"],
+        "type that attention's projections, MLP and experts are multiplied in to train, forward "
+        "and backward; compute: compute_dtype",
+    ] = "compute"
     remat: Annotated[
         Literal["none", "dots", "selective", "attention", "experts", "offload", "full"],
         "recompute in the backward pass: nothing; all but matrix products; the hidden layer of "
@@ -166,6 +171,11 @@ class ModelConfig(Section):
                 f"model.mlp.dim={4 * self.embed_dim} or model.moe.dim={4 * self.embed_dim} would "
                 "work."
             )
+        if self.is_quantized and self.matmul_dtype != "compute":
+            problem = (
+                f"quantises floats as they are multiplied, not model.param_dtype={self.param_dtype}"
+            )
+            raise bad_value("model.matmul_dtype", self.matmul_dtype, problem, "compute")
 
     @property
     def float_dtype(self) -> str:

@@ -126,6 +126,9 @@ class RunConfig(Section):
 
 def check_trainable(config: RunConfig) -> None:
     """Refuses, as ConfigError, to train a model that cannot be trained."""
+    if config.lora.rank and config.model.matmul_dtype != "compute":
+        problem = f"has no gradient of the adapters of lora.rank={config.lora.rank}"
+        raise bad_value("model.matmul_dtype", config.model.matmul_dtype, problem, "compute")
     if config.model.is_quantized and not config.lora.rank:
         problem = "is for inference or below adapters (lora.rank=16), and has no gradient"
         raise bad_value("model.param_dtype", config.model.param_dtype, problem, "float32")

@@ -105,6 +105,7 @@ class ServedModel:
             config = dataclasses.replace(config, weights=weights)
         dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
         changes = [f"model.{name}={value}" for name, value in dtypes.items() if value]
+        changes.append("model.matmul_dtype=compute")  # that of a run is for its training
         run = config_of(config.weights, config.model or None, changes)
         self.config, self._settings = run.model, config
         file = find_tokenizer(config.weights, config.tokenizer, run)

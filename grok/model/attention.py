@@ -13,6 +13,8 @@ from grok.model.attend import Attend
 from grok.model.linear import product
 from grok.model.param_spec import ParamSpec, init_params
 from grok.model.rope import apply_rope
+from grok.model.scaled import Projection, projection
+from grok.ops.weights.weight import cast
 
 
 class Attention(nnx.Module):
@@ -64,4 +66,8 @@ class Attention(nnx.Module):
         """The product with a projection, split as `axes` says behind batch and length."""
         spec = self.param_specs(self.config)[name]
         stored = spec.storage_axes(self.config.param_dtype)
-        return product(subscripts, x, getattr(self, name), stored, ("batch", "length", *axes))
+        param = getattr(self, name)
+        if self.config.matmul_dtype != "compute":
+            matrix = Projection(stored, spec.contract_dims, self.config.matmul_dtype)
+            return projection(x, cast(param.get_value(), x.dtype), matrix)
+        return product(subscripts, x, param, stored, ("batch", "length", *axes))

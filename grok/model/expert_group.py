@@ -4,8 +4,9 @@ width of every expert, and of the dense MLP.
 Letters: B batch, T length, R = B*T rows of the group, D embed.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -13,6 +14,10 @@ from flax import nnx
 from grok import sharding
 from grok.config import ModelConfig
 from grok.model.param_spec import ParamSpec
+from grok.model.scaled import quantized_matrix
+from grok.ops.moe.experts_scaled import quantize_rows
+from grok.ops.scaled import Scaled
+from grok.ops.varying import pvary
 from grok.ops.weights.weight import Weight, as_trained, cast, leaf_axes, materialize
 
 
@@ -46,13 +51,13 @@ def run_on_group(
             work_axes += leaf_axes(w, work.specs[name].storage_axes(config.param_dtype))
         work_leaves, structure = jax.tree.flatten(weights)
         here = slice(len(leaves), len(leaves) + len(work_leaves))
-        runs.append((work.run, here, _unshard_of(structure, work_axes)))
+        runs.append((work.run, here, Unshard(structure, tuple(work_axes))))
         leaves += work_leaves
         leaves_axes += work_axes
 
     def local(*arrays):
         shards, leaves = arrays[: len(tokens)], arrays[len(tokens) :]
-        rows, y_RD = _dispatch(shards), None
+        rows, y_RD = _dispatch(shards, config.matmul_dtype), None
         for run, here, unshard in runs:
             added = run(rows, leaves[here], unshard)
             y_RD = added if y_RD is None else y_RD + added
@@ -71,20 +76,35 @@ def _weight(param: nnx.Param, dtype) -> Weight:
     return cast(w, dtype)
 
 
-def _unshard_of(structure, axes: list[sharding.Axes]) -> Callable:
-    def unshard(leaves) -> list[Weight]:
-        whole = map(sharding.unshard_local, leaves, axes)
-        return list(map(as_trained, jax.tree.unflatten(structure, list(whole))))
+@dataclasses.dataclass(frozen=True)
+class Unshard:
+    """Makes the weights of a work from this device's shards of their arrays, stored in `axes`."""
 
-    return unshard
+    structure: Any
+    axes: tuple[sharding.Axes, ...]
+
+    def __call__(self, leaves) -> list[Weight]:
+        """The weights, in the type of their arrays."""
+        whole = map(sharding.unshard_local, leaves, self.axes)
+        return list(map(as_trained, jax.tree.unflatten(self.structure, list(whole))))
+
+    def quantized(self, leaves, dims: Sequence[int], dtype) -> list[Scaled]:
+        """Matrices in 8 bits, with scales along dimension `dims` of each, without it in shape."""
+        pairs = zip(leaves, self.axes, dims, strict=True)
+        matrices = [quantized_matrix(leaf, axes, (dim,), dtype) for leaf, axes, dim in pairs]
+        return jax.tree.map(pvary, matrices)
 
 
-def _dispatch(tokens: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """The rows of all devices of the expert group, of each array."""
+def _dispatch(tokens: tuple[jax.Array, ...], matmul_dtype: str) -> tuple[Any, ...]:
+    """The rows of all devices of the expert group, of each array; x in 8 bits where products are,
+    so that it travels as those."""
     with jax.named_scope("dispatch"):
-        x, *others = (sharding.all_gather(a, "expert_group", dim=0) for a in tokens)
-        x = sharding.pin_row_major(x)
-        return tuple(a.reshape(-1, a.shape[-1]) for a in (x, *others))
+        x, *others = tokens
+        scaled = x if matmul_dtype == "compute" else quantize_rows(x, matmul_dtype)
+        x = jax.tree.map(lambda a: sharding.all_gather(a, "expert_group", dim=0), scaled)
+        others = [sharding.all_gather(a, "expert_group", dim=0) for a in others]
+        x = jax.tree.map(sharding.pin_row_major, x)
+        return jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x, *others))
 
 
 def _combine(y_RD, x_BTD, axes: sharding.Axes) -> jax.Array:

@@ -9,7 +9,8 @@ import math
 from grok.config import MeshConfig, ModelConfig, RunConfig, resolve_mesh
 from grok.config.mesh import batch_shards
 from grok.config.section import round_up
-from grok.errors import ConfigError
+from grok.errors import ConfigError, bad_value
+from grok.hardware import CHIPS, generation_of
 from grok.model.params import param_specs
 from grok.sharding.rules import mesh_axes
 
@@ -70,6 +71,17 @@ def check_fits(config: RunConfig, num_devices: int) -> dict[str, int]:
                 f"split over slice*data*expert*train.grad_accum_steps={rows}; {nearest} would work."
             )
     return sizes
+
+
+def check_matmul_dtype(model: ModelConfig, device_kind: str) -> None:
+    """Refuses, as ConfigError, products in 8 bits on TPUs where these are not known to be faster;
+    devices of an unknown kind, such as CPUs, may multiply them as floats."""
+    generation, dtype = generation_of(device_kind), model.matmul_dtype
+    if generation is None or dtype == "compute" or dtype in CHIPS[generation].flops_8bit:
+        return
+    faster = next(iter(CHIPS[generation].flops_8bit), "compute")
+    problem = f"is not known to be faster than bfloat16 on {generation}"
+    raise bad_value("model.matmul_dtype", dtype, problem, faster)
 
 
 def check_plan_fits(config: RunConfig, num_devices: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ from grok import hardware, sharding
 from grok.config import ModelConfig
 from grok.model.expert_group import GroupWork, run_on_group
 from grok.model.param_spec import ParamSpec, init_params
+from grok.model.scaled import mlp_in_8_bits
 from grok.ops.mlp import gated_mlp
 from grok.ops.moe.experts_pallas import experts_pallas
 from grok.ops.moe.experts_xla import experts_xla
@@ -53,6 +54,10 @@ class MLP(nnx.Module):
     def _run(self, rows, leaves, unshard) -> jax.Array:
         """y_RD of this device's slice of the width."""
         assert self.config.mlp is not None
+        if self.config.matmul_dtype != "compute":
+            x = jax.tree.map(pvary, rows[0])
+            with jax.named_scope("mlp"):
+                return mlp_in_8_bits(x, leaves, unshard, self.config, self.config.mlp.activation)
         x_RD = pvary(rows[0])
         weights = jax.tree.map(pvary, unshard(leaves))
         with jax.named_scope("mlp"):

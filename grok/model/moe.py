@@ -15,6 +15,7 @@ from grok.config import ModelConfig
 from grok.hardware import LANES
 from grok.model.expert_group import GroupWork, run_on_group
 from grok.model.param_spec import ParamSpec, init_params
+from grok.model.scaled import experts_in_8_bits
 from grok.ops.moe.experts_pallas import experts_pallas, experts_pallas_split_mlp
 from grok.ops.moe.experts_xla import experts_xla
 from grok.ops.moe.tiling import mlp_splits, serving_tile_rows, training_tile_rows, xla_tile_rows
@@ -132,6 +133,8 @@ class MoE(nnx.Module):
         """y_RD of rows (x_RD, topk_weights_RC, expert_ids_RC), by this device's slice of the
         experts' width; `unshard` makes the matrices of their `leaves`."""
         rows = jax.tree.map(pvary, rows)
+        if self.config.matmul_dtype != "compute":
+            return experts_in_8_bits(rows, leaves, unshard, self.config, self.moe_config.activation)
         if hardware.platform() != "tpu":
             weights = jax.tree.map(pvary, unshard(leaves))
             (R, C), E = rows[1].shape, self.moe_config.num_experts

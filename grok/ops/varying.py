@@ -5,8 +5,12 @@ import jax
 
 def pvary(x: jax.Array) -> jax.Array:
     """`x` typed as possibly different on every device, so that its gradient is summed over all."""
-    manual_axes = jax.sharding.get_abstract_mesh().manual_axes
-    invariant = tuple(name for name in manual_axes if name not in jax.typeof(x).mat.varying)
+    return pvary_over(x, tuple(jax.sharding.get_abstract_mesh().manual_axes))
+
+
+def pvary_over(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """As `pvary`, along these mesh axes alone."""
+    invariant = tuple(name for name in names if name not in jax.typeof(x).mat.varying)
     return jax.lax.pcast(x, invariant, to="varying") if invariant else x
 
 

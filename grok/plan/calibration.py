@@ -90,6 +90,7 @@ class Calibration:
             source=f"measured: {self.name}{_published_rest(published, by_kind, network)}",
             dtype=dtype,
             by_kind=by_kind,
+            flops_8bit=None if published is None else published.flops_8bit,
         )
 
     def _wires(self, per_chip: int) -> tuple[dict[str, float], float | None]:

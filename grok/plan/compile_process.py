@@ -22,7 +22,7 @@ from grok.config import MESH_AXES, RunConfig, check_trainable
 from grok.config.load import from_dict
 from grok.errors import ConfigError, GrokError
 from grok.hardware import CHIPS
-from grok.model.mesh_fit import check_plan_fits
+from grok.model.mesh_fit import check_matmul_dtype, check_plan_fits
 from grok.ops.attention.paged import KV_BLOCK
 from grok.plan.compile_errors import compiler_error, is_out_of_hbm
 from grok.plan.program_cost import CompiledProgram
@@ -52,6 +52,7 @@ def compile_step(config: RunConfig, slice_: Slice, request: dict[str, Any]) -> d
     per_chip = len(devices) // slice_.num_chips
     if config.plan.program == "train":
         check_trainable(config)
+    check_matmul_dtype(config.model, devices[0].device_kind)
     sizes = check_plan_fits(config, len(devices))
     mesh = sharding.make_mesh(**sizes, devices=devices)
     measured: dict[str, Any] = {"mesh_sizes": sizes, "devices_per_chip": per_chip}
@@ -103,7 +104,7 @@ def costs(program: CompiledProgram, mesh: Mesh, slice_: Slice) -> dict[str, Any]
     """Costs of the program, and the wiring of the mesh axes that its collectives use."""
     cost = program.cost()
     return {
-        **{name: getattr(cost, name) for name in ("flops", "hbm", "host")},
+        **{name: getattr(cost, name) for name in ("flops", "flops_8bit", "hbm", "host")},
         "collectives": [[*key, sent] for key, sent in sorted(cost.collectives.items())],
         "loops": sorted(cost.loops),
         "kernels": sorted(cost.kernels),

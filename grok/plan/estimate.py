@@ -56,6 +56,7 @@ class Plan:
     batch: tuple[int, int]  # rows of a step, and tokens in each
     tokens: float  # of a step and chip
     flops: float | None = None
+    flops_8bit: float = 0.0  # of these, of products of 8-bit values
     hbm: float | None = None
     host: float | None = None  # bytes to and from host memory
     host_memory: float = 0.0  # bytes of it in use
@@ -117,7 +118,11 @@ class Plan:
                 "total": None if total is None else total / GIB,
                 "capacity": self.slice.chip.hbm / GIB,
             },
-            "flops_per_chip_per_step": {"model": self.model_flops, "compiled": self.flops},
+            "flops_per_chip_per_step": {
+                "model": self.model_flops,
+                "compiled": self.flops,
+                "compiled_8bit": self.flops_8bit,
+            },
             "hbm_bytes_per_chip_per_step": self.hbm,
             "host_bytes_per_chip_per_step": self.host,
             "collective_bytes_per_chip_per_step": self.collectives,
@@ -162,8 +167,10 @@ def make_plan(
             collectives.setdefault(axes, {})[kind] = sent * per_chip
             seconds = transfer_seconds(rates, measured["wiring"][axes], kind, sent * per_chip)
             interconnect[axes] = interconnect.get(axes, 0) + seconds
-    amounts = {k: measured[k] * per_chip for k in ("flops", "hbm", "host", "host_memory")}
-    terms = {"compute": amounts["flops"] / rates.flops, "hbm": amounts["hbm"] / rates.hbm}
+    names = "flops", "flops_8bit", "hbm", "host", "host_memory"
+    amounts = {name: measured.get(name, 0.0) * per_chip for name in names}
+    compute = rates.compute_seconds(amounts["flops"], amounts["flops_8bit"])
+    terms = {"compute": compute, "hbm": amounts["hbm"] / rates.hbm}
     terms["interconnect"] = sum(interconnect.values())
     between_slices = {axes for axes, wires in measured["wiring"].items() if wires["slices"]}
     if between_slices:

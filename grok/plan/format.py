@@ -69,7 +69,10 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
     if again := recomputed_flops(plan):
         ratio = plan.flops / (plan.model_flops + again)
         text += f"; {ratio:.2f} x with those that remat={plan.config.model.remat} recomputes"
-    yield "FLOPs", f"{text}), a chip and step"
+    text += "), a chip and step"
+    if plan.flops_8bit:
+        text += f"; {amount(plan.flops_8bit)} of them of 8-bit values"
+    yield "FLOPs", text
     text = f"{amount(plan.hbm)}B read and written"
     if plan.config.plan.program != "train":
         text += f", {plan.hbm / plan.state:.2f} x weights and cache read once"
@@ -113,12 +116,16 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
 def _assumptions(plan: Plan) -> Iterator[str]:
     rates, measured = plan.rates, plan.measured
     text = f"a {plan.slice.generation} chip does {rates.flops / 1e12:,.4g} TFLOP/s in {rates.dtype}"
+    if plan.flops_8bit and rates.flops_8bit:
+        text += f" and {rates.flops_8bit / 1e12:,.4g} TOP/s in {plan.config.model.matmul_dtype}"
     text += f", has {plan.slice.chip.hbm / GIB:.0f} GiB at {rates.hbm / 1e9:,.0f} GB/s"
     if math.isfinite(rates.link):
         text += f", and links of {rates.link / 1e9:.4g} GB/s each way"
     yield text
     if plan.slice.count > 1:
         yield f"a chip's share of the network between slices is {rates.network / 1e9:g} GB/s"
+    if plan.flops_8bit:
+        yield "MFU is a share of the peak in bfloat16; products in 8 bits may exceed it"
     yield rates.source
     if plan.fits and "counted" in measured:
         yield (

@@ -18,6 +18,8 @@ UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 # of the result with that part.
 HOST_TRANSFERS = {"dynamic-slice-start": -2, "dynamic-update-slice-start": 1}
 
+EIGHT_BIT_TYPES = ("s8", "u8", "f8e4m3fn", "f8e5m2")
+
 # Instructions inside a fusion that compute only those elements that are asked for.
 ELEMENTWISE = ("bitcast", "convert", "copy", "reshape", "transpose")
 
@@ -32,6 +34,14 @@ def matmul_flops(computation: Computation, instruction: Instruction) -> float:
     if instruction.opcode == "convolution":
         return _convolution_flops(computation, instruction)
     return kernel_cost(computation, instruction)[0] if instruction.opcode == "custom-call" else 0.0
+
+
+def multiplies_8_bits(computation: Computation, instruction: Instruction) -> bool:
+    """True of a product of 8-bit values with 8-bit values: two operands of a kernel are such
+    matrices. Where one alone is, as are weights in int8, it is converted to be multiplied."""
+    operands = [computation[name] for name in instruction.operands if name in computation]
+    arrays = [array for operand in operands for array in operand.arrays[:1]]
+    return sum(a.dtype in EIGHT_BIT_TYPES and len(a.shape) > 1 for a in arrays) >= 2
 
 
 def _convolution_flops(computation: Computation, conv: Instruction) -> float:

@@ -40,7 +40,7 @@ class LocalDevices(Slice):
     @property
     def chip(self) -> Chip:
         """Memory alone is known; rates are measured."""
-        return Chip(0.0, self.memory, 0.0, 1, (self.generation,), 0.0, 1, 1, 0.0, 0)
+        return Chip(0.0, self.memory, 0.0, 1, (self.generation,), 0.0, 1, 1, 0.0, 0, {})
 
 
 def slice_of(devices: Sequence[jax.Device]) -> Slice:
@@ -151,7 +151,7 @@ class CompiledStep:
         if not is_tpu and (measured["flops"] < flops or in_loops):
             hbm = float(measured["state"])
             seconds = (flops / rates.flops + hbm / rates.hbm) * per_chip
-            measured |= {"flops": flops, "hbm": hbm, "counted": "of the model"}
+            measured |= {"flops": flops, "flops_8bit": 0.0, "hbm": hbm, "counted": "of the model"}
             measured["schedule"] |= {"seconds": seconds}
         plan = make_plan(self._config, self._slice, rates, measured, price)
         # A TPU's compiler refuses what does not fit; those of other devices do not.

@@ -16,6 +16,7 @@ from grok.plan.instruction_costs import (
     is_async_collective,
     kernel_cost,
     matmul_flops,
+    multiplies_8_bits,
 )
 
 # Names, views and bookkeeping: nothing is read or written.
@@ -30,6 +31,7 @@ class Cost:
 
     def __init__(self) -> None:
         self.flops = 0.0  # of matrix products
+        self.flops_8bit = 0.0  # of these, of 8-bit values
         self.hbm = 0.0  # bytes read and written
         self.host = 0.0  # bytes to and from host memory
         # Bytes sent in collectives, by mesh axes and kind.
@@ -40,6 +42,7 @@ class Cost:
     def add(self, other: "Cost", times: float = 1) -> None:
         """Adds another cost, so many times."""
         self.flops += times * other.flops
+        self.flops_8bit += times * other.flops_8bit
         self.hbm += times * other.hbm
         self.host += times * other.host
         for name in ("collectives", "loops", "kernels"):
@@ -132,7 +135,9 @@ class CompiledProgram:
         return total
 
     def _add_work(self, total: Cost, computation: Computation, instruction: Instruction) -> None:
-        total.flops += matmul_flops(computation, instruction)
+        flops = matmul_flops(computation, instruction)
+        total.flops += flops
+        total.flops_8bit += flops * multiplies_8_bits(computation, instruction)
         if (kind := instruction.opcode.removesuffix("-start")) not in COLLECTIVES:
             return
         groups = replica_groups(instruction.attributes, math.prod(self._mesh_sizes.values()))

@@ -22,6 +22,12 @@ class Rates:
     dtype: str = "bfloat16"  # of the products
     # Of a wire, by kind of collective, where that was measured; `link` holds for the others.
     by_kind: dict[str, float] = dataclasses.field(default_factory=dict)
+    flops_8bit: float | None = None  # products of 8-bit values, OP/s; None: not faster
+
+    def compute_seconds(self, flops: float, flops_8bit: float) -> float:
+        """Time of products of so many FLOPs, `flops_8bit` of them of 8-bit values."""
+        rate = self.flops_8bit or self.flops
+        return (flops - flops_8bit) / self.flops + flops_8bit / rate
 
 
 class Wires(NamedTuple):
@@ -61,7 +67,8 @@ def published_rates(generation: str) -> Rates:
     published measurements show them."""
     chip, wires = CHIPS[generation], WIRES[generation]
     source = f"compute and HBM by specification; {wires.source}; collected in November 2026"
-    return Rates(chip.flops, chip.bandwidth, wires.link, wires.network, wires.host, source)
+    rates = Rates(chip.flops, chip.bandwidth, wires.link, wires.network, wires.host, source)
+    return dataclasses.replace(rates, flops_8bit=max(chip.flops_8bit.values(), default=None))
 
 
 def transfer_seconds(rates: Rates, wiring: dict[str, Any], kind: str, sent: float) -> float:
@@ -83,7 +90,7 @@ def resource_seconds(
     """Time that a cost of each of `per_chip` devices of a chip takes of its resources. `wiring`: of
     the mesh axes that collectives use."""
     use: dict[str, float] = defaultdict(float)
-    use["compute"] = cost.flops * per_chip / rates.flops
+    use["compute"] = rates.compute_seconds(cost.flops, cost.flops_8bit) * per_chip
     use["hbm"] = cost.hbm * per_chip / rates.hbm
     use["host"] = cost.host * per_chip / rates.host
     for (axes, kind), sent in cost.collectives.items():

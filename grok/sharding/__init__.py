@@ -12,6 +12,7 @@ from grok.sharding.collectives import (
     all_gather,
     axis_index,
     axis_names,
+    pmax,
     psum,
     psum_scatter,
     shard_map,

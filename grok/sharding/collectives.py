@@ -54,6 +54,12 @@ def psum(x: jax.Array, axis: str) -> jax.Array:
     return jax.lax.psum(x, axis_names(axis))
 
 
+def pmax(x: jax.Array, axis: str | None) -> jax.Array:
+    """The largest of `x` over the devices along `axis`, element by element."""
+    names = split_axis_names(axis)
+    return jax.lax.pmax(x, names) if names else x
+
+
 def psum_scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """The sum of `x` over the devices along `axis`, each with its shard of dimension `dim`."""
     names = split_axis_names(axis)

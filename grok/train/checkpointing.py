@@ -153,5 +153,5 @@ def is_compatible_change(key: str, before: Any, now: Any) -> bool:
     if key == "optimizer.name" or key.startswith("lora."):
         return False
     if key.startswith("model."):
-        return key in ("model.compute_dtype", "model.remat")
+        return key in ("model.compute_dtype", "model.matmul_dtype", "model.remat")
     return True

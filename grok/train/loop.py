@@ -18,7 +18,7 @@ from grok.config import RunConfig, check_trainable
 from grok.data.device_feed import global_batches
 from grok.errors import DONE, SAVED, Diverged, SaveError, SilentCorruption
 from grok.model.decoder import Decoder
-from grok.model.mesh_fit import check_fits
+from grok.model.mesh_fit import check_fits, check_matmul_dtype
 from grok.optim.optimizer import make_optimizer
 from grok.optim.param_groups import combine, names
 from grok.preemption import PreemptionSignal
@@ -104,6 +104,7 @@ def open_run(config: RunConfig, options: StartOptions, watchdog: Watchdog) -> Ru
     """Opens devices, data and files, so that every mistake is found before anything compiles."""
     began, replay_to, open_tasks = time.time(), options.replay_to, options.open_tasks
     check_trainable(config)
+    check_matmul_dtype(config.model, jax.devices()[0].device_kind)
     sizes = check_fits(config, jax.device_count())
     mesh = sharding.make_mesh(sizes["data"], sizes["expert"], sizes["tensor"], sizes["slice"])
     data = read_data(config)

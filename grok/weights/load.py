@@ -6,12 +6,13 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from grok.config import ModelConfig
+from grok.config.model import QUANTIZED_DTYPES
 from grok.errors import ConfigError
 from grok.model.build import abstract, to_arrays
 from grok.model.decoder import Decoder
@@ -59,7 +60,10 @@ def put_on_mesh(
     source: Source, mesh: Mesh | None = None, on_progress: OnProgress = no_progress
 ) -> Decoder:
     """The model of `source`, in the types that its tensors have, on `mesh` or one device."""
-    config = dataclasses.replace(source.config, param_dtype=cast(Any, source.dtype))
+    changes: dict[str, Any] = {"param_dtype": source.dtype}
+    if source.dtype in QUANTIZED_DTYPES:  # products in 8 bits are of floats, to train
+        changes["matmul_dtype"] = "compute"
+    config = dataclasses.replace(source.config, **changes)
     groups = {name: spec.groups for name, spec in source.tensors.items() if spec.groups}
     model = abstract(config, mesh, groups)
     leaves = to_arrays(model)

@@ -1,6 +1,7 @@
 """Kernels of attention cost what their shapes say, and a collective beside work counts once."""
 
 from grok.plan.program_cost import CompiledProgram
+from grok.plan.rates import Rates
 
 MESH = {"slice": 1, "data": 2, "expert": 1, "tensor": 1}
 
@@ -97,3 +98,27 @@ def test_a_collective_beside_work_counts_once():
     part, whole, x = 64 * 128 * 2, 128 * 128 * 2, 32 * 128 * 2
     assert cost.collectives == {("data", "all-gather"): part}
     assert cost.hbm == whole + (part + x) + x
+
+
+# Products of 8-bit values, and with weights in 8 bits alone; a kernel with a sum to start from.
+EIGHT_BITS = """
+ENTRY %main (x: s8[32,64], w: s8[64,128], y: bf16[32,64]) -> bf16[32,128] {
+  %x = s8[32,64]{1,0} parameter(0)
+  %w = s8[64,128]{1,0} parameter(1)
+  %y = bf16[32,64]{1,0} parameter(2)
+  %scales = f32[32,1]{1,0} constant(0)
+  %both = s32[32,128]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %start = bf16[32,128]{1,0} dot(%y, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %one = bf16[32,128]{1,0} custom-call(%y, %w), backend_config={"cost_estimate":{"flops":"10"}}
+  ROOT %kernel = bf16[32,128]{1,0} custom-call(%x, %scales, %w, %start), backend_config={"cost_estimate":{"flops":"1000"}}
+}
+"""  # noqa: E501
+
+
+def test_products_of_8_bit_values_are_counted_for_their_own_rate():
+    cost = CompiledProgram(EIGHT_BITS, MESH).cost()
+    product = 2 * 32 * 64 * 128
+    assert cost.flops == 2 * product + 1010
+    assert cost.flops_8bit == product + 1000
+    rates = Rates(1.0, 1.0, 1.0, 1.0, 1.0, "", flops_8bit=4.0)
+    assert rates.compute_seconds(cost.flops, cost.flops_8bit) == product + 10 + cost.flops_8bit / 4

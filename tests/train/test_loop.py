@@ -85,6 +85,22 @@ def test_a_run_learns_and_leaves_what_it_promises(straight: RunConfig):
 
 
 def test_resumed_from_the_middle_every_bit_is_the_same(straight: RunConfig, tmp_path):
+    assert_resumes_bit_for_bit(straight, tmp_path)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("matmul_dtype", ["int8", "float8"])
+def test_so_it_is_with_products_in_8_bits(tiny_run: RunConfig, tmp_path, matmul_dtype):
+    model = dataclasses.replace(tiny_run.model, matmul_dtype=matmul_dtype)
+    config = dataclasses.replace(in_folder(tiny_run, tmp_path / "straight"), model=model)
+    assert run_training(config) == DONE
+    losses = [line["loss"] for line in steps_of(config).values()]
+    assert losses[-1] < losses[0] - 1
+    assert_resumes_bit_for_bit(config, tmp_path)
+
+
+def assert_resumes_bit_for_bit(straight: RunConfig, tmp_path: Path) -> None:
+    """A copy of the run goes on from step 10 as the run did."""
     resumed = in_folder(straight, tmp_path / "run")
     shutil.copytree(straight.folder, resumed.folder)
     # As after a crash in step 13: no later checkpoint, but lines that are about to be done again.

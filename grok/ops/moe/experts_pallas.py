@@ -62,13 +62,13 @@ def _experts(
 ):
     """y_RD, and the residuals: without the products the backward pass would compute two of three
     again."""
-    layout, kernel_args = _group(expert_ids_RC, w_gate_EDF, interpret)
-    x_PD = _dispatch(x_RD, layout)
+    layout, kernel_args = group(expert_ids_RC, w_gate_EDF.shape[0], interpret)
+    x_PD = dispatch(x_RD, layout)
     hidden_PF, *products = _hidden(
         x_PD, w_gate_EDF, w_up_EDF, keep_products, activation, kernel_args
     )
     y_PD = _matmul_down(hidden_PF, w_down_EFD, False, column_major, kernel_args)
-    y_RD = _combine(y_PD, layout, topk_weights_RC).astype(x_RD.dtype)
+    y_RD = combine(y_PD, layout, topk_weights_RC).astype(x_RD.dtype)
     return y_RD, (x_RD, topk_weights_RC, layout, products, (w_gate_EDF, w_up_EDF, w_down_EFD))
 
 
@@ -76,17 +76,17 @@ def _backward(column_major, interpret, activation, residuals, dy_RD):
     x_RD, topk_weights_RC, layout, products, (w_gate_EDF, w_up_EDF, w_down_EFD) = residuals
     dtype = x_RD.dtype
     kernel_args = _kernel_args(topk_weights_RC, layout, interpret)
-    dy_PD = _dispatch(dy_RD.astype(dtype), layout)
-    weight_P = _weights_of_slots(topk_weights_RC, layout)
+    dy_PD = dispatch(dy_RD.astype(dtype), layout)
+    weight_P = weights_of_slots(topk_weights_RC, layout)
     dweight_P, dgate_PF, dup_PF, dw_down = _down_gradients(
         dy_PD, weight_P, products, w_down_EFD, column_major, activation, kernel_args
     )
     # Rows of x only after those of dy are used: both together need much memory.
     x_RD, dw_down = jax.lax.optimization_barrier((x_RD, dw_down))
     dx_PD, dw_gate, dw_up = _hidden_gradients(
-        _dispatch(x_RD, layout), dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args
+        dispatch(x_RD, layout), dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args
     )
-    dx_RD = _combine(dx_PD, layout, jnp.ones_like(topk_weights_RC))
+    dx_RD = combine(dx_PD, layout, jnp.ones_like(topk_weights_RC))
     return dx_RD.astype(dtype), dweight_P[layout.slot_RC], None, dw_gate, dw_up, dw_down
 
 
@@ -119,33 +119,33 @@ def experts_pallas_split_mlp(
 def _forward_split_mlp(
     x_RD, topk_weights_RC, expert_ids_RC, shards, unshard, splits, column_major, interpret, act
 ):
-    layout, kernel_args = _group(expert_ids_RC, shards[0], interpret)
-    x_PD, y_PD = _dispatch(x_RD, layout), None
+    layout, kernel_args = group(expert_ids_RC, shards[0].shape[0], interpret)
+    x_PD, y_PD = dispatch(x_RD, layout), None
     for part in range(splits.forward):
-        w_gate_EDF, w_up_EDF, w_down_EFD = unshard(_mlp_part(shards, part, splits.forward))
+        w_gate_EDF, w_up_EDF, w_down_EFD = unshard(mlp_part(shards, part, splits.forward))
         hidden_PF, *_ = _hidden(x_PD, w_gate_EDF, w_up_EDF, False, act, kernel_args)
         args = kernel_args | {"start": y_PD}
         y_PD = _matmul_down(hidden_PF, w_down_EFD, False, column_major, args)
         if part < splits.forward - 1:  # Several parts at once would need their memory.
             x_PD, y_PD = jax.lax.optimization_barrier((x_PD, y_PD))
-    y_RD = _combine(y_PD, layout, topk_weights_RC).astype(x_RD.dtype)
+    y_RD = combine(y_PD, layout, topk_weights_RC).astype(x_RD.dtype)
     return y_RD, (x_RD, topk_weights_RC, expert_ids_RC, shards)
 
 
 def _backward_split_mlp(unshard, splits, column_major, interpret, activation, residuals, dy_RD):
     (x_RD, topk_weights_RC, expert_ids_RC, shards), splits = residuals, splits.backward
-    layout, kernel_args = _group(expert_ids_RC, shards[0], interpret)
-    dy_PD = _dispatch(dy_RD.astype(x_RD.dtype), layout)
-    weight_P = _weights_of_slots(topk_weights_RC, layout)
+    layout, kernel_args = group(expert_ids_RC, shards[0].shape[0], interpret)
+    dy_PD = dispatch(dy_RD.astype(x_RD.dtype), layout)
+    weight_P = weights_of_slots(topk_weights_RC, layout)
     x_PD, dx_PD, dweight_P, dshards = None, None, jnp.zeros_like(weight_P), None
     for part in range(splits):
-        take_part: Callable = functools.partial(_mlp_part, part=part, splits=splits)
+        take_part: Callable = functools.partial(mlp_part, part=part, splits=splits)
         matrices, pull = jax.vjp(lambda shards, take=take_part: unshard(take(shards)), shards)
         w_gate_EDF, w_up_EDF, w_down_EFD = matrices
         dhidden_PF = _matmul_down(dy_PD, w_down_EFD, True, column_major, kernel_args)
         if x_PD is None:  # Rows of x may still be on their way while those of dy are multiplied.
             x_RD, dhidden_PF = jax.lax.optimization_barrier((x_RD, dhidden_PF))
-            x_PD = _dispatch(x_RD, layout)
+            x_PD = dispatch(x_RD, layout)
         _, *products = _hidden(x_PD, w_gate_EDF, w_up_EDF, True, activation, kernel_args)
         added_P, dgate_PF, dup_PF, weighted_PF = _product_gradients(
             dhidden_PF, weight_P, products, activation
@@ -153,7 +153,7 @@ def _backward_split_mlp(unshard, splits, column_major, interpret, activation, re
         dweight_P += added_P
         dx_PD = _row_gradients(dgate_PF, dup_PF, w_gate_EDF, w_up_EDF, kernel_args, dx_PD)
         if part == splits - 1:  # Gradients of rows travel while those of matrices are made.
-            dx_RD = _combine(dx_PD, layout, jnp.ones_like(topk_weights_RC)).astype(x_RD.dtype)
+            dx_RD = combine(dx_PD, layout, jnp.ones_like(topk_weights_RC)).astype(x_RD.dtype)
             products = dx_RD, dgate_PF, dup_PF
             dx_RD, dgate_PF, dup_PF = jax.lax.optimization_barrier(products)
         dw_gate = _weight_gradient(x_PD, dgate_PF, w_gate_EDF, kernel_args)
@@ -169,7 +169,7 @@ def _backward_split_mlp(unshard, splits, column_major, interpret, activation, re
 experts_pallas_split_mlp.defvjp(_forward_split_mlp, _backward_split_mlp)
 
 
-def _mlp_part(shards, part: int, splits: int):
+def mlp_part(shards, part: int, splits: int):
     """A part of the width of sharded matrices."""
     w_gate_EDF, w_up_EDF, w_down_EFD = shards
     width = w_gate_EDF.shape[2] // splits
@@ -177,9 +177,9 @@ def _mlp_part(shards, part: int, splits: int):
     return w_gate_EDF[:, :, here], w_up_EDF[:, :, here], w_down_EFD[:, here]
 
 
-def _group(expert_ids_RC, w_gate_EDF, interpret) -> tuple[GroupedLayout, dict[str, Any]]:
+def group(expert_ids_RC, E: int, interpret) -> tuple[GroupedLayout, dict[str, Any]]:
     """The slots of the assignments, and the arguments that all kernels take."""
-    layout = group_by_expert(expert_ids_RC, w_gate_EDF.shape[0])
+    layout = group_by_expert(expert_ids_RC, E)
     return layout, _kernel_args(expert_ids_RC, layout, interpret)
 
 
@@ -190,7 +190,7 @@ def _kernel_args(x_RC, layout: GroupedLayout, interpret) -> dict[str, Any]:
 
 
 @jax.named_scope("dispatch")
-def _dispatch(x_RD, layout: GroupedLayout) -> jax.Array:
+def dispatch(x_RD, layout: GroupedLayout) -> jax.Array:
     """Each assignment's row in its slot, and some row in empty ones, whose weight is 0."""
     C = layout.slot_RC.shape[1]
     row_P = jnp.minimum(layout.assignment_P // C, len(x_RD) - 1)
@@ -198,7 +198,7 @@ def _dispatch(x_RD, layout: GroupedLayout) -> jax.Array:
 
 
 @jax.named_scope("combine")
-def _combine(y_PD, layout: GroupedLayout, weights_RC) -> jax.Array:
+def combine(y_PD, layout: GroupedLayout, weights_RC) -> jax.Array:
     """Sum over each row's slots, each times its weight, in float32."""
     terms = (
         y_PD.at[layout.slot_RC[:, c]].get(mode="promise_in_bounds").astype(jnp.float32)
@@ -208,7 +208,7 @@ def _combine(y_PD, layout: GroupedLayout, weights_RC) -> jax.Array:
     return functools.reduce(jnp.add, terms)
 
 
-def _weights_of_slots(topk_weights_RC, layout: GroupedLayout) -> jax.Array:
+def weights_of_slots(topk_weights_RC, layout: GroupedLayout) -> jax.Array:
     """The weight of the assignment in each slot, 0 in empty ones."""
     return topk_weights_RC.reshape(-1).at[layout.assignment_P].get(mode="fill", fill_value=0)
 

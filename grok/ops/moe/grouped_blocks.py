@@ -36,6 +36,13 @@ class Blocks:
         """Blocks of columns, tiles, blocks of the contracted axis."""
         return self.N // self.tn, self.schedule.num_steps[0], self.K // self.tk
 
+    def with_columns(self, multiple: int) -> "Blocks":
+        """Blocks of fewer columns, a multiple of `multiple`, which divides N."""
+        largest = max(self.tn // multiple, 1)
+        groups = self.N // multiple
+        per_block = next(n for n in range(largest, 0, -1) if groups % n == 0)
+        return dataclasses.replace(self, tn=per_block * multiple)
+
     @property
     def x_spec(self) -> pl.BlockSpec:
         """The block of rows (P, K) of a step."""
@@ -52,7 +59,7 @@ class Blocks:
         weight_reads = min(self.E, tiles) if self.tk == K else tiles
         return pl.CostEstimate(
             flops=2 * products * tiles * M * K * N,
-            bytes_accessed=tiles * M * K * self.size.rows * (N // self.tn)
+            bytes_accessed=tiles * M * (K * self.size.rows + self.size.row_scales) * (N // self.tn)
             + int(K * N * self.size.weights) * weight_reads
             + tiles * M * N * self.size.results,
             transcendentals=transcendentals * tiles * M * N,
@@ -82,11 +89,11 @@ def make_blocks(
 
 
 def compiler_params(
-    parallel_dims: int, block_bytes: int, required: int = 0
+    parallel_dims: int, block_bytes: int, required: int = 0, dims: int = 3
 ) -> pltpu.CompilerParams:
-    """Parameters for a grid of three dimensions, the first `parallel_dims` of them independent,
+    """Parameters for a grid of `dims` dimensions, the first `parallel_dims` of them independent,
     and for blocks that take `block_bytes` where the compiler takes `required`."""
-    semantics: Any = ["parallel" if dim < parallel_dims else "arbitrary" for dim in range(3)]
+    semantics: Any = ["parallel" if dim < parallel_dims else "arbitrary" for dim in range(dims)]
     return pltpu.CompilerParams(
         dimension_semantics=semantics, vmem_limit_bytes=vmem_limit(block_bytes, required)
     )

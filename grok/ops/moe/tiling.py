@@ -44,16 +44,18 @@ class KernelBytes(NamedTuple):
     sums: int = 4
     row: int = 2  # of one array of rows
     column: int = 0  # of what belongs to a column of weights: scales, and a converted group
+    row_scales: int = 0  # of the scales of a row
 
     def of_blocks(self, M: int, tk: int, tn: int, buffers: int) -> int:
         """Bytes of all blocks, and of a sum and a product, or two sums, in float32."""
-        rows = M * (2 * tk * self.rows + tn * (2 * self.results + 8))
+        rows = M * (2 * tk * self.rows + tn * (2 * self.results + 8) + 2 * self.row_scales)
         return rows + int(buffers * tk * tn * self.weights)
 
     def required(self, M: int, tk: int, tn: int, buffers: int) -> int:
         """Bytes that the compiler takes: all blocks and sums, a copy of one block of rows, and
         some more."""
         rows = M * (tk * (2 * self.rows + self.row) + tn * (2 * self.results + self.sums))
+        rows += 2 * M * self.row_scales
         return rows + int(buffers * tk * tn * self.weights) + tn * self.column + STACK_BYTES
 
 

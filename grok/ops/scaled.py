@@ -1,0 +1,91 @@
+"""8-bit values with scales, made of floats as these are multiplied: int8, or float8 as e4m3, and as
+e5m2 for gradients.
+
+A scale is the largest magnitude of what it belongs to over the largest value of the type: of a row,
+of a column, or of a group of consecutive columns of a row, always along what a product sums over.
+Rounding is to the nearest, so that the same numbers give the same values. Letters: M rows, K
+contracted axis, N columns, G groups of K.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grok import hardware
+
+MIN_MAGNITUDE = 1e-30  # below it, values are zeros
+MAX_GROUP_COLUMNS, GROUP_MULTIPLE = 1024, 128
+
+
+class MatmulFormat(NamedTuple):
+    """Types of the operands of products."""
+
+    values: Any  # of activations and weights
+    gradients: Any
+
+
+FORMATS = {
+    "int8": MatmulFormat(jnp.int8, jnp.int8),
+    "float8": MatmulFormat(jnp.float8_e4m3fn, jnp.float8_e5m2),
+}
+
+
+class Scaled(NamedTuple):
+    """`values` in 8 bits and float32 `scales`, whose product is the array; None: folded into what
+    it is multiplied by."""
+
+    values: jax.Array
+    scales: jax.Array | None
+
+
+def max_value(dtype) -> float:
+    """The largest finite value of an 8-bit type."""
+    is_integer = jnp.issubdtype(dtype, jnp.integer)
+    return float(jnp.iinfo(dtype).max if is_integer else jnp.finfo(dtype).max)
+
+
+def quantize(x: jax.Array, axis: int, dtype) -> Scaled:
+    """`x` with one scale along `axis`, which stays as an axis of one."""
+    x = x.astype(jnp.float32)
+    return quantize_by(x, jnp.max(jnp.abs(x), axis=axis, keepdims=True), dtype)
+
+
+def quantize_by(x: jax.Array, magnitude: jax.Array, dtype) -> Scaled:
+    """`x` with scales for these largest magnitudes, arrays in float32."""
+    largest = max_value(dtype)
+    scaled = x * (largest / jnp.maximum(magnitude, MIN_MAGNITUDE))
+    if jnp.issubdtype(dtype, jnp.integer):
+        scaled = jnp.round(scaled).astype(jnp.int32)
+    else:  # the division may have rounded up, and beyond the largest is NaN or infinity
+        scaled = jnp.clip(scaled, -largest, largest)
+    return Scaled(scaled.astype(dtype), magnitude * (1 / largest))
+
+
+def quantize_groups(x_MK: jax.Array, group: int, dtype) -> Scaled:
+    """Rows with a scale for each `group` of columns, (M, G)."""
+    parts = [
+        quantize(x_MK[:, start : start + group], 1, dtype)
+        for start in range(0, x_MK.shape[1], group)
+    ]
+    return Scaled(*(jnp.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
+
+
+def group_columns(K: int) -> int:
+    """Columns that share a scale in a row of K: the largest divisor up to 1024 that is whole lanes,
+    else all. Devices with a slice of the columns then have the scales that one with all has."""
+    multiples = range(min(K, MAX_GROUP_COLUMNS), 0, -1)
+    return next((n for n in multiples if K % n == 0 and n % GROUP_MULTIPLE == 0), K)
+
+
+def scaled_dot(x_MK: jax.Array, w: jax.Array, x_dim: int = 1, w_dim: int = 0) -> jax.Array:
+    """x w of values in 8 bits, contracting these dimensions, in float32.
+
+    On TPU, int8 is summed in int32 and float8 in float32. Elsewhere both are multiplied as
+    float32, which holds products exactly and rounds sums beyond 2^24.
+    """
+    dims = (((x_dim,), (w_dim,)), ((), ()))
+    if hardware.platform() != "tpu":
+        x_MK, w = x_MK.astype(jnp.float32), w.astype(jnp.float32)
+    sums = jnp.int32 if x_MK.dtype == jnp.int8 else jnp.float32
+    return jax.lax.dot_general(x_MK, w, dims, preferred_element_type=sums).astype(jnp.float32)
