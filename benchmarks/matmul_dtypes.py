@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for all runs")
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     results: dict[str, list[dict]] = {dtype: [] for dtype in DTYPES}
     for seed in range(options.seeds):
         for dtype in DTYPES:

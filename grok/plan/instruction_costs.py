@@ -37,11 +37,13 @@ def matmul_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def multiplies_8_bits(computation: Computation, instruction: Instruction) -> bool:
-    """True of a product of 8-bit values with 8-bit values: two operands of a kernel are such
-    matrices. Where one alone is, as are weights in int8, it is converted to be multiplied."""
+    """True of a product of 8-bit values with 8-bit values; kernels say so by a name that begins
+    with `scaled_`. Where one operand alone has such, as do weights in int8, it is converted."""
+    if instruction.opcode == "custom-call":
+        return instruction.name.startswith("scaled_")
     operands = [computation[name] for name in instruction.operands if name in computation]
     arrays = [array for operand in operands for array in operand.arrays[:1]]
-    return sum(a.dtype in EIGHT_BIT_TYPES and len(a.shape) > 1 for a in arrays) >= 2
+    return sum(array.dtype in EIGHT_BIT_TYPES for array in arrays) == 2
 
 
 def _convolution_flops(computation: Computation, conv: Instruction) -> float:

@@ -110,7 +110,7 @@ ENTRY %main (x: s8[32,64], w: s8[64,128], y: bf16[32,64]) -> bf16[32,128] {
   %both = s32[32,128]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %start = bf16[32,128]{1,0} dot(%y, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %one = bf16[32,128]{1,0} custom-call(%y, %w), backend_config={"cost_estimate":{"flops":"10"}}
-  ROOT %kernel = bf16[32,128]{1,0} custom-call(%x, %scales, %w, %start), backend_config={"cost_estimate":{"flops":"1000"}}
+  ROOT %scaled_matmul.1 = bf16[32,128]{1,0} custom-call(%x, %scales, %w, %start), backend_config={"cost_estimate":{"flops":"1000"}}
 }
 """  # noqa: E501
 

@@ -137,7 +137,7 @@ def hidden_gradients(
             shape((N // group, P, 3), jnp.float32),
         ],
         compiler_params=compiler_params(1, block_bytes + 8 * tile * LANES * 4, dims=2),
-        cost_estimate=_cost(tile * max_tiles, N, dhidden_PN.itemsize),
+        cost_estimate=_cost(tile * min(max_tiles, P // tile), N, dhidden_PN.itemsize),
         interpret=interpret,
         name="hidden_gradients",
     )(schedule.expert_I, schedule.tile_I, *products, dhidden_PN, *factors, *args)
