@@ -55,7 +55,7 @@ def train(options: argparse.Namespace, dtype: str, seed: int) -> dict:
         "data.seed": seed,
         "train.seed": seed,
         "train.log_every": 1,
-        "mesh": "{data: 1}",
+        "mesh": "{data: 1, expert: 1, tensor: 1, simulated_devices: 0}",
         "model.matmul_dtype": dtype,
     }
     changes = [f"{key}={value}" for key, value in keys.items()]

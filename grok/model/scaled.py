@@ -29,7 +29,6 @@ def quantized_matrix(w: jax.Array, axes: sharding.Axes, dims: tuple[int, ...], d
     for dim in dims:
         magnitude = sharding.pmax(magnitude, axes[dim])
     scaled = quantize_by(w, magnitude, dtype)
-    assert scaled.scales is not None
     others = tuple(axis for dim, axis in enumerate(axes) if dim not in dims)
     scales = sharding.unshard_local(scaled.scales.squeeze(dims), others)
     return Scaled(sharding.unshard_local(scaled.values, axes), scales)

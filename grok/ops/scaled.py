@@ -32,11 +32,10 @@ FORMATS = {
 
 
 class Scaled(NamedTuple):
-    """`values` in 8 bits and float32 `scales`, whose product is the array; None: folded into what
-    it is multiplied by."""
+    """`values` in 8 bits and float32 `scales`, whose product is the array."""
 
     values: jax.Array
-    scales: jax.Array | None
+    scales: Any  # jax.Array; None where they are folded into what is multiplied by the values
 
 
 def max_value(dtype) -> float:

@@ -30,8 +30,8 @@ class ScaledRows(NamedTuple):
     """Rows in 8 bits, values (R, D) and scales (R, 1), and `grad_slot`: zeros (R, D) in the type of
     computation, which receive the rows' gradient and which nothing reads."""
 
-    values: jax.Array
-    scales: jax.Array
+    values: Any  # of gradients None, as are scales
+    scales: Any
     grad_slot: jax.Array
 
 
@@ -129,10 +129,12 @@ def _backward(unshard, options, residuals, dy_RD):
         if part == splits - 1:  # Gradients of rows travel while those of matrices are made.
             dx_RD = combine(dx_PD, run.layout, jnp.ones_like(topk_weights_RC)).astype(run.dtype)
             dx_RD, grads = jax.lax.optimization_barrier((dx_RD, grads))
-        dw_gate = run.weight_gradient(rows.values, grads.gate_by_columns, shards[0].dtype)
-        dw_up = run.weight_gradient(rows.values, grads.up_by_columns, shards[1].dtype)
-        dw_down = run.weight_gradient(dy.values, grads.hidden_by_columns, shards[2].dtype)
-        (added,) = pull([dw_gate, dw_up, jnp.swapaxes(dw_down, 1, 2)])
+        multiplied_by = rows, rows, dy
+        *dw, dw_down = (
+            run.weight_gradient(x.values, columns, shard.dtype)
+            for x, columns, shard in zip(multiplied_by, grads.by_columns, shards, strict=True)
+        )
+        (added,) = pull([*dw, jnp.swapaxes(dw_down, 1, 2)])
         dshards = added if dshards is None else jax.tree.map(jnp.add, dshards, added)
         if part < splits - 1:  # Several parts at once would need their memory.
             rows, dx_PD = jax.lax.optimization_barrier((rows, dx_PD))
@@ -161,7 +163,6 @@ class _Products:
 
     def dispatch(self, x: Scaled | ScaledRows) -> Scaled:
         """Each assignment's row in its slot."""
-        assert x.scales is not None
         return Scaled(dispatch(x.values, self.layout), dispatch(x.scales, self.layout))
 
     def hidden(self, x: Scaled, gate: Scaled, up: Scaled) -> Scaled:
@@ -198,7 +199,7 @@ class _Products:
     def row_gradients(self, grads, gate: Scaled, up: Scaled, start) -> jax.Array:
         """Gradients of rows, added to `start`; the scales of the matrices are in `grads`."""
         ws = Scaled(gate.values, None), Scaled(up.values, None)
-        return self._matmul((grads.gate_by_rows, grads.up_by_rows), ws, True, start)
+        return self._matmul(grads.by_rows, ws, True, start)
 
     @jax.named_scope("weight_gradients")
     def weight_gradient(self, x_PK, dy: Scaled, dtype) -> jax.Array:

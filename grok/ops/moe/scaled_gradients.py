@@ -47,11 +47,8 @@ class HiddenGradients(NamedTuple):
     columns folded in; by columns, scales are (I, 1, N), and arrays have those of the rows that they
     are multiplied by folded in."""
 
-    gate_by_rows: Scaled
-    up_by_rows: Scaled
-    gate_by_columns: Scaled
-    up_by_columns: Scaled
-    hidden_by_columns: Scaled  # times the weights
+    by_rows: tuple[Scaled, ...]  # of the products gate and up
+    by_columns: tuple[Scaled, ...]  # of these, and the hidden layer times the weights
     weights_P1: jax.Array  # gradients of the weights, float32
 
 
@@ -63,7 +60,7 @@ def hidden_gradients_xla(
 
     def one_tile(expert, *arrays):
         columns = [scale_EN[expert][None, :] for scale_EN in scales_EN]
-        rows, by_columns, dweight_M1 = _gradients(*arrays, *columns, activation)
+        rows, by_columns, dweight_M1 = _gradients(activation, *arrays, *columns)
         return (
             [quantize_groups(a, group_columns(N), formats.gradients) for a in rows],
             [a[None] for a in by_columns],
@@ -77,10 +74,10 @@ def hidden_gradients_xla(
         for a, dtype in zip(by_columns, types, strict=True)
     ]
     columns = [Scaled(s.values.reshape(-1, N), s.scales) for s in scaled]
-    return HiddenGradients(*rows, *columns, dweights)
+    return HiddenGradients(tuple(rows), tuple(columns), dweights)
 
 
-def _gradients(gate, up, dhidden, weight_M1, x_scale_M1, dy_scale_M1, gate_1N, up_1N, activation):
+def _gradients(activation, gate, up, dhidden, weight_M1, x_scale_M1, dy_scale_M1, gate_1N, up_1N):
     """Of a block of rows, in float32: gradients of both products times the columns' scales; these
     and the hidden layer times the rows' factors; gradients of the weights."""
     dhidden = dhidden.astype(jnp.float32)
@@ -143,7 +140,8 @@ def hidden_gradients(
     )(schedule.expert_I, schedule.tile_I, *products, dhidden_PN, *factors, *args)
     rows = [Scaled(results[i], sums_nP3[:, :, i].T) for i in range(2)]
     columns = [Scaled(*results[i : i + 2]) for i in range(2, 8, 2)]
-    return HiddenGradients(*rows, *columns, jnp.sum(sums_nP3[:, :, 2], axis=0)[:, None])
+    dweights_P1 = jnp.sum(sums_nP3[:, :, 2], axis=0)[:, None]
+    return HiddenGradients(tuple(rows), tuple(columns), dweights_P1)
 
 
 def _cost(P: int, N: int, itemsize: int) -> pl.CostEstimate:
@@ -167,7 +165,7 @@ def _gradients_kernel(activation, expert, tile, *refs):
         rows = rows_of(i)
         blocks = [ref[rows, :] for ref in inputs[:6]]
         columns = [ref[...] for ref in inputs[6:]]
-        by_rows, by_columns, dweight_M1 = _gradients(*blocks, *columns, activation)
+        by_rows, by_columns, dweight_M1 = _gradients(activation, *blocks, *columns)
         for number, (a, values_ref) in enumerate(zip(by_rows, row_refs, strict=True)):
             scaled = quantize(a, 1, values_ref.dtype)
             values_ref[rows, :] = scaled.values
@@ -196,11 +194,10 @@ def scaled_weight_gradient_xla(x_PK, dy: Scaled, tiles_E, tile: int, *, dtype) -
     """As `scaled_weight_gradient`."""
     E, steps = tiles_E.size, len(x_PK) // tile
     schedule = tile_schedule(tiles_E, steps)
-    assert dy.scales is not None
 
     def add(dw_EKN, i):
-        rows = [jax.lax.dynamic_slice_in_dim(a, i * tile, tile) for a in (x_PK, dy.values)]
-        product = scaled_dot(*rows, 0, 0) * dy.scales[i]
+        x_MK, dy_MN = (jax.lax.dynamic_slice_in_dim(a, i * tile, tile) for a in (x_PK, dy.values))
+        product = scaled_dot(x_MK, dy_MN, 0, 0) * dy.scales[i]
         product = jnp.where(i < schedule.num_steps[0], product, 0)
         return dw_EKN.at[schedule.expert_I[i]].add(product), None
 

@@ -57,7 +57,6 @@ def _products(expert, x: Scaled, gate: Scaled, up: Scaled, dtype) -> list[jax.Ar
     """A tile's products with both matrices of its expert."""
     products = []
     for w in (gate, up):
-        assert w.scales is not None
         product = scaled_dot(x.values, w.values[expert]) * x.scales * w.scales[expert][None, :]
         products.append(product.astype(dtype))
     return products

@@ -47,19 +47,26 @@ def scaled_matmul_xla(
     starts = [] if start is None else [start]
 
     def one_tile(expert, *arrays):
-        y_MN = 0.0
-        for x, w in zip(map(Scaled, *[iter(arrays[: 2 * len(xs)])] * 2), ws, strict=True):
-            y_MN += _tile_product(x, w.values[expert], transposed)
+        values, scales, starts = (
+            arrays[: len(xs)],
+            arrays[len(xs) : 2 * len(xs)],
+            arrays[2 * len(xs) :],
+        )
+        pairs = zip(map(Scaled, values, scales), ws, strict=True)
+        products = [_tile_product(x, w.values[expert], transposed) for x, w in pairs]
+        y_MN = functools.reduce(jnp.add, products)
         if ws[0].scales is not None:
             y_MN *= ws[0].scales[expert][None, :]
-        return sum((s.astype(jnp.float32) for s in arrays[2 * len(xs) :]), y_MN).astype(dtype)
+        for start_MN in starts:
+            y_MN += start_MN.astype(jnp.float32)
+        return y_MN.astype(dtype)
 
-    return map_tiles(one_tile, tiles_E, tile, *jax.tree.leaves(xs), *starts)
+    arrays = *(x.values for x in xs), *(x.scales for x in xs), *starts
+    return map_tiles(one_tile, tiles_E, tile, *arrays)
 
 
 def _tile_product(x: Scaled, w: jax.Array, transposed: bool) -> jax.Array:
     """Sum over groups of columns of x times rows of w, (M, N) float32."""
-    assert x.scales is not None
     groups = x.scales.shape[1]
     group = x.values.shape[1] // groups
     y_MN = jnp.zeros((), jnp.float32)
