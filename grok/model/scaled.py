@@ -20,6 +20,8 @@ from grok.ops.moe.tiling import mlp_splits
 from grok.ops.scaled import FORMATS, Scaled, quantize, quantize_by, scaled_dot
 from grok.ops.varying import pvary, pvary_over
 
+TOKENS_PER_SCALE = 8192  # an int32 holds the sum of the products of some 16 times as many
+
 
 def quantized_matrix(w: jax.Array, axes: sharding.Axes, dims: tuple[int, ...], dtype) -> Scaled:
     """The matrix of which `w` is this device's shard, stored in `axes`, in 8 bits; with scales
@@ -118,16 +120,23 @@ def _backward(matrix: Projection, residuals, dy):
     scaled = quantized_matrix(w, matrix.axes, matrix.columns, formats.values)
     w_KN = _as_matrix(scaled.values, matrix.contract_dims)
     dx_RK = scaled_dot(rows.values, w_KN, 1, 1) * rows.scales * scaled.scales.reshape(1, -1)
-    x_columns = quantize(_as_matrix(x, 2), 0, formats.values)
-    dy_columns = quantize(dy_RN, 0, formats.gradients)
-    dw_KN = scaled_dot(x_columns.values, dy_columns.values, 0, 0)
-    dw_KN *= x_columns.scales.reshape(-1, 1) * dy_columns.scales
+    dw_KN = _weight_gradient(_as_matrix(x, 2), dy_RN, matrix)
     _, pull = jax.vjp(lambda w: sharding.unshard_local(w, matrix.axes), w)
     (dw,) = pull(dw_KN.reshape(scaled.values.shape).astype(w.dtype))
     return dx_RK.reshape(x.shape).astype(x.dtype), dw
 
 
 _product.defvjp(lambda x, w, matrix: (_product(x, w, matrix), (x, w)), _backward)
+
+
+def _weight_gradient(x_RK, dy_RN, matrix: Projection) -> jax.Array:
+    """Sum over rows of x^T dy, float32, with scales for each column and TOKENS_PER_SCALE rows."""
+    formats, dw_KN = FORMATS[matrix.matmul_dtype], jnp.zeros((), jnp.float32)
+    for start in range(0, len(x_RK), TOKENS_PER_SCALE):
+        rows = slice(start, start + TOKENS_PER_SCALE)
+        x, dy = quantize(x_RK[rows], 0, formats.values), quantize(dy_RN[rows], 0, formats.gradients)
+        dw_KN += scaled_dot(x.values, dy.values, 0, 0) * x.scales.reshape(-1, 1) * dy.scales
+    return dw_KN
 
 
 def _quantize_rows(x_RK, matrix: Projection, dims: tuple[int, ...], dtype) -> Scaled:
