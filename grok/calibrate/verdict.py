@@ -5,6 +5,7 @@ from typing import Any
 
 from grok.calibrate.kernels import KernelResult
 from grok.hardware import chip_of, generation_of
+from grok.ops.cpu import few_rows
 from grok.plan.calibration import Calibration
 from grok.plan.rates import Rates, published_rates
 
@@ -12,13 +13,16 @@ SLOWER = 1.1  # times as long as planned: beyond what a measurement varies by
 
 
 def describe_kernels(results: list[KernelResult]) -> list[str]:
-    """Lines of text: the number that are right, each that is wrong, each that cannot run here."""
+    """Lines of text: the number that are right, each that is wrong, each that cannot run here,
+    and what decodes on a CPU."""
     wrong = [result for result in results if result.is_wrong]
     skipped = [result for result in results if result.skipped]
     checked = len(results) - len(skipped)
     lines = [f"{checked - len(wrong)} of {checked} kernels are right"]
     lines += [f"WRONG: {result.describe()}" for result in wrong]
-    return lines + [result.describe() for result in skipped]
+    lines += [result.describe() for result in skipped]
+    kernels = few_rows.describe()
+    return lines if kernels is None else [*lines, kernels]
 
 
 def describe_rates(calibration: Calibration) -> list[str]:

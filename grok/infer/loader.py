@@ -23,6 +23,7 @@ from grok.errors import CheckpointError, ConfigError, DataError
 from grok.infer.openai.requests import RequestParser
 from grok.model.decoder import Decoder
 from grok.model.mesh_fit import fit_mesh
+from grok.ops.cpu import few_rows
 from grok.progress import byte_progress
 from grok.weights.checksums import sample_checksum
 from grok.weights.detect import open_source
@@ -164,5 +165,7 @@ class ServedModel:
         for notice in self.notices:
             log(notice)
         model = self.load(log)
+        if (kernels := few_rows.describe()) is not None:
+            log(kernels)
         log(f"compiling for the mesh {dict(self.mesh.shape)}")
         return Engine(model, self.tokenizer, self.mesh, self._settings.engine)

@@ -29,6 +29,7 @@ from grok.ops.attention.causal import attention
 from grok.ops.attention.flash import flash_attention, supports
 from grok.ops.attention.int8_pages import scale_lanes
 from grok.ops.attention.paged import paged_attention, write_pages
+from grok.ops.cpu import few_rows
 from grok.sharding import Axes
 
 
@@ -179,6 +180,8 @@ class PagedAttend:
             q_UQNH, terms = q.reshape(-1, Q, *q.shape[2:]), _terms(config)
             if kernel:
                 o_UQNH = ragged.ragged_attention(q_UQNH, kv_pages, scales, *where, **terms)
+            elif few_rows.supports_attention(Q, q, kv_pages, scales) and not fewer:
+                o_UQNH = few_rows.attention(q_UQNH, kv_pages, *where, count_U=count_BU[0], **terms)
             else:
                 portable = functools.partial(paged_attention, count_U=count_BU[0], kv_head=shared)
                 o_UQNH = portable(q_UQNH, kv_pages, scales, *where, **terms)

@@ -19,6 +19,7 @@ from grok.model.embedding import Embedding
 from grok.model.moe import RouterStats
 from grok.model.norm import RMSNorm
 from grok.model.param_spec import ParamSpec, map_params, name_of, prefixed
+from grok.ops.cpu import few_rows
 from grok.ops.softcap import apply_softcap
 from grok.ops.weights.layer_slice import LayerSlice
 from grok.ops.weights.weight import adapter, is_plain, take_layer
@@ -105,10 +106,11 @@ class Decoder(nnx.Module):
         x_BTD, stats = jax.lax.scan(block, x_BTD, self._scan_inputs(in_place=False))
         return self.final_norm(x_BTD), stats
 
-    def unembed(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits of all tokens from x after the final norm, logits_BTV, float32."""
+    def unembed(self, x_BTD: jax.Array, is_serving: bool = False) -> jax.Array:
+        """Logits of all tokens from x after the final norm, logits_BTV, float32; without gradients
+        where the model `is_serving`."""
         with sharding.use_mesh_of(self.embed.table_VD[...]):
-            logits_BTV = self.head.unembed(x_BTD, self.config.compute_dtype)
+            logits_BTV = self.head.unembed(x_BTD, self.config.compute_dtype, is_serving)
             logits_BTV *= self.config.logit_multiplier
             return apply_softcap(logits_BTV, self.config.logit_softcap)
 
@@ -138,7 +140,7 @@ class Decoder(nnx.Module):
                 x_BTD, pages, routing = self._layer(*layer)(x_BTD, pages, token_mask_BT)
                 return (x_BTD, pages.cache), routing and routing.expert_ids_BTC
 
-            carry = (self._embed(tokens_BT), cache)
+            carry = (few_rows.live_rows(self._embed(tokens_BT), token_mask_BT), cache)
             layers = self._scan_inputs(in_place=hardware.platform() != "tpu")
             (x_BTD, cache), expert_ids_LBTC = jax.lax.scan(block, carry, layers)
             return self.final_norm(x_BTD), cache, expert_ids_LBTC
@@ -150,7 +152,7 @@ class Decoder(nnx.Module):
             count_BU = sharding.constrain(count_BU, "batch", None)
             x_BUQD = x_BTD.reshape(B, U, -1, x_BTD.shape[-1])
             last_BUQ = jnp.arange(x_BUQD.shape[2])[None, None, :] == count_BU[:, :, None] - 1
-            return self.unembed(jnp.where(last_BUQ[..., None], x_BUQD, 0).sum(2))
+            return self.unembed(jnp.where(last_BUQ[..., None], x_BUQD, 0).sum(2), is_serving=True)
 
     def _scan_inputs(self, in_place: bool):
         """Inputs of `_layer` that a scan slices by layer: parameters, and the layer's number.
@@ -175,7 +177,8 @@ class Decoder(nnx.Module):
 
         def one(path, param: nnx.Param) -> nnx.Variable:
             w = param.get_value()
-            if specs[name_of(path)].is_wide and is_plain(w):
+            spec = specs[name_of(path)]
+            if is_plain(w) and (spec.is_wide or (spec.is_matmul and few_rows.is_usable())):
                 return param.replace(LayerSlice(w, number))
             return param.replace(take_layer(w, number))
 

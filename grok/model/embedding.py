@@ -3,13 +3,17 @@
 Letters: B batch, T length, R rows (tokens), D embed, V vocab.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from grok import sharding
 from grok.config import ModelConfig
+from grok.model.linear import has_one_device
 from grok.model.param_spec import ParamSpec, init_params
+from grok.ops.cpu import few_rows
 from grok.ops.cross_entropy import cross_entropy
 from grok.ops.varying import pvary
 from grok.sharding import Axes
@@ -71,10 +75,14 @@ class Embedding(nnx.Module):
         axes = (*tokens, None), tokens, table_axes
         return sharding.shard_map(local, axes, (tokens, tokens))(x_BTD, targets_BT, table_VD)
 
-    def unembed(self, x_BTD: jax.Array, dtype: str) -> jax.Array:
-        """Scores of all tokens, logits_BTV in float32."""
-        table_VD = self.table_VD[...].astype(dtype)
-        table_VD = sharding.unshard(table_VD, *self._axes())
+    def unembed(self, x_BTD: jax.Array, dtype: str, is_serving: bool) -> jax.Array:
+        """Scores of all tokens, logits_BTV in float32; without gradients if `is_serving`."""
+        table_VD = self.table_VD[...]
+        rows = math.prod(x_BTD.shape[:2])
+        if is_serving and has_one_device() and few_rows.supports_arrays(rows, table_VD):
+            logits_BTV = sharding.without_trivial_mesh(few_rows.score)(x_BTD, table_VD)
+            return sharding.constrain(logits_BTV, "batch", "length", "vocab")
+        table_VD = sharding.unshard(table_VD.astype(dtype), *self._axes())
         return sharding.einsum(
             "btd,vd->btv",
             x_BTD,

@@ -5,11 +5,13 @@ Letters: B batch, T length, and those of the weight's name.
 
 import dataclasses
 import functools
+import math
 
 import jax
 from flax import nnx
 
 from grok import sharding
+from grok.ops.cpu import few_rows
 from grok.ops.weights.quantized import QuantizedArray
 from grok.ops.weights.weight import Weight, adapter, base, cast, leaf_axes, materialize
 from grok.sharding import Axes
@@ -35,12 +37,32 @@ def _(w: QuantizedArray, axes: Axes, dtype) -> jax.Array:
     return sharding.shard_map(local, (values_axes, scale_axes), values_axes)(values, scales)
 
 
+def has_one_device() -> bool:
+    """True where nothing is split over devices."""
+    mesh = sharding.ambient_mesh()
+    return mesh is None or mesh.size == 1
+
+
+def _few_rows(x: jax.Array, w: Weight) -> jax.Array:
+    """The product of x (B, T, rows...) with the weight, (B, T, columns...), by a kernel."""
+    columns = w.shape[x.ndim - 2 :]
+
+    def multiply(x, w):
+        x_RD = x.reshape(math.prod(x.shape[:2]), -1)
+        return few_rows.multiply(x_RD, w)[0].reshape(*x.shape[:2], *columns)
+
+    return sharding.without_trivial_mesh(multiply)(x, w)
+
+
 def product(subscripts: str, x: jax.Array, param: nnx.Param, w_axes: Axes, axes: Axes) -> jax.Array:
     """`einsum(subscripts, x, w)` of a matrix stored in `w_axes`, split as `axes` says.
 
     An adapter's product is computed beside it: x goes through the rank, never a whole matrix.
     """
     w = cast(param.get_value(), x.dtype)
+    if has_one_device() and few_rows.supports(math.prod(x.shape[:2]), w):
+        return sharding.constrain(_few_rows(x, w), *axes)
+    w = materialize(w)
     factors = adapter(w)
     if factors is None:
         return sharding.einsum(subscripts, x, unshard(w, w_axes, x.dtype), axes=axes)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from grok.ops.cpu import few_rows
 from grok.ops.mlp import activate, gated_activation
 from grok.ops.moe.cpu import ExpertSlice, for_each_tile, reads_in_place
 from grok.ops.varying import pvary
@@ -100,6 +101,9 @@ def experts_xla(
     tiles of the next: little of a tile is empty, but a row's last bits may depend on the other
     rows, which otherwise they never do.
     """
+    if few_rows.supports(len(x_RD), w_gate_EDF, w_up_EDF, w_down_EFD):
+        rows = x_RD, topk_weights_RC, expert_ids_RC
+        return few_rows.experts(*rows, w_gate_EDF, w_up_EDF, w_down_EFD, activation)
     E, C = w_gate_EDF.shape[0], expert_ids_RC.shape[1]
     order_P, start_E, count_E = _sort_by_expert(expert_ids_RC, E, tile)
     weights = topk_weights_RC.reshape(-1)

@@ -63,6 +63,11 @@ def _(w: LayerSlice, axes):
     return (None, *axes), ()  # and the index of the layer
 
 
+@weight.kernel_operands.register
+def _(w: LayerSlice):
+    return w.layer, w.values, None
+
+
 @weight.take_expert.register
 def _(w_EDF: LayerSlice, expert, dtype):
     return w_EDF[expert].astype(dtype)

@@ -1,0 +1,1 @@
+"""Kernels in C for XLA on CPU, and their compilation."""

@@ -1,0 +1,191 @@
+// Products of a few rows with matrices as they are stored: each weight is read once.
+//
+// A result is a sum in the order of the contracted axis whatever the number of rows, the stripe of
+// columns or the thread: its bits depend on its row and its column alone.
+#pragma once
+
+#include "lanes.h"
+
+#define MAX_STRIPE 2048  // columns of sums
+#define MAX_BLOCK 16    // vectors of a matrix that sums take at once
+
+// A matrix (rows, columns) of floats, or of ints with bfloat16 scales (groups, columns).
+typedef struct {
+  enum type type;
+  const void *values;
+  const uint16_t *scales;
+  int64_t rows, columns, groups;
+} Matrix;
+
+// sums[m][c] += x[m][d] * w[d][c], of `count` rows from `row` on, of the `V` vectors of columns from
+// `column` on; sums[m] are those from `begin` on. `type`, `V`, `M` and `count` are constants where
+// this is expanded.
+INLINE void add_vectors(enum type type, int V, int M, int count, const Matrix *w,
+                        const float *const *x, int64_t row, int64_t column, int64_t begin,
+                        float *const *sums) {
+  vfloat weights[MAX_BLOCK];
+  int64_t first = row * w->columns + column, ahead = first + count * w->columns;
+  UNROLL for (int k = 0; k < count; k++) {
+    UNROLL for (int v = 0; v < V; v++) {
+      weights[k * V + v] = weights_at(type, w->values, first + k * w->columns + v * LANES);
+    }
+    const char *next = address_of(type, w->values, ahead + k * w->columns);
+    UNROLL for (int line = 0; line < bytes_of(type, V * LANES); line += 64) {
+      __builtin_prefetch(next + line);
+    }
+  }
+  UNROLL for (int m = 0; m < M; m++) {
+    float *at = sums[m] + column - begin;
+    vfloat totals[4];
+    UNROLL for (int v = 0; v < V; v++) totals[v] = load(at + v * LANES);
+    UNROLL for (int k = 0; k < count; k++) {
+      vfloat factor = (vfloat){0} + x[m][row + k];
+      UNROLL for (int v = 0; v < V; v++) totals[v] += factor * weights[k * V + v];
+    }
+    UNROLL for (int v = 0; v < V; v++) store(at + v * LANES, totals[v]);
+  }
+}
+
+// The same of columns from `begin` to before `end`.
+INLINE void add_rows(enum type type, int V, int M, int count, const Matrix *w,
+                     const float *const *x, int64_t row, int64_t begin, int64_t end,
+                     float *const *sums) {
+  int64_t column = begin;
+  for (; column + V * LANES <= end; column += V * LANES) {
+    add_vectors(type, V, M, count, w, x, row, column, begin, sums);
+  }
+  for (; column + LANES <= end; column += LANES) {
+    add_vectors(type, 1, M, count, w, x, row, column, begin, sums);
+  }
+  for (; column < end; column++) {
+    for (int m = 0; m < M; m++) {
+      float sum = sums[m][column - begin];
+      for (int k = 0; k < count; k++) {
+        sum += x[m][row + k] * weight_at(type, w->values, (row + k) * w->columns + column);
+      }
+      sums[m][column - begin] = sum;
+    }
+  }
+}
+
+// The same of any number of rows of x, eight, four, two and one at a time.
+INLINE void add_rows_of_all(enum type type, int V, int count, const Matrix *w,
+                            const float *const *x, int64_t rows, int64_t row, int64_t begin,
+                            int64_t end, float *const *sums) {
+  int64_t m = 0;
+  for (; m + 8 <= rows; m += 8) add_rows(type, V, 8, count, w, x + m, row, begin, end, sums + m);
+  if (rows - m >= 4) {
+    add_rows(type, V, 4, count, w, x + m, row, begin, end, sums + m);
+    m += 4;
+  }
+  if (rows - m >= 2) {
+    add_rows(type, V, 2, count, w, x + m, row, begin, end, sums + m);
+    m += 2;
+  }
+  if (rows - m >= 1) add_rows(type, V, 1, count, w, x + m, row, begin, end, sums + m);
+}
+
+// `V` vectors of `count` rows at a time fill half of the registers.
+INLINE void add_all_rows(enum type type, int V, int count, const Matrix *w, const float *const *x,
+                         int64_t rows, int64_t first, int64_t last, int64_t begin, int64_t end,
+                         float *const *sums) {
+  int64_t row = first;
+  for (; row + count <= last; row += count) {
+    add_rows_of_all(type, V, count, w, x, rows, row, begin, end, sums);
+  }
+  for (; row < last; row++) add_rows_of_all(type, V, 1, w, x, rows, row, begin, end, sums);
+}
+
+static void add_group(const Matrix *w, const float *const *x, int64_t rows, int64_t first,
+                      int64_t last, int64_t begin, int64_t end, float *const *sums) {
+  switch (w->type) {
+    case FLOAT32: add_all_rows(FLOAT32, 2, 8, w, x, rows, first, last, begin, end, sums); return;
+    case ROUNDED: add_all_rows(ROUNDED, 2, 8, w, x, rows, first, last, begin, end, sums); return;
+    case BFLOAT16: add_all_rows(BFLOAT16, 2, 8, w, x, rows, first, last, begin, end, sums); return;
+    case INT8: add_all_rows(INT8, 4, 4, w, x, rows, first, last, begin, end, sums); return;
+    default: add_all_rows(INT4, 4, 4, w, x, rows, first, last, begin, end, sums);
+  }
+}
+
+// y[m][c] = x[m] w of columns from `begin` to before `end`, y[m] pointing at `begin`. Of ints a
+// group's sum is multiplied by its scale. `spare` has room for as many sums and their addresses.
+static void multiply_stripe(const Matrix *w, const float *const *x, int64_t rows, int64_t begin,
+                            int64_t end, float *const *y, float **spare) {
+  int64_t width = end - begin;
+  for (int64_t m = 0; m < rows; m++) memset(y[m], 0, width * sizeof(float));
+  if (!w->scales) {
+    add_group(w, x, rows, 0, w->rows, begin, end, y);
+    return;
+  }
+  int64_t length = w->rows / w->groups;
+  for (int64_t group = 0; group < w->groups; group++) {
+    for (int64_t m = 0; m < rows; m++) memset(spare[m], 0, width * sizeof(float));
+    add_group(w, x, rows, group * length, (group + 1) * length, begin, end, spare);
+    const uint16_t *scales = w->scales + group * w->columns + begin;
+    for (int64_t m = 0; m < rows; m++) {
+      for (int64_t c = 0; c < width; c++) y[m][c] += from_bfloat16(scales[c]) * spare[m][c];
+    }
+  }
+}
+
+// y[m][n] = <x[m], w[n]> of N rows of a matrix from `row` on.
+INLINE void dot_rows(enum type type, int M, int N, const Matrix *w, const float *const *x,
+                     int64_t row, float *const *y) {
+  int64_t length = w->columns, first = row * length, d = 0;
+  vfloat sums[8][2];
+  UNROLL for (int m = 0; m < M; m++) {
+    UNROLL for (int n = 0; n < N; n++) sums[m][n] = (vfloat){0};
+  }
+  for (; d + LANES <= length; d += LANES) {
+    vfloat weights[2];
+    UNROLL for (int n = 0; n < N; n++) {
+      weights[n] = weights_at(type, w->values, first + n * length + d);
+      __builtin_prefetch(address_of(type, w->values, first + (n + N) * length + d));
+    }
+    UNROLL for (int m = 0; m < M; m++) {
+      vfloat inputs = load(x[m] + d);
+      UNROLL for (int n = 0; n < N; n++) sums[m][n] += inputs * weights[n];
+    }
+  }
+  for (int n = 0; n < N; n++) {
+    for (int m = 0; m < M; m++) {
+      float sum = sum_of(sums[m][n]);
+      for (int64_t rest = d; rest < length; rest++) {
+        sum += x[m][rest] * weight_at(type, w->values, first + n * length + rest);
+      }
+      y[m][row + n] = sum;
+    }
+  }
+}
+
+INLINE void dot_rows_of_all(enum type type, int N, const Matrix *w, const float *const *x,
+                            int64_t rows, int64_t row, float *const *y) {
+  int64_t m = 0;
+  for (; m + 8 <= rows; m += 8) dot_rows(type, 8, N, w, x + m, row, y + m);
+  if (rows - m >= 4) {
+    dot_rows(type, 4, N, w, x + m, row, y + m);
+    m += 4;
+  }
+  if (rows - m >= 2) {
+    dot_rows(type, 2, N, w, x + m, row, y + m);
+    m += 2;
+  }
+  if (rows - m >= 1) dot_rows(type, 1, N, w, x + m, row, y + m);
+}
+
+INLINE void dot_block_of(enum type type, const Matrix *w, const float *const *x, int64_t rows,
+                         int64_t begin, int64_t end, float *const *y) {
+  int64_t row = begin;
+  for (; row + 2 <= end; row += 2) dot_rows_of_all(type, 2, w, x, rows, row, y);
+  if (row < end) dot_rows_of_all(type, 1, w, x, rows, row, y);
+}
+
+// y[m][n] = <x[m], w[n]> of the matrix's rows from `begin` to before `end`.
+static void dot_block(const Matrix *w, const float *const *x, int64_t rows, int64_t begin,
+                      int64_t end, float *const *y) {
+  switch (w->type) {
+    case FLOAT32: dot_block_of(FLOAT32, w, x, rows, begin, end, y); return;
+    case ROUNDED: dot_block_of(ROUNDED, w, x, rows, begin, end, y); return;
+    default: dot_block_of(BFLOAT16, w, x, rows, begin, end, y);
+  }
+}
