@@ -61,9 +61,11 @@ VARIANTS = {
 }
 
 
-def prepared_step(remat: str) -> tuple[Any, Any, dict[str, np.ndarray], Mesh]:
+def prepared_step(
+    remat: str, overrides: tuple[str, ...] = ()
+) -> tuple[Any, Any, dict[str, np.ndarray], Mesh]:
     """Our jitted step, its first state, a batch, and the mesh of one device that they are for."""
-    config: RunConfig = load_config("grok-10m", [*OURS, f"model.remat={remat}"])
+    config: RunConfig = load_config("grok-10m", [*OURS, f"model.remat={remat}", *overrides])
     optimizer = make_optimizer(config)
     tokens = np.random.default_rng(0).integers(0, 8192, (ROWS, LENGTH), np.int32)
     batch = {
