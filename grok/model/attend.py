@@ -13,7 +13,7 @@ pages of the longest sequence.
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ from grok.sharding import Axes
 class Attend(Protocol):
     """Keys and values that the tokens of a block attend to, and the tokens' positions."""
 
+    is_serving: ClassVar[bool]  # nothing is differentiated
+
     @property
     def positions_BT(self) -> jax.Array:
         """Rotary position of every token."""
@@ -57,6 +59,7 @@ class PackedRows:
 
     segment_ids_BT: jax.Array
     positions_BT: jax.Array
+    is_serving: ClassVar[bool] = False
 
     def stream_axes(self, length: int) -> Axes:
         """Between blocks the devices that share heads each keep some of the tokens."""
@@ -152,6 +155,7 @@ class PagedAttend:
     batch: PagedBatch
     layer: jax.Array
     block_length: int
+    is_serving: ClassVar[bool] = True
 
     @property
     def positions_BT(self) -> jax.Array:

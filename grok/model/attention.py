@@ -3,6 +3,8 @@
 Letters: B batch, T length, D embed, N heads, K kv heads, H head_dim.
 """
 
+import functools
+
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -14,7 +16,7 @@ from grok.model.linear import product
 from grok.model.param_spec import ParamSpec, init_params
 from grok.model.rope import apply_rope
 from grok.model.scaled import Projection, projection
-from grok.ops.weights.weight import cast
+from grok.ops.weights.weight import cast, materialize
 
 
 class Attention(nnx.Module):
@@ -50,24 +52,28 @@ class Attention(nnx.Module):
         x_BTD = sharding.constrain(x_BTD, "batch", "length", None)
         kv = sharding.kv_axis(self.config.attention.num_kv_heads)
         rope, positions_BT = self.config.attention.rope, attend.positions_BT
-        q_BTNH = self._product("btd,dnh->btnh", x_BTD, "w_query_DNH", "heads", None)
-        k_BTKH = self._product("btd,dkh->btkh", x_BTD, "w_key_DKH", kv, None)
-        v_BTKH = self._product("btd,dkh->btkh", x_BTD, "w_value_DKH", kv, None)
+        multiply = functools.partial(self._product, attend.is_serving)
+        q_BTNH = multiply("btd,dnh->btnh", x_BTD, "w_query_DNH", "heads", None)
+        k_BTKH = multiply("btd,dkh->btkh", x_BTD, "w_key_DKH", kv, None)
+        v_BTKH = multiply("btd,dkh->btkh", x_BTD, "w_value_DKH", kv, None)
         q_BTNH, k_BTKH = (apply_rope(x, positions_BT, rope) for x in (q_BTNH, k_BTKH))
         q_BTNH, k_BTKH, v_BTKH = (
             checkpoint_name(x, "projections") for x in (q_BTNH, k_BTKH, v_BTKH)
         )
         o_BTNH, attended = attend(q_BTNH, k_BTKH, v_BTKH, self.config.attention)
-        y_BTD = self._product("btnh,nhd->btd", o_BTNH, "w_out_NHD", None)
+        y_BTD = multiply("btnh,nhd->btd", o_BTNH, "w_out_NHD", None)
         y_BTD = sharding.constrain(y_BTD, *attend.stream_axes(x_BTD.shape[1]))
         return checkpoint_name(y_BTD, "projections"), attended
 
-    def _product(self, subscripts: str, x: jax.Array, name: str, *axes: str | None) -> jax.Array:
+    def _product(
+        self, is_serving: bool, subscripts: str, x: jax.Array, name: str, *axes: str | None
+    ) -> jax.Array:
         """The product with a projection, split as `axes` says behind batch and length."""
         spec = self.param_specs(self.config)[name]
         stored = spec.storage_axes(self.config.param_dtype)
         param = getattr(self, name)
         if self.config.matmul_dtype != "compute":
             matrix = Projection(stored, spec.contract_dims, self.config.matmul_dtype)
-            return projection(x, cast(param.get_value(), x.dtype), matrix)
-        return product(subscripts, x, param, stored, ("batch", "length", *axes))
+            return projection(x, cast(materialize(param.get_value()), x.dtype), matrix)
+        split = "batch", "length", *axes
+        return product(subscripts, x, param, stored, split, is_serving)

@@ -54,13 +54,21 @@ def _few_rows(x: jax.Array, w: Weight) -> jax.Array:
     return sharding.without_trivial_mesh(multiply)(x, w)
 
 
-def product(subscripts: str, x: jax.Array, param: nnx.Param, w_axes: Axes, axes: Axes) -> jax.Array:
-    """`einsum(subscripts, x, w)` of a matrix stored in `w_axes`, split as `axes` says.
+def product(
+    subscripts: str,
+    x: jax.Array,
+    param: nnx.Param,
+    w_axes: Axes,
+    axes: Axes,
+    is_serving: bool = False,
+) -> jax.Array:
+    """`einsum(subscripts, x, w)` of a matrix stored in `w_axes`, split as `axes` says; without
+    gradients if `is_serving`.
 
     An adapter's product is computed beside it: x goes through the rank, never a whole matrix.
     """
     w = cast(param.get_value(), x.dtype)
-    if has_one_device() and few_rows.supports(math.prod(x.shape[:2]), w):
+    if is_serving and has_one_device() and few_rows.supports(math.prod(x.shape[:2]), w):
         return sharding.constrain(_few_rows(x, w), *axes)
     w = materialize(w)
     factors = adapter(w)
