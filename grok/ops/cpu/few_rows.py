@@ -59,8 +59,9 @@ def experts(
     """Sum over each row's experts of weight * down(act(gate) * up), y_RD float32; an id outside of
     [0, E) adds nothing."""
     layer = kernel_operands(gate)[0]
-    stacks = tuple(Stack(*kernel_operands(w)[1:]) for w in (gate, up, down))
-    return calls.experts(x_RD, topk_weights_RC, expert_ids_RC, layer, stacks, activation)
+    gates, ups, downs = (Stack(*kernel_operands(w)[1:]) for w in (gate, up, down))
+    rows = x_RD, topk_weights_RC, expert_ids_RC
+    return calls.experts(*rows, layer, (gates, ups, downs), activation)
 
 
 def score(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
