@@ -2,7 +2,7 @@
 
     python -m benchmarks.against_llama_cpp
     python -m benchmarks.against_llama_cpp --llama ENV/bin/python --turns 7
-    taskset -c 0 python -m benchmarks.against_llama_cpp --threads 1
+    taskset -c 0 python -m benchmarks.against_llama_cpp --threads 1 --types float32
 
 A mixture of experts with random weights in Mixtral's form: embed dim 512, 4 layers, 8 experts of
 which each token selects two, vocabulary 8192. llama.cpp reads the GGUF file that `grok export gguf`
@@ -105,6 +105,8 @@ def main() -> None:
     parser.add_argument("--llama", help="Python of an environment that has xllamacpp")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40, help="of each in a turn")
+    names = [types[0] for types in TYPES]
+    parser.add_argument("--types", default=",".join(names), help="of ours, with commas")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     configure_devices(0)
@@ -115,7 +117,7 @@ def main() -> None:
         print(f"all cores read {speed / 1e9:.1f} GB/s; {options.threads} threads", flush=True)
         source = RandomSource(CONFIG, dtype="float32")
         export_huggingface(source, Path(folder, "model"), "float32", family="mixtral")
-        for types in TYPES:
+        for types in (types for types in TYPES if types[0] in options.types.split(",")):
             compare(Path(folder), python, *types, speed, options)
     print(DIFFERENCES)
 
