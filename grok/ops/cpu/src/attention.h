@@ -159,6 +159,9 @@ static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame) {
     for (int64_t i = 0; i < size; i++) floats[i] = from_bfloat16(((const uint16_t *)q->data)[i]);
     work.q = floats;
   }
-  run_chunks(frame, num_threads(frame), U * work.K, attention_chunk, &work);
+  int64_t tokens = 0;
+  for (int64_t u = 0; u < U; u++) tokens += work.count[u] > 0 ? work.start[u] + 1 : 0;
+  int64_t threads = num_threads(frame, bytes_of(work.type, tokens * 2 * work.K * H));
+  run_chunks(frame, threads, U * work.K, attention_chunk, &work);
   return NULL;
 }

@@ -146,11 +146,12 @@ static XLA_FFI_Error *experts(XLA_FFI_CallFrame *frame) {
   work.hidden = floats + R * D, work.output = work.hidden + P * F;
   inputs_of(x, floats, work.x + P);
   sort_pairs(&work, ids->data, work.x + P);
-  int64_t threads = num_threads(frame), E = work.num_experts;
+  int64_t E = work.num_experts;
+  int64_t threads = num_threads(frame, E * bytes_of(work.types[0], D * F));
   work.hidden_width = stripe_width(work.types[0], F, E, threads);
   work.output_width = stripe_width(work.types[2], D, E, threads);
   run_chunks(frame, threads, E * stripes_of(F, work.hidden_width), hidden_chunk, &work);
   run_chunks(frame, threads, E * stripes_of(D, work.output_width), output_chunk, &work);
-  run_chunks(frame, R * D < 1 << 16 ? 1 : threads, R, combine_chunk, &work);
+  run_chunks(frame, smaller(threads, 1 + R * D / (1 << 16)), R, combine_chunk, &work);
   return NULL;
 }

@@ -11,6 +11,8 @@
 
 #include "xla/ffi/api/c_api.h"
 
+#define PIECE_BYTES (1 << 18)
+
 static const XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *frame, int64_t index) {
   return frame->args.args[index];
 }
@@ -83,14 +85,16 @@ static void help(void *data) {
   leave(data);
 }
 
-static int64_t num_threads(const XLA_FFI_CallFrame *frame) {
-  int64_t count = 1;
+// Threads for work that reads so many bytes: the caller's, and one of XLA's for each piece that
+// takes longer to read than a thread to wake.
+static int64_t num_threads(const XLA_FFI_CallFrame *frame, int64_t bytes) {
+  int64_t count = 1, most = 1 + bytes / PIECE_BYTES;
   XLA_FFI_ThreadPool_NumThreads_Args args = {
       .struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE,
       .ctx = frame->ctx,
       .num_threads = &count};
   XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&args);
-  if (!error) return count;
+  if (!error) return count < most ? count : most;
   XLA_FFI_Error_Destroy_Args destroy = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE,
                                         .error = error};
   frame->api->XLA_FFI_Error_Destroy(&destroy);

@@ -133,7 +133,9 @@ static XLA_FFI_Error *multiply(XLA_FFI_CallFrame *frame) {
   if (is_query(frame)) return NULL;
   const XLA_FFI_Buffer *x = argument(frame, 1);
   int64_t layer = *(const int32_t *)argument(frame, 0)->data, R = x->dims[0], D = x->dims[1];
-  int64_t num = frame->rets.size, next = 2, threads = num_threads(frame);
+  int64_t num = frame->rets.size, next = 2, bytes = 0;
+  int64_t all_threads = num_threads(frame, INT64_MAX);
+  if (num > MAX_MATRICES) return error_of(frame, "a call has four matrices at most");
   MultiplyWork work = {0};
   const float **inputs = room(TABLES, R * (1 + 2 * num) * sizeof(void *));
   const float **table = inputs + R;
@@ -148,11 +150,12 @@ static XLA_FFI_Error *multiply(XLA_FFI_CallFrame *frame) {
     work.w[i] = matrix_of(values, scales, type, layer);
     int64_t F = work.w[i].columns;
     work.rows[i] = rows_of(x, inputs, result(frame, i)->data, F, table, (float **)(table + R));
-    work.width[i] = stripe_width(type, F, num, threads);
+    bytes += bytes_of(type, D * F);
+    work.width[i] = stripe_width(type, F, num, all_threads);
     int64_t stripes = work.rows[i].count ? stripes_of(F, work.width[i]) : 0;
     work.first[i + 1] = work.first[i] + stripes;
   }
-  run_chunks(frame, threads, work.first[num], multiply_chunk, &work);
+  run_chunks(frame, num_threads(frame, bytes), work.first[num], multiply_chunk, &work);
   return NULL;
 }
 
@@ -184,7 +187,8 @@ static XLA_FFI_Error *score(XLA_FFI_CallFrame *frame) {
   float **y = (float **)(inputs + 2 * R);
   work.rows = rows_of(x, inputs, result(frame, 0)->data, work.w.rows, inputs + R, y);
   int64_t count = work.rows.count ? stripes_of(work.w.rows, work.height) : 0;
-  run_chunks(frame, num_threads(frame), count, score_chunk, &work);
+  int64_t threads = num_threads(frame, bytes_of(type, work.w.rows * D));
+  run_chunks(frame, threads, count, score_chunk, &work);
   return NULL;
 }
 
