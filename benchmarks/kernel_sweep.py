@@ -2,6 +2,7 @@
 
     python benchmarks/kernel_sweep.py --out benchmarks/results/kernel-widths.md
     python benchmarks/kernel_sweep.py --chip v5p --embed 6144 --width 14336
+    python benchmarks/kernel_sweep.py --kernel int8 --kernel int4
 
 It needs libtpu, no TPU: seconds a kernel. Kernels are those of a training step, forward and
 backward in bfloat16, and of a serving step with int8 and int4 weights, for 64 and for 16384 rows.
@@ -64,6 +65,7 @@ def main() -> int:
     parser.add_argument("--chip", action="append", choices=CHIPS)
     for name, values in (("embed", EMBEDS), ("width", WIDTHS), ("rows", ROWS)):
         parser.add_argument(f"--{name}", action="append", type=int, help=f"default: {values}")
+    parser.add_argument("--kernel", action="append", help="only those with this in their name")
     parser.add_argument("--out", type=Path, help="file for the table")
     options = parser.parse_args()
     cases = itertools.product(
@@ -75,12 +77,19 @@ def main() -> int:
     log = options.out and options.out.with_suffix(".jsonl")
     results = read_results(log)
     for case in itertools.starmap(Case, cases):
-        if case not in results:
-            results[case] = refusals(case)
-            print(json.dumps([*case, results[case]]), flush=True)
+        names = [
+            name
+            for name in kernels(case)
+            if name not in results.get(case, {})
+            and any(part in name for part in options.kernel or [""])
+        ]
+        if names:
+            new = refusals(case, names)
+            results[case] = results.get(case, {}) | new
+            print(json.dumps([*case, new]), flush=True)
             if log:
                 with log.open("a") as file:
-                    print(json.dumps([*case, results[case]]), file=file)
+                    print(json.dumps([*case, new]), file=file)
     if options.out:
         options.out.write_text(table(results))
     print(table(results))
@@ -91,16 +100,19 @@ def read_results(log: Path | None) -> dict[Case, dict[str, str]]:
     """Results of earlier runs."""
     if log is None or not log.exists():
         return {}
-    lines = map(json.loads, log.read_text().splitlines())
-    return {Case(*case): result for *case, result in lines}
+    results: dict[Case, dict[str, str]] = {}
+    for *case, result in map(json.loads, log.read_text().splitlines()):
+        results[Case(*case)] = results.get(Case(*case), {}) | result
+    return results
 
 
-def refusals(case: Case) -> dict[str, str]:
-    """The compiler's refusal of each kernel; empty where it compiles."""
+def refusals(case: Case, names: list[str]) -> dict[str, str]:
+    """The compiler's refusal of each of these kernels; empty where it compiles."""
     sides = (2,) * CHIPS[case.chip].dimensions
     device = topology_devices(Slice(case.chip, sides))[0]
     with jax.set_mesh(sharding.make_mesh(devices=[device])):
-        return {name: refusal(case.chip, *kernel) for name, kernel in kernels(case).items()}
+        found = kernels(case)
+        return {name: refusal(case.chip, *found[name]) for name in names}
 
 
 def refusal(chip: str, function: Callable, arguments: tuple) -> str:
