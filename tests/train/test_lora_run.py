@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from grok.checkpoint import file_list
 from grok.checkpoint.manager import Checkpoints
 from grok.cli.main import main
-from grok.config import CheckpointConfig, LoraConfig, RunConfig
+from grok.config import CheckpointConfig, LoraConfig, RunConfig, check_trainable
 from grok.errors import DONE, CheckpointError, ConfigError
 from grok.infer.loader import config_of
 from grok.model.params import num_adapter_parameters, num_parameters, tensor_specs
@@ -221,5 +221,8 @@ def test_other_adapters_are_refused_by_name(tuned: RunConfig):
 def test_adapters_of_nothing_are_refused(tuned: RunConfig):
     with pytest.raises(ConfigError, match=r"train\.init_from names none"):
         dataclasses.replace(tuned, train=dataclasses.replace(tuned.train, init_from=""))
+    int4 = dataclasses.replace(tuned.model, param_dtype="int4")
+    with pytest.raises(ConfigError, match=r"param_dtype=int4 is for inference or below adapters"):
+        check_trainable(dataclasses.replace(tuned, model=int4, lora=LoraConfig()))
     with pytest.raises(ConfigError, match=r"should name matrices, each once"):
         LoraConfig(rank=4, targets=("query", "query"))

@@ -36,6 +36,7 @@ from grok.weights.read_plan import MeshProcesses
 from grok.weights.source import Source, part_shape
 from grok.weights.tools.inspection import inspect
 from grok.weights.tools.verify import compare
+from tests.fixtures.families import FOLDER
 from tests.fixtures.models import replace_keys
 from tests.fixtures.random_weights import RandomSource
 from tests.model import golden
@@ -250,6 +251,8 @@ def test_groups_that_such_a_folder_has_no_place_for(tmp_path, monkeypatch):
     odd = replace_keys(LLAMA, {"mlp.dim": 192})
     with pytest.raises(ConfigError, match=r"w_down_FD has 192 rows in 1 groups.*128 rows share"):
         export_huggingface(RandomSource(odd, dtype="float32"), tmp_path, "int4")
+    with pytest.raises(ConfigError, match=r"split over ranks.*--dtype bfloat16 would work"):
+        export_huggingface(HuggingFaceSource(FOLDER / "grok2"), tmp_path, "int4")
     monkeypatch.setattr(cast, "INT4_GROUP", 64)
     fine = converted(RandomSource(LLAMA, dtype="float32"), "int4")
     with pytest.raises(ConfigError, match="in 2 groups"):
