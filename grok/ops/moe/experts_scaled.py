@@ -61,7 +61,7 @@ class Unshard(Protocol):
 
 
 class Options(NamedTuple):
-    """How the experts are computed."""
+    """Options of the experts' products."""
 
     matmul_dtype: str
     splits: MlpSplits
