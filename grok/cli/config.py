@@ -58,6 +58,7 @@ def config(
     """Print every setting of CONFIG, a YAML file or a preset's name, as YAML.
 
     KEY=VALUE sets one key, as in train.steps=50. The output is itself a config file."""
+    from grok.config import check_trainable
     from grok.config.infer import BatchConfig
     from grok.config.load import load_config
     from grok.config.serve import load_serve_config
@@ -73,6 +74,8 @@ def config(
         from grok.model.mesh_fit import check_fits
         from grok.model.params import num_active_parameters, num_parameters
 
+        if devices and resolved.plan.program == "train":
+            check_trainable(resolved)
         if devices := devices or resolved.mesh.simulated_devices:
             check_fits(resolved, devices)
         total, active = num_parameters(resolved.model), num_active_parameters(resolved.model)

@@ -110,6 +110,8 @@ def test_the_reference_page_is_what_the_command_prints():
 def test_a_mesh_that_does_not_fit_the_devices_of_a_slice_is_refused():
     fits = grok_config("grok-1b", "mesh.data=8", "--devices", "8")
     assert fits.exit_code == 0
+    result = grok_config("grok-1b", "model.param_dtype=int8", "--devices", "8")
+    assert "model.param_dtype=float32 would work" in result.output
     result = grok_config("grok-1b", "mesh.data=3", "--devices", "8")
     assert result.exit_code == 2
     assert "would work" in result.stderr
