@@ -94,7 +94,7 @@ def quantization_config(adapter: Adapter, config: ModelConfig) -> dict[str, Any]
 
 
 def without_quantization(path: str, data: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without what it says of packed int4 weights, which the tensors tell. Raises
+    """A config.json without what it says of packed int4 weights, which the tensors show. Raises
     CheckpointError for another quantisation of this library."""
     stated = data.get(KEY)
     if not isinstance(stated, dict) or stated.get("quant_method") != METHOD:

@@ -119,7 +119,7 @@ static void run_chunks(const XLA_FFI_CallFrame *frame, int64_t threads, int64_t 
       .task = help,
       .data = region};
   for (int64_t i = 0; i < helpers; i++) {
-    // Without an error: the pool is there, since it told its size.
+    // Without an error: the pool is there, since it gave its size.
     if (frame->api->XLA_FFI_ThreadPool_Schedule(&args)) abort();
   }
   take_chunks(region);
