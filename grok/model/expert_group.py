@@ -85,8 +85,8 @@ class Unshard:
 
     def __call__(self, leaves) -> list[Weight]:
         """The weights, in the type of their arrays."""
-        whole = map(sharding.unshard_local, leaves, self.axes)
-        return list(map(as_trained, jax.tree.unflatten(self.structure, list(whole))))
+        arrays = map(sharding.unshard_local, leaves, self.axes)
+        return list(map(as_trained, jax.tree.unflatten(self.structure, list(arrays))))
 
     def quantized(self, leaves, dims: Sequence[int], dtype) -> list[Scaled]:
         """Matrices in 8 bits, with scales along dimension `dims` of each, without it in shape."""

@@ -103,7 +103,7 @@ def projection(x: jax.Array, w: jax.Array, matrix: Projection) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: jax.Array, w: jax.Array, matrix: Projection) -> jax.Array:
-    """The product of one device's rows with the whole of `w`'s matrix, or its slice of it."""
+    """The product of one device's rows with `w` unsharded, or its slice of that."""
     formats = FORMATS[matrix.matmul_dtype]
     rows = _quantize_rows(_as_matrix(x, 2), matrix, matrix.rows, formats.values)
     scaled = quantized_matrix(w, matrix.axes, matrix.rows, formats.values)

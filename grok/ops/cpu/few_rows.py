@@ -27,10 +27,10 @@ def describe() -> str | None:
     """A sentence on what decodes on this CPU, and why; None on other platforms."""
     if hardware.platform() != "cpu":
         return None
-    found = library.load()
-    if found.is_usable:
-        return f"decoding by kernels in C, {found.reason}"
-    return f"decoding by the portable forms, which are slower and use one core: {found.reason}"
+    kernels = library.load()
+    if kernels.is_usable:
+        return f"decoding by kernels in C, {kernels.reason}"
+    return f"decoding by the portable forms, which are slower and use one core: {kernels.reason}"
 
 
 def supports(rows: int, *weights: Weight) -> bool:

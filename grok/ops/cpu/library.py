@@ -1,4 +1,4 @@
-"""The kernels' library: compiled on this machine when it is first wanted, then loaded.
+"""The kernels' library: compiled on this machine at the first use, then loaded.
 
 It is compiled here, not when the package is built, because it depends on this processor's
 instructions and on the headers of the installed jaxlib: a wheel stays one for all platforms, its
