@@ -1,9 +1,11 @@
-"""Blocks of rows and weights, and their costs, as all grouped kernels have them.
+"""Blocks of rows and weights and their costs, and the kernel of weight gradients, of any type.
 
 Letters: E experts, I tiles, M rows of a tile, P = I*M slots, K contracted axis, N columns.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from grok.ops.moe.routing import TileSchedule, tile_schedule
-from grok.ops.moe.tiling import KernelBytes, vmem_limit, weight_blocks
+from grok.ops.moe.tiling import KernelBytes, gradient_blocks, vmem_limit, weight_blocks
+from grok.ops.varying import shape_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,3 +107,75 @@ def dot(x_MK: jax.Array, w: jax.Array, contract_dim: int) -> jax.Array:
     return jax.lax.dot_general(
         x_MK, w, (((1,), (contract_dim,)), ((), ())), preferred_element_type=jnp.float32
     )
+
+
+def weight_gradient(
+    product: Callable,
+    x_PK: jax.Array,
+    dy_PN: jax.Array,
+    scales: Sequence[jax.Array],
+    tiles_E: jax.Array,
+    tile: int,
+    *,
+    dtype: Any,
+    row_itemsize: int,
+    max_tiles: int | None = None,
+    interpret: Any = False,
+    name: str,
+) -> jax.Array:
+    """Sum over each expert's tiles of `product(x_MK, dy_MN, *scales_1N)`, (E, K, N), in float32 and
+    then `dtype`. `scales` are (I, 1, N). A row takes `row_itemsize` bytes for each of its numbers
+    beside the sum; `max_tiles` as of `grouped_matmul`."""
+    (P, K), N, M, E = x_PK.shape, dy_PN.shape[1], tile, tiles_E.size
+    itemsize = jnp.dtype(dtype).itemsize
+    tk, tn = gradient_blocks(M, K, N, itemsize, row_itemsize)
+    schedule = tile_schedule(tiles_E, P // M + E, empty=1)
+    block_bytes = 2 * M * (tk * x_PK.itemsize + tn * dy_PN.itemsize)
+    block_bytes += tk * tn * (2 * itemsize + 4 * 2)
+    rows = P if max_tiles is None else M * min(max_tiles, P // M)
+    row_bytes = K * x_PK.itemsize * (N // tn) + N * dy_PN.itemsize * (K // tk)
+    return pl.pallas_call(
+        functools.partial(_weight_gradient_kernel, product),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(schedule),
+            grid=(K // tk, N // tn, schedule.num_steps[0]),
+            in_specs=[
+                pl.BlockSpec((M, tk), lambda k, n, i, expert, tile, *_: (tile[i], k)),
+                pl.BlockSpec((M, tn), lambda k, n, i, expert, tile, *_: (tile[i], n)),
+                *[pl.BlockSpec((None, 1, tn), lambda k, n, i, expert, tile, *_: (tile[i], 0, n))]
+                * len(scales),
+            ],
+            out_specs=pl.BlockSpec((None, tk, tn), lambda k, n, i, expert, *_: (expert[i], k, n)),
+            scratch_shapes=[pltpu.VMEM((tk, tn), jnp.float32)],
+        ),
+        out_shape=shape_like(x_PK, (E, K, N), dtype),
+        compiler_params=compiler_params(2, block_bytes),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * K * N,
+            bytes_accessed=rows * row_bytes + E * K * N * itemsize,
+            transcendentals=0,
+        ),
+        interpret=interpret,
+        name=name,
+    )(*schedule, x_PK, dy_PN, *scales)
+
+
+def _weight_gradient_kernel(product, expert, tile, has_rows, num_steps, *refs):
+    """One tile; the gradient of an expert is written after its last. `refs` are those of the
+    operands, the result and its sum."""
+    *operands, dw_ref, sum_ref = refs
+    i = pl.program_id(2)
+
+    @pl.when((i == 0) | (expert[jnp.maximum(i - 1, 0)] != expert[i]))
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    @pl.when(has_rows[i] > 0)
+    def _():
+        sum_ref[...] += product(*(ref[...] for ref in operands))
+
+    last = num_steps[0] - 1
+
+    @pl.when((i == last) | (expert[jnp.minimum(i + 1, last)] != expert[i]))
+    def _():
+        dw_ref[...] = sum_ref[...].astype(dw_ref.dtype)

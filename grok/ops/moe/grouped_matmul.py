@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from grok.hardware import has_small_vmem
-from grok.ops.moe.grouped_blocks import Blocks, compiler_params, dot, make_blocks
+from grok.ops.moe.grouped_blocks import Blocks, dot, make_blocks, weight_gradient
 from grok.ops.moe.routing import tile_schedule
-from grok.ops.moe.tiling import KernelBytes, gradient_blocks
+from grok.ops.moe.tiling import KernelBytes
 from grok.ops.varying import shape_like
 from grok.ops.weights.weight import kernel_operands, take_expert
 
@@ -185,51 +185,19 @@ def grouped_weight_gradient(
     x_PK, dy_PN, tiles_E, tile: int, *, dtype, interpret: Any = False
 ) -> jax.Array:
     """Sum over each expert's rows of x^T dy, (E, K, N), in float32 and then `dtype`."""
-    (P, K), N, M, E = x_PK.shape, dy_PN.shape[1], tile, tiles_E.size
-    itemsize = jnp.dtype(dtype).itemsize
-    tk, tn = gradient_blocks(M, K, N, itemsize, max(x_PK.itemsize, dy_PN.itemsize))
-    schedule = tile_schedule(tiles_E, P // M + E, empty=1)
-    block_bytes = 2 * M * (tk * x_PK.itemsize + tn * dy_PN.itemsize)
-    block_bytes += tk * tn * (2 * itemsize + 4 * 2)
-    read_bytes = x_PK.nbytes * (N // tn) + dy_PN.nbytes * (K // tk)
-    return pl.pallas_call(
-        _weight_gradient_kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(schedule),
-            grid=(K // tk, N // tn, schedule.num_steps[0]),
-            in_specs=[
-                pl.BlockSpec((M, tk), lambda k, n, i, expert, tile, *_: (tile[i], k)),
-                pl.BlockSpec((M, tn), lambda k, n, i, expert, tile, *_: (tile[i], n)),
-            ],
-            out_specs=pl.BlockSpec((None, tk, tn), lambda k, n, i, expert, *_: (expert[i], k, n)),
-            scratch_shapes=[pltpu.VMEM((tk, tn), jnp.float32)],
+    return weight_gradient(
+        functools.partial(
+            jax.lax.dot_general,
+            dimension_numbers=(((0,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
         ),
-        out_shape=shape_like(x_PK, (E, K, N), dtype),
-        compiler_params=compiler_params(2, block_bytes),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * P * K * N, bytes_accessed=read_bytes + E * K * N * itemsize, transcendentals=0
-        ),
+        x_PK,
+        dy_PN,
+        (),
+        tiles_E,
+        tile,
+        dtype=dtype,
+        row_itemsize=max(x_PK.itemsize, dy_PN.itemsize),
         interpret=interpret,
         name="grouped_weight_gradient",
-    )(*schedule, x_PK, dy_PN)
-
-
-def _weight_gradient_kernel(expert, tile, has_rows, num_steps, x_ref, dy_ref, dw_ref, sum_ref):
-    """One tile; the gradient of an expert is written after its last."""
-    i = pl.program_id(2)
-
-    @pl.when((i == 0) | (expert[jnp.maximum(i - 1, 0)] != expert[i]))
-    def _():
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-
-    @pl.when(has_rows[i] > 0)
-    def _():
-        sum_ref[...] += jax.lax.dot_general(
-            x_ref[...], dy_ref[...], (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
-
-    last = num_steps[0] - 1
-
-    @pl.when((i == last) | (expert[jnp.minimum(i + 1, last)] != expert[i]))
-    def _():
-        dw_ref[...] = sum_ref[...].astype(dw_ref.dtype)
+    )

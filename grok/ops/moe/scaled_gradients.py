@@ -16,11 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from grok.hardware import LANES
-from grok.ops.moe.grouped_blocks import compiler_params
+from grok.ops.moe.grouped_blocks import compiler_params, weight_gradient
 from grok.ops.moe.routing import tile_schedule
 from grok.ops.moe.scaled_hidden import ROWS_PER_STORE
 from grok.ops.moe.scaled_matmul import map_tiles
-from grok.ops.moe.tiling import gradient_blocks
 from grok.ops.scaled import (
     MatmulFormat,
     Scaled,
@@ -211,53 +210,20 @@ def scaled_weight_gradient(
 ) -> jax.Array:
     """Sum over each expert's rows of x^T dy, (E, K, N), in float32 and then `dtype`, of 8-bit
     values: x has its scales folded into dy, whose own are (I, 1, N)."""
-    (P, K), N, M, E = x_PK.shape, dy.values.shape[1], tile, tiles_E.size
-    itemsize = jnp.dtype(dtype).itemsize
-    tk, tn = gradient_blocks(M, K, N, itemsize, 4)  # a product beside the sum
-    schedule = tile_schedule(tiles_E, P // M + E, empty=1)
-    block_bytes = 2 * M * (tk + tn) + tk * tn * (2 * itemsize + 4 * 2)
-    rows = M * min(max_tiles, P // M)
-    return pl.pallas_call(
-        _weight_gradient_kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(schedule),
-            grid=(K // tk, N // tn, schedule.num_steps[0]),
-            in_specs=[
-                pl.BlockSpec((M, tk), lambda k, n, i, expert, tile, *_: (tile[i], k)),
-                pl.BlockSpec((M, tn), lambda k, n, i, expert, tile, *_: (tile[i], n)),
-                pl.BlockSpec((None, 1, tn), lambda k, n, i, expert, tile, *_: (tile[i], 0, n)),
-            ],
-            out_specs=pl.BlockSpec((None, tk, tn), lambda k, n, i, expert, *_: (expert[i], k, n)),
-            scratch_shapes=[pltpu.VMEM((tk, tn), jnp.float32)],
-        ),
-        out_shape=shape_like(x_PK, (E, K, N), dtype),
-        compiler_params=compiler_params(2, block_bytes),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * rows * K * N,
-            bytes_accessed=rows * (K * (N // tn) + N * (K // tk)) + E * K * N * itemsize,
-            transcendentals=0,
-        ),
+
+    def product(x_MK, dy_MN, scale_1N):
+        return scaled_dot(x_MK, dy_MN, 0, 0) * scale_1N
+
+    return weight_gradient(
+        product,
+        x_PK,
+        dy.values,
+        (dy.scales,),
+        tiles_E,
+        tile,
+        dtype=dtype,
+        row_itemsize=4,  # a product beside the sum
+        max_tiles=max_tiles,
         interpret=interpret,
         name="scaled_weight_gradient",
-    )(*schedule, x_PK, *dy)
-
-
-def _weight_gradient_kernel(
-    expert, tile, has_rows, num_steps, x_ref, dy_ref, scale_ref, dw_ref, sum_ref
-):
-    """One tile; the gradient of an expert is written after its last."""
-    i = pl.program_id(2)
-
-    @pl.when((i == 0) | (expert[jnp.maximum(i - 1, 0)] != expert[i]))
-    def _():
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-
-    @pl.when(has_rows[i] > 0)
-    def _():
-        sum_ref[...] += scaled_dot(x_ref[...], dy_ref[...], 0, 0) * scale_ref[...]
-
-    last = num_steps[0] - 1
-
-    @pl.when((i == last) | (expert[jnp.minimum(i + 1, last)] != expert[i]))
-    def _():
-        dw_ref[...] = sum_ref[...].astype(dw_ref.dtype)
+    )
