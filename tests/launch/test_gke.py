@@ -24,6 +24,7 @@ def manifest(run: str) -> dict[str, Any]:
         ("pretrain-v5e", "2x4", 1, 8),
         ("batch-v6e", "4x4", 4, 4),
         ("serve-v6e", "4x4", 4, 4),
+        ("serve-v6e-int4", "2x4", 1, 8),
     ],
 )
 def test_a_manifest_runs_the_command_of_the_worked_run(
@@ -46,7 +47,9 @@ def test_a_manifest_runs_the_command_of_the_worked_run(
     assert f"--node-id={jobset['metadata']['name']} " in create
 
 
-@pytest.mark.parametrize("run", ["continue-v5p", "pretrain-v5e", "batch-v6e", "serve-v6e"])
+@pytest.mark.parametrize(
+    "run", ["continue-v5p", "pretrain-v5e", "batch-v6e", "serve-v6e", "serve-v6e-int4"]
+)
 def test_a_manifest_keeps_the_contract_of_exit_codes(run: str) -> None:
     spec = manifest(run)["spec"]
     [rule] = spec["failurePolicy"]["rules"]
