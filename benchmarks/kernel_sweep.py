@@ -1,11 +1,12 @@
 """Compiles every kernel of the experts alone, ahead of time, for each TPU generation and width.
 
-    python benchmarks/kernel_sweep.py --out benchmarks/results/kernel-widths.md
-    python benchmarks/kernel_sweep.py --chip v5p --embed 6144 --width 14336
-    python benchmarks/kernel_sweep.py --kernel int8 --kernel int4
+    python -m benchmarks.kernel_sweep --out benchmarks/results/kernel-widths.md
+    python -m benchmarks.kernel_sweep --chip v5p --embed 6144 --width 14336
+    python -m benchmarks.kernel_sweep --kernel int8 --kernel int4
 
 It needs libtpu, no TPU: seconds a kernel. Kernels are those of a training step, forward and
-backward in bfloat16, and of a serving step with int8 and int4 weights, for 64 and for 16384 rows.
+backward, in bfloat16 and in 8 bits (`--kernel scaled`), and of a serving step with int8 and int4
+weights and bfloat16 or int8 activations (`--kernel W8A8`, `W4A8`), for 64 and for 16384 rows.
 Kernels of equal blocks are compiled once. The table says how many compile, and which do not, with
 the compiler's words. Results are kept beside `--out` as JSON lines, and what is there is not
 compiled again. Exits with 1 if a kernel is refused.
@@ -18,43 +19,25 @@ from grok.plan.compile import ENVIRONMENT
 os.environ.update(ENVIRONMENT)
 
 import argparse
-import functools
 import itertools
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from benchmarks.kernel_cases import Case, kernels
 from grok import sharding
 from grok.hardware import CHIPS
-from grok.ops.mlp import gated_activation
-from grok.ops.moe.grouped_hidden import grouped_hidden
-from grok.ops.moe.grouped_matmul import grouped_matmul, grouped_weight_gradient
-from grok.ops.moe.tiling import kernel_tile_rows
-from grok.ops.weights.quantized import QuantizedArray
 from grok.plan.compile_process import topology_devices
 from grok.plan.topology import Slice
 
 WIDTHS = (1024, 2048, 4096, 8192, 14336, 16384, 32768)  # of an expert on one chip
 EMBEDS = (2048, 4096, 6144, 8192)
 ROWS = (64, 16384)  # of a decode step, and of training: enough for tiles of the largest height
-EXPERTS, CHOSEN = 8, 2
-INT8_GROUPS, INT4_GROUP_ROWS = 8, 128  # groups of rows with a scale, and rows of one
 VERDICTS: dict[tuple, str] = {}  # by chip and blocks
-
-
-class Case(NamedTuple):
-    """A chip and the shape of its experts."""
-
-    chip: str
-    embed: int
-    width: int
-    rows: int
 
 
 def main() -> int:
@@ -79,7 +62,7 @@ def main() -> int:
     for case in itertools.starmap(Case, cases):
         names = [
             name
-            for name in kernels(case)
+            for name in kernels(case, max(ROWS) == case.rows)
             if name not in results.get(case, {})
             and any(part in name for part in options.kernel or [""])
         ]
@@ -111,7 +94,7 @@ def refusals(case: Case, names: list[str]) -> dict[str, str]:
     sides = (2,) * CHIPS[case.chip].dimensions
     device = topology_devices(Slice(case.chip, sides))[0]
     with jax.set_mesh(sharding.make_mesh(devices=[device])):
-        found = kernels(case)
+        found = kernels(case, max(ROWS) == case.rows)
         return {name: refusal(case.chip, *found[name]) for name in names}
 
 
@@ -146,63 +129,6 @@ def short_reason(message: str) -> str:
     return " of ".join(sizes.groups()) if sizes else message[:80].replace("\n", " ")
 
 
-def kernels(case: Case) -> dict[str, tuple[Callable, tuple]]:
-    """Functions of one kernel each, with abstract arguments."""
-    D, F, R, E = case.embed, case.width, case.rows, EXPERTS
-    M = kernel_tile_rows(R, CHOSEN, E)
-    P = min(R * CHOSEN // M + E, E * -(-R // M)) * M
-    array: Callable = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    x_PD, x_PF, up_EDF, down_EFD = map(array, ((P, D), (P, F), (E, D, F), (E, F, D)))
-    tiles_E = jax.ShapeDtypeStruct((E,), jnp.int32)
-    args: dict[str, Any] = {"tile": M, "max_tiles": R * CHOSEN}
-
-    def hidden(keep_products: bool) -> Callable:
-        return lambda x, gate, up, tiles_E: grouped_hidden(
-            x, gate, up, tiles_E, activation=gated_activation, keep_products=keep_products, **args
-        )
-
-    def matmul(pairs: int, transposed: bool = False, start: bool = False) -> Callable:
-        def run(tiles_E, *arrays):
-            xs, ws, starts = arrays[:pairs], arrays[pairs : 2 * pairs], arrays[2 * pairs :]
-            options = {"transposed": transposed, "start": starts[0] if start else None}
-            return grouped_matmul(xs, ws, tiles_E, dtype=jnp.bfloat16, **options, **args)
-
-        return run
-
-    def scaled(x, values, scales, tiles_E):
-        w = QuantizedArray(values, scales)
-        return grouped_matmul((x,), (w,), tiles_E, dtype=jnp.bfloat16, **args)
-
-    def gradient(x, dy, tiles_E):
-        return grouped_weight_gradient(x, dy, tiles_E, M, dtype=jnp.bfloat16)
-
-    def int8(K: int, N: int) -> Iterator[jax.ShapeDtypeStruct]:
-        yield jax.ShapeDtypeStruct((E, K, N), jnp.int8)
-        yield jax.ShapeDtypeStruct((E, INT8_GROUPS, N), jnp.float32)
-
-    def int4(K: int, N: int) -> Iterator[jax.ShapeDtypeStruct]:
-        yield jax.ShapeDtypeStruct((E, K, N), jnp.int4)
-        yield jax.ShapeDtypeStruct((E, K // INT4_GROUP_ROWS, N), jnp.bfloat16)
-
-    serving = {
-        "hidden": (hidden(False), (x_PD, up_EDF, up_EDF, tiles_E)),
-        "down": (matmul(1), (tiles_E, x_PF, down_EFD)),
-        "int8 gate": (scaled, (x_PD, *int8(D, F), tiles_E)),
-        "int8 down": (scaled, (x_PF, *int8(F, D), tiles_E)),
-        "int4 gate": (scaled, (x_PD, *int4(D, F), tiles_E)),
-        "int4 down": (scaled, (x_PF, *int4(F, D), tiles_E)),
-    }
-    if min(ROWS) == R:
-        return serving
-    return serving | {
-        "hidden and products": (hidden(True), (x_PD, up_EDF, up_EDF, tiles_E)),
-        "dhidden": (matmul(1, True), (tiles_E, x_PD, down_EFD)),
-        "dx": (matmul(2, True), (tiles_E, x_PF, x_PF, up_EDF, up_EDF)),
-        "dx of a half": (matmul(2, True, True), (tiles_E, x_PF, x_PF, up_EDF, up_EDF, x_PD)),
-        "dw": (gradient, (x_PD, x_PF, tiles_E)),
-    }
-
-
 def table(results: dict[Case, dict[str, str]]) -> str:
     """Results by chip and width, in Markdown."""
     chips, embeds = {case.chip for case in results}, sorted({case.embed for case in results})
@@ -212,8 +138,9 @@ def table(results: dict[Case, dict[str, str]]) -> str:
         f"Chips that were tried: {', '.join(name for name in CHIPS if name in chips)}. No others.",
         "Kernels that compile ahead of time, each alone, of those tried:",
         f"for {ROWS[0]} rows those of serving, in bfloat16, int8 and int4, for {ROWS[1]} also",
-        f"those of training. jax {jax.__version__}; made by",
-        "`python benchmarks/kernel_sweep.py --out benchmarks/results/kernel-widths.md`.",
+        "those of training; in 8 bits where a chip has a rate of them.",
+        f"jax {jax.__version__}; made by",
+        "`python -m benchmarks.kernel_sweep --out benchmarks/results/kernel-widths.md`.",
         "",
         "| chip | width | " + " | ".join(f"embed {embed}" for embed in embeds) + " |",
         "|---|---|" + "---|" * len(embeds),

@@ -3,9 +3,10 @@
     python -m benchmarks.quantized_quality RUN [RUN ...] --data TEXT
 
 Each RUN, the folder of a run, is measured on TEXT, a file that it was not trained on, by `grok
-eval` in float32, bfloat16, int8 and int4, computing in float32. Prints, for each type, the bits per
-byte of each run, the mean, and its increase over float32; then the relative r.m.s. error that
-quantising made in the matrices; and a line of JSON.
+eval` in float32, bfloat16, int8 and int4, computing in float32, and in int8 and int4 with int8
+activations (W8A8, W4A8). Prints, for each type, the bits per byte of each run, the mean, and its
+increase over float32; then the relative r.m.s. error that quantising made in the matrices; and a
+line of JSON.
 """
 
 import argparse
@@ -21,7 +22,15 @@ from grok.weights.cast import MeasuredQuantizedSource, converted
 from grok.weights.detect import open_source
 from grok.weights.source import blocks, layer_pieces
 
-DTYPES = ("float32", "bfloat16", "int8", "int4")
+# Types of the parameters and of the products.
+FORMS = {
+    "float32": ("float32", "compute"),
+    "bfloat16": ("bfloat16", "compute"),
+    "int8": ("int8", "compute"),
+    "W8A8": ("int8", "int8"),
+    "int4": ("int4", "compute"),
+    "W4A8": ("int4", "int8"),
+}
 
 
 def main() -> None:
@@ -32,13 +41,16 @@ def main() -> None:
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--data", required=True)
     options = parser.parse_args()
-    bits = {dtype: [measure(run, dtype, options.data) for run in options.runs] for dtype in DTYPES}
+    bits = {
+        name: [measure(run, *form, options.data) for run in options.runs]
+        for name, form in FORMS.items()
+    }
     print("| type | bits per byte of each run | mean | increase |\n|---|---|---|---|")
-    for dtype, values in bits.items():
+    for name, values in bits.items():
         mean = float(np.mean(values))
         increase = mean / float(np.mean(bits["float32"])) - 1
         each = ", ".join(f"{value:.4f}" for value in values)
-        print(f"| {dtype} | {each} | {mean:.4f} | {increase:+.2%} |")
+        print(f"| {name} | {each} | {mean:.4f} | {increase:+.2%} |")
     errors = {dtype: rounding_errors(options.runs[0], dtype) for dtype in QUANTIZED_DTYPES}
     print("\n| matrix | int8 | int4 |\n|---|---|---|")
     for name, error in errors["int8"].items():
@@ -46,9 +58,10 @@ def main() -> None:
     print(json.dumps({"bits_per_byte": bits, "relative_rms": errors}))
 
 
-def measure(run: str, dtype: str, data: str) -> float:
-    """Bits per byte of a run's newest checkpoint in a type."""
-    keys = [f"model.param_dtype={dtype}", "model.compute_dtype=float32"]
+def measure(run: str, param_dtype: str, matmul_dtype: str, data: str) -> float:
+    """Bits per byte of a run's newest checkpoint in these types."""
+    types = {"param": param_dtype, "compute": "float32", "matmul": matmul_dtype}
+    keys = [f"model.{name}_dtype={dtype}" for name, dtype in types.items()]
     command = [sys.executable, "-m", "grok", "eval", run, *keys, "--data", data, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)["data"][0]["bits_per_byte"]

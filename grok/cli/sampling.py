@@ -57,7 +57,8 @@ def start_engine(checkpoint: str, overrides: tuple[str, ...]) -> tuple["Engine",
     note("loading JAX")
     from grok.infer.loader import config_of, find_tokenizer, make_mesh
 
-    config = config_of(checkpoint, None, overrides)
+    # The type of products of a run is for its training.
+    config = config_of(checkpoint, None, ("model.matmul_dtype=compute", *overrides))
     tokenizer_file = find_tokenizer(checkpoint, None, config)
 
     from grok.hardware import configure_devices

@@ -5,5 +5,5 @@ from grok.config.data import BatchChange, DataConfig, DatasetConfig, MixtureChan
 from grok.config.mesh import MESH_AXES, MeshConfig, resolve_mesh
 from grok.config.model import AttentionConfig, ModelConfig, MoEConfig, NormConfig, RopeConfig
 from grok.config.optimizer import OptimizerConfig, ParamGroup
-from grok.config.run import EngineConfig, PlanConfig, RunConfig, check_trainable
+from grok.config.run import EngineConfig, PlanConfig, RunConfig, check_servable, check_trainable
 from grok.config.train import CheckpointConfig, LoraConfig, TrainConfig

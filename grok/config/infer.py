@@ -27,6 +27,11 @@ class InferConfig(Section):
     compute_dtype: Annotated[
         Literal["", "float32", "bfloat16"], "dtype of activations; none: as the model's config says"
     ] = ""
+    matmul_dtype: Annotated[
+        Literal["compute", "int8"],
+        "type that int8 and int4 matrices are multiplied in; int8: with int8 activations (W8A8), "
+        "for TPU v5e, v5p, v6e; compute: compute_dtype",
+    ] = "compute"
     mesh: Annotated[MeshConfig, "devices of one replica, along each axis"] = MeshConfig()
     engine: Annotated[EngineConfig, "concurrent sequences, paged cache"] = EngineConfig()
     sampling: Annotated[SamplingConfig, "defaults for requests"] = SamplingConfig()

@@ -152,8 +152,9 @@ class ModelConfig(Section):
     compute_dtype: Annotated[Literal["float32", "bfloat16"], "type of activations"] = "bfloat16"
     matmul_dtype: Annotated[
         Literal["compute", "int8", "float8"],
-        "type that attention's projections, MLP and experts are multiplied in to train, forward "
-        "and backward; compute: compute_dtype",
+        "type that attention's projections, MLP and experts are multiplied in: of float "
+        "parameters to train, forward and backward; int8 of int8 and int4 ones to serve; compute: "
+        "compute_dtype",
     ] = "compute"
     remat: Annotated[
         Literal["none", "dots", "selective", "attention", "experts", "offload", "full"],
@@ -171,11 +172,9 @@ class ModelConfig(Section):
                 f"model.mlp.dim={4 * self.embed_dim} or model.moe.dim={4 * self.embed_dim} would "
                 "work."
             )
-        if self.is_quantized and self.matmul_dtype != "compute":
-            problem = (
-                f"quantises floats as they are multiplied, not model.param_dtype={self.param_dtype}"
-            )
-            raise bad_value("model.matmul_dtype", self.matmul_dtype, problem, "compute")
+        if self.is_quantized and self.matmul_dtype == "float8":
+            problem = f"is for parameters in floats, not model.param_dtype={self.param_dtype}"
+            raise bad_value("model.matmul_dtype", self.matmul_dtype, problem, "int8")
 
     @property
     def float_dtype(self) -> str:

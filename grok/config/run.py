@@ -124,6 +124,13 @@ class RunConfig(Section):
             raise ConfigError(f"{needs} {value}; train.eval_every={every} would work.")
 
 
+def check_servable(model: ModelConfig) -> None:
+    """Refuses, as ConfigError, products in 8 bits of floats, which are for training."""
+    if model.matmul_dtype != "compute" and not model.is_quantized:
+        problem = f"with model.param_dtype={model.param_dtype} is for training, not to serve"
+        raise bad_value("model.matmul_dtype", model.matmul_dtype, problem, "compute")
+
+
 def check_trainable(config: RunConfig) -> None:
     """Refuses, as ConfigError, to train a model that cannot be trained."""
     if config.lora.rank and config.model.matmul_dtype != "compute":

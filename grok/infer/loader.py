@@ -10,7 +10,14 @@ import jax
 from jax.sharding import Mesh
 
 from grok import distributed, sharding, storage
-from grok.config import MESH_AXES, DataConfig, MeshConfig, ModelConfig, RunConfig
+from grok.config import (
+    MESH_AXES,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    check_servable,
+)
 from grok.config.infer import InferConfig
 from grok.config.load import from_dict, load_config, to_dict
 from grok.config.mesh import num_devices_of
@@ -22,7 +29,7 @@ from grok.data.tokenizers.files import find_tokenizer_file, folders_beside
 from grok.errors import CheckpointError, ConfigError, DataError
 from grok.infer.openai.requests import RequestParser
 from grok.model.decoder import Decoder
-from grok.model.mesh_fit import fit_mesh
+from grok.model.mesh_fit import check_matmul_dtype, fit_mesh
 from grok.ops.cpu import few_rows
 from grok.progress import byte_progress
 from grok.weights.checksums import sample_checksum
@@ -75,7 +82,10 @@ def find_tokenizer(
 
 def make_mesh(mesh: MeshConfig, model: ModelConfig, spans_all_hosts: bool = False) -> Mesh:
     """The mesh over this host's devices, as many as it needs, or over those of all hosts. Raises
-    ConfigError where it fits neither them nor the model."""
+    ConfigError where it fits neither them nor the model, or the devices have no rate of 8 bits to
+    serve its products in."""
+    if model.is_quantized:
+        check_matmul_dtype(model, jax.devices()[0].device_kind)
     devices = jax.devices() if spans_all_hosts else jax.local_devices()
     if not spans_all_hosts:
         devices = devices[: num_devices_of(mesh, len(devices))]
@@ -106,8 +116,10 @@ class ServedModel:
             config = dataclasses.replace(config, weights=weights)
         dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
         changes = [f"model.{name}={value}" for name, value in dtypes.items() if value]
-        changes.append("model.matmul_dtype=compute")  # that of a run is for its training
+        # That of a run is for its training.
+        changes.append(f"model.matmul_dtype={config.matmul_dtype}")
         run = config_of(config.weights, config.model or None, changes)
+        check_servable(run.model)
         self.config, self._settings = run.model, config
         file = find_tokenizer(config.weights, config.tokenizer, run)
         self.tokenizer = load_tokenizer(file)

@@ -30,7 +30,8 @@ def prefill_chunk_size(config: ModelConfig, options: EngineConfig) -> int:
     tokens = 0.0
     if (chip := hardware.chip_of(hardware.device_kind())) is not None:
         weight_bytes = jax.dtypes.itemsize_bits(jnp.dtype(config.param_dtype)) / 8
-        tokens = chip.flops / chip.bandwidth * weight_bytes / 2
+        rate = chip.flops_8bit.get(config.matmul_dtype, chip.flops)
+        tokens = rate / chip.bandwidth * weight_bytes / 2
         if (moe := config.moe) is not None:
             per_token = sharding.axis_size("expert_group") * moe.num_selected / moe.num_experts
             tokens = max(tokens, tokens / per_token)

@@ -15,7 +15,7 @@ from grok.model.attend import Attend
 from grok.model.linear import product
 from grok.model.param_spec import ParamSpec, init_params
 from grok.model.rope import apply_rope
-from grok.model.scaled import Projection, projection
+from grok.model.scaled import Projection, projection, projection_of_quantized
 from grok.ops.weights.weight import cast, materialize
 
 
@@ -74,6 +74,7 @@ class Attention(nnx.Module):
         param = getattr(self, name)
         if self.config.matmul_dtype != "compute":
             matrix = Projection(stored, spec.contract_dims, self.config.matmul_dtype)
-            return projection(x, cast(materialize(param.get_value()), x.dtype), matrix)
+            multiply = projection_of_quantized if self.config.is_quantized else projection
+            return multiply(x, cast(materialize(param.get_value()), x.dtype), matrix)
         split = "batch", "length", *axes
         return product(subscripts, x, param, stored, split, is_serving)

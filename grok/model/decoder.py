@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from grok import hardware, sharding
-from grok.config import ModelConfig
-from grok.errors import bad_value
+from grok.config import ModelConfig, check_servable
 from grok.model.attend import PackedRows, PagedAttend, PagedBatch, PagedCache
 from grok.model.block import Block
 from grok.model.embedding import Embedding
@@ -122,10 +121,9 @@ class Decoder(nnx.Module):
         Row b holds the tokens of one group of devices (there are as many rows as parts of the
         batch), in U blocks of Q = T/U tokens. Returns x_BTD after the final norm, for `unembed`,
         the cache with the new tokens in it, and the experts that tokens went to, expert_ids_LBTC;
-        None without experts. Raises ConfigError of a model whose products are in 8 bits.
+        None without experts. Raises ConfigError as `check_servable` does.
         """
-        if (dtype := self.config.matmul_dtype) != "compute":
-            raise bad_value("model.matmul_dtype", dtype, "is for training, not to serve", "compute")
+        check_servable(self.config)
         with sharding.use_mesh_of(self.embed.table_VD[...]):
             tokens_BT = sharding.constrain(tokens_BT, "batch", "length")
             batch = jax.tree.map(

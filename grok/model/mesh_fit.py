@@ -79,7 +79,9 @@ def check_matmul_dtype(model: ModelConfig, device_kind: str) -> None:
     generation, dtype = generation_of(device_kind), model.matmul_dtype
     if generation is None or dtype == "compute" or dtype in CHIPS[generation].flops_8bit:
         return
-    faster = next(iter(CHIPS[generation].flops_8bit), "compute")
+    # Quantised parameters are multiplied in int8 alone.
+    types = () if model.is_quantized else CHIPS[generation].flops_8bit
+    faster = next(iter(types), "compute")
     problem = f"is not known to be faster than bfloat16 on {generation}"
     raise bad_value("model.matmul_dtype", dtype, problem, faster)
 

@@ -104,7 +104,8 @@ class MoE(nnx.Module):
         topk_weights_BTC, expert_ids_BTC = jax.lax.top_k(probs_BTE, self.moe_config.num_selected)
         if self.moe_config.normalize:
             topk_weights_BTC /= jnp.sum(topk_weights_BTC, axis=-1, keepdims=True)
-        if token_mask_BT is not None and hardware.platform() != "tpu":  # whose kernels know no mask
+        # The kernels of TPUs know no mask, nor do products in 8 bits.
+        if token_mask_BT is not None and hardware.platform() != "tpu" and not self._is_in_8_bits:
             expert_ids_BTC = jnp.where(
                 token_mask_BT[:, :, None], expert_ids_BTC, self.moe_config.num_experts
             )
@@ -113,6 +114,10 @@ class MoE(nnx.Module):
         tokens = x_BTD, topk_weights_BTC, expert_ids_BTC
         y_BTD = run_on_group([work, *beside], tokens, self.config, axes)
         return y_BTD, Routing(probs_BTE, expert_ids_BTC, axes)
+
+    @property
+    def _is_in_8_bits(self) -> bool:
+        return self.config.matmul_dtype != "compute"
 
     def route(self, x_BTD: jax.Array, axes: sharding.Axes) -> jax.Array:
         """Router probabilities of all experts, probs_BTE, in float32 whatever the type of x."""
@@ -133,7 +138,7 @@ class MoE(nnx.Module):
         """y_RD of rows (x_RD, topk_weights_RC, expert_ids_RC), by this device's slice of the
         experts' width; `unshard` makes the matrices of their `leaves`."""
         rows = jax.tree.map(pvary, rows)
-        if self.config.matmul_dtype != "compute":
+        if self._is_in_8_bits:
             return experts_in_8_bits(rows, leaves, unshard, self.config, self.moe_config.activation)
         if hardware.platform() != "tpu":
             weights = jax.tree.map(pvary, unshard(leaves))

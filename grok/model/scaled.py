@@ -1,5 +1,5 @@
-"""Products in 8 bits of weights that are sharded over a mesh: they are quantised as stored and
-travel in 8 bits, as does what is gathered of the tokens.
+"""Products in 8 bits of weights that are sharded over a mesh: floats are quantised as stored, to
+train; int8 and int4 serve as they are. They travel so, as does what is gathered of the tokens.
 
 Letters: B batch, T length, R = B*T rows, K contracted axis, N columns, E experts, D embed.
 """
@@ -15,10 +15,13 @@ import jax.numpy as jnp
 from grok import sharding
 from grok.config import ModelConfig
 from grok.hardware import LANES
+from grok.ops.moe.experts_int8 import experts_int8
 from grok.ops.moe.experts_scaled import Options, ScaledRows, experts_scaled
 from grok.ops.moe.tiling import mlp_splits
-from grok.ops.scaled import FORMATS, Scaled, quantize, quantize_by, scaled_dot
+from grok.ops.scaled import FORMATS, Scaled, quantize, quantize_by, scaled_dot, scaled_product
 from grok.ops.varying import pvary, pvary_over
+from grok.ops.weights.quantized import QuantizedArray
+from grok.ops.weights.weight import as_one_expert, leaf_axes
 
 TOKENS_PER_SCALE = 8192  # an int32 holds the sum of the products of some 16 times as many
 
@@ -39,6 +42,8 @@ def quantized_matrix(w: jax.Array, axes: sharding.Axes, dims: tuple[int, ...], d
 def experts_in_8_bits(rows, leaves, unshard, config: ModelConfig, activation: str) -> jax.Array:
     """y_RD of rows (ScaledRows, topk_weights_RC, expert_ids_RC), by this device's slice of the
     experts' width; `unshard` makes the matrices of their `leaves`."""
+    if config.is_quantized:
+        return experts_int8(*rows, *jax.tree.map(pvary, unshard(leaves)), activation)
     splits = mlp_splits(leaves[0].shape[-1], LANES)
     column_major = sharding.axis_size("fsdp_embed") > 1
     options = Options(config.matmul_dtype, splits, activation, column_major)
@@ -51,6 +56,9 @@ def mlp_in_8_bits(
     """y_RD of the dense MLP, which is one expert, to which every row goes."""
     R = len(x.values)
     assignment = pvary(jnp.ones((R, 1), jnp.float32)), pvary(jnp.zeros((R, 1), jnp.int32))
+    if config.is_quantized:
+        matrices = map(as_one_expert, jax.tree.map(pvary, unshard(leaves)))
+        return experts_int8(x, *assignment, *matrices, activation)
     unshard = dataclasses.replace(unshard, axes=tuple((None, *axes) for axes in unshard.axes))
     matrices_E = [leaf[None] for leaf in leaves]
     return experts_in_8_bits((x, *assignment), matrices_E, unshard, config, activation)
@@ -99,6 +107,26 @@ def projection(x: jax.Array, w: jax.Array, matrix: Projection) -> jax.Array:
         local, ((*tokens, *row_axes), matrix.axes), (*tokens, *column_axes)
     )
     return sharded(sharding.constrain(x, *tokens, *row_axes), w)
+
+
+def projection_of_quantized(x: jax.Array, w: QuantizedArray, matrix: Projection) -> jax.Array:
+    """As `projection`, of a matrix that is stored in int8, without gradients."""
+    row_axes = matrix.used_axes[: matrix.contract_dims]
+    column_axes = matrix.used_axes[matrix.contract_dims :]
+    w_axes, tokens = leaf_axes(w, matrix.axes), ("batch", "length")
+
+    def local(x, *leaves):
+        rows = _quantize_rows(_as_matrix(x, 2), matrix, matrix.rows, jnp.int8)
+        values, scales = map(sharding.unshard_local, leaves, w_axes)
+        columns = Scaled(_as_matrix(values, matrix.contract_dims), _as_matrix(scales, 1))
+        y_RN = scaled_product(rows, columns).astype(x.dtype)
+        y = y_RN.reshape(*x.shape[:2], *scales.shape[1:])
+        for axis in row_axes:
+            y = sharding.psum(y, axis) if axis else y
+        return y
+
+    sharded = sharding.shard_map(local, ((*tokens, *row_axes), *w_axes), (*tokens, *column_axes))
+    return sharded(sharding.constrain(x, *tokens, *row_axes), w.values, w.scales)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -7,6 +7,7 @@ Rounding is to the nearest, so that the same numbers give the same values. Lette
 contracted axis, N columns, G groups of K.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from grok import hardware
 
 MIN_MAGNITUDE = 1e-30  # below it, values are zeros
 MAX_GROUP_COLUMNS, GROUP_MULTIPLE = 1024, 128
+EXACT_PRODUCTS = 1024  # of int8 values, whose sum a float32 holds: 1024 * 127^2 < 2^24
 
 
 class MatmulFormat(NamedTuple):
@@ -88,3 +90,35 @@ def scaled_dot(x_MK: jax.Array, w: jax.Array, x_dim: int = 1, w_dim: int = 0) ->
         x_MK, w = x_MK.astype(jnp.float32), w.astype(jnp.float32)
     sums = jnp.int32 if x_MK.dtype == jnp.int8 else jnp.float32
     return jax.lax.dot_general(x_MK, w, dims, preferred_element_type=sums).astype(jnp.float32)
+
+
+def integer_dot(x_MK: jax.Array, w_KN: jax.Array) -> jax.Array:
+    """x w of int8 values, exact, in int32. On TPU at the rate of int8; elsewhere values are
+    multiplied as float32, so many at a time as it sums exactly."""
+    if hardware.platform() == "tpu":
+        return jnp.dot(x_MK, w_KN, preferred_element_type=jnp.int32)
+    y_MN = jnp.zeros((), jnp.int32)
+    for start in range(0, len(w_KN), EXACT_PRODUCTS):
+        part = slice(start, start + EXACT_PRODUCTS)
+        x, w = x_MK[:, part].astype(jnp.float32), w_KN[part].astype(jnp.float32)
+        y_MN += jnp.dot(x, w, preferred_element_type=jnp.float32).astype(jnp.int32)
+    return y_MN
+
+
+def scaled_product(x: Scaled, w: Scaled) -> jax.Array:
+    """x w, (M, N) float32, of int8 rows (M, K) with scales (M, G) and of int8 or int4 columns (K,
+    N) with scales for another number of groups, (G, N): the integer sum of what lies in one group
+    of both, times both scales, is added to the next."""
+    K, row_groups = len(w.values), x.scales.shape[1]
+    row_group, group = K // row_groups, K // len(w.scales)
+    y_MN, length = jnp.zeros((), jnp.float32), math.gcd(row_group, group)
+    for start in range(0, K, length):
+        part = slice(start, start + length)
+        product = integer_dot(x.values[:, part], w.values[part].astype(jnp.int8))
+        product = product.astype(jnp.float32)
+        product *= w.scales[start // group].astype(jnp.float32)[None, :]
+        if row_groups > 1:
+            index = start // row_group
+            product *= x.scales[:, index : index + 1]
+        y_MN += product
+    return y_MN if row_groups > 1 else y_MN * x.scales

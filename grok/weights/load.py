@@ -53,6 +53,8 @@ def load(
     source = open_source(path, config)
     if dtype is None:
         dtype = source.dtype if source.dtype in DTYPES else "float32"
+    if config is None and dtype in QUANTIZED_DTYPES:  # a run's products are those of its training
+        source.config = dataclasses.replace(source.config, matmul_dtype="compute")
     return put_on_mesh(converted(source, dtype), mesh, on_progress)
 
 
@@ -60,10 +62,7 @@ def put_on_mesh(
     source: Source, mesh: Mesh | None = None, on_progress: OnProgress = no_progress
 ) -> Decoder:
     """The model of `source`, in the types that its tensors have, on `mesh` or one device."""
-    changes: dict[str, Any] = {"param_dtype": source.dtype}
-    if source.dtype in QUANTIZED_DTYPES:  # products in 8 bits are of floats, to train
-        changes["matmul_dtype"] = "compute"
-    config = dataclasses.replace(source.config, **changes)
+    config = dataclasses.replace(source.config, param_dtype=source.dtype)
     groups = {name: spec.groups for name, spec in source.tensors.items() if spec.groups}
     model = abstract(config, mesh, groups)
     leaves = to_arrays(model)

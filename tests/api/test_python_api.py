@@ -110,6 +110,14 @@ def test_an_export_and_one_checkpoint_answer_as_the_run(own_run, llm, tmp_path):
         assert grok.LLM(weights).generate("The number 3", params) == expected
 
 
+def test_int8_activations_answer_alike_beside_others(own_run):
+    llm = grok.LLM(own_run[0].folder, param_dtype="int8", matmul_dtype="int8")
+    params = grok.SamplingParams(max_tokens=5, temperature=0, logprobs=0)
+    (alone,) = llm.generate("The number 3", params)
+    beside = llm.generate(["comes after", "The number 3"], params)[1]
+    assert (beside.token_ids, beside.logprobs) == (alone.token_ids, alone.logprobs)
+
+
 def test_streams_add_up_whatever_is_asked_meanwhile(llm):
     params = grok.SamplingParams(max_tokens=6, seed=1, logprobs=2, prompt_logprobs=0, experts=True)
     (whole,) = llm.generate("The number 7", params)
@@ -176,6 +184,8 @@ def test_refusals_are_sentences(own_run, llm, tmp_path):
         grok.LLM(folder, tokeniser="x")
     with pytest.raises(ConfigError, match=r"mesh .* needs 9 devices, and there are 8"):
         grok.LLM(folder, mesh={"data": 9})
+    with pytest.raises(ConfigError, match=r"to serve; model.matmul_dtype=compute would work"):
+        grok.LLM(folder, matmul_dtype="int8")
     with pytest.raises(CheckpointError, match="No such file"):
         grok.LLM(tmp_path / "nothing")
     with pytest.raises(ConfigError, match=r"chat_template='grok-1'.* would work"):

@@ -1,7 +1,7 @@
-"""Training in 8 bits: losses and gradients near those in floats, alike on every mesh, and refused
-where it cannot be.
+"""Products in 8 bits, to train and to serve: losses, gradients and logits near those in floats,
+alike on every mesh, and refused where they cannot be.
 
-Letters: B rows, T tokens.
+Letters: B rows, T tokens, V vocab.
 """
 
 import dataclasses
@@ -16,8 +16,11 @@ from grok.errors import ConfigError
 from grok.hardware import CHIPS
 from grok.model.mesh_fit import check_matmul_dtype
 from grok.ops import scaled
+from grok.weights.cast import converted
+from grok.weights.load import put_on_mesh
 from tests.fixtures.models import replace_keys
 from tests.fixtures.prove import in_suite
+from tests.fixtures.random_weights import RandomSource
 from tests.model.test_meshes import ARCHITECTURES, CONFIG, loss_and_gradients
 
 # Every token goes to both experts: rounding sends none to another.
@@ -79,9 +82,32 @@ def test_a_mesh_rounds_as_one_device_does(name, sizes):
     assert max(found.values()) < 0.05
 
 
+def served_logits(name: str, dtype: str, matmul_dtype: str, sizes=None) -> np.ndarray:
+    """logits_BTV of weights in int8 or int4."""
+    config = dataclasses.replace(MODELS[name], matmul_dtype=matmul_dtype)
+    weights = converted(RandomSource(config, dtype="float32"), dtype)
+    model = put_on_mesh(weights, sizes and grok.make_mesh(*sizes))
+    assert model.config.matmul_dtype == matmul_dtype
+    return np.asarray(model(np.random.default_rng(0).integers(0, 96, (8, 16))))
+
+
+@pytest.mark.parametrize("sizes", in_suite([None, (2, 2, 2, 1), (1, 2, 4, 1)], (2, 2, 2, 1)))
+@pytest.mark.parametrize("dtype", in_suite(["int8", "int4"], "int4"))
+@pytest.mark.parametrize("name", in_suite(MODELS, "mlp and experts"))
+def test_weights_in_8_and_4_bits_are_served_in_int8(name, dtype, sizes):
+    """As floats give, but for the rounding of activations; as one device gives, but for the order
+    of sums."""
+    one_device = served_logits(name, dtype, "int8")
+    expected = one_device if sizes else served_logits(name, dtype, "compute")
+    actual = served_logits(name, dtype, "int8", sizes)
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    print(f"\n{name}, {dtype}, {sizes}: {error:.1e}")
+    assert error < 1e-3 if sizes else 1e-3 < error < ERRORS["int8"]
+
+
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ConfigError, match=r"param_dtype=int8; model.matmul_dtype=compute would"):
-        dataclasses.replace(CONFIG, param_dtype="int8", matmul_dtype="int8")
+    with pytest.raises(ConfigError, match=r"param_dtype=int8; model.matmul_dtype=int8 would"):
+        dataclasses.replace(CONFIG, param_dtype="int8", matmul_dtype="float8")
     model = dataclasses.replace(CONFIG, matmul_dtype="int8")
     run = RunConfig(model=model, lora=LoraConfig(rank=4), train=TrainConfig(init_from="weights"))
     with pytest.raises(ConfigError, match=r"lora.rank=4; model.matmul_dtype=compute would work"):
@@ -93,6 +119,12 @@ def test_what_cannot_be_is_refused():
 @pytest.mark.parametrize(("chip", "right"), [("v4", "compute"), ("v6e", "int8"), ("7x", "float8")])
 def test_chips_have_the_type_that_is_faster_there(chip, right):
     kind = CHIPS[chip].kinds[0]
+    served = dataclasses.replace(CONFIG, param_dtype="int4", matmul_dtype="int8")
+    if right == "int8":
+        check_matmul_dtype(served, kind)
+    else:
+        with pytest.raises(ConfigError, match=rf"on {chip}; model.matmul_dtype=compute would"):
+            check_matmul_dtype(served, kind)
     check_matmul_dtype(dataclasses.replace(CONFIG, matmul_dtype=right), kind)
     for dtype in {"int8", "float8"} - {right}:
         model = dataclasses.replace(CONFIG, matmul_dtype=dtype)

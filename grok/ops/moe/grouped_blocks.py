@@ -5,6 +5,7 @@ Letters: E experts, I tiles, M rows of a tile, P = I*M slots, K contracted axis,
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +14,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from grok.hardware import LANES
 from grok.ops.moe.routing import TileSchedule, tile_schedule
 from grok.ops.moe.tiling import KernelBytes, gradient_blocks, vmem_limit, weight_blocks
 from grok.ops.varying import shape_like
+
+SCALE_BYTES = LANES * 4  # of a row's scales, which fill lanes in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,14 @@ class Blocks:
         per_block = next(n for n in range(largest, 0, -1) if groups % n == 0)
         return dataclasses.replace(self, tn=per_block * multiple)
 
+    def with_groups(self, *groups: int) -> "Blocks":
+        """Blocks that hold whole groups of the contracted axis, or lie in one, for each of these
+        numbers of groups."""
+        rows = [self.K // number for number in groups]
+        if any(self.tk % group and group % self.tk for group in rows):
+            return dataclasses.replace(self, tk=math.gcd(self.tk, *rows))
+        return self
+
     @property
     def x_spec(self) -> pl.BlockSpec:
         """The block of rows (P, K) of a step."""
@@ -55,6 +67,10 @@ class Blocks:
     def y_spec(self) -> pl.BlockSpec:
         """The block of results (P, N) of a step."""
         return pl.BlockSpec((self.M, self.tn), lambda n, i, k, expert, tile, *_: (tile[i], n))
+
+    def scales_spec(self, groups: int) -> pl.BlockSpec:
+        """The scales (P, groups) of the rows of a step."""
+        return pl.BlockSpec((self.M, groups), lambda n, i, k, expert, tile, *_: (tile[i], 0))
 
     def cost(self, products: int, transcendentals: int = 0) -> pl.CostEstimate:
         """Cost of `products` products."""
@@ -179,3 +195,12 @@ def _weight_gradient_kernel(product, expert, tile, has_rows, num_steps, *refs):
     @pl.when((i == last) | (expert[jnp.minimum(i + 1, last)] != expert[i]))
     def _():
         dw_ref[...] = sum_ref[...].astype(dw_ref.dtype)
+
+
+def column_of(ref, index) -> jax.Array:
+    """One column (M, 1) of scales (M, G); the grid may know which alone."""
+    scale_MG = ref[...]
+    if scale_MG.shape[1] == 1:
+        return scale_MG
+    is_column = jax.lax.broadcasted_iota(jnp.int32, scale_MG.shape, 1) == index
+    return jnp.sum(jnp.where(is_column, scale_MG, 0), axis=1, keepdims=True)

@@ -1,13 +1,13 @@
 """Products of tiles of rows with the matrix of each tile's expert: TPU kernels.
 
 Weights are stationary: a block of an expert's matrix is read once for all its tiles, and as int8 or
-int4 where it is that. Letters as in `grok.ops.moe.grouped_blocks`, and G groups of scales, L
-layers.
+int4 where it is that. Rows may be int8, too, and are then multiplied as integers. Letters as in
+`grok.ops.moe.grouped_blocks`, and G groups of scales, L layers.
 """
 
-import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,9 +16,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from grok.hardware import has_small_vmem
-from grok.ops.moe.grouped_blocks import Blocks, dot, make_blocks, weight_gradient
+from grok.ops.moe.grouped_blocks import (
+    SCALE_BYTES,
+    Blocks,
+    column_of,
+    dot,
+    make_blocks,
+    weight_gradient,
+)
 from grok.ops.moe.routing import tile_schedule
 from grok.ops.moe.tiling import KernelBytes
+from grok.ops.scaled import integer_dot
 from grok.ops.varying import shape_like
 from grok.ops.weights.weight import kernel_operands, take_expert
 
@@ -58,6 +66,7 @@ def grouped_matmul(
     transposed: bool = False,
     max_tiles: int | None = None,
     start: jax.Array | None = None,
+    row_scales: jax.Array | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """Sum over pairs of x_PK and w_EKN of each tile times its expert's matrix, y_PN in `dtype`.
@@ -65,27 +74,33 @@ def grouped_matmul(
     `ws` are arrays, of shape (E, N, K) when `transposed`, or one QuantizedArray. Products are
     summed in float32, from `start` on if given, an array like y_PN that y_PN overwrites. Slots
     after the last tile are not written. `max_tiles` bounds the tiles with rows, for the cost
-    estimate.
+    estimate. With `row_scales` (P, G), float32, the rows are int8 and the matrices a
+    QuantizedArray: products are of int8 values, in int32 up to the end of a group of either.
     """
     layer, _, w_scales = kernel_operands(ws[0])
     values = [kernel_operands(w)[1] for w in ws]
     scales = [] if w_scales is None else [w_scales]
     P, N = len(xs[0]), values[0].shape[2 if transposed else 3]
-    starts = [] if start is None else [start]
+    starts, x_scales = ([] if array is None else [array] for array in (start, row_scales))
     results = (1 + len(starts)) * jnp.dtype(dtype).itemsize  # written, and read as the start
-    size = _kernel_bytes(xs, values, scales, results)
+    size = _kernel_bytes(xs, values, scales, x_scales, results)
     b = make_blocks(xs[0], N, size, tiles_E, tile, max_tiles)
-    if scales:
-        b = _whole_scale_groups(b, scales[0].shape[2])
+    b = b.with_groups(*(a.shape[2] for a in scales), *(a.shape[1] for a in x_scales))
     prefetch = b.schedule.expert_I, b.schedule.tile_I, jnp.asarray(layer, jnp.int32).reshape(1)
-    operands = *prefetch, *xs, *values, *scales, *starts
-    w_specs = _weight_specs(b, transposed, values, scales)
+    operands = *prefetch, *xs, *values, *scales, *x_scales, *starts
+    in_specs = [
+        *[b.x_spec] * len(xs),
+        *_weight_specs(b, transposed, values, scales),
+        *(b.scales_spec(array.shape[1]) for array in x_scales),
+        *[b.y_spec] * len(starts),
+    ]
+    multiply = _multiply(len(xs), transposed, bool(scales), bool(x_scales))
     return pl.pallas_call(
-        functools.partial(_matmul_kernel, b, len(xs), transposed, bool(scales), bool(starts)),
+        functools.partial(_matmul_kernel, b, multiply, bool(starts)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetch),
             grid=b.grid,
-            in_specs=[*[b.x_spec] * len(xs), *w_specs, *[b.y_spec] * len(starts)],
+            in_specs=in_specs,
             out_specs=b.y_spec,
             scratch_shapes=[pltpu.VMEM((b.M, b.tn), jnp.float32)],
         ),
@@ -94,11 +109,11 @@ def grouped_matmul(
         cost_estimate=b.cost(len(xs)),
         input_output_aliases={len(operands) - 1: 0} if starts else {},
         interpret=interpret,
-        name="grouped_matmul",
+        name="scaled_grouped_matmul" if x_scales else "grouped_matmul",
     )(*operands)
 
 
-def _kernel_bytes(xs, values, scales, results: int) -> KernelBytes:
+def _kernel_bytes(xs, values, scales, x_scales, results: int) -> KernelBytes:
     """Bytes of the arrays, `results` of them of results."""
     rows = sum(x.dtype.itemsize for x in xs)
     weights = sum(jax.dtypes.itemsize_bits(w.dtype) for w in values) / 8
@@ -108,15 +123,9 @@ def _kernel_bytes(xs, values, scales, results: int) -> KernelBytes:
     num_groups = scales[0].shape[2]
     converted = 4 if has_small_vmem() else row  # a v4 converts through 32 bits
     column = 2 * 4 * num_groups + converted * (xs[0].shape[1] // num_groups)
-    return KernelBytes(rows, weights, results, sums=2 * 4, row=row, column=column)
-
-
-def _whole_scale_groups(b: Blocks, num_scale_groups: int) -> Blocks:
-    """Blocks that hold whole groups of scales, or lie in one."""
-    group = b.K // num_scale_groups
-    if b.tk % group and group % b.tk:
-        return dataclasses.replace(b, tk=math.gcd(b.tk, group))
-    return b
+    row_scales = SCALE_BYTES * len(x_scales)
+    sums = (2 + len(x_scales)) * 4  # with a product in int32
+    return KernelBytes(rows, weights, results, sums, row, column, row_scales)
 
 
 def _weight_specs(b: Blocks, transposed: bool, values, scales) -> list[pl.BlockSpec]:
@@ -137,7 +146,7 @@ def _weight_specs(b: Blocks, transposed: bool, values, scales) -> list[pl.BlockS
     ]
 
 
-def _matmul_kernel(b: Blocks, products: int, transposed: bool, scaled: bool, starts: bool, *refs):
+def _matmul_kernel(b: Blocks, multiply: Callable, starts: bool, *refs):
     """One block of K; `refs` are those of the operands, the result and its sum."""
     refs = refs[3:]  # without the prefetched scalars
     y_ref, sum_ref = refs[-2:]
@@ -147,15 +156,30 @@ def _matmul_kernel(b: Blocks, products: int, transposed: bool, scaled: bool, sta
     def _():
         sum_ref[...] = refs[-3][...].astype(jnp.float32) if starts else jnp.zeros_like(sum_ref)
 
-    for x_ref, w_ref in zip(refs, refs[products : 2 * products], strict=False):
-        if scaled:
-            sum_ref[...] += _dot_quantized(x_ref, w_ref, refs[2], k * b.tk, b.K)
-        else:
-            sum_ref[...] += dot(x_ref[...], w_ref[...], 1 if transposed else 0)
+    for product_MN in multiply(refs, k * b.tk, b.K):
+        sum_ref[...] += product_MN
 
     @pl.when(k == b.K // b.tk - 1)
     def _():
         y_ref[...] = sum_ref[...].astype(y_ref.dtype)
+
+
+def _multiply(pairs: int, transposed: bool, scaled: bool, has_row_scales: bool) -> Callable:
+    """The products of a block, of the operands' refs, its first row and the number of all rows."""
+
+    def floats(refs, row, K: int) -> Iterator[jax.Array]:
+        for x_ref, w_ref in zip(refs, refs[pairs : 2 * pairs], strict=False):
+            yield dot(x_ref[...], w_ref[...], 1 if transposed else 0)
+
+    def quantized(refs, row, K: int) -> Iterator[jax.Array]:
+        yield _dot_quantized(*refs[:3], row, K)
+
+    def integers(refs, row, K: int) -> Iterator[jax.Array]:
+        yield _dot_integers(*refs[:4], row, K)
+
+    if not scaled:
+        return floats
+    return integers if has_row_scales else quantized
 
 
 def _dot_quantized(x_ref, w_ref, scale_ref, row, K: int) -> jax.Array:
@@ -167,18 +191,39 @@ def _dot_quantized(x_ref, w_ref, scale_ref, row, K: int) -> jax.Array:
     """
     rows = w_ref.shape[0]
     y_MN = jnp.zeros((x_ref.shape[0], w_ref.shape[1]), jnp.float32)
+    for part, scale_1N in _groups(scale_ref, rows, row, K):
+        y_MN += dot(x_ref[:, part], w_ref[part, :].astype(x_ref.dtype), 0) * scale_1N
+    return y_MN
+
+
+def _dot_integers(x_ref, w_ref, scale_ref, row_scale_ref, row, K: int) -> jax.Array:
+    """As `_dot_quantized`, of int8 rows with scales (M, G), all of them, as well."""
+    rows, row_groups = w_ref.shape[0], row_scale_ref.shape[1]
+    row_group = K // row_groups
+    y_MN = jnp.zeros((x_ref.shape[0], w_ref.shape[1]), jnp.float32)
+    for part, scale_1N in _groups(scale_ref, rows, row, K, row_group):
+        product = integer_dot(x_ref[:, part], w_ref[part, :].astype(jnp.int8))
+        product = product.astype(jnp.float32) * scale_1N
+        if row_groups > 1:
+            product *= column_of(row_scale_ref, (row + part.start) // row_group)
+        y_MN += product
+    return y_MN if row_groups > 1 else y_MN * row_scale_ref[...]
+
+
+def _groups(scale_ref, rows: int, row, K: int, multiple: int = 0) -> Iterator[tuple]:
+    """Parts of a block of `rows` rows from `row` on, each in one group of scales, and in one of
+    `multiple` rows; with the scales of the part, (1, N)."""
     scale_GN = scale_ref[...].astype(jnp.float32)
     group = K // len(scale_GN)
     index_GN = jax.lax.broadcasted_iota(jnp.int32, scale_GN.shape, 0)
-    for start in range(0, rows, min(group, rows)):
-        part = slice(start, start + min(group, rows))
+    length = min(math.gcd(group, multiple), rows)
+    for start in range(0, rows, length):
         if rows == K:
             scale_1N = scale_GN[start // group : start // group + 1]
         else:  # a part of the rows that only the grid knows
             is_group_GN = index_GN == (row + start) // group
             scale_1N = jnp.sum(jnp.where(is_group_GN, scale_GN, 0), axis=0, keepdims=True)
-        y_MN += dot(x_ref[:, part], w_ref[part, :].astype(x_ref.dtype), 0) * scale_1N
-    return y_MN
+        yield slice(start, start + length), scale_1N
 
 
 def grouped_weight_gradient(

@@ -14,14 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from grok.ops.moe.grouped_blocks import Blocks, make_blocks
-from grok.ops.moe.scaled_matmul import (
-    SCALE_BYTES,
-    columns_spec,
-    map_tiles,
-    scales_spec,
-    weight_spec,
-)
+from grok.ops.moe.grouped_blocks import SCALE_BYTES, Blocks, make_blocks
+from grok.ops.moe.scaled_matmul import columns_spec, map_tiles, weight_spec
 from grok.ops.moe.tiling import KernelBytes
 from grok.ops.scaled import Scaled, group_columns, quantize, quantize_groups, scaled_dot
 from grok.ops.varying import shape_like
@@ -129,7 +123,7 @@ def _call(b: Blocks, x, gate, up, finish, outputs, specs, transcendentals, dtype
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=b.grid,
-            in_specs=[b.x_spec, scales_spec(b, 1), w_spec, w_spec, column_spec, column_spec],
+            in_specs=[b.x_spec, b.scales_spec(1), w_spec, w_spec, column_spec, column_spec],
             out_specs=specs,
             scratch_shapes=[pltpu.VMEM((b.M, b.tn), jnp.float32)] * 2,
         ),

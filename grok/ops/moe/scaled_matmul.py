@@ -4,9 +4,7 @@ same in plain XLA.
 Letters as in `grok.ops.moe.grouped_blocks`, and G groups of the contracted axis.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +13,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from grok.hardware import LANES
-from grok.ops.moe.grouped_blocks import Blocks, make_blocks
+from grok.ops.moe.grouped_blocks import SCALE_BYTES, Blocks, column_of, make_blocks
 from grok.ops.moe.routing import tile_schedule
 from grok.ops.moe.tiling import KernelBytes
 from grok.ops.scaled import Scaled, scaled_dot
 from grok.ops.varying import shape_like
-
-SCALE_BYTES = LANES * 4  # of a row's scales, which fill lanes in memory
 
 
 def map_tiles(f: Callable, tiles_E, tile: int, *arrays: jax.Array) -> Any:
@@ -105,9 +100,8 @@ def scaled_matmul(
     pairs = len(xs)
     size = KernelBytes(pairs, pairs, results, 2 * 4, 1, 2 * 4 * 8, SCALE_BYTES * pairs)
     b = make_blocks(xs[0].values, N, size, tiles_E, tile, max_tiles)
+    b = b.with_groups(xs[0].scales.shape[1])
     group = b.K // xs[0].scales.shape[1]
-    if b.tk % group and group % b.tk:
-        b = dataclasses.replace(b, tk=math.gcd(b.tk, group))
     prefetch = b.schedule.expert_I, b.schedule.tile_I
     rows = [a for x in xs for a in x]
     operands = *prefetch, *rows, *values, *scales, *starts
@@ -117,7 +111,7 @@ def scaled_matmul(
             num_scalar_prefetch=len(prefetch),
             grid=b.grid,
             in_specs=[
-                *[b.x_spec, scales_spec(b, xs[0].scales.shape[1])] * pairs,
+                *[b.x_spec, b.scales_spec(xs[0].scales.shape[1])] * pairs,
                 *[weight_spec(b, transposed)] * pairs,
                 *[columns_spec(b)] * len(scales),
                 *[b.y_spec] * len(starts),
@@ -144,11 +138,6 @@ def weight_spec(b: Blocks, transposed: bool = False) -> pl.BlockSpec:
     return pl.BlockSpec(shape, index, pipeline_mode=pl.Buffered(b.buffers))
 
 
-def scales_spec(b: Blocks, groups: int) -> pl.BlockSpec:
-    """The scales (P, G) of the rows of a step."""
-    return pl.BlockSpec((b.M, groups), lambda n, i, k, expert, tile: (tile[i], 0))
-
-
 def columns_spec(b: Blocks) -> pl.BlockSpec:
     """The scales (E, 1, N) of the columns of a step."""
     return pl.BlockSpec((None, 1, b.tn), lambda n, i, k, expert, tile: (expert[i], 0, n))
@@ -170,7 +159,7 @@ def _kernel(b: Blocks, pairs: int, group: int, transposed: bool, scaled: bool, s
             part = slice(start, start + min(group, b.tk))
             w = w_ref[:, part] if transposed else w_ref[part, :]
             product = scaled_dot(x_ref[:, part], w, 1, int(transposed))
-            sum_ref[...] += product * _column(scale_ref, (k * b.tk + start) // group)
+            sum_ref[...] += product * column_of(scale_ref, (k * b.tk + start) // group)
 
     @pl.when(k == b.K // b.tk - 1)
     def _():
@@ -180,12 +169,3 @@ def _kernel(b: Blocks, pairs: int, group: int, transposed: bool, scaled: bool, s
         if starts:
             y_MN += refs[-3][...].astype(jnp.float32)
         y_ref[...] = y_MN.astype(y_ref.dtype)
-
-
-def _column(ref, index) -> jax.Array:
-    """One column (M, 1) of scales (M, G); the grid may know which alone."""
-    scale_MG = ref[...]
-    if scale_MG.shape[1] == 1:
-        return scale_MG
-    is_column = jax.lax.broadcasted_iota(jnp.int32, scale_MG.shape, 1) == index
-    return jnp.sum(jnp.where(is_column, scale_MG, 0), axis=1, keepdims=True)
