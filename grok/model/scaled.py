@@ -43,7 +43,10 @@ def experts_in_8_bits(rows, leaves, unshard, config: ModelConfig, activation: st
     """y_RD of rows (ScaledRows, topk_weights_RC, expert_ids_RC), by this device's slice of the
     experts' width; `unshard` makes the matrices of their `leaves`."""
     if config.is_quantized:
-        return experts_int8(*rows, *jax.tree.map(pvary, unshard(leaves)), activation)
+        x, topk_weights_RC, expert_ids_RC = rows
+        assignment = topk_weights_RC, expert_ids_RC
+        gate, up, down = jax.tree.map(pvary, unshard(leaves))
+        return experts_int8(x, *assignment, gate, up, down, activation=activation)
     splits = mlp_splits(leaves[0].shape[-1], LANES)
     column_major = sharding.axis_size("fsdp_embed") > 1
     options = Options(config.matmul_dtype, splits, activation, column_major)
@@ -57,8 +60,8 @@ def mlp_in_8_bits(
     R = len(x.values)
     assignment = pvary(jnp.ones((R, 1), jnp.float32)), pvary(jnp.zeros((R, 1), jnp.int32))
     if config.is_quantized:
-        matrices = map(as_one_expert, jax.tree.map(pvary, unshard(leaves)))
-        return experts_int8(x, *assignment, *matrices, activation)
+        gate, up, down = map(as_one_expert, jax.tree.map(pvary, unshard(leaves)))
+        return experts_int8(x, *assignment, gate, up, down, activation=activation)
     unshard = dataclasses.replace(unshard, axes=tuple((None, *axes) for axes in unshard.axes))
     matrices_E = [leaf[None] for leaf in leaves]
     return experts_in_8_bits((x, *assignment), matrices_E, unshard, config, activation)

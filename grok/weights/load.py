@@ -62,7 +62,8 @@ def put_on_mesh(
     source: Source, mesh: Mesh | None = None, on_progress: OnProgress = no_progress
 ) -> Decoder:
     """The model of `source`, in the types that its tensors have, on `mesh` or one device."""
-    config = dataclasses.replace(source.config, param_dtype=source.dtype)
+    dtype: Any = source.dtype
+    config = dataclasses.replace(source.config, param_dtype=dtype)
     groups = {name: spec.groups for name, spec in source.tensors.items() if spec.groups}
     model = abstract(config, mesh, groups)
     leaves = to_arrays(model)

@@ -172,10 +172,12 @@ def _multiply(pairs: int, transposed: bool, scaled: bool, has_row_scales: bool) 
             yield dot(x_ref[...], w_ref[...], 1 if transposed else 0)
 
     def quantized(refs, row, K: int) -> Iterator[jax.Array]:
-        yield _dot_quantized(*refs[:3], row, K)
+        x_ref, w_ref, scale_ref = refs[:3]
+        yield _dot_quantized(x_ref, w_ref, scale_ref, row, K)
 
     def integers(refs, row, K: int) -> Iterator[jax.Array]:
-        yield _dot_integers(*refs[:4], row, K)
+        x_ref, w_ref, scale_ref, row_scale_ref = refs[:4]
+        yield _dot_integers(x_ref, w_ref, scale_ref, row_scale_ref, row, K)
 
     if not scaled:
         return floats
