@@ -3,6 +3,7 @@ choice of the devices that JAX uses, and facts of those that a program is traced
 
 import importlib.util
 import os
+import platform as python_platform
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,6 +145,16 @@ def keep_programs() -> None:
 def user_cache() -> Path:
     """The user's folder of compiled programs on this machine."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grok" / "compiled"
+
+
+def processor() -> bytes:
+    """This machine's processor: its kind and instructions, where Linux lists them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
+    except OSError:
+        return python_platform.processor().encode()
+    names = (b"model name", b"flags", b"Features", b"CPU part")
+    return b"\n".join(line for line in lines if line.startswith(names))
 
 
 def is_one_of_several() -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from grok.cli.startup import without_gc
 from grok.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class SamplingCommand(click.Command):
         return [*self.params, *options, *super().get_params(ctx)[len(self.params) :]]
 
 
+@without_gc()
 def start_engine(checkpoint: str, overrides: tuple[str, ...]) -> tuple["Engine", "Tokenizer"]:
     """The engine of the weights at `checkpoint`, on one device unless overrides say otherwise, and
     their tokenizer."""
@@ -67,6 +69,7 @@ def start_engine(checkpoint: str, overrides: tuple[str, ...]) -> tuple["Engine",
 
     from grok.data.tokenizers import load_tokenizer
     from grok.infer.engine import Engine
+    from grok.infer.programs import ProgramStore
     from grok.progress import byte_progress
     from grok.weights.load import load
 
@@ -76,7 +79,7 @@ def start_engine(checkpoint: str, overrides: tuple[str, ...]) -> tuple["Engine",
     note(f"reading the weights at {checkpoint}, {dtype}")
     with byte_progress() as on_progress:
         model = load(checkpoint, config.model, mesh, dtype, on_progress)
-    return Engine(model, tokenizer, mesh, config.engine), tokenizer
+    return Engine(model, tokenizer, mesh, config.engine, ProgramStore.of_user()), tokenizer
 
 
 def chat_turns(

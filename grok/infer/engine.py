@@ -14,9 +14,11 @@ from grok.config import EngineConfig
 from grok.config.sampling import SamplingParams
 from grok.data.tokenizers import Tokenizer
 from grok.errors import GrokError, RequestError
+from grok.infer.programs import Programs, ProgramStore
 from grok.infer.request import Completion, Limits, Output, Request, TokenLogprobs, best_outputs
 from grok.infer.scheduler import Chunk, ScheduledStep, Scheduler, SequenceState
 from grok.infer.shapes import EngineShapes
+from grok.infer.slot_state import floats_of
 from grok.infer.stats import EngineStats
 from grok.infer.step import StepResult, clear_cache, forward_and_sample, score_prompt
 from grok.infer.step_inputs import StepInputs
@@ -54,9 +56,11 @@ class Engine:
         tokenizer: Tokenizer | None,
         mesh: Mesh,
         options: EngineConfig = DEFAULTS,
+        store: ProgramStore | None = None,
     ):
         """Makes the cache; sequences and pages are rounded up to a multiple of the groups. Without
-        a tokenizer, completions have no text and end at their length or stop_token_ids."""
+        a tokenizer, completions have no text and end at their length or stop_token_ids. Programs
+        are loaded from `store` and kept there."""
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         config = model.config
         # Rows of the embedding table beyond the tokenizer's pieces have no text.
@@ -64,8 +68,9 @@ class Engine:
         with jax.set_mesh(mesh):
             shapes = EngineShapes.of(config, options)
             self._inputs = StepInputs(config, tokenizer, shapes)
-            self._cache = jax.jit(shapes.init_cache)()
-            self._slots = jax.jit(shapes.init_slots)(self._inputs.unused_W)
+            self._run = Programs(store, mesh, shapes)
+            self._cache = self._run(jax.jit(shapes.init_cache))
+            self._slots = self._run(jax.jit(shapes.init_slots), self._inputs.unused_W)
         self._limits = Limits(
             config.vocab_size, config.context_length, shapes.layout, shapes.pages, shapes.groups
         )
@@ -174,15 +179,15 @@ class Engine:
         inputs, scored, scores = self._inputs, [], ()
         with jax.set_mesh(self._mesh):
             for update, slot, row in inputs.slot_updates(step):
-                self._slots = update(self._slots, *slot, row)
-            result, self._cache, self._slots = forward_and_sample(
-                self._model, self._cache, self._slots, inputs.words(step)
+                self._slots = self._run(update, self._slots, *slot, row)
+            result, self._cache, self._slots = self._run(
+                forward_and_sample, self._model, self._cache, self._slots, inputs.words(step)
             )
             if step.prefill:
                 scored = [pair for pair in step.chunks() if pair[0].sequence.no_prefix_reuse]
             if scored:
-                next_BUQ = inputs.targets(step, scored)
-                scores, self._slots = score_prompt(self._model, self._slots, result.x_BTD, next_BUQ)
+                arrays = result.x_BTD, inputs.targets(step, scored)
+                scores, self._slots = self._run(score_prompt, self._model, self._slots, *arrays)
             for chunk, _ in scored:
                 # After a preemption the prompt may reuse pages, and is not scored twice.
                 ended = chunk.start + chunk.count == chunk.sequence.prompt_length
@@ -197,7 +202,7 @@ class Engine:
         step, result = dispatched.step, dispatched.result
         sampled_BU2, experts_LBTC, outputs = np.asarray(result.sampled_BU2), None, []
         top_BU2X = np.asarray(result.top_BU2X if dispatched.has_top else ())
-        tokens, logprobs = sampled_BU2[..., 0].tolist(), _floats(sampled_BU2[..., 1]).tolist()
+        tokens, logprobs = sampled_BU2[..., 0].tolist(), floats_of(sampled_BU2[..., 1]).tolist()
         self._add_scores(dispatched)
         for chunk, (b, u) in step.chunks():
             sequence, end = chunk.sequence, chunk.start + chunk.count
@@ -215,7 +220,7 @@ class Engine:
             token = TokenLogprobs(*new)
             if params.logprobs:
                 top_X, words_X = top_BU2X[b, u]
-                token = self._logprobs(*new, params.logprobs, top_X, _floats(words_X))
+                token = self._logprobs(*new, params.logprobs, top_X, floats_of(words_X))
             outputs += self._append_token(sequence, token)
         return outputs
 
@@ -293,7 +298,3 @@ class Engine:
             message = "experts need one process with the whole mesh; experts=false would work."
             raise RequestError("experts", message)
         self._inputs.check_bans(params)
-
-
-def _floats(words: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(words).view(np.float32)

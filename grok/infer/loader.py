@@ -173,6 +173,7 @@ class ServedModel:
     def engine(self, log: Callable[[str], None]) -> Any:
         """Reads the weights and makes the engine; `log` gets a line before each slow part."""
         from grok.infer.engine import Engine
+        from grok.infer.programs import ProgramStore
 
         for notice in self.notices:
             log(notice)
@@ -180,4 +181,5 @@ class ServedModel:
         if (kernels := few_rows.describe()) is not None:
             log(kernels)
         log(f"compiling for the mesh {dict(self.mesh.shape)}")
-        return Engine(model, self.tokenizer, self.mesh, self._settings.engine)
+        store = ProgramStore.of_user()
+        return Engine(model, self.tokenizer, self.mesh, self._settings.engine, store)

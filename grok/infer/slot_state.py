@@ -35,6 +35,11 @@ def pack_words(ints: dict[str, int], floats: dict[str, float]) -> np.ndarray:
     return np.concatenate([int_words, float_words])
 
 
+def floats_of(words: np.ndarray) -> np.ndarray:
+    """The float32 of which `words` are the bits."""
+    return np.ascontiguousarray(words).view(np.float32)
+
+
 def sampling_words(
     params: SamplingParams, choice: int, prompt_length: int, vocab_size: int
 ) -> np.ndarray:

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from grok import sharding
 from grok.config import ModelConfig
 from grok.model.attend import Attend
-from grok.model.linear import product
+from grok.model.linear import few_rows_products, product
 from grok.model.param_spec import ParamSpec, init_params
 from grok.model.rope import apply_rope
 from grok.model.scaled import Projection, projection, projection_of_quantized
@@ -40,7 +40,7 @@ class Attention(nnx.Module):
             "w_out_NHD": ParamSpec.matmul((N, H, D), ("heads", "head_dim", "embed"), 2, 1),
         }
 
-    def __init__(self, key: jax.Array, config: ModelConfig):
+    def __init__(self, key: jax.Array | None, config: ModelConfig):
         self.config = config
         init_params(self, key, self.param_specs(config), config, config.num_layers)
 
@@ -53,9 +53,13 @@ class Attention(nnx.Module):
         kv = sharding.kv_axis(self.config.attention.num_kv_heads)
         rope, positions_BT = self.config.attention.rope, attend.positions_BT
         multiply = functools.partial(self._product, attend.is_serving)
-        q_BTNH = multiply("btd,dnh->btnh", x_BTD, "w_query_DNH", "heads", None)
-        k_BTKH = multiply("btd,dkh->btkh", x_BTD, "w_key_DKH", kv, None)
-        v_BTKH = multiply("btd,dkh->btkh", x_BTD, "w_value_DKH", kv, None)
+        params = self.w_query_DNH, self.w_key_DKH, self.w_value_DKH
+        axes = [("batch", "length", heads, None) for heads in ("heads", kv, kv)]
+        q_BTNH, k_BTKH, v_BTKH = few_rows_products(x_BTD, params, axes, attend.is_serving) or (
+            multiply("btd,dnh->btnh", x_BTD, "w_query_DNH", "heads", None),
+            multiply("btd,dkh->btkh", x_BTD, "w_key_DKH", kv, None),
+            multiply("btd,dkh->btkh", x_BTD, "w_value_DKH", kv, None),
+        )
         q_BTNH, k_BTKH = (apply_rope(x, positions_BT, rope) for x in (q_BTNH, k_BTKH))
         q_BTNH, k_BTKH, v_BTKH = (
             checkpoint_name(x, "projections") for x in (q_BTNH, k_BTKH, v_BTKH)

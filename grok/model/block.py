@@ -14,7 +14,7 @@ from grok.model.attention import Attention
 from grok.model.mlp import MLP
 from grok.model.moe import MoE, Routing
 from grok.model.norm import RMSNorm
-from grok.model.param_spec import ParamSpec, prefixed
+from grok.model.param_spec import ParamSpec, prefixed, split_key
 
 PRE_NORMS = ("pre_attn_norm", "pre_ffn_norm")
 SANDWICH_NORMS = ("pre_attn_norm", "post_attn_norm", "pre_ffn_norm", "post_ffn_norm")
@@ -40,11 +40,11 @@ class Block(nnx.Module):
             specs |= prefixed(name, RMSNorm.param_specs(config))
         return specs
 
-    def __init__(self, key: jax.Array, config: ModelConfig):
-        keys = jax.random.split(key, 3)
+    def __init__(self, key: jax.Array | None, config: ModelConfig):
+        keys = split_key(key, 3)
 
         def norm() -> RMSNorm:
-            return RMSNorm(config, config.num_layers)
+            return RMSNorm(key, config, config.num_layers)
 
         sandwich = config.norm.sandwich
         self.pre_attn_norm = norm()

@@ -18,7 +18,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from grok import sharding
 from grok.config import MESH_AXES, MeshConfig, ModelConfig
 from grok.errors import CheckpointError, ConfigError
 from grok.model.decoder import Decoder
@@ -114,15 +113,13 @@ def abstract(
     over devices (`sharded_scale_groups`). Raises ConfigError when the model cannot be split over
     the mesh.
     """
-
-    def make() -> Decoder:
-        return Decoder(config, jax.random.key(0))
-
     if mesh is None:
-        model = jax.eval_shape(make)
+        model = Decoder(config, None)
     else:
         check_mesh(config, mesh)
-        model = sharding.abstract_arrays(make, mesh)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            model = Decoder(config, None)
+        model = jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), model)
 
     if not groups:
         return model
@@ -138,6 +135,11 @@ def abstract(
         )
 
     return map_params(quantized, model)
+
+
+def _on_mesh(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    placement = NamedSharding(mesh, leaf.sharding.spec)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)
 
 
 def _abstract_quantized(spec: ParamSpec, w, num_groups: int, dtype: str) -> QuantizedArray:

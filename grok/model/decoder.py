@@ -17,7 +17,7 @@ from grok.model.block import Block
 from grok.model.embedding import Embedding
 from grok.model.moe import RouterStats
 from grok.model.norm import RMSNorm
-from grok.model.param_spec import ParamSpec, map_params, name_of, prefixed
+from grok.model.param_spec import ParamSpec, map_params, name_of, prefixed, split_key
 from grok.ops.cpu import few_rows
 from grok.ops.softcap import apply_softcap
 from grok.ops.weights.layer_slice import LayerSlice
@@ -55,12 +55,13 @@ class Decoder(nnx.Module):
             specs[name] = spec.stacked(config.num_layers)
         return {name: dataclasses.replace(spec, name=name) for name, spec in specs.items()}
 
-    def __init__(self, config: ModelConfig, key: jax.Array):
-        keys = jax.random.split(key, 3)
+    def __init__(self, config: ModelConfig, key: jax.Array | None):
+        """With fresh parameters; without a key, their shapes on the ambient mesh."""
+        keys = split_key(key, 3)
         self.config = config
         self.embed = Embedding(keys[0], config)
         self.layers = Block(keys[1], config)
-        self.final_norm = RMSNorm(config)
+        self.final_norm = RMSNorm(key, config)
         self.lm_head = None if config.tie_embeddings else Embedding(keys[2], config)
 
     @property

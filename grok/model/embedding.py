@@ -31,7 +31,7 @@ class Embedding(nnx.Module):
         shape = (config.vocab_size, config.embed_dim)
         return {"table_VD": ParamSpec.embed(shape, ("vocab", "embed"))}
 
-    def __init__(self, key: jax.Array, config: ModelConfig):
+    def __init__(self, key: jax.Array | None, config: ModelConfig):
         self.config = config
         init_params(self, key, self.param_specs(config), config)
 

@@ -6,6 +6,7 @@ Letters: B batch, T length, and those of the weight's name.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 from flax import nnx
@@ -43,15 +44,23 @@ def has_one_device() -> bool:
     return mesh is None or mesh.size == 1
 
 
-def _few_rows(x: jax.Array, w: Weight) -> jax.Array:
-    """The product of x (B, T, rows...) with the weight, (B, T, columns...), by a kernel."""
-    columns = w.shape[x.ndim - 2 :]
+def few_rows_products(
+    x: jax.Array, params: Sequence[nnx.Param], axes: Sequence[Axes], is_serving: bool
+) -> list[jax.Array] | None:
+    """Products of x (B, T, rows...) with matrices of one layer, (B, T, columns...) split as `axes`
+    says, by one call of a kernel; None where that cannot be used."""
+    weights = [cast(param.get_value(), x.dtype) for param in params]
+    rows = math.prod(x.shape[:2])
+    if not (is_serving and has_one_device() and few_rows.supports(rows, *weights)):
+        return None
 
-    def multiply(x, w):
-        x_RD = x.reshape(math.prod(x.shape[:2]), -1)
-        return few_rows.multiply(x_RD, w)[0].reshape(*x.shape[:2], *columns)
+    def multiply(x, *weights):
+        products = few_rows.multiply(x.reshape(rows, -1), *weights)
+        pairs = zip(products, weights, strict=True)
+        return [y.reshape(*x.shape[:2], *w.shape[x.ndim - 2 :]) for y, w in pairs]
 
-    return sharding.without_trivial_mesh(multiply)(x, w)
+    products = sharding.without_trivial_mesh(multiply)(x, *weights)
+    return [sharding.constrain(y, *split) for y, split in zip(products, axes, strict=True)]
 
 
 def product(
@@ -67,10 +76,9 @@ def product(
 
     An adapter's product is computed beside it: x goes through the rank, never a whole matrix.
     """
-    w = cast(param.get_value(), x.dtype)
-    if is_serving and has_one_device() and few_rows.supports(math.prod(x.shape[:2]), w):
-        return sharding.constrain(_few_rows(x, w), *axes)
-    w = materialize(w)
+    if products := few_rows_products(x, [param], [axes], is_serving):
+        return products[0]
+    w = materialize(cast(param.get_value(), x.dtype))
     factors = adapter(w)
     if factors is None:
         return sharding.einsum(subscripts, x, unshard(w, w_axes, x.dtype), axes=axes)

@@ -38,7 +38,7 @@ class MLP(nnx.Module):
             "w_down_FD": ParamSpec.matmul((F, D), ("mlp", "embed"), 1, 1),
         }
 
-    def __init__(self, key: jax.Array, config: ModelConfig):
+    def __init__(self, key: jax.Array | None, config: ModelConfig):
         self.config = config
         init_params(self, key, self.param_specs(config), config, config.num_layers)
 

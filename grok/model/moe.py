@@ -82,7 +82,7 @@ class MoE(nnx.Module):
             "w_down_EFD": ParamSpec.matmul((E, F, D), ("experts", "mlp", "embed"), 1, 1),
         }
 
-    def __init__(self, key: jax.Array, config: ModelConfig):
+    def __init__(self, key: jax.Array | None, config: ModelConfig):
         assert config.moe is not None
         self.config, self.moe_config = config, config.moe
         init_params(self, key, self.param_specs(config), config, config.num_layers)

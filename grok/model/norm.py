@@ -18,9 +18,9 @@ class RMSNorm(nnx.Module):
         """One scale for each channel."""
         return {"scale_D": ParamSpec.norm(config.embed_dim)}
 
-    def __init__(self, config: ModelConfig, num_layers: int | None = None):
+    def __init__(self, key: jax.Array | None, config: ModelConfig, num_layers: int | None = None):
         self.eps = config.norm.eps
-        init_params(self, jax.random.key(0), self.param_specs(config), config, num_layers)
+        init_params(self, key, self.param_specs(config), config, num_layers)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Returns x / sqrt(mean(x^2) + eps) * scale, in the type of `x_BTD`."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from grok import sharding
 from grok.config import ModelConfig
@@ -175,6 +176,12 @@ class ParamSpec:
         """
         return sharding.storage_axes(self.axes, self.shape, param_dtype)
 
+    def abstract(self, dtype: str, param_dtype: str) -> jax.ShapeDtypeStruct:
+        """Shape and `dtype`, and the placement on the ambient mesh."""
+        mesh, axes = sharding.ambient_mesh(), self.storage_axes(param_dtype)
+        placement = None if mesh is None else NamedSharding(mesh, sharding.spec(*axes))
+        return jax.ShapeDtypeStruct(self.shape, jnp.dtype(dtype), sharding=placement)
+
     def initialize(self, key: jax.Array, dtype: str, param_dtype: str) -> jax.Array:
         """Ones, or a normal cut at two sigma of standard deviation 1/sqrt(fan_in), in `dtype`."""
         axes = self.storage_axes(param_dtype)
@@ -189,17 +196,24 @@ class ParamSpec:
 
 def init_params(
     module: nnx.Module,
-    key: jax.Array,
+    key: jax.Array | None,
     specs: dict[str, ParamSpec],
     config: ModelConfig,
     num_layers: int | None = None,
 ) -> None:
-    """Sets fresh parameters of `module`, with `num_layers` stacked on a first axis if given."""
-    keys = [key] if len(specs) == 1 else jax.random.split(key, len(specs))
+    """Sets fresh parameters of `module`, with `num_layers` stacked on a first axis if given;
+    without a key, their shapes."""
+    keys = [key] if len(specs) == 1 else split_key(key, len(specs))
     for key, (name, spec) in zip(keys, specs.items(), strict=True):
         whole = spec if num_layers is None else spec.stacked(num_layers)
-        values = whole.initialize(key, config.float_dtype, config.param_dtype)
+        dtypes = config.float_dtype, config.param_dtype
+        values = whole.abstract(*dtypes) if key is None else whole.initialize(key, *dtypes)
         setattr(module, name, nnx.Param(values))
+
+
+def split_key(key: jax.Array | None, count: int) -> Any:
+    """So many keys, or None as often."""
+    return [None] * count if key is None else jax.random.split(key, count)
 
 
 def prefixed(prefix: str, specs: dict[str, ParamSpec]) -> dict[str, ParamSpec]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from grok.hardware import LANES, has_small_vmem
 from grok.ops.attention.causal import temperature
 from grok.ops.attention.flash_blocks import Terms
 from grok.ops.attention.flash_kernels import flash_with_temperature
+from grok.ops.pallas import splash_attention as splash
 
 BLOCK_SIZES = (1024, 512, 256, 128)  # tokens; the largest that divides a row is taken
 

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from grok.hardware import LANES
+from grok.ops.pallas import pl, pltpu
 
 MAX_BLOCK_ROWS = 1024  # queries of all heads that share keys
 MAX_BLOCK_LOGITS = 512 * 1024  # an array of them in float32 takes 2 MiB of vector memory
@@ -68,7 +67,7 @@ class Blocks(NamedTuple):
         order = np.lexsort((query, key)) if by_key else slice(None)
         return (query << PAIR_SHIFT | key)[order].astype(np.int32)
 
-    def specs(self) -> dict[str, pl.BlockSpec]:
+    def specs(self) -> "dict[str, pl.BlockSpec]":
         """Blocks of the arrays of each side: by heads, or the same for all heads."""
         G, Q, C, H = self.G, self.Q, self.C, self.H
         return {

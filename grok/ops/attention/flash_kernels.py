@@ -13,10 +13,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import pallas as pl
 
 from grok.ops.attention.causal import MASKED_LOGIT
 from grok.ops.attention.flash_blocks import Blocks, Terms, begins, ends, key_of, query_of
+from grok.ops.pallas import pl
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

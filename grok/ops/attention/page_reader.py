@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.experimental.pallas as pl
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
+
+from grok.ops.pallas import pl, pltpu
 
 
 class PageReader(Protocol):

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 from grok.hardware import LANES
 from grok.ops.attention.paged import page_size
 from grok.ops.attention.ragged_kernel import ragged_kernel
+from grok.ops.pallas import ragged_paged_attention
 
 KV_BLOCK, QUERY_BLOCK = 512, 32  # keys and queries that the kernel multiplies at a time
 INT8_SUBLANES = 32  # rows of a tile of int8
@@ -76,7 +76,7 @@ def _jax_kernel(q_UQNH, kv_LPSK2H, layer, table_UM, start_U, scale, softcap) -> 
     L, P, S, K = kv_LPSK2H.shape[:4]
     # A block that is not full ends behind its last token, maybe beyond the table.
     table_UM = jnp.pad(table_UM, ((0, 0), (0, (Q + S - 2) // S)))
-    o = ragged_paged_attention(
+    o = ragged_paged_attention.ragged_paged_attention(
         q_UQNH.reshape(U * Q, N, H),
         kv_LPSK2H.reshape(L * P, S, 2 * K, H),
         start_U + Q,

@@ -17,12 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from grok.hardware import LANES, has_small_vmem
 from grok.ops.attention.causal import MASKED_LOGIT, causal_mask, temperature
 from grok.ops.attention.page_reader import PageReader, page_reader
+from grok.ops.pallas import pl, pltpu
 from grok.ops.softcap import apply_softcap
 
 MAX_BLOCK_QUERIES, MAX_BLOCK_KEYS = 512, 512  # of one kv head
@@ -129,7 +128,7 @@ class _Blocks:
             pltpu.VMEM((self.K, self.R, self.H), jnp.float32),
         ]
 
-    def cost(self, U: int, steps: int, q_bytes: int, bytes_per_token: int) -> pl.CostEstimate:
+    def cost(self, U: int, steps: int, q_bytes: int, bytes_per_token: int) -> "pl.CostEstimate":
         """Cost with full caches: a token sees them all, tokens of a prompt half of them on average,
         and no more than a window."""
         keys = self.M * self.S if self.Q == 1 else self.M * self.S // 2

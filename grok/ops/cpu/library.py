@@ -60,18 +60,8 @@ def _key() -> str:
     digest = hashlib.sha256(" ".join((platform.machine(), *FLAGS)).encode())
     for file in (*sorted(SOURCES.iterdir()), _include_folder() / "xla/ffi/api/c_api.h"):
         digest.update(file.read_bytes())
-    digest.update(_processor())
+    digest.update(hardware.processor())
     return digest.hexdigest()[:16]
-
-
-def _processor() -> bytes:
-    """The processor's kind and instructions, where Linux lists them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor().encode()
-    names = (b"model name", b"flags", b"Features", b"CPU part")
-    return b"\n".join(line for line in lines if line.startswith(names))
 
 
 def _include_folder() -> Path:

@@ -11,12 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from grok.hardware import LANES
 from grok.ops.moe.routing import TileSchedule, tile_schedule
 from grok.ops.moe.tiling import KernelBytes, gradient_blocks, vmem_limit, weight_blocks
+from grok.ops.pallas import pl, pltpu
 from grok.ops.varying import shape_like
 
 SCALE_BYTES = LANES * 4  # of a row's scales, which fill lanes in memory
@@ -59,20 +58,20 @@ class Blocks:
         return self
 
     @property
-    def x_spec(self) -> pl.BlockSpec:
+    def x_spec(self) -> "pl.BlockSpec":
         """The block of rows (P, K) of a step."""
         return pl.BlockSpec((self.M, self.tk), lambda n, i, k, expert, tile, *_: (tile[i], k))
 
     @property
-    def y_spec(self) -> pl.BlockSpec:
+    def y_spec(self) -> "pl.BlockSpec":
         """The block of results (P, N) of a step."""
         return pl.BlockSpec((self.M, self.tn), lambda n, i, k, expert, tile, *_: (tile[i], n))
 
-    def scales_spec(self, groups: int) -> pl.BlockSpec:
+    def scales_spec(self, groups: int) -> "pl.BlockSpec":
         """The scales (P, groups) of the rows of a step."""
         return pl.BlockSpec((self.M, groups), lambda n, i, k, expert, tile, *_: (tile[i], 0))
 
-    def cost(self, products: int, transcendentals: int = 0) -> pl.CostEstimate:
+    def cost(self, products: int, transcendentals: int = 0) -> "pl.CostEstimate":
         """Cost of `products` products."""
         tiles, M, K, N = self.max_tiles, self.M, self.K, self.N
         weight_reads = min(self.E, tiles) if self.tk == K else tiles
@@ -85,7 +84,7 @@ class Blocks:
         )
 
     @property
-    def compiler_params(self) -> pltpu.CompilerParams:
+    def compiler_params(self) -> "pltpu.CompilerParams":
         """Parameters for a grid of which only blocks of columns are independent."""
         sides = self.M, self.tk, self.tn, self.buffers
         return compiler_params(1, self.size.of_blocks(*sides), self.size.required(*sides))
@@ -109,7 +108,7 @@ def make_blocks(
 
 def compiler_params(
     parallel_dims: int, block_bytes: int, required: int = 0, dims: int = 3
-) -> pltpu.CompilerParams:
+) -> "pltpu.CompilerParams":
     """Parameters for a grid of `dims` dimensions, the first `parallel_dims` of them independent,
     and for blocks that take `block_bytes` where the compiler takes `required`."""
     semantics: Any = ["parallel" if dim < parallel_dims else "arbitrary" for dim in range(dims)]

@@ -10,12 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from grok.ops.moe.grouped_blocks import Blocks, dot, make_blocks
 from grok.ops.moe.grouped_matmul import grouped_matmul_reference
 from grok.ops.moe.tiling import KernelBytes
+from grok.ops.pallas import pl, pltpu
 from grok.ops.varying import shape_like
 
 ROWS_PER_STORE = 16  # rows activated at a time, so that intermediates fit into registers

@@ -12,8 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from grok.hardware import has_small_vmem
 from grok.ops.moe.grouped_blocks import (
@@ -26,6 +24,7 @@ from grok.ops.moe.grouped_blocks import (
 )
 from grok.ops.moe.routing import tile_schedule
 from grok.ops.moe.tiling import KernelBytes
+from grok.ops.pallas import pl, pltpu
 from grok.ops.scaled import integer_dot
 from grok.ops.varying import shape_like
 from grok.ops.weights.weight import kernel_operands, take_expert
@@ -128,7 +127,7 @@ def _kernel_bytes(xs, values, scales, x_scales, results: int) -> KernelBytes:
     return KernelBytes(rows, weights, results, sums, row, column, row_scales)
 
 
-def _weight_specs(b: Blocks, transposed: bool, values, scales) -> list[pl.BlockSpec]:
+def _weight_specs(b: Blocks, transposed: bool, values, scales) -> "list[pl.BlockSpec]":
     """Blocks of values (L, E, K, N), or (L, E, N, K) if `transposed`, and of scales (L, E, G,
     N)."""
 

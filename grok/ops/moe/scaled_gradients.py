@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from grok.hardware import LANES
 from grok.ops.moe.grouped_blocks import compiler_params, weight_gradient
 from grok.ops.moe.routing import tile_schedule
 from grok.ops.moe.scaled_hidden import ROWS_PER_STORE
 from grok.ops.moe.scaled_matmul import map_tiles
+from grok.ops.pallas import pl, pltpu
 from grok.ops.scaled import (
     MatmulFormat,
     Scaled,
@@ -143,7 +142,7 @@ def hidden_gradients(
     return HiddenGradients(tuple(rows), tuple(columns), dweights_P1)
 
 
-def _cost(P: int, N: int, itemsize: int) -> pl.CostEstimate:
+def _cost(P: int, N: int, itemsize: int) -> "pl.CostEstimate":
     """Cost without products: three arrays read, five written in 8 bits, and numbers of rows."""
     size = P * N * (3 * itemsize + 5) + 4 * P * LANES * 4 * (N // group_columns(N))
     return pl.CostEstimate(flops=0, bytes_accessed=size, transcendentals=P * N)

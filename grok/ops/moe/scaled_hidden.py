@@ -11,12 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from grok.ops.moe.grouped_blocks import SCALE_BYTES, Blocks, make_blocks
 from grok.ops.moe.scaled_matmul import columns_spec, map_tiles, weight_spec
 from grok.ops.moe.tiling import KernelBytes
+from grok.ops.pallas import pl, pltpu
 from grok.ops.scaled import Scaled, group_columns, quantize, quantize_groups, scaled_dot
 from grok.ops.varying import shape_like
 

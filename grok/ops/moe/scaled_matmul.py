@@ -10,12 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from grok.ops.moe.grouped_blocks import SCALE_BYTES, Blocks, column_of, make_blocks
 from grok.ops.moe.routing import tile_schedule
 from grok.ops.moe.tiling import KernelBytes
+from grok.ops.pallas import pl, pltpu
 from grok.ops.scaled import Scaled, scaled_dot
 from grok.ops.varying import shape_like
 
@@ -128,7 +127,7 @@ def scaled_matmul(
     )(*operands)
 
 
-def weight_spec(b: Blocks, transposed: bool = False) -> pl.BlockSpec:
+def weight_spec(b: Blocks, transposed: bool = False) -> "pl.BlockSpec":
     """The block of weights (E, K, N), or (E, N, K) when `transposed`, of a step."""
 
     def index(n, i, k, expert, tile):
@@ -138,7 +137,7 @@ def weight_spec(b: Blocks, transposed: bool = False) -> pl.BlockSpec:
     return pl.BlockSpec(shape, index, pipeline_mode=pl.Buffered(b.buffers))
 
 
-def columns_spec(b: Blocks) -> pl.BlockSpec:
+def columns_spec(b: Blocks) -> "pl.BlockSpec":
     """The scales (E, 1, N) of the columns of a step."""
     return pl.BlockSpec((None, 1, b.tn), lambda n, i, k, expert, tile: (expert[i], 0, n))
 
