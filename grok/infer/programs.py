@@ -164,6 +164,6 @@ def _source_digest(package: Path) -> str:
                 digest.update(os.path.relpath(file, package).encode())
                 with open(file, "rb", buffering=0) as stream:
                     digest.update(stream.read())
-    for file in sorted(package.glob("*.py")):
-        digest.update(file.read_bytes())
+    for module in sorted(package.glob("*.py")):
+        digest.update(module.read_bytes())
     return digest.hexdigest()
