@@ -83,8 +83,8 @@ class ProgramStore:
     def _compile(self, function: Any, args: tuple, file: Path) -> Callable:
         with _without_jax_cache():
             compiled = function.lower(*args).compile()
-        # Otherwise the next start compiles again.
-        with contextlib.suppress(OSError, ValueError, TypeError, NotImplementedError):
+        # Otherwise the next start compiles again: XLA cannot serialize every program.
+        with contextlib.suppress(OSError, ValueError, TypeError, RuntimeError):
             self._write(file, _serialize(compiled))
         return compiled
 

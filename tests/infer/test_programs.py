@@ -75,6 +75,17 @@ def test_what_is_damaged_is_compiled_again(model, store, first, damage):
     assert file.stat().st_size == pytest.approx(sizes[file], rel=0.1)
 
 
+def test_a_program_that_xla_cannot_serialize_runs(model, first, monkeypatch, tmp_path):
+    def refuse(compiled):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: `LessThan` is not serializable.")
+
+    monkeypatch.setattr(programs, "_serialize", refuse)
+    mesh = grok.make_mesh(devices=jax.devices()[:1])
+    engine = Engine(model, None, mesh, OPTIONS, ProgramStore(tmp_path / "programs"))
+    assert engine.unfinished == 0
+    assert not (tmp_path / "programs").exists()
+
+
 @pytest.mark.parametrize(("name", "value"), [("GROK_CPU_KERNELS", "0"), ("XLA_FLAGS", "--x=1")])
 def test_other_settings_are_other_programs(monkeypatch, name, value):
     before = programs._environment()
