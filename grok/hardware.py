@@ -157,6 +157,13 @@ def processor() -> bytes:
     return b"\n".join(line for line in lines if line.startswith(names))
 
 
+def num_cores() -> int | None:
+    """Cores that this process may use; where the system does not say that, those of the machine."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def is_one_of_several() -> bool:
     """True where this process may be one of several of a job: the environment numbers it, or it is
     on a TPU, which may be part of a slice."""

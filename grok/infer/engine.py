@@ -23,6 +23,7 @@ from grok.infer.stats import EngineStats
 from grok.infer.step import StepResult, clear_cache, forward_and_sample, score_prompt
 from grok.infer.step_inputs import StepInputs
 from grok.model.decoder import Decoder
+from grok.model.flat import FlatModel, flat
 
 DEFAULTS = EngineConfig()
 NOT_FINITE = "the model's log-probabilities are not finite; its weights may be damaged"
@@ -52,7 +53,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | FlatModel,
         tokenizer: Tokenizer | None,
         mesh: Mesh,
         options: EngineConfig = DEFAULTS,
@@ -61,7 +62,7 @@ class Engine:
         """Makes the cache; sequences and pages are rounded up to a multiple of the groups. Without
         a tokenizer, completions have no text and end at their length or stop_token_ids. Programs
         are loaded from `store` and kept there."""
-        self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
+        self._model, self._tokenizer, self._mesh = flat(model), tokenizer, mesh
         config = model.config
         # Rows of the embedding table beyond the tokenizer's pieces have no text.
         self._num_pieces = config.vocab_size if tokenizer is None else tokenizer.vocab_size
@@ -153,14 +154,8 @@ class Engine:
     def warm_up(self) -> None:
         """Answers once, so that all programs are compiled before anyone waits for them: those of
         steps, of a prompt's scores, and of penalties, biases and bans."""
-        params = SamplingParams(
-            max_tokens=2,
-            min_tokens=1,
-            ignore_eos=True,
-            presence_penalty=1.0,
-            logit_bias={0: 1.0},
-            prompt_logprobs=0,
-        )
+        changes = {"presence_penalty": 1.0, "logit_bias": {0: 1.0}, "prompt_logprobs": 0}
+        params = SamplingParams(max_tokens=2, min_tokens=1, ignore_eos=True, **changes)
         list(self.generate([Request("warm-up", (0,), params)]))
 
     def _end(self, request_id: str, error: str | None = None) -> list[Output]:
@@ -295,6 +290,6 @@ class Engine:
         if params.experts and self._model.config.moe is None:
             raise RequestError("experts", "this model has no experts; experts=false would work.")
         if params.experts and self._mesh.is_multi_process:
-            message = "experts need one process with the whole mesh; experts=false would work."
-            raise RequestError("experts", message)
+            problem = "experts need one process with the whole mesh"
+            raise RequestError("experts", f"{problem}; experts=false would work.")
         self._inputs.check_bans(params)

@@ -150,7 +150,7 @@ def _environment() -> str:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
     machine = platform.machine(), platform.python_version(), hardware.processor()
     settings = sorted(jax.config.values.items())
-    flags = os.environ.get("XLA_FLAGS"), len(os.sched_getaffinity(0))
+    flags = os.environ.get("XLA_FLAGS"), hardware.num_cores()
     sources = _source_digest(Path(__file__).parents[1])
     return repr((sources, versions, machine, settings, flags, library.load().targets))
 

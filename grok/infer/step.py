@@ -13,6 +13,7 @@ from grok.infer.sampling import Sampled, logprobs, sample_tokens
 from grok.infer.slot_state import DecodeInputs, PrefillInputs, SlotState, StepRows, map_groups
 from grok.model.attend import PagedBatch, PagedCache
 from grok.model.decoder import Decoder
+from grok.model.flat import FlatModel, modules_of
 
 TWO_AXES, THREE_AXES = ("batch", None), ("batch", None, None)
 
@@ -31,11 +32,15 @@ class StepResult:
 
 @functools.partial(compiler.jit, donate_argnums=(1, 2))
 def forward_and_sample(
-    model: Decoder, cache: PagedCache, slots: SlotState, inputs: DecodeInputs | PrefillInputs
+    model: Decoder | FlatModel,
+    cache: PagedCache,
+    slots: SlotState,
+    inputs: DecodeInputs | PrefillInputs,
 ) -> tuple[StepResult, PagedCache, SlotState]:
     """Runs new tokens and samples one after each chunk's last one: the program of a decode or of a
     prefill, by the type of `inputs`. The next step finds the tokens in the slots that it returns,
     whether or not the host has seen them."""
+    model = modules_of(model)
     rows, slots = map_groups(lambda inputs, slots: inputs.rows(slots), inputs, slots)
     batch = PagedBatch(rows.table_UM, rows.start_U, rows.count_U)
     tokens_BT = rows.tokens_UQ.reshape(rows.tokens_UQ.shape[0], -1)
@@ -61,12 +66,13 @@ def _pack(sampled: Sampled) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(compiler.jit, donate_argnums=1)
 def score_prompt(
-    model: Decoder, slots: SlotState, x_BTD: jax.Array, next_BUQ
+    model: Decoder | FlatModel, slots: SlotState, x_BTD: jax.Array, next_BUQ
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], SlotState]:
     """Log-probability of the token after each position, (B, U, Q), and the likeliest ones with
     theirs, (B, U, Q, X), from `x_BTD` that a step returned; a chunk at a time. The slots are as
     before: the next step, which takes them, waits for this program. CPU devices run programs that
     do not wait for each other at once, and then their collectives may mix."""
+    model = modules_of(model)
     B, U, Q = next_BUQ.shape
     x_UBQD = jnp.moveaxis(x_BTD.reshape(B, U, Q, -1), 1, 0)
 

@@ -13,6 +13,7 @@ from grok.data.tokenizers import load_tokenizer
 from grok.errors import RequestError
 from grok.infer.engine import Engine
 from grok.infer.request import Request
+from grok.model.flat import modules_of
 
 OPTIONS = EngineConfig(max_num_seqs=8, page_size=16, prefill_chunk_size=32, num_pages=32)
 FEW = SamplingParams(max_tokens=3)
@@ -101,7 +102,7 @@ def test_greedy_tokens_are_those_of_the_full_forward(engine, batch, single):
         # One forward pass over prompt and answer scores every place at once.
         rows = np.zeros((4, 128), np.int32)
         rows[0, : len(request.prompt) + len(tokens)] = request.prompt + tokens
-        scores = np.asarray(engine._model(rows))[0]
+        scores = np.asarray(modules_of(engine._model)(rows))[0]
         first = len(request.prompt) - 1
         assert tokens == tuple(scores[first : first + len(tokens)].argmax(-1).tolist())
 
@@ -113,7 +114,7 @@ def test_log_probabilities_are_those_of_the_full_forward(engine):
     assert (len(tokens), reason) == (5, "length")
     rows = np.zeros((4, 128), np.int32)
     rows[0, :45] = prompt + tokens
-    scores = np.asarray(jax.nn.log_softmax(np.asarray(engine._model(rows))[0]))
+    scores = np.asarray(jax.nn.log_softmax(np.asarray(modules_of(engine._model)(rows))[0]))
     assert before[0] is None
     for position, reported in enumerate((*before[1:], *logprobs)):
         assert reported.token == rows[0, position + 1]
@@ -157,7 +158,7 @@ def test_experts_of_an_answer_are_those_of_the_full_forward(engine):
     for length in (len(prompt), len(tokens) - 1):
         rows, real = np.zeros((2, 4, 128), np.int32)
         rows[0, :length], real[0, :length] = tokens[:length], 1
-        _, stats = jax.jit(grok.Grok.hidden)(engine._model, rows, real)
+        _, stats = jax.jit(grok.Grok.hidden)(modules_of(engine._model), rows, real)
         load_LE = np.asarray(stats.load_E)
         counts.append(np.rint(load_LE * length * 2).astype(int))
     for layer in range(2):
