@@ -89,8 +89,7 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """Counts of tokens, sequences and pages."""
-        counts = (pool.counts() for pool in self._scheduler.pools)
-        used, cached, free = map(sum, zip(*counts, strict=True))
+        used, cached, free = self._scheduler.page_counts()
         return EngineStats(
             tokens_in=self._tokens_in,
             tokens_cached=self._scheduler.cached_tokens,
@@ -154,8 +153,14 @@ class Engine:
     def warm_up(self) -> None:
         """Answers once, so that all programs are compiled before anyone waits for them: those of
         steps, of a prompt's scores, and of penalties, biases and bans."""
-        changes = {"presence_penalty": 1.0, "logit_bias": {0: 1.0}, "prompt_logprobs": 0}
-        params = SamplingParams(max_tokens=2, min_tokens=1, ignore_eos=True, **changes)
+        params = SamplingParams(
+            max_tokens=2,
+            min_tokens=1,
+            ignore_eos=True,
+            presence_penalty=1.0,
+            logit_bias={0: 1.0},
+            prompt_logprobs=0,
+        )
         list(self.generate([Request("warm-up", (0,), params)]))
 
     def _end(self, request_id: str, error: str | None = None) -> list[Output]:

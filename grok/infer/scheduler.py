@@ -123,6 +123,11 @@ class Scheduler:
         sequences = filter(None, itertools.chain.from_iterable(groups))
         return sorted(sequences, key=lambda sequence: sequence.age)
 
+    def page_counts(self) -> tuple[int, ...]:
+        """Pages that are used, cached and free, of all groups."""
+        counts = (pool.counts() for pool in self.pools)
+        return tuple(map(sum, zip(*counts, strict=True)))
+
     def next_step(self) -> ScheduledStep | None:
         """The step to run next, counted as done from here on; None without work."""
         self._release_unneeded()

@@ -20,8 +20,9 @@ class Structure:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        is_structure = isinstance(other, Structure)
-        return self is other or (is_structure and self.definition == other.definition)
+        if self is other:
+            return True
+        return isinstance(other, Structure) and self.definition == other.definition
 
     def __repr__(self) -> str:
         return str(self.definition)
