@@ -184,7 +184,7 @@ def test_refusals_are_sentences(own_run, llm, tmp_path):
         grok.LLM(folder, tokeniser="x")
     with pytest.raises(ConfigError, match=r"mesh .* needs 9 devices, and there are 8"):
         grok.LLM(folder, mesh={"data": 9})
-    with pytest.raises(ConfigError, match=r"to serve; model.matmul_dtype=compute would work"):
+    with pytest.raises(ConfigError, match=r"to serve; param_dtype=int8 beside it would work"):
         grok.LLM(folder, matmul_dtype="int8")
     with pytest.raises(CheckpointError, match="No such file"):
         grok.LLM(tmp_path / "nothing")

@@ -112,7 +112,7 @@ def test_what_cannot_be_is_refused():
     run = RunConfig(model=model, lora=LoraConfig(rank=4), train=TrainConfig(init_from="weights"))
     with pytest.raises(ConfigError, match=r"lora.rank=4; model.matmul_dtype=compute would work"):
         check_trainable(run)
-    with pytest.raises(ConfigError, match=r"to serve; model.matmul_dtype=compute would work"):
+    with pytest.raises(ConfigError, match=r"to serve; param_dtype=int8 beside it would work"):
         grok.init(model, jax.random.key(0)).step(None, None, None)
 
 
