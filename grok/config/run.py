@@ -127,9 +127,7 @@ class RunConfig(Section):
 def check_servable(model: ModelConfig) -> None:
     """Refuses, as ConfigError, products in 8 bits of floats, which are for training."""
     if model.matmul_dtype != "compute" and not model.is_quantized:
-        fix = (
-            "param_dtype=int8 beside it" if model.matmul_dtype == "int8" else "matmul_dtype=compute"
-        )
+        fixes = {"int8": "param_dtype=int8 beside it", "float8": "matmul_dtype=compute"}
         raise ConfigError(
             f"matmul_dtype={model.matmul_dtype} with param_dtype={model.param_dtype} is for "
             f"training, not to serve; {fixes[model.matmul_dtype]} would work."
