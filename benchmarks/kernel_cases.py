@@ -103,7 +103,11 @@ class Shapes:
     def serving_in_int8(self) -> Kernels:
         """Rows in int8."""
 
-        def multiply(x, w, tiles_E):
+        def hidden(x, w, tiles_E):
+            options = {"dtype": jnp.bfloat16, "activation": gated_activation} | self.args
+            return scaled_hidden(x, w, w, tiles_E, **options)
+
+        def down(x, w, tiles_E):
             options = {"dtype": jnp.bfloat16, "row_scales": x.scales} | self.args
             return grouped_matmul((x.values,), (w,), tiles_E, **options)
 
@@ -111,8 +115,8 @@ class Shapes:
         x_PD = self.scaled_rows(D, jnp.int8)
         x_PF = self.scaled_rows(F, jnp.int8, self.groups)
         for name, dtype in (("W8A8", jnp.int8), ("W4A8", jnp.int4)):
-            found[f"{name} gate"] = multiply, (x_PD, self.quantized(D, F, dtype), self.tiles_E)
-            found[f"{name} down"] = multiply, (x_PF, self.quantized(F, D, dtype), self.tiles_E)
+            found[f"{name} hidden"] = hidden, (x_PD, self.quantized(D, F, dtype), self.tiles_E)
+            found[f"{name} down"] = down, (x_PF, self.quantized(F, D, dtype), self.tiles_E)
         return found
 
     def training(self) -> Kernels:

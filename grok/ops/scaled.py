@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from grok import hardware
+from grok.ops.weights.weight import kernel_operands
 
 MIN_MAGNITUDE = 1e-30  # below it, values are zeros
 MAX_GROUP_COLUMNS, GROUP_MULTIPLE = 1024, 128
@@ -38,6 +39,11 @@ class Scaled(NamedTuple):
 
     values: jax.Array
     scales: Any  # jax.Array; None where they are folded into what is multiplied by the values
+
+
+@kernel_operands.register
+def _(w_EKN: Scaled):
+    return 0, w_EKN.values[None], w_EKN.scales[None, :, None, :]
 
 
 def max_value(dtype) -> float:

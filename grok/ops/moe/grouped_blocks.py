@@ -71,6 +71,23 @@ class Blocks:
         """The scales (P, groups) of the rows of a step."""
         return pl.BlockSpec((self.M, groups), lambda n, i, k, expert, tile, *_: (tile[i], 0))
 
+    def weight_specs(self, transposed: bool, values, scales) -> "list[pl.BlockSpec]":
+        """Blocks of values (L, E, K, N), or (L, E, N, K) if `transposed`, and of scales (L, E, G,
+        N), of the layer whose index is prefetched behind the schedule."""
+
+        def w_index(n, i, k, expert, tile, layer):
+            return layer[0], expert[i], *((n, k) if transposed else (k, n))
+
+        w_shape = (None, None, *((self.tn, self.tk) if transposed else (self.tk, self.tn)))
+        w_spec = pl.BlockSpec(w_shape, w_index, pipeline_mode=pl.Buffered(self.buffers))
+        return [w_spec] * len(values) + [
+            pl.BlockSpec(
+                (None, None, a.shape[2], self.tn),
+                lambda n, i, k, expert, tile, layer: (layer[0], expert[i], 0, n),
+            )
+            for a in scales
+        ]
+
     def cost(self, products: int, transcendentals: int = 0) -> "pl.CostEstimate":
         """Cost of `products` products."""
         tiles, M, K, N = self.max_tiles, self.M, self.K, self.N

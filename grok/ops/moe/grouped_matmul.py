@@ -89,7 +89,7 @@ def grouped_matmul(
     operands = *prefetch, *xs, *values, *scales, *x_scales, *starts
     in_specs = [
         *[b.x_spec] * len(xs),
-        *_weight_specs(b, transposed, values, scales),
+        *b.weight_specs(transposed, values, scales),
         *(b.scales_spec(array.shape[1]) for array in x_scales),
         *[b.y_spec] * len(starts),
     ]
@@ -127,24 +127,6 @@ def _kernel_bytes(xs, values, scales, x_scales, results: int) -> KernelBytes:
     return KernelBytes(rows, weights, results, sums, row, column, row_scales)
 
 
-def _weight_specs(b: Blocks, transposed: bool, values, scales) -> "list[pl.BlockSpec]":
-    """Blocks of values (L, E, K, N), or (L, E, N, K) if `transposed`, and of scales (L, E, G,
-    N)."""
-
-    def w_index(n, i, k, expert, tile, layer):
-        return layer[0], expert[i], *((n, k) if transposed else (k, n))
-
-    w_shape = (None, None, *((b.tn, b.tk) if transposed else (b.tk, b.tn)))
-    w_spec = pl.BlockSpec(w_shape, w_index, pipeline_mode=pl.Buffered(b.buffers))
-    return [w_spec] * len(values) + [
-        pl.BlockSpec(
-            (None, None, a.shape[2], b.tn),
-            lambda n, i, k, expert, tile, layer: (layer[0], expert[i], 0, n),
-        )
-        for a in scales
-    ]
-
-
 def _matmul_kernel(b: Blocks, multiply: Callable, starts: bool, *refs):
     """One block of K; `refs` are those of the operands, the result and its sum."""
     refs = refs[3:]  # without the prefetched scalars
@@ -176,7 +158,7 @@ def _multiply(pairs: int, transposed: bool, scaled: bool, has_row_scales: bool) 
 
     def integers(refs, row, K: int) -> Iterator[jax.Array]:
         x_ref, w_ref, scale_ref, row_scale_ref = refs[:4]
-        yield _dot_integers(x_ref, w_ref, scale_ref, row_scale_ref, row, K)
+        yield dot_integers(x_ref, w_ref, scale_ref, row_scale_ref, row, K)
 
     if not scaled:
         return floats
@@ -197,9 +179,10 @@ def _dot_quantized(x_ref, w_ref, scale_ref, row, K: int) -> jax.Array:
     return y_MN
 
 
-def _dot_integers(x_ref, w_ref, scale_ref, row_scale_ref, row, K: int) -> jax.Array:
-    """As `_dot_quantized`, of int8 rows with scales (M, G), all of them, as well."""
-    rows, row_groups = w_ref.shape[0], row_scale_ref.shape[1]
+def dot_integers(x_ref, w_ref, scale_ref, row_scale_ref, row, K: int) -> jax.Array:
+    """x w of a block of a quantised matrix, as of `_dot_quantized`, and of int8 rows, which are
+    multiplied by their scales (M, G), all of them, unless that is None."""
+    rows, row_groups = w_ref.shape[0], 1 if row_scale_ref is None else row_scale_ref.shape[1]
     row_group = K // row_groups
     y_MN = jnp.zeros((x_ref.shape[0], w_ref.shape[1]), jnp.float32)
     for part, scale_1N in _groups(scale_ref, rows, row, K, row_group):
@@ -208,7 +191,9 @@ def _dot_integers(x_ref, w_ref, scale_ref, row_scale_ref, row, K: int) -> jax.Ar
         if row_groups > 1:
             product *= column_of(row_scale_ref, (row + part.start) // row_group)
         y_MN += product
-    return y_MN if row_groups > 1 else y_MN * row_scale_ref[...]
+    if row_groups > 1 or row_scale_ref is None:
+        return y_MN
+    return y_MN * row_scale_ref[...]
 
 
 def _groups(scale_ref, rows: int, row, K: int, multiple: int = 0) -> Iterator[tuple]:
