@@ -117,6 +117,7 @@ def _blocks(
     x: Scaled, w: Scaled | QuantizedArray, results: int, tiles_E, tile, max_tiles
 ) -> Blocks:
     _, values, scales = kernel_operands(w)
+    assert scales is not None
     (_, _, K, N), groups = values.shape, scales.shape[2]
     bits = jax.dtypes.itemsize_bits(values.dtype)
     column = 4 * 4 * max(8, groups)  # scales, two of each matrix at a time
