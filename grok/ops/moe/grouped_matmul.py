@@ -137,8 +137,8 @@ def _matmul_kernel(b: Blocks, multiply: Callable, starts: bool, *refs):
     def _():
         sum_ref[...] = refs[-3][...].astype(jnp.float32) if starts else jnp.zeros_like(sum_ref)
 
-    for product_MN in multiply(refs, k * b.tk, b.K):
-        sum_ref[...] += product_MN
+    for product in multiply(b, refs, k):
+        sum_ref[...] += product()
 
     @pl.when(k == b.K // b.tk - 1)
     def _():
@@ -146,23 +146,27 @@ def _matmul_kernel(b: Blocks, multiply: Callable, starts: bool, *refs):
 
 
 def _multiply(pairs: int, transposed: bool, scaled: bool, has_row_scales: bool) -> Callable:
-    """The products of a block, of the operands' refs, its first row and the number of all rows."""
+    """Functions without arguments that compute the products of block k of the contracted axis."""
 
-    def floats(refs, row, K: int) -> Iterator[jax.Array]:
-        for x_ref, w_ref in zip(refs, refs[pairs : 2 * pairs], strict=False):
-            yield dot(x_ref[...], w_ref[...], 1 if transposed else 0)
+    def floats(b: Blocks, refs, k) -> list[Callable]:
+        refs_of_pairs = zip(refs, refs[pairs : 2 * pairs], strict=False)
+        return [functools.partial(_dot_floats, *pair, int(transposed)) for pair in refs_of_pairs]
 
-    def quantized(refs, row, K: int) -> Iterator[jax.Array]:
-        x_ref, w_ref, scale_ref = refs[:3]
-        yield _dot_quantized(x_ref, w_ref, scale_ref, row, K)
+    def quantized(b: Blocks, refs, k) -> list[Callable]:
+        x_ref, w_ref, scale_ref, *_ = refs
+        return [lambda: _dot_quantized(x_ref, w_ref, scale_ref, k * b.tk, b.K)]
 
-    def integers(refs, row, K: int) -> Iterator[jax.Array]:
-        x_ref, w_ref, scale_ref, row_scale_ref = refs[:4]
-        yield dot_integers(x_ref, w_ref, scale_ref, row_scale_ref, row, K)
+    def integers(b: Blocks, refs, k) -> list[Callable]:
+        x_ref, w_ref, scale_ref, row_scale_ref, *_ = refs
+        return [lambda: dot_integers(x_ref, w_ref, scale_ref, row_scale_ref, k * b.tk, b.K)]
 
     if not scaled:
         return floats
     return integers if has_row_scales else quantized
+
+
+def _dot_floats(x_ref, w_ref, contract_dim: int) -> jax.Array:
+    return dot(x_ref[...], w_ref[...], contract_dim)
 
 
 def _dot_quantized(x_ref, w_ref, scale_ref, row, K: int) -> jax.Array:
