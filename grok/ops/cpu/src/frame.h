@@ -8,13 +8,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "xla/ffi/api/c_api.h"
 
-#define PIECE_BYTES (1 << 17)
-#define MAX_WAITING 64        // threads of XLA
-#define WAIT_NANOSECONDS 50000  // more than lies between two kernels of a step
+#define PIECE_BYTES (1 << 18)
 
 static const XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *frame, int64_t index) {
   return frame->args.args[index];
@@ -71,32 +68,6 @@ typedef struct {
   void *work;
 } Region;
 
-// A thread of XLA that has finished its work and waits a moment for that of the next kernel: to
-// wake one takes about as long as a small product. Its seat is in turn ABSENT, WAITING, a region to
-// work at, and WAITING or ABSENT again.
-typedef struct {
-  _Alignas(64) _Atomic(Region *) region;
-} Seat;
-
-static Seat seats[MAX_WAITING];
-static Region waiting;
-#define ABSENT ((Region *)NULL)
-#define WAITING (&waiting)
-
-static void pause_thread(void) {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
-
-static int64_t nanoseconds(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
-
 static void leave(Region *region) {
   if (atomic_fetch_sub(&region->users, 1) == 1) free(region);
 }
@@ -109,46 +80,13 @@ static void take_chunks(Region *region) {
   }
 }
 
-// A seat that nobody has, in which this thread now waits; NULL where there is none.
-static Seat *take_seat(void) {
-  for (int i = 0; i < MAX_WAITING; i++) {
-    Region *absent = ABSENT;
-    if (atomic_compare_exchange_strong(&seats[i].region, &absent, WAITING)) return &seats[i];
-  }
-  return NULL;
-}
-
-// The next region for the thread in this seat, which it has left then; NULL after a while.
-static Region *await_region(Seat *seat) {
-  for (int64_t end = nanoseconds() + WAIT_NANOSECONDS; nanoseconds() < end; pause_thread()) {
-    if (atomic_load_explicit(&seat->region, memory_order_acquire) != WAITING) break;
-  }
-  Region *region = atomic_exchange(&seat->region, ABSENT);
-  return region == WAITING ? NULL : region;
-}
-
 static void help(void *data) {
-  for (Region *region = data; region;) {
-    take_chunks(region);
-    leave(region);
-    Seat *seat = take_seat();
-    region = seat ? await_region(seat) : NULL;
-  }
+  take_chunks(data);
+  leave(data);
 }
 
-// True where a thread was waiting, and now works at the region.
-static bool call_waiting(Region *region) {
-  for (int i = 0; i < MAX_WAITING; i++) {
-    Region *expected = WAITING;
-    if (atomic_load_explicit(&seats[i].region, memory_order_relaxed) == WAITING &&
-        atomic_compare_exchange_strong(&seats[i].region, &expected, region)) {
-      return true;
-    }
-  }
-  return false;
-}
-
-// Threads for work that reads so many bytes: the caller's, and one of XLA's for each piece.
+// Threads for work that reads so many bytes: the caller's, and one of XLA's for each piece that
+// takes longer to read than a thread to wake.
 static int64_t num_threads(const XLA_FFI_CallFrame *frame, int64_t bytes) {
   int64_t count = 1, most = 1 + bytes / PIECE_BYTES;
   XLA_FFI_ThreadPool_NumThreads_Args args = {
@@ -181,13 +119,11 @@ static void run_chunks(const XLA_FFI_CallFrame *frame, int64_t threads, int64_t 
       .task = help,
       .data = region};
   for (int64_t i = 0; i < helpers; i++) {
-    if (call_waiting(region)) continue;
     // Without an error: the pool is there, since it gave its size.
     if (frame->api->XLA_FFI_ThreadPool_Schedule(&args)) abort();
   }
   take_chunks(region);
   for (int spins = 0; atomic_load_explicit(&region->done, memory_order_acquire) < count; spins++) {
-    pause_thread();
     if (spins > 2000) sched_yield();
   }
   leave(region);
