@@ -1,4 +1,4 @@
-"""What commands do to start quickly."""
+"""A quick start of commands."""
 
 import contextlib
 import gc
