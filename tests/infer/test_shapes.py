@@ -19,6 +19,7 @@ from grok.infer.shapes import EngineShapes, prefill_chunk_size
         # that share each; in pages of 32.
         ("decode-v6e-4x4", "TPU v6 lite", 2, 576),  # 560 / 2 * 4 / 2 = 560.4
         ("decode-v5p-2x2x2", "TPU v5p", 1, 352),  # 166 / 2 * 4 = 332
+        ("decode-v5p-2x2x1-int4", "TPU v5p", 1, 352),  # the int8 rate: 332 / 4 * 4 = 332
         ("decode-v5e-8x8", "TPU v5e", 8, 256),  # 243 / 2 = 122: the fewest
         ("decode-llama-3.1-70b-v6e-2x4", "TPU v6 lite", 1, 288),  # no experts: 280.2
         ("decode-v6e-4x4", "cpu", 2, 256),

@@ -188,16 +188,15 @@ def dot_integers(x_ref, w_ref, scale_ref, row_scale_ref, row, K: int) -> jax.Arr
     multiplied by their scales (M, G), all of them, unless that is None."""
     rows, row_groups = w_ref.shape[0], 1 if row_scale_ref is None else row_scale_ref.shape[1]
     row_group = K // row_groups
-    y_MN = jnp.zeros((x_ref.shape[0], w_ref.shape[1]), jnp.float32)
+    zeros_MN = jnp.zeros((x_ref.shape[0], w_ref.shape[1]), jnp.float32)
+    y_MN, sum_MN = zeros_MN, zeros_MN
     for part, scale_1N in _groups(scale_ref, rows, row, K, row_group):
         product = integer_dot(x_ref[:, part], w_ref[part, :].astype(jnp.int8))
-        product = product.astype(jnp.float32) * scale_1N
-        if row_groups > 1:
-            product *= column_of(row_scale_ref, (row + part.start) // row_group)
-        y_MN += product
-    if row_groups > 1 or row_scale_ref is None:
-        return y_MN
-    return y_MN * row_scale_ref[...]
+        sum_MN += product.astype(jnp.float32) * scale_1N
+        if row_scale_ref is not None and part.stop % min(row_group, rows) == 0:
+            y_MN += sum_MN * column_of(row_scale_ref, (row + part.start) // row_group)
+            sum_MN = zeros_MN
+    return sum_MN if row_scale_ref is None else y_MN
 
 
 def _groups(scale_ref, rows: int, row, K: int, multiple: int = 0) -> Iterator[tuple]:
