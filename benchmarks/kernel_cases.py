@@ -38,14 +38,14 @@ def kernels(case: Case, trains: bool) -> Kernels:
     """Functions of one kernel each, with abstract arguments: those of serving, and where the case
     `trains`, of training."""
     shapes = Shapes(case)
-    found = shapes.serving()
+    cases = shapes.serving()
     if "int8" in CHIPS[case.chip].flops_8bit:
-        found |= shapes.serving_in_int8()
+        cases |= shapes.serving_in_int8()
     if trains:
-        found |= shapes.training()
+        cases |= shapes.training()
         if types := CHIPS[case.chip].flops_8bit:
-            found |= shapes.training_in_8_bits(next(iter(types)))
-    return found
+            cases |= shapes.training_in_8_bits(next(iter(types)))
+    return cases
 
 
 class Shapes:
@@ -90,15 +90,15 @@ class Shapes:
 
         D, F, tiles_E = self.D, self.F, self.tiles_E
         x_PD, x_PF, up_EDF = self.rows(D), self.rows(F), self.matrix(D, F)
-        found: Kernels = {
+        cases: Kernels = {
             "hidden": (self._hidden(False), (x_PD, up_EDF, up_EDF, tiles_E)),
             "down": (multiply, (x_PF, self.matrix(F, D), tiles_E)),
         }
         for dtype in (jnp.int8, jnp.int4):
             name = jnp.dtype(dtype).name
-            found[f"{name} gate"] = multiply, (x_PD, self.quantized(D, F, dtype), tiles_E)
-            found[f"{name} down"] = multiply, (x_PF, self.quantized(F, D, dtype), tiles_E)
-        return found
+            cases[f"{name} gate"] = multiply, (x_PD, self.quantized(D, F, dtype), tiles_E)
+            cases[f"{name} down"] = multiply, (x_PF, self.quantized(F, D, dtype), tiles_E)
+        return cases
 
     def serving_in_int8(self) -> Kernels:
         """Rows in int8."""
@@ -111,13 +111,13 @@ class Shapes:
             options = {"dtype": jnp.bfloat16, "row_scales": x.scales} | self.args
             return grouped_matmul((x.values,), (w,), tiles_E, **options)
 
-        D, F, found = self.D, self.F, dict[str, tuple[Callable, tuple]]()
+        D, F, cases = self.D, self.F, dict[str, tuple[Callable, tuple]]()
         x_PD = self.scaled_rows(D, jnp.int8)
         x_PF = self.scaled_rows(F, jnp.int8, self.groups)
         for name, dtype in (("W8A8", jnp.int8), ("W4A8", jnp.int4)):
-            found[f"{name} hidden"] = hidden, (x_PD, self.quantized(D, F, dtype), self.tiles_E)
-            found[f"{name} down"] = down, (x_PF, self.quantized(F, D, dtype), self.tiles_E)
-        return found
+            cases[f"{name} hidden"] = hidden, (x_PD, self.quantized(D, F, dtype), self.tiles_E)
+            cases[f"{name} down"] = down, (x_PF, self.quantized(F, D, dtype), self.tiles_E)
+        return cases
 
     def training(self) -> Kernels:
         """Forward and backward in bfloat16, but for what serving has."""

@@ -94,8 +94,8 @@ def refusals(case: Case, names: list[str]) -> dict[str, str]:
     sides = (2,) * CHIPS[case.chip].dimensions
     device = topology_devices(Slice(case.chip, sides))[0]
     with jax.set_mesh(sharding.make_mesh(devices=[device])):
-        found = kernels(case, max(ROWS) == case.rows)
-        return {name: refusal(case.chip, *found[name]) for name in names}
+        cases = kernels(case, max(ROWS) == case.rows)
+        return {name: refusal(case.chip, *cases[name]) for name in names}
 
 
 def refusal(chip: str, function: Callable, arguments: tuple) -> str:
