@@ -3,6 +3,7 @@ is compiled again."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -106,6 +107,15 @@ def test_edited_sources_are_other_programs(monkeypatch, tmp_path):
     first = programs._source_digest(tmp_path)
     (tmp_path / "ops" / "attention" / "paged.py").write_text("SCALE = 2")
     assert len({digest, first, programs._source_digest(tmp_path)}) == 3
+
+
+def test_all_that_a_step_imports_is_in_the_digest():
+    code = "import grok.infer.step, grok.infer.shapes, sys; print(*sys.modules, sep='\\n')"
+    command = [sys.executable, "-c", code]
+    modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    names = {name.split(".")[1] for name in modules if name.startswith("grok.")}
+    package = Path(programs.__file__).parents[1]
+    assert {name for name in names if (package / name).is_dir()} == set(programs.TRACED)
 
 
 def test_sampling_imports_nothing_that_it_does_not_need():
