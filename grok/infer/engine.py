@@ -295,6 +295,6 @@ class Engine:
         if params.experts and self._model.config.moe is None:
             raise RequestError("experts", "this model has no experts; experts=false would work.")
         if params.experts and self._mesh.is_multi_process:
-            problem = "experts need one process with the whole mesh"
+            problem = "experts need one process with all devices of the mesh"
             raise RequestError("experts", f"{problem}; experts=false would work.")
         self._inputs.check_bans(params)

@@ -1,12 +1,12 @@
 """Compiled programs of an engine, kept on this machine's disk and loaded without tracing.
 
 JAX's own cache saves compiling. For a small model tracing and lowering take longer, so here a
-program is found by all that tracing depends on: its arguments' shapes, types and static parts, this
+program's key is all that tracing depends on: its arguments' shapes, types and static parts, this
 package's source, versions, JAX's settings, the kernels in C and the processor.
 
 A stored program is machine code in a pickle: whoever writes to the folder runs code here, as with
-JAX's cache beside it. The folder is the user's alone, files of other owners are not read, and
-nothing that was downloaded gets there.
+JAX's cache beside it. The folder is the user's alone, files that others own or may write are not
+read, and nothing that was downloaded gets there.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import importlib.metadata
 import os
 import pickle
 import platform
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from grok.ops.cpu import library
 
 MAX_PROGRAMS = 128  # files of the folder; the oldest are deleted
 DIGEST_BYTES = 32
+OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # Folders of this package with what is traced.
 TRACED = ("config", "sharding", "ops", "model", "infer")
 PACKAGES = ("jax", "jaxlib", "numpy", "ml_dtypes")
@@ -109,7 +111,8 @@ def _load(file: Path, args: tuple, mesh: Mesh) -> Any:
     """The program in a file, for such arguments; None where there is none that can be used."""
     try:
         with file.open("rb") as stream:
-            is_mine = os.fstat(stream.fileno()).st_uid == os.getuid()
+            status = os.fstat(stream.fileno())
+            is_mine = status.st_uid == os.getuid() and not status.st_mode & OTHERS_MAY_WRITE
             digest, data = stream.read(DIGEST_BYTES), stream.read()
         if not is_mine or hashlib.sha256(data).digest() != digest:
             return None

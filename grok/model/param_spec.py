@@ -205,9 +205,9 @@ def init_params(
     without a key, their shapes."""
     keys = [key] if len(specs) == 1 else split_key(key, len(specs))
     for key, (name, spec) in zip(keys, specs.items(), strict=True):
-        whole = spec if num_layers is None else spec.stacked(num_layers)
+        stacked = spec if num_layers is None else spec.stacked(num_layers)
         dtypes = config.float_dtype, config.param_dtype
-        values = whole.abstract(*dtypes) if key is None else whole.initialize(key, *dtypes)
+        values = stacked.abstract(*dtypes) if key is None else stacked.initialize(key, *dtypes)
         setattr(module, name, nnx.Param(values))
 
 

@@ -76,6 +76,13 @@ def test_what_is_damaged_is_compiled_again(model, store, first, damage):
     assert file.stat().st_size == pytest.approx(sizes[file], rel=0.1)
 
 
+def test_a_file_that_others_may_write_is_not_read(model, store, first):
+    for file in store.folder.iterdir():
+        file.chmod(0o666)
+    assert answer(model, store) == first
+    assert {file.stat().st_mode & 0o777 for file in store.folder.iterdir()} == {0o600}
+
+
 def test_a_program_that_xla_cannot_serialize_runs(model, first, monkeypatch, tmp_path):
     def refuse(compiled):
         raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: `LessThan` is not serializable.")
