@@ -59,12 +59,14 @@ CONFIG = ModelConfig(
 TYPES = (
     ("float32", "float32", "float32", 4),
     ("int8", "float32", "q8_0", 1),
+    ("int4", "float32", "q4_0", 0.5),
     ("bfloat16", "bfloat16", "float16", 2),
 )
 DIFFERENCES = """What differs: llama.cpp keeps keys and values in float16 and chooses flash
-attention itself, here they are in the type of activations; it multiplies q8_0 by activations
-rounded to int8, here int8 is multiplied by float32; its q8_0 holds the token tables too, here they
-stay float32; its steps end with logits and an argmax in NumPy, here with a sampler of all settings,
+attention itself, here they are in the type of activations; it multiplies q8_0 and q4_0 by
+activations rounded to int8, here int8 and int4 are multiplied by float32; its q8_0 and q4_0 hold
+all weights, here the token tables stay float32 and, beside experts in int4, attention is in int8;
+its steps end with logits and an argmax in NumPy, here with a sampler of all settings,
 log-probabilities and the engine's own work, a step ahead of the host."""
 
 
@@ -123,7 +125,7 @@ def main() -> None:
 
 
 def compare(
-    folder: Path, python: str, dtype: str, compute: str, theirs: str, size: int, speed, options
+    folder: Path, python: str, dtype: str, compute: str, theirs: str, size: float, speed, options
 ) -> None:
     """Prints the rows of one type."""
     file = folder / f"{theirs}.gguf"
