@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from grok import hardware
+from grok.ops.float8 import from_float8, is_float8, to_float8
 from grok.ops.weights.weight import kernel_operands
 
 MIN_MAGNITUDE = 1e-30  # below it, values are zeros
@@ -63,10 +64,12 @@ def quantize_by(x: jax.Array, magnitude: jax.Array, dtype) -> Scaled:
     largest = max_value(dtype)
     scaled = x * (largest / jnp.maximum(magnitude, MIN_MAGNITUDE))
     if jnp.issubdtype(dtype, jnp.integer):
-        scaled = jnp.round(scaled).astype(jnp.int32)
+        values = jnp.round(scaled).astype(jnp.int32).astype(dtype)
     else:  # the division may have rounded up, and beyond the largest is NaN or infinity
         scaled = jnp.clip(scaled, -largest, largest)
-    return Scaled(scaled.astype(dtype), magnitude * (1 / largest))
+        is_cpu = hardware.platform() == "cpu"
+        values = to_float8(scaled, dtype) if is_cpu else scaled.astype(dtype)
+    return Scaled(values, magnitude * (1 / largest))
 
 
 def quantize_groups(x_MK: jax.Array, group: int, dtype) -> Scaled:
@@ -93,9 +96,15 @@ def scaled_dot(x_MK: jax.Array, w: jax.Array, x_dim: int = 1, w_dim: int = 0) ->
     """
     dims = (((x_dim,), (w_dim,)), ((), ()))
     if hardware.platform() != "tpu":
-        x_MK, w = x_MK.astype(jnp.float32), w.astype(jnp.float32)
+        x_MK, w = _as_float32(x_MK), _as_float32(w)
     sums = jnp.int32 if x_MK.dtype == jnp.int8 else jnp.float32
     return jax.lax.dot_general(x_MK, w, dims, preferred_element_type=sums).astype(jnp.float32)
+
+
+def _as_float32(values: jax.Array) -> jax.Array:
+    if is_float8(values.dtype) and hardware.platform() == "cpu":
+        return from_float8(values)
+    return values.astype(jnp.float32)
 
 
 def integer_dot(x_MK: jax.Array, w_KN: jax.Array) -> jax.Array:

@@ -36,51 +36,31 @@ typedef struct {
   enum type types[3];
   enum activation activation;
   bool is_rounded;
-  int64_t layer, E, R, C, D, F, hidden_width, output_width;
+  int64_t layer, E, R, C, D, F;
   int64_t *first;      // pair of each expert that has some, and the number of all
   int64_t *experts;    // those that have pairs
   int64_t *pairs;      // R * C of each row and choice; -1 where there is no such expert
   int64_t num_experts;
   const float **x;     // of each pair
-  float *hidden, *output;  // (P, F), (P, D)
+  float **gates, **ups, **outputs;  // of each pair: F, F and D floats
+  Product *products;   // two of each expert
   const float *weights;
   float *y;
 } ExpertsWork;
 
-static Matrix expert_matrix(const ExpertsWork *work, int i, int64_t expert) {
-  int64_t index = work->layer * work->E + expert;
-  return matrix_of(work->values[i], work->scales[i], work->types[i], index);
+// The product of the pairs of an expert with its matrix of kind `i`.
+static Product expert_product(const ExpertsWork *work, int i, int64_t e, const float *const *x,
+                              float *const *y) {
+  int64_t index = work->layer * work->E + work->experts[e], first = work->first[e];
+  return (Product){.w = matrix_of(work->values[i], work->scales[i], work->types[i], index),
+                   .x = x + first,
+                   .y = y + first,
+                   .rows = work->first[e + 1] - first};
 }
 
-static void hidden_chunk(void *data, int64_t index) {
+static void activate_chunk(void *data, int64_t pair) {
   const ExpertsWork *work = data;
-  int64_t stripes = stripes_of(work->F, work->hidden_width), e = index / stripes;
-  int64_t begin = index % stripes * work->hidden_width, end = smaller(begin + work->hidden_width, work->F);
-  int64_t first = work->first[e], rows = work->first[e + 1] - first;
-  Matrix gate = expert_matrix(work, 0, work->experts[e]);
-  Matrix up = expert_matrix(work, 1, work->experts[e]);
-  float **sums = sums_of(SUMS, 2 * rows), **spare = sums_of(SPARE, rows);
-  for (int64_t m = 0; m < rows; m++) sums[m] = work->hidden + (first + m) * work->F + begin;
-  multiply_stripe(&gate, work->x + first, rows, begin, end, sums, spare);
-  multiply_stripe(&up, work->x + first, rows, begin, end, sums + rows, spare);
-  for (int64_t m = 0; m < rows; m++) {
-    activate(work->activation, work->is_rounded, sums[m], sums[rows + m], end - begin);
-  }
-}
-
-static void output_chunk(void *data, int64_t index) {
-  const ExpertsWork *work = data;
-  int64_t stripes = stripes_of(work->D, work->output_width), e = index / stripes;
-  int64_t begin = index % stripes * work->output_width, end = smaller(begin + work->output_width, work->D);
-  int64_t first = work->first[e], rows = work->first[e + 1] - first;
-  Matrix down = expert_matrix(work, 2, work->experts[e]);
-  float **spare = sums_of(SPARE, rows), **addresses = room(SUMS, 2 * rows * sizeof(void *));
-  const float **hidden = (const float **)(addresses + rows);
-  for (int64_t m = 0; m < rows; m++) {
-    hidden[m] = work->hidden + (first + m) * work->F;
-    addresses[m] = work->output + (first + m) * work->D + begin;
-  }
-  multiply_stripe(&down, hidden, rows, begin, end, addresses, spare);
+  activate(work->activation, work->is_rounded, work->gates[pair], work->ups[pair], work->F);
 }
 
 // A row's experts, in the order of their numbers.
@@ -96,7 +76,7 @@ static void combine_chunk(void *data, int64_t row) {
     }
     if (choice < 0) return;
     last = pairs[choice];
-    const float *output = work->output + last * work->D;
+    const float *output = work->outputs[last];
     float weight = work->weights[row * work->C + choice];
     for (int64_t d = 0; d < work->D; d++) y[d] += weight * output[d];
   }
@@ -139,19 +119,30 @@ static XLA_FFI_Error *experts(XLA_FFI_CallFrame *frame) {
   }
   work.E = work.values[0]->dims[1], work.F = work.values[0]->dims[3];
   int64_t R = work.R, D = work.D, F = work.F, P = R * work.C;
-  int64_t *tables = room(TABLES, (2 * work.E + 1 + P) * sizeof *tables + (P + R) * sizeof(void *));
+  size_t numbers = (2 * work.E + 1 + P) * sizeof(int64_t), addresses = (R + 4 * P) * sizeof(void *);
+  int64_t *tables = room(TABLES, numbers + addresses + 2 * work.E * sizeof(Product));
   work.first = tables, work.experts = tables + work.E + 1, work.pairs = work.experts + work.E;
   work.x = (const float **)(work.pairs + P);
-  float *floats = room(INPUTS, (R * D + P * (F + D)) * sizeof(float));
-  work.hidden = floats + R * D, work.output = work.hidden + P * F;
+  work.gates = (float **)(work.x + P + R), work.ups = work.gates + P, work.outputs = work.ups + P;
+  work.products = (Product *)(work.outputs + P);
+  float *floats = room(INPUTS, (R * D + P * (2 * F + D)) * sizeof(float));
   inputs_of(x, floats, work.x + P);
+  floats += R * D;
+  for (int64_t pair = 0; pair < P; pair++, floats += 2 * F + D) {
+    work.gates[pair] = floats, work.ups[pair] = floats + F, work.outputs[pair] = floats + 2 * F;
+  }
   sort_pairs(&work, ids->data, work.x + P);
-  int64_t E = work.num_experts;
-  int64_t threads = num_threads(frame, E * bytes_of(work.types[0], D * F));
-  work.hidden_width = stripe_width(work.types[0], F, E, threads);
-  work.output_width = stripe_width(work.types[2], D, E, threads);
-  run_chunks(frame, threads, E * stripes_of(F, work.hidden_width), hidden_chunk, &work);
-  run_chunks(frame, threads, E * stripes_of(D, work.output_width), output_chunk, &work);
-  run_chunks(frame, smaller(threads, 1 + R * D / (1 << 16)), R, combine_chunk, &work);
+  int64_t E = work.num_experts, num_pairs = work.first[E];
+  for (int64_t e = 0; e < E; e++) {
+    work.products[2 * e] = expert_product(&work, 0, e, work.x, work.gates);
+    work.products[2 * e + 1] = expert_product(&work, 1, e, work.x, work.ups);
+  }
+  run_products(frame, work.products, 2 * E);
+  run_chunks(frame, num_threads(frame, 8 * num_pairs * F), num_pairs, activate_chunk, &work);
+  for (int64_t e = 0; e < E; e++) {
+    work.products[e] = expert_product(&work, 2, e, (const float *const *)work.gates, work.outputs);
+  }
+  run_products(frame, work.products, E);
+  run_chunks(frame, smaller(num_threads(frame, 4 * R * D), R), R, combine_chunk, &work);
   return NULL;
 }

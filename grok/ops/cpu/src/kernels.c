@@ -12,7 +12,7 @@ static void *room(int which, size_t bytes) {
   static _Thread_local struct {
     void *data;
     size_t bytes;
-  } rooms[4];
+  } rooms[5];
   if (rooms[which].bytes < bytes) {
     free(rooms[which].data);
     rooms[which].data = aligned_alloc(64, (bytes + 63) / 64 * 64);
@@ -22,7 +22,7 @@ static void *room(int which, size_t bytes) {
   return rooms[which].data;
 }
 
-enum { INPUTS, TABLES, SUMS, SPARE };
+enum { INPUTS, TABLES, PARTS, SUMS, SPARE };
 
 static bool type_of(XLA_FFI_DataType dtype, bool is_rounded, enum type *type) {
   switch (dtype) {
@@ -85,58 +85,20 @@ static Rows rows_of(const XLA_FFI_Buffer *x, const float *const *inputs, float *
   return rows;
 }
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static int64_t stripes_of(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
-
-// Columns of a stripe: 2 KiB of a row, so that memory is read in long pieces, or half of that where
-// `matrices` have too few such stripes to keep the threads busy to the end.
-static int64_t stripe_width(enum type type, int64_t columns, int64_t matrices, int64_t threads) {
-  int64_t width = type == INT4 ? MAX_STRIPE : smaller(MAX_STRIPE, 2048 / bytes_of(type, 1));
-  return matrices * stripes_of(columns, width) < 2 * threads ? width / 2 : width;
-}
-
-// Room of this thread for the sums of `rows` rows of a stripe, and their addresses.
-static float **sums_of(int which, int64_t rows) {
-  float **addresses = room(which, rows * (sizeof(float *) + MAX_STRIPE * sizeof(float)));
-  float *sums = (float *)(addresses + rows);
-  for (int64_t m = 0; m < rows; m++) addresses[m] = sums + m * MAX_STRIPE;
-  return addresses;
-}
+#include "shared_products.h"
 
 // ---- Products with matrices of one layer. Arguments: layer, x (R, D), then for each matrix its
 // values (L, D, F) and, of ints, scales (L, groups, F); results y (R, F) float32 of each.
 
 #define MAX_MATRICES 4
 
-typedef struct {
-  Matrix w[MAX_MATRICES];
-  Rows rows[MAX_MATRICES];
-  int64_t first[MAX_MATRICES + 1];  // chunk of each matrix
-  int64_t width[MAX_MATRICES];
-} MultiplyWork;
-
-static void multiply_chunk(void *data, int64_t index) {
-  const MultiplyWork *work = data;
-  int i = 0;
-  while (index >= work->first[i + 1]) i++;
-  int64_t begin = (index - work->first[i]) * work->width[i];
-  int64_t end = smaller(begin + work->width[i], work->w[i].columns);
-  const Rows *rows = &work->rows[i];
-  float **spare = sums_of(SPARE, rows->count);
-  float **y = room(SUMS, rows->count * sizeof(float *));
-  for (int64_t m = 0; m < rows->count; m++) y[m] = rows->y[m] + begin;
-  multiply_stripe(&work->w[i], rows->x, rows->count, begin, end, y, spare);
-}
-
 static XLA_FFI_Error *multiply(XLA_FFI_CallFrame *frame) {
   if (is_query(frame)) return NULL;
   const XLA_FFI_Buffer *x = argument(frame, 1);
   int64_t layer = *(const int32_t *)argument(frame, 0)->data, R = x->dims[0], D = x->dims[1];
-  int64_t num = frame->rets.size, next = 2, bytes = 0;
-  int64_t all_threads = num_threads(frame, INT64_MAX);
+  int64_t num = frame->rets.size, next = 2;
   if (num > MAX_MATRICES) return error_of(frame, "a call has four matrices at most");
-  MultiplyWork work = {0};
+  Product products[MAX_MATRICES];
   const float **inputs = room(TABLES, R * (1 + 2 * num) * sizeof(void *));
   const float **table = inputs + R;
   inputs_of(x, room(INPUTS, R * D * sizeof(float)), inputs);
@@ -147,15 +109,12 @@ static XLA_FFI_Error *multiply(XLA_FFI_CallFrame *frame) {
       return error_of(frame, "weights of this type have no kernel");
     }
     if (type == INT8 || type == INT4) scales = argument(frame, next++);
-    work.w[i] = matrix_of(values, scales, type, layer);
-    int64_t F = work.w[i].columns;
-    work.rows[i] = rows_of(x, inputs, result(frame, i)->data, F, table, (float **)(table + R));
-    bytes += bytes_of(type, D * F);
-    work.width[i] = stripe_width(type, F, num, all_threads);
-    int64_t stripes = work.rows[i].count ? stripes_of(F, work.width[i]) : 0;
-    work.first[i + 1] = work.first[i] + stripes;
+    Matrix w = matrix_of(values, scales, type, layer);
+    float *y = result(frame, i)->data;
+    Rows rows = rows_of(x, inputs, y, w.columns, table, (float **)(table + R));
+    products[i] = (Product){.w = w, .x = rows.x, .y = rows.y, .rows = rows.count};
   }
-  run_chunks(frame, num_threads(frame, bytes), work.first[num], multiply_chunk, &work);
+  run_products(frame, products, num);
   return NULL;
 }
 

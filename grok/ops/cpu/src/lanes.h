@@ -38,6 +38,15 @@ INLINE uint32_t bits_of_float(float value) {
   return bits;
 }
 
+// a b + c, rounded as often as where vectors are multiplied and added.
+INLINE float multiply_add(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+  return fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 INLINE float from_bfloat16(uint16_t bits) { return float_of_bits((uint32_t)bits << 16); }
 
 // The nearest bfloat16, the even one of two.

@@ -1,13 +1,22 @@
 // Products of a few rows with matrices as they are stored: each weight is read once.
 //
-// A result is a sum in the order of the contracted axis whatever the number of rows, the stripe of
-// columns or the thread: its bits depend on its row and its column alone.
+// A result is a sum of parts of the contracted axis, each summed in its order, whatever the number of
+// rows, the stripe of columns or the thread: its bits depend on its row and its column alone.
 #pragma once
 
 #include "lanes.h"
 
-#define MAX_STRIPE 2048  // columns of sums
-#define MAX_BLOCK 16    // vectors of a matrix that sums take at once
+#define PART_ROWS 128    // rows of a matrix that are summed by themselves
+#define MAX_STRIPE 4096  // columns of sums
+#define MAX_BLOCK 16     // vectors of a matrix that sums take at once
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// True of so few rows of x that a matrix is read faster from end to end, as the processor's own
+// prefetching expects, than in blocks whose sums stay in registers.
+static bool is_streamed(enum type type, int64_t rows) {
+  return rows == 1 || (rows == 2 && type <= BFLOAT16);
+}
 
 // A matrix (rows, columns) of floats, or of ints with bfloat16 scales (groups, columns).
 typedef struct {
@@ -29,6 +38,7 @@ INLINE void add_vectors(enum type type, int V, int M, int count, const Matrix *w
     UNROLL for (int v = 0; v < V; v++) {
       weights[k * V + v] = weights_at(type, w->values, first + k * w->columns + v * LANES);
     }
+    if (count == 1) continue;
     const char *next = address_of(type, w->values, ahead + k * w->columns);
     UNROLL for (int line = 0; line < bytes_of(type, V * LANES); line += 64) {
       __builtin_prefetch(next + line);
@@ -36,7 +46,7 @@ INLINE void add_vectors(enum type type, int V, int M, int count, const Matrix *w
   }
   UNROLL for (int m = 0; m < M; m++) {
     float *at = sums[m] + column - begin;
-    vfloat totals[4];
+    vfloat totals[8];
     UNROLL for (int v = 0; v < V; v++) totals[v] = load(at + v * LANES);
     UNROLL for (int k = 0; k < count; k++) {
       vfloat factor = (vfloat){0} + x[m][row + k];
@@ -61,7 +71,8 @@ INLINE void add_rows(enum type type, int V, int M, int count, const Matrix *w,
     for (int m = 0; m < M; m++) {
       float sum = sums[m][column - begin];
       for (int k = 0; k < count; k++) {
-        sum += x[m][row + k] * weight_at(type, w->values, (row + k) * w->columns + column);
+        float weight = weight_at(type, w->values, (row + k) * w->columns + column);
+        sum = multiply_add(x[m][row + k], weight, sum);
       }
       sums[m][column - begin] = sum;
     }
@@ -96,8 +107,30 @@ INLINE void add_all_rows(enum type type, int V, int count, const Matrix *w, cons
   for (; row < last; row++) add_rows_of_all(type, V, 1, w, x, rows, row, begin, end, sums);
 }
 
+// A row at a time, of one row of x or two.
+INLINE void stream_rows(enum type type, const Matrix *w, const float *const *x, int64_t rows,
+                        int64_t first, int64_t last, int64_t begin, int64_t end,
+                        float *const *sums) {
+  for (int64_t row = first; row < last; row++) {
+    if (rows == 1) {
+      add_rows(type, 8, 1, 1, w, x, row, begin, end, sums);
+    } else {
+      add_rows(type, 8, 2, 1, w, x, row, begin, end, sums);
+    }
+  }
+}
+
 static void add_group(const Matrix *w, const float *const *x, int64_t rows, int64_t first,
                       int64_t last, int64_t begin, int64_t end, float *const *sums) {
+  if (is_streamed(w->type, rows)) {
+    switch (w->type) {
+      case FLOAT32: stream_rows(FLOAT32, w, x, rows, first, last, begin, end, sums); return;
+      case ROUNDED: stream_rows(ROUNDED, w, x, rows, first, last, begin, end, sums); return;
+      case BFLOAT16: stream_rows(BFLOAT16, w, x, rows, first, last, begin, end, sums); return;
+      case INT8: stream_rows(INT8, w, x, 1, first, last, begin, end, sums); return;
+      default: stream_rows(INT4, w, x, 1, first, last, begin, end, sums); return;
+    }
+  }
   switch (w->type) {
     case FLOAT32: add_all_rows(FLOAT32, 2, 8, w, x, rows, first, last, begin, end, sums); return;
     case ROUNDED: add_all_rows(ROUNDED, 2, 8, w, x, rows, first, last, begin, end, sums); return;
@@ -107,24 +140,28 @@ static void add_group(const Matrix *w, const float *const *x, int64_t rows, int6
   }
 }
 
-// y[m][c] = x[m] w of columns from `begin` to before `end`, y[m] pointing at `begin`. Of ints a
-// group's sum is multiplied by its scale. `spare` has room for as many sums and their addresses.
-static void multiply_stripe(const Matrix *w, const float *const *x, int64_t rows, int64_t begin,
-                            int64_t end, float *const *y, float **spare) {
+// sums[m][c] = x[m] w of the matrix's rows from `first` to before `last` and its columns from `begin`
+// to before `end`, sums[m] pointing at `begin`. Of ints a group's sum is multiplied by its scale.
+// `spare` has room for as many sums.
+static void multiply_part(const Matrix *w, const float *const *x, int64_t rows, int64_t first,
+                          int64_t last, int64_t begin, int64_t end, float *const *sums,
+                          float *const *spare) {
   int64_t width = end - begin;
-  for (int64_t m = 0; m < rows; m++) memset(y[m], 0, width * sizeof(float));
+  for (int64_t m = 0; m < rows; m++) memset(sums[m], 0, width * sizeof(float));
   if (!w->scales) {
-    add_group(w, x, rows, 0, w->rows, begin, end, y);
+    add_group(w, x, rows, first, last, begin, end, sums);
     return;
   }
   int64_t length = w->rows / w->groups;
-  for (int64_t group = 0; group < w->groups; group++) {
+  while (first < last) {
+    int64_t group = first / length, next = smaller((group + 1) * length, last);
     for (int64_t m = 0; m < rows; m++) memset(spare[m], 0, width * sizeof(float));
-    add_group(w, x, rows, group * length, (group + 1) * length, begin, end, spare);
+    add_group(w, x, rows, first, next, begin, end, spare);
     const uint16_t *scales = w->scales + group * w->columns + begin;
     for (int64_t m = 0; m < rows; m++) {
-      for (int64_t c = 0; c < width; c++) y[m][c] += from_bfloat16(scales[c]) * spare[m][c];
+      for (int64_t c = 0; c < width; c++) sums[m][c] += from_bfloat16(scales[c]) * spare[m][c];
     }
+    first = next;
   }
 }
 
@@ -140,7 +177,7 @@ INLINE void dot_rows(enum type type, int M, int N, const Matrix *w, const float 
     vfloat weights[2];
     UNROLL for (int n = 0; n < N; n++) {
       weights[n] = weights_at(type, w->values, first + n * length + d);
-      __builtin_prefetch(address_of(type, w->values, first + (n + N) * length + d));
+      if (N > 1) __builtin_prefetch(address_of(type, w->values, first + (n + N) * length + d));
     }
     UNROLL for (int m = 0; m < M; m++) {
       vfloat inputs = load(x[m] + d);
@@ -176,8 +213,10 @@ INLINE void dot_rows_of_all(enum type type, int N, const Matrix *w, const float 
 INLINE void dot_block_of(enum type type, const Matrix *w, const float *const *x, int64_t rows,
                          int64_t begin, int64_t end, float *const *y) {
   int64_t row = begin;
-  for (; row + 2 <= end; row += 2) dot_rows_of_all(type, 2, w, x, rows, row, y);
-  if (row < end) dot_rows_of_all(type, 1, w, x, rows, row, y);
+  if (!is_streamed(type, rows)) {
+    for (; row + 2 <= end; row += 2) dot_rows_of_all(type, 2, w, x, rows, row, y);
+  }
+  for (; row < end; row++) dot_rows_of_all(type, 1, w, x, rows, row, y);
 }
 
 // y[m][n] = <x[m], w[n]> of the matrix's rows from `begin` to before `end`.
