@@ -25,6 +25,7 @@ from grok.ops.moe.experts_xla import experts_reference
 from grok.ops.weights.quantized import dequantize, quantize
 
 L, E, D, F, V, C, R = 3, 4, 44, 88, 131, 2, 13
+LONG = 300  # rows of a matrix in several parts, of which groups of scales span two
 KINDS = ("float32", "bfloat16", "int8", "int4")
 LAYER = np.int32(2)
 
@@ -46,29 +47,37 @@ def rows_of(columns: int, dtype: str = "float32") -> np.ndarray:
     return np.random.default_rng(9).standard_normal((R, columns)).astype(dtype)
 
 
+def assert_close(y, x, w) -> None:
+    """Asserts that y is the product, to a millionth of its largest value."""
+    expected = x.astype(np.float64) @ w.astype(np.float64)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-6 * abs(expected).max())
+
+
 @functools.cache
 def multiply():
     return jax.jit(lambda x, *stacks: calls.multiply(x, LAYER, list(stacks)))
 
 
 @needs_kernels
+@pytest.mark.parametrize("D", [D, LONG])
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_are_those_of_the_matrices(kind):
+def test_products_are_those_of_the_matrices(kind, D):
     (wide, w_DF), (narrow, w_DV) = stack_of(kind, D, F), stack_of(kind, D, 6, seed=1)
     x_RD = rows_of(D)
     y_RF, y_RV = multiply()(x_RD, wide, narrow)
-    np.testing.assert_allclose(y_RF, x_RD @ w_DF[LAYER], rtol=0, atol=2e-5)
-    np.testing.assert_allclose(y_RV, x_RD @ w_DV[LAYER], rtol=0, atol=2e-5)
+    assert_close(y_RF, x_RD, w_DF[LAYER])
+    assert_close(y_RV, x_RD, w_DV[LAYER])
 
 
 @needs_kernels
+@pytest.mark.parametrize("D", [D, LONG])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rows_bits_do_not_depend_on_the_number_of_rows(kind):
+def test_a_rows_bits_do_not_depend_on_the_number_of_rows(kind, D):
     stack, _ = stack_of(kind, D, F)
     table_VD = stack_of("bfloat16" if kind == "bfloat16" else "float32", V, D)[0].values[0]
     score, x_RD = jax.jit(calls.score), rows_of(D)
     (all_RF,), all_RV = multiply()(x_RD, stack), score(x_RD, table_VD)
-    np.testing.assert_allclose(all_RV, x_RD @ np.asarray(table_VD, np.float32).T, atol=2e-5)
+    assert_close(all_RV, x_RD, np.asarray(table_VD, np.float32).T)
     for rows in range(1, 9):
         last = x_RD[R - rows :]
         np.testing.assert_array_equal(multiply()(last, stack)[0], all_RF[R - rows :])
@@ -108,7 +117,8 @@ def routing(rows: int) -> tuple[np.ndarray, np.ndarray]:
     ("kind", "activation"),
     [*((kind, "gelu_tanh") for kind in KINDS), ("float32", "silu"), ("float32", "gelu")],
 )
-def test_experts_are_those_of_the_reference(kind, activation):
+@pytest.mark.parametrize(("D", "F"), [(D, F), (LONG, LONG)])
+def test_experts_are_those_of_the_reference(kind, activation, D, F):
     shapes = (E, D, F), (E, D, F), (E, F, D)
     stacks, dense = zip(*(stack_of(kind, *s, seed=i) for i, s in enumerate(shapes)), strict=True)
     run = jax.jit(functools.partial(calls.experts, activation=activation))
