@@ -3,23 +3,26 @@
 import click
 
 from grok.cli.completion import complete_config, overrides_argument
+from grok.cli.options import PATH
 
 
 @click.command()
-@click.argument("config", shell_complete=complete_config("batch"))
+@click.argument(
+    "config", metavar="RUN_OR_CONFIG", type=PATH, shell_complete=complete_config("batch")
+)
 @overrides_argument("batch")
 def batch(config: str, overrides: tuple[str, ...]) -> None:
-    """Answer the requests in files of JSON lines or Parquet, as CONFIG says.
+    """Answer the requests in files of JSON lines or Parquet.
 
-    CONFIG is a YAML file or a preset's name. After an interruption, the same command computes only
-    the missing shards; Ctrl-C exits with code 75. On several hosts, start the same command on each.
-    """
-    from grok.config.infer import BatchConfig
-    from grok.config.load import load_config
+    RUN_OR_CONFIG is a YAML file or a preset's name, or the folder of a run or of other weights, to
+    which input=[FILE] and output=FOLDER are added. After an interruption, the same command computes
+    only the missing shards; Ctrl-C exits with code 75. On several hosts, start the same command on
+    each."""
+    from grok.config.batch import load_batch_config
     from grok.hardware import is_one_of_several
     from grok.locks.folder import check_free
 
-    checked = load_config(config, overrides, BatchConfig)
+    checked = load_batch_config(config, overrides)
     if not is_one_of_several():
         check_free(checked.output)
 

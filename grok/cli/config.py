@@ -2,7 +2,6 @@
 
 import os
 import re
-from functools import partial
 from typing import Any
 
 import click
@@ -59,15 +58,14 @@ def config(
 
     KEY=VALUE sets one key, as in train.steps=50. The output is itself a config file."""
     from grok.config import check_trainable
-    from grok.config.infer import BatchConfig
+    from grok.config.batch import load_batch_config
     from grok.config.load import load_config
     from grok.config.serve import load_serve_config
     from grok.config.text import to_yaml
 
     if hosts and not (devices and command == "batch"):
         raise click.UsageError("--hosts is of batch jobs, beside --of batch --devices N.")
-    load_batch = partial(load_config, config_type=BatchConfig)
-    load: dict[str, Any] = {"batch": load_batch, "serve": load_serve_config}
+    load: dict[str, Any] = {"batch": load_batch_config, "serve": load_serve_config}
     resolved: Any = load.get(command, load_config)(config, overrides)
     text = to_yaml(resolved)
     if command == "train":

@@ -19,7 +19,7 @@ def as_bytes(values: jax.Array) -> jax.Array:
 
 
 def of_bytes(values: jax.Array, dtype) -> jax.Array:
-    """What `as_bytes` was given, of type `dtype`."""
+    """The array of type `dtype` of which `as_bytes` made `values`."""
     return jax.lax.bitcast_convert_type(values, dtype) if is_float8(dtype) else values
 
 

@@ -17,6 +17,7 @@ from pyarrow import parquet
 from grok import storage
 from grok.batch.runner import Replica, run
 from grok.config import EngineConfig, MeshConfig
+from grok.config.batch import load_batch_config
 from grok.config.infer import BatchConfig
 from grok.config.load import load_config
 from grok.config.sampling import SamplingConfig
@@ -409,6 +410,16 @@ def test_refused_configs(tmp_path, override, words):
         ConfigError, match=r"input, output must be set, for example with `input=\.\.\.`"
     ):
         load_config(file, [], BatchConfig)
+
+
+def test_weights_in_place_of_a_config(tmp_path):
+    file, keys = tmp_path / "job.yaml", ["input=[in.jsonl]", "output=out"]
+    file.write_text("weights: w\n")
+    for name in (str(tmp_path), "gs://bucket/runs/mine", "hf://org/name"):
+        assert load_batch_config(name, keys) == BatchConfig(
+            weights=name, input=("in.jsonl",), output="out"
+        )
+    assert load_batch_config(str(file), keys).weights == "w"
 
 
 def test_ids_that_python_cannot_hold_come_back(config, tmp_path, monkeypatch):
