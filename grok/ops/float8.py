@@ -18,7 +18,7 @@ def as_bytes(values: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(values, jnp.uint8) if is_float8(values.dtype) else values
 
 
-def of_bytes(values: jax.Array, dtype) -> jax.Array:
+def from_bytes(values: jax.Array, dtype) -> jax.Array:
     """The array of type `dtype` of which `as_bytes` made `values`."""
     return jax.lax.bitcast_convert_type(values, dtype) if is_float8(dtype) else values
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grok.ops.float8 import as_bytes, of_bytes
+from grok.ops.float8 import as_bytes, from_bytes
 from grok.ops.moe.grouped_blocks import SCALE_BYTES, Blocks, column_of, make_blocks
 from grok.ops.moe.routing import tile_schedule
 from grok.ops.moe.tiling import KernelBytes
@@ -26,7 +26,7 @@ def map_tiles(f: Callable, tiles_E, tile: int, *arrays: jax.Array) -> Any:
     tiles = [a.reshape(-1, tile, *a.shape[1:]) for a in arrays]
     shapes = jax.eval_shape(f, expert_I[0], *(a[0] for a in tiles))
     results = jax.lax.map(lambda a: jax.tree.map(as_bytes, f(*a)), (expert_I, *tiles))
-    results = jax.tree.map(lambda a, shape: of_bytes(a, shape.dtype), results, shapes)
+    results = jax.tree.map(lambda a, shape: from_bytes(a, shape.dtype), results, shapes)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
 
 
