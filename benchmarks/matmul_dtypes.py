@@ -43,10 +43,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", metavar="DTYPE-SEED", help="train this one and print its results")
     options = parser.parse_intermixed_args()
+    runs = [f"{dtype}-{seed}" for seed in range(options.seeds) for dtype in DTYPES]
+    if options.only and options.only not in runs:
+        parser.error(f"--only {options.only} is no run; the runs are {', '.join(runs)}")
     if not options.text.exists():
         write_text(options.text, load_config(options.config).model.vocab_size)
     if options.only:
-        dtype, seed = options.only.rsplit("-", 1)
+        dtype, _, seed = options.only.partition("-")
         print(json.dumps(train(options, dtype, int(seed))))
         return
     results: dict[str, list[dict]] = {dtype: [] for dtype in DTYPES}
