@@ -47,9 +47,9 @@ def paths_and_config(command: Callable) -> Callable:
     "--dtype",
     default="bfloat16",
     show_default=True,
-    type=click.Choice(["bfloat16", "float16", "float32", "int4"]),
-    help="Type of all tensors; with int4, of the matrices of MLP and experts, as vLLM and "
-    "compressed-tensors read them, and all else is bfloat16.",
+    type=click.Choice(["bfloat16", "float16", "float32", "int4", "int4_all"]),
+    help="Type of all tensors; with int4, of the matrices of MLP and experts, and with int4_all "
+    "of attention's too, as vLLM and compressed-tensors read them; all else is then bfloat16.",
 )
 @click.option(
     "--family",
@@ -249,9 +249,9 @@ def peft(src, dst, dtype, family, base_weights) -> None:
 @click.argument("dst", type=PATH)
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float32", "int8", "int4"]),
-    help="Type of the matrices; with int8 all else is float32, and with int4 those of attention "
-    "are int8.  [default: as they are]",
+    type=click.Choice(["bfloat16", "float32", "int8", "int4", "int4_all"]),
+    help="Type of the matrices; with int8 all else is float32; with int4 those of attention are "
+    "int8, with int4_all they are int4 too.  [default: as they are]",
 )
 def params(src, dst, dtype) -> None:
     """Write the parameters of the run at SRC, without the optimizer's state, to the new folder DST.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FORMATS = {"xai": "the release's (ckpt-0)", "huggingface": "Hugging Face's", "orbax": "grok's own"}
 COMMANDS = {"xai": "xai", "huggingface": "hf"}
 NAMED_FILES = 5  # in a message
-DTYPES = click.Choice(["int4", "int8", "bfloat16", "float32"])
+DTYPES = click.Choice(["int4_all", "int4", "int8", "bfloat16", "float32"])
 
 
 @click.group("import", cls=Group)
@@ -37,8 +37,8 @@ def _options(dtype: str) -> Callable:
             default=dtype,
             show_default=True,
             type=DTYPES,
-            help="Type of the matrices; with int8 all else is float32, and with int4 those of "
-            "attention are int8.",
+            help="Type of the matrices; with int8 all else is float32; with int4 those of "
+            "attention are int8, with int4_all they are int4 too.",
         ),
         click.option(
             "--scales",
@@ -171,7 +171,8 @@ def print_import(imported: "Imported") -> None:
         f"{imported.written / imported.seconds / 1e9:.2f} GB/s; peak memory {peak / 1e9:.2f} GB"
     )
     if summary["rounding_errors"]:
-        kinds = "int4, or int8 of attention" if summary["dtype"] == "int4" else "int8"
+        dtype = summary["dtype"]
+        kinds = {"int4": "int4, or int8 of attention", "int4_all": "int4"}.get(dtype, dtype)
         click.echo(f"rounding to {kinds}, against largest and root mean square value:")
     for name, error in summary["rounding_errors"].items():
         click.echo(f"  {name:29} {error['relative']:.2e}  {error['relative_rms']:.2e}")

@@ -22,7 +22,8 @@ class InferConfig(Section):
     tokenizer: Annotated[PathText, "tokenizer file or its folder; none: beside the weights"] = ""
     allow_special_tokens: Annotated[bool, "read special tokens in prompts' text as such"] = False
     param_dtype: Annotated[
-        Literal["", "float32", "bfloat16", "int8", "int4"], "dtype of matrices; none: as stored"
+        Literal["", "float32", "bfloat16", "int8", "int4", "int4_all"],
+        "dtype of matrices; int4: attention's are int8; none: as stored",
     ] = ""
     compute_dtype: Annotated[
         Literal["", "float32", "bfloat16"], "dtype of activations; none: as the model's config says"
@@ -30,7 +31,7 @@ class InferConfig(Section):
     matmul_dtype: Annotated[
         Literal["compute", "int8"],
         "type that int8 and int4 matrices are multiplied in; int8: with int8 activations (W8A8), "
-        "for TPU v5e, v5p, v6e; compute: compute_dtype",
+        "for TPU v5e, v5p, v6e, but for attention's in int4; compute: compute_dtype",
     ] = "compute"
     mesh: Annotated[MeshConfig, "devices of one replica, along each axis"] = MeshConfig()
     engine: Annotated[EngineConfig, "concurrent sequences, paged cache"] = EngineConfig()

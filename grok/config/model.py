@@ -9,7 +9,7 @@ from pydantic import Field
 from grok.config.section import Count, Positive, Section, largest_divisor
 from grok.errors import ConfigError, bad_value
 
-QUANTIZED_DTYPES = ("int8", "int4")  # of matrices, with scales
+QUANTIZED_DTYPES = ("int8", "int4", "int4_all")  # of matrices, with scales
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,16 +145,16 @@ class ModelConfig(Section):
     ] = None
     moe: Annotated[MoEConfig | None, "experts of every block; null: none"] = None
     param_dtype: Annotated[
-        Literal["float32", "bfloat16", "int8", "int4"],
+        Literal["float32", "bfloat16", "int8", "int4", "int4_all"],
         "type of parameters; int8: matrices, to infer or below adapters; int4: those of MLP and "
-        "experts",
+        "experts, and attention's in int8; int4_all: attention's in int4 too",
     ] = "float32"
     compute_dtype: Annotated[Literal["float32", "bfloat16"], "type of activations"] = "bfloat16"
     matmul_dtype: Annotated[
         Literal["compute", "int8", "float8"],
         "type that attention's projections, MLP and experts are multiplied in: of float "
-        "parameters to train, forward and backward; int8 of int8 and int4 ones to serve; compute: "
-        "compute_dtype",
+        "parameters to train, forward and backward; int8 of int8 and int4 ones to serve, but for "
+        "attention's in int4; compute: compute_dtype",
     ] = "compute"
     remat: Annotated[
         Literal["none", "dots", "selective", "attention", "experts", "offload", "full"],
@@ -181,6 +181,11 @@ class ModelConfig(Section):
         """Type of parameters that are not quantised, and of those that quantised ones are made
         from."""
         return "float32" if self.is_quantized else self.param_dtype
+
+    @property
+    def mlp_dtype(self) -> str:
+        """Type that the matrices of MLP and experts are stored in."""
+        return self.param_dtype.removesuffix("_all")
 
     @property
     def is_quantized(self) -> bool:

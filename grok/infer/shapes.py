@@ -29,7 +29,7 @@ def prefill_chunk_size(config: ModelConfig, options: EngineConfig) -> int:
         return options.prefill_chunk_size
     tokens = 0.0
     if (chip := hardware.chip_of(hardware.device_kind())) is not None:
-        weight_bytes = jax.dtypes.itemsize_bits(jnp.dtype(config.param_dtype)) / 8
+        weight_bytes = jax.dtypes.itemsize_bits(jnp.dtype(config.mlp_dtype)) / 8
         rate = chip.flops_8bit.get(config.matmul_dtype, chip.flops)
         tokens = rate / chip.bandwidth * weight_bytes / 2
         if (moe := config.moe) is not None:

@@ -76,7 +76,8 @@ class Attention(nnx.Module):
         spec = self.param_specs(self.config)[name]
         stored = spec.storage_axes(self.config.param_dtype)
         param = getattr(self, name)
-        if self.config.matmul_dtype != "compute":
+        # Of int4 too few rows share a scale for a product of each group to pay.
+        if self.config.matmul_dtype != "compute" and self.config.param_dtype != "int4_all":
             matrix = Projection(stored, spec.contract_dims, self.config.matmul_dtype)
             multiply = projection_of_quantized if self.config.is_quantized else projection
             return multiply(x, cast(materialize(param.get_value()), x.dtype), matrix)

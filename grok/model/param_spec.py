@@ -97,8 +97,10 @@ class ParamSpec:
         return self.use == "matmul"
 
     def quantized_dtype(self, param_dtype: str) -> Literal["int8", "int4"]:
-        """Type of the values of a matrix in a quantised model: int4 leaves attention's in int8."""
-        return "int4" if param_dtype == "int4" and self.is_wide else "int8"
+        """Type of the values of a matrix in a model of this type: int4 leaves attention's in
+        int8, int4_all leaves none."""
+        is_int4 = param_dtype == "int4_all" or (param_dtype == "int4" and self.is_wide)
+        return "int4" if is_int4 else "int8"
 
     @property
     def is_row_parallel(self) -> bool:

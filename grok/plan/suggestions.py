@@ -71,7 +71,7 @@ def fits(plan: Plan, state: float) -> bool:
 
 def state_bytes(config: RunConfig) -> float:
     """Bytes of HBM per parameter that persist from step to step."""
-    weights, optimizer = BYTES[config.model.param_dtype], config.optimizer
+    weights, optimizer = BYTES[config.model.mlp_dtype], config.optimizer
     if config.plan.program != "train" or config.lora.rank:
         return weights
     moments = MOMENTS[optimizer.name]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from grok.config.model import QUANTIZED_DTYPES
 from grok.sharding.mesh import ambient_mesh
 
 Axes = tuple[str | None, ...]  # logical axes of an array; None is replicated
@@ -123,7 +124,7 @@ def storage_axes(axes: Axes, shape: tuple[int, ...], param_dtype: str) -> Axes:
         return (None,) * len(axes)
     size = shape[axes.index(shared)]
     used = kv_axis(size) if shared == "kv_heads" else shared
-    if param_dtype in ("int8", "int4"):
+    if param_dtype in QUANTIZED_DTYPES:
         return _renamed(axes, {"embed": "fsdp_embed", shared: used})
     if used is None or size % axis_size(f"fsdp_{shared}"):
         return _renamed(axes, {"embed": "fsdp_embed_only", shared: used})

@@ -54,11 +54,11 @@ def quantized_groups(config: ModelConfig) -> dict[str, int]:
 def converted(
     source: Source, dtype: str, groups: ScaleGroups = release_groups, measure: bool = False
 ) -> Source:
-    """`source` with its matrices in `dtype`: "int4", "int8", "bfloat16" or "float32". All else is
-    in the same float type, or beside quantised ones in float32. `groups` gives the number of row
-    groups of a matrix that becomes int8, of which the largest that divides its rows is taken.
-    Matrices that are of the type already stay as they are, bit for bit. With `measure`, what is
-    quantised is a MeasuredQuantizedSource."""
+    """`source` with its matrices in `dtype`: "int4_all", "int4", "int8", "bfloat16" or "float32".
+    All else is in the same float type, or beside quantised ones in float32. `groups` gives the
+    number of row groups of a matrix that becomes int8, of which the largest that divides its rows
+    is taken. Matrices that are of the type already stay as they are, bit for bit. With `measure`,
+    what is quantised is a MeasuredQuantizedSource."""
     if dtype in QUANTIZED_DTYPES:
         quantized = MeasuredQuantizedSource if measure else QuantizedSource
         matrices = (spec for spec in source.tensors.values() if spec.param.is_matmul)

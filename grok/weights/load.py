@@ -22,7 +22,7 @@ from grok.weights.source import ByteCounter, OnProgress, Source, no_progress
 from grok.weights.tensor_reads import Piece, Starts, nbytes_of, tensor_reads
 from grok.weights.transfer import MeshDevices, Transfer
 
-DTYPES = ("int4", "int8", "bfloat16", "float32")
+DTYPES = ("int4_all", "int4", "int8", "bfloat16", "float32")
 READERS = 16  # threads
 # Bytes of batches that are read or on their way to the devices: a bound of the host's memory, as
 # long as one batch is smaller, but for a bucket's answers that are not copied yet.
@@ -41,7 +41,7 @@ def load(
     `path` is the folder of a run, an import, a `ckpt-0`, a Hugging Face folder, local or at gs://,
     or hf://ORG/NAME; `config` the expected model, where the files do not say. Matrices are
     converted to `dtype`, if given: "int8" (with scales, all else float32), "int4" (those of MLP and
-    experts, others int8), "bfloat16" or "float32".
+    experts, others int8), "int4_all", "bfloat16" or "float32".
     `on_progress` is called with bytes of the model that are on the devices, of all processes
     together. With several processes, all call this.
 

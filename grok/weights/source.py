@@ -107,9 +107,16 @@ class Source(abc.ABC):
 
     @property
     def dtype(self) -> str:
-        """The type of the matrices; int4 where some are, and others int8."""
-        dtypes = [str(spec.dtype) for spec in self.tensors.values() if spec.param.is_matmul]
-        return "int4" if "int4" in dtypes else dtypes[0]
+        """The type of the matrices, as `model.param_dtype` names it."""
+        tensors = self.tensors.values()
+        return param_dtype([str(spec.dtype) for spec in tensors if spec.param.is_matmul])
+
+
+def param_dtype(dtypes: Sequence[str]) -> str:
+    """`model.param_dtype` of matrices in these types: of int4 and int8 ones that is int4."""
+    if "int4" not in dtypes:
+        return dtypes[0]
+    return "int4_all" if set(dtypes) == {"int4"} else "int4"
 
 
 class ByteCounter:

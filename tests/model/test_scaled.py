@@ -92,7 +92,7 @@ def served_logits(name: str, dtype: str, matmul_dtype: str, sizes=None) -> np.nd
 
 
 @pytest.mark.parametrize("sizes", in_suite([None, (2, 2, 2, 1), (1, 2, 4, 1)], (2, 2, 2, 1)))
-@pytest.mark.parametrize("dtype", in_suite(["int8", "int4"], "int4"))
+@pytest.mark.parametrize("dtype", in_suite(["int8", "int4", "int4_all"], "int4_all"))
 @pytest.mark.parametrize("name", in_suite(MODELS, "mlp and experts"))
 def test_weights_in_8_and_4_bits_are_served_in_int8(name, dtype, sizes):
     """As floats give, but for the rounding of activations; as one device gives, but for the order

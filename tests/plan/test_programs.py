@@ -57,7 +57,7 @@ def test_inference_programs_are_the_engine_s_with_its_sampling(tiny_run, program
     assert slots.token_BS.shape == (4, 2)
 
 
-def test_int4_halves_the_experts_of_a_decode(tiny_run):
+def test_int4_halves_the_experts_of_a_decode_and_int4_all_attention_too(tiny_run):
     def parts(dtype: str) -> dict[str, int]:
         config = planned(tiny_run, program="decode", batch_size=8, tokens=16)
         model = dataclasses.replace(config.model, param_dtype=dtype)
@@ -66,11 +66,12 @@ def test_int4_halves_the_experts_of_a_decode(tiny_run):
             program = make_program(dataclasses.replace(config, model=model), mesh)
         return bytes_per_device(program.arguments)
 
-    int8, int4 = parts("int8"), parts("int4")
+    int8, int4, int4_all = map(parts, ("int8", "int4", "int4_all"))
     matrices = [name for name in int8 if name.endswith("values")]
     assert len(matrices) == 7
     for name in matrices:
         assert int4[name] == int8[name] / (2 if ".moe." in name else 1)
+        assert int4_all[name] == int8[name] / 2
 
 
 def test_adapters_over_int4_take_less(tiny_run):

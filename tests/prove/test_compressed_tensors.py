@@ -95,10 +95,11 @@ def python(tmp_path_factory) -> Path:
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("dtype", ["int4", "int4_all"])
 @pytest.mark.parametrize("model", [LLAMA, MIXTRAL, GROK_1], ids=["llama", "mixtral", "grok-1"])
-def test_the_library_unpacks_our_values(python, tmp_path, model):
-    source = converted(RandomSource(model, dtype="float32"), "int4")
-    export_huggingface(source, tmp_path / "hf", "int4", shard_bytes=400_000)
+def test_the_library_unpacks_our_values(python, tmp_path, model, dtype):
+    source = converted(RandomSource(model, dtype="float32"), dtype)
+    export_huggingface(source, tmp_path / "hf", dtype, shard_bytes=400_000)
     (tmp_path / "unpack.py").write_text(SCRIPT)
     command = [python, tmp_path / "unpack.py", tmp_path / "hf", tmp_path / "out.npz"]
     done = subprocess.run(command, capture_output=True)
@@ -107,7 +108,7 @@ def test_the_library_unpacks_our_values(python, tmp_path, model):
     # What a product of an int4 and a bfloat16 is in bfloat16.
     floats = converted(folder, "bfloat16")
     tensors = folder.adapter.tensors(folder.adapter.export_layout, folder.config)
-    packed = {t.name.removesuffix(".weight"): t for t in tensors if is_packed(t.param)}
+    packed = {t.name.removesuffix(".weight"): t for t in tensors if is_packed(t.param, dtype)}
     with np.load(tmp_path / "out.npz") as theirs:
         assert theirs.keys() == packed.keys()
         for module, tensor in packed.items():

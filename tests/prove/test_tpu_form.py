@@ -197,8 +197,13 @@ ENGINES = {
     "float32": ({}, "compute", {"ragged_paged_attention_kernel"}),
     "int8 weights": ({"param_dtype": "int8"}, "compute", {"ragged_paged_attention_kernel"}),
     "int4 weights": ({"param_dtype": "int4"}, "compute", {"ragged_paged_attention_kernel"}),
+    "int4, attention too": (
+        {"param_dtype": "int4_all"},
+        "compute",
+        {"ragged_paged_attention_kernel"},
+    ),
     "int4 weights, int8 activations": (
-        {"param_dtype": "int4", "matmul_dtype": "int8"},
+        {"param_dtype": "int4_all", "matmul_dtype": "int8"},
         "compute",
         {"ragged_paged_attention_kernel", "scaled_grouped_matmul"},
     ),

@@ -62,7 +62,7 @@ def whole_scales(spec: TensorSpec) -> tuple[slice, ...]:
     return tuple(slice(0, size) for size in spec.scales_shape)
 
 
-@pytest.mark.parametrize("to", ["int4", *TO])
+@pytest.mark.parametrize("to", ["int4_all", "int4", *TO])
 @pytest.mark.parametrize("kind", FROM)
 def test_any_part_is_the_part_of_the_whole(kind, to, small_groups):
     source = converted(source_of(kind), to, groups_of)
@@ -107,33 +107,35 @@ def test_the_whole_by_definition(kind, to):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("to", ["int4", "int4_all"])
 @pytest.mark.parametrize("kind", FROM)
-def test_int4_is_for_the_matrices_of_the_experts(kind, small_groups):
+def test_int4_is_for_the_matrices_of_the_experts_or_for_all(kind, to, small_groups):
     stored = source_of(kind)
-    source, floats = (converted(stored, to, groups_of) for to in ("int4", "float32"))
-    assert source.dtype == "int4"
+    source, floats = (converted(stored, dtype, groups_of) for dtype in (to, "float32"))
+    assert source.dtype == to
     for name, spec in source.tensors.items():
         if name not in MATRICES:
             assert (spec.dtype, spec.groups) == (np.float32, None)
             continue
         dims = MATRICES[name].contract_dims, MATRICES[name].output_dims
-        is_wide = "/moe/" in name
-        groups = spec.param.contract_size // 8 if is_wide else GROUPS.get(name, 1)
-        assert (spec.dtype, spec.groups) == (INT4 if is_wide else np.int8, groups)
+        is_int4 = to == "int4_all" or "/moe/" in name
+        groups = spec.param.contract_size // 8 if is_int4 else GROUPS.get(name, 1)
+        assert (spec.dtype, spec.groups) == (INT4 if is_int4 else np.int8, groups)
         w = floats.read(name, spec.full_part)
         values, scales = quantize(w, groups, *dims, spec.dtype)
-        if kind == "int8" and not is_wide:  # they stay, bit for bit
+        if kind == "int8" and not is_int4:  # they stay, bit for bit
             values, scales = stored.values[name], stored.scales[name]
         np.testing.assert_array_equal(source.read(name, spec.full_part), values)
         np.testing.assert_array_equal(source.read_scales(name, whole_scales(spec)), scales)
-        assert spec.nbytes == w.size // (2 if is_wide else 1) + 2 * scales.size
-    back = converted(source, "float32")
-    name = "layers/moe/w_up_EDF"
-    again = converted(back, "int4").read(name, source.tensors[name].full_part)
-    np.testing.assert_array_equal(again, source.read(name, source.tensors[name].full_part))
+        assert spec.nbytes == w.size // (2 if is_int4 else 1) + 2 * scales.size
+    again = converted(converted(source, "float32"), to)
+    for name, spec in source.tensors.items():
+        if spec.dtype == INT4:
+            values = source.read(name, spec.full_part)
+            np.testing.assert_array_equal(again.read(name, spec.full_part), values)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int4_all"])
 def test_nothing_is_done_where_nothing_is_asked(dtype):
     source = converted(source_of("int8"), dtype)
     assert converted(source, dtype) is source

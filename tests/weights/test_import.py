@@ -43,7 +43,7 @@ from tests.fixtures.random_weights import RandomSource
 from tests.model import golden
 
 DTYPES = ("int8", "bfloat16", "float32")
-STORED = ("int4", *DTYPES)
+STORED = ("int4_all", "int4", *DTYPES)
 TINY = ModelConfig(
     vocab_size=96,
     num_layers=2,
@@ -137,7 +137,7 @@ def test_large_matrices_are_cut(tmp_path, monkeypatch, dtype):
         import_weights(source, tmp_path / name, run_of(TINY))
         gate = tmp_path / name / "checkpoints" / "0" / "model" / "layers.moe.w_gate_EDF"
         matrices = 2 * TINY.moe.num_experts
-        is_float = dtype not in ("int8", "int4")
+        is_float = "int" not in dtype
         shards = len(list(gate.glob("c.*"))) if is_float else matrices
         assert shards == matrices * {"bfloat16": 4, "float32": 8}.get(dtype, 1)
         assert source.format == ("random", "orbax")[step]

@@ -22,6 +22,7 @@ from grok.errors import CheckpointError, ConfigError
 from grok.model.build import to_arrays
 from grok.weights import cast
 from grok.weights.cast import converted
+from grok.weights.detect import open_source
 from grok.weights.gguf.export import export_gguf
 from grok.weights.huggingface import compressed
 from grok.weights.huggingface.compressed import Int4Source
@@ -198,6 +199,35 @@ def test_odd_columns_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("config", [LLAMA, GROK], ids=["llama", "grok-1"])
+def test_attention_in_int4_too(tmp_path, config):
+    """The same values in a checkpoint and in a folder for vLLM, which name no type; and logits of
+    floats that are rounded likewise."""
+    source = converted(RandomSource(config, dtype="float32"), "int4_all")
+    export_huggingface(source, tmp_path / "hf", "int4_all")
+    import_weights(source, tmp_path / "run", run_of(config))
+    folder, stored = HuggingFaceSource(tmp_path / "hf"), OrbaxSource(tmp_path / "run")
+    matrices = [name for name, spec in source.tensors.items() if spec.groups]
+    assert len(matrices) == 7 and QUERY in matrices
+    for name in matrices:
+        for other in (folder, stored):
+            assert other.tensors[name] == source.tensors[name]
+            for x, y in zip(everything(other, name), everything(source, name), strict=True):
+                assert x.tobytes() == y.tobytes(), (other, name)
+    assert folder.dtype == stored.dtype == "int4_all"
+    assert [inspect(path).dtype for path in (tmp_path / "hf", tmp_path / "run")] == ["int4_all"] * 2
+    said = json.loads((tmp_path / "hf/config.json").read_text())["quantization_config"]["ignore"]
+    assert "lm_head" in said and not any("attn" in pattern for pattern in said)
+    assert "attention, MLP and experts are int4" in (tmp_path / "hf/README.md").read_text()
+    tokens = np.arange(8)[None]
+    for path in (tmp_path / "hf", tmp_path / "run"):
+        model = grok.load(path)
+        assert model.config.param_dtype == "int4_all"
+        rounded = put_on_mesh(converted(open_source(path), "float32"))
+        logits, plain = np.asarray(model(tokens)), np.asarray(rounded(tokens))
+        np.testing.assert_allclose(logits, plain, atol=0.03 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("config", [LLAMA, GROK], ids=["llama", "grok-1"])
 def test_compressed_tensors_and_back(tmp_path, config):
     source = RandomSource(config, dtype="float32")
     done = export_huggingface(source, tmp_path / "hf", "int4", shard_bytes=120_000)
@@ -256,7 +286,7 @@ def test_groups_that_such_a_folder_has_no_place_for(tmp_path, monkeypatch):
     monkeypatch.setattr(cast, "INT4_GROUP", 64)
     fine = converted(RandomSource(LLAMA, dtype="float32"), "int4")
     with pytest.raises(ConfigError, match="in 2 groups"):
-        Int4Source(fine)
+        Int4Source(fine, "int4")
 
 
 @pytest.mark.parametrize("stored", ["int4", "float32"])

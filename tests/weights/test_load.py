@@ -163,7 +163,7 @@ def bits(array) -> np.ndarray:
     return values.view(f"u{values.itemsize}")
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float32", "float32 to int8", "int8 to int4"])
+@pytest.mark.parametrize("dtype", ["int8", "float32", "float32 to int8", "int8 to int4_all"])
 @pytest.mark.parametrize(
     ("sizes", "devices", "batch_bytes"),
     [((1, 4, 2), 4, 1 << 26), ((2, 1, 2, 2), 2, 1 << 26), ((4, 1, 2), 1, 5000)],
@@ -184,7 +184,7 @@ def test_what_processes_read_is_exchanged_bit_for_bit(
         np.testing.assert_array_equal(bits(array), bits(expected[name]), name)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int4_all"])
 def test_floats_are_quantised_on_a_mesh(dtype, monkeypatch):
     monkeypatch.setattr(cast, "INT4_GROUP", 8)
     source = RandomSource(ODD, dtype="float32")
@@ -203,7 +203,7 @@ def test_config_of_another_model_is_refused():
 
 
 def test_unknown_dtype_is_refused():
-    with pytest.raises(ConfigError, match="dtype='int3' is none of int4, int8, bfloat16, float32"):
+    with pytest.raises(ConfigError, match="dtype='int3' is none of int4_all, int4, int8, bfloat16"):
         grok.load(golden.FOLDER / "pub_a/ckpt-0", dtype="int3")
 
 
@@ -212,7 +212,7 @@ def test_mesh_that_does_not_fit_is_refused():
         put_on_mesh(RandomSource(ODD), grok.make_mesh(1, 1, 8))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int4_all"])
 def test_fresh_quantised_parameters_are_refused(dtype):
     config = golden.config("pub_a", "float32")
     with pytest.raises(ConfigError, match=f"{dtype} is for weights that are loaded"):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from grok.config.load import flatten
 from grok.config.model import QUANTIZED_DTYPES
 from grok.model.params import num_active_parameters, num_parameters
+from grok.weights.huggingface import compressed
 from grok.weights.huggingface.adapters.adapter import Adapter
 from grok.weights.provenance import Provenance
 from grok.weights.source import Source
@@ -79,9 +80,10 @@ def _head(origin: Provenance, licence: str | None) -> list[str]:
 
 def _base(source: Source, dtype: str, origin: Provenance) -> str:
     text = origin.base
-    if dtype == "int4":
+    if dtype in compressed.DTYPES:
+        which = "Those of attention, MLP" if dtype == "int4_all" else "Those of MLP"
         text += (
-            f"\n\nThe matrices were {source.dtype}. Those of MLP and experts are int4 here, with a "
+            f"\n\nThe matrices were {source.dtype}. {which} and experts are int4 here, with a "
             "bfloat16 scale for every 128 inputs of an output, packed as compressed-tensors has "
             "them; all else is bfloat16."
         )

@@ -24,6 +24,7 @@ from grok.weights.source import Part, Source, TensorSpec, part_shape, read_part
 KEY, METHOD, FORMAT = "quantization_config", "compressed-tensors", "pack-quantized"
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 PER_INT32, OFFSET = 8, 8
+DTYPES = ("int4", "int4_all")  # of exports that are packed
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # What is read, of a group's `weights`.
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True}
@@ -31,14 +32,14 @@ Array = tuple[str, np.dtype, tuple[int, ...]]  # name, type, shape
 
 
 class Int4Source(QuantizedSource):
-    """A source as an export in int4 has it: matrices of MLP and experts in int4, all else in
-    bfloat16. Raises ConfigError where rows are not of whole groups."""
+    """A source as an export in `dtype`, one of DTYPES, has it: matrices that are packed in int4,
+    all else in bfloat16. Raises ConfigError where rows are not of whole groups."""
 
-    def __init__(self, source: Source):
-        super().__init__(source, dtype="int4")
+    def __init__(self, source: Source, dtype: str):
+        super().__init__(source, dtype=dtype)
         self._dtype = BFLOAT16
         for name, spec in self.tensors.items():
-            if not is_packed(spec.param):
+            if not is_packed(spec.param, dtype):
                 self.tensors[name] = TensorSpec(spec.param, BFLOAT16)
             elif spec.groups is None or spec.param.contract_size != INT4_GROUP * spec.groups:
                 raise ConfigError(
@@ -47,9 +48,10 @@ class Int4Source(QuantizedSource):
                 )
 
 
-def is_packed(param: ParamSpec) -> bool:
-    """True of the matrices that an export in int4 packs: those of MLP and experts."""
-    return param.is_matmul and param.is_wide
+def is_packed(param: ParamSpec, dtype: str) -> bool:
+    """True of what an export in `dtype` packs: in int4 the matrices of MLP and experts, in int4_all
+    attention's too, of others nothing."""
+    return dtype in DTYPES and param.is_matmul and param.quantized_dtype(dtype) == "int4"
 
 
 def packed_arrays(tensor: HuggingFaceTensor) -> list[Array]:
@@ -62,13 +64,13 @@ def packed_arrays(tensor: HuggingFaceTensor) -> list[Array]:
     ]
 
 
-def quantization_config(adapter: Adapter, config: ModelConfig) -> dict[str, Any]:
-    """The `quantization_config` of an export in int4. Linear layers that are not packed are named
-    by patterns, and the output layer by its name."""
+def quantization_config(adapter: Adapter, config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The `quantization_config` of an export in one of DTYPES. Linear layers that are not packed
+    are named by patterns, and the output layer by its name."""
     layout = adapter.layouts[adapter.export_layout]
     plain = []
     for tensor in adapter.tensors(adapter.export_layout, config):
-        if tensor.transposed and not is_packed(tensor.param):
+        if tensor.transposed and not is_packed(tensor.param, dtype):
             parts = map(re.escape, layout.names[tensor.param.name].split("{layer}"))
             plain.append(f"re:{r'\d+'.join(parts).removesuffix(r'\.weight')}$")
     weights = WEIGHTS | {

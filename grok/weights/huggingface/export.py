@@ -26,7 +26,7 @@ from grok.weights.huggingface.adapters.adapter import Adapter, HuggingFaceTensor
 from grok.weights.huggingface.compressed import Int4Source
 from grok.weights.huggingface.files import CONFIG, INDEX, UNFINISHED
 from grok.weights.huggingface.rows import num_workers, quantized_row_blocks, row_blocks
-from grok.weights.huggingface.shards import DTYPES, PACKED, Shard, index_data, plan
+from grok.weights.huggingface.shards import Shard, float_dtype, index_data, plan
 from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.provenance import Provenance, provenance
 from grok.weights.source import ByteCounter, OnProgress, Source, no_progress
@@ -69,8 +69,8 @@ def export_huggingface(
     tokenizer: ExportedTokenizer = NO_TOKENIZER,
     licence: str | None = None,
 ) -> Exported:
-    """Writes `source` to the local `folder` in "bfloat16", "float16", "float32" or "int4", with
-    matrices of MLP and experts as `compressed.py` says, and all else in bfloat16.
+    """Writes `source` to the local `folder` in "bfloat16", "float16", "float32", "int4" or
+    "int4_all", the last two with matrices as `compressed.py` says, and all else in bfloat16.
 
     The layout is that of `family`, by default the family of a Hugging Face folder or else the first
     that can hold the model. No file is larger than `shard_bytes`, by default 5 GB, but for Grok-2.
@@ -90,7 +90,7 @@ def export_huggingface(
     origin = provenance(source, base_weights)
     small_files = _small_files(source, adapter, dtype, origin, data_manifest, tokenizer, licence)
     small_files |= _index(adapter, shards)
-    values = as_exported(source, dtype) if dtype == PACKED else source
+    values = as_exported(source, dtype) if dtype in compressed.DTYPES else source
     check_destination(folder, UNFINISHED, CheckpointError)
     path = Path(folder)
     with (
@@ -116,7 +116,9 @@ def export_huggingface(
 def as_exported(source: Source, dtype: str) -> Source:
     """`source` in the types that an export in `dtype` has. Raises ConfigError where int4 has no
     place for its groups of rows."""
-    return Int4Source(source) if dtype == PACKED else FloatSource(source, DTYPES[dtype])
+    if dtype in compressed.DTYPES:
+        return Int4Source(source, dtype)
+    return FloatSource(source, float_dtype(dtype))
 
 
 def _index(adapter: Adapter, shards: list[Shard]) -> dict[str, bytes]:
@@ -134,9 +136,9 @@ def _small_files(
     licence: str | None,
 ) -> dict[str, bytes]:
     """All files without weights but the index, by name."""
-    config = adapter.config_data(source.config, "bfloat16" if dtype == PACKED else dtype)
-    if dtype == PACKED:
-        config[compressed.KEY] = compressed.quantization_config(adapter, source.config)
+    config = adapter.config_data(source.config, float_dtype(dtype).name)
+    if dtype in compressed.DTYPES:
+        config[compressed.KEY] = compressed.quantization_config(adapter, source.config, dtype)
     config |= {key: value for key, value in tokenizer.ids.items() if key in config}
     files = {CONFIG: json_text(config), **tokenizer.contents}
     manifest = None

@@ -11,6 +11,7 @@ import numpy as np
 
 from grok.config import ModelConfig
 from grok.errors import ConfigError
+from grok.weights.huggingface import compressed
 from grok.weights.huggingface.adapters.adapter import (
     HEAD_NAME,
     TOKEN_TABLE,
@@ -26,14 +27,12 @@ SHARD_BYTES = 5_000_000_000
 HEADER_OVERHEAD = 128
 TYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}
 DTYPES = {name: np.dtype(kind) for name, kind in TYPES.items()}
-# Of an export's matrices of MLP and experts; its other tensors are in bfloat16.
-PACKED = "int4"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file of an export in `dtype`, of TYPES or PACKED: its name, the bytes it begins with, its
-    tensors in order."""
+    """One file of an export in `dtype`, of TYPES or `compressed.DTYPES`: its name, the bytes it
+    begins with, its tensors in order."""
 
     file: str
     header: bytes
@@ -49,11 +48,11 @@ class Shard:
     @property
     def float_dtype(self) -> np.dtype:
         """Type of the tensors that are not packed."""
-        return DTYPES["bfloat16" if self.dtype == PACKED else self.dtype]
+        return float_dtype(self.dtype)
 
     def packs(self, tensor: HuggingFaceTensor) -> bool:
         """True of a tensor that is packed."""
-        return self.dtype == PACKED and is_packed(tensor.param)
+        return is_packed(tensor.param, self.dtype)
 
     @property
     def data_bytes(self) -> int:
@@ -79,7 +78,7 @@ def plan(
     in it. Raises ConfigError where one tensor alone would take more, for a size where the layout
     says which tensors a file has, and for int4 where ranks split them."""
     if adapter.num_ranks is not None:
-        if dtype == PACKED:
+        if dtype in compressed.DTYPES:
             raise ConfigError(
                 f"{adapter.family}'s files are split over ranks, and int4 has no form for them; "
                 "--dtype bfloat16 would work."
@@ -145,11 +144,14 @@ def _ranked_files(
 
 def arrays_of(tensor: HuggingFaceTensor, dtype: str) -> list[Array]:
     """Name, type and shape of the arrays of a tensor in an export in `dtype`, one or several."""
-    if dtype != PACKED:
-        return [(tensor.name, DTYPES[dtype], tensor.shape)]
-    if is_packed(tensor.param):
+    if is_packed(tensor.param, dtype):
         return packed_arrays(tensor)
-    return [(tensor.name, DTYPES["bfloat16"], tensor.shape)]
+    return [(tensor.name, float_dtype(dtype), tensor.shape)]
+
+
+def float_dtype(dtype: str) -> np.dtype:
+    """Type of the tensors of an export in `dtype` that are not packed."""
+    return DTYPES["bfloat16" if dtype in compressed.DTYPES else dtype]
 
 
 def _shard(file: str, dtype: str, tensors: list[HuggingFaceTensor]) -> Shard:

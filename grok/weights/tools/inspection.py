@@ -19,7 +19,7 @@ from grok.weights.huggingface.files import INDEX, read_config_json
 from grok.weights.huggingface.source import HuggingFaceSource
 from grok.weights.importing.importer import JOURNAL, STAGING
 from grok.weights.orbax.source import LoraSource, OrbaxSource
-from grok.weights.source import Source, read_object
+from grok.weights.source import Source, param_dtype, read_object
 from grok.weights.tools.origin import checkpoint_facts
 from grok.weights.tools.verify import config_values, differing_key
 from grok.weights.xai.objects import StoredTensor
@@ -77,12 +77,12 @@ class Inspection:
 
     @property
     def dtype(self) -> str | None:
-        """The type of the matrices; int4 where some are, and others int8."""
+        """The type of the matrices, as `model.param_dtype` names it."""
         specs = param_specs(self.config) if self.config else {}
         dtypes = [
             t.dtype for t in self.tensors if t.groups or ((s := specs.get(t.name)) and s.is_matmul)
         ]
-        return "int4" if "int4" in dtypes else next(iter(dtypes), None)
+        return param_dtype(dtypes) if dtypes else None
 
     @property
     def bytes(self) -> int:
