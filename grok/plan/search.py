@@ -114,7 +114,7 @@ def _seconds_per_token(config: RunConfig, mesh: dict[str, int], slice_: Slice) -
     tensor reduces what goes into and out of a block, twice."""
     model, tokens, training = config.model, tokens_of(config), config.plan.program == "train"
     passes = 3 if training else 1
-    width = 2 if training else min(2, BYTES[model.mlp_dtype])  # bytes of a value that moves
+    width = 2 if training else min(2, BYTES[model.param_dtype])  # bytes of a value that moves
     data, expert, tensor = mesh["data"], mesh["expert"], mesh["tensor"]
     on_device = tokens / batch_shards(mesh)
     weights = width * num_parameters(model) / (expert * tensor) * (data > 1)

@@ -13,7 +13,7 @@ from grok.plan.topology import grown
 
 # Largest state that is suggested where the rest is unknown, as a share of HBM.
 MAX_STATE_SHARE = 0.6
-BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5, "int4_all": 0.5}
 # Moments of each parameter, in optimizer.moments_dtype; adafactor's needs a beta1.
 MOMENTS = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 1}
 # Config keys that `state_bytes` depends on.
@@ -71,7 +71,7 @@ def fits(plan: Plan, state: float) -> bool:
 
 def state_bytes(config: RunConfig) -> float:
     """Bytes of HBM per parameter that persist from step to step."""
-    weights, optimizer = BYTES[config.model.mlp_dtype], config.optimizer
+    weights, optimizer = BYTES[config.model.param_dtype], config.optimizer
     if config.plan.program != "train" or config.lora.rank:
         return weights
     moments = MOMENTS[optimizer.name]
