@@ -76,8 +76,9 @@ class Attention(nnx.Module):
         spec = self.param_specs(self.config)[name]
         stored = spec.storage_axes(self.config.param_dtype)
         param = getattr(self, name)
-        # Of int4 too few rows share a scale for a product of each group to pay.
-        if self.config.matmul_dtype != "compute" and self.config.param_dtype != "int4_all":
+        # In int4 so few rows share a scale that a product for each group of them would not pay.
+        is_int4 = spec.quantized_dtype(self.config.param_dtype) == "int4"
+        if self.config.matmul_dtype != "compute" and not is_int4:
             matrix = Projection(stored, spec.contract_dims, self.config.matmul_dtype)
             multiply = projection_of_quantized if self.config.is_quantized else projection
             return multiply(x, cast(materialize(param.get_value()), x.dtype), matrix)

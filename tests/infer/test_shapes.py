@@ -37,3 +37,14 @@ def test_a_prefill_reads_weights_for_as_many_tokens_as_the_chip_asks(
         assert prefill_chunk_size(config.model, explicit) == 64
         shapes = EngineShapes.of(config.model, dataclasses.replace(config.engine, page_size=64))
     assert shapes.layout.max_chunks == -(-tokens // 64)
+
+
+def test_attention_in_int4_changes_no_prefill(monkeypatch):
+    """Experts decide: they are as large in both."""
+    monkeypatch.setattr(hardware, "device_kind", lambda: "TPU v5p")
+    int4, int4_all = (
+        load_config("decode-v5p-2x2x1-int4", (f"model.param_dtype={dtype}",))
+        for dtype in ("int4", "int4_all")
+    )
+    sizes = [prefill_chunk_size(config.model, config.engine) for config in (int4, int4_all)]
+    assert sizes[0] == sizes[1]

@@ -80,7 +80,7 @@ def _head(origin: Provenance, licence: str | None) -> list[str]:
 
 def _base(source: Source, dtype: str, origin: Provenance) -> str:
     text = origin.base
-    if dtype in compressed.DTYPES:
+    if dtype in compressed.PACKED_DTYPES:
         which = "Those of attention, MLP" if dtype == "int4_all" else "Those of MLP"
         text += (
             f"\n\nThe matrices were {source.dtype}. {which} and experts are int4 here, with a "

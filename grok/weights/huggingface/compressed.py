@@ -24,7 +24,7 @@ from grok.weights.source import Part, Source, TensorSpec, part_shape, read_part
 KEY, METHOD, FORMAT = "quantization_config", "compressed-tensors", "pack-quantized"
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 PER_INT32, OFFSET = 8, 8
-DTYPES = ("int4", "int4_all")  # of exports that are packed
+PACKED_DTYPES = ("int4", "int4_all")  # of exports that are packed
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # What is read, of a group's `weights`.
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True}
@@ -32,8 +32,8 @@ Array = tuple[str, np.dtype, tuple[int, ...]]  # name, type, shape
 
 
 class Int4Source(QuantizedSource):
-    """A source as an export in `dtype`, one of DTYPES, has it: matrices that are packed in int4,
-    all else in bfloat16. Raises ConfigError where rows are not of whole groups."""
+    """A source as an export in `dtype`, one of PACKED_DTYPES, has it: what is packed in int4, all
+    else in bfloat16. Raises ConfigError where INT4_GROUP does not divide a matrix's rows."""
 
     def __init__(self, source: Source, dtype: str):
         super().__init__(source, dtype=dtype)
@@ -51,7 +51,7 @@ class Int4Source(QuantizedSource):
 def is_packed(param: ParamSpec, dtype: str) -> bool:
     """True of what an export in `dtype` packs: in int4 the matrices of MLP and experts, in int4_all
     attention's too, of others nothing."""
-    return dtype in DTYPES and param.is_matmul and param.quantized_dtype(dtype) == "int4"
+    return dtype in PACKED_DTYPES and param.is_matmul and param.quantized_dtype(dtype) == "int4"
 
 
 def packed_arrays(tensor: HuggingFaceTensor) -> list[Array]:
@@ -65,8 +65,8 @@ def packed_arrays(tensor: HuggingFaceTensor) -> list[Array]:
 
 
 def quantization_config(adapter: Adapter, config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The `quantization_config` of an export in one of DTYPES. Linear layers that are not packed
-    are named by patterns, and the output layer by its name."""
+    """The `quantization_config` of an export in one of PACKED_DTYPES. Linear layers that are not
+    packed are named by patterns, and the output layer by its name."""
     layout = adapter.layouts[adapter.export_layout]
     plain = []
     for tensor in adapter.tensors(adapter.export_layout, config):

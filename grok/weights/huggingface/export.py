@@ -90,7 +90,7 @@ def export_huggingface(
     origin = provenance(source, base_weights)
     small_files = _small_files(source, adapter, dtype, origin, data_manifest, tokenizer, licence)
     small_files |= _index(adapter, shards)
-    values = as_exported(source, dtype) if dtype in compressed.DTYPES else source
+    values = as_exported(source, dtype) if dtype in compressed.PACKED_DTYPES else source
     check_destination(folder, UNFINISHED, CheckpointError)
     path = Path(folder)
     with (
@@ -116,7 +116,7 @@ def export_huggingface(
 def as_exported(source: Source, dtype: str) -> Source:
     """`source` in the types that an export in `dtype` has. Raises ConfigError where int4 has no
     place for its groups of rows."""
-    if dtype in compressed.DTYPES:
+    if dtype in compressed.PACKED_DTYPES:
         return Int4Source(source, dtype)
     return FloatSource(source, float_dtype(dtype))
 
@@ -137,7 +137,7 @@ def _small_files(
 ) -> dict[str, bytes]:
     """All files without weights but the index, by name."""
     config = adapter.config_data(source.config, float_dtype(dtype).name)
-    if dtype in compressed.DTYPES:
+    if dtype in compressed.PACKED_DTYPES:
         config[compressed.KEY] = compressed.quantization_config(adapter, source.config, dtype)
     config |= {key: value for key, value in tokenizer.ids.items() if key in config}
     files = {CONFIG: json_text(config), **tokenizer.contents}

@@ -31,8 +31,8 @@ DTYPES = {name: np.dtype(kind) for name, kind in TYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file of an export in `dtype`, of TYPES or `compressed.DTYPES`: its name, the bytes it
-    begins with, its tensors in order."""
+    """One file of an export in `dtype`, of TYPES or `compressed.PACKED_DTYPES`: its name, the bytes
+    it begins with, its tensors in order."""
 
     file: str
     header: bytes
@@ -78,7 +78,7 @@ def plan(
     in it. Raises ConfigError where one tensor alone would take more, for a size where the layout
     says which tensors a file has, and for int4 where ranks split them."""
     if adapter.num_ranks is not None:
-        if dtype in compressed.DTYPES:
+        if dtype in compressed.PACKED_DTYPES:
             raise ConfigError(
                 f"{adapter.family}'s files are split over ranks, and int4 has no form for them; "
                 "--dtype bfloat16 would work."
@@ -151,7 +151,7 @@ def arrays_of(tensor: HuggingFaceTensor, dtype: str) -> list[Array]:
 
 def float_dtype(dtype: str) -> np.dtype:
     """Type of the tensors of an export in `dtype` that are not packed."""
-    return DTYPES["bfloat16" if dtype in compressed.DTYPES else dtype]
+    return DTYPES["bfloat16" if dtype in compressed.PACKED_DTYPES else dtype]
 
 
 def _shard(file: str, dtype: str, tensors: list[HuggingFaceTensor]) -> Shard:
