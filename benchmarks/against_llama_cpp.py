@@ -55,17 +55,17 @@ CONFIG = ModelConfig(
     attention=AttentionConfig(num_heads=8, num_kv_heads=2, head_dim=64, logit_softcap=None),
     moe=MoEConfig(dim=2048, activation="silu", normalize=True),
 )
-# Our type, the type of activations, theirs, and bytes of a weight here.
+# Our type, that of token tables and of activations, theirs, and bytes of a weight here.
 TYPES = (
-    ("float32", "float32", "float32", 4),
-    ("int8", "float32", "q8_0", 1),
-    ("int4", "float32", "q4_0", 0.5),
-    ("bfloat16", "bfloat16", "float16", 2),
+    ("float32", "float", "float32", "float32", 4),
+    ("int8", "int8", "float32", "q8_0", 1),
+    ("int4", "int8", "float32", "q4_0", 0.5),
+    ("bfloat16", "float", "bfloat16", "float16", 2),
 )
 DIFFERENCES = """What differs: llama.cpp keeps keys and values in float16 and chooses flash
 attention itself, here they are in the type of activations; it multiplies q8_0 and q4_0 by
 activations rounded to int8, here int8 and int4 are multiplied by float32; its q8_0 and q4_0 hold
-all weights, here the token tables stay float32 and, beside experts in int4, attention is in int8;
+all weights, here, beside experts in int4, attention and the token tables are in int8;
 its steps end with logits and an argmax in NumPy, here with a sampler of all settings,
 log-probabilities and the engine's own work, a step ahead of the host."""
 
@@ -125,12 +125,21 @@ def main() -> None:
 
 
 def compare(
-    folder: Path, python: str, dtype: str, compute: str, theirs: str, size: float, speed, options
+    folder: Path,
+    python: str,
+    dtype: str,
+    table: Any,
+    compute: Any,
+    theirs: str,
+    size: float,
+    speed: float,
+    options: argparse.Namespace,
 ) -> None:
     """Prints the rows of one type."""
     file = folder / f"{theirs}.gguf"
     export_gguf(RandomSource(CONFIG, dtype="float32"), file, theirs)
-    config = dataclasses.replace(CONFIG, compute_dtype=compute, param_dtype=dtype)
+    types: Any = {"param_dtype": dtype, "embedding_dtype": table, "compute_dtype": compute}
+    config = dataclasses.replace(CONFIG, **types)
     mesh = grok.make_mesh(devices=jax.devices()[:1])
     ours = Ours(load(folder / "model", config, mesh, dtype), mesh)
     with Worker(python, WORKER, file, options.threads) as llama:

@@ -3,10 +3,10 @@
     python -m benchmarks.quantized_quality RUN [RUN ...] --data TEXT
 
 Each RUN, the folder of a run, is measured on TEXT, a file that it was not trained on, by `grok
-eval` in float32, bfloat16, int8, int4 and int4_all (attention too), computing in float32, and in
-int8 and int4 with int8 activations (W8A8, W4A8). Prints, for each type, the bits per byte of each
-run, the mean, and its increase over float32; then the relative r.m.s. error that quantising made in
-the matrices; and a line of JSON.
+eval` in float32, bfloat16, int8, int4 and int4_all (attention too), computing in float32, in int8
+and int4 with int8 activations (W8A8, W4A8), and in both with int8 token tables. Prints, for each
+type, the bits per byte of each run, the mean, and its increase over float32; then the relative
+r.m.s. error that quantising made in the matrices; and a line of JSON.
 """
 
 import argparse
@@ -21,15 +21,17 @@ from grok.weights.cast import MeasuredQuantizedSource, converted
 from grok.weights.detect import open_source
 from grok.weights.source import blocks, layer_pieces
 
-# Types of the parameters and of the products.
+# Types of the parameters, the products and the token tables.
 FORMS = {
-    "float32": ("float32", "compute"),
-    "bfloat16": ("bfloat16", "compute"),
-    "int8": ("int8", "compute"),
-    "W8A8": ("int8", "int8"),
-    "int4": ("int4", "compute"),
-    "W4A8": ("int4", "int8"),
-    "int4_all": ("int4_all", "compute"),
+    "float32": ("float32", "compute", "float"),
+    "bfloat16": ("bfloat16", "compute", "float"),
+    "int8": ("int8", "compute", "float"),
+    "int8, tables too": ("int8", "compute", "int8"),
+    "W8A8": ("int8", "int8", "float"),
+    "int4": ("int4", "compute", "float"),
+    "int4, tables in int8": ("int4", "compute", "int8"),
+    "W4A8": ("int4", "int8", "float"),
+    "int4_all": ("int4_all", "compute", "float"),
 }
 
 
@@ -58,9 +60,9 @@ def main() -> None:
     print(json.dumps({"bits_per_byte": bits, "relative_rms": errors}))
 
 
-def measure(run: str, param_dtype: str, matmul_dtype: str, data: str) -> float:
+def measure(run: str, param: str, matmul: str, embedding: str, data: str) -> float:
     """Bits per byte of a run's newest checkpoint in these types."""
-    types = {"param": param_dtype, "compute": "float32", "matmul": matmul_dtype}
+    types = {"param": param, "compute": "float32", "matmul": matmul, "embedding": embedding}
     keys = [f"model.{name}_dtype={dtype}" for name, dtype in types.items()]
     command = [sys.executable, "-m", "grok", "eval", run, *keys, "--data", data, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)

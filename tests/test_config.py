@@ -47,7 +47,7 @@ model.attention.rope.scaling.high_freq_factor model.attention.rope.scaling.origi
 model.mlp model.mlp.dim model.mlp.activation
 model.moe model.moe.dim model.moe.num_experts model.moe.num_selected
 model.moe.activation model.moe.normalize model.moe.logit_softcap model.param_dtype
-model.compute_dtype model.matmul_dtype model.remat
+model.embedding_dtype model.compute_dtype model.matmul_dtype model.remat
 folder compile_cache
 mesh mesh.slice mesh.data mesh.expert mesh.tensor mesh.simulated_devices
 data data.train data.validation data.datasets data.mixture_schedule data.validation_dataset

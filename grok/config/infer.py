@@ -25,6 +25,11 @@ class InferConfig(Section):
         Literal["", "float32", "bfloat16", "int8", "int4", "int4_all"],
         "dtype of matrices; int4: attention's are int8; none: as stored",
     ] = ""
+    embedding_dtype: Annotated[
+        Literal["", "float", "int8"],
+        "dtype of the token tables beside int8 or int4 matrices; int8: with a scale for each "
+        "token; none: as the model's config says",
+    ] = ""
     compute_dtype: Annotated[
         Literal["", "float32", "bfloat16"], "dtype of activations; none: as the model's config says"
     ] = ""

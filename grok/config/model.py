@@ -149,6 +149,11 @@ class ModelConfig(Section):
         "type of parameters; int8: matrices, to infer or below adapters; int4: those of MLP and "
         "experts, and attention's in int8; int4_all: attention's in int4 too",
     ] = "float32"
+    embedding_dtype: Annotated[
+        Literal["float", "int8"],
+        "type of the token tables beside quantised matrices, to infer; int8: with a scale for each "
+        "token; float: float32",
+    ] = "float"
     compute_dtype: Annotated[Literal["float32", "bfloat16"], "type of activations"] = "bfloat16"
     matmul_dtype: Annotated[
         Literal["compute", "int8", "float8"],
@@ -175,6 +180,11 @@ class ModelConfig(Section):
         if self.is_quantized and self.matmul_dtype == "float8":
             problem = f"is for parameters in floats, not model.param_dtype={self.param_dtype}"
             raise bad_value("model.matmul_dtype", self.matmul_dtype, problem, "int8")
+        if self.embedding_dtype == "int8" and not self.is_quantized:
+            raise ConfigError(
+                "embedding_dtype=int8 is for token tables beside quantised matrices, not "
+                f"param_dtype={self.param_dtype}; param_dtype=int8 beside it would work."
+            )
 
     @property
     def float_dtype(self) -> str:

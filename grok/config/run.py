@@ -142,3 +142,6 @@ def check_trainable(config: RunConfig) -> None:
     if config.model.is_quantized and not config.lora.rank:
         problem = "is for inference or below adapters (lora.rank=16), and has no gradient"
         raise bad_value("model.param_dtype", config.model.param_dtype, problem, "float32")
+    if config.model.embedding_dtype == "int8":
+        problem = "is for inference, and has no gradient"
+        raise bad_value("model.embedding_dtype", "int8", problem, "float")

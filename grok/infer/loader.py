@@ -114,7 +114,8 @@ class ServedModel:
                 lambda: storage.pinned(config.weights, CheckpointError)
             )
             config = dataclasses.replace(config, weights=weights)
-        dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
+        names = "param_dtype", "embedding_dtype", "compute_dtype"
+        dtypes = {name: getattr(config, name) for name in names}
         changes = [f"model.{name}={value}" for name, value in dtypes.items() if value]
         # That of a run is for its training.
         changes.append(f"model.matmul_dtype={config.matmul_dtype}")

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grok import sharding
+from grok.ops.cpu import calls, few_rows
 from grok.ops.cross_entropy import target_and_log_z
 
 REMOVED = -jnp.inf  # the logit of a token that must not be drawn, whatever the temperature
@@ -52,18 +54,23 @@ def sample(
     top_p_B: jax.Array,
     top_k_B: jax.Array | None = None,
     min_p_B: jax.Array | None = None,
-    banned_BV: jax.Array | None = None,
+    banned_BW: jax.Array | None = None,
 ) -> jax.Array:
     """One token a row, tokens_B int32: the likeliest where temperature is 0, drawn elsewhere, and
-    never one of `banned_BV`. Each row is drawn with its own key, so that a row's token does not
-    depend on its neighbours."""
+    never one of which the bit of `banned_BW` is set. Each row is drawn with its own key, so that a
+    row's token does not depend on its neighbours."""
     logits_BV = jnp.clip(logits_BV.astype(jnp.float32), -MAX_SCORE, MAX_SCORE)
 
     def allowed(scores_BV: jax.Array) -> jax.Array:
         # After all arithmetic: -inf divided by a temperature, or less a penalty, may be no number.
-        return scores_BV if banned_BV is None else jnp.where(banned_BV, REMOVED, scores_BV)
+        if banned_BW is None:
+            return scores_BV
+        return jnp.where(_unpack_bits(banned_BW, scores_BV.shape[-1]), REMOVED, scores_BV)
 
-    greedy_B = jnp.argmax(allowed(logits_BV), axis=-1)
+    if banned_BW is not None and _has_kernels():
+        greedy_B = calls.argmax(logits_BV, banned_BW)
+    else:
+        greedy_B = jnp.argmax(allowed(logits_BV), axis=-1)
 
     def draw() -> jax.Array:
         divisor_B = jnp.where(temperature_B > 0, jnp.maximum(temperature_B, MIN_TEMPERATURE), 1)
@@ -77,6 +84,11 @@ def sample(
 
     drawn_B = jax.lax.cond(jnp.any(temperature_B > 0), draw, lambda: greedy_B)
     return jnp.where(temperature_B > 0, drawn_B, greedy_B).astype(jnp.int32)
+
+
+def _has_kernels() -> bool:
+    """True where the kernels in C can be called: on one device, and without a mesh."""
+    return sharding.ambient_mesh() is None and few_rows.is_usable()
 
 
 def _where_any(asked_B, change, x):
@@ -122,18 +134,25 @@ def sample_tokens(logits_BV: jax.Array, s: SamplingBatch, top: int) -> Sampled:
     unchanged logits: of it and, where any row asks, of the `top` likeliest."""
     keys_B = jax.vmap(_key)(s.seed_B2, s.choice_B, s.position_B)
     scores_BV = penalized(biased(logits_BV, s), s)
-    V = logits_BV.shape[-1]
-    bits_BW8 = (s.banned_BW[:, :, None] >> jnp.arange(8, dtype=jnp.uint8)[None, None, :]) & 1
-    banned_BV = bits_BW8.reshape(len(bits_BW8), -1)[:, :V] > 0
     settings = s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B
-    token_B = sample(keys_B, scores_BV, *settings, banned_BV)
+    token_B = sample(keys_B, scores_BV, *settings, s.banned_BW)
     return Sampled(token_B, *logprobs(logits_BV, token_B, jnp.any(s.top_logprobs_B), top))
+
+
+def _unpack_bits(bits_BW: jax.Array, length: int) -> jax.Array:
+    """True where one of the first `length` bits is set, the lowest of a byte first."""
+    bits_BW8 = (bits_BW[:, :, None] >> jnp.arange(8, dtype=jnp.uint8)[None, None, :]) & 1
+    return bits_BW8.reshape(len(bits_BW8), -1)[:, :length] > 0
 
 
 def logprobs(logits_BV: jax.Array, token_B: jax.Array, with_top, top: int):
     """Log-probability of each row's token; the `top` likeliest tokens and theirs, zeros unless
     `with_top`."""
-    target_B, log_z_B = target_and_log_z(logits_BV, token_B)
+    if _has_kernels():
+        target_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+        log_z_B = calls.logsumexp(logits_BV)
+    else:
+        target_B, log_z_B = target_and_log_z(logits_BV, token_B)
 
     def likeliest():
         value_BX, token_BX = jax.lax.top_k(logits_BV, top)

@@ -69,14 +69,20 @@ NEUTRAL_WORDS = pack_words(INTS, FLOATS)
 
 def map_groups(f: Callable, *trees: Any) -> Any:
     """`f` run by each group of devices on its part of `trees`, whose arrays are (B, ...)."""
+    results = sharding.without_trivial_mesh(functools.partial(_map_groups, f))(*trees)
+    return jax.tree.map(_by_group, results)
 
+
+def _by_group(array: jax.Array) -> jax.Array:
+    return sharding.constrain(array, "batch", *(None,) * (array.ndim - 1))
+
+
+def _map_groups(f: Callable, *trees: Any) -> Any:
     def local(*trees):
         results = f(*jax.tree.map(lambda array: array[0], trees))
         return jax.tree.map(lambda array: array[None], results)
 
-    trees = jax.tree.map(
-        lambda array: sharding.constrain(array, "batch", *(None,) * (array.ndim - 1)), trees
-    )
+    trees = jax.tree.map(_by_group, trees)
     return sharding.shard_map(local, [("batch",)] * len(trees), ("batch",))(*trees)
 
 

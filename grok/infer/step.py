@@ -81,12 +81,15 @@ def score_prompt(
         scores = logprobs(rows, next_BQ.reshape(-1), True, _max_logprobs(model))
         return tuple(array.reshape(-1, Q, *array.shape[1:]) for array in scores)
 
+    def by_group(logits_BQV, next_BQ):
+        out_axes = (TWO_AXES, THREE_AXES, THREE_AXES)
+        return sharding.shard_map(local, (THREE_AXES, TWO_AXES), out_axes)(logits_BQV, next_BQ)
+
     def score_chunk(inputs):
         x_BQD, next_BQ = inputs
-        out_axes = (TWO_AXES, THREE_AXES, THREE_AXES)
-        sharded = sharding.shard_map(local, (THREE_AXES, TWO_AXES), out_axes)
         logits_BQV = sharding.constrain(model.unembed(x_BQD), *THREE_AXES)
-        return sharded(logits_BQV, sharding.constrain(next_BQ, *TWO_AXES))
+        next_BQ = sharding.constrain(next_BQ, *TWO_AXES)
+        return sharding.without_trivial_mesh(by_group)(logits_BQV, next_BQ)
 
     scores = jax.lax.map(score_chunk, (x_UBQD, jnp.moveaxis(jnp.asarray(next_BUQ), 1, 0)))
     logprob, top, top_logprob = (_replicate(jnp.moveaxis(array, 0, 1)) for array in scores)

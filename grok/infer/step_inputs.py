@@ -2,6 +2,7 @@
 of devices, U chunks of a step, Q tokens of a chunk, S slots, M pages of the longest sequence, N
 tokens of it, V vocab, W bytes of V bits."""
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -27,6 +28,7 @@ from grok.infer.slot_state import (
 )
 
 Slot = tuple[int, int]  # group, and slot in it, or chunk of a step
+PADDING = (0, 0, 0, 0, 0)  # words of a slot without a token
 
 
 class StepInputs:
@@ -52,12 +54,10 @@ class StepInputs:
         return self._prefill_words(step) if step.prefill else self._decode_words(step)
 
     def _decode_words(self, step: ScheduledStep) -> DecodeInputs:
-        words_BS5 = np.zeros((*step.shape, 5), np.int32)
-        for words_S5, chunks in zip(words_BS5, step.chunks_BU, strict=True):
-            live = [u for u, chunk in enumerate(chunks) if chunk is not None]
-            if live:
-                words_S5[live] = [self._token_words(chunk) for chunk in chunks if chunk is not None]
-        return DecodeInputs(words_BS5)
+        words: list[int] = []
+        for chunk in itertools.chain.from_iterable(step.chunks_BU):
+            words += PADDING if chunk is None else self._token_words(chunk)
+        return DecodeInputs(np.array(words, np.int32).reshape(*step.shape, len(PADDING)))
 
     def _token_words(self, chunk: Chunk) -> tuple[int, int, int, int, int]:
         sequence, start = chunk.sequence, chunk.start

@@ -6,6 +6,7 @@ the layers stacked on a leading axis. A quantised matrix is two arrays, `NAME/va
 `NAME/scales`.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -110,8 +111,8 @@ def abstract(
 
     Matrices named in `groups` are int8, or int4 as `ParamSpec.quantized_dtype` says, with that many
     groups of rows; on a mesh that splits the rows, groups are divided further until none is split
-    over devices (`sharded_scale_groups`). Raises ConfigError when the model cannot be split over
-    the mesh.
+    over devices (`sharded_scale_groups`). Token tables are as `config.embedding_dtype` says. Raises
+    ConfigError when the model cannot be split over the mesh.
     """
     if mesh is None:
         model = Decoder(config, None)
@@ -121,20 +122,27 @@ def abstract(
             model = Decoder(config, None)
         model = jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), model)
 
-    if not groups:
-        return model
-    specs = param_specs(config)
+    specs, tables = param_specs(config), token_tables(config)
+    matrices = groups or {}
 
     def quantized(path, param: nnx.Param) -> nnx.Variable:
-        name = name_of(path)
-        if name not in groups:
+        name, w = name_of(path), param.get_value()
+        if name in tables:
+            return param.replace(_abstract_quantized(tables[name], w, 1, "int8"))
+        if name not in matrices:
             return param
         dtype = specs[name].quantized_dtype(config.param_dtype)
-        return param.replace(
-            _abstract_quantized(specs[name], param.get_value(), groups[name], dtype)
-        )
+        return param.replace(_abstract_quantized(specs[name], w, matrices[name], dtype))
 
-    return map_params(quantized, model)
+    return map_params(quantized, model) if matrices or tables else model
+
+
+def token_tables(config: ModelConfig) -> dict[str, ParamSpec]:
+    """Token tables that are int8, by name: V vectors of which each has a scale."""
+    if config.embedding_dtype != "int8":
+        return {}
+    tables = (spec for spec in param_specs(config).values() if spec.use == "embed")
+    return {spec.name: dataclasses.replace(spec, output_dims=0) for spec in tables}
 
 
 def _on_mesh(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -83,7 +83,7 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, RouterStats | None]:
         """x_BTD after the final norm, in the compute type, and router statistics of L layers; None
         without experts. `offset_BTD` is added to the token embeddings, to be differentiated by."""
-        with sharding.use_mesh_of(self.embed.table_VD[...]):
+        with sharding.use_mesh_of(self.final_norm.scale_D[...]):
             inputs = (*_inputs(tokens_BT, segment_ids, positions), offset_BTD)
             x_BTD, stats = sharding.without_trivial_mesh(Decoder._hidden)(self, *inputs)
             return sharding.constrain(x_BTD, "batch", "length", None), stats
@@ -109,7 +109,7 @@ class Decoder(nnx.Module):
     def unembed(self, x_BTD: jax.Array, is_serving: bool = False) -> jax.Array:
         """Logits of all tokens from x after the final norm, logits_BTV, float32; without gradients
         where the model `is_serving`."""
-        with sharding.use_mesh_of(self.embed.table_VD[...]):
+        with sharding.use_mesh_of(self.final_norm.scale_D[...]):
             logits_BTV = self.head.unembed(x_BTD, self.config.compute_dtype, is_serving)
             logits_BTV *= self.config.logit_multiplier
             return apply_softcap(logits_BTV, self.config.logit_softcap)
@@ -125,7 +125,7 @@ class Decoder(nnx.Module):
         None without experts. Raises ConfigError as `check_servable` does.
         """
         check_servable(self.config)
-        with sharding.use_mesh_of(self.embed.table_VD[...]):
+        with sharding.use_mesh_of(self.final_norm.scale_D[...]):
             tokens_BT = sharding.constrain(tokens_BT, "batch", "length")
             batch = jax.tree.map(
                 lambda a: sharding.constrain(a, "batch", *(None,) * (a.ndim - 1)), batch
@@ -146,7 +146,7 @@ class Decoder(nnx.Module):
 
     def next_logits(self, x_BTD: jax.Array, count_BU) -> jax.Array:
         """Logits after the last real token of each block, logits_BUV, from what `step` returned."""
-        with sharding.use_mesh_of(self.embed.table_VD[...]):
+        with sharding.use_mesh_of(self.final_norm.scale_D[...]):
             B, U = count_BU.shape
             count_BU = sharding.constrain(count_BU, "batch", None)
             x_BUQD = x_BTD.reshape(B, U, -1, x_BTD.shape[-1])

@@ -1,5 +1,6 @@
 """Token tables: they embed tokens or, transposed, score them.
 
+A table in int8 is a QuantizedArray of V vectors: values (V, D), and a scale (V, 1) for each token.
 Letters: B batch, T length, R rows (tokens), D embed, V vocab.
 """
 
@@ -16,6 +17,8 @@ from grok.model.param_spec import ParamSpec, init_params
 from grok.ops.cpu import few_rows
 from grok.ops.cross_entropy import cross_entropy
 from grok.ops.varying import pvary
+from grok.ops.weights.quantized import QuantizedArray
+from grok.ops.weights.weight import Weight, leaf_axes
 from grok.sharding import Axes
 
 
@@ -42,26 +45,29 @@ class Embedding(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array, dtype: str) -> jax.Array:
         """Rows of the table, x_BTD. Each device looks up the part of the vocabulary it has."""
-        table_VD, table_axes = self.table_VD[...], self._axes()
+        table_VD: Weight = self.table_VD.get_value()
         if not self.config.is_quantized:  # whose table does not travel: rows alone are cast
             table_VD = table_VD.astype(dtype)
+        leaves, structure = jax.tree.flatten(table_VD)
+        axes = leaf_axes(table_VD, self._axes())
 
-        def local(tokens_BT, table_VD):
-            table_VD = pvary(sharding.unshard_local(table_VD, table_axes))
-            here_BT = tokens_BT - sharding.axis_index("vocab") * table_VD.shape[0]
+        def local(tokens_BT, *shards):
+            pairs = zip(shards, axes, strict=True)
+            arrays = [pvary(sharding.unshard_local(*pair)) for pair in pairs]
+            here_BT = tokens_BT - sharding.axis_index("vocab") * len(arrays[0])
             # Out of range on either side reads zeros; negative indices would count from the end.
-            here_BT = jnp.where(here_BT < 0, table_VD.shape[0], here_BT)
-            x_BTD = table_VD.at[here_BT].get(mode="fill", fill_value=0)
-            return sharding.psum(x_BTD.astype(dtype), "vocab")
+            here_BT = jnp.where(here_BT < 0, len(arrays[0]), here_BT)
+            rows = [array.at[here_BT].get(mode="fill", fill_value=0) for array in arrays]
+            x_BTD = _floats(jax.tree.unflatten(structure, rows), dtype)
+            return sharding.psum(x_BTD, "vocab")
 
-        axes = ("batch", "length"), table_axes
-        sharded = sharding.shard_map(local, axes, ("batch", "length", None))
-        return sharded(tokens_BT, table_VD)
+        sharded = sharding.shard_map(local, (("batch", "length"), *axes), ("batch", "length", None))
+        return sharded(tokens_BT, *leaves)
 
     def cross_entropy(self, x_BTD, targets_BT, scale: float, softcap: float | None):
         """Cross-entropy and log-partition of every token, (B, T) float32 each, of the scores times
         `scale` and then capped; those of all tokens never exist at once."""
-        table_VD = self.table_VD[...].astype(x_BTD.dtype)
+        table_VD = _floats(self.table_VD.get_value(), x_BTD.dtype)
         table_axes = self._axes()
 
         def local(x_BTD, targets_BT, table_VD):
@@ -77,16 +83,35 @@ class Embedding(nnx.Module):
 
     def unembed(self, x_BTD: jax.Array, dtype: str, is_serving: bool) -> jax.Array:
         """Scores of all tokens, logits_BTV in float32; without gradients if `is_serving`."""
-        table_VD = self.table_VD[...]
-        rows = math.prod(x_BTD.shape[:2])
-        if is_serving and has_one_device() and few_rows.supports_arrays(rows, table_VD):
-            logits_BTV = sharding.without_trivial_mesh(few_rows.score)(x_BTD, table_VD)
-            return sharding.constrain(logits_BTV, "batch", "length", "vocab")
-        table_VD = sharding.unshard(table_VD.astype(dtype), *self._axes())
-        return sharding.einsum(
+        values_VD, scale_V = _values_and_scale(self.table_VD.get_value())
+        if is_serving and has_one_device():
+            rows = math.prod(x_BTD.shape[:2])
+            if few_rows.supports_arrays(rows, values_VD):
+                score = sharding.without_trivial_mesh(few_rows.score)
+                logits_BTV = score(x_BTD, values_VD, scale_V)
+                return sharding.constrain(logits_BTV, "batch", "length", "vocab")
+        values_VD = sharding.unshard(values_VD.astype(dtype), *self._axes())
+        logits_BTV = sharding.einsum(
             "btd,vd->btv",
             x_BTD,
-            table_VD,
+            values_VD,
             axes=("batch", "length", "vocab"),
             preferred_element_type=jnp.float32,
         )
+        if scale_V is None:
+            return logits_BTV
+        return logits_BTV * scale_V.astype(jnp.float32)[None, None, :]
+
+
+def _floats(table_VD: Weight, dtype) -> jax.Array:
+    """The table, or rows of it, as floats."""
+    if isinstance(table_VD, QuantizedArray):
+        return table_VD.dequantize(dtype)
+    return table_VD.astype(dtype)
+
+
+def _values_and_scale(table_VD: Weight) -> tuple[jax.Array, jax.Array | None]:
+    """The table's values, and of ints each token's scale."""
+    if isinstance(table_VD, QuantizedArray):
+        return table_VD.values, table_VD.scales[:, 0]
+    return table_VD, None

@@ -54,6 +54,6 @@ def filling_batch(plan: Plan) -> str | None:
 
 def _shape(model: ModelConfig) -> ModelConfig:
     """The model without what changes neither its weights nor what it computes."""
-    keys = ("param_dtype", "compute_dtype", "matmul_dtype", "remat")
+    keys = ("param_dtype", "embedding_dtype", "compute_dtype", "matmul_dtype", "remat")
     same = {key: ModelConfig.default(key) for key in keys}
     return dataclasses.replace(model, **same)

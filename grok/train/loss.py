@@ -21,7 +21,7 @@ from grok.ops.cross_entropy import MAX_LOGITS, target_and_log_z
 def token_losses(model: Decoder, x_BTD, targets_BT) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy in nats and squared log-partition of every token, (B, T) float32 each. If there
     are many logits, they never exist all at once, not in the backward pass either."""
-    with sharding.use_mesh_of(model.embed.table_VD[...]):
+    with sharding.use_mesh_of(model.final_norm.scale_D[...]):
         vocab = model.config.vocab_size // sharding.axis_size("vocab")
         if targets_BT.size // sharding.axis_size("batch") * vocab > MAX_LOGITS:
             factors = model.config.logit_multiplier, model.config.logit_softcap

@@ -3,6 +3,7 @@ once (`read_plan.py`), in batches that go to the devices while the next are read
 
 import collections
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,8 +15,9 @@ from jax.sharding import Mesh
 from grok.config import ModelConfig
 from grok.config.model import QUANTIZED_DTYPES
 from grok.errors import ConfigError
-from grok.model.build import abstract, to_arrays
+from grok.model.build import abstract, to_arrays, token_tables
 from grok.model.decoder import Decoder
+from grok.ops.weights.quantized import quantize
 from grok.weights.cast import converted
 from grok.weights.detect import open_source
 from grok.weights.source import ByteCounter, OnProgress, Source, no_progress
@@ -66,7 +68,7 @@ def put_on_mesh(
     config = dataclasses.replace(source.config, param_dtype=dtype)
     groups = {name: spec.groups for name, spec in source.tensors.items() if spec.groups}
     model = abstract(config, mesh, groups)
-    leaves = to_arrays(model)
+    leaves = to_arrays(abstract(dataclasses.replace(config, embedding_dtype="float"), mesh, groups))
     counter = ByteCounter(on_progress, sum(map(nbytes_of, leaves.values())))
     devices, arrays = MeshDevices(mesh), dict[str, Any]()
     reads = tensor_reads(source, leaves, devices.processes)
@@ -77,7 +79,17 @@ def put_on_mesh(
             placed = batch.transfer.place(batch.starts, pieces)
             counter.add(batch.transfer.reads.names[0], placed)
             arrays |= batch.transfer.arrays
-    return jax.tree.unflatten(jax.tree.structure(model), [arrays[name] for name in leaves])
+    for name in token_tables(config):
+        arrays |= _quantized_table(name, arrays.pop(name))
+    return jax.tree.unflatten(
+        jax.tree.structure(model), [arrays[name] for name in to_arrays(model)]
+    )
+
+
+def _quantized_table(name: str, table_VD: jax.Array) -> dict[str, jax.Array]:
+    """A token table in int8, on the devices that it is on."""
+    quantized = jax.jit(functools.partial(quantize, num_scale_groups=1, output_dims=0))(table_VD)
+    return dict(zip((f"{name}/values", f"{name}/scales"), quantized, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,17 +26,18 @@ from grok.ops.weights.quantized import dequantize, quantize
 
 L, E, D, F, V, C, R = 3, 4, 44, 88, 131, 2, 13
 LONG = 300  # rows of a matrix in several parts, of which groups of scales span two
-KINDS = ("float32", "bfloat16", "int8", "int4")
+KINDS = ("float32", "bfloat16", "int8", "int4", "int8:1", "int4:1")  # and groups of rows
 LAYER = np.int32(2)
 
 needs_kernels = pytest.mark.skipif(not library.load().is_usable, reason=library.load().reason)
 
 
 def stack_of(kind: str, *shape: int, seed: int = 0) -> tuple[Stack, np.ndarray]:
-    """Matrices of all layers as they are stored, and as float32; ints in 4 groups."""
+    """Matrices of all layers as they are stored, and as float32; ints in 4 groups, or in 1."""
     w = np.random.default_rng(seed).standard_normal((L, *shape)).astype(np.float32)
+    kind, _, groups = kind.partition(":")
     if kind in ("int8", "int4"):
-        values, scales = quantize(w, 4, dtype=jnp.dtype(kind))
+        values, scales = quantize(w, int(groups or 4), dtype=jnp.dtype(kind))
         stack = Stack(jnp.asarray(values), jnp.asarray(scales))
         return stack, dequantize(values, scales, np.float32)
     stored = w.astype(kind)
@@ -102,6 +103,60 @@ def test_float32_weights_are_rounded_to_bfloat16_inputs():
     rounded = w_DF[LAYER].astype(jnp.bfloat16).astype(np.float32)
     (y_RF,) = multiply()(x_RD, stack)
     np.testing.assert_allclose(y_RF, x_RD.astype(np.float32) @ rounded, rtol=0, atol=2e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_int8_table_scores_as_the_floats_that_it_stands_for(dtype):
+    floats_VD = rows_of(D)[:1] * np.linspace(-1, 1, V, dtype=np.float32)[:, None]
+    floats_VD += np.random.default_rng(3).standard_normal((V, D)).astype(np.float32)
+    values_VD, scale_V1 = quantize(floats_VD, 1, 1, 0)
+    x_RD = rows_of(D, dtype)
+    y_RV = calls.score(x_RD, values_VD, scale_V1[:, 0])
+    table_VD = dequantize(values_VD, scale_V1, np.float32, 1, 0)
+    assert_close(y_RV, x_RD.astype(np.float32), table_VD.T)
+    for rows in range(1, 9):
+        last = calls.score(x_RD[R - rows :], values_VD, scale_V1[:, 0])
+        np.testing.assert_array_equal(last, y_RV[R - rows :])
+
+
+def scores_of(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores with ties, the largest among them, and what is banned of them."""
+    rng = np.random.default_rng(length)
+    scores_RV = rng.integers(-9, 9, (R, length)).astype(np.float32)
+    return scores_RV, rng.uniform(size=(R, length)) < 0.4
+
+
+@needs_kernels
+@pytest.mark.parametrize("length", [1, 7, 16, 24, 999, 8192])
+def test_the_likeliest_is_the_first_that_is_not_banned(length):
+    scores_RV, banned_RV = scores_of(length)
+    banned_RV[2] = True  # all of them
+    banned_RV[3], scores_RV[3] = False, -np.inf
+    bits_RW = np.packbits(banned_RV, axis=1, bitorder="little")
+    expected = np.argmax(np.where(banned_RV, -np.inf, scores_RV), axis=1)
+    np.testing.assert_array_equal(calls.argmax(scores_RV, bits_RW), expected)
+    np.testing.assert_array_equal(calls.argmax(scores_RV[5:6], bits_RW[5:6]), expected[5:6])
+
+
+@needs_kernels
+@pytest.mark.parametrize("length", [1, 7, 16, 999, 8192])
+def test_logsumexp(length):
+    scores_RV = rows_of(length) * np.geomspace(1e-3, 1e3, R, dtype=np.float32)[:, None]
+    sums_R = calls.logsumexp(scores_RV)
+    wide = scores_RV.astype(np.float64)
+    expected = np.log(np.exp(wide - wide.max(1, keepdims=True)).sum(1)) + wide.max(1)
+    np.testing.assert_allclose(sums_R, expected, rtol=2e-6, atol=2e-6)
+    np.testing.assert_array_equal(calls.logsumexp(scores_RV[4:5]), sums_R[4:5])
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("at", [0, 20, 39])
+def test_a_score_that_is_not_finite_leaves_no_finite_sum(value, at):
+    scores_RV = rows_of(40)
+    scores_RV[1, at] = value
+    np.testing.assert_array_equal(np.isfinite(calls.logsumexp(scores_RV)), np.arange(R) != 1)
 
 
 def routing(rows: int) -> tuple[np.ndarray, np.ndarray]:

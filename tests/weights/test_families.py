@@ -466,7 +466,7 @@ def test_inspect(family):
     assert report["complete"] and report["format"] == "huggingface"
     assert report["parameters"]["total"] == PARAMETERS[family]
     assert report["dtype"] == RELEASE_DTYPES.get(family, "bfloat16")
-    assumed = {"param_dtype", "compute_dtype", "matmul_dtype", "remat"}
+    assumed = {"param_dtype", "embedding_dtype", "compute_dtype", "matmul_dtype", "remat"}
     if family == "llama2":
         assumed |= {"attention.rope.theta", "attention.head_dim"}
     assert set(report["assumed"]) == assumed

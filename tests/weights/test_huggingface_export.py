@@ -351,7 +351,7 @@ def test_model_card_without_what_is_not_known(tmp_path):
 
 
 # Keys that change how a model is computed and not what.
-RUNTIME = {"param_dtype", "compute_dtype", "matmul_dtype", "remat"}
+RUNTIME = {"param_dtype", "embedding_dtype", "compute_dtype", "matmul_dtype", "remat"}
 KEYS = schema(ModelConfig)
 SECTIONS = {
     "mlp": {"dim": 8},

@@ -152,7 +152,7 @@ def test_fields_that_config_json_does_not_have(formats, tmp_path):
     del data["rope_theta"]
     file.write_text(json.dumps(data))
     found = as_json(tmp_path / "hf")
-    assumed = ["param_dtype", "compute_dtype", "matmul_dtype", "remat"]
+    assumed = ["param_dtype", "embedding_dtype", "compute_dtype", "matmul_dtype", "remat"]
     assert found["assumed"] == ["attention.rope.theta", *assumed]
     assert found["step"] is found["checksums"] is found["imported_from"] is None
 

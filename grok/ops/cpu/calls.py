@@ -40,10 +40,11 @@ def multiply(x_RD: jax.Array, layer: jax.Array, stacks: list[Stack]) -> list[jax
     return _call("grok_multiply", shapes, _index(layer), x_RD, *operands)
 
 
-def score(x_RD: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """x table^T, y_RV float32."""
+def score(x_RD: jax.Array, table_VD: jax.Array, scale_V: jax.Array | None = None) -> jax.Array:
+    """x table^T, y_RV float32; of an int8 table times the scale of each token."""
     shapes = [_floats(x_RD, len(table_VD))]
-    return _call("grok_score", shapes, x_RD, table_VD, rows=np.int64(TABLE_ROWS))[0]
+    operands = (table_VD,) if scale_V is None else (table_VD, scale_V)
+    return _call("grok_score", shapes, x_RD, *operands, rows=np.int64(TABLE_ROWS))[0]
 
 
 def experts(
@@ -92,6 +93,20 @@ def attention(
         window=np.int64(window or 0),
         temperature_length=np.int64(temperature_length or 0),
     )[0]
+
+
+def argmax(scores_RV: jax.Array, banned_RW: jax.Array) -> jax.Array:
+    """The first of each row's largest scores, tokens_R int32, among those of which the bit is not
+    set; 0 where none is above -inf. `banned_RW` are uint8 with the lowest bit first."""
+    shapes = [jax.ShapeDtypeStruct(scores_RV.shape[:1], jnp.int32)]
+    return _call("grok_argmax", shapes, scores_RV, banned_RW)[0]
+
+
+def logsumexp(scores_RV: jax.Array) -> jax.Array:
+    """Logarithm of the sum of each row's exponentials, (R,) float32; inf where a score is no
+    number."""
+    shapes = [jax.ShapeDtypeStruct(scores_RV.shape[:1], jnp.float32)]
+    return _call("grok_logsumexp", shapes, scores_RV)[0]
 
 
 def _floats(x_RD: jax.Array, columns: int) -> jax.ShapeDtypeStruct:

@@ -64,10 +64,11 @@ def experts(
     return calls.experts(*rows, layer, (gates, ups, downs), activation)
 
 
-def score(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """Products with the rows of a table, logits_BTV float32."""
+def score(x_BTD: jax.Array, table_VD: jax.Array, scale_V: jax.Array | None = None) -> jax.Array:
+    """Products with the rows of a table, logits_BTV float32; of an int8 table times each one's
+    scale."""
     x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    return calls.score(x_RD, table_VD).reshape(*x_BTD.shape[:2], -1)
+    return calls.score(x_RD, table_VD, scale_V).reshape(*x_BTD.shape[:2], -1)
 
 
 def supports_attention(tokens: int, q: jax.Array, kv: jax.Array, kv_scale: Any) -> bool:

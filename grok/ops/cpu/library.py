@@ -24,7 +24,10 @@ MAIN = "kernels.c"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O2", "-ftree-vectorize", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-w")
 SWITCH = "GROK_CPU_KERNELS"  # 0 in the environment: the portable forms
-TARGETS = ("grok_multiply", "grok_score", "grok_experts", "grok_attention")
+TARGETS = (
+    *("grok_multiply", "grok_score", "grok_experts", "grok_attention", "grok_argmax"),
+    "grok_logsumexp",
+)
 
 
 class Library(NamedTuple):

@@ -38,7 +38,10 @@ FLOAT32, INT8 = np.dtype(np.float32), np.dtype(np.int8)
 CHUNK_VALUES = 1 << 18
 
 # Fields of a config without effect on the values that a model computes.
-HOW_IT_RUNS = ("context_length", "param_dtype", "compute_dtype", "matmul_dtype", "remat")
+HOW_IT_RUNS = (
+    *("context_length", "param_dtype", "embedding_dtype", "compute_dtype", "matmul_dtype"),
+    "remat",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,7 +118,8 @@ static XLA_FFI_Error *multiply(XLA_FFI_CallFrame *frame) {
   return NULL;
 }
 
-// ---- Products with the rows of a table. Arguments: x (R, D), table (V, D); result y (R, V).
+// ---- Products with the rows of a table. Arguments: x (R, D), table (V, D), and of int8 the scale
+// of each row (V); result y (R, V).
 
 typedef struct {
   Matrix w;
@@ -130,6 +131,11 @@ static void score_chunk(void *data, int64_t index) {
   const ScoreWork *work = data;
   int64_t begin = index * work->height, end = smaller(begin + work->height, work->w.rows);
   dot_block(&work->w, work->rows.x, work->rows.count, begin, end, work->rows.y);
+  for (int64_t m = 0; work->w.scales && m < work->rows.count; m++) {
+    for (int64_t n = begin; n < end; n++) {
+      work->rows.y[m][n] *= from_bfloat16(work->w.scales[n]);
+    }
+  }
 }
 
 static XLA_FFI_Error *score(XLA_FFI_CallFrame *frame) {
@@ -137,10 +143,12 @@ static XLA_FFI_Error *score(XLA_FFI_CallFrame *frame) {
   const XLA_FFI_Buffer *x = argument(frame, 0), *table = argument(frame, 1);
   int64_t R = x->dims[0], D = x->dims[1];
   enum type type;
-  if (!type_of(table->dtype, x->dtype == XLA_FFI_DataType_BF16, &type) || type > BFLOAT16) {
+  if (!type_of(table->dtype, x->dtype == XLA_FFI_DataType_BF16, &type) || type == INT4) {
     return error_of(frame, "a table of this type has no kernel");
   }
-  ScoreWork work = {.w = matrix_of(table, NULL, type, 0), .height = attribute(frame, "rows")};
+  ScoreWork work = {.w = {.type = type, .values = table->data, .rows = table->dims[0], .columns = D},
+                    .height = attribute(frame, "rows")};
+  if (type == INT8) work.w.scales = argument(frame, 2)->data;
   const float **inputs = room(TABLES, 3 * R * sizeof(void *));
   inputs_of(x, room(INPUTS, R * D * sizeof(float)), inputs);
   float **y = (float **)(inputs + 2 * R);
@@ -155,7 +163,11 @@ static XLA_FFI_Error *score(XLA_FFI_CallFrame *frame) {
 
 #include "attention.h"
 
+#include "sampling.h"
+
 XLA_FFI_Error *grok_multiply(XLA_FFI_CallFrame *frame) { return multiply(frame); }
 XLA_FFI_Error *grok_score(XLA_FFI_CallFrame *frame) { return score(frame); }
 XLA_FFI_Error *grok_experts(XLA_FFI_CallFrame *frame) { return experts(frame); }
 XLA_FFI_Error *grok_attention(XLA_FFI_CallFrame *frame) { return attention(frame); }
+XLA_FFI_Error *grok_argmax(XLA_FFI_CallFrame *frame) { return argmax(frame); }
+XLA_FFI_Error *grok_logsumexp(XLA_FFI_CallFrame *frame) { return logsumexp(frame); }

@@ -12,8 +12,7 @@
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// True of so few rows of x that a matrix is read faster from end to end, as the processor's own
-// prefetching expects, than in blocks whose sums stay in registers.
+// True of so few rows of x that threads share a matrix by its rows, which are read from end to end.
 static bool is_streamed(enum type type, int64_t rows) {
   return rows == 1 || (rows == 2 && type <= BFLOAT16);
 }
@@ -41,7 +40,7 @@ INLINE void add_vectors(enum type type, int V, int M, int count, const Matrix *w
     if (count == 1) continue;
     const char *next = address_of(type, w->values, ahead + k * w->columns);
     UNROLL for (int line = 0; line < bytes_of(type, V * LANES); line += 64) {
-      __builtin_prefetch(next + line);
+      __builtin_prefetch(next + line, 0, 2);  // into the second cache
     }
   }
   UNROLL for (int m = 0; m < M; m++) {
@@ -107,7 +106,7 @@ INLINE void add_all_rows(enum type type, int V, int count, const Matrix *w, cons
   for (; row < last; row++) add_rows_of_all(type, V, 1, w, x, rows, row, begin, end, sums);
 }
 
-// A row at a time, of one row of x or two.
+// A row at a time, of one row of x or two, as the processor's own prefetching expects.
 INLINE void stream_rows(enum type type, const Matrix *w, const float *const *x, int64_t rows,
                         int64_t first, int64_t last, int64_t begin, int64_t end,
                         float *const *sums) {
@@ -122,10 +121,9 @@ INLINE void stream_rows(enum type type, const Matrix *w, const float *const *x, 
 
 static void add_group(const Matrix *w, const float *const *x, int64_t rows, int64_t first,
                       int64_t last, int64_t begin, int64_t end, float *const *sums) {
-  if (is_streamed(w->type, rows)) {
+  // Of float32 eight rows at a time, fetched ahead, are faster still.
+  if (w->type > ROUNDED && is_streamed(w->type, rows)) {
     switch (w->type) {
-      case FLOAT32: stream_rows(FLOAT32, w, x, rows, first, last, begin, end, sums); return;
-      case ROUNDED: stream_rows(ROUNDED, w, x, rows, first, last, begin, end, sums); return;
       case BFLOAT16: stream_rows(BFLOAT16, w, x, rows, first, last, begin, end, sums); return;
       case INT8: stream_rows(INT8, w, x, 1, first, last, begin, end, sums); return;
       default: stream_rows(INT4, w, x, 1, first, last, begin, end, sums); return;
@@ -140,28 +138,33 @@ static void add_group(const Matrix *w, const float *const *x, int64_t rows, int6
   }
 }
 
+// sums[m][c] *= the scale of a group of rows, of columns from `begin` to before `end`.
+static void scale_columns(const Matrix *w, int64_t group, int64_t rows, int64_t begin, int64_t end,
+                          float *const *sums) {
+  const uint16_t *scales = w->scales + group * w->columns + begin;
+  for (int64_t m = 0; m < rows; m++) {
+    for (int64_t c = 0; c < end - begin; c++) sums[m][c] *= from_bfloat16(scales[c]);
+  }
+}
+
 // sums[m][c] = x[m] w of the matrix's rows from `first` to before `last` and its columns from `begin`
-// to before `end`, sums[m] pointing at `begin`. Of ints a group's sum is multiplied by its scale.
-// `spare` has room for as many sums.
+// to before `end`, sums[m] pointing at `begin`. Of ints in several groups the sum of each is
+// multiplied by its scale; `spare` has room for as many sums.
 static void multiply_part(const Matrix *w, const float *const *x, int64_t rows, int64_t first,
                           int64_t last, int64_t begin, int64_t end, float *const *sums,
                           float *const *spare) {
-  int64_t width = end - begin;
-  for (int64_t m = 0; m < rows; m++) memset(sums[m], 0, width * sizeof(float));
-  if (!w->scales) {
-    add_group(w, x, rows, first, last, begin, end, sums);
-    return;
-  }
-  int64_t length = w->rows / w->groups;
+  int64_t width = end - begin, length = w->groups > 1 ? w->rows / w->groups : w->rows;
+  float *const *into = sums;
   while (first < last) {
     int64_t group = first / length, next = smaller((group + 1) * length, last);
-    for (int64_t m = 0; m < rows; m++) memset(spare[m], 0, width * sizeof(float));
-    add_group(w, x, rows, first, next, begin, end, spare);
-    const uint16_t *scales = w->scales + group * w->columns + begin;
-    for (int64_t m = 0; m < rows; m++) {
-      for (int64_t c = 0; c < width; c++) sums[m][c] += from_bfloat16(scales[c]) * spare[m][c];
+    for (int64_t m = 0; m < rows; m++) memset(into[m], 0, width * sizeof(float));
+    add_group(w, x, rows, first, next, begin, end, into);
+    if (w->groups > 1) scale_columns(w, group, rows, begin, end, into);
+    for (int64_t m = 0; into == spare && m < rows; m++) {
+      for (int64_t c = 0; c < width; c++) sums[m][c] += spare[m][c];
     }
     first = next;
+    into = spare;
   }
 }
 
@@ -225,6 +228,7 @@ static void dot_block(const Matrix *w, const float *const *x, int64_t rows, int6
   switch (w->type) {
     case FLOAT32: dot_block_of(FLOAT32, w, x, rows, begin, end, y); return;
     case ROUNDED: dot_block_of(ROUNDED, w, x, rows, begin, end, y); return;
-    default: dot_block_of(BFLOAT16, w, x, rows, begin, end, y);
+    case BFLOAT16: dot_block_of(BFLOAT16, w, x, rows, begin, end, y); return;
+    default: dot_block_of(INT8, w, x, rows, begin, end, y);
   }
 }

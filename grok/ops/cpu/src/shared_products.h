@@ -8,12 +8,13 @@ typedef struct {
   const float *const *x;
   float *const *y;
   int64_t rows, width, stripes, parts;
-  int64_t first;  // of its chunks among those of all products
-  float *sums;    // (parts, rows, columns), where there are several
+  int64_t first;      // of its chunks among those of all products
+  float *sums;        // (parts, rows, columns), where there are several
+  atomic_llong left;  // parts that are not summed yet
 } Product;
 
 typedef struct {
-  const Product *products;
+  Product *products;
   int64_t count;
 } Products;
 
@@ -49,11 +50,24 @@ static void multiply_stripe(const Product *p, int64_t begin, int64_t end) {
     multiply_part(&p->w, p->x, rows, first, last, begin, end, first ? part : y, spare);
     for (int64_t m = 0; first && m < rows; m++) add_to(y[m], part[m], width);
   }
+  if (p->w.scales && p->w.groups == 1) scale_columns(&p->w, 0, rows, begin, end, y);
+}
+
+// Adds the parts of a product that was streamed.
+static void add_parts(const Product *p) {
+  int64_t columns = p->w.columns;
+  for (int64_t m = 0; p->sums && m < p->rows; m++) {
+    memcpy(p->y[m], p->sums + m * columns, columns * sizeof(float));
+    for (int64_t part = 1; part < p->parts; part++) {
+      add_to(p->y[m], p->sums + (part * p->rows + m) * columns, columns);
+    }
+  }
+  if (p->w.scales && p->w.groups == 1) scale_columns(&p->w, 0, p->rows, 0, columns, p->y);
 }
 
 static void product_chunk(void *data, int64_t index) {
   const Products *all = data;
-  const Product *p = all->products + all->count - 1;
+  Product *p = all->products + all->count - 1;
   while (index < p->first) p--;
   index -= p->first;
   int64_t part = index / p->stripes, begin = index % p->stripes * p->width;
@@ -69,18 +83,7 @@ static void product_chunk(void *data, int64_t index) {
   }
   int64_t first = part * PART_ROWS, last = smaller(first + PART_ROWS, p->w.rows);
   multiply_part(&p->w, p->x, p->rows, first, last, begin, end, sums, spare);
-}
-
-// Adds the parts of a product that was streamed.
-static void add_parts(void *data, int64_t index) {
-  const Product *p = ((const Products *)data)->products + index;
-  for (int64_t m = 0; p->sums && m < p->rows; m++) {
-    int64_t columns = p->w.columns;
-    memcpy(p->y[m], p->sums + m * columns, columns * sizeof(float));
-    for (int64_t part = 1; part < p->parts; part++) {
-      add_to(p->y[m], p->sums + (part * p->rows + m) * columns, columns);
-    }
-  }
+  if (atomic_fetch_sub(&p->left, 1) == 1) add_parts(p);
 }
 
 // y[m] = x[m] w of all products, of which the fields up to `rows` are set. Those of no rows are left
@@ -99,6 +102,7 @@ static void run_products(const XLA_FFI_CallFrame *frame, Product *products, int6
       chunks += p->stripes * p->parts;
       bytes += bytes_of(p->w.type, p->w.rows * columns);
     }
+    p->left = p->stripes * p->parts;
     if (p->parts > 1) floats += p->parts * p->rows * columns;
   }
   float *sums = room(PARTS, floats * sizeof(float));
@@ -108,5 +112,4 @@ static void run_products(const XLA_FFI_CallFrame *frame, Product *products, int6
   }
   Products all = {products, count};
   run_chunks(frame, num_threads(frame, bytes), chunks, product_chunk, &all);
-  if (floats) run_chunks(frame, num_threads(frame, 4 * floats), count, add_parts, &all);
 }

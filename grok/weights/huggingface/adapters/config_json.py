@@ -20,7 +20,7 @@ ANY = None
 # A field without a default: a file that lacks it is refused, or our own default is taken.
 REQUIRED, OURS = object(), object()
 # Our keys that say how a model runs, and not what it computes.
-HOW_IT_RUNS = ("param_dtype", "compute_dtype", "matmul_dtype", "remat")
+HOW_IT_RUNS = ("param_dtype", "embedding_dtype", "compute_dtype", "matmul_dtype", "remat")
 SCALING = "attention.rope.scaling"
 HARMLESS: dict[str, tuple | None] = {
     **dict.fromkeys(
