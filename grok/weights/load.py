@@ -43,7 +43,8 @@ def load(
     `path` is the folder of a run, an import, a `ckpt-0`, a Hugging Face folder, local or at gs://,
     or hf://ORG/NAME; `config` the expected model, where the files do not say. Matrices are
     converted to `dtype`, if given: "int8" (with scales, all else float32), "int4" (those of MLP and
-    experts, others int8), "int4_all", "bfloat16" or "float32".
+    experts, others int8), "int4_all", "bfloat16" or "float32"; token tables become int8 beside
+    quantised matrices where `config.embedding_dtype` says so.
     `on_progress` is called with bytes of the model that are on the devices, of all processes
     together. With several processes, all call this.
 

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 import grok
+from grok import sharding
 from grok.config import LoraConfig, ModelConfig, RunConfig, TrainConfig, check_trainable
 from grok.config.sampling import SamplingParams
 from grok.errors import ConfigError
@@ -19,8 +21,10 @@ from grok.infer.engine import Engine
 from grok.infer.request import Request
 from grok.model.build import abstract, to_arrays
 from grok.model.decoder import Decoder
+from grok.ops import cross_entropy
 from grok.ops.cpu import few_rows
 from grok.ops.weights.quantized import dequantize, quantize
+from grok.train import loss
 from grok.weights.cast import converted, quantized_groups
 from grok.weights.load import put_on_mesh
 from tests.fixtures.array_source import ArraySource
@@ -63,6 +67,29 @@ def test_logits_are_those_of_the_floats(config, sizes):
         values, scales = arrays[f"{name}/values"], arrays[f"{name}/scales"]
         assert (values.dtype, scales.dtype, scales.shape) == ("int8", "bfloat16", (96, 1))
         assert values.sharding == to_arrays(floats)[name].sharding
+
+
+@pytest.mark.parametrize("most_logits", [1, 2**26], ids=["in chunks", "at once"])
+def test_losses_are_those_of_the_floats(monkeypatch, most_logits):
+    monkeypatch.setattr(loss, "MAX_LOGITS", most_logits)
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", most_logits)
+    x_BTD = np.random.default_rng(1).standard_normal((8, 9, 32)).astype(np.float32)
+    targets_BT = np.random.default_rng(2).integers(0, 96, (8, 9))
+
+    def losses(embedding_dtype: str) -> Any:
+        model = make(MODELS["two tables"], (2, 2, 2), embedding_dtype)
+        mesh = jax.tree.leaves(model)[0].sharding.mesh
+        with jax.set_mesh(mesh):
+            rows = [
+                jax.device_put(
+                    x, NamedSharding(mesh, sharding.spec("batch", *(None,) * (x.ndim - 1)))
+                )
+                for x in (x_BTD, targets_BT)
+            ]
+            return jax.jit(loss.token_losses)(model, *rows)
+
+    for ints, floats in zip(losses("int8"), losses("float"), strict=True):
+        np.testing.assert_allclose(ints, floats, rtol=2e-5)
 
 
 @pytest.mark.parametrize("kernels", [True, False])
