@@ -10,6 +10,8 @@ from grok.config.section import Count, Positive, Section, largest_divisor
 from grok.errors import ConfigError, bad_value
 
 QUANTIZED_DTYPES = ("int8", "int4", "int4_all")  # of matrices, with scales
+# Keys that say how a model runs, and not what it computes.
+HOW_IT_RUNS = ("param_dtype", "embedding_dtype", "compute_dtype", "matmul_dtype", "remat")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -122,7 +122,7 @@ def abstract(
             model = Decoder(config, None)
         model = jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), model)
 
-    specs, tables = param_specs(config), token_tables(config)
+    specs, tables = param_specs(config), int8_tables(config)
     matrices = groups or {}
 
     def quantized(path, param: nnx.Param) -> nnx.Variable:
@@ -137,7 +137,7 @@ def abstract(
     return map_params(quantized, model) if matrices or tables else model
 
 
-def token_tables(config: ModelConfig) -> dict[str, ParamSpec]:
+def int8_tables(config: ModelConfig) -> dict[str, ParamSpec]:
     """Token tables that are int8, by name: V vectors of which each has a scale."""
     if config.embedding_dtype != "int8":
         return {}

@@ -5,6 +5,7 @@ import dataclasses
 from grok.config import ModelConfig, RunConfig
 from grok.config.load import load_config, presets
 from grok.config.mesh import batch_shards
+from grok.config.model import HOW_IT_RUNS
 from grok.plan.estimate import Plan
 
 # Share of HBM that a batch is to fill: what is allocated varies with the shapes.
@@ -54,6 +55,5 @@ def filling_batch(plan: Plan) -> str | None:
 
 def _shape(model: ModelConfig) -> ModelConfig:
     """The model without what changes neither its weights nor what it computes."""
-    keys = ("param_dtype", "embedding_dtype", "compute_dtype", "matmul_dtype", "remat")
-    same = {key: ModelConfig.default(key) for key in keys}
+    same = {key: ModelConfig.default(key) for key in HOW_IT_RUNS}
     return dataclasses.replace(model, **same)

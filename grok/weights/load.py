@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from grok.config import ModelConfig
 from grok.config.model import QUANTIZED_DTYPES
 from grok.errors import ConfigError
-from grok.model.build import abstract, to_arrays, token_tables
+from grok.model.build import abstract, int8_tables, to_arrays
 from grok.model.decoder import Decoder
 from grok.ops.weights.quantized import quantize
 from grok.weights.cast import converted
@@ -80,7 +80,7 @@ def put_on_mesh(
             placed = batch.transfer.place(batch.starts, pieces)
             counter.add(batch.transfer.reads.names[0], placed)
             arrays |= batch.transfer.arrays
-    for name in token_tables(config):
+    for name in int8_tables(config):
         arrays |= _quantized_table(name, arrays.pop(name))
     return jax.tree.unflatten(
         jax.tree.structure(model), [arrays[name] for name in to_arrays(model)]

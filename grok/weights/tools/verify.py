@@ -15,6 +15,7 @@ import numpy as np
 from grok import storage
 from grok.config import ModelConfig
 from grok.config.load import flatten
+from grok.config.model import HOW_IT_RUNS
 from grok.errors import CheckpointError
 from grok.weights.array_difference import ArrayDifference, array_difference
 from grok.weights.detect import is_release, open_source
@@ -38,10 +39,7 @@ FLOAT32, INT8 = np.dtype(np.float32), np.dtype(np.int8)
 CHUNK_VALUES = 1 << 18
 
 # Fields of a config without effect on the values that a model computes.
-HOW_IT_RUNS = (
-    *("context_length", "param_dtype", "embedding_dtype", "compute_dtype", "matmul_dtype"),
-    "remat",
-)
+NO_EFFECT = ("context_length", *HOW_IT_RUNS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +138,7 @@ def differing_key(a: ModelConfig, b: ModelConfig) -> str | None:
     """The key of a value by which the two models compute different things, if there is one. Other
     programs' configs may have fewer digits, and round 1/sqrt(128) differently."""
     first, second = config_values(a), config_values(b)
-    for key in (key for key in {**first, **second} if key not in HOW_IT_RUNS):
+    for key in (key for key in {**first, **second} if key not in NO_EFFECT):
         x, y = first.get(key), second.get(key)
         if isinstance(x, int | float) and isinstance(y, int | float):
             if not math.isclose(x, y, rel_tol=1e-6):

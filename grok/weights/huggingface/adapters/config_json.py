@@ -9,6 +9,7 @@ from typing import Any
 
 from grok.config import ModelConfig
 from grok.config.load import flatten, from_dict, nest, to_dict
+from grok.config.model import HOW_IT_RUNS
 from grok.errors import CheckpointError, ConfigError
 from grok.weights.huggingface.adapters.rope_scaling import LLAMA3_KEYS, read_rope, rope_data
 from grok.weights.source import quoted
@@ -19,8 +20,6 @@ LARGEST_SIZE = 1 << 24
 ANY = None
 # A field without a default: a file that lacks it is refused, or our own default is taken.
 REQUIRED, OURS = object(), object()
-# Our keys that say how a model runs, and not what it computes.
-HOW_IT_RUNS = ("param_dtype", "embedding_dtype", "compute_dtype", "matmul_dtype", "remat")
 SCALING = "attention.rope.scaling"
 HARMLESS: dict[str, tuple | None] = {
     **dict.fromkeys(
