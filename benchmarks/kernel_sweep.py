@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--chip", action="append", choices=CHIPS)
     for name, values in (("embed", EMBEDS), ("width", WIDTHS), ("rows", ROWS)):
         parser.add_argument(f"--{name}", action="append", type=int, help=f"default: {values}")
-    parser.add_argument("--kernel", action="append", help="only those with this in their name")
+    parser.add_argument("--kernel", action="append", help="only those whose name begins so")
     parser.add_argument("--out", type=Path, help="file for the table")
     options = parser.parse_args()
     cases = itertools.product(
@@ -64,7 +64,7 @@ def main() -> int:
             name
             for name in kernels(case, max(ROWS) == case.rows)
             if name not in results.get(case, {})
-            and any(part in name for part in options.kernel or [""])
+            and name.startswith(tuple(options.kernel or [""]))
         ]
         if names:
             new = refusals(case, names)
