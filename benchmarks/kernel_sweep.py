@@ -63,8 +63,7 @@ def main() -> int:
         names = [
             name
             for name in kernels(case, max(ROWS) == case.rows)
-            if name not in results.get(case, {})
-            and name.startswith(tuple(options.kernel or [""]))
+            if name not in results.get(case, {}) and name.startswith(tuple(options.kernel or [""]))
         ]
         if names:
             new = refusals(case, names)

@@ -166,7 +166,7 @@ class ModelConfig(Section):
     remat: Annotated[
         Literal["none", "dots", "selective", "attention", "experts", "offload", "full"],
         "recompute in the backward pass: nothing; all but matrix products; the hidden layer of "
-        "MLP and experts; all but attention's output; all but the experts' output; the same, "
+        "MLP and experts; all but attention's output; all but the experts' output; all but both, "
         "saved in host memory; everything in a block",
     ] = "full"
 

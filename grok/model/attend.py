@@ -85,7 +85,8 @@ class PackedRows:
         in_axes = (q_axes, kv_axes, kv_axes, rows, () if positions_BT is None else rows)
         kernel = sharding.shard_map(local, in_axes, q_axes, check_vma=not flash)
         o_BTNH = kernel(q_BTNH, k_BTKH, v_BTKH, self.segment_ids_BT, positions_BT)
-        return checkpoint_name(o_BTNH, "attention"), self
+        # The kernel names what its backward pass reads; a second name would save that twice.
+        return o_BTNH if flash else checkpoint_name(o_BTNH, "attention"), self
 
 
 def _terms(config: AttentionConfig) -> dict[str, Any]:

@@ -32,7 +32,7 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["stream", "experts"],
+        names_which_can_be_offloaded=["stream", "attention", "experts"],
         offload_src="device",
         offload_dst="pinned_host",
     ),

@@ -6,6 +6,7 @@ Letters: B rows, T tokens, V vocab.
 import contextlib
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import grok
 from grok.config import AttentionConfig, ModelConfig, MoEConfig
 from grok.config.load import presets
+from grok.model import attend
 from grok.model.attend import PagedBatch, init_cache
 from grok.model.build import from_arrays, to_arrays
 from grok.model.decoder import Decoder
@@ -169,13 +171,33 @@ def test_remat_holds_less_between_forward_and_backward():
     assert max(saved("attention"), saved("experts")) < saved("selective") < saved("none")
 
 
+def saved_shapes(m: Decoder, tokens) -> list[jax.core.ShapedArray]:
+    """What the forward pass leaves for the backward pass."""
+    return jax.make_jaxpr(lambda m: jax.vjp(lambda m: m.hidden(tokens)[0], m)[1])(m).out_avals
+
+
 def test_offload_leaves_what_blocks_keep_to_the_hosts():
-    """Of each layer its input and what the experts gave, (L, B, T, D) of both."""
-    m = model(remat="offload")
-    traced = jax.make_jaxpr(lambda m: jax.vjp(lambda m: m.hidden(TOKENS)[0], m)[1])(m)
-    of_layers = (CONFIG.num_layers, *TOKENS.shape, CONFIG.embed_dim)
-    kept = [array.memory_space for array in traced.out_avals if array.shape == of_layers]
-    assert kept == [jax.memory.Space.Host] * 2
+    """Of each layer its input, (L, B, T, D), and what attention, (L, B, T, N, H), and the experts,
+    (L, B, T, D), gave."""
+    saved = saved_shapes(model(remat="offload"), TOKENS)
+    of_layers = (CONFIG.num_layers, *TOKENS.shape)
+    heads = CONFIG.attention.num_heads, CONFIG.attention.head_dim
+    kept = [array for array in saved if array.shape[: len(of_layers)] == of_layers]
+    shapes = sorted(array.shape for array in kept if array.memory_space == jax.memory.Space.Host)
+    assert shapes == sorted([(*of_layers, CONFIG.embed_dim)] * 2 + [(*of_layers, *heads)])
+
+
+@pytest.mark.parametrize("temperature_length", [None, 64])
+def test_tpus_save_what_attention_gave_once(temperature_length, monkeypatch):
+    """As the kernel gave it, (L, B, N, T, H) or (L, B, K, G, T, H), and the logarithms of sums."""
+    monkeypatch.setattr(attend, "hardware", types.SimpleNamespace(platform=lambda: "tpu"))
+    terms = {"head_dim": 128, "temperature_length": temperature_length}
+    attention = dataclasses.replace(CONFIG.attention, **terms)
+    m = abstract(dataclasses.replace(CONFIG, attention=attention, remat="attention"))
+    tokens = np.zeros((2, 256), np.int32)
+    sums = CONFIG.num_layers * tokens.size * attention.num_heads
+    sizes = [array.size for array in saved_shapes(m, tokens)]
+    assert (sizes.count(sums * 128), sizes.count(sums)) == (1, 1)
 
 
 def test_parameters_in_bfloat16_compute_what_their_values_would_in_float32():
