@@ -65,23 +65,47 @@ only_one_babysitter() {
 # Exits and forgets the state; the next babysit starts from the beginning.
 finish() {
   rm -f "$state_dir/babysit" "$state_dir/babysit.pid" "$state_dir/command"
-  log "${*:2}"
+  log "${*:2}$(remaining_cost)"
   exit "$1"
 }
 
-# Exits if stop.sh or down.sh was called.
+# Prints the end of a message: whether a slice stays, and the command that deletes it.
+remaining_cost() {
+  describe_slice
+  case $slice_state in
+    ABSENT) ;;
+    ACTIVE) echo "; the slice stays, and costs money, until $(verb_path down)" ;;
+    *) echo "; the slice ($slice_state) may stay, and cost money, until $(verb_path down)" ;;
+  esac
+}
+
+# Exits if stop.sh or down.sh was called. `down` sees no slice that is requested in the same moment:
+# when it has ended, what is still there is deleted here.
 exit_if_stopped() {
-  [[ ! -e $state_dir/stopped ]] || finish 75 "asked to stop, $(reached)"
+  local request pid
+  [[ -e $state_dir/stopped ]] || return 0
+  while read -r request pid <"$state_dir/stopped" && [[ $request == down ]]; do
+    [[ $(ps -ww -o args= -p "$pid") == *down.sh* ]] || break
+    sleep "$LAUNCH_POLL_SECONDS"
+  done
+  describe_slice
+  if [[ $request == down && $slice_state != ABSENT ]]; then
+    log "deleting the slice that 'down' did not delete"
+    delete_lost_slice
+  fi
+  finish 75 "asked to stop, $(reached)"
 }
 
 # Tries each verb that a new slice needs once; true if the slice is ready for a run.
 prepare_slice() {
   local now
   call_verb up || return 1
+  exit_if_stopped
   now=$(list_nodes | awk '{ print $1, $5 }' | tr '\n' ' ')
   [[ $now != *'  '* ]] || return 1 # a node without a creation time
   [[ $now != "$prepared" ]] || return 0
   call_verb setup || return 1
+  exit_if_stopped
   if ((starts == 0)); then call_verb sync || return 1; else call_verb sync --again || return 1; fi
   prepared=$now under_way=''
   save_state
@@ -208,7 +232,7 @@ act_on() {
 
 delete_lost_slice() {
   record_history end "$(date +%s)"
-  delete_slice || log "the slice was not deleted; retrying"
+  delete_slice || log "the slice was not deleted; the reason is above"
 }
 
 babysit() {
@@ -216,6 +240,7 @@ babysit() {
   while true; do
     exit_if_stopped
     if ! prepare_slice; then
+      exit_if_stopped
       ((++failures < LAUNCH_MAX_STALLS)) || finish 1 "gave up: preparing the slice failed $failures times in a row"
       sleep "$LAUNCH_POLL_SECONDS"
       continue
@@ -231,6 +256,7 @@ parse_common "$@"
 ((${#args[@]} == 0)) || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b folder=gs://my-bucket/runs/first"
 load_settings
 refuse_example_settings
+export LAUNCH_BABYSITTER=$$ # `up` and `run` see that the babysitter calls them
 if [[ $dry_run ]]; then
   ((${#command[@]})) || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b folder=gs://my-bucket/runs/first"
   check_command

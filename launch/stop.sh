@@ -19,7 +19,7 @@ load_settings
 seconds=$LAUNCH_STOP_SECONDS
 [[ -z $now ]] || seconds=0
 make_state_dir
-[[ $dry_run ]] || touch "$state_dir/stopped"
+[[ $dry_run ]] || echo stop >"$state_dir/stopped"
 # ssh must outlive the worker's own timeout.
 LAUNCH_CALL_SECONDS=$((LAUNCH_CALL_SECONDS + seconds))
 log "stopping; this may take $(duration "$seconds") while the run saves"

@@ -12,11 +12,18 @@ source "$launch_dir/preflight.sh"
 created=
 failed_polls=0
 
+# Ends the babysitter's `up` once stop.sh or down.sh was called: a slice that came later would cost money.
+fail_if_stopped() {
+  [[ ! ${LAUNCH_BABYSITTER:-} || ! -e $state_dir/stopped ]] ||
+    fail "asked to stop: no slice is requested, and none waited for"
+}
+
 create() {
   local cost
   cost=$(price) || exit
   log "requesting $LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR ($LAUNCH_PROVISIONING) in $LAUNCH_ZONE"
   log "$cost"
+  [[ $dry_run ]] || fail_if_stopped
   create_slice || fail "gcloud refused to create the slice; the reason is above"
   created=1
 }
@@ -51,6 +58,7 @@ nodes_are_ready() {
 wait_until_ready() {
   local since=$SECONDS waiting_for
   while true; do
+    fail_if_stopped
     describe_slice
     waiting_for=$slice_state
     case $slice_state in
@@ -89,6 +97,8 @@ if [[ $dry_run ]]; then
   create
   list_nodes
 else
+  # An `up` of the user's after `down` is the newer request: a babysitter that still ends leaves its slice.
+  [[ ${LAUNCH_BABYSITTER:-} || ! -e $state_dir/stopped ]] || echo up >"$state_dir/stopped"
   wait_until_ready
   log "$LAUNCH_NAME is ready: $LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR, $(plural "$workers" worker), $(plural $((chips * LAUNCH_NODE_COUNT)) chip)"
 fi

@@ -195,6 +195,17 @@ class Cloud:
                 target.write_bytes(program.read_bytes())
                 target.chmod(program.stat().st_mode | stat.S_IXUSR)
 
+    def after(self, words: str, *verbs: str) -> None:
+        """Calls verbs once, as from another terminal, right after a call of gcloud with these
+        words; what they say is in after_said."""
+        scripts = [str(self.checkout / "launch" / f"{verb}.sh") for verb in verbs]
+        plan = {"words": words, "scripts": scripts, "environment": self.environment}
+        (self.stub / "after").write_text(json.dumps(plan))
+
+    @property
+    def after_said(self) -> str:
+        return (self.stub / "after-said").read_text()
+
     def homes(self) -> list[Path]:
         """The homes of the slice's workers, first to last."""
         content = json.loads((self.stub / "cloud.json").read_text())

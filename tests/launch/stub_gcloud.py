@@ -28,6 +28,29 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> int:
+    code = handle(argv)
+    run_after(argv)
+    return code
+
+
+def run_after(argv: list[str]) -> None:
+    """Calls the verbs that the test planned for the moment after this call, and before the next."""
+    path = STUB / "after"
+    if not path.exists():
+        return
+    plan = json.loads(path.read_text())
+    if plan["words"] in " ".join(argv):
+        import subprocess
+
+        path.unlink()
+        with (STUB / "after-said").open("w") as said:
+            for script in plan["scripts"]:
+                subprocess.run(
+                    script, env=plan["environment"], stdout=said, stderr=said, check=False
+                )
+
+
+def handle(argv: list[str]) -> int:
     with (STUB / "calls").open("a") as calls:
         calls.write(json.dumps(argv) + "\n")
     if argv[:2] == ["storage", "cat"]:

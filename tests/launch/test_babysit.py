@@ -259,6 +259,48 @@ def test_down_ends_the_babysitter_too(cloud: Cloud) -> None:
     assert cloud.slice is None
 
 
+def test_nothing_is_requested_after_down(cloud: Cloud) -> None:
+    cloud.existing("SUSPENDED")
+    cloud.after("queued-resources delete", "down")
+    done = babysit(cloud)
+    assert "there is no slice t in us-east5-a" in cloud.after_said
+    assert (done.returncode, cloud.slice) == (75, None), done.stderr
+    assert not cloud.calls("queued-resources create")
+    assert "asked to stop, at step 0\n" in done.stderr
+
+
+def test_a_slice_that_down_did_not_see_is_deleted(cloud: Cloud) -> None:
+    cloud.script(failures={"queued-resources describe": [None, "UNAVAILABLE: try later"]})
+    cloud.after("queued-resources create", "down")
+    done = babysit(cloud)
+    assert "the slice may still cost money: UNAVAILABLE" in cloud.after_said
+    assert (done.returncode, cloud.slice) == (75, None), done.stderr
+    assert "deleting the slice that 'down' did not delete" in done.stderr
+    assert not (cloud.stub / "uv").exists()
+
+
+def test_a_slice_of_an_up_after_down_is_left(cloud: Cloud) -> None:
+    cloud.after("worker.sh setup", "down", "up")
+    done = babysit(cloud)
+    assert "t is ready" in cloud.after_said
+    assert (done.returncode, cloud.slice is None) == (75, False), done.stderr
+    assert "the slice stays, and costs money, until launch/down.sh" in done.stderr
+
+
+@pytest.mark.parametrize("call", ["queued-resources create", "worker.sh setup"])
+def test_stop_ends_the_wait_for_a_slice_and_its_setup(cloud: Cloud, call: str) -> None:
+    states = ["WAITING_FOR_RESOURCES"] * 3 if "create" in call else []
+    cloud.script(lives=[[*states, "ACTIVE"]])
+    cloud.after(call, "stop")
+    done = babysit(cloud)
+    assert (done.returncode, cloud.starts()) == (75, 0), done.stderr
+    assert (cloud.stub / "uv").exists() == ("setup" in call)
+    assert not any("unpack" in " ".join(call) for call in cloud.calls())
+    state = "(WAITING_FOR_RESOURCES) may stay, and cost" if states else "stays, and costs"
+    assert "asked to stop, at step 0; the slice" in done.stderr
+    assert f"{state} money, until launch/down.sh" in done.stderr
+
+
 def test_killed_and_called_again_it_goes_on(cloud: Cloud) -> None:
     cloud.plan("step 1; until_asked; exit 0")
     with started(cloud) as process:
