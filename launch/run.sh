@@ -58,7 +58,7 @@ write_outgoing() {
 
 refuse_second_run() {
   local report
-  call_workers status || fail "not all workers answered; see $(verb_path status)"
+  call_workers status || fail_unreached "not all workers answered; see $(verb_path status)"
   for report in "${reports[@]}"; do
     [[ $(value_of state "$report") != running ]] ||
       fail "a run is live on ${report%% *} (pid $(value_of pid "$report")): $(verb_path stop) first"
@@ -74,6 +74,6 @@ trap 'rm -rf "$outgoing"' EXIT
 write_outgoing
 refuse_second_run
 copy_to_workers grok-launch/incoming/ "$outgoing/command.sh" "$outgoing/env" "$outgoing/progress" ||
-  fail "not all workers could be reached; nothing was started; retry the same command"
+  fail_unreached "not all workers could be reached; nothing was started; retry the same command"
 call_all_workers start
 log "started on $(plural "$workers" worker); see $(verb_path logs) --follow and $(verb_path status)"

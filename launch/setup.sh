@@ -16,10 +16,10 @@ python_version=$(<"$root/.python-version")
 
 ssh_command mkdir -p grok-launch/incoming
 run "${gcloud[@]}" 2> >(filter_errors) ||
-  fail "not all workers could be reached; is $LAUNCH_NAME up? See $(verb_path status)"
+  fail_unreached "not all workers could be reached; see $(verb_path status)"
 copy_to_workers grok-launch/ "$launch_dir/worker.sh" "$launch_dir/progress.sh" "$root/requirements.lock" \
   "$root/requirements-uv.lock" ||
-  fail "not all workers could be reached; retry the same command"
+  fail_unreached "not all workers could be reached; retry the same command"
 mounted=
 [[ $LAUNCH_MOUNT == no ]] || mounted=${LAUNCH_BUCKET#gs://}
 call_all_workers setup "$python_version" "$chips_per_host" ${mounted:+"$mounted"}

@@ -38,6 +38,6 @@ else
   [[ $dry_run ]] || echo "$stamp" >"$state_dir/stamp"
 fi
 copy_to_workers grok-launch/incoming/ "$state_dir/grok-$stamp.tar.gz" ||
-  fail "not all workers could be reached (was $(verb_path setup) run?); retry the same command"
+  fail_unreached "not all workers could be reached (was $(verb_path setup) run?); retry the same command"
 call_all_workers unpack "$stamp"
 log "$(plural "$workers" worker) at $stamp"

@@ -26,7 +26,17 @@ call_workers() {
   ((${#reports[@]} == workers))
 }
 
-# The same, and fails unless every worker succeeded.
+# Fails with the reason why workers were not reached: the state of the slice, or else the message.
+fail_unreached() {
+  describe_slice
+  case $slice_state in
+    ABSENT) exit 1 ;; # filter_errors named the verb that creates it
+    ACTIVE | UNKNOWN) fail "$1" ;;
+    *) fail "$LAUNCH_NAME is $slice_state: $(verb_path up) waits until it is ready, $(verb_path down) deletes it" ;;
+  esac
+}
+
+# The same as call_workers, and fails unless every worker succeeded.
 call_all_workers() {
   local report bad=0
   call_workers "$@" || bad=1
@@ -35,7 +45,7 @@ call_all_workers() {
     warn "${report%% *}: ${report#* failed=}"
     bad=1
   done
-  ((bad == 0)) || fail "'$1' did not succeed on all workers; retry the same command"
+  ((bad == 0)) || fail_unreached "'$1' did not succeed on all workers; retry the same command"
 }
 
 # value_of KEY REPORT: prints the value of a key in a report, or -.

@@ -203,13 +203,26 @@ def test_doctor_has_a_remedy_for_each_finding(cloud: Cloud, missing: str | None,
     assert "preemptible v5e chips" in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["setup", "logs", "stop", "run"])
+@pytest.mark.parametrize("verb", ["setup", "sync", "logs", "run"])
 def test_without_a_slice_the_way_to_get_one_is_said(cloud: Cloud, verb: str) -> None:
     command = {"run": ["--", "grok"], "logs": ["--follow"]}.get(verb, [])
     done = cloud.launch(verb, *command)
     assert done.returncode == 1
     assert "NOT_FOUND" not in done.stderr
     assert "there is no slice t in us-east5-a: launch/up.sh creates it" in done.stderr
+    assert "retry" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["setup", "sync", "run"])
+def test_a_slice_that_is_not_ready_yet_is_named(cloud: Cloud, verb: str) -> None:
+    cloud.ready("WAITING_FOR_RESOURCES")
+    cloud.script(ssh={"t1v-t-w-0": ["fail"]})
+    command = ["--", "grok"] if verb == "run" else []
+    done = cloud.launch(verb, *command)
+    assert done.returncode == 1
+    waits = "t is WAITING_FOR_RESOURCES: launch/up.sh waits until it is ready, launch/down.sh deletes"
+    assert waits in done.stderr
+    assert "retry" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -165,12 +165,23 @@ def test_stop_ends_what_does_not_leave(cloud: Cloud) -> None:
     assert "t1v-t-w-0: exited, exit code 137, ended killed" in done.stdout
 
 
+@pytest.mark.parametrize("state", ["", "WAITING_FOR_RESOURCES", "SUSPENDED"])
+def test_stop_without_a_slice_that_is_ready_names_what_stays(cloud: Cloud, state: str) -> None:
+    if state:
+        cloud.existing(state)
+    done = cloud.launch("stop")
+    assert (done.returncode, cloud.calls("queued-resources ssh")) == (0, [])
+    stays = f"t is {state}; it stays, and may cost money, until launch/down.sh"
+    assert (stays if state else "there is no slice t in us-east5-a\n") in done.stderr
+
+
 def test_stop_now_does_not_ask(cloud: Cloud) -> None:
     cloud.ready()
     cloud.plan(last="trap 'touch $STUB/asked; exit 75' TERM; while :; do sleep 0.02; done")
     cloud.launch("run", *COMMAND)
     done = cloud.launch("stop", "--now")
     assert "exit code 137, ended killed" in done.stdout
+    assert "ending the run at once" in done.stderr
     assert not (cloud.stub / "asked").exists()
 
 
