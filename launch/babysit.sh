@@ -155,6 +155,17 @@ start_run() {
   save_state
   log "start $starts: $(quoted "${command[@]}")"
   call_verb run -- "${command[@]}" || log "not started on all workers; checking what runs"
+  stop_if_asked
+}
+
+# `stop` may have come before the run that it was to stop.
+stop_if_asked() {
+  local request LAUNCH_CALL_SECONDS=$((LAUNCH_CALL_SECONDS + LAUNCH_STOP_SECONDS))
+  [[ -e $state_dir/stopped ]] || return 0
+  read -r request _ <"$state_dir/stopped" || true
+  [[ $request == down ]] || call_workers stop "$LAUNCH_STOP_SECONDS" ||
+    log "a run may still be live: $(verb_path stop) ends it"
+  exit_if_stopped
 }
 
 # Polls until something must be done, and sets `verdict`.

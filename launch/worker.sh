@@ -80,7 +80,7 @@ start() {
   mkdir -p "$run"
   exec 9>>"$run/lock"
   flock -n 9 || failed "a run is live here (pid $(cat "$run/pid")): stop it first"
-  rm -f "$run/exit" "$run/pid"
+  rm -rf "$run/exit" "$run/pid" "$run/stopping"
   mv "$home/incoming/command.sh" "$home/incoming/env" "$home/incoming/progress" "$run/"
   chmod 600 "$run/env"
   setsid --fork bash "$home/worker.sh" supervise </dev/null >>"$run/log" 2>&1
@@ -151,11 +151,12 @@ logs() {
   fi
 }
 
-# stop SECONDS: asks the run to save and exit; after that time kills whatever holds the TPU.
+# stop SECONDS: asks the run to save and exit; after that time kills whatever holds the TPU. Asks once,
+# since a second SIGTERM ends a grok that still saves.
 stop() {
   local until=$((SECONDS + $1)) ended=gently
   if run_is_live; then
-    (($1 == 0)) || kill -TERM "$(cat "$run/pid")" 2>/dev/null || true
+    (($1 == 0)) || ! mkdir "$run/stopping" 2>/dev/null || kill -TERM "$(cat "$run/pid")" 2>/dev/null || true
     while run_is_live && ((SECONDS < until)); do sleep "${LAUNCH_WORKER_POLL:-1}"; done
     if run_is_live; then
       ended=killed

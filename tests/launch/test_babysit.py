@@ -301,6 +301,17 @@ def test_stop_ends_the_wait_for_a_slice_and_its_setup(cloud: Cloud, call: str) -
     assert f"{state} money, until launch/down.sh" in done.stderr
 
 
+def test_stop_before_there_is_a_run_to_stop_ends_the_run(cloud: Cloud) -> None:
+    cloud.plan(last="step 1; until_asked")
+    # The last call before the run is started.
+    cloud.after("command.sh", "stop")
+    done = babysit(cloud)
+    assert "t1v-t-w-0: idle, exit code -" in cloud.after_said
+    assert done.returncode == 75, done.stderr
+    assert "launch run: started on 1 worker" in done.stderr
+    assert "workers  1 of 1 exited with" in cloud.launch("status").stdout
+
+
 def test_killed_and_called_again_it_goes_on(cloud: Cloud) -> None:
     cloud.plan("step 1; until_asked; exit 0")
     with started(cloud) as process:

@@ -112,6 +112,15 @@ def test_a_run_survives_the_connection_that_started_it(cloud: Cloud) -> None:
     assert "a run is live on t1v-t-w-0" in again.stderr
 
 
+def test_a_start_that_is_refused_leaves_the_progress_of_the_live_run(cloud: Cloud) -> None:
+    cloud.ready()
+    cloud.plan(last="step 4; until_asked")
+    assert cloud.launch("run", *COMMAND, f"folder={cloud.run_folder}").returncode == 0
+    cloud.wait_for(cloud.run_folder / "metrics.jsonl")
+    assert cloud.launch("run", *COMMAND, "folder=another").returncode == 1
+    assert f"run      step 4, loss 0.4, in {cloud.run_folder}" in cloud.launch("status").stdout
+
+
 def test_two_starts_at_once_make_one_run(cloud: Cloud) -> None:
     cloud.ready()
     cloud.plan(last="until_asked")
@@ -173,6 +182,21 @@ def test_stop_without_a_slice_that_is_ready_names_what_stays(cloud: Cloud, state
     assert (done.returncode, cloud.calls("queued-resources ssh")) == (0, [])
     stays = f"t is {state}; it stays, and may cost money, until launch/down.sh"
     assert (stays if state else "there is no slice t in us-east5-a\n") in done.stderr
+
+
+def test_a_second_stop_does_not_ask_again(cloud: Cloud) -> None:
+    """Of a grok that saves, a second SIGTERM ends it before it has saved."""
+    cloud.ready()
+    cloud.plan(last="trap 'echo asked >>$STUB/asked' TERM; touch $STUB/up; while :; do sleep 0.02; done")
+    cloud.launch("run", *COMMAND)
+    cloud.wait_for(cloud.stub / "up")
+    stop = [cloud.checkout / "launch" / "stop.sh"]
+    with subprocess.Popen(
+        stop, env=cloud.environment | {"LAUNCH_STOP_SECONDS": "60"}, stdout=subprocess.DEVNULL
+    ):
+        cloud.wait_for(cloud.stub / "asked")
+        assert cloud.launch("stop", LAUNCH_STOP_SECONDS="1").returncode == 0
+    assert (cloud.stub / "asked").read_text() == "asked\n"
 
 
 def test_stop_now_does_not_ask(cloud: Cloud) -> None:
