@@ -52,7 +52,7 @@ write_outgoing() {
     mkdir -p "$outgoing"
     printf '%s\n' "exec $(quoted "${command[@]}")" >"$outgoing/command.sh"
     for name in $LAUNCH_ENV; do printf '%s=%s\n' "$name" "$(quoted "${!name}")"; done >"$outgoing/env"
-    printf '%s\n' "$progress" | tee "$outgoing/progress" >"$state_dir/progress"
+    printf '%s\n' "$progress" >"$outgoing/progress"
   )
 }
 
@@ -75,5 +75,7 @@ write_outgoing
 refuse_second_run
 copy_to_workers grok-launch/incoming/ "$outgoing/command.sh" "$outgoing/env" "$outgoing/progress" ||
   fail_unreached "not all workers could be reached; nothing was started; retry the same command"
+# From here on `status` reads the progress of this run, no longer that of the one before.
+[[ $dry_run ]] || cp "$outgoing/progress" "$state_dir/progress"
 call_all_workers start
 log "started on $(plural "$workers" worker); see $(verb_path logs) --follow and $(verb_path status)"
