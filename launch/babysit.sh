@@ -11,8 +11,9 @@
 #   75      saved and stopped: restarted, unless launch/stop.sh or down.sh stopped it (then exits with 75)
 #   other   restarted with exponential backoff
 #
-# Before anything costs money: refuses a grok train, batch or serve whose config does not hold, and a grok
-# train whose mesh does not fit the slice (where grok is installed here: make env), and says the price.
+# Before anything costs money: refuses a grok command whose config does not hold or whose mesh does not fit the
+# slice (where grok is installed here: make env), a folder on a worker's disk, and a gs:// bucket that does
+# not exist; says the price.
 #
 # Gives up, with 1, after LAUNCH_MAX_STALLS consecutive starts without a new step (batch: without a new
 # shard of answers; server: without an answer at /health), read from the folder= or output= of the command.
@@ -40,6 +41,7 @@ load_state() {
   [[ ! -f $state_dir/babysit ]] || source "$state_dir/babysit"
 }
 
+# Sets `command` to the one that is to go on, where none is given.
 resolve_command() {
   local before
   before=$(cat "$state_dir/command" 2>/dev/null || true)
@@ -49,7 +51,6 @@ resolve_command() {
   elif [[ $(quoted "${command[@]}") != "$before" ]]; then
     [[ ! -f $state_dir/babysit ]] ||
       refuse "$LAUNCH_NAME runs another command ($before): repeat that one, or $(verb_path stop) first"
-    quoted "${command[@]}" >"$state_dir/command"
   fi
 }
 
@@ -246,6 +247,12 @@ delete_lost_slice() {
   delete_slice || log "the slice was not deleted; the reason is above"
 }
 
+check_run() {
+  check_command
+  check_folder
+  check_buckets
+}
+
 babysit() {
   local failures=0
   while true; do
@@ -270,8 +277,7 @@ refuse_example_settings
 export LAUNCH_BABYSITTER=$$ # `up` and `run` see that the babysitter calls them
 if [[ $dry_run ]]; then
   ((${#command[@]})) || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b folder=gs://my-bucket/runs/first"
-  check_command
-  check_folder
+  check_run
   cost=$(price) || exit
   printf '# %s\n' "$cost"
   for step in up setup sync; do call_verb "$step"; done
@@ -284,7 +290,7 @@ trap 'rm -f "$state_dir/babysit.pid"' EXIT
 # After stop.sh or down.sh, start from the beginning; the command may be another one.
 [[ ! -e $state_dir/stopped ]] || rm -f "$state_dir/stopped" "$state_dir/babysit"
 resolve_command
-check_command
-check_folder
+check_run
+quoted "${command[@]}" >"$state_dir/command"
 load_state
 babysit

@@ -112,10 +112,9 @@ check_ssh_key() {
 
 check_bucket() {
   if [[ -z $LAUNCH_BUCKET ]]; then
-    finding "LAUNCH_BUCKET is not set" "checkpoints on a worker's disk are deleted with the slice: gcloud storage buckets create gs://NAME --location=${LAUNCH_ZONE%-*}"
-  elif ! ask_bucket; then
-    finding "bucket $LAUNCH_BUCKET is not visible" \
-      "gcloud storage buckets create $LAUNCH_BUCKET --location=${LAUNCH_ZONE%-*} --project=$LAUNCH_PROJECT"
+    finding "LAUNCH_BUCKET is not set" "checkpoints on a worker's disk are deleted with the slice: $(bucket_creation gs://NAME)"
+  elif ! ask_bucket "$LAUNCH_BUCKET"; then
+    finding "bucket $LAUNCH_BUCKET is not visible" "$(bucket_creation "$LAUNCH_BUCKET")"
   elif [[ ${answer,,} != "${LAUNCH_ZONE%-*}" ]]; then
     finding "bucket $LAUNCH_BUCKET is in ${answer,,}, the zone is in ${LAUNCH_ZONE%-*}" \
       "reads across regions are slow and are charged; use a bucket in ${LAUNCH_ZONE%-*}"

@@ -12,33 +12,135 @@ refuse_example_settings() {
   local name
   [[ ! $dry_run ]] || return 0
   for name in $(example_settings); do
-    refuse "$name is ${!name}, as in the example: edit $settings, then run launch/doctor.sh"
+    refuse "$name is ${!name}, as in the example: edit $settings, then run $(verb_path doctor)"
   done
 }
 
-# Refuses a `grok train`, `batch` or `serve` whose config does not hold, or whose mesh does not fit the slice.
-# Sets `checked_config` to all its keys, as YAML.
+# Refuses a `grok` command that could not run on the slice: an unknown subcommand, a config that does not
+# hold, a mesh that does not fit. Sets `grok_words` to the command from `grok` on, `subcommand`, and
+# `checked_config` to all keys of the config, as YAML; they are empty for other programs.
 check_command() {
-  checked_config=
-  local grok=$root/.venv/bin/grok of=${command[1]:-}
-  local -a options=(--of "$of") words=()
-  local word
-  [[ ${command[0]} == grok && $of =~ ^(train|batch|serve)$ ]] || return 0
+  local grok=$root/.venv/bin/grok
+  checked_config=''
+  set_grok_words
+  [[ $subcommand ]] || return 0
   [[ -x $grok ]] || grok=$(type -P grok) || {
     log "the command's config was not checked: 'make env' in $root installs what checks it"
     return 0
   }
-  options+=(--devices "$((chips * LAUNCH_NODE_COUNT))")
-  [[ $of != batch ]] || options+=(--hosts "$workers")
-  for word in "${command[@]:2}"; do [[ $word == --resume ]] || words+=("$word"); done
-  checked_config=$(cd "$root" && JAX_PLATFORMS=cpu "$grok" config "${options[@]}" "${words[@]}" 2>&1) ||
-    refuse "nothing was started: $(quoted "${command[@]:0:3}"): $(tail -n 1 <<<"${checked_config#error: }")"
+  case $subcommand in
+    train | batch | serve | calibrate) check_config ;;
+    *)
+      [[ $("$grok" "$subcommand" --help 2>&1) != *'No such command'* ]] ||
+        refuse "nothing was started: grok has no command '$subcommand'; train, batch, serve, eval and calibrate run on a slice"
+      ;;
+  esac
 }
 
-# Refuses a `grok train` without a folder: each restart would begin another run.
+# `timeout 1h grok ...` and `env A=1 grok ...` are commands of grok, too.
+set_grok_words() {
+  local i
+  grok_words=() subcommand=''
+  for i in "${!command[@]}"; do
+    if [[ ${command[i]} == grok ]]; then
+      grok_words=("${command[@]:i}") subcommand=${command[i + 1]:-}
+      return
+    fi
+    [[ ${command[i]} =~ ^(timeout|env|-.*|[0-9.]+[smhd]?|[A-Za-z_0-9]+=.*)$ ]] || return 0
+  done
+}
+
+# Sets `config_words` to those that `grok config` checks: without the subcommand's options.
+set_config_words() {
+  local i
+  config_words=()
+  for ((i = 2; i < ${#grok_words[@]}; i++)); do
+    case $subcommand.${grok_words[i]} in
+      train.--resume | calibrate.--cpu-time | calibrate.--*=*) ;;
+      calibrate.--*) i=$((i + 1)) ;;
+      *) config_words+=("${grok_words[i]}") ;;
+    esac
+  done
+  # Without a config, calibrate chooses one by the devices; all have the same keys.
+  [[ $subcommand != calibrate || ${config_words[0]:-=} != *=* ]] || config_words=(grok-10m "${config_words[@]}")
+}
+
+check_config() {
+  local -a options=(--of "${subcommand/calibrate/train}") config_words
+  local problem
+  set_config_words
+  [[ $subcommand == calibrate ]] || options+=(--devices "$((chips * LAUNCH_NODE_COUNT))")
+  [[ $subcommand != batch ]] || options+=(--hosts "$workers")
+  if print_config "${config_words[@]}"; then
+    check_data
+    return
+  fi
+  problem=$(tail -n 1 <<<"${checked_config#error: }")
+  # `grok config` knows of devices, but not how many slices they are in.
+  if ((LAUNCH_NODE_COUNT > 1)) && print_config "${config_words[@]}" "mesh.slice=$LAUNCH_NODE_COUNT"; then
+    problem="${problem%%; *}; mesh.slice=$LAUNCH_NODE_COUNT, for LAUNCH_NODE_COUNT=$LAUNCH_NODE_COUNT, would work."
+  fi
+  refuse "nothing was started: $(quoted grok "$subcommand" "${config_words[@]:0:1}"): $problem"
+}
+
+# Sets `checked_config` to what `grok config` prints: all keys of a config, or why it does not hold.
+print_config() {
+  checked_config=$(cd "$root" && JAX_PLATFORMS=cpu "$grok" config "${options[@]}" "$@" 2>&1)
+}
+
+# Refuses a `grok train` that names no data or no tokenizer; `grok config` prints such configs.
+check_data() {
+  local data bucket=${LAUNCH_BUCKET:-gs://my-bucket}
+  [[ $subcommand == train ]] || return 0
+  data=$(sed -n '/^data:/,/^[a-z]/p' <<<"$checked_config")
+  if grep -q '^  train: \[\]' <<<"$data" && grep -q '^  datasets: \[\]' <<<"$data"; then
+    refuse "nothing was started: the command names no data: 'data.datasets=[{path: $bucket/data/train, weight: 1}]' would work"
+  fi
+  ! grep -q '^  tokenizer: ""' <<<"$data" ||
+    refuse "nothing was started: the command names no tokenizer: data.tokenizer=$bucket/data/tokenizer.model would work"
+}
+
+# Refuses a `grok train` without a folder, where each restart would begin another run, and a folder on a
+# worker's disk: the babysitter replaces a lost slice, and its disks are deleted with it.
 check_folder() {
-  [[ $checked_config && "${command[*]:0:2}" == 'grok train' && ! $(checked_value folder '') ]] || return 0
-  refuse "nothing was started: the command names no folder, where a restart resumes: folder=$LAUNCH_BUCKET/runs/NAME would work"
+  local folder='' key=folder word bucket=${LAUNCH_BUCKET:-gs://my-bucket}
+  [[ $subcommand =~ ^(train|batch)$ ]] || return 0
+  [[ $subcommand == train ]] || key=output
+  for word in "${grok_words[@]}"; do [[ $word != "$key"=* ]] || folder=${word#*=}; done
+  folder=$(checked_value "$key" "$folder")
+  [[ $folder || $subcommand == batch || ! $checked_config ]] ||
+    refuse "nothing was started: the command names no folder, where a restart resumes: folder=$bucket/runs/NAME would work"
+  ! is_on_worker_disk "$folder" ||
+    refuse "nothing was started: $key=$folder is on the worker's disk, which is deleted with a slice that is preempted or lost: $key=$bucket/${folder#bucket/} would work"
+}
+
+# True of relative paths, except in the mounted bucket. An absolute path may be a disk that outlives slices.
+is_on_worker_disk() {
+  [[ $1 && $1 != /* && $1 != *://* ]] && [[ $LAUNCH_MOUNT == no || $1 != bucket/* ]]
+}
+
+# Refuses a command with a gs:// bucket that does not exist: its run would fail on a slice that costs money.
+# The babysitter asks once, before the first slice, and not again at each start.
+check_buckets() {
+  local bucket
+  for bucket in $(command_buckets); do
+    ! bucket_is_missing "$bucket" ||
+      refuse "nothing was started: bucket $bucket does not exist: $(bucket_creation "$bucket") creates it"
+  done
+}
+
+# Prints the gs:// buckets that the command or its config names, and the one to mount.
+command_buckets() {
+  {
+    quoted "${command[@]}"
+    printf '%s\n' "$checked_config"
+    [[ $LAUNCH_MOUNT == no ]] || echo "$LAUNCH_BUCKET"
+  } | sed 's/ # .*//' | grep -oE 'gs://[a-z0-9][a-z0-9._-]*' | sort -u
+}
+
+# Prints the command that creates a bucket in the region of the zone.
+bucket_creation() {
+  echo "gcloud storage buckets create $1 --location=${LAUNCH_ZONE%-*} --project=$LAUNCH_PROJECT"
 }
 
 # Prints the value of a top-level key of the checked config, or what stands for it if nothing was checked.

@@ -128,10 +128,16 @@ list_files() {
   limited gcloud storage ls "$1" --project="$LAUNCH_PROJECT" 2>/dev/null || true
 }
 
-# Queries of doctor: true if there is an answer; sets `answer`.
+# Queries of doctor: true if there is an answer; sets `answer`, and ask_error to what gcloud said instead.
 ask() {
+  local errors code=0
+  answer='' ask_error=''
   if [[ $dry_run ]]; then quoted "$@" && return 1; fi
-  answer=$(limited "$@" 2>/dev/null) && [[ $answer ]]
+  errors=$(mktemp)
+  answer=$(limited "$@" 2>"$errors" </dev/null) || code=1
+  ask_error=$(<"$errors")
+  rm -f "$errors"
+  [[ $code == 0 && $answer ]]
 }
 
 ask_queued_resources() { ask gcloud help compute tpus queued-resources ssh; }
@@ -149,4 +155,7 @@ ask_runtime() {
   ask gcloud compute tpus tpu-vm versions list --filter="version=$LAUNCH_RUNTIME" \
     --format='value(version)' --zone="$LAUNCH_ZONE" --project="$LAUNCH_PROJECT"
 }
-ask_bucket() { ask gcloud storage buckets describe "$LAUNCH_BUCKET" --format='value(location)'; }
+ask_bucket() { ask gcloud storage buckets describe "$1" --format='value(location)'; }
+
+# False, too, for a bucket that this account may use and not describe, and where gcloud does not answer.
+bucket_is_missing() { ! ask_bucket "$1" && [[ $ask_error =~ (HTTPError|not found:)\ 404 ]]; }

@@ -4,8 +4,8 @@
 #
 # Starts the command on all workers, detached, with the code of the last `sync`: it continues when this
 # machine sleeps. Arguments arrive unchanged. Variables that LAUNCH_ENV names are sent in a file that
-# only the worker's user can read. Refuses to start while another run is live, and a grok train,
-# batch or serve whose config does not hold (where grok is installed here: make env).
+# only the worker's user can read. Refuses to start while another run is live, a grok command whose config
+# does not hold (where grok is installed here: make env), and a gs:// bucket that does not exist.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
@@ -24,7 +24,7 @@ find_progress() {
       port=*) port=${word#port=} ;;
     esac
   done
-  if [[ "${command[*]:0:2}" == 'grok serve' ]]; then
+  if [[ $subcommand == serve ]]; then
     host=$(checked_value host "$host") port=$(checked_value port "$port")
     [[ $host != 0.0.0.0 && $host != :: ]] || host=127.0.0.1
     [[ $host != *:* ]] || host="[$host]"
@@ -69,6 +69,7 @@ parse_common "$@"
 ((${#command[@]} && ${#args[@]} == 0)) || refuse "put the command after --, for example: launch/run.sh -- grok train grok-1b"
 load_settings
 check_command
+[[ ${LAUNCH_BABYSITTER:-} ]] || check_buckets
 outgoing=$state_dir/outgoing
 trap 'rm -rf "$outgoing"' EXIT
 write_outgoing

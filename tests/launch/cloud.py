@@ -195,6 +195,11 @@ class Cloud:
                 target.write_bytes(program.read_bytes())
                 target.chmod(program.stat().st_mode | stat.S_IXUSR)
 
+    def answer(self, question: str, text: str, code: int = 0) -> None:
+        """What gcloud says to a question, its words without options; to stderr if code is not 0."""
+        name = question.replace(" ", "_").replace("/", "_")
+        (self.stub / "answers" / name).write_text(f"{code}\n{text}\n")
+
     def after(self, words: str, *verbs: str) -> None:
         """Calls verbs once, as from another terminal, right after a call of gcloud with these
         words; what they say is in after_said."""

@@ -125,7 +125,7 @@ def answer(question: str) -> int:
     if not path.exists():
         return say(f"ERROR: no answer for: {question}")
     code, _, text = path.read_text().partition("\n")
-    print(text, end="")
+    print(text, end="", file=sys.stderr if int(code) else sys.stdout)
     return int(code)
 
 

@@ -362,6 +362,14 @@ def test_another_command_while_one_is_unfinished_is_refused(cloud: Cloud) -> Non
     assert cloud.launch("babysit", "--", "grok", "other").returncode == 0
 
 
+def test_a_command_that_is_refused_is_not_gone_on_with(cloud: Cloud) -> None:
+    cloud.program("bin/grok", "exit 2")
+    assert cloud.launch("babysit", "--", "grok", "train", "x").returncode == 2
+    again = cloud.launch("babysit")
+    assert (again.returncode, cloud.calls()) == (2, [])
+    assert "put the command after --" in again.stderr
+
+
 def test_without_a_command_there_is_nothing_to_go_on_with(cloud: Cloud) -> None:
     done = cloud.launch("babysit")
     assert (done.returncode, cloud.calls()) == (2, [])

@@ -47,6 +47,8 @@ def test_any_verb_with_the_settings_of_a_worked_run(cloud: Cloud, run: str) -> N
 def test_keys_are_added_to_the_command_of_a_worked_run(cloud: Cloud) -> None:
     text = dry_run(cloud, "runs/pretrain-v5e", "run", "--", "train.steps=2000")
     assert "checkpoint.keep=2 train.steps=2000\n" in text
+    text = dry_run(cloud, "runs/pretrain-v5e", "run", "--", "--resume", "optimizer.peak_lr=1e-4")
+    assert "checkpoint.keep=2 --resume optimizer.peak_lr=1e-4\n" in text
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.cloud import LAUNCH, Cloud
+from tests.launch.cloud import LAUNCH, ROOT, Cloud
+from tests.launch.test_real_training import GROK
 
 SCRIPTS = sorted(str(path) for path in [*LAUNCH.glob("*.sh"), *LAUNCH.glob("runs/*.sh")])
 SETTINGS = [str(LAUNCH / name) for name in ("settings.env.example", "prices.env")]
@@ -70,6 +71,7 @@ def test_only_the_provider_calls_gcloud() -> None:
         ("LAUNCH_PROVISIONING", "cheap", "set it to spot, reserved or on-demand"),
         ("LAUNCH_NODE_COUNT", "0", "set it to the number of slices, 1 or more"),
         ("LAUNCH_BUCKET", "bucket", "write a bucket as gs://my-bucket"),
+        ("LAUNCH_BUCKET", "gs://b/", "gs://my-bucket, without a slash or a folder after it"),
         ("LAUNCH_MOUNT", "yes", "LAUNCH_MOUNT=yes needs a bucket in LAUNCH_BUCKET"),
         ("LAUNCH_IAP", "true", "set it to yes or no"),
         ("LAUNCH_ENV", "KEY=secret", "list names of variables without values"),
@@ -190,8 +192,7 @@ ANSWERS = {
 def test_doctor_has_a_remedy_for_each_finding(cloud: Cloud, missing: str | None, said: str) -> None:
     for question, answer in ANSWERS.items():
         if question != missing:
-            name = question.replace(" ", "_").replace("/", "_")
-            (cloud.stub / "answers" / name).write_text(f"0\n{answer}\n")
+            cloud.answer(question, answer)
     key = cloud.folder / ".ssh" / "google_compute_engine"
     key.parent.mkdir()
     key.touch()
@@ -220,7 +221,9 @@ def test_a_slice_that_is_not_ready_yet_is_named(cloud: Cloud, verb: str) -> None
     command = ["--", "grok"] if verb == "run" else []
     done = cloud.launch(verb, *command)
     assert done.returncode == 1
-    waits = "t is WAITING_FOR_RESOURCES: launch/up.sh waits until it is ready, launch/down.sh deletes"
+    waits = (
+        "t is WAITING_FOR_RESOURCES: launch/up.sh waits until it is ready, launch/down.sh deletes"
+    )
     assert waits in done.stderr
     assert "retry" not in done.stderr
 
@@ -249,6 +252,7 @@ def test_a_command_without_dashes_is_pointed_to_them(cloud: Cloud, words: list[s
     ("words", "said"),
     [
         (["--", "grok", "train"], "'grok' is not KEY=VALUE: this run has its own command"),
+        (["train.steps=9"], "keys go after --: launch/runs/pretrain-v5e.sh -- train.steps=9"),
         (["run", "train.steps=9"], "unknown argument 'train.steps=9'; see pretrain-v5e.sh --help"),
         (["status", "--", "train.steps=9"], "only babysit and run take arguments after --"),
     ],
@@ -297,6 +301,86 @@ def test_so_is_one_that_answers(cloud: Cloud, command: str, options: str) -> Non
     assert (cloud.stub / "checked").read_text() == f"config --of {command} {options} job.yaml\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "checked"),
+    [
+        (["lr=1"], "grok-10m lr=1"),
+        (["--out", "a=b", "--only=rates", "--cpu-time", "grok-1b", "lr=1"], "grok-1b lr=1"),
+    ],
+)
+def test_so_is_one_that_measures(cloud: Cloud, words: list[str], checked: str) -> None:
+    cloud.program("bin/grok", 'echo "$*" >"$STUB/checked"; echo "error: no key lr" >&2; exit 2')
+    done = cloud.launch("run", "--", "timeout", "-k", "9", "20m", "grok", "calibrate", *words)
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert (cloud.stub / "checked").read_text() == f"config --of train {checked}\n"
+    assert f"nothing was started: grok calibrate {checked.split()[0]}: no key lr" in done.stderr
+
+
+def test_so_is_an_unknown_subcommand(cloud: Cloud) -> None:
+    cloud.program("bin/grok", """echo "Error: No such command '$1'." >&2; exit 2""")
+    done = cloud.launch("babysit", "--", "grok", "trian", "grok-1b")
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert "grok has no command 'trian'; train, batch, serve, eval and calibrate run" in done.stderr
+
+
+DATA = ("data.datasets=[{path: gs://b/data, weight: 1}]", "data.tokenizer=gs://b/tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("slices", "words", "said"),
+    [
+        ("1", [DATA[1]], "the command names no data: 'data.datasets=[{path: gs://b/data/train, "),
+        ("1", [DATA[0]], "the command names no tokenizer: data.tokenizer=gs://b/data/tokenizer"),
+        ("2", [*DATA, "mesh.data=8"], "there are 16; mesh.slice=2, for LAUNCH_NODE_COUNT=2, would"),
+        ("2", [*DATA, "mesh.data=3"], "mesh slice=1 x data=16 x expert=1 x tensor=1 would work"),
+    ],
+)
+def test_what_is_missing_is_named_with_a_value_that_works(
+    cloud: Cloud, slices: str, words: list[str], said: str
+) -> None:
+    cloud.program("bin/grok", GROK)
+    settings = {"LAUNCH_NODE_COUNT": slices, "LAUNCH_BUCKET": "gs://b", "PYTHONPATH": str(ROOT)}
+    done = cloud.launch("run", "--", "grok", "train", "grok-1b", *words, **settings)
+    assert (done.returncode, cloud.calls()) == (2, []), done.stderr
+    assert said in done.stderr
+
+
+MISSING_BUCKET = "ERROR: (gcloud.storage.buckets.describe) gs://nowhere not found: 404."
+MY_COMMAND = ["--", "grok", "train", "x", "data.train=[gs://nowhere/text]"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "bucket"),
+    [
+        ("run", MY_COMMAND, ""),
+        ("babysit", [*MY_COMMAND, "folder=gs://b/runs/x"], ""),
+        ("babysit", ["--", "grok", "train", "of-a-file"], ""),
+        ("run", ["--", "grok", "train", "x"], "gs://nowhere"),
+        ("runs/pretrain-v5e", [], "gs://nowhere"),
+        ("runs/calibrate", ["run"], "gs://nowhere"),
+    ],
+)
+def test_a_bucket_that_does_not_exist_is_refused_before_anything_is_created(
+    cloud: Cloud, verb: str, words: list[str], bucket: str
+) -> None:
+    config = "case $* in *of-a-file) echo 'folder: gs://nowhere/runs  # of checkpoints' ;; esac"
+    cloud.program("bin/grok", config)
+    cloud.answer("storage buckets describe gs://nowhere", MISSING_BUCKET, code=1)
+    settings = {"LAUNCH_BUCKET": bucket, "LAUNCH_MOUNT": "yes" if bucket else "no"}
+    done = cloud.launch(verb, *words, **settings)
+    assert done.returncode == 2, done.stderr
+    assert all(call[:3] == ["storage", "buckets", "describe"] for call in cloud.calls())
+    creation = "gcloud storage buckets create gs://nowhere --location=us-east5 --project=p creates"
+    assert f"nothing was started: bucket gs://nowhere does not exist: {creation}" in done.stderr
+
+
+@pytest.mark.parametrize("error", ["HTTPError 403: no storage.buckets.get access", "no network"])
+def test_a_bucket_that_cannot_be_described_is_not_refused(cloud: Cloud, error: str) -> None:
+    cloud.ready()
+    cloud.answer("storage buckets describe gs://404", f"ERROR: {error}", code=1)
+    assert cloud.launch("run", "--", "grok", "train", "gs://404/run").returncode == 0
+
+
 def test_a_run_that_could_not_resume_is_refused(cloud: Cloud) -> None:
     cloud.program("bin/grok", 'echo "$*" >"$STUB/checked"; echo \'folder: ""  # of checkpoints\'')
     done = cloud.launch("babysit", "--", "grok", "train", "grok-1b", "--resume")
@@ -304,6 +388,31 @@ def test_a_run_that_could_not_resume_is_refused(cloud: Cloud) -> None:
     assert "the command names no folder, where a restart resumes: folder=" in done.stderr
     # An option of `grok train` that `grok config` does not have.
     assert (cloud.stub / "checked").read_text() == "config --of train --devices 8 grok-1b\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "value", "right"),
+    [
+        ("train", "folder", "runs/x", "gs://b/runs/x"),
+        ("batch", "output", "answers", "gs://b/answers"),
+        ("train", "folder", "bucket/runs/x", "gs://b/runs/x"),
+    ],
+)
+def test_a_folder_that_goes_with_the_slice_is_refused(
+    cloud: Cloud, command: str, key: str, value: str, right: str
+) -> None:
+    words = ["--", "grok", command, "x", f"{key}={value}"]
+    done = cloud.launch("babysit", *words, LAUNCH_BUCKET="gs://b")
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert f"{key}={value} is on the worker's disk, which is deleted with a slice" in done.stderr
+    assert f"{key}={right} would work" in done.stderr
+
+
+@pytest.mark.parametrize("folder", ["gs://b/x", "/mnt/disk/x", "bucket/x"])
+def test_a_folder_that_outlives_the_slice_is_not(cloud: Cloud, folder: str) -> None:
+    words = ["--dry-run", "--", "grok", "train", "x", f"folder={folder}"]
+    done = cloud.launch("babysit", *words, LAUNCH_BUCKET="gs://b", LAUNCH_MOUNT="yes")
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_settings_of_the_example_are_refused(cloud: Cloud) -> None:
@@ -316,6 +425,12 @@ def test_the_settings_of_the_example_are_refused(cloud: Cloud) -> None:
     assert done.returncode == 1
     for name in ("LAUNCH_PROJECT is my-project", "LAUNCH_BUCKET is gs://my-bucket"):
         assert f"FIX  {name}, as in the example" in done.stdout
+
+
+def test_a_worked_run_names_its_own_doctor(cloud: Cloud) -> None:
+    done = cloud.launch("runs/pretrain-v5e", LAUNCH_BUCKET="gs://my-bucket")
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert "then run launch/runs/pretrain-v5e.sh doctor" in done.stderr
 
 
 def test_what_a_slice_costs_is_said_before_it_is_requested(cloud: Cloud) -> None:

@@ -185,9 +185,11 @@ def test_stop_without_a_slice_that_is_ready_names_what_stays(cloud: Cloud, state
 
 
 def test_a_second_stop_does_not_ask_again(cloud: Cloud) -> None:
-    """Of a grok that saves, a second SIGTERM ends it before it has saved."""
+    """A second SIGTERM would end a grok that still saves."""
     cloud.ready()
-    cloud.plan(last="trap 'echo asked >>$STUB/asked' TERM; touch $STUB/up; while :; do sleep 0.02; done")
+    cloud.plan(
+        last="trap 'echo asked >>$STUB/asked' TERM; touch $STUB/up; while :; do sleep 0.02; done"
+    )
     cloud.launch("run", *COMMAND)
     cloud.wait_for(cloud.stub / "up")
     stop = [cloud.checkout / "launch" / "stop.sh"]
