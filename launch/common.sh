@@ -105,7 +105,7 @@ check_settings() {
   check_form LAUNCH_ZONE '^[a-z]+-[a-z]+[0-9]+-[a-z]$' 'write a zone as us-east5-a'
   check_form LAUNCH_PROVISIONING '^(spot|reserved|on-demand)$' 'set it to spot, reserved or on-demand'
   check_form LAUNCH_NODE_COUNT '^[1-9][0-9]*$' 'set it to the number of slices, 1 or more'
-  check_form LAUNCH_BUCKET '^(gs://[a-z0-9._-]+)?$' 'write a bucket as gs://my-bucket'
+  check_form LAUNCH_BUCKET '^(gs://[a-z0-9._-]+)?$' 'write a bucket as gs://my-bucket, without a slash or a folder after it'
   check_form LAUNCH_MOUNT '^(yes|no)$' 'set it to yes or no'
   [[ $LAUNCH_MOUNT == no || -n $LAUNCH_BUCKET ]] || refuse "LAUNCH_MOUNT=yes needs a bucket in LAUNCH_BUCKET"
   check_form LAUNCH_INTERNAL_IPS '^(yes|no)$' 'set it to yes or no'
@@ -203,7 +203,8 @@ worked_run() {
       ((${#args[@]} <= 1)) || refuse "unknown argument '${args[1]}'; see $verb.sh --help"
       local word
       for word in "${command[@]}"; do
-        [[ $word == *=* ]] || refuse "'$word' is not KEY=VALUE: this run has its own command and takes only keys after --"
+        [[ $word == *=* || "$2 $word" == 'train --resume' ]] ||
+          refuse "'$word' is not KEY=VALUE: this run has its own command and takes only keys (and --resume, to train) after --"
       done
       [[ $LAUNCH_BUCKET ]] || refuse "LAUNCH_BUCKET is not set; this run reads from a bucket and writes to it"
       call_verb "$called" -- "$@" "${command[@]}"
@@ -212,6 +213,7 @@ worked_run() {
       ((${#command[@]} == 0)) || refuse "only babysit and run take arguments after --"
       call_verb "${args[@]}"
       ;;
+    *=*) refuse "keys go after --: launch/runs/$LAUNCH_RUN.sh -- $(quoted "${args[@]}")" ;;
     *) refuse "unknown verb '$called'; launch/README.md lists the verbs" ;;
   esac
 }
