@@ -193,8 +193,8 @@ wait_for() {
   sleep "$LAUNCH_POLL_SECONDS"
 }
 
-# Shared by launch/runs/*.sh: calls a verb with that run's settings. babysit and run also get its
-# command (the arguments) and the keys that the user adds after --. Call after load_settings.
+# Shared by launch/runs/*.sh: calls a verb with that run's settings. babysit, run and doctor also get its
+# command (the arguments); the first two with the keys that the user adds after --. Call after load_settings.
 worked_run() {
   local called=${args[0]:-babysit}
   export LAUNCH_RUN=$verb
@@ -211,6 +211,7 @@ worked_run() {
       ;;
     up | setup | sync | logs | status | tunnel | stop | down | cost | doctor)
       ((${#command[@]} == 0)) || refuse "only babysit and run take arguments after --"
+      [[ $called != doctor ]] || args+=(-- "$@")
       call_verb "${args[@]}"
       ;;
     *=*) refuse "keys go after --: launch/runs/$LAUNCH_RUN.sh -- $(quoted "${args[@]}")" ;;

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Usage: launch/doctor.sh
+# Usage: launch/doctor.sh [-- COMMAND [ARGUMENT]...]
 #
-# Checks everything that the other verbs need and says how to fix what is missing: programs, login,
-# project, settings, zone, ssh key, bucket, quota, prices. Changes nothing. Exits with 0 if nothing is
-# missing.
+# Checks what the other verbs need and says how to fix what is missing: programs, login, project, settings,
+# zone, ssh key, bucket, prices. Names the quota that the slice needs, which it cannot check. With a command,
+# as worked runs give theirs, also names its inputs at gs:// that are not there yet. Changes nothing. Exits
+# with 0 if nothing is to be fixed.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch_dir/provider.sh"
@@ -123,6 +124,18 @@ check_bucket() {
   fi
 }
 
+# Inputs may come later than the settings, and so are no finding.
+check_inputs() {
+  local word input
+  for word in "${command[@]}"; do
+    [[ $word =~ ^(data\.[a-z_]+|train\.init_from|weights|tokenizer|input)= ]] || continue
+    while read -r input; do
+      ask_file "$input" || [[ $dry_run ]] ||
+        printf 'note %s\n       %s\n' "$input is not there yet" "launch/README.md, 3 and 4: data and weights into the bucket"
+    done < <(grep -oE 'gs://[^], }]+' <<<"$word")
+  done
+}
+
 # Prints hints on what cannot be checked in general.
 hints() {
   [[ $dry_run ]] && return
@@ -146,7 +159,7 @@ check_environment() {
 }
 
 parse_common "$@"
-no_more_args
+((${#args[@]} == 0)) || refuse "unknown argument '${args[0]}'; see $verb.sh --help"
 load_settings
 good "settings in $settings"
 check_settings_file
@@ -156,6 +169,7 @@ if check_gcloud; then
   check_project
   check_zone
   check_bucket
+  check_inputs
 fi
 check_ssh_key
 hints

@@ -155,6 +155,7 @@ ask_runtime() {
   ask gcloud compute tpus tpu-vm versions list --filter="version=$LAUNCH_RUNTIME" \
     --format='value(version)' --zone="$LAUNCH_ZONE" --project="$LAUNCH_PROJECT"
 }
+ask_file() { ask gcloud storage ls "$1" --project="$LAUNCH_PROJECT"; }
 ask_bucket() { ask gcloud storage buckets describe "$1" --format='value(location)'; }
 
 # False, too, for a bucket that this account may use and not describe, and where gcloud does not answer.

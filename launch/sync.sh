@@ -22,7 +22,7 @@ set_stamp() {
     log "uncommitted changes are included, as $stamp"
   fi
   untracked=$(git -C "$root" ls-files --others --exclude-standard | wc -l)
-  ((untracked == 0)) || log "not sent: $(plural $((untracked)) "untracked file") (git add them)"
+  ((untracked == 0)) || log "not sent: $(plural $((untracked)) "untracked file"): git add those that the run imports; data belongs into the bucket"
 }
 
 parse_common "$@"

@@ -63,7 +63,8 @@ def test_from_nothing_to_a_finished_run(cloud: Cloud) -> None:
     done = babysit(cloud)
     assert (done.returncode, cloud.starts()) == (0, 1), done.stderr
     assert "exit code 0 of 1 worker" in done.stderr
-    assert "done, at step 7" in done.stderr
+    stays = "; the slice stays, and costs money, until launch/down.sh\n"
+    assert f"done, at step 7{stays}" in done.stderr
 
 
 def test_a_run_that_fails_is_started_again(cloud: Cloud) -> None:
@@ -80,7 +81,8 @@ def test_a_run_that_must_be_changed_first_is_not_started_again(cloud: Cloud, cod
     done = babysit(cloud)
     assert (done.returncode, cloud.starts()) == (code, 1)
     assert f"t1v-t-w-0 exited with code {code}" in done.stderr
-    assert "something must be changed first, see launch/logs.sh" in done.stderr
+    stays = "; the slice stays, and costs money, until launch/down.sh\n"
+    assert f"something must be changed first, see launch/logs.sh{stays}" in done.stderr
 
 
 def test_saved_without_being_asked_by_us_is_started_again_at_once(cloud: Cloud) -> None:
@@ -207,7 +209,8 @@ def test_a_slice_that_cannot_be_set_up_is_given_up(cloud: Cloud) -> None:
     cloud.devices(0)
     done = babysit(cloud, LAUNCH_MAX_STALLS="2")
     assert (done.returncode, cloud.starts()) == (1, 0)
-    assert "preparing the slice failed 2 times in a row" in done.stderr
+    stays = "; the slice stays, and costs money, until launch/down.sh\n"
+    assert f"preparing the slice failed 2 times in a row{stays}" in done.stderr
 
 
 def test_a_cloud_that_does_not_answer_for_a_while_changes_nothing(cloud: Cloud) -> None:

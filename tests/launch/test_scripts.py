@@ -204,6 +204,18 @@ def test_doctor_has_a_remedy_for_each_finding(cloud: Cloud, missing: str | None,
     assert "preemptible v5e chips" in done.stdout
 
 
+def test_doctor_of_a_worked_run_names_inputs_that_are_not_there_yet(cloud: Cloud) -> None:
+    for question, answer in ANSWERS.items():
+        cloud.answer(question, answer)
+    (cloud.stub / "bucket" / "b" / "data" / "train").mkdir(parents=True)
+    done = cloud.launch("runs/pretrain-v5e", "doctor", LAUNCH_BUCKET="gs://b")
+    named = [line[5:] for line in done.stdout.splitlines() if line.endswith("not there yet")]
+    assert named == [
+        f"gs://b/data/{name} is not there yet" for name in ("held-out", "tokenizer.model")
+    ]
+    assert "not there yet\n       launch/README.md, 3 and 4: data and weights" in done.stdout
+
+
 @pytest.mark.parametrize("verb", ["setup", "sync", "logs", "run"])
 def test_without_a_slice_the_way_to_get_one_is_said(cloud: Cloud, verb: str) -> None:
     command = {"run": ["--", "grok"], "logs": ["--follow"]}.get(verb, [])

@@ -304,7 +304,7 @@ def test_changes_that_are_not_committed_travel_and_are_named(cloud: Cloud) -> No
     stamp = source.resolve().name
     assert stamp.startswith(git(cloud.checkout, "rev-parse", "HEAD")[:12] + "-dirty-")
     assert f"uncommitted changes are included, as {stamp}" in done.stderr
-    assert "not sent: 1 untracked file" in done.stderr
+    assert "not sent: 1 untracked file: git add those that the run imports; data" in done.stderr
     assert (source / "Makefile").read_text() == "# changed\n"
     assert not (source / "unknown").exists()
     assert git(cloud.checkout, "status", "--short") == "M Makefile\n?? unknown"
