@@ -41,7 +41,7 @@ load_state() {
   [[ ! -f $state_dir/babysit ]] || source "$state_dir/babysit"
 }
 
-# Sets `command` to the one that is to go on, where none is given.
+# Without a command, sets `command` to that of the unfinished run; refuses another one meanwhile.
 resolve_command() {
   local before
   before=$(cat "$state_dir/command" 2>/dev/null || true)
@@ -243,8 +243,7 @@ act_on() {
 }
 
 delete_lost_slice() {
-  record_history end "$(date +%s)"
-  delete_slice || log "the slice was not deleted; the reason is above"
+  if delete_slice; then record_history end "$(date +%s)"; else log "the slice was not deleted; the reason is above"; fi
 }
 
 check_run() {

@@ -224,6 +224,12 @@ make_state_dir() {
   [[ $dry_run ]] || (umask 077 && mkdir -p "$state_dir")
 }
 
+# Writes the newest request of the user, `stop`, `down PID` or `up`, for a babysitter, which then ends.
+write_request() {
+  echo "$*" >"$state_dir/stopped.new"
+  mv "$state_dir/stopped.new" "$state_dir/stopped"
+}
+
 # Appends a line `begin|end EPOCH ACCELERATOR SLICES PROVISIONING ZONE`, which `cost` adds up.
 record_history() {
   make_state_dir

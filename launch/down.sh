@@ -24,7 +24,7 @@ parse_common "$@"
 no_more_args
 load_settings
 make_state_dir
-[[ $dry_run ]] || echo "down $$" >"$state_dir/stopped"
+[[ $dry_run ]] || write_request down $$
 describe_slice
 case $slice_state in
   UNKNOWN) fail "gcloud does not answer, and the slice may still cost money: $slice_message" ;;

@@ -29,7 +29,7 @@ load_settings
 seconds=$LAUNCH_STOP_SECONDS
 [[ -z $now ]] || seconds=0
 make_state_dir
-[[ $dry_run ]] || echo stop >"$state_dir/stopped"
+[[ $dry_run ]] || write_request stop
 describe_slice
 case $slice_state in
   ACTIVE | UNKNOWN) ;;

@@ -98,7 +98,7 @@ if [[ $dry_run ]]; then
   list_nodes
 else
   # An `up` of the user's after `down` is the newer request: a babysitter that still ends leaves its slice.
-  [[ ${LAUNCH_BABYSITTER:-} || ! -e $state_dir/stopped ]] || echo up >"$state_dir/stopped"
+  [[ ${LAUNCH_BABYSITTER:-} || ! -e $state_dir/stopped ]] || write_request up
   wait_until_ready
   log "$LAUNCH_NAME is ready: $LAUNCH_NODE_COUNT x $LAUNCH_ACCELERATOR, $(plural "$workers" worker), $(plural $((chips * LAUNCH_NODE_COUNT)) chip)"
 fi

@@ -282,6 +282,20 @@ def test_a_slice_that_down_did_not_see_is_deleted(cloud: Cloud) -> None:
     assert not (cloud.stub / "uv").exists()
 
 
+def test_a_slice_that_is_not_deleted_after_down_goes_on_costing(cloud: Cloud) -> None:
+    describe = [None, None, "UNAVAILABLE: try later"]
+    delete = ["INTERNAL: error"]
+    cloud.script(
+        failures={"queued-resources describe": describe, "queued-resources delete": delete}
+    )
+    cloud.after("worker.sh setup", "down")
+    done = babysit(cloud)
+    assert (done.returncode, cloud.slice is None) == (75, False), done.stderr
+    assert "the slice was not deleted; the reason is above" in done.stderr
+    assert "the slice stays, and costs money, until launch/down.sh" in done.stderr
+    assert "8 chips, up now" in cloud.launch("cost").stdout
+
+
 def test_a_slice_of_an_up_after_down_is_left(cloud: Cloud) -> None:
     cloud.after("worker.sh setup", "down", "up")
     done = babysit(cloud)
