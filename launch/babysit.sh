@@ -46,7 +46,7 @@ resolve_command() {
   local before
   before=$(cat "$state_dir/command" 2>/dev/null || true)
   if ((${#command[@]} == 0)); then
-    [[ $before ]] || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b folder=gs://my-bucket/runs/first"
+    [[ $before ]] || refuse "put the command after --, for example: launch/babysit.sh -- grok train first.yaml folder=gs://my-bucket/runs/first"
     eval "command=($before)" # written by `quoted`, below
   elif [[ $(quoted "${command[@]}") != "$before" ]]; then
     [[ ! -f $state_dir/babysit ]] ||
@@ -270,12 +270,12 @@ babysit() {
 }
 
 parse_common "$@"
-((${#args[@]} == 0)) || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b folder=gs://my-bucket/runs/first"
+((${#args[@]} == 0)) || refuse "put the command after --, for example: launch/babysit.sh -- grok train first.yaml folder=gs://my-bucket/runs/first"
 load_settings
 refuse_example_settings
 export LAUNCH_BABYSITTER=$$ # `up` and `run` see that the babysitter calls them
 if [[ $dry_run ]]; then
-  ((${#command[@]})) || refuse "put the command after --, for example: launch/babysit.sh -- grok train grok-1b folder=gs://my-bucket/runs/first"
+  ((${#command[@]})) || refuse "put the command after --, for example: launch/babysit.sh -- grok train first.yaml folder=gs://my-bucket/runs/first"
   check_run
   cost=$(price) || exit
   printf '# %s\n' "$cost"

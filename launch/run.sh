@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Usage: launch/run.sh -- COMMAND [ARGUMENT]...
-#        launch/run.sh -- grok train grok-1b folder=gs://my-bucket/runs/first
+#        launch/run.sh -- grok train first.yaml folder=gs://my-bucket/runs/first
 #
 # Starts the command on all workers, detached, with the code of the last `sync`: it continues when this
 # machine sleeps. Arguments arrive unchanged. Variables that LAUNCH_ENV names are sent in a file that
@@ -66,7 +66,7 @@ refuse_second_run() {
 }
 
 parse_common "$@"
-((${#command[@]} && ${#args[@]} == 0)) || refuse "put the command after --, for example: launch/run.sh -- grok train grok-1b"
+((${#command[@]} && ${#args[@]} == 0)) || refuse "put the command after --, for example: launch/run.sh -- grok train first.yaml folder=gs://my-bucket/runs/first"
 load_settings
 check_command
 [[ ${LAUNCH_BABYSITTER:-} ]] || check_buckets
