@@ -291,5 +291,7 @@ trap 'rm -f "$state_dir/babysit.pid"' EXIT
 resolve_command
 check_run
 quoted "${command[@]}" >"$state_dir/command"
+# A caller that names this file deletes the slice afterwards, but not for a start that was refused.
+[[ ! ${LAUNCH_BEGUN:-} ]] || touch "$LAUNCH_BEGUN"
 load_state
 babysit

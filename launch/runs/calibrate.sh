@@ -10,14 +10,25 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-# Prints the end of the run's output and deletes the slice, if one was requested.
+# Prints the end of the run's output and deletes the slice. After a refusal the slice, if there is one, belongs
+# to another call: that of a live calibration, or an `up`.
 take_down() {
   local code=$?
   trap - EXIT
-  [[ $dry_run || -s $state_dir/history ]] || exit "$code"
+  has_begun "$code" || exit "$code"
+  rm -f "$LAUNCH_BEGUN"
   call_verb logs --lines 40 || true
   call_verb down || code=1
   exit "$code"
+}
+
+# True once babysit has refused nothing; in a dry run its exit code says so.
+has_begun() { if [[ $dry_run ]]; then (($1 == 0)); else [[ -e $LAUNCH_BEGUN ]]; fi; }
+
+babysit_and_take_down() {
+  export LAUNCH_BEGUN=$state_dir/begun.$$
+  rm -f "$LAUNCH_BEGUN" # of a process that had the same number
+  trap take_down EXIT
 }
 
 parse_common "$@"
@@ -25,7 +36,7 @@ parse_common "$@"
 export LAUNCH_NAME=grok-calibrate LAUNCH_MAX_STALLS=2 LAUNCH_MOUNT=no
 load_settings
 
-[[ ${args[0]:-babysit} != babysit ]] || trap take_down EXIT
+[[ ${args[0]:-babysit} != babysit ]] || babysit_and_take_down
 worked_run \
   timeout --kill-after=60 1200 grok calibrate \
   --out "$LAUNCH_BUCKET/calibrations/$LAUNCH_ACCELERATOR.json" \

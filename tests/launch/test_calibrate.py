@@ -1,12 +1,16 @@
 """The run that measures a slice: whatever it finds, its slice is gone afterwards."""
 
+import os
 import shlex
+import signal
+import subprocess
 
 import pytest
 
 from grok.cli.calibrate import calibrate
-from tests.launch.cloud import Cloud
+from tests.launch.cloud import ROOT, Cloud
 from tests.launch.test_dry_run import dry_run
+from tests.launch.test_real_training import GROK
 
 
 def test_the_command_is_one_that_holds(cloud: Cloud) -> None:
@@ -42,3 +46,54 @@ def test_what_is_refused_before_a_slice_is_requested_deletes_none(cloud: Cloud) 
     assert done.returncode == 2
     assert "LAUNCH_BUCKET is not set" in done.stderr
     assert cloud.calls() == []
+
+
+def test_a_second_start_leaves_the_slice_of_the_live_one(cloud: Cloud) -> None:
+    with started(cloud, "touch $STUB/live; until_asked") as process:
+        cloud.wait_for(cloud.stub / "live")
+        again = cloud.launch("runs/calibrate")
+        assert again.returncode == 2
+        assert "already babysits grok-calibrate" in again.stderr
+        assert cloud.slice is not None
+        cloud.launch("runs/calibrate", "stop")
+        assert process.wait(60) == 75
+    assert cloud.slice is None
+
+
+@pytest.mark.parametrize("words", [[], ["--dry-run"]])
+def test_a_misspelt_key_leaves_the_slice_of_an_up(cloud: Cloud, words: list[str]) -> None:
+    cloud.settings(LAUNCH_BUCKET="gs://b")
+    cloud.program("bin/grok", GROK)
+    assert cloud.launch("runs/calibrate", "up").returncode == 0
+    calls = len(cloud.calls())
+    key = [*words, "--", "mesh.slicee=1"]
+    done = cloud.launch("runs/calibrate", *key, PYTHONPATH=str(ROOT))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no key mesh.slicee" in done.stderr
+    assert (len(cloud.calls()), cloud.slice is None) == (calls, False)
+
+
+def test_an_interrupted_wait_for_a_slice_withdraws_the_request(cloud: Cloud) -> None:
+    cloud.script(lives=[["WAITING_FOR_RESOURCES"]])
+    with started(cloud, "exit 0", LAUNCH_POLL_SECONDS="20") as process:
+        assert process.stderr
+        # Not during a call of gcloud: `timeout` keeps Ctrl-C from it.
+        assert any("so far" in line for line in process.stderr)
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode != 0
+    assert cloud.slice is None
+
+
+def started(cloud: Cloud, plan: str, **environment: str) -> subprocess.Popen[str]:
+    """A calibration under way, in a process group of its own."""
+    cloud.settings(LAUNCH_BUCKET="gs://b")
+    cloud.plan(last=plan)
+    return subprocess.Popen(
+        [cloud.checkout / "launch" / "runs" / "calibrate.sh"],
+        env=cloud.environment | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
