@@ -24,6 +24,8 @@ check_command() {
   checked_config=''
   set_grok_words
   [[ $subcommand ]] || return 0
+  set_config_words
+  check_files_are_sent
   [[ -x $grok ]] || grok=$(type -P grok) || {
     log "the command's config was not checked: 'make env' in $root installs what checks it"
     return 0
@@ -50,10 +52,12 @@ set_grok_words() {
   done
 }
 
-# Sets `config_words` to those that `grok config` checks: without the subcommand's options.
+# Sets `config_words` to those that `grok config` checks, without the subcommand's options, and
+# `config_name` to the config that the user named; both are empty for other subcommands.
 set_config_words() {
   local i
-  config_words=()
+  config_words=() config_name=''
+  [[ $subcommand =~ ^(train|batch|serve|calibrate)$ ]] || return 0
   for ((i = 2; i < ${#grok_words[@]}; i++)); do
     case $subcommand.${grok_words[i]} in
       train.--resume | calibrate.--cpu-time | calibrate.--*=*) ;;
@@ -61,14 +65,44 @@ set_config_words() {
       *) config_words+=("${grok_words[i]}") ;;
     esac
   done
+  [[ ${config_words[0]:-=} == *=* ]] || config_name=${config_words[0]}
   # Without a config, calibrate chooses one by the devices; all have the same keys.
-  [[ $subcommand != calibrate || ${config_words[0]:-=} != *=* ]] || config_words=(grok-10m "${config_words[@]}")
+  [[ $subcommand != calibrate || $config_name ]] || config_words=(grok-10m "${config_words[@]}")
+}
+
+# Refuses a config that is a file here and would not be on the slice.
+check_files_are_sent() {
+  local problem
+  problem=$(cd "$root" && unsent_file "$config_name")
+  [[ ! $problem ]] || refuse "nothing was started: $problem"
+}
+
+# Prints why a config, or one that it extends, would not be on the slice: `sync` sends what git tracks. A name
+# that is no file here is a preset's, or `grok config` refuses it.
+unsent_file() {
+  local file=$1 base _
+  # Not forever: a config may extend itself, which `grok config` refuses.
+  for _ in {1..20}; do
+    [[ -f $file ]] || file=${file%/}/config.yaml # of the folder of a run
+    [[ -f $file ]] || return 0
+    if [[ $file == "$root"/* && $file != */../* ]]; then
+      echo "the slice has no $file: name it by its path in the repository, ${file#"$root"/}" && return
+    elif [[ $file == /* || $file == ../* ]]; then
+      echo "$file is not in the repository, and \`sync\` sends nothing else: copy it into $root, and git add it there" && return
+    fi
+    if ! git ls-files --error-unmatch -- "$file" >/dev/null 2>&1; then
+      echo "$file is not in git, and \`sync\` sends what git tracks: $(quoted git add "$file")" && return
+    fi
+    base=$(sed -n "s/^extends: *[\"']\{0,1\}\([^\"' #]*\).*/\1/p" "$file")
+    [[ $base ]] || return 0
+    [[ $base == /* || $file != */* ]] || base=${file%/*}/$base
+    file=$base
+  done
 }
 
 check_config() {
-  local -a options=(--of "${subcommand/calibrate/train}") config_words
+  local -a options=(--of "${subcommand/calibrate/train}")
   local problem
-  set_config_words
   [[ $subcommand == calibrate ]] || options+=(--devices "$((chips * LAUNCH_NODE_COUNT))")
   [[ $subcommand != batch ]] || options+=(--hosts "$workers")
   if print_config "${config_words[@]}"; then
@@ -80,7 +114,7 @@ check_config() {
   if ((LAUNCH_NODE_COUNT > 1)) && print_config "${config_words[@]}" "mesh.slice=$LAUNCH_NODE_COUNT"; then
     problem="${problem%%; *}; mesh.slice=$LAUNCH_NODE_COUNT, for LAUNCH_NODE_COUNT=$LAUNCH_NODE_COUNT, would work."
   fi
-  refuse "nothing was started: $(quoted grok "$subcommand" "${config_words[@]:0:1}"): $problem"
+  refuse "nothing was started: $(quoted grok "$subcommand" ${config_name:+"$config_name"}): $problem"
 }
 
 # Sets `checked_config` to what `grok config` prints: all keys of a config, or why it does not hold.

@@ -11,7 +11,7 @@ source "$launch_dir/workers.sh"
 
 # Sets stamp, and commit: a commit that holds the tree as it is.
 set_stamp() {
-  local changes untracked
+  local changes untracked names
   commit=$(git -C "$root" rev-parse HEAD)
   stamp=${commit:0:12}
   # A commit of the changes on no branch; the tree and the index stay unchanged.
@@ -21,8 +21,12 @@ set_stamp() {
     stamp+=-dirty-$(git -C "$root" rev-parse --short=8 "$changes^{tree}")
     log "uncommitted changes are included, as $stamp"
   fi
-  untracked=$(git -C "$root" ls-files --others --exclude-standard | wc -l)
-  ((untracked == 0)) || log "not sent: $(plural $((untracked)) "untracked file"): git add those that the run imports; data belongs into the bucket"
+  untracked=$(git -C "$root" ls-files --others --exclude-standard)
+  [[ $untracked ]] || return 0
+  names=$(head -n 3 <<<"$untracked" | paste -sd , - | sed 's/,/, /g')
+  untracked=$(wc -l <<<"$untracked")
+  ((untracked <= 3)) || names+=", ..."
+  log "not sent: $(plural $((untracked)) "untracked file") ($names): git add those that the run imports or reads; data belongs into the bucket"
 }
 
 parse_common "$@"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.cloud import LAUNCH, ROOT, Cloud
+from tests.launch.cloud import LAUNCH, ROOT, Cloud, git, make_checkout
 from tests.launch.test_real_training import GROK
 
 SCRIPTS = sorted(str(path) for path in [*LAUNCH.glob("*.sh"), *LAUNCH.glob("runs/*.sh")])
@@ -325,7 +325,8 @@ def test_so_is_one_that_measures(cloud: Cloud, words: list[str], checked: str) -
     done = cloud.launch("run", "--", "timeout", "-k", "9", "20m", "grok", "calibrate", *words)
     assert (done.returncode, cloud.calls()) == (2, [])
     assert (cloud.stub / "checked").read_text() == f"config --of train {checked}\n"
-    assert f"nothing was started: grok calibrate {checked.split()[0]}: no key lr" in done.stderr
+    named = " grok-1b" if "grok-1b" in words else ""
+    assert f"nothing was started: grok calibrate{named}: no key lr" in done.stderr
 
 
 def test_so_is_an_unknown_subcommand(cloud: Cloud) -> None:
@@ -355,6 +356,46 @@ def test_what_is_missing_is_named_with_a_value_that_works(
     done = cloud.launch("run", "--", "grok", "train", "grok-1b", *words, **settings)
     assert (done.returncode, cloud.calls()) == (2, []), done.stderr
     assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            "mine.yaml",
+            "mine.yaml is not in git, and `sync` sends what git tracks: git add mine.yaml",
+        ),
+        ("runs/x", "runs/x/config.yaml is not in git"),
+        ("sent.yaml", "configs/base.yaml is not in git"),
+        ("{root}/mine.yaml", "name it by its path in the repository, mine.yaml"),
+        (
+            "../mine.yaml",
+            "../mine.yaml is not in the repository, and `sync` sends nothing else: copy",
+        ),
+        ("{root}/../mine.yaml", "mine.yaml is not in the repository"),
+        ("configs/loop.yaml", ""),
+        ("preset", ""),
+        ("gs://b/runs/x", ""),
+    ],
+)
+def test_a_config_that_sync_does_not_send_is_refused_before_anything_is_called(
+    cloud: Cloud, config: str, said: str
+) -> None:
+    cloud.checkout = make_checkout(cloud.folder / "checkout")
+    (cloud.checkout / "configs").mkdir()
+    (cloud.checkout / "sent.yaml").write_text("extends: 'configs/sent.yaml'  # with the model\n")
+    (cloud.checkout / "configs" / "sent.yaml").write_text("extends: base.yaml\n")
+    (cloud.checkout / "configs" / "loop.yaml").write_text("extends: ../configs/loop.yaml\n")
+    git(cloud.checkout, "add", ".")
+    (cloud.checkout / "runs" / "x").mkdir(parents=True)
+    for name in ("mine.yaml", "../mine.yaml", "configs/base.yaml", "runs/x/config.yaml"):
+        (cloud.checkout / name).write_text("train: {steps: 1}\n")
+    command = ["--", "grok", "train", config.format(root=cloud.checkout), "folder=gs://b/x"]
+    for verb in (["run"], ["babysit"], ["babysit", "--dry-run"]):
+        if said or "--dry-run" in verb:
+            done = cloud.launch(*verb, *command)
+            assert (done.returncode, cloud.calls()) == (2 if said else 0, []), done.stderr
+            assert said in done.stderr
 
 
 MISSING_BUCKET = "ERROR: (gcloud.storage.buckets.describe) gs://nowhere not found: 404."

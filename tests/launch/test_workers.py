@@ -304,7 +304,7 @@ def test_changes_that_are_not_committed_travel_and_are_named(cloud: Cloud) -> No
     stamp = source.resolve().name
     assert stamp.startswith(git(cloud.checkout, "rev-parse", "HEAD")[:12] + "-dirty-")
     assert f"uncommitted changes are included, as {stamp}" in done.stderr
-    assert "not sent: 1 untracked file: git add those that the run imports; data" in done.stderr
+    assert "not sent: 1 untracked file (unknown): git add those that the run imports" in done.stderr
     assert (source / "Makefile").read_text() == "# changed\n"
     assert not (source / "unknown").exists()
     assert git(cloud.checkout, "status", "--short") == "M Makefile\n?? unknown"
@@ -322,3 +322,12 @@ def test_relative_folders_of_runs_outlive_new_code(cloud: Cloud) -> None:
     cloud.wait_for(home / "grok-launch" / "run" / "exit")
     cloud.launch("sync")
     assert (home / "grok-launch" / "src" / "runs" / "first" / "metrics.jsonl").exists()
+
+
+def test_of_many_files_that_are_not_sent_three_are_named(cloud: Cloud) -> None:
+    cloud.checkout = make_checkout(cloud.folder / "checkout")
+    cloud.ready()
+    for name in ("a.py", "b.yaml", "c d", "e"):
+        (cloud.checkout / name).touch()
+    said = cloud.launch("sync").stderr
+    assert "not sent: 4 untracked files (a.py, b.yaml, c d, ...): git add" in said
