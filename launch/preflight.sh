@@ -73,6 +73,7 @@ set_config_words() {
 # Refuses a config that is a file here and would not be on the slice.
 check_files_are_sent() {
   local problem
+  [[ $config_name ]] || return 0
   problem=$(cd "$root" && unsent_file "$config_name")
   [[ ! $problem ]] || refuse "nothing was started: $problem"
 }
@@ -106,15 +107,49 @@ check_config() {
   [[ $subcommand == calibrate ]] || options+=(--devices "$((chips * LAUNCH_NODE_COUNT))")
   [[ $subcommand != batch ]] || options+=(--hosts "$workers")
   if print_config "${config_words[@]}"; then
-    check_data
+    problem=$(slice_problem)
+    if [[ ! $problem ]]; then check_data && return; fi
+  else
+    problem=$(tail -n 1 <<<"${checked_config#error: }")
+  fi
+  if ((LAUNCH_NODE_COUNT > 1)) && spans_slices; then advise_slices; fi
+  refuse "nothing was started: $(quoted grok "$subcommand" ${config_name:+"$config_name"}): $problem"
+}
+
+# Prints why a mesh that fits the devices does not fit the slices that they are in, which `grok config` does
+# not know of.
+slice_problem() {
+  local axis size slices='' others=1
+  ((LAUNCH_NODE_COUNT > 1)) && spans_slices || return 0
+  for axis in slice data expert tensor; do
+    size=$(sed -n "/^mesh:/,/^[a-z]*:/s/^  $axis: *\\(-\\{0,1\\}[0-9]*\\).*/\\1/p" <<<"$checked_config")
+    [[ $size ]] || return 0 # nothing was checked
+    if [[ $axis == slice ]]; then slices=$size; else others=$((others * size)); fi
+  done
+  ((slices != -1)) || slices=$((chips * LAUNCH_NODE_COUNT / others))
+  ((slices == LAUNCH_NODE_COUNT)) || echo "mesh.slice=$slices, and the settings request $LAUNCH_NODE_COUNT slices"
+}
+
+# False of a batch job whose hosts have a mesh each.
+spans_slices() {
+  local checked_config options=(--of batch)
+  [[ $subcommand != batch ]] || { print_config "${config_words[@]}" && [[ $(checked_value replica '') != host ]]; }
+}
+
+# Replaces the advice in `problem`, of `grok config`, by one that has a mesh of LAUNCH_NODE_COUNT slices.
+advise_slices() {
+  local slices="mesh.slice=$LAUNCH_NODE_COUNT" with_slices
+  if print_config "${config_words[@]}" "$slices"; then
+    problem="${problem%%; *}; $slices, for LAUNCH_NODE_COUNT=$LAUNCH_NODE_COUNT, would work."
     return
   fi
-  problem=$(tail -n 1 <<<"${checked_config#error: }")
-  # `grok config` knows of devices, but not how many slices they are in.
-  if ((LAUNCH_NODE_COUNT > 1)) && print_config "${config_words[@]}" "mesh.slice=$LAUNCH_NODE_COUNT"; then
-    problem="${problem%%; *}; mesh.slice=$LAUNCH_NODE_COUNT, for LAUNCH_NODE_COUNT=$LAUNCH_NODE_COUNT, would work."
-  fi
-  refuse "nothing was started: $(quoted grok "$subcommand" ${config_name:+"$config_name"}): $problem"
+  with_slices=$(tail -n 1 <<<"${checked_config#error: }")
+  case $with_slices in
+    "$problem") ;; # not of the mesh, or its slices are right
+    *"; mesh slice=$LAUNCH_NODE_COUNT x "*) problem="${problem%%; *}; ${with_slices##*; }" ;;
+    *"; mesh slice="*) problem="${with_slices%%; *}; no mesh of $LAUNCH_NODE_COUNT slices (LAUNCH_NODE_COUNT) fits." ;;
+    *) problem="${problem%%; *}; with $slices, for LAUNCH_NODE_COUNT=$LAUNCH_NODE_COUNT: $with_slices" ;;
+  esac
 }
 
 # Sets `checked_config` to what `grok config` prints: all keys of a config, or why it does not hold.

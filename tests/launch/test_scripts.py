@@ -345,7 +345,17 @@ DATA = ("data.datasets=[{path: gs://b/data, weight: 1}]", "data.tokenizer=gs://b
         ("1", [DATA[1]], "the command names no data: 'data.datasets=[{path: gs://b/data/train, "),
         ("1", [DATA[0]], "the command names no tokenizer: data.tokenizer=gs://b/data/tokenizer"),
         ("2", [*DATA, "mesh.data=8"], "there are 16; mesh.slice=2, for LAUNCH_NODE_COUNT=2, would"),
-        ("2", [*DATA, "mesh.data=3"], "mesh slice=1 x data=16 x expert=1 x tensor=1 would work"),
+        ("2", [*DATA, "mesh.data=3"], "there are 16; mesh slice=2 x data=8 x expert=1 x tensor=1"),
+        ("2", DATA, "mesh.slice=1, and the settings request 2 slices; mesh.slice=2, for LAUNCH"),
+        ("2", [*DATA, "mesh.data=16"], "2 slices; mesh slice=2 x data=8 x expert=1 x tensor=1 w"),
+        ("2", [*DATA, "mesh.slice=4"], "mesh.slice=4, and the settings request 2 slices; mesh.sl"),
+        ("2", [*DATA, "mesh.slice=-1", "mesh.data=4"], "mesh.slice=4, and the settings request 2"),
+        (
+            "2",
+            [*DATA, "mesh.data=8", "data.batch_size=20"],
+            "there are 16; with mesh.slice=2, for LAUNCH_NODE_COUNT=2: data.batch_size=20 cannot",
+        ),
+        ("2", ["mesh.slicee=2"], "there is no key mesh.slicee; did you mean mesh.slice?\n"),
     ],
 )
 def test_what_is_missing_is_named_with_a_value_that_works(
@@ -396,6 +406,34 @@ def test_a_config_that_sync_does_not_send_is_refused_before_anything_is_called(
             done = cloud.launch(*verb, *command)
             assert (done.returncode, cloud.calls()) == (2 if said else 0, []), done.stderr
             assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["calibrate"], "grok calibrate: mesh.slice=1, and the settings request 2 slices; mesh.sl"),
+        (["serve", "decode-v6e-4x4", "weights=x"], "2 slices; mesh slice=2 x data=1 x expert=1 x"),
+        (["batch", "grok-1-v6e", "weights=x"], "2 slices; mesh slice=2 x data=1 x expert=1 x"),
+        # Each host has a mesh of its own, of one slice.
+        (["batch", "grok-1-v6e", "weights=x", "replica=host"], "; mesh slice=1 x data=1 x expert"),
+    ],
+)
+def test_so_is_a_mesh_without_the_slices_of_the_settings(
+    cloud: Cloud, words: list[str], said: str
+) -> None:
+    cloud.program("bin/grok", GROK)
+    settings = {"LAUNCH_NODE_COUNT": "2", "PYTHONPATH": str(ROOT)}
+    done = cloud.launch("run", "--", "grok", *words, **settings)
+    assert (done.returncode, cloud.calls()) == (2, []), done.stderr
+    assert said in done.stderr
+
+
+def test_a_mesh_that_suits_no_slices_is_not_advised(cloud: Cloud) -> None:
+    program = 'echo "error: $# words; mesh slice=16 x data=1 x expert=1 would work." >&2; exit 2'
+    cloud.program("bin/grok", program)
+    done = cloud.launch("run", "--", "grok", "train", "x", LAUNCH_NODE_COUNT="2")
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert done.stderr.endswith("no mesh of 2 slices (LAUNCH_NODE_COUNT) fits.\n")
 
 
 MISSING_BUCKET = "ERROR: (gcloud.storage.buckets.describe) gs://nowhere not found: 404."
