@@ -94,6 +94,8 @@ exit_if_stopped() {
     log "deleting the slice that 'down' did not delete"
     delete_lost_slice
   fi
+  # The run went on after the last poll, until it was asked to save.
+  [[ ! $under_way ]] || update_progress
   finish 75 "asked to stop, $(reached)"
 }
 
@@ -144,7 +146,17 @@ wait_before_start() {
   for ((i = 1; i < stalls; i++)); do seconds=$((seconds * 2)); done
   ((seconds <= LAUNCH_BACKOFF_MAX_SECONDS)) || seconds=$LAUNCH_BACKOFF_MAX_SECONDS
   log "waiting $(duration "$seconds") before the next start"
-  sleep "$seconds"
+  sleep_unless_stopped "$seconds"
+}
+
+# Sleeps in polls, and ends within one after stop.sh or down.sh.
+sleep_unless_stopped() {
+  local until=$((SECONDS + $1)) left
+  while ((left = until - SECONDS, left > 0)); do
+    exit_if_stopped
+    if ((${LAUNCH_POLL_SECONDS%.*} < left)); then left=$LAUNCH_POLL_SECONDS; fi
+    sleep "$left"
+  done
 }
 
 start_run() {

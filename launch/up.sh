@@ -14,8 +14,9 @@ failed_polls=0
 
 # Ends the babysitter's `up` once stop.sh or down.sh was called: a slice that came later would cost money.
 fail_if_stopped() {
-  [[ ! ${LAUNCH_BABYSITTER:-} || ! -e $state_dir/stopped ]] ||
-    fail "asked to stop: no slice is requested, and none waited for"
+  [[ ${LAUNCH_BABYSITTER:-} && -e $state_dir/stopped ]] || return 0
+  [[ ! $created ]] || fail "asked to stop: not waiting for the slice that was requested"
+  fail "asked to stop: no slice is requested, and none waited for"
 }
 
 create() {

@@ -316,6 +316,35 @@ def test_stop_ends_the_wait_for_a_slice_and_its_setup(cloud: Cloud, call: str) -
     state = "(WAITING_FOR_RESOURCES) may stay, and cost" if states else "stays, and costs"
     assert "asked to stop, at step 0; the slice" in done.stderr
     assert f"{state} money, until launch/down.sh" in done.stderr
+    assert ("not waiting for the slice that was requested" in done.stderr) == bool(states)
+    assert "no slice is requested" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["stop", "down"])
+def test_a_wait_for_the_next_start_ends_with_the_run(cloud: Cloud, verb: str) -> None:
+    cloud.plan(last="step 1; exit 134")
+    settings = {"LAUNCH_BACKOFF_SECONDS": "600", "LAUNCH_POLL_SECONDS": "0.2"}
+    with started(cloud, **settings) as process:
+        assert process.stderr
+        assert any("waiting 10 min before the next start" in line for line in process.stderr)
+        cloud.launch(verb)
+        process.communicate(timeout=60)
+    assert (process.returncode, cloud.starts()) == (75, 1)
+    assert (cloud.slice is None) == (verb == "down")
+
+
+def test_the_step_at_which_a_run_was_stopped_is_read_once_more(cloud: Cloud) -> None:
+    (cloud.stub / "bucket" / "b").mkdir()
+    metrics = cloud.stub / "bucket" / "b" / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 1}\n')
+    save = f"""save() {{ echo '{{"step": 2, "loss": 1}}' >>{metrics}; exit 75; }}"""
+    cloud.plan(last=f"trap save TERM; {save}; while :; do sleep 0.02; done")
+    # The run has that second to begin.
+    cloud.after("storage cat", "stop")
+    words = [*COMMAND, "folder=gs://b"]
+    done = cloud.launch("babysit", *words, LAUNCH_POLL_SECONDS="1")
+    assert done.returncode == 75, done.stderr
+    assert "asked to stop, at step 2;" in done.stderr
 
 
 def test_stop_before_there_is_a_run_to_stop_ends_the_run(cloud: Cloud) -> None:
@@ -393,12 +422,12 @@ def test_without_a_command_there_is_nothing_to_go_on_with(cloud: Cloud) -> None:
     assert "put the command after --" in done.stderr
 
 
-def started(cloud: Cloud) -> subprocess.Popen[str]:
+def started(cloud: Cloud, **environment: str) -> subprocess.Popen[str]:
     words = [*COMMAND, f"folder={cloud.run_folder}"]
     return subprocess.Popen(
         [cloud.checkout / "launch" / "babysit.sh", *words],
-        env=cloud.environment,
+        env=cloud.environment | environment,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE if environment else subprocess.DEVNULL,
         text=True,
     )
