@@ -149,13 +149,13 @@ wait_before_start() {
   sleep_unless_stopped "$seconds"
 }
 
-# Sleeps in polls, and ends within one after stop.sh or down.sh.
+# Sleeps in polls of at least a second; stop.sh and down.sh end it after one.
 sleep_unless_stopped() {
-  local until=$((SECONDS + $1)) left
-  while ((left = until - SECONDS, left > 0)); do
+  local left=$1 poll=${LAUNCH_POLL_SECONDS%.*}
+  ((poll > 0)) || poll=1
+  for (( ; left > 0; left -= poll)); do
     exit_if_stopped
-    if ((${LAUNCH_POLL_SECONDS%.*} < left)); then left=$LAUNCH_POLL_SECONDS; fi
-    sleep "$left"
+    sleep "$((left < poll ? left : poll))"
   done
 }
 
