@@ -171,7 +171,7 @@ def test_remat_holds_less_between_forward_and_backward():
     assert max(saved("attention"), saved("experts")) < saved("selective") < saved("none")
 
 
-def saved_shapes(m: Decoder, tokens) -> list[jax.core.ShapedArray]:
+def saved_arrays(m: Decoder, tokens) -> list[jax.core.ShapedArray]:
     """What the forward pass leaves for the backward pass."""
     return jax.make_jaxpr(lambda m: jax.vjp(lambda m: m.hidden(tokens)[0], m)[1])(m).out_avals
 
@@ -179,7 +179,7 @@ def saved_shapes(m: Decoder, tokens) -> list[jax.core.ShapedArray]:
 def test_offload_leaves_what_blocks_keep_to_the_hosts():
     """Of each layer its input, (L, B, T, D), and what attention, (L, B, T, N, H), and the experts,
     (L, B, T, D), gave."""
-    saved = saved_shapes(model(remat="offload"), TOKENS)
+    saved = saved_arrays(model(remat="offload"), TOKENS)
     of_layers = (CONFIG.num_layers, *TOKENS.shape)
     heads = CONFIG.attention.num_heads, CONFIG.attention.head_dim
     kept = [array for array in saved if array.shape[: len(of_layers)] == of_layers]
@@ -196,7 +196,7 @@ def test_tpus_save_what_attention_gave_once(temperature_length, monkeypatch):
     m = abstract(dataclasses.replace(CONFIG, attention=attention, remat="attention"))
     tokens = np.zeros((2, 256), np.int32)
     sums = CONFIG.num_layers * tokens.size * attention.num_heads
-    sizes = [array.size for array in saved_shapes(m, tokens)]
+    sizes = [array.size for array in saved_arrays(m, tokens)]
     assert (sizes.count(sums * 128), sizes.count(sums)) == (1, 1)
 
 
